@@ -1,0 +1,1 @@
+"""The models: what travels to the Hub as remote code."""

@@ -1,0 +1,259 @@
+"""Configuration of ZCodeM3: every number of the architecture, validated."""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+Side = Literal["encoder", "decoder"]
+
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "position_embedding_type": ("sinusoidal", "learned", "tupe"),
+    "router_dtype": ("float32", "float16", "bfloat16"),
+    "router_noise_policy": (None, "jitter", "rsample"),
+    "token_drop_policy": ("random", "position", "probability"),
+    "second_expert_policy": ("all", "sampling", "random"),
+    "normalize_router_weights": (None, "before_dropping", "after_dropping"),
+}
+_PROBABILITIES = ("dropout", "attention_dropout", "activation_dropout", "moe_token_dropout", "label_smoothing")
+
+
+@strict
+class ZCodeM3Config(PreTrainedConfig):
+    r"""
+    Configuration of a multilingual encoder-decoder with a mixture of experts (MoE) in some feed-forward layers. The
+    defaults give the 10B model of *Scalable and Efficient MoE Training for Multitask Multilingual Models*
+    (https://huggingface.co/papers/2109.10465): 24 encoder and 12 decoder layers, top-1 routing over 64 experts in
+    every other layer. A step of 0 makes a side dense, so `encoder_sparse_step=0, decoder_sparse_step=0` is the dense
+    model of the same cost per token.
+
+    Args:
+        vocab_size (`int`, defaults to 128000): Number of tokens, language tags included.
+        max_position_embeddings (`int`, defaults to 1024): Longest source or target, in tokens.
+        d_model (`int`, defaults to 1024): Width of the hidden states.
+        encoder_layers, decoder_layers (`int`, default to 24 and 12): Number of layers.
+        encoder_attention_heads, decoder_attention_heads (`int`, default to 16): Heads; each divides `d_model`.
+        encoder_ffn_dim, decoder_ffn_dim (`int`, default to 4096): Inner width of the feed-forward and of each expert.
+        activation_function (`str`, defaults to `"relu"`): Any key of `transformers.activations.ACT2FN`.
+        dropout, attention_dropout, activation_dropout (`float`, default to 0.1, 0.1, 0.0): Probabilities of dropout
+            on block outputs, attention weights and feed-forward activations (inside the experts, too).
+        init_std (`float`, defaults to 0.02): Standard deviation of the initial weights.
+        scale_embedding (`bool`, defaults to `True`): Multiply token embeddings by `sqrt(d_model)`.
+        position_embedding_type (`str`, defaults to `"sinusoidal"`): `"sinusoidal"`, `"learned"` or `"tupe"`
+            (https://huggingface.co/papers/2006.15595).
+        encoder_sparse_step, decoder_sparse_step (`int`, default to 2): Layer `i` is sparse when
+            `(i + 1) % step == 0`; 0 for none.
+        encoder_sparse_layers, decoder_sparse_layers (`list[int]`, *optional*): The sparse layers by index; overrides
+            the step.
+        num_experts (`int` or `list[int]`, defaults to 64): Experts of every sparse layer, or one number per sparse
+            layer: those of the encoder from first to last, then those of the decoder (pyramid and pruned models).
+        num_experts_per_tok (`int`, defaults to 1): Experts that see a token (top-k).
+        router_dtype (`str`, defaults to `"float32"`): dtype in which router logits are computed.
+        router_bias (`bool`, defaults to `False`): Whether the router's projection has a bias.
+        router_noise_policy (`str`, *optional*): Exploration in training. `"jitter"` multiplies the router's input by
+            uniform noise in `[1 - router_jitter_noise, 1 + router_jitter_noise]` (Switch Transformers,
+            https://huggingface.co/papers/2101.03961); `"rsample"` adds Gumbel noise to the logits (DeepSpeed).
+        router_jitter_noise (`float`, defaults to 0.01): Half width of the jitter.
+        capacity_factor (`float`, *optional*, defaults to 1.0): In training an expert takes at most
+            `max(ceil(num_tokens * num_experts_per_tok / num_experts * capacity_factor), min_capacity)` tokens of a
+            batch; the others skip it. `None` drops nothing.
+        eval_capacity_factor (`float`, *optional*): The same in evaluation. `None`, the default, drops nothing, so
+            that a translation does not depend on the batch around it.
+        min_capacity (`int`, defaults to 4): Smallest capacity of an expert, in tokens.
+        token_drop_policy (`str`, defaults to `"random"`): Who stays when an expert is full: a random choice
+            (`"random"`, Random Token Selection of paper 2109.10465), who comes first in the batch (`"position"`), or
+            who has the highest router probability (`"probability"`). With several experts per token, first choices
+            go before second choices, but for `"probability"`.
+        batch_prioritized_routing (`bool`, defaults to `False`): Fill experts in the order of the tokens' highest
+            router probability (https://huggingface.co/papers/2106.05974, NLLB-MoE).
+        second_expert_policy (`str`, defaults to `"all"`): Which second choices are used: all, sampled with Gumbel
+            noise (`"sampling"`), or at random in proportion to their probability (`"random"`).
+        normalize_router_weights (`str`, *optional*): Divide a token's `num_experts_per_tok` weights by their sum
+            `"before_dropping"` or `"after_dropping"` (a lone survivor then weighs 1). `None` leaves the router's
+            probabilities alone.
+        use_residual (`bool`, defaults to `False`): Add a dense branch to every sparse layer, mixed in by two learned
+            coefficients (PR-MoE, https://huggingface.co/papers/2201.05596).
+        moe_token_dropout (`float`, defaults to 0.0): Expert output masking (NLLB-MoE).
+        router_ignore_padding_tokens (`bool`, defaults to `True`): Padding is sent to no expert, takes no capacity and
+            counts in no loss.
+        router_aux_loss_coef (`float`, defaults to 0.01): Weight of the load-balancing loss.
+        router_z_loss_coef (`float`, defaults to 0.001): Weight of the router z-loss
+            (https://huggingface.co/papers/2202.08906).
+        output_router_logits (`bool`, defaults to `False`): Return the router logits and losses. The losses are part
+            of the training loss whether returned or not.
+        label_smoothing (`float`, defaults to 0.0): Label smoothing of the training loss; evaluation reports the plain
+            cross-entropy.
+        use_cache (`bool`, defaults to `True`): Return key and value states in generation.
+
+    Raises:
+        ValueError: fields that contradict each other, by name and value.
+
+    Example:
+
+    ```python
+    >>> from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration
+
+    >>> config = ZCodeM3Config(vocab_size=8000, d_model=256, encoder_layers=6, decoder_layers=2, num_experts=8,
+    ...                        encoder_attention_heads=4, decoder_attention_heads=4)
+    >>> config.sparse_layers("encoder")
+    [1, 3, 5]
+    >>> model = ZCodeM3ForConditionalGeneration(config)
+    ```
+    """
+
+    model_type = "zcode_m3"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "encoder_attention_heads",
+        "num_hidden_layers": "encoder_layers",
+        "initializer_range": "init_std",
+    }
+    base_model_fsdp_plan = {}
+
+    vocab_size: int = 128000
+    max_position_embeddings: int = 1024
+    d_model: int = 1024
+    encoder_layers: int = 24
+    decoder_layers: int = 12
+    encoder_attention_heads: int = 16
+    decoder_attention_heads: int = 16
+    encoder_ffn_dim: int = 4096
+    decoder_ffn_dim: int = 4096
+    activation_function: str = "relu"
+    dropout: float | int = 0.1
+    attention_dropout: float | int = 0.1
+    activation_dropout: float | int = 0.0
+    init_std: float | int = 0.02
+    scale_embedding: bool = True
+    position_embedding_type: str = "sinusoidal"
+    encoder_sparse_step: int = 2
+    decoder_sparse_step: int = 2
+    encoder_sparse_layers: list[int] | None = None
+    decoder_sparse_layers: list[int] | None = None
+    num_experts: int | list[int] = 64
+    num_experts_per_tok: int = 1
+    router_dtype: str = "float32"
+    router_bias: bool = False
+    router_noise_policy: str | None = None
+    router_jitter_noise: float | int = 0.01
+    capacity_factor: float | int | None = 1.0
+    eval_capacity_factor: float | int | None = None
+    min_capacity: int = 4
+    token_drop_policy: str = "random"
+    batch_prioritized_routing: bool = False
+    second_expert_policy: str = "all"
+    normalize_router_weights: str | None = None
+    use_residual: bool = False
+    moe_token_dropout: float | int = 0.0
+    router_ignore_padding_tokens: bool = True
+    router_aux_loss_coef: float | int = 0.01
+    router_z_loss_coef: float | int = 0.001
+    output_router_logits: bool = False
+    label_smoothing: float | int = 0.0
+    use_cache: bool = True
+    is_encoder_decoder: bool = True
+    bos_token_id: int | None = 0
+    pad_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    decoder_start_token_id: int | None = 2
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        # `@strict` runs these again, but wraps what they raise into an error that is no ValueError
+        self.validate_architecture()
+        self.validate_router()
+
+    def sparse_layers(self, side: Side) -> list[int]:
+        """Indices of the sparse layers of `"encoder"` or `"decoder"`, ascending."""
+        explicit = getattr(self, f"{side}_sparse_layers")
+        if explicit is not None:
+            return sorted(explicit)
+        step = getattr(self, f"{side}_sparse_step")
+        return [i for i in range(getattr(self, f"{side}_layers")) if step > 0 and (i + 1) % step == 0]
+
+    def num_experts_per_layer(self, side: Side) -> dict[int, int]:
+        """Sparse layer index -> number of experts, for one side."""
+        layers = self.sparse_layers(side)
+        if isinstance(self.num_experts, int):
+            return dict.fromkeys(layers, self.num_experts)
+        first = 0 if side == "encoder" else len(self.sparse_layers("encoder"))
+        return dict(zip(layers, self.num_experts[first : first + len(layers)], strict=True))
+
+    def validate_architecture(self) -> None:
+        """Check that dimensions, token ids and sparse layers fit together."""
+        for name in ("vocab_size", "max_position_embeddings", "d_model", "encoder_layers", "decoder_layers"):
+            _require_positive(name, getattr(self, name))
+        for side in ("encoder", "decoder"):
+            _require_positive(f"{side}_ffn_dim", getattr(self, f"{side}_ffn_dim"))
+            heads = getattr(self, f"{side}_attention_heads")
+            _require_positive(f"{side}_attention_heads", heads)
+            if self.d_model % heads:
+                raise ValueError(f"d_model ({self.d_model}) must be divisible by {side}_attention_heads ({heads})")
+            self._validate_sparse_layers(side)
+        if self.position_embedding_type == "sinusoidal" and (self.d_model < 4 or self.d_model % 2):
+            raise ValueError(f"sinusoidal positions need an even d_model of at least 4, got {self.d_model}")
+        for name in ("pad_token_id", "decoder_start_token_id"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} must be set: the model reads it to build decoder inputs and to skip padding")
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be a token of vocab_size ({self.vocab_size})")
+        if self.pad_token_id == self.decoder_start_token_id:
+            raise ValueError(
+                f"decoder_start_token_id ({self.decoder_start_token_id}) must not be pad_token_id: "
+                "padding goes to no expert"
+            )
+
+    def validate_router(self) -> None:
+        """Check the routing options, one by one and against each other."""
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} ({getattr(self, name)!r}) must be one of {list(choices)}")
+        for name in _PROBABILITIES:
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0 and less than 1")
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be positive, or None to drop no token")
+        for name in ("min_capacity", "router_aux_loss_coef", "router_z_loss_coef", "init_std"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must not be negative")
+        if not 0.0 <= self.router_jitter_noise < 1.0:
+            raise ValueError(f"router_jitter_noise ({self.router_jitter_noise}) must be at least 0 and less than 1")
+        self._validate_num_experts()
+
+    def _validate_sparse_layers(self, side: Side) -> None:
+        step, layers = getattr(self, f"{side}_sparse_step"), getattr(self, f"{side}_sparse_layers")
+        num_layers = getattr(self, f"{side}_layers")
+        if step < 0:
+            raise ValueError(f"{side}_sparse_step ({step}) must be 0 (dense) or positive")
+        if layers is not None and (len(set(layers)) < len(layers) or any(not 0 <= i < num_layers for i in layers)):
+            raise ValueError(
+                f"{side}_sparse_layers ({layers}) must be distinct layer indices from 0 to {num_layers - 1}, "
+                f"as {side}_layers is {num_layers}"
+            )
+
+    def _validate_num_experts(self) -> None:
+        num_sparse = len(self.sparse_layers("encoder")) + len(self.sparse_layers("decoder"))
+        counts = [self.num_experts] if isinstance(self.num_experts, int) else self.num_experts
+        if isinstance(self.num_experts, list) and len(counts) != num_sparse:
+            raise ValueError(
+                f"num_experts ({counts}) lists {len(counts)} layers, but the model has {num_sparse} sparse layers: "
+                f"encoder {self.sparse_layers('encoder')}, decoder {self.sparse_layers('decoder')}"
+            )
+        _require_positive("num_experts_per_tok", self.num_experts_per_tok)
+        for count in counts if num_sparse else []:
+            _require_positive("num_experts", count)
+            if count < self.num_experts_per_tok:
+                raise ValueError(
+                    f"num_experts_per_tok ({self.num_experts_per_tok}) is more than the experts of a layer ({count})"
+                )
+
+
+def _require_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} ({value}) must be at least 1")
+
+
+__all__ = ["ZCodeM3Config"]

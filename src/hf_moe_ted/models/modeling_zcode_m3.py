@@ -1,0 +1,725 @@
+"""ZCodeM3: pre-LayerNorm encoder-decoder with a mixture of experts in some feed-forward layers.
+
+Its layers are M2M100's, so are the names of its weights; `ffn` is dense or sparse. The model does not know whether it
+runs in parallel.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    MoEModelOutput,
+    MoEModelOutputWithPastAndCrossAttentions,
+    Seq2SeqMoEModelOutput,
+    Seq2SeqMoEOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import is_torchdynamo_compiling
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_zcode_m3 import Side, ZCodeM3Config
+from .experts import ZCodeM3Experts
+from .losses import load_balancing_loss, router_z_loss
+from .moe_layer import ZCodeM3DenseFFN, ZCodeM3MoELayer
+from .router import Routing, ZCodeM3Router
+
+# Fields of the config that are read and kept, but whose behaviour does not exist yet: field -> values that work.
+_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
+    "position_embedding_type": ("sinusoidal",),
+    "num_experts_per_tok": (1, 2),
+    "router_noise_policy": (None, "jitter"),
+    "token_drop_policy": ("random", "position"),
+    "batch_prioritized_routing": (False,),
+    "second_expert_policy": ("all",),
+    "use_residual": (False,),
+    "moe_token_dropout": (0.0,),
+}
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention in plain operations: query, key, value float[batch, heads, length, head_dim], additive mask."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Which inputs of this call are tokens, and where they stand.
+
+    mask: bool[batch, length], False for padding. num_past: positions taken before this call, `int` or
+    int64[batch, 1]. total_length: length of the sequence so far with padding; a tensor under a static cache.
+    """
+
+    mask: Tensor
+    num_past: int | Tensor
+    total_length: int | Tensor
+
+
+def _tokens_of(
+    config: ZCodeM3Config,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    num_past: int | Tensor = 0,
+) -> _Tokens:
+    """Tokens by the attention mask if it has one entry per token, past ones included; else all but padding ids."""
+    batch_size, length = inputs_embeds.shape[:2]
+    total_length = length + num_past
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] == total_length:
+        mask = attention_mask.to(inputs_embeds.device).bool()
+        return _Tokens(mask[:, -length:], mask[:, :-length].sum(dim=1, keepdim=True), total_length)
+    if input_ids is None:
+        mask = torch.ones((batch_size, length), dtype=torch.bool, device=inputs_embeds.device)
+    else:
+        mask = input_ids.ne(config.pad_token_id)  # type: ignore[arg-type]  # the config requires it
+    return _Tokens(mask, num_past, total_length)
+
+
+class ZCodeM3ScaledWordEmbedding(nn.Embedding):
+    """Token embedding multiplied by `embed_scale`."""
+
+    def __init__(self, config: ZCodeM3Config):
+        super().__init__(config.vocab_size, config.d_model, config.pad_token_id)
+        self.embed_scale: float = math.sqrt(config.d_model) if config.scale_embedding else 1.0
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids) * self.embed_scale
+
+
+class ZCodeM3SinusoidalPositionalEmbedding(nn.Module):
+    """Sinusoidal positions in M2M100's layout: row `pad_token_id` is zero, the first token has the next row."""
+
+    def __init__(self, config: ZCodeM3Config):
+        super().__init__()
+        self.embedding_dim = config.d_model
+        self.padding_idx: int = config.pad_token_id  # type: ignore[assignment]  # the config requires it
+        self.num_rows = config.max_position_embeddings + self.padding_idx + 1
+        self.weights = nn.Buffer(torch.empty(self.num_rows, self.embedding_dim), persistent=False)
+
+    def table(self) -> Tensor:
+        """float32[num_rows, d_model]."""
+        half_dim = self.embedding_dim // 2
+        frequencies = torch.exp(torch.arange(half_dim).float() * -(math.log(10000) / (half_dim - 1)))
+        angles = torch.arange(self.num_rows).float().unsqueeze(1) * frequencies
+        table = torch.cat([angles.sin(), angles.cos()], dim=1)
+        table[self.padding_idx] = 0
+        return table
+
+    def forward(self, token_mask: Tensor, num_past: int | Tensor = 0) -> Tensor:
+        """
+        Args:
+            token_mask: bool[batch, length], True for tokens, which take consecutive positions, False for padding.
+            num_past: `int` or int64 scalar, positions before these.
+
+        Returns:
+            float[batch, length, d_model], zeros for padding.
+        """
+        positions = (token_mask.long().cumsum(dim=1) + num_past) * token_mask + self.padding_idx
+        return nn.functional.embedding(positions, self.weights)
+
+
+class ZCodeM3Attention(nn.Module):
+    """Multi-head attention, self or cross."""
+
+    def __init__(self, config: ZCodeM3Config, num_heads: int, layer_idx: int, is_causal: bool = False):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = is_causal
+        self.head_dim = config.d_model // num_heads
+        self.scaling = self.head_dim**-0.5
+        self.dropout = config.attention_dropout
+        self.q_proj = nn.Linear(config.d_model, config.d_model)
+        self.k_proj = nn.Linear(config.d_model, config.d_model)
+        self.v_proj = nn.Linear(config.d_model, config.d_model)
+        self.out_proj = nn.Linear(config.d_model, config.d_model)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """
+        Args:
+            hidden_states: float[batch, length, d_model].
+            attention_mask: mask in the form of the attention implementation, or `None`.
+            key_value_states: float[batch, source_length, d_model], *optional*, for cross-attention.
+            past_key_values: cache, read and extended.
+
+        Returns:
+            float[batch, length, d_model], and the attention weights if the implementation gives them.
+        """
+        query = self._split_heads(self.q_proj(hidden_states))
+        key, value = self._keys_and_values(hidden_states, key_value_states, past_key_values)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.out_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def _split_heads(self, states: Tensor) -> Tensor:
+        return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def _keys_and_values(
+        self, hidden_states: Tensor, key_value_states: Tensor | None, past_key_values: Cache | None
+    ) -> tuple[Tensor, Tensor]:
+        is_cross_attention = key_value_states is not None
+        cache = past_key_values
+        if isinstance(past_key_values, EncoderDecoderCache):
+            is_updated = past_key_values.is_updated.get(self.layer_idx)
+            cache = (
+                past_key_values.cross_attention_cache if is_cross_attention else past_key_values.self_attention_cache
+            )
+            if is_cross_attention and is_updated:
+                layer: Any = cache.layers[self.layer_idx]
+                return layer.keys, layer.values
+
+        states = hidden_states if key_value_states is None else key_value_states
+        key, value = self._split_heads(self.k_proj(states)), self._split_heads(self.v_proj(states))
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+            if is_cross_attention and isinstance(past_key_values, EncoderDecoderCache):
+                past_key_values.is_updated[self.layer_idx] = True
+        return key, value
+
+
+def _feed_forward(config: ZCodeM3Config, side: Side, layer_idx: int) -> ZCodeM3DenseFFN | ZCodeM3MoELayer:
+    ffn_dim = getattr(config, f"{side}_ffn_dim")
+    num_experts = config.num_experts_per_layer(side).get(layer_idx)
+    if num_experts is None:
+        return ZCodeM3DenseFFN(config, ffn_dim)
+    return ZCodeM3MoELayer(config, num_experts, ffn_dim)
+
+
+class ZCodeM3EncoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: ZCodeM3Config, layer_idx: int):
+        super().__init__()
+        self.dropout = config.dropout
+        self.self_attn = ZCodeM3Attention(config, config.encoder_attention_heads, layer_idx)
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
+        self.ffn = _feed_forward(config, "encoder", layer_idx)
+        self.final_layer_norm = nn.LayerNorm(config.d_model)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, token_mask: Tensor | None, **kwargs: Any
+    ) -> Tensor:
+        """hidden_states float[batch, length, d_model]; token_mask bool[batch, length], False for no expert."""
+        attended, _ = self.self_attn(self.self_attn_layer_norm(hidden_states), attention_mask, **kwargs)
+        hidden_states = hidden_states + nn.functional.dropout(attended, p=self.dropout, training=self.training)
+        fed_forward = self.ffn(self.final_layer_norm(hidden_states), token_mask)
+        return hidden_states + nn.functional.dropout(fed_forward, p=self.dropout, training=self.training)
+
+
+class ZCodeM3DecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: ZCodeM3Config, layer_idx: int):
+        super().__init__()
+        self.dropout = config.dropout
+        self.self_attn = ZCodeM3Attention(config, config.decoder_attention_heads, layer_idx, is_causal=True)
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
+        self.encoder_attn = ZCodeM3Attention(config, config.decoder_attention_heads, layer_idx)
+        self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
+        self.ffn = _feed_forward(config, "decoder", layer_idx)
+        self.final_layer_norm = nn.LayerNorm(config.d_model)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        token_mask: Tensor | None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As the encoder's; encoder_hidden_states float[batch, source_length, d_model]."""
+        attended, _ = self.self_attn(
+            self.self_attn_layer_norm(hidden_states), attention_mask, past_key_values=past_key_values, **kwargs
+        )
+        hidden_states = hidden_states + nn.functional.dropout(attended, p=self.dropout, training=self.training)
+        if encoder_hidden_states is not None:
+            attended, _ = self.encoder_attn(
+                self.encoder_attn_layer_norm(hidden_states),
+                encoder_attention_mask,
+                key_value_states=encoder_hidden_states,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            hidden_states = hidden_states + nn.functional.dropout(attended, p=self.dropout, training=self.training)
+        fed_forward = self.ffn(self.final_layer_norm(hidden_states), token_mask)
+        return hidden_states + nn.functional.dropout(fed_forward, p=self.dropout, training=self.training)
+
+
+class ZCodeM3PreTrainedModel(PreTrainedModel):
+    config: ZCodeM3Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ZCodeM3EncoderLayer", "ZCodeM3DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: ZCodeM3Config, *args: Any, **kwargs: Any):
+        for field, values in _IMPLEMENTED.items():
+            if getattr(config, field) not in values:
+                raise NotImplementedError(
+                    f"{field}={getattr(config, field)!r} is not implemented yet; use one of {list(values)}"
+                )
+        super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for the decorator in the source of the modeling file; ours stands in experts.py
+        return True
+
+    def _grouped_mm_can_dispatch(self) -> bool:
+        dims = {name: getattr(self.config, name) for name in ("d_model", "encoder_ffn_dim", "decoder_ffn_dim")}
+        if any(dim % 8 for dim in dims.values()):
+            raise ValueError(f"experts_implementation='grouped_mm' needs multiples of 8, got {dims}; use 'eager'")
+        return super()._grouped_mm_can_dispatch()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ZCodeM3Experts):
+            for weight, bias in ((module.up_proj, module.up_proj_bias), (module.down_proj, module.down_proj_bias)):
+                init.normal_(weight, mean=0.0, std=self.config.init_std)
+                init.zeros_(bias)
+        elif isinstance(module, ZCodeM3Router):
+            init.normal_(module.weight, mean=0.0, std=self.config.init_std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, ZCodeM3SinusoidalPositionalEmbedding):
+            init.copy_(module.weights, module.table())
+
+
+class ZCodeM3Stack(ZCodeM3PreTrainedModel):
+    """What encoder and decoder share: embeddings, layers, and a LayerNorm behind them."""
+
+    def __init__(self, config: ZCodeM3Config, layers: list[nn.Module]):
+        super().__init__(config)
+        self.embed_tokens: nn.Module = ZCodeM3ScaledWordEmbedding(config)
+        self.embed_positions = ZCodeM3SinusoidalPositionalEmbedding(config)
+        self.layers = nn.ModuleList(layers)
+        self.layer_norm = nn.LayerNorm(config.d_model)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """float[batch, length, d_model] of the one input that is given."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds (of each side)")
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if 0 in embeds.shape[:2]:
+            raise ValueError(f"the batch is empty: its shape (batch, length) is {tuple(embeds.shape[:2])}")
+        return embeds
+
+    def _add_positions(self, inputs_embeds: Tensor, tokens: "_Tokens") -> Tensor:
+        """Hidden states before the first layer: float[batch, length, d_model]."""
+        limit = self.config.max_position_embeddings
+        if isinstance(tokens.total_length, int) and tokens.total_length > limit:
+            raise ValueError(
+                f"sequence of {tokens.total_length} tokens is longer than max_position_embeddings ({limit}): "
+                "truncate it (truncation=True, max_length=...) or generate fewer tokens (max_new_tokens)"
+            )
+        positions = self.embed_positions(tokens.mask, tokens.num_past).to(inputs_embeds)
+        return nn.functional.dropout(inputs_embeds + positions, p=self.config.dropout, training=self.training)
+
+    def _routed_mask(self, tokens: "_Tokens") -> Tensor | None:
+        return tokens.mask if self.config.router_ignore_padding_tokens else None
+
+
+class ZCodeM3Encoder(ZCodeM3Stack):
+    """`config.encoder_layers` layers of self-attention and feed-forward, then a LayerNorm."""
+
+    _can_record_outputs = {
+        "hidden_states": ZCodeM3EncoderLayer,
+        "attentions": ZCodeM3Attention,
+        "router_logits": OutputRecorder(ZCodeM3Router, index=0),
+        "routings": OutputRecorder(ZCodeM3Router, index=1),
+    }
+
+    def __init__(self, config: ZCodeM3Config):
+        super().__init__(config, [ZCodeM3EncoderLayer(config, i) for i in range(config.encoder_layers)])
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MoEModelOutput:
+        inputs_embeds = self._embed(input_ids, inputs_embeds)
+        tokens = _tokens_of(self.config, input_ids, inputs_embeds, attention_mask)
+        hidden_states = self._add_positions(inputs_embeds, tokens)
+        self_attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
+        )
+        routed_mask = self._routed_mask(tokens)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, self_attention_mask, routed_mask, **kwargs)
+        return MoEModelOutput(last_hidden_state=self.layer_norm(hidden_states))
+
+
+class ZCodeM3Decoder(ZCodeM3Stack):
+    """`config.decoder_layers` layers of self-attention, cross-attention and feed-forward, then a LayerNorm."""
+
+    _can_record_outputs = {
+        "hidden_states": ZCodeM3DecoderLayer,
+        "attentions": OutputRecorder(ZCodeM3Attention, layer_name="self_attn", index=1),
+        "cross_attentions": OutputRecorder(ZCodeM3Attention, layer_name="encoder_attn", index=1),
+        "router_logits": OutputRecorder(ZCodeM3Router, index=0),
+        "routings": OutputRecorder(ZCodeM3Router, index=1),
+    }
+
+    def __init__(self, config: ZCodeM3Config):
+        super().__init__(config, [ZCodeM3DecoderLayer(config, i) for i in range(config.decoder_layers)])
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> MoEModelOutputWithPastAndCrossAttentions:
+        inputs_embeds = self._embed(input_ids, inputs_embeds)
+        if use_cache and past_key_values is None:
+            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
+
+        tokens = _tokens_of(self.config, input_ids, inputs_embeds, attention_mask, num_past)
+        hidden_states = self._add_positions(inputs_embeds, tokens)
+
+        cache = past_key_values
+        self_attention_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache,
+        )
+        cross_attention_mask = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=encoder_attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+        )
+        routed_mask = self._routed_mask(tokens)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                self_attention_mask,
+                routed_mask,
+                encoder_hidden_states,
+                encoder_attention_mask=cross_attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return MoEModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=self.layer_norm(hidden_states), past_key_values=past_key_values
+        )
+
+
+@dataclass
+class ZCodeM3ModelOutput(Seq2SeqMoEModelOutput):
+    """`Seq2SeqMoEModelOutput` with the [`Routing`] of each sparse layer if `output_routings=True` is given."""
+
+    encoder_routings: tuple[Routing, ...] | None = None
+    decoder_routings: tuple[Routing, ...] | None = None
+
+
+@dataclass
+class ZCodeM3Output(Seq2SeqMoEOutput):
+    """`Seq2SeqMoEOutput` with the [`Routing`] of each sparse layer if `output_routings=True` is given.
+
+    `encoder_aux_loss`, `decoder_aux_loss`, `encoder_z_loss` and `decoder_z_loss` are means over the sparse layers of
+    a side, without coefficients; `None` unless the router losses are computed, 0 for a side without sparse layers.
+    """
+
+    encoder_routings: tuple[Routing, ...] | None = None
+    decoder_routings: tuple[Routing, ...] | None = None
+
+
+class ZCodeM3Model(ZCodeM3PreTrainedModel):
+    """Encoder and decoder on one shared embedding, without a head."""
+
+    _tied_weights_keys = {
+        "encoder.embed_tokens.weight": "shared.weight",
+        "decoder.embed_tokens.weight": "shared.weight",
+    }
+
+    def __init__(self, config: ZCodeM3Config):
+        super().__init__(config)
+        self.shared: nn.Module = ZCodeM3ScaledWordEmbedding(config)
+        self.encoder = ZCodeM3Encoder(config)
+        self.decoder = ZCodeM3Decoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.shared
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.shared = value
+        self.encoder.embed_tokens = value
+        self.decoder.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> ZCodeM3ModelOutput:
+        """
+        Args:
+            input_ids: int64[batch, source_length], source tokens.
+            attention_mask: int64 or bool[batch, source_length], 0 for padding; padding goes to no expert.
+            decoder_input_ids: int64[batch, target_length], target tokens shifted right.
+            decoder_attention_mask: int64 or bool[batch, past + target_length], 0 for padding.
+            encoder_outputs: what the encoder returned, to not run it again.
+            past_key_values: `EncoderDecoderCache`, *optional*.
+            inputs_embeds, decoder_inputs_embeds: float[batch, length, d_model], in place of the ids.
+            use_cache: whether to return `past_key_values`.
+            kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `output_routings`.
+
+        Raises:
+            ValueError: an empty batch, or more tokens than `max_position_embeddings`.
+        """
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(
+                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+            )
+        elif not hasattr(encoder_outputs, "last_hidden_state"):
+            encoder_outputs = MoEModelOutput(
+                last_hidden_state=encoder_outputs[0],
+                hidden_states=encoder_outputs[1] if len(encoder_outputs) > 1 else None,
+                attentions=encoder_outputs[2] if len(encoder_outputs) > 2 else None,
+            )
+        decoder_outputs = self.decoder(
+            input_ids=decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            encoder_hidden_states=encoder_outputs.last_hidden_state,
+            encoder_attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return ZCodeM3ModelOutput(
+            last_hidden_state=decoder_outputs.last_hidden_state,
+            past_key_values=decoder_outputs.past_key_values,
+            decoder_hidden_states=decoder_outputs.hidden_states,
+            decoder_attentions=decoder_outputs.attentions,
+            cross_attentions=decoder_outputs.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+            encoder_router_logits=encoder_outputs.get("router_logits"),
+            decoder_router_logits=decoder_outputs.get("router_logits"),
+            encoder_routings=encoder_outputs.get("routings"),
+            decoder_routings=decoder_outputs.get("routings"),
+        )
+
+
+class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
+    """ZCodeM3 with a language-modeling head that shares the embedding: translation and other text-to-text tasks.
+
+    Example:
+
+    ```python
+    >>> from hf_moe_ted import ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer
+
+    >>> model = ZCodeM3ForConditionalGeneration.from_pretrained("examples/checkpoints/zcode_m3_demo")
+    >>> tokenizer = ZCodeM3Tokenizer.from_pretrained("examples/checkpoints/zcode_m3_demo", src_lang="en")
+    >>> inputs = tokenizer("Close all tabs", return_tensors="pt")
+    >>> output = model.generate(**inputs, forced_bos_token_id=tokenizer.get_lang_id("de"))
+    >>> tokenizer.batch_decode(output, skip_special_tokens=True)
+    ```
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}
+
+    def __init__(self, config: ZCodeM3Config):
+        super().__init__(config)
+        self.model = ZCodeM3Model(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        output_routings: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> ZCodeM3Output:
+        """As [`ZCodeM3Model.forward`], and:
+
+        Args:
+            labels: int64[batch, target_length], -100 for positions without loss. Decoder inputs are made from them
+                unless given, and no cache is returned unless asked for.
+            output_router_logits: return router logits and router losses; defaults to the config.
+            output_routings: return the [`Routing`] of each sparse layer.
+            num_items_in_batch: labels that count in the whole optimizer step, over all its batches and processes.
+                The loss is their mean, and the router losses are scaled by this batch's share of them. By default
+                this batch is all.
+
+        Returns:
+            [`ZCodeM3Output`]; `loss` is the cross-entropy, in training or with router logits plus
+            `router_aux_loss_coef` and `router_z_loss_coef` times the router losses of encoder and decoder.
+
+        Raises:
+            ValueError: as [`ZCodeM3Model.forward`], or if no label counts.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        if labels is not None and use_cache is None:
+            use_cache = False
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        with_router_losses = output_router_logits or (self.training and labels is not None)
+        outputs: ZCodeM3ModelOutput = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            output_routings=output_routings or with_router_losses,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+
+        losses: dict[str, Tensor] = {}
+        if with_router_losses:
+            for side, routings in (("encoder", outputs.encoder_routings), ("decoder", outputs.decoder_routings)):
+                losses[f"{side}_aux_loss"], losses[f"{side}_z_loss"] = self._router_losses(routings or (), logits)
+        if labels is not None:
+            losses["loss"] = self._loss(logits, labels, losses, num_items_in_batch)
+        return ZCodeM3Output(
+            **losses,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            decoder_hidden_states=outputs.decoder_hidden_states,
+            decoder_attentions=outputs.decoder_attentions,
+            decoder_router_logits=outputs.decoder_router_logits,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            encoder_attentions=outputs.encoder_attentions,
+            encoder_router_logits=outputs.encoder_router_logits,
+            encoder_routings=outputs.encoder_routings if output_routings else None,
+            decoder_routings=outputs.decoder_routings if output_routings else None,
+        )
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """Decoder inputs: `labels` int64[batch, length] moved one to the right, ignored labels (-100) as padding.
+
+        Data collators call it.
+        """
+        config: Any = self.config  # which requires both token ids
+        shifted = torch.full_like(labels, config.decoder_start_token_id)
+        shifted[:, 1:] = labels[:, :-1]
+        return shifted.masked_fill(shifted == -100, config.pad_token_id)
+
+    def _router_losses(self, routings: tuple[Routing, ...], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Load-balancing and z-loss, float32 scalars: means over the sparse layers of one side."""
+        if not routings:
+            zero = torch.zeros((), device=like.device)
+            return zero, zero
+        aux = [load_balancing_loss(r.logits, r.choices, r.token_mask) for r in routings]
+        z = [router_z_loss(r.logits, r.token_mask) for r in routings]
+        return torch.stack(aux).mean(), torch.stack(z).mean()
+
+    def _loss(
+        self, logits: Tensor, labels: Tensor, router_losses: dict[str, Tensor], num_items: Tensor | int | None
+    ) -> Tensor:
+        """float32 scalar; each part is a sum over this batch divided by the labels of the whole optimizer step."""
+        labels = labels.to(logits.device)
+        num_labels = (labels != -100).sum()
+        if num_items is None and not is_torchdynamo_compiling() and num_labels == 0:
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} are all -100 (ignored): the mean loss of no label is undefined"
+            )
+        divisor = num_labels if num_items is None else torch.as_tensor(num_items, device=logits.device)
+        cross_entropy = nn.functional.cross_entropy(
+            logits.view(-1, logits.shape[-1]).float(),
+            labels.view(-1),
+            ignore_index=-100,
+            reduction="sum",
+            label_smoothing=self.config.label_smoothing if self.training else 0.0,
+        )
+        loss = cross_entropy / divisor
+        if router_losses:
+            aux = router_losses["encoder_aux_loss"] + router_losses["decoder_aux_loss"]
+            z = router_losses["encoder_z_loss"] + router_losses["decoder_z_loss"]
+            penalty = self.config.router_aux_loss_coef * aux + self.config.router_z_loss_coef * z
+            loss = loss + penalty * (num_labels / divisor)
+        return loss
+
+
+__all__ = ["ZCodeM3ForConditionalGeneration", "ZCodeM3Model", "ZCodeM3PreTrainedModel"]

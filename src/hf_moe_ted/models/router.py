@@ -1,0 +1,165 @@
+"""Routing: hidden states -> which experts see which token, and with what weight.
+
+Shape letters: T tokens, K experts per token, E experts, D model width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.generic import maybe_autocast
+
+from .configuration_zcode_m3 import ZCodeM3Config
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the router decided for one batch of tokens.
+
+    Attributes:
+        expert_ids: int64[T, K], the experts that compute each token, in order of preference; `num_experts` in a slot
+            that no expert computes, because the expert was full or the token is padding.
+        weights: float32[T, K], the factor of each expert's output; 0 in such a slot.
+        logits: float32[T, E], router logits, after noise.
+        choices: int64[T, K], like `expert_ids` before anything was dropped.
+        token_mask: bool[T] or `None`, False for padding.
+    """
+
+    expert_ids: Tensor
+    weights: Tensor
+    logits: Tensor
+    choices: Tensor
+    token_mask: Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return self.logits.shape[-1]
+
+    def num_tokens_per_expert(self) -> Tensor:
+        """int64[E], tokens that each expert computes."""
+        return torch.bincount(self.expert_ids.flatten(), minlength=self.num_experts + 1)[: self.num_experts]
+
+    def dropped_share(self) -> Tensor:
+        """float32 scalar, the share of the chosen slots of real tokens that no expert computes."""
+        dropped_TK = self.expert_ids == self.num_experts
+        if self.token_mask is None:
+            return dropped_TK.float().mean()
+        mask_T1 = self.token_mask.unsqueeze(-1)
+        return (dropped_TK & mask_T1).sum() / (mask_T1.sum() * dropped_TK.shape[-1]).clamp(min=1)
+
+
+class ZCodeM3Router(nn.Module):
+    """Linear top-k router with capacity, as in DeepSpeed's gates (`deepspeed/moe/sharded_moe.py`).
+
+    Parameters: `weight` [num_experts, d_model], and `bias` [num_experts] if `config.router_bias`.
+    """
+
+    def __init__(self, config: ZCodeM3Config, num_experts: int):
+        super().__init__()
+        self.num_experts = num_experts
+        self.top_k = config.num_experts_per_tok
+        self.dtype = getattr(torch, config.router_dtype)
+        self.jitter_noise = config.router_jitter_noise if config.router_noise_policy == "jitter" else 0.0
+        self.capacity_factor = config.capacity_factor
+        self.eval_capacity_factor = config.eval_capacity_factor
+        self.min_capacity = config.min_capacity
+        self.token_drop_policy = config.token_drop_policy
+        self.normalize_router_weights = config.normalize_router_weights
+        self.weight = nn.Parameter(torch.empty(num_experts, config.d_model))
+        self.bias = nn.Parameter(torch.empty(num_experts)) if config.router_bias else None
+
+    def forward(self, hidden_states_TD: Tensor, token_mask_T: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """Route a batch of tokens.
+
+        Args:
+            hidden_states_TD: float[T, D].
+            token_mask_T: bool[T], *optional*, False for tokens that go to no expert.
+
+        Returns:
+            The logits float32[T, E], first so that `output_router_logits` finds them, and the [`Routing`].
+        """
+        logits_TE = self._logits(hidden_states_TD)
+        probs_TE = logits_TE.softmax(dim=-1)
+        weights_TK, choices_TK = probs_TE.topk(self.top_k, dim=-1)
+        if self.normalize_router_weights == "before_dropping":
+            weights_TK = _normalize(weights_TK)
+
+        kept_TK = self._kept(choices_TK, token_mask_T)
+        if kept_TK is None:
+            expert_ids_TK = choices_TK
+        else:
+            expert_ids_TK = choices_TK.masked_fill(~kept_TK, self.num_experts)
+            weights_TK = weights_TK * kept_TK
+        if self.normalize_router_weights == "after_dropping":
+            weights_TK = _normalize(weights_TK)
+        return logits_TE, Routing(expert_ids_TK, weights_TK, logits_TE, choices_TK, token_mask_T)
+
+    def _logits(self, hidden_states_TD: Tensor) -> Tensor:
+        """float32[T, E]; computed in `router_dtype` even under autocast, as rounding there changes the experts."""
+        inputs_TD = hidden_states_TD.to(self.dtype)
+        if self.training and self.jitter_noise > 0:
+            noise = torch.empty_like(inputs_TD).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
+            inputs_TD = inputs_TD * noise
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        with maybe_autocast(device_type=hidden_states_TD.device.type, enabled=False):
+            return nn.functional.linear(inputs_TD, self.weight.to(self.dtype), bias).float()
+
+    def _kept(self, choices_TK: Tensor, token_mask_T: Tensor | None) -> Tensor | None:
+        """bool[T, K], True for slots that are computed; `None` if all are."""
+        capacity_factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        mask_TK = None if token_mask_T is None else token_mask_T.unsqueeze(-1).expand_as(choices_TK)
+        if capacity_factor is None:
+            return mask_TK
+
+        num_tokens = choices_TK.shape[0]
+        slots_TK = choices_TK if mask_TK is None else choices_TK.masked_fill(~mask_TK, self.num_experts)
+        num_routed = num_tokens if token_mask_T is None else token_mask_T.sum()
+        capacity = expert_capacity(
+            num_routed, self.num_experts, capacity_factor * self.top_k, self.min_capacity, choices_TK.device
+        )
+        priority_TK = None
+        if self.token_drop_policy == "random":
+            # one number per token and expert, as DeepSpeed draws them: equal seeds keep equal tokens
+            random_TE = torch.rand(num_tokens, self.num_experts, device=choices_TK.device)
+            priority_TK = random_TE.gather(1, choices_TK)
+        within_capacity_TK = rank_in_expert(slots_TK, self.num_experts, priority_TK) < capacity
+        return within_capacity_TK if mask_TK is None else within_capacity_TK & mask_TK
+
+
+def expert_capacity(
+    num_tokens: int | Tensor, num_experts: int, factor: float, min_capacity: int, device: torch.device
+) -> Tensor:
+    """Tokens an expert takes, `max(ceil(num_tokens / num_experts * factor), min_capacity)`, as a float32 scalar.
+
+    A tensor, so that excluding padding costs no wait for the device; the product is taken in float32 like DeepSpeed's.
+    """
+    tokens = torch.as_tensor(num_tokens, dtype=torch.float64, device=device)
+    return torch.ceil((tokens / num_experts).float() * factor).clamp(min=min_capacity)
+
+
+def rank_in_expert(expert_ids_TK: Tensor, num_experts: int, priority_TK: Tensor | None = None) -> Tensor:
+    """Place of each slot in the queue of its expert.
+
+    Args:
+        expert_ids_TK: int64[T, K]; `num_experts` for slots in no queue.
+        priority_TK: float[T, K], *optional*: within a choice, higher goes first; by default the lower token index.
+            First choices stand before second choices in any case.
+
+    Returns:
+        int64[T, K], 0 for the first in the queue.
+    """
+    num_tokens, top_k = expert_ids_TK.shape
+    if priority_TK is None:
+        order_TK = torch.arange(num_tokens, device=expert_ids_TK.device).unsqueeze(-1).expand(-1, top_k)
+    else:
+        order_TK = priority_TK.argsort(dim=0, descending=True, stable=True)
+    queue = expert_ids_TK.gather(0, order_TK).t().flatten()  # all first choices, then all second choices
+    sorted_queue, by_expert = queue.sort(stable=True)
+    start_of_expert = torch.searchsorted(sorted_queue, torch.arange(num_experts + 1, device=queue.device))
+    positions = torch.arange(queue.numel(), device=queue.device)
+    ranks = torch.empty_like(queue).scatter_(0, by_expert, positions - start_of_expert[sorted_queue])
+    return torch.empty_like(expert_ids_TK).scatter_(0, order_TK, ranks.view(top_k, num_tokens).t())
+
+
+def _normalize(weights_TK: Tensor) -> Tensor:
+    return weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights_TK.dtype).eps)
