@@ -1,0 +1,304 @@
+"""Tokenizer of ZCode M3: byte-level BPE with one tag per language.
+
+A source is encoded as `__src__ tokens </s>` and a target (`text_target=`) as `__tgt__ tokens </s>`, so a model starts
+decoding from `</s>` with the id of the target tag as its `forced_bos_token_id`.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+from transformers import BatchEncoding
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+LANGUAGE_TOKEN = re.compile(r"__(\S+)__")
+
+# Every character is matched by one of these, so nothing is lost.
+WORD_PATTERN = "|".join(
+    [
+        r" ?[\p{L}\p{M}\x{200C}\x{200D}]+",  # letters, their combining marks (vowel signs, ...) and zero-width joiners
+        r"\p{N}",  # digits, one at a time
+        r" ?[^\s\p{L}\p{M}\p{N}\x{200C}\x{200D}]+",  # punctuation and symbols
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",  # leaves the last space to the word that follows
+        r"\s+",
+    ]
+)
+
+
+def language_token(language: str) -> str:
+    """The special token of a language: `en` -> `__en__`."""
+    return f"__{language}__"
+
+
+class ZCodeM3Tokenizer(TokenizersBackend):
+    """
+    Multilingual tokenizer (backed by the *tokenizers* library) for the ZCode M3 translation models.
+
+    Every special token of the form `__xx__` is a language tag; `xx` is the code used everywhere in the interface.
+
+    Built without `tokenizer_file` and `tokenizer_object` it is a lossless byte-level BPE with no merges yet (one token
+    per byte), to be trained with [`~ZCodeM3Tokenizer.train_new_from_iterator`]. Text is normalized to NFC and nothing
+    is ever unknown: decoding an encoded text gives back its NFC form. Any other `tokenizer.json` can be loaded instead.
+
+    Example:
+
+    ```python
+    >>> tokenizer = ZCodeM3Tokenizer(languages=["en", "de"]).train_new_from_iterator(corpus, vocab_size=32_000)
+    >>> tokenizer.src_lang, tokenizer.tgt_lang = "en", "de"
+    >>> batch = tokenizer(["Hello"], text_target=["Hallo"], return_tensors="pt")
+    >>> loss = model(**batch).loss
+    >>> inputs = tokenizer(["Hello", "Good night"], padding=True, return_tensors="pt")
+    >>> output_ids = model.generate(**inputs, forced_bos_token_id=tokenizer.get_lang_id("de"))
+    ```
+
+    Args:
+        languages (`Iterable[str]`, *optional*):
+            Codes of the languages, in the order of their ids. Languages that the backend already has are kept.
+        src_lang (`str`, *optional*):
+            Language of the source texts. `None` encodes them without a tag.
+        tgt_lang (`str`, *optional*):
+            Language of the target texts. `None` makes `text_target=` an error.
+        bos_token (`str`, *optional*, defaults to `"<s>"`):
+            The beginning of sequence token. Not added to encoded texts.
+        pad_token (`str`, *optional*, defaults to `"<pad>"`):
+            The token used for padding.
+        eos_token (`str`, *optional*, defaults to `"</s>"`):
+            The end of sequence token, and the token that decoding starts from.
+        unk_token (`str`, *optional*, defaults to `"<unk>"`):
+            The unknown token. The byte-level backend never produces it.
+        mask_token (`str`, *optional*, defaults to `"<mask>"`):
+            The token that replaces masked text in denoising.
+        kwargs:
+            As in [`TokenizersBackend`]: `tokenizer_file`, `tokenizer_object`, `model_max_length`, `padding_side`,
+            `extra_special_tokens`, ...
+
+    Raises:
+        ValueError: for an unknown `src_lang` or `tgt_lang`, here and wherever a language is named.
+    """
+
+    vocab_files_names = {"tokenizer_file": "tokenizer.json"}
+    model_input_names = ["input_ids", "attention_mask"]
+    _tokenizer: Any
+
+    def __init__(
+        self,
+        languages: Iterable[str] | None = None,
+        src_lang: str | None = None,
+        tgt_lang: str | None = None,
+        bos_token: str | AddedToken = "<s>",
+        pad_token: str | AddedToken = "<pad>",
+        eos_token: str | AddedToken = "</s>",
+        unk_token: str | AddedToken = "<unk>",
+        mask_token: str | AddedToken = "<mask>",
+        **kwargs: Any,
+    ) -> None:
+        languages = _checked_languages(languages or [])
+        self._src_lang: str | None = None
+        self._tgt_lang: str | None = None
+        if kwargs.get("tokenizer_object") is None and kwargs.get("tokenizer_file") is None:
+            special_tokens = [bos_token, pad_token, eos_token, unk_token, mask_token]
+            special_tokens += [language_token(language) for language in languages]
+            self._tokenizer = _byte_level_bpe([str(token) for token in special_tokens], unk_token=str(unk_token))
+
+        super().__init__(
+            src_lang=src_lang,
+            tgt_lang=tgt_lang,
+            bos_token=bos_token,
+            pad_token=pad_token,
+            eos_token=eos_token,
+            unk_token=unk_token,
+            mask_token=mask_token,
+            **kwargs,
+        )
+
+        loaded = [str(token) for _, token in sorted(self.added_tokens_decoder.items()) if token.special]
+        self.add_languages([match[1] for token in loaded if (match := LANGUAGE_TOKEN.fullmatch(token))] + languages)
+        self.src_lang = src_lang
+        self.tgt_lang = tgt_lang
+
+    @classmethod
+    def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """
+        Called by `from_pretrained`. Leaves `tokenizer_file` to `__init__`: the base class would keep no more than its
+        vocabulary and merges.
+        """
+        if kwargs.get("tokenizer_file") is None and kwargs.get("tokenizer_object") is None:
+            raise OSError(f"no tokenizer.json in {kwargs.get('name_or_path')!r}")
+        return kwargs
+
+    # Languages
+
+    @property
+    def lang_code_to_id(self) -> dict[str, int]:
+        """The id of each language's tag, in the order of the ids."""
+        matches = [match for token in self.extra_special_tokens if (match := LANGUAGE_TOKEN.fullmatch(token))]
+        ids = {match[1]: self._tokenizer.token_to_id(match[0]) for match in matches}
+        return dict(sorted(ids.items(), key=lambda item: item[1]))
+
+    @property
+    def languages(self) -> list[str]:
+        """The codes of the languages, in the order of their ids."""
+        return list(self.lang_code_to_id)
+
+    def get_lang_token(self, lang: str) -> str:
+        """The tag of a language: `en` -> `__en__`."""
+        token = language_token(lang)
+        if token not in self.extra_special_tokens:
+            raise ValueError(f"unknown language {lang!r}, this tokenizer knows: {', '.join(self.languages) or 'none'}")
+        return token
+
+    def get_lang_id(self, lang: str) -> int:
+        """The id of a language's tag; a target language's is the `forced_bos_token_id` of generation."""
+        return self._tokenizer.token_to_id(self.get_lang_token(lang))
+
+    def add_languages(self, languages: Iterable[str]) -> int:
+        """
+        Adds languages, at the end of the vocabulary unless their tag is already there. Resize the embeddings after:
+        `model.resize_token_embeddings(len(tokenizer))`.
+
+        Returns:
+            `int`: how many of the languages were new to this tokenizer.
+        """
+        known = self.lang_code_to_id
+        new = [language for language in _checked_languages(languages) if language not in known]
+        self.add_special_tokens(
+            {"extra_special_tokens": [language_token(language) for language in new]},
+            replace_extra_special_tokens=False,
+        )
+        return len(new)
+
+    @property
+    def src_lang(self) -> str | None:
+        """Language of the source texts; `None` encodes them without a tag."""
+        return self._src_lang
+
+    @src_lang.setter
+    def src_lang(self, lang: str | None) -> None:
+        if lang is not None:
+            self.get_lang_token(lang)
+        self._src_lang = lang
+        self._switch_to_input_mode()
+
+    @property
+    def tgt_lang(self) -> str | None:
+        """Language of the target texts (`text_target=`)."""
+        return self._tgt_lang
+
+    @tgt_lang.setter
+    def tgt_lang(self, lang: str | None) -> None:
+        if lang is not None:
+            self.get_lang_token(lang)
+        self._tgt_lang = lang
+
+    # Encoding
+
+    def __call__(
+        self, *args: Any, src_lang: str | None = None, tgt_lang: str | None = None, **kwargs: Any
+    ) -> BatchEncoding:
+        """
+        Encodes texts as [`~PreTrainedTokenizerBase.__call__`] does. `src_lang` and `tgt_lang` replace the tokenizer's
+        languages for this call only.
+        """
+        languages = self._src_lang, self._tgt_lang
+        try:
+            if src_lang is not None:
+                self.src_lang = src_lang
+            if tgt_lang is not None:
+                self.tgt_lang = tgt_lang
+            return super().__call__(*args, **kwargs)
+        finally:
+            self._src_lang, self._tgt_lang = languages
+            self._switch_to_input_mode()
+
+    def update_post_processor(self) -> None:
+        """Called by the base class when special tokens change: the tags of the sources come back."""
+        self._switch_to_input_mode()
+
+    def _switch_to_input_mode(self) -> None:
+        self._set_language_tag(self._src_lang)
+
+    def _switch_to_target_mode(self) -> None:
+        if self._tgt_lang is None:
+            raise ValueError(
+                "`text_target` needs the language of the target: set `tokenizer.tgt_lang` or pass `tgt_lang=`, one of: "
+                f"{', '.join(self.languages) or 'none'}"
+            )
+        self._set_language_tag(self._tgt_lang)
+
+    def _set_language_tag(self, lang: str | None) -> None:
+        """Makes the backend encode `text` as `__lang__ text </s>`, or as `text </s>` for `None`."""
+        prefix = [] if lang is None else [self.get_lang_token(lang)]
+        suffix = [] if self.eos_token is None else [self.eos_token]
+        self._tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*prefix, "$A", *suffix],
+            pair=[*prefix, "$A", "$B", *suffix],
+            special_tokens=[(token, self._tokenizer.token_to_id(token)) for token in prefix + suffix],
+        )
+
+    def _build_translation_inputs(
+        self,
+        raw_inputs: str | list[str],
+        return_tensors: str | None,
+        src_lang: str | None,
+        tgt_lang: str | None,
+        **extra_kwargs: Any,
+    ) -> BatchEncoding:
+        """The inputs of `generate()` for a translation, `forced_bos_token_id` included."""
+        if src_lang is None or tgt_lang is None:
+            raise ValueError(f"translation needs `src_lang` and `tgt_lang`, got {src_lang!r} and {tgt_lang!r}")
+        inputs = self(raw_inputs, return_tensors=return_tensors, src_lang=src_lang, **extra_kwargs)
+        inputs["forced_bos_token_id"] = self.get_lang_id(tgt_lang)
+        return inputs
+
+    # Training
+
+    def train_new_from_iterator(
+        self, text_iterator: Iterable[str] | Iterable[list[str]], vocab_size: int, *args: Any, **kwargs: Any
+    ) -> "ZCodeM3Tokenizer":
+        """
+        Trains a tokenizer of the same kind on texts or batches of texts, with the same languages and special tokens.
+
+        Args:
+            text_iterator (`Iterable[str]` or `Iterable[list[str]]`):
+                The texts.
+            vocab_size (`int`):
+                Size of the vocabulary with its special tokens, tags and, for a byte-level backend, all 256 bytes.
+            args, kwargs:
+                As in [`~TokenizersBackend.train_new_from_iterator`].
+        """
+        tokenizer = super().train_new_from_iterator(text_iterator, vocab_size, *args, **kwargs)
+        tokenizer.src_lang, tokenizer.tgt_lang = self._src_lang, self._tgt_lang
+        return tokenizer
+
+
+def _checked_languages(languages: Iterable[str]) -> list[str]:
+    """The languages without repetitions. Raises a `ValueError` for what cannot be the code of a language."""
+    if isinstance(languages, str):
+        raise ValueError(f"`languages` must be a list of codes, got the string {languages!r}")
+    languages = list(dict.fromkeys(languages))
+    for language in languages:
+        if not isinstance(language, str) or LANGUAGE_TOKEN.fullmatch(language_token(language)) is None:
+            raise ValueError(f"{language!r} cannot be a language code: codes are strings without spaces, not empty")
+    return languages
+
+
+def _byte_level_bpe(special_tokens: list[str], unk_token: str) -> Tokenizer:
+    """A BPE without merges: the special tokens, then the 256 bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(special_tokens + alphabet))}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token=unk_token))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+__all__ = ["ZCodeM3Tokenizer"]

@@ -1,0 +1,258 @@
+"""The translation pipeline: the same translations as `generate()`, its errors, and every way to build and save it."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    NllbTokenizer,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer, ZCodeM3TranslationPipeline
+
+TASK = "zcode-m3-translation"
+SENTENCES = ["Hello", "Good night, see you tomorrow!", "नमस्ते", "a"]
+SIZES = {
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "max_position_embeddings": 40,
+    "init_std": 0.5,  # with untied embeddings: a translation depends on its source
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> Iterator[None]:
+    if TASK not in PIPELINE_REGISTRY.supported_tasks:
+        PIPELINE_REGISTRY.register_pipeline(TASK, ZCodeM3TranslationPipeline, AutoModelForSeq2SeqLM, type="text")
+    yield
+
+
+@pytest.fixture(scope="module")
+def model() -> ZCodeM3ForConditionalGeneration:
+    torch.manual_seed(0)
+    config = ZCodeM3Config(vocab_size=len(ZCodeM3Tokenizer(languages=["en", "de", "hi"])), num_experts=4, **SIZES)
+    return ZCodeM3ForConditionalGeneration(config).eval()
+
+
+@pytest.fixture
+def translator(model: ZCodeM3ForConditionalGeneration) -> ZCodeM3TranslationPipeline:
+    tokenizer = ZCodeM3Tokenizer(languages=["en", "de", "hi"])
+    return ZCodeM3TranslationPipeline(
+        model=model, tokenizer=tokenizer, device="cpu", src_lang="en", tgt_lang="de", max_new_tokens=6
+    )
+
+
+def translate(translator: ZCodeM3TranslationPipeline, text: str, src_lang: str, tgt_lang: str, **kwargs) -> list[str]:
+    """What the pipeline does, by hand."""
+    inputs = translator.tokenizer(text, src_lang=src_lang, return_tensors="pt")
+    forced_bos_token_id = translator.tokenizer.get_lang_id(tgt_lang)
+    output_ids = translator.model.generate(**inputs, forced_bos_token_id=forced_bos_token_id, **kwargs)
+    assert (output_ids[:, 1] == forced_bos_token_id).all()
+    return translator.tokenizer.batch_decode(output_ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_equals_generate(translator: ZCodeM3TranslationPipeline, batch_size: int, padding_side: str) -> None:
+    translator.tokenizer.padding_side = padding_side
+    expected = [translate(translator, sentence, "en", "de", max_new_tokens=6)[0] for sentence in SENTENCES]
+    assert len(set(expected)) == len(expected)
+    assert translator(SENTENCES, batch_size=batch_size) == [{"translation_text": text} for text in expected]
+    assert translator(SENTENCES[0]) == [{"translation_text": expected[0]}]
+
+
+def test_languages_and_generate_arguments_of_a_call(translator: ZCodeM3TranslationPipeline) -> None:
+    expected = translate(translator, "Hello", "hi", "en", num_beams=3, max_new_tokens=4)
+    assert translator("Hello", src_lang="hi", tgt_lang="en", num_beams=3, max_new_tokens=4) == [
+        {"translation_text": expected[0]}
+    ]
+    default = translate(translator, "Hello", "en", "de", max_new_tokens=6)
+    assert translator("Hello") == [{"translation_text": default[0]}] != [{"translation_text": expected[0]}]
+
+
+def test_several_translations(translator: ZCodeM3TranslationPipeline) -> None:
+    beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 4}
+    expected = [
+        [{"translation_text": text} for text in translate(translator, sentence, "en", "de", **beams)]
+        for sentence in SENTENCES
+    ]
+    assert translator(SENTENCES[0], **beams) == expected[0]
+    assert translator(SENTENCES, batch_size=3, **beams) == expected
+
+
+def test_other_containers(translator: ZCodeM3TranslationPipeline) -> None:
+    expected = translator(SENTENCES)
+    assert translator(tuple(SENTENCES)) == expected
+    assert list(translator(sentence for sentence in SENTENCES)) == [[translation] for translation in expected]
+    assert translator([]) == []
+
+
+def test_languages_of_the_tokenizer(model: ZCodeM3ForConditionalGeneration) -> None:
+    tokenizer = ZCodeM3Tokenizer(languages=["en", "de", "hi"], src_lang="hi", tgt_lang="en")
+    translator = ZCodeM3TranslationPipeline(model=model, tokenizer=tokenizer, max_new_tokens=4)
+    expected = translate(translator, "Hello", "hi", "en", max_new_tokens=4)
+    assert translator("Hello") == [{"translation_text": expected[0]}]
+    assert translator.languages == ["en", "de", "hi"]
+
+
+def test_blank_sentences(translator: ZCodeM3TranslationPipeline) -> None:
+    translations = translator(["", "Hello", " \n"], batch_size=3)
+    assert [translation["translation_text"] for translation in translations] == [
+        "",
+        translator("Hello")[0]["translation_text"],
+        "",
+    ]
+    assert translator("") == [{"translation_text": ""}]
+
+
+@pytest.mark.parametrize("model_max_length", [None, 20])
+def test_truncation(
+    translator: ZCodeM3TranslationPipeline, model_max_length: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = model_max_length or translator.model.config.max_position_embeddings
+    if model_max_length is not None:
+        translator.tokenizer.model_max_length = model_max_length
+    with caplog.at_level(logging.WARNING):
+        assert translator("a" * 98) == translator("a" * (kept - 2))
+    assert [record.message for record in caplog.records if "tokens" in record.message] == [
+        f"source truncated: kept {kept} of 100 tokens of 'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa'..."
+    ]
+
+
+def test_default_length_fits_the_positions(model: ZCodeM3ForConditionalGeneration) -> None:
+    tokenizer = ZCodeM3Tokenizer(languages=["en", "de", "hi"])
+    translator = ZCodeM3TranslationPipeline(model=model, tokenizer=tokenizer, min_new_tokens=40)
+    expected = translate(translator, "Hello", "en", "de", max_new_tokens=40, min_new_tokens=40)
+    assert translator("Hello", src_lang="en", tgt_lang="de") == [{"translation_text": expected[0]}]
+
+
+@pytest.mark.parametrize("sentence", [5, None, {"text": "a"}, ["a", None], [["a"]]])
+def test_sentences_must_be_strings(translator: ZCodeM3TranslationPipeline, sentence) -> None:
+    with pytest.raises(ValueError, match="must be a string, got"):
+        translator(sentence)
+
+
+def test_unknown_language(translator: ZCodeM3TranslationPipeline) -> None:
+    with pytest.raises(ValueError, match="unknown tgt_lang 'xx', the tokenizer knows: en, de, hi"):
+        translator("Hello", tgt_lang="xx")
+    with pytest.raises(ValueError, match="unknown src_lang 'xx', the tokenizer knows: en, de, hi"):
+        ZCodeM3TranslationPipeline(model=translator.model, tokenizer=translator.tokenizer, src_lang="xx")
+
+
+def test_missing_language(translator: ZCodeM3TranslationPipeline) -> None:
+    untold = ZCodeM3TranslationPipeline(model=translator.model, tokenizer=translator.tokenizer)
+    with pytest.raises(ValueError, match="missing tgt_lang: pass `tgt_lang=`, one of: en, de, hi"):
+        untold("Hello", src_lang="en")
+    with pytest.raises(ValueError, match="missing src_lang: pass `src_lang=`, one of: en, de, hi"):
+        untold("Hello", tgt_lang="de")
+
+
+def test_tokenizer_without_languages(translator: ZCodeM3TranslationPipeline) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=translator.tokenizer.backend_tokenizer)
+    with pytest.raises(ValueError, match="has no languages: use a ZCodeM3Tokenizer"):
+        ZCodeM3TranslationPipeline(model=translator.model, tokenizer=tokenizer)("Hello")
+
+
+def test_misspelled_argument(translator: ZCodeM3TranslationPipeline) -> None:
+    with pytest.raises(ValueError, match="num_beam"):
+        translator("Hello", num_beam=2)
+
+
+def test_nllb_tokenizer() -> None:
+    untrained = NllbTokenizer(extra_special_tokens=["eng_Latn", "deu_Latn"])
+    tokenizer = untrained.train_new_from_iterator(["Hello world"], 60, show_progress=False)
+    torch.manual_seed(0)
+    config = M2M100Config(vocab_size=len(tokenizer), pad_token_id=1, eos_token_id=2, decoder_start_token_id=2, **SIZES)
+    model = M2M100ForConditionalGeneration(config).eval()
+    translator = ZCodeM3TranslationPipeline(model=model, tokenizer=tokenizer, src_lang="eng_Latn", max_new_tokens=4)
+    inputs = tokenizer(["Hello"], return_tensors="pt")
+    german = tokenizer.convert_tokens_to_ids("deu_Latn")
+    expected = tokenizer.batch_decode(
+        model.generate(**inputs, forced_bos_token_id=german, max_new_tokens=4), skip_special_tokens=True
+    )
+    assert translator(["Hello", "world"], tgt_lang="deu_Latn", batch_size=2)[0] == {"translation_text": expected[0]}
+    with pytest.raises(ValueError, match="unknown tgt_lang 'de', the tokenizer knows: eng_Latn, deu_Latn"):
+        translator("Hello", tgt_lang="de")
+
+
+def test_save_and_load(translator: ZCodeM3TranslationPipeline, tmp_path: Path) -> None:
+    expected = translator("Hello")
+    translator.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["custom_pipelines"] == {
+        "translation": {
+            "impl": "pipeline_translation.ZCodeM3TranslationPipeline",
+            "pt": ["AutoModelForSeq2SeqLM"],
+            "type": "text",
+        }
+    }
+    options = {"src_lang": "en", "tgt_lang": "de", "max_new_tokens": 6}
+    by_task = pipeline(TASK, model=str(tmp_path), **options)
+    by_class = pipeline("translation", model=str(tmp_path), pipeline_class=ZCodeM3TranslationPipeline, **options)
+    for loaded in (by_task, by_class):
+        assert type(loaded) is ZCodeM3TranslationPipeline
+        assert type(loaded.model) is ZCodeM3ForConditionalGeneration
+        assert type(loaded.tokenizer) is ZCodeM3Tokenizer
+        assert loaded("Hello") == expected
+
+
+def test_load_a_folder_of_model_and_tokenizer(translator: ZCodeM3TranslationPipeline, tmp_path: Path) -> None:
+    expected = translator("Hello")
+    model_type = type(translator.model)
+    model_type.from_pretrained(_saved(translator, tmp_path / "pipeline")).save_pretrained(tmp_path / "model")
+    translator.tokenizer.save_pretrained(tmp_path / "model")
+    loaded = pipeline(TASK, model=str(tmp_path / "model"), src_lang="en", tgt_lang="de", max_new_tokens=6)
+    assert loaded("Hello") == expected
+
+
+def _saved(translator: ZCodeM3TranslationPipeline, folder: Path) -> Path:
+    translator.save_pretrained(folder)
+    return folder
+
+
+def test_remote_code_without_the_package(
+    translator: ZCodeM3TranslationPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto_classes = {
+        ZCodeM3Config: "AutoConfig",
+        ZCodeM3ForConditionalGeneration: "AutoModelForSeq2SeqLM",
+        ZCodeM3Tokenizer: "AutoTokenizer",
+    }
+    for cls, auto_class in auto_classes.items():
+        monkeypatch.setattr(cls, "_auto_class", None)
+        cls.register_for_auto_class(auto_class)
+    translator.save_pretrained(tmp_path / "model")
+    script = """
+import json, sys
+sys.modules["hf_moe_ted"] = None
+from transformers import pipeline
+translator = pipeline("translation", model="model", trust_remote_code=True)
+translator.save_pretrained("again")
+options = {"src_lang": "en", "tgt_lang": "de", "max_new_tokens": 6}
+again = pipeline(model="again", trust_remote_code=True, **options)
+print(json.dumps([type(again).__name__, translator("Hello", **options), again("Hello")]))
+"""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    expected = translator("Hello")
+    assert json.loads(run.stdout) == ["ZCodeM3TranslationPipeline", expected, expected]
