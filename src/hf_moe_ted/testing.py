@@ -6,7 +6,7 @@ from .models.configuration_zcode_m3 import ZCodeM3Config
 
 
 def tiny_config(**overrides: Any) -> ZCodeM3Config:
-    """A model of a few thousand parameters without dropout: 4 + 2 layers, every other one with 4 experts."""
+    """A model of 101,152 parameters without dropout: 4 + 2 layers, every other one with 4 experts."""
     fields: dict[str, Any] = {
         "vocab_size": 96,
         "max_position_embeddings": 64,

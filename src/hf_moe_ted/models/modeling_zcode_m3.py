@@ -5,6 +5,7 @@ runs in parallel.
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,8 @@ _IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "use_residual": (False,),
     "moe_token_dropout": (0.0,),
 }
+
+_EXPERT_KEY = re.compile(r"\.ffn\.(experts|router)\.")
 
 
 def eager_attention_forward(
@@ -327,6 +330,54 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, ZCodeM3SinusoidalPositionalEmbedding):
             init.copy_(module.weights, module.table())
+
+    @staticmethod
+    def _finalize_model_loading(model: PreTrainedModel, load_config: Any, loading_info: Any) -> Any:
+        """
+        Raises:
+            ValueError: the checkpoint lacks experts or routers of the model, or has others. transformers only warns,
+                but a model with some random experts still translates, just worse. `ignore_mismatched_sizes=True`
+                accepts it.
+        """
+        loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        wrong = {"missing": loading_info.missing_keys, "unexpected": loading_info.unexpected_keys}
+        wrong = {word: sorted(key for key in keys if _EXPERT_KEY.search(key)) for word, keys in wrong.items()}
+        if any(wrong.values()) and not load_config.ignore_mismatched_sizes:
+            lists = "; ".join(f"{word}: {', '.join(keys)}" for word, keys in wrong.items() if keys)
+            raise ValueError(
+                f"the experts of {load_config.pretrained_model_name_or_path} are not those of its config ({lists}); "
+                "correct num_experts and the sparse layers, or pass ignore_mismatched_sizes=True to have what is "
+                "missing initialized at random and what is unexpected ignored"
+            )
+        return loading_info
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """As [`PreTrainedModel.activation_checkpointing_enable`].
+
+        Raises:
+            ValueError: `use_reentrant=True`, whose first forward runs without gradients: those of the router losses,
+                which are computed from what the routers returned there, would be lost.
+        """
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if options["use_reentrant"]:
+            raise ValueError("use_reentrant=True loses the gradients of the router losses; use use_reentrant=False")
+        super().activation_checkpointing_enable(options, every_n_layers, offload)
+
+    def _resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        # `set_input_embeddings` makes one embedding of three; without tying, encoder and decoder keep their own
+        base = self.base_model
+        own: list[tuple[Any, Any]] = []
+        if isinstance(base, ZCodeM3Model) and not self.config.tie_word_embeddings:
+            own = [(side, side.embed_tokens) for side in (base.encoder, base.decoder)]
+        shared = super()._resize_token_embeddings(*args, **kwargs)
+        for side, embedding in own:
+            side.embed_tokens = self._get_resized_embeddings(embedding, *args, **kwargs)
+        return shared
 
 
 class ZCodeM3Stack(ZCodeM3PreTrainedModel):
