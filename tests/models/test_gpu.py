@@ -1,0 +1,79 @@
+"""What the tests of the model check on the CPU, on a CUDA device."""
+
+import copy
+
+import pytest
+import torch
+
+from hf_moe_ted import ZCodeM3ForConditionalGeneration
+from hf_moe_ted.testing import tiny_config
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def model_and_batch(**overrides):
+    torch.manual_seed(0)
+    model = ZCodeM3ForConditionalGeneration(tiny_config(capacity_factor=None, **overrides)).cuda()
+    input_ids = torch.randint(3, 96, (8, 17), device="cuda")
+    input_ids[0, 9:] = input_ids[3, 5:] = 1
+    batch = {
+        "input_ids": input_ids,
+        "attention_mask": (input_ids != 1).long(),
+        "labels": torch.randint(3, 96, (8, 11), device="cuda"),
+    }
+    return model, batch
+
+
+def loss_and_gradients(model, batch, implementation, **autocast):
+    model.set_experts_implementation(implementation)
+    model.zero_grad()
+    with torch.autocast("cuda", **autocast):
+        loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("num_experts_per_tok", [1, 2])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_experts_implementations_agree_with_the_loop(implementation, num_experts_per_tok):
+    model, batch = model_and_batch(num_experts_per_tok=num_experts_per_tok)
+    model.train()
+    loss, gradients = loss_and_gradients(model, batch, implementation, enabled=False)
+    expected_loss, expected_gradients = loss_and_gradients(model, batch, "eager", enabled=False)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_training_step_in_bf16_autocast_is_close_to_float32():
+    model, batch = model_and_batch()
+    model.train()
+    loss, gradients = loss_and_gradients(model, batch, "grouped_mm", dtype=torch.bfloat16)
+    expected_loss, _ = loss_and_gradients(model, batch, "grouped_mm", enabled=False)
+    torch.testing.assert_close(loss.float(), expected_loss, rtol=2e-2, atol=0.0)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_generation_equals_the_cpu(num_beams):
+    model, batch = model_and_batch()
+    model.eval()
+    on_cpu = copy.deepcopy(model).cpu()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    output = model.generate(**inputs, num_beams=num_beams, max_new_tokens=8)
+    expected = on_cpu.generate(**{k: v.cpu() for k, v in inputs.items()}, num_beams=num_beams, max_new_tokens=8)
+    assert output.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention", "flash_attention_2"])
+def test_attention_implementations_agree_with_eager(attention):
+    # flex_attention needs at least 16 dimensions per head
+    model, batch = model_and_batch(encoder_attention_heads=2, decoder_attention_heads=2)
+    model = model.eval().to(torch.bfloat16)
+    model.set_attn_implementation("eager")
+    expected = model(**batch).logits
+    try:
+        model.set_attn_implementation(attention)
+    except (ImportError, ValueError) as error:
+        pytest.skip(f"{attention} is not available: {error}")
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=5e-2, atol=5e-2)
