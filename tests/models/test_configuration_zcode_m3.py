@@ -123,6 +123,13 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         for name in ("router_aux_loss_coef", "router_z_loss_coef", "init_std")
         for value in (-0.1, math.nan)
     ],
+    ({"router_noise_policy": "rsample", "num_experts_per_tok": 2}, ("'rsample'", "num_experts_per_tok is 2")),
+    ({"second_expert_policy": "random"}, ("second_expert_policy='random'", "num_experts_per_tok=2, got 1")),
+    (
+        {"second_expert_policy": "sampling", "num_experts_per_tok": 3},
+        ("second_expert_policy='sampling'", "num_experts_per_tok=2, got 3"),
+    ),
+    ({"batch_prioritized_routing": True}, ("batch_prioritized_routing", "'position', got 'random'")),
     ({"pad_token_id": None}, ("pad_token_id must be set",)),
     ({"decoder_start_token_id": None}, ("decoder_start_token_id must be set",)),
     ({"pad_token_id": -1}, ("pad_token_id (-1)", "vocab_size (96)")),
@@ -131,23 +138,18 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"pad_token_id": 2}, ("decoder_start_token_id (2)", "pad_token_id")),
 ]
 
-NOT_IMPLEMENTED: list[tuple[str, Any]] = [
-    ("position_embedding_type", "learned"),
-    ("position_embedding_type", "tupe"),
-    ("num_experts_per_tok", 3),
-    ("router_noise_policy", "rsample"),
-    ("token_drop_policy", "probability"),
-    ("batch_prioritized_routing", True),
-    ("second_expert_policy", "sampling"),
-    ("second_expert_policy", "random"),
-    ("use_residual", True),
-    ("moe_token_dropout", 0.2),
-]
+NOT_IMPLEMENTED: list[tuple[str, Any]] = [("position_embedding_type", "tupe")]
 
 IMPLEMENTED: list[tuple[str, Any]] = [
+    ("position_embedding_type", "learned"),
     ("num_experts_per_tok", 2),
+    ("num_experts_per_tok", 3),
     ("router_noise_policy", "jitter"),
+    ("router_noise_policy", "rsample"),
     ("token_drop_policy", "position"),
+    ("token_drop_policy", "probability"),
+    ("use_residual", True),
+    ("moe_token_dropout", 0.2),
     ("normalize_router_weights", "before_dropping"),
     ("normalize_router_weights", "after_dropping"),
     ("router_dtype", "bfloat16"),

@@ -119,8 +119,16 @@ def dense_experts() -> Iterator[None]:
             "normalize_router_weights": "after_dropping",
             "token_drop_policy": "position",
         },
+        {
+            "capacity_factor": 0.6,
+            "min_capacity": 0,
+            "num_experts_per_tok": 3,
+            "normalize_router_weights": "after_dropping",
+            "token_drop_policy": "probability",
+        },
+        {"capacity_factor": None, "use_residual": True, "num_experts": [2, 4, 8], "position_embedding_type": "learned"},
     ],
-    ids=["top1", "top2", "top1-random-drops", "top2-position-drops"],
+    ids=["top1", "top2", "top1-random-drops", "top2-position-drops", "top3-probability-drops", "pr-moe"],
 )
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_experts_implementations_agree_on_logits_loss_and_every_gradient(overrides: dict, side: str) -> None:
@@ -240,11 +248,20 @@ def test_sinusoidal_positions_by_hand() -> None:
 # --- padding and batches
 
 
+EVALUATED_ALIKE = [
+    {"num_experts_per_tok": 1},
+    {"num_experts_per_tok": 2},
+    {"num_experts_per_tok": 3, "token_drop_policy": "probability", "normalize_router_weights": "after_dropping"},
+    {"use_residual": True, "num_experts": [2, 4, 8], "moe_token_dropout": 0.2},
+    {"position_embedding_type": "learned"},
+]
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_a_sentence_alone_equals_the_sentence_in_a_batch(side: str, top_k: int) -> None:
+@pytest.mark.parametrize("overrides", EVALUATED_ALIKE, ids=lambda overrides: "-".join(overrides))
+def test_a_sentence_alone_equals_the_sentence_in_a_batch(side: str, overrides: dict) -> None:
     """Evaluation drops no token and looks at no padding, so logits do not depend on the batch."""
-    model = _model(num_experts_per_tok=top_k)
+    model = _model(**overrides)
     source_lengths, target_lengths = [9, 4, 7], [3, 8, 5]
     source, target = _ids(source_lengths, side), _ids(target_lengths, side, seed=1)
     logits = model(
@@ -256,6 +273,16 @@ def test_a_sentence_alone_equals_the_sentence_in_a_batch(side: str, top_k: int) 
             decoder_input_ids=target[row : row + 1, target[row] != PAD],
         ).logits
         torch.testing.assert_close(logits[row, target[row] != PAD], alone[0], **CLOSE)
+
+
+def test_learned_positions() -> None:
+    model = _model(position_embedding_type="learned")
+    table = model.model.encoder.embed_positions.weight
+    assert table.shape == (MAX_POSITIONS + PAD + 1, 32)
+    assert not table[PAD].any() and table[PAD + 1 :].std() > 0.1
+    _, gradients = _train_step(model, _batch([9], [5]))
+    gradient = gradients["model.encoder.embed_positions.weight"]
+    assert gradient.any(dim=1).nonzero().flatten().tolist() == list(range(PAD + 1, PAD + 10))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -747,9 +774,9 @@ def test_encoder_outputs_are_used_again() -> None:
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_cache_equals_no_cache(side: str, top_k: int) -> None:
-    model = _model(num_experts_per_tok=top_k)
+@pytest.mark.parametrize("overrides", EVALUATED_ALIKE, ids=lambda overrides: "-".join(overrides))
+def test_cache_equals_no_cache(side: str, overrides: dict) -> None:
+    model = _model(**overrides)
     source, target = _ids([9, 4, 7], side), _ids([10, 10, 10], seed=1)
     inputs = {"input_ids": source, "attention_mask": _mask(source)}
     expected = model(**inputs, decoder_input_ids=target).logits

@@ -296,6 +296,42 @@ def test_half_precision_layer_keeps_its_dtype_and_the_values(implementation: str
     torch.testing.assert_close(output.float(), expected, atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_residual_branch_is_mixed_in_by_learned_coefficients(implementation: str) -> None:
+    layer = _layer(_config(implementation, use_residual=True, capacity_factor=None))
+    hidden, mask = _inputs("right")
+    output, _ = _run(layer, hidden, mask)
+    residual, layer.residual = layer.residual, None
+    assert residual is not None
+    coefficients = (hidden @ residual.coefficient.weight.T + residual.coefficient.bias).softmax(dim=-1)
+    mlp = residual.mlp
+    dense = (hidden @ mlp.fc1.weight.T + mlp.fc1.bias).clamp(min=0) @ mlp.fc2.weight.T + mlp.fc2.bias
+    expected = layer(hidden, mask) * coefficients[..., :1] + dense * coefficients[..., 1:]
+    torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_expert_output_masking(implementation: str) -> None:
+    """In training whole expert outputs are left out, unscaled; in evaluation all are scaled by the kept share."""
+    probability = 0.25
+    options = {"num_experts_per_tok": 2, "capacity_factor": None, "normalize_router_weights": "before_dropping"}
+    layer = _layer(_config(implementation, moe_token_dropout=probability, **options))
+    plain = _layer(_config(implementation, **options))
+    plain.load_state_dict(layer.state_dict())
+    hidden = torch.randn(1, 2000, D_MODEL)
+
+    torch.testing.assert_close(layer.eval()(hidden), plain.eval()(hidden) * (1 - probability))
+
+    _, routing = _run(plain, hidden)
+    torch.manual_seed(5)
+    output = layer.train()(hidden)
+    torch.manual_seed(5)
+    kept_TK = torch.rand(2000, 2) >= probability
+    assert kept_TK.float().mean().item() == pytest.approx(1 - probability, abs=0.03)
+    expected = plain.experts(hidden[0], routing.expert_ids, routing.weights * kept_TK)
+    torch.testing.assert_close(output[0], expected)
+
+
 def test_dense_feed_forward() -> None:
     torch.manual_seed(0)
     layer = ZCodeM3DenseFFN(tiny_config(), FFN_DIM)

@@ -300,6 +300,160 @@ def test_top_2_in_position_order_equals_deepspeed(seed: int) -> None:
     torch.testing.assert_close(load_balancing_loss(routing.logits, routing.choices), aux_loss, rtol=1e-6, atol=0.0)
 
 
+def _gumbel(shape: torch.Size) -> Tensor:
+    return torch.distributions.Gumbel(torch.tensor(0.0), torch.tensor(1.0)).rsample(shape)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_top_1_with_rsample_equals_deepspeed(seed: int) -> None:
+    """`top1gating` with `noisy_gate_policy="RSample"`: noise chooses, the weight is the probability without noise."""
+    logits, capacity_factor = _random_case(seed)
+    torch.manual_seed(seed)
+    expert = (logits + _gumbel(logits.shape)).argmax(dim=1)
+    torch.manual_seed(seed)
+    options = {"router_noise_policy": "rsample", "capacity_factor": capacity_factor, "token_drop_policy": "random"}
+    routing = _route(logits, **options)
+    assert torch.equal(routing.choices[:, 0], expert)
+    assert (expert != logits.argmax(dim=1)).any()
+    kept = routing.expert_ids[:, 0] < logits.shape[1]
+    assert kept.any()
+    assert torch.equal(routing.weights[:, 0], logits.softmax(dim=1).gather(1, expert[:, None])[:, 0] * kept)
+    assert torch.equal(_route(logits, train=False, **options).choices[:, 0], logits.argmax(dim=1))
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("seed", range(8))
+def test_top_2_with_second_expert_sampling_equals_deepspeed(seed: int, train: bool) -> None:
+    """`top2gating` with `top2_2nd_expert_sampling=True`, its default, which samples in evaluation, too."""
+    logits, capacity_factor = _random_case(seed)
+    torch.manual_seed(seed)
+    first = logits.argmax(dim=1)
+    noisy = (logits + _gumbel(logits.shape)).masked_fill(_one_hot(first, logits.shape[1]).bool(), float("-inf"))
+    torch.manual_seed(seed)
+    options = {"num_experts_per_tok": 2, "second_expert_policy": "sampling", "token_drop_policy": "position"}
+    routing = _route(
+        logits, train=train, capacity_factor=capacity_factor, eval_capacity_factor=capacity_factor, **options
+    )
+    assert torch.equal(routing.choices, torch.stack([first, noisy.argmax(dim=1)], dim=1))
+
+
+def _deepspeed_topk(
+    logits: Tensor, k: int, capacity_factor: float, min_capacity: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Auxiliary loss, and [T, k] experts, whether they are kept, and their weights, normalised after dropping.
+
+    Restates `topkgating` of deepspeed/moe/sharded_moe.py (Apache-2.0), whose drop policy is "probs".
+    """
+    num_tokens, num_experts = logits.shape
+    gates = logits.softmax(dim=1)
+    top_gates, experts = torch.topk(gates, k, dim=1)
+    mask = torch.zeros_like(gates, dtype=torch.bool).scatter_(1, experts, True)
+    aux_loss = (gates.mean(dim=0) * mask.float().mean(dim=0)).mean() * num_experts * num_experts / k
+
+    capacity = _deepspeed_capacity(num_tokens, num_experts, capacity_factor * k, min_capacity)
+    chosen_gates = torch.zeros_like(gates).scatter(1, experts, top_gates)
+    selected = torch.topk(chosen_gates, min(capacity, num_tokens), dim=0)[1]
+    mask &= torch.zeros_like(mask).scatter_(0, selected, True)
+    weights = gates * mask
+    weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).eps)
+    return aux_loss, experts, mask.gather(1, experts), weights.gather(1, experts)
+
+
+@pytest.mark.parametrize("k", [3, 4])
+@pytest.mark.parametrize("seed", [seed for seed in range(32) if seed % 4])
+def test_top_k_by_probability_equals_deepspeed(seed: int, k: int) -> None:
+    logits, capacity_factor = _random_case(seed)
+    aux_loss, experts, kept, weights = _deepspeed_topk(logits, k, capacity_factor, min_capacity=4)
+    routing = _route(
+        logits,
+        num_experts_per_tok=k,
+        capacity_factor=capacity_factor,
+        min_capacity=4,
+        token_drop_policy="probability",
+        normalize_router_weights="after_dropping",
+    )
+    assert torch.equal(routing.choices, experts)
+    assert torch.equal(routing.expert_ids, torch.where(kept, experts, logits.shape[1]))
+    # DeepSpeed adds up the weights of all experts, zeros among them, which rounds differently
+    torch.testing.assert_close(routing.weights, weights, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(load_balancing_loss(routing.logits, routing.choices), aux_loss, rtol=1e-6, atol=0.0)
+
+
+# --- NLLB-MoE's gate
+
+
+def _nllb_top2(
+    logits: Tensor, capacity: int, *, policy: str, batch_prioritized: bool, normalize_before: bool
+) -> tuple[Tensor, Tensor]:
+    """Masks bool[2, T, E] and weights float[2, T] of first and second experts.
+
+    Restates `NllbMoeTop2Router.route_tokens` of transformers 4.57.6 (Apache-2.0).
+    """
+    probs = logits.softmax(dim=-1)
+    first = _one_hot(probs.argmax(dim=-1), logits.shape[1])
+    noisy = logits + _gumbel(logits.shape) if policy == "sampling" else logits
+    second = _one_hot(noisy.masked_fill(first.bool(), float("-inf")).argmax(dim=-1), logits.shape[1])
+    gate_1, gate_2 = (probs * first).sum(dim=1), (probs * second).sum(dim=1)
+    before = torch.stack([gate_1, gate_2]) / (gate_1 + gate_2).clamp(min=torch.finfo(torch.float32).eps)
+    if policy == "random":
+        second = second * (2 * gate_2 > torch.rand_like(gate_2)).unsqueeze(1)
+
+    order = (-probs.amax(dim=1)).argsort(stable=True) if batch_prioritized else torch.arange(len(logits))
+    back = order.argsort()
+    location_1 = (first[order].cumsum(dim=0) - 1)[back]
+    location_2 = (second[order].cumsum(dim=0) - 1)[back] + first.sum(dim=0, keepdim=True)
+    first, second = first * (location_1 < capacity), second * (location_2 < capacity)
+    gate_1, gate_2 = (probs * first).sum(dim=1), (probs * second).sum(dim=1)
+    after = torch.stack([gate_1, gate_2]) / (gate_1 + gate_2).clamp(min=torch.finfo(torch.float32).eps)
+    masks = torch.stack([first, second]).bool()
+    return masks, (before if normalize_before else after) * masks.any(dim=-1)
+
+
+@pytest.mark.parametrize("normalize_before", [True, False])
+@pytest.mark.parametrize("batch_prioritized", [True, False])
+@pytest.mark.parametrize("policy", ["all", "sampling", "random"])
+@pytest.mark.parametrize("seed", range(4, 12))
+def test_top_2_equals_nllb_moe(seed: int, policy: str, batch_prioritized: bool, normalize_before: bool) -> None:
+    logits, capacity_factor = _random_case(seed)
+    capacity = _deepspeed_capacity(*logits.shape, capacity_factor * 2, 4)
+    torch.manual_seed(seed)
+    masks, weights = _nllb_top2(
+        logits, capacity, policy=policy, batch_prioritized=batch_prioritized, normalize_before=normalize_before
+    )
+    torch.manual_seed(seed)
+    routing = _route(
+        logits,
+        num_experts_per_tok=2,
+        capacity_factor=capacity_factor,
+        min_capacity=4,
+        token_drop_policy="position",
+        second_expert_policy=policy,
+        batch_prioritized_routing=batch_prioritized,
+        normalize_router_weights="before_dropping" if normalize_before else "after_dropping",
+    )
+    kept = masks.any(dim=-1).T
+    assert torch.equal(routing.expert_ids < logits.shape[1], kept)
+    assert torch.equal(routing.expert_ids[kept], masks.int().argmax(dim=-1).T[kept])
+    torch.testing.assert_close(routing.weights, weights.T, rtol=1e-6, atol=0.0)
+
+
+def test_second_choice_left_out_at_random_takes_no_capacity() -> None:
+    """Its place in the queue goes to the next token: without that, fewer tokens than the capacity would be computed."""
+    torch.manual_seed(0)
+    logits = torch.tensor([[1.0, 0.9, -9.0]]).repeat(400, 1)
+    routing = _route(
+        logits,
+        num_experts_per_tok=2,
+        second_expert_policy="random",
+        token_drop_policy="position",
+        capacity_factor=0.3,
+        min_capacity=0,
+    )
+    # 2 * p2 is 0.95: about 20 of 400 second choices are left out, and the queue of expert 1 is full all the same
+    assert routing.num_tokens_per_expert().tolist() == [80, 80, 0]
+    assert 0 < (routing.expert_ids[:80, 1] == 3).sum() < 15
+
+
 def test_deepspeed_cases_drop_tokens() -> None:
     """The two tests above compare nothing about dropping unless tokens are dropped."""
     shares = []

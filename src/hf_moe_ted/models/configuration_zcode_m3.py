@@ -52,7 +52,8 @@ class ZCodeM3Config(PreTrainedConfig):
         router_bias (`bool`, defaults to `False`): Whether the router's projection has a bias.
         router_noise_policy (`str`, *optional*): Exploration in training. `"jitter"` multiplies the router's input by
             uniform noise in `[1 - router_jitter_noise, 1 + router_jitter_noise]` (Switch Transformers,
-            https://huggingface.co/papers/2101.03961); `"rsample"` adds Gumbel noise to the logits (DeepSpeed).
+            https://huggingface.co/papers/2101.03961); `"rsample"` samples the expert of top-1 routing with Gumbel
+            noise (DeepSpeed).
         router_jitter_noise (`float`, defaults to 0.01): Half width of the jitter.
         capacity_factor (`float`, *optional*, defaults to 1.0): In training an expert takes at most
             `max(ceil(num_tokens * num_experts_per_tok / num_experts * capacity_factor), min_capacity)` tokens of a
@@ -64,16 +65,20 @@ class ZCodeM3Config(PreTrainedConfig):
             (`"random"`, Random Token Selection of paper 2109.10465), who comes first in the batch (`"position"`), or
             who has the highest router probability (`"probability"`). With several experts per token, first choices
             go before second choices, but for `"probability"`.
-        batch_prioritized_routing (`bool`, defaults to `False`): Fill experts in the order of the tokens' highest
-            router probability (https://huggingface.co/papers/2106.05974, NLLB-MoE).
-        second_expert_policy (`str`, defaults to `"all"`): Which second choices are used: all, sampled with Gumbel
-            noise (`"sampling"`), or at random in proportion to their probability (`"random"`).
+        batch_prioritized_routing (`bool`, defaults to `False`): With `token_drop_policy="position"`, fill experts in
+            the order of the tokens' highest router probability rather than of the batch
+            (https://huggingface.co/papers/2106.05974, NLLB-MoE).
+        second_expert_policy (`str`, defaults to `"all"`): Of top-2 routing: take the second expert as it is, sample
+            it with Gumbel noise (`"sampling"`; DeepSpeed's default), or use it only with twice its probability
+            (`"random"`; GShard, https://huggingface.co/papers/2006.16668). The last two are random in evaluation, too.
         normalize_router_weights (`str`, *optional*): Divide a token's `num_experts_per_tok` weights by their sum
             `"before_dropping"` or `"after_dropping"` (a lone survivor then weighs 1). `None` leaves the router's
             probabilities alone.
         use_residual (`bool`, defaults to `False`): Add a dense branch to every sparse layer, mixed in by two learned
             coefficients (PR-MoE, https://huggingface.co/papers/2201.05596).
-        moe_token_dropout (`float`, defaults to 0.0): Expert output masking (NLLB-MoE).
+        moe_token_dropout (`float`, defaults to 0.0): Expert output masking (https://huggingface.co/papers/2207.04672,
+            NLLB-MoE): in training each expert's output for a token is left out with this probability, in evaluation
+            it is scaled by one minus it.
         router_ignore_padding_tokens (`bool`, defaults to `True`): Padding is sent to no expert, takes no capacity and
             counts in no loss.
         router_aux_loss_coef (`float`, defaults to 0.01): Weight of the load-balancing loss.
@@ -221,6 +226,21 @@ class ZCodeM3Config(PreTrainedConfig):
                 raise ValueError(f"{name} ({getattr(self, name)}) must not be negative")
         if not 0.0 <= self.router_jitter_noise < 1.0:
             raise ValueError(f"router_jitter_noise ({self.router_jitter_noise}) must be at least 0 and less than 1")
+        if self.router_noise_policy == "rsample" and self.num_experts_per_tok != 1:
+            raise ValueError(
+                f"router_noise_policy='rsample' samples the one expert of a token; num_experts_per_tok is "
+                f"{self.num_experts_per_tok}, use None or 'jitter'"
+            )
+        if self.second_expert_policy != "all" and self.num_experts_per_tok != 2:
+            raise ValueError(
+                f"second_expert_policy={self.second_expert_policy!r} needs num_experts_per_tok=2, "
+                f"got {self.num_experts_per_tok}"
+            )
+        if self.batch_prioritized_routing and self.token_drop_policy != "position":
+            raise ValueError(
+                "batch_prioritized_routing sets the order in which experts fill; "
+                f"token_drop_policy must be 'position', got {self.token_drop_policy!r}"
+            )
         self._validate_num_experts()
 
     def _validate_sparse_layers(self, side: Side) -> None:

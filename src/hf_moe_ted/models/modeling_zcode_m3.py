@@ -36,14 +36,7 @@ from .router import Routing, ZCodeM3Router
 
 # Fields of the config that are read and kept, but whose behaviour does not exist yet: field -> values that work.
 _IMPLEMENTED: dict[str, tuple[Any, ...]] = {
-    "position_embedding_type": ("sinusoidal",),
-    "num_experts_per_tok": (1, 2),
-    "router_noise_policy": (None, "jitter"),
-    "token_drop_policy": ("random", "position"),
-    "batch_prioritized_routing": (False,),
-    "second_expert_policy": ("all",),
-    "use_residual": (False,),
-    "moe_token_dropout": (0.0,),
+    "position_embedding_type": ("sinusoidal", "learned"),
 }
 
 _EXPERT_KEY = re.compile(r"\.ffn\.(experts|router)\.")
@@ -140,8 +133,31 @@ class ZCodeM3SinusoidalPositionalEmbedding(nn.Module):
         Returns:
             float[batch, length, d_model], zeros for padding.
         """
-        positions = (token_mask.long().cumsum(dim=1) + num_past) * token_mask + self.padding_idx
-        return nn.functional.embedding(positions, self.weights)
+        return nn.functional.embedding(_position_ids(token_mask, num_past, self.padding_idx), self.weights)
+
+
+class ZCodeM3LearnedPositionalEmbedding(nn.Embedding):
+    """Learned positions in the layout of the sinusoidal ones."""
+
+    def __init__(self, config: ZCodeM3Config):
+        padding_idx: int = config.pad_token_id  # type: ignore[assignment]  # the config requires it
+        super().__init__(config.max_position_embeddings + padding_idx + 1, config.d_model, padding_idx)
+        self.first_row = padding_idx
+
+    def forward(self, token_mask: Tensor, num_past: int | Tensor = 0) -> Tensor:
+        """As [`ZCodeM3SinusoidalPositionalEmbedding.forward`]."""
+        return super().forward(_position_ids(token_mask, num_past, self.first_row))
+
+
+def _position_ids(token_mask: Tensor, num_past: int | Tensor, padding_idx: int) -> Tensor:
+    """int64[batch, length], row of the positional embedding: `padding_idx` for padding, tokens count on from there."""
+    return (token_mask.long().cumsum(dim=1) + num_past) * token_mask + padding_idx
+
+
+POSITIONAL_EMBEDDINGS = {
+    "sinusoidal": ZCodeM3SinusoidalPositionalEmbedding,
+    "learned": ZCodeM3LearnedPositionalEmbedding,
+}
 
 
 class ZCodeM3Attention(nn.Module):
@@ -386,7 +402,7 @@ class ZCodeM3Stack(ZCodeM3PreTrainedModel):
     def __init__(self, config: ZCodeM3Config, layers: list[nn.Module]):
         super().__init__(config)
         self.embed_tokens: nn.Module = ZCodeM3ScaledWordEmbedding(config)
-        self.embed_positions = ZCodeM3SinusoidalPositionalEmbedding(config)
+        self.embed_positions = POSITIONAL_EMBEDDINGS[config.position_embedding_type](config)
         self.layers = nn.ModuleList(layers)
         self.layer_norm = nn.LayerNorm(config.d_model)
         self.gradient_checkpointing = False

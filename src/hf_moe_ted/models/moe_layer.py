@@ -1,5 +1,6 @@
 """The feed-forward of a transformer block: dense, or route -> experts -> combine."""
 
+import torch
 from torch import Tensor, nn
 
 from .configuration_zcode_m3 import ZCodeM3Config
@@ -21,15 +22,17 @@ class ZCodeM3DenseFFN(nn.Module):
 
 
 class ZCodeM3MoELayer(nn.Module):
-    """Feed-forward of a sparse layer: a router and its experts."""
+    """Feed-forward of a sparse layer: a router and its experts, with `use_residual` beside a dense branch."""
 
     def __init__(self, config: ZCodeM3Config, num_experts: int, ffn_dim: int):
         super().__init__()
+        self.output_masking = config.moe_token_dropout
         self.router = ZCodeM3Router(config, num_experts)
         self.experts = ZCodeM3Experts(config, num_experts, ffn_dim)
         # the switch of transformers' experts functions that makes them skip ids of `num_experts` and above,
         # which here are dropped and padding tokens
         self.experts._is_expert_parallel = True
+        self.residual = ZCodeM3ResidualBranch(config, ffn_dim) if config.use_residual else None
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """
@@ -38,10 +41,37 @@ class ZCodeM3MoELayer(nn.Module):
             token_mask: bool[batch, length], *optional*, False for tokens that go to no expert.
 
         Returns:
-            float[batch, length, d_model]; zeros for tokens that went to no expert.
+            float[batch, length, d_model]; without a dense branch zeros for tokens that went to no expert.
         """
         tokens_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         mask_T = None if token_mask is None else token_mask.reshape(-1)
         _, routing = self.router(tokens_TD, mask_T)
-        output_TD = self.experts(tokens_TD, routing.expert_ids, routing.weights.to(tokens_TD.dtype))
+        weights_TK = self._mask_outputs(routing.weights).to(tokens_TD.dtype)
+        output_TD = self.experts(tokens_TD, routing.expert_ids, weights_TK)
+        if self.residual is not None:
+            output_TD = self.residual(tokens_TD, output_TD)
         return output_TD.view_as(hidden_states)
+
+    def _mask_outputs(self, weights_TK: Tensor) -> Tensor:
+        """Expert output masking (NLLB, https://huggingface.co/papers/2207.04672, section 6.2.1), on the weights."""
+        if self.output_masking == 0.0:
+            return weights_TK
+        if self.training:
+            return weights_TK * (torch.rand_like(weights_TK) >= self.output_masking)
+        return weights_TK * (1.0 - self.output_masking)
+
+
+class ZCodeM3ResidualBranch(nn.Module):
+    """Dense branch of PR-MoE (https://huggingface.co/papers/2201.05596, section 4.1; `deepspeed/moe/layer.py`).
+
+    `experts(x) * c[0] + mlp(x) * c[1]` with `c = softmax(coefficient(x))`.
+    """
+
+    def __init__(self, config: ZCodeM3Config, ffn_dim: int):
+        super().__init__()
+        self.mlp = ZCodeM3DenseFFN(config, ffn_dim)
+        self.coefficient = nn.Linear(config.d_model, 2)
+
+    def forward(self, tokens_TD: Tensor, expert_output_TD: Tensor) -> Tensor:
+        coefficients_T2 = self.coefficient(tokens_TD).softmax(dim=-1)
+        return expert_output_TD * coefficients_T2[:, :1] + self.mlp(tokens_TD) * coefficients_T2[:, 1:]

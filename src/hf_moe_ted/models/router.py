@@ -49,9 +49,16 @@ class Routing:
 
 
 class ZCodeM3Router(nn.Module):
-    """Linear top-k router with capacity, as in DeepSpeed's gates (`deepspeed/moe/sharded_moe.py`).
+    """Linear top-k router with capacity: DeepSpeed's gates (`deepspeed/moe/sharded_moe.py`) and NLLB-MoE's in one.
 
     Parameters: `weight` [num_experts, d_model], and `bias` [num_experts] if `config.router_bias`.
+
+    | gate | config |
+    |---|---|
+    | DeepSpeed, k = 1 | `token_drop_policy="random"` (RTS) or `"position"`, `router_noise_policy` |
+    | DeepSpeed, k = 2 | `"position"`, `normalize_router_weights="after_dropping"`, `second_expert_policy="sampling"` |
+    | DeepSpeed, k >= 3 | `"probability"`, `normalize_router_weights="after_dropping"` |
+    | NLLB-MoE | k = 2, `"position"`, optionally `batch_prioritized_routing`, any `second_expert_policy` |
     """
 
     def __init__(self, config: ZCodeM3Config, num_experts: int):
@@ -59,11 +66,14 @@ class ZCodeM3Router(nn.Module):
         self.num_experts = num_experts
         self.top_k = config.num_experts_per_tok
         self.dtype = getattr(torch, config.router_dtype)
-        self.jitter_noise = config.router_jitter_noise if config.router_noise_policy == "jitter" else 0.0
+        self.noise_policy = config.router_noise_policy
+        self.jitter_noise = config.router_jitter_noise
         self.capacity_factor = config.capacity_factor
         self.eval_capacity_factor = config.eval_capacity_factor
         self.min_capacity = config.min_capacity
         self.token_drop_policy = config.token_drop_policy
+        self.batch_prioritized_routing = config.batch_prioritized_routing
+        self.second_expert_policy = config.second_expert_policy
         self.normalize_router_weights = config.normalize_router_weights
         self.weight = nn.Parameter(torch.empty(num_experts, config.d_model))
         self.bias = nn.Parameter(torch.empty(num_experts)) if config.router_bias else None
@@ -80,11 +90,12 @@ class ZCodeM3Router(nn.Module):
         """
         logits_TE = self._logits(hidden_states_TD)
         probs_TE = logits_TE.softmax(dim=-1)
-        weights_TK, choices_TK = probs_TE.topk(self.top_k, dim=-1)
-        if self.normalize_router_weights == "before_dropping":
-            weights_TK = _normalize(weights_TK)
+        choices_TK = self._choices(logits_TE, probs_TE)
+        probs_TK = probs_TE.gather(1, choices_TK)
+        weights_TK = _normalize(probs_TK) if self.normalize_router_weights == "before_dropping" else probs_TK
 
-        kept_TK = self._kept(choices_TK, token_mask_T)
+        used_TK = self._used(probs_TK, token_mask_T)
+        kept_TK = self._within_capacity(choices_TK, probs_TK, used_TK)
         if kept_TK is None:
             expert_ids_TK = choices_TK
         else:
@@ -97,33 +108,70 @@ class ZCodeM3Router(nn.Module):
     def _logits(self, hidden_states_TD: Tensor) -> Tensor:
         """float32[T, E]; computed in `router_dtype` even under autocast, as rounding there changes the experts."""
         inputs_TD = hidden_states_TD.to(self.dtype)
-        if self.training and self.jitter_noise > 0:
+        if self.training and self.noise_policy == "jitter":
             noise = torch.empty_like(inputs_TD).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
             inputs_TD = inputs_TD * noise
         bias = None if self.bias is None else self.bias.to(self.dtype)
         with maybe_autocast(device_type=hidden_states_TD.device.type, enabled=False):
             return nn.functional.linear(inputs_TD, self.weight.to(self.dtype), bias).float()
 
-    def _kept(self, choices_TK: Tensor, token_mask_T: Tensor | None) -> Tensor | None:
-        """bool[T, K], True for slots that are computed; `None` if all are."""
-        capacity_factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        mask_TK = None if token_mask_T is None else token_mask_T.unsqueeze(-1).expand_as(choices_TK)
-        if capacity_factor is None:
+    def _choices(self, logits_TE: Tensor, probs_TE: Tensor) -> Tensor:
+        """int64[T, K], the experts each token would go to, in order of preference.
+
+        Noise decides who is chosen, never the weight: that is the router's probability. RSample (DeepSpeed) samples
+        the one expert in training; the second expert's sampling (GShard, DeepSpeed, NLLB-MoE) works in evaluation,
+        too, as it does there.
+        """
+        if self.noise_policy == "rsample" and self.training:
+            return (logits_TE + _gumbel_like(logits_TE)).argmax(dim=-1, keepdim=True)
+        if self.second_expert_policy == "sampling":
+            first_T1 = probs_TE.argmax(dim=-1, keepdim=True)
+            noisy_TE = (logits_TE + _gumbel_like(logits_TE)).scatter(1, first_T1, -torch.inf)
+            return torch.cat([first_T1, noisy_TE.argmax(dim=-1, keepdim=True)], dim=-1)
+        return probs_TE.topk(self.top_k, dim=-1).indices
+
+    def _used(self, probs_TK: Tensor, token_mask_T: Tensor | None) -> Tensor | None:
+        """bool[T, K], False for padding and for second choices that are left out at random; `None` if all are used."""
+        mask_TK = None if token_mask_T is None else token_mask_T.unsqueeze(-1).expand_as(probs_TK)
+        if self.second_expert_policy != "random":
             return mask_TK
+        # GShard, section 2.2: dispatch to the second expert with probability proportional to its weight
+        second_T = 2 * probs_TK[:, 1] > torch.rand_like(probs_TK[:, 1])
+        used_TK = torch.stack([torch.ones_like(second_T), second_T], dim=-1)
+        return used_TK if mask_TK is None else used_TK & mask_TK
+
+    def _within_capacity(self, choices_TK: Tensor, probs_TK: Tensor, used_TK: Tensor | None) -> Tensor | None:
+        """bool[T, K], True for used slots that are computed; `None` if all slots are."""
+        capacity_factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if capacity_factor is None:
+            return used_TK
 
         num_tokens = choices_TK.shape[0]
-        slots_TK = choices_TK if mask_TK is None else choices_TK.masked_fill(~mask_TK, self.num_experts)
-        num_routed = num_tokens if token_mask_T is None else token_mask_T.sum()
+        slots_TK = choices_TK if used_TK is None else choices_TK.masked_fill(~used_TK, self.num_experts)
+        num_routed = num_tokens if used_TK is None else used_TK[:, 0].sum()
         capacity = expert_capacity(
             num_routed, self.num_experts, capacity_factor * self.top_k, self.min_capacity, choices_TK.device
         )
-        priority_TK = None
+        rank_TK = rank_in_expert(
+            slots_TK,
+            self.num_experts,
+            self._priority(choices_TK, probs_TK),
+            by_choice=self.token_drop_policy != "probability",
+        )
+        kept_TK = rank_TK < capacity
+        return kept_TK if used_TK is None else kept_TK & used_TK
+
+    def _priority(self, choices_TK: Tensor, probs_TK: Tensor) -> Tensor | None:
+        """float[T, K], who goes first in an expert's queue; `None` for the order in the batch."""
         if self.token_drop_policy == "random":
             # one number per token and expert, as DeepSpeed draws them: equal seeds keep equal tokens
-            random_TE = torch.rand(num_tokens, self.num_experts, device=choices_TK.device)
-            priority_TK = random_TE.gather(1, choices_TK)
-        within_capacity_TK = rank_in_expert(slots_TK, self.num_experts, priority_TK) < capacity
-        return within_capacity_TK if mask_TK is None else within_capacity_TK & mask_TK
+            random_TE = torch.rand(choices_TK.shape[0], self.num_experts, device=choices_TK.device)
+            return random_TE.gather(1, choices_TK)
+        if self.token_drop_policy == "probability":
+            return probs_TK
+        if self.batch_prioritized_routing:
+            return probs_TK.amax(dim=-1, keepdim=True).expand_as(probs_TK)
+        return None
 
 
 def expert_capacity(
@@ -137,29 +185,39 @@ def expert_capacity(
     return torch.ceil((tokens / num_experts).float() * factor).clamp(min=min_capacity)
 
 
-def rank_in_expert(expert_ids_TK: Tensor, num_experts: int, priority_TK: Tensor | None = None) -> Tensor:
+def rank_in_expert(
+    expert_ids_TK: Tensor, num_experts: int, priority_TK: Tensor | None = None, by_choice: bool = True
+) -> Tensor:
     """Place of each slot in the queue of its expert.
 
     Args:
         expert_ids_TK: int64[T, K]; `num_experts` for slots in no queue.
-        priority_TK: float[T, K], *optional*: within a choice, higher goes first; by default the lower token index.
-            First choices stand before second choices in any case.
+        priority_TK: float[T, K], *optional*: higher goes first; by default the lower token index does.
+        by_choice: whether first choices stand before second choices, whatever their priority.
 
     Returns:
         int64[T, K], 0 for the first in the queue.
     """
     num_tokens, top_k = expert_ids_TK.shape
-    if priority_TK is None:
-        order_TK = torch.arange(num_tokens, device=expert_ids_TK.device).unsqueeze(-1).expand(-1, top_k)
+    slots_TK = torch.arange(num_tokens * top_k, device=expert_ids_TK.device).view(num_tokens, top_k)
+    if not by_choice and priority_TK is not None:
+        in_order = priority_TK.flatten().argsort(descending=True, stable=True)
     else:
-        order_TK = priority_TK.argsort(dim=0, descending=True, stable=True)
-    queue = expert_ids_TK.gather(0, order_TK).t().flatten()  # all first choices, then all second choices
-    sorted_queue, by_expert = queue.sort(stable=True)
-    start_of_expert = torch.searchsorted(sorted_queue, torch.arange(num_experts + 1, device=queue.device))
-    positions = torch.arange(queue.numel(), device=queue.device)
-    ranks = torch.empty_like(queue).scatter_(0, by_expert, positions - start_of_expert[sorted_queue])
-    return torch.empty_like(expert_ids_TK).scatter_(0, order_TK, ranks.view(top_k, num_tokens).t())
+        if priority_TK is not None:
+            slots_TK = slots_TK.gather(0, priority_TK.argsort(dim=0, descending=True, stable=True))
+        in_order = slots_TK.t().flatten()  # all first choices, then all second choices
+    queue, by_expert = expert_ids_TK.flatten()[in_order].sort(stable=True)
+    start_of_expert = torch.searchsorted(queue, torch.arange(num_experts + 1, device=queue.device))
+    rank = torch.arange(queue.numel(), device=queue.device) - start_of_expert[queue]
+    return torch.empty_like(queue).scatter_(0, in_order[by_expert], rank).view(num_tokens, top_k)
 
 
 def _normalize(weights_TK: Tensor) -> Tensor:
     return weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights_TK.dtype).eps)
+
+
+def _gumbel_like(logits: Tensor) -> Tensor:
+    """Gumbel(0, 1) noise, bit for bit that of `torch.distributions.Gumbel`, which DeepSpeed and NLLB-MoE draw."""
+    info = torch.finfo(logits.dtype)
+    uniform = torch.rand_like(logits) * ((1 - info.eps) - info.tiny) + info.tiny
+    return -torch.log(-torch.log(uniform))
