@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100SinusoidalPositionalEmbedding
 
 from hf_moe_ted import ZCodeM3ForConditionalGeneration, ZCodeM3Model
-from hf_moe_ted.models.modeling_zcode_m3 import ZCodeM3SinusoidalPositionalEmbedding
+from hf_moe_ted.models.positions import ZCodeM3SinusoidalPositionalEmbedding, tokens_of
 from hf_moe_ted.models.router import Routing
 from hf_moe_ted.testing import tiny_config
 
@@ -229,8 +229,9 @@ def test_sinusoidal_positions_equal_m2m100(pad_token_id: int) -> None:
         ids = _ids([5, 9, 2], side)
         ids[ids == PAD] = pad_token_id
         for num_past in (0, 7):
+            tokens = tokens_of(config, ids, torch.empty(*ids.shape, config.d_model), None, num_past)
             torch.testing.assert_close(
-                positions(ids != pad_token_id, num_past),
+                positions(tokens.positions),
                 expected(ids, past_key_values_length=num_past),
                 atol=1e-6,
                 rtol=0.0,
@@ -254,6 +255,7 @@ EVALUATED_ALIKE = [
     {"num_experts_per_tok": 3, "token_drop_policy": "probability", "normalize_router_weights": "after_dropping"},
     {"use_residual": True, "num_experts": [2, 4, 8], "moe_token_dropout": 0.2},
     {"position_embedding_type": "learned"},
+    {"position_embedding_type": "tupe"},
 ]
 
 
@@ -283,6 +285,52 @@ def test_learned_positions() -> None:
     _, gradients = _train_step(model, _batch([9], [5]))
     gradient = gradients["model.encoder.embed_positions.weight"]
     assert gradient.any(dim=1).nonzero().flatten().tolist() == list(range(PAD + 1, PAD + 10))
+
+
+def test_untied_positions_by_hand() -> None:
+    """TUPE, equation 10: content and position scores, each over sqrt(2 d), in a decoder with one past token."""
+    model = _model(position_embedding_type="tupe", decoder_attention_heads=1)
+    decoder = model.model.decoder
+    untied, attention = decoder.embed_positions, decoder.layers[0].self_attn
+    content = torch.randn(1, 3, 32)
+    positions = untied.layer_norm(untied.embedding(torch.tensor([1, 2, 3])))
+
+    content_scores = attention.q_proj(content[0]) @ attention.k_proj(content[0]).T
+    position_scores = untied.q_proj(positions) @ untied.k_proj(positions).T
+    scores = (content_scores + position_scores) / math.sqrt(2 * 32)
+    scores = scores.masked_fill(torch.ones(3, 3, dtype=torch.bool).triu(1), -torch.inf)
+    expected = attention.out_proj(scores.softmax(dim=-1) @ attention.v_proj(content[0]))
+
+    tokens = tokens_of(model.config, None, content, None)
+    mask = untied.add_to_mask(None, tokens, is_causal=True)
+    torch.testing.assert_close(attention(content, mask)[0][0], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_untied_positions_with_eager_attention_equal_sdpa(side: str) -> None:
+    model, batch = _model(position_embedding_type="tupe", capacity_factor=None), _batch(side=side)
+    loss, gradients = _train_step(model, batch)
+    model.set_attn_implementation("eager")
+    eager_loss, eager_gradients = _train_step(model, batch)
+    torch.testing.assert_close(eager_loss, loss, **CLOSE)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(eager_gradients[name], gradient, **CLOSE, msg=lambda m, name=name: f"{name}: {m}")
+    assert gradients["model.encoder.embed_positions.q_proj.weight"].any()
+
+
+def test_untied_positions_matter() -> None:
+    """Without them the encoder would not see the order of its tokens."""
+    model = _model(position_embedding_type="tupe")
+    ids = _ids([6])
+    encode = model.model.encoder
+    assert not torch.allclose(encode(ids.flip(1)).last_hidden_state.flip(1), encode(ids).last_hidden_state, atol=1e-2)
+
+
+def test_untied_positions_refuse_attention_that_takes_no_bias() -> None:
+    model = _model(position_embedding_type="tupe")
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match=r"'tupe'.*'flex_attention'.*'sdpa'"):
+        model(**_batch())
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -726,7 +774,7 @@ def test_outputs_on_request() -> None:
     assert output.decoder_attentions[0].triu(1).count_nonzero() == 0
     assert torch.equal(output.encoder_hidden_states[-1], output.encoder_last_hidden_state)
     embedded = model.model.encoder.embed_tokens(batch["input_ids"])
-    positions = model.model.encoder.embed_positions(~padded)
+    positions = model.model.encoder.embed_positions((~padded).cumsum(dim=1) * ~padded)
     torch.testing.assert_close(output.encoder_hidden_states[0], embedded + positions)
 
     silent = model(**batch)
@@ -840,9 +888,10 @@ def _assert_varied(output: Tensor) -> None:
     assert len({tuple(row.tolist()) for row in output}) == len(output)
 
 
+@pytest.mark.parametrize("position_embedding_type", ["sinusoidal", "tupe"])
 @pytest.mark.parametrize("num_beams", [1, 4])
-def test_generation_with_cache_equals_without(num_beams: int) -> None:
-    model = _generator_model()
+def test_generation_with_cache_equals_without(num_beams: int, position_embedding_type: str) -> None:
+    model = _generator_model(position_embedding_type=position_embedding_type)
     source = _ids([9, 4, 7])
     for length in (TEN_TOKENS, {"max_new_tokens": 10}):
         kwargs = {"attention_mask": _mask(source), "num_beams": num_beams, **length}

@@ -32,12 +32,14 @@ from .configuration_zcode_m3 import Side, ZCodeM3Config
 from .experts import ZCodeM3Experts
 from .losses import load_balancing_loss, router_z_loss
 from .moe_layer import ZCodeM3DenseFFN, ZCodeM3MoELayer
+from .positions import (
+    Tokens,
+    ZCodeM3SinusoidalPositionalEmbedding,
+    ZCodeM3UntiedPositions,
+    positional_embedding,
+    tokens_of,
+)
 from .router import Routing, ZCodeM3Router
-
-# Fields of the config that are read and kept, but whose behaviour does not exist yet: field -> values that work.
-_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
-    "position_embedding_type": ("sinusoidal", "learned"),
-}
 
 _EXPERT_KEY = re.compile(r"\.ffn\.(experts|router)\.")
 
@@ -61,39 +63,6 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """Which inputs of this call are tokens, and where they stand.
-
-    mask: bool[batch, length], False for padding. num_past: positions taken before this call, `int` or
-    int64[batch, 1]. total_length: length of the sequence so far with padding; a tensor under a static cache.
-    """
-
-    mask: Tensor
-    num_past: int | Tensor
-    total_length: int | Tensor
-
-
-def _tokens_of(
-    config: ZCodeM3Config,
-    input_ids: Tensor | None,
-    inputs_embeds: Tensor,
-    attention_mask: Tensor | None,
-    num_past: int | Tensor = 0,
-) -> _Tokens:
-    """Tokens by the attention mask if it has one entry per token, past ones included; else all but padding ids."""
-    batch_size, length = inputs_embeds.shape[:2]
-    total_length = length + num_past
-    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] == total_length:
-        mask = attention_mask.to(inputs_embeds.device).bool()
-        return _Tokens(mask[:, -length:], mask[:, :-length].sum(dim=1, keepdim=True), total_length)
-    if input_ids is None:
-        mask = torch.ones((batch_size, length), dtype=torch.bool, device=inputs_embeds.device)
-    else:
-        mask = input_ids.ne(config.pad_token_id)  # type: ignore[arg-type]  # the config requires it
-    return _Tokens(mask, num_past, total_length)
-
-
 class ZCodeM3ScaledWordEmbedding(nn.Embedding):
     """Token embedding multiplied by `embed_scale`."""
 
@@ -105,71 +74,25 @@ class ZCodeM3ScaledWordEmbedding(nn.Embedding):
         return super().forward(input_ids) * self.embed_scale
 
 
-class ZCodeM3SinusoidalPositionalEmbedding(nn.Module):
-    """Sinusoidal positions in M2M100's layout: row `pad_token_id` is zero, the first token has the next row."""
-
-    def __init__(self, config: ZCodeM3Config):
-        super().__init__()
-        self.embedding_dim = config.d_model
-        self.padding_idx: int = config.pad_token_id  # type: ignore[assignment]  # the config requires it
-        self.num_rows = config.max_position_embeddings + self.padding_idx + 1
-        self.weights = nn.Buffer(torch.empty(self.num_rows, self.embedding_dim), persistent=False)
-
-    def table(self) -> Tensor:
-        """float32[num_rows, d_model]."""
-        half_dim = self.embedding_dim // 2
-        frequencies = torch.exp(torch.arange(half_dim).float() * -(math.log(10000) / (half_dim - 1)))
-        angles = torch.arange(self.num_rows).float().unsqueeze(1) * frequencies
-        table = torch.cat([angles.sin(), angles.cos()], dim=1)
-        table[self.padding_idx] = 0
-        return table
-
-    def forward(self, token_mask: Tensor, num_past: int | Tensor = 0) -> Tensor:
-        """
-        Args:
-            token_mask: bool[batch, length], True for tokens, which take consecutive positions, False for padding.
-            num_past: `int` or int64 scalar, positions before these.
-
-        Returns:
-            float[batch, length, d_model], zeros for padding.
-        """
-        return nn.functional.embedding(_position_ids(token_mask, num_past, self.padding_idx), self.weights)
-
-
-class ZCodeM3LearnedPositionalEmbedding(nn.Embedding):
-    """Learned positions in the layout of the sinusoidal ones."""
-
-    def __init__(self, config: ZCodeM3Config):
-        padding_idx: int = config.pad_token_id  # type: ignore[assignment]  # the config requires it
-        super().__init__(config.max_position_embeddings + padding_idx + 1, config.d_model, padding_idx)
-        self.first_row = padding_idx
-
-    def forward(self, token_mask: Tensor, num_past: int | Tensor = 0) -> Tensor:
-        """As [`ZCodeM3SinusoidalPositionalEmbedding.forward`]."""
-        return super().forward(_position_ids(token_mask, num_past, self.first_row))
-
-
-def _position_ids(token_mask: Tensor, num_past: int | Tensor, padding_idx: int) -> Tensor:
-    """int64[batch, length], row of the positional embedding: `padding_idx` for padding, tokens count on from there."""
-    return (token_mask.long().cumsum(dim=1) + num_past) * token_mask + padding_idx
-
-
-POSITIONAL_EMBEDDINGS = {
-    "sinusoidal": ZCodeM3SinusoidalPositionalEmbedding,
-    "learned": ZCodeM3LearnedPositionalEmbedding,
-}
-
-
 class ZCodeM3Attention(nn.Module):
     """Multi-head attention, self or cross."""
 
-    def __init__(self, config: ZCodeM3Config, num_heads: int, layer_idx: int, is_causal: bool = False):
+    def __init__(
+        self,
+        config: ZCodeM3Config,
+        num_heads: int,
+        layer_idx: int,
+        is_causal: bool = False,
+        is_cross_attention: bool = False,
+    ):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
         self.is_causal = is_causal
         self.head_dim = config.d_model // num_heads
         self.scaling = self.head_dim**-0.5
+        if config.position_embedding_type == "tupe" and not is_cross_attention:
+            self.scaling = (2 * self.head_dim) ** -0.5  # the scores of the positions are the other half
         self.dropout = config.attention_dropout
         self.q_proj = nn.Linear(config.d_model, config.d_model)
         self.k_proj = nn.Linear(config.d_model, config.d_model)
@@ -270,7 +193,7 @@ class ZCodeM3DecoderLayer(GradientCheckpointingLayer):
         self.dropout = config.dropout
         self.self_attn = ZCodeM3Attention(config, config.decoder_attention_heads, layer_idx, is_causal=True)
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
-        self.encoder_attn = ZCodeM3Attention(config, config.decoder_attention_heads, layer_idx)
+        self.encoder_attn = ZCodeM3Attention(config, config.decoder_attention_heads, layer_idx, is_cross_attention=True)
         self.encoder_attn_layer_norm = nn.LayerNorm(config.d_model)
         self.ffn = _feed_forward(config, "decoder", layer_idx)
         self.final_layer_norm = nn.LayerNorm(config.d_model)
@@ -313,14 +236,6 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
-
-    def __init__(self, config: ZCodeM3Config, *args: Any, **kwargs: Any):
-        for field, values in _IMPLEMENTED.items():
-            if getattr(config, field) not in values:
-                raise NotImplementedError(
-                    f"{field}={getattr(config, field)!r} is not implemented yet; use one of {list(values)}"
-                )
-        super().__init__(config, *args, **kwargs)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -399,10 +314,10 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
 class ZCodeM3Stack(ZCodeM3PreTrainedModel):
     """What encoder and decoder share: embeddings, layers, and a LayerNorm behind them."""
 
-    def __init__(self, config: ZCodeM3Config, layers: list[nn.Module]):
+    def __init__(self, config: ZCodeM3Config, side: Side, layers: list[nn.Module]):
         super().__init__(config)
         self.embed_tokens: nn.Module = ZCodeM3ScaledWordEmbedding(config)
-        self.embed_positions = POSITIONAL_EMBEDDINGS[config.position_embedding_type](config)
+        self.embed_positions = positional_embedding(config, side)
         self.layers = nn.ModuleList(layers)
         self.layer_norm = nn.LayerNorm(config.d_model)
         self.gradient_checkpointing = False
@@ -417,7 +332,7 @@ class ZCodeM3Stack(ZCodeM3PreTrainedModel):
             raise ValueError(f"the batch is empty: its shape (batch, length) is {tuple(embeds.shape[:2])}")
         return embeds
 
-    def _add_positions(self, inputs_embeds: Tensor, tokens: "_Tokens") -> Tensor:
+    def _add_positions(self, inputs_embeds: Tensor, tokens: Tokens) -> Tensor:
         """Hidden states before the first layer: float[batch, length, d_model]."""
         limit = self.config.max_position_embeddings
         if isinstance(tokens.total_length, int) and tokens.total_length > limit:
@@ -425,10 +340,22 @@ class ZCodeM3Stack(ZCodeM3PreTrainedModel):
                 f"sequence of {tokens.total_length} tokens is longer than max_position_embeddings ({limit}): "
                 "truncate it (truncation=True, max_length=...) or generate fewer tokens (max_new_tokens)"
             )
-        positions = self.embed_positions(tokens.mask, tokens.num_past).to(inputs_embeds)
-        return nn.functional.dropout(inputs_embeds + positions, p=self.config.dropout, training=self.training)
+        if not isinstance(self.embed_positions, ZCodeM3UntiedPositions):
+            inputs_embeds = inputs_embeds + self.embed_positions(tokens.positions).to(inputs_embeds)
+        return nn.functional.dropout(inputs_embeds, p=self.config.dropout, training=self.training)
 
-    def _routed_mask(self, tokens: "_Tokens") -> Tensor | None:
+    def _add_untied_positions(self, attention_mask: Any, tokens: Tokens, is_causal: bool) -> Any:
+        """The mask of self-attention; with untied positions, plus their scores."""
+        if not isinstance(self.embed_positions, ZCodeM3UntiedPositions):
+            return attention_mask
+        if self.config._attn_implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                "position_embedding_type='tupe' adds to the attention scores, which attn_implementation="
+                f"{self.config._attn_implementation!r} does not support; use 'sdpa' or 'eager'"
+            )
+        return self.embed_positions.add_to_mask(attention_mask, tokens, is_causal)
+
+    def _routed_mask(self, tokens: Tokens) -> Tensor | None:
         return tokens.mask if self.config.router_ignore_padding_tokens else None
 
 
@@ -443,7 +370,7 @@ class ZCodeM3Encoder(ZCodeM3Stack):
     }
 
     def __init__(self, config: ZCodeM3Config):
-        super().__init__(config, [ZCodeM3EncoderLayer(config, i) for i in range(config.encoder_layers)])
+        super().__init__(config, "encoder", [ZCodeM3EncoderLayer(config, i) for i in range(config.encoder_layers)])
 
     @merge_with_config_defaults
     @capture_outputs
@@ -455,11 +382,12 @@ class ZCodeM3Encoder(ZCodeM3Stack):
         **kwargs: Any,
     ) -> MoEModelOutput:
         inputs_embeds = self._embed(input_ids, inputs_embeds)
-        tokens = _tokens_of(self.config, input_ids, inputs_embeds, attention_mask)
+        tokens = tokens_of(self.config, input_ids, inputs_embeds, attention_mask)
         hidden_states = self._add_positions(inputs_embeds, tokens)
         self_attention_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
         )
+        self_attention_mask = self._add_untied_positions(self_attention_mask, tokens, is_causal=False)
         routed_mask = self._routed_mask(tokens)
         for layer in self.layers:
             hidden_states = layer(hidden_states, self_attention_mask, routed_mask, **kwargs)
@@ -478,7 +406,7 @@ class ZCodeM3Decoder(ZCodeM3Stack):
     }
 
     def __init__(self, config: ZCodeM3Config):
-        super().__init__(config, [ZCodeM3DecoderLayer(config, i) for i in range(config.decoder_layers)])
+        super().__init__(config, "decoder", [ZCodeM3DecoderLayer(config, i) for i in range(config.decoder_layers)])
 
     @merge_with_config_defaults
     @capture_outputs
@@ -498,7 +426,7 @@ class ZCodeM3Decoder(ZCodeM3Stack):
             past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
         num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
 
-        tokens = _tokens_of(self.config, input_ids, inputs_embeds, attention_mask, num_past)
+        tokens = tokens_of(self.config, input_ids, inputs_embeds, attention_mask, num_past)
         hidden_states = self._add_positions(inputs_embeds, tokens)
 
         cache = past_key_values
@@ -508,6 +436,7 @@ class ZCodeM3Decoder(ZCodeM3Stack):
             attention_mask=attention_mask,
             past_key_values=cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache,
         )
+        self_attention_mask = self._add_untied_positions(self_attention_mask, tokens, is_causal=True)
         cross_attention_mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
