@@ -21,6 +21,7 @@ CODE = {
         "modeling_zcode_m3",
         "moe_layer",
         "pipeline_translation",
+        "positions",
         "router",
         "tokenization_zcode_m3",
     )
