@@ -20,6 +20,7 @@ CODE = {
         "losses",
         "modeling_zcode_m3",
         "moe_layer",
+        "nllb_moe",
         "pipeline_translation",
         "positions",
         "router",

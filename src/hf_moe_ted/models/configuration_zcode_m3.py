@@ -5,6 +5,8 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .nllb_moe import MODEL_TYPE, config_fields
+
 Side = Literal["encoder", "decoder"]
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -169,6 +171,12 @@ class ZCodeM3Config(PreTrainedConfig):
         # `@strict` runs these again, but wraps what they raise into an error that is no ValueError
         self.validate_architecture()
         self.validate_router()
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As [`PreTrainedConfig.get_config_dict`]; the config of an NLLB-MoE checkpoint is read as one of ours."""
+        fields, unused_kwargs = super().get_config_dict(*args, **kwargs)
+        return config_fields(fields) if fields.get("model_type") == MODEL_TYPE else fields, unused_kwargs
 
     def sparse_layers(self, side: Side) -> list[int]:
         """Indices of the sparse layers of `"encoder"` or `"decoder"`, ascending."""

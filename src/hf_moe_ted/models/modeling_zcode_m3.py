@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -32,6 +33,7 @@ from .configuration_zcode_m3 import Side, ZCodeM3Config
 from .experts import ZCodeM3Experts
 from .losses import load_balancing_loss, router_z_loss
 from .moe_layer import ZCodeM3DenseFFN, ZCodeM3MoELayer
+from .nllb_moe import weight_conversions
 from .positions import (
     Tokens,
     ZCodeM3SinusoidalPositionalEmbedding,
@@ -40,6 +42,8 @@ from .positions import (
     tokens_of,
 )
 from .router import Routing, ZCodeM3Router
+
+register_checkpoint_conversion_mapping(ZCodeM3Config.model_type, weight_conversions(), overwrite=True)
 
 _EXPERT_KEY = re.compile(r"\.ffn\.(experts|router)\.")
 
@@ -281,6 +285,11 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
                 "missing initialized at random and what is unexpected ignored"
             )
         return loading_info
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As [`PreTrainedModel.save_pretrained`], but under our own names: by default that writes NLLB-MoE's."""
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(*args, **kwargs)
 
     def activation_checkpointing_enable(
         self,
