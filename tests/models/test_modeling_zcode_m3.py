@@ -915,24 +915,32 @@ def test_batch_generates_the_same_as_single_sentences(num_beams: int, side: str)
         assert torch.equal(alone[0], together[row])
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_generation_from_left_padded_decoder_prompts(use_cache: bool) -> None:
-    model = _generator_model()
+STATIC_CACHE = {"cache_implementation": "static", "disable_compile": True}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("position_embedding_type", ["sinusoidal", "tupe"])
+@pytest.mark.parametrize(
+    "cache", [{"use_cache": True}, {"use_cache": False}, STATIC_CACHE], ids=["yes", "no", "static"]
+)
+def test_generation_from_left_padded_decoder_prompts(cache: dict, position_embedding_type: str, attention: str) -> None:
+    model = _generator_model(position_embedding_type=position_embedding_type)
+    model.set_attn_implementation(attention)
     source, prompts = _ids([9, 4, 7]), _ids([2, 5, 3], "left", seed=1)
     prompts[torch.arange(3), (prompts == PAD).sum(dim=1)] = START
-    kwargs = {"use_cache": use_cache, **TEN_TOKENS}
     together = model.generate(
         source,
         attention_mask=_mask(source),
         decoder_input_ids=prompts,
         decoder_attention_mask=_mask(prompts),
-        **kwargs,
+        **cache,
+        **TEN_TOKENS,
     )
     assert torch.equal(together[:, :5], prompts)
     _assert_varied(together[:, 5:])
     for row in range(3):
         prompt = prompts[row : row + 1, prompts[row] != PAD]
-        alone = model.generate(source[row : row + 1, source[row] != PAD], decoder_input_ids=prompt, **kwargs)
+        alone = model.generate(source[row : row + 1, source[row] != PAD], decoder_input_ids=prompt, **TEN_TOKENS)
         assert torch.equal(alone[0, prompt.shape[1] :], together[row, 5:])
 
 

@@ -37,9 +37,20 @@ def tokens_of(
     attention_mask: Tensor | None,
     num_past: int | Tensor = 0,
 ) -> Tokens:
-    """Tokens by the attention mask if it has one entry per token, past ones included; else all but padding ids."""
+    """Tokens by the attention mask if it says so, past ones included; else all but padding ids.
+
+    `attention_mask` is [B, K] with one entry per token, or, from `generate` under a static cache, [B, 1, L, K], bool or
+    additive: then a token attends to as many as its position says.
+    """
     batch_size, length = inputs_embeds.shape[:2]
     total_length = length + num_past
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
+        attends = attention_mask[:, 0] if attention_mask.dtype == torch.bool else attention_mask[:, 0] == 0
+        mask = attends.any(dim=-1)
+        if input_ids is not None:
+            mask = mask & input_ids.ne(config.pad_token_id)  # type: ignore[arg-type]  # the config requires it
+        last = attends[:, -1].long()
+        return Tokens(mask, attends.sum(dim=-1) * mask, last.cumsum(dim=1) * last, total_length)
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] == total_length:
         key_mask = attention_mask.to(inputs_embeds.device).bool()
         key_positions = key_mask.long().cumsum(dim=1) * key_mask
