@@ -1018,3 +1018,13 @@ def test_bfloat16_and_autocast(implementation: str) -> None:
         assert all(logits.dtype == torch.float32 for logits in loss.encoder_router_logits)
         loss.loss.backward()
         assert all(gradient.isfinite().all() for gradient in _gradients(tested).values())
+
+
+@pytest.mark.parametrize("overrides", EVALUATED_ALIKE[:2] + EVALUATED_ALIKE[4:], ids=lambda value: "-".join(value))
+def test_evaluation_compiles_without_a_graph_break(overrides: dict) -> None:
+    model = _model(**overrides)
+    source, target = _ids([9, 4, 7]), _ids([5, 5, 5], seed=1)
+    inputs = {"input_ids": source, "attention_mask": _mask(source), "decoder_input_ids": target, "use_cache": False}
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, **CLOSE)
