@@ -17,6 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100SinusoidalPositionalEmbedding
+from transformers.utils.logging import warning_once
 
 from hf_moe_ted import ZCodeM3ForConditionalGeneration, ZCodeM3Model
 from hf_moe_ted.models.positions import ZCodeM3SinusoidalPositionalEmbedding, tokens_of
@@ -528,6 +529,23 @@ def test_label_smoothing_in_training_only() -> None:
     assert (smooth - plain).abs() > 0.1
     torch.testing.assert_close(model.train()(**batch).loss, smooth)
     torch.testing.assert_close(model.eval()(**batch).loss, plain)
+
+
+def test_warns_of_a_loss_without_router_losses(caplog: pytest.LogCaptureFixture) -> None:
+    """The Trainer's `label_smoothing_factor` computes the loss from the logits, without labels in the model."""
+    batch = _batch()
+    model = _model()
+    inputs = {
+        **batch,
+        "labels": None,
+        "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(batch["labels"]),
+    }
+    warning_once.cache_clear()
+    model.eval()(**inputs)
+    model.train()(**inputs, output_router_logits=True)
+    assert "config.label_smoothing" not in caplog.text
+    model(**inputs)
+    assert "config.label_smoothing" in caplog.text
 
 
 @pytest.mark.parametrize("num_items", [None, 37, torch.tensor(37)])

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import (
     Seq2SeqMoEOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import is_torchdynamo_compiling
+from transformers.utils import is_torchdynamo_compiling, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -42,6 +42,8 @@ from .positions import (
     tokens_of,
 )
 from .router import Routing, ZCodeM3Router
+
+logger = logging.get_logger(__name__)
 
 register_checkpoint_conversion_mapping(ZCodeM3Config.model_type, weight_conversions(), overwrite=True)
 
@@ -643,6 +645,12 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         with_router_losses = output_router_logits or (self.training and labels is not None)
+        if self.training and not with_router_losses and not is_torchdynamo_compiling():
+            logger.warning_once(
+                "Training without labels: the router losses are not part of a loss that is computed outside the model. "
+                "For label smoothing set `config.label_smoothing` in place of the Trainer's `label_smoothing_factor`; "
+                "otherwise add the losses that `output_router_logits=True` returns."
+            )
         outputs: ZCodeM3ModelOutput = self.model(
             input_ids,
             attention_mask=attention_mask,
