@@ -1,0 +1,84 @@
+"""The scripts from start to end, on a tiny model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RECIPE = {
+    "vocab_size": 400,
+    "config": {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "num_experts": 4,
+        "max_position_embeddings": 192,
+        "init_std": 0.1,
+    },
+    "languages": ["de"],
+    "max_length": 64,
+    "max_eval_samples": 8,
+    "max_test_samples": 2,
+    "max_steps": 2,
+    "save_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "logging_steps": 1,
+    "report_to": "none",
+    "bf16": True,
+}
+
+
+def run(script: str, *arguments: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *arguments], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "recipe.json").write_text(json.dumps(RECIPE))
+    run("train_translation.py", str(folder / "recipe.json"), "--output_dir", str(folder / "model"))
+    return folder
+
+
+def test_training_writes_model_curve_and_scores(trained: Path) -> None:
+    scores = json.loads((trained / "model" / "test_scores.json").read_text())
+    assert set(scores) == {"en-de", "de-en"}
+    assert set(scores["en-de"]) == {"num_sentences", "bleu", "chrf", "length_ratio", "copy_chrf"}
+    curve = json.loads((trained / "model" / "training_curve.json").read_text())
+    assert {"loss", "eval_loss"} <= {key for entry in curve for key in entry}
+    assert (trained / "model" / "model.safetensors").is_file() and (trained / "model" / "tokenizer.json").is_file()
+
+
+def test_training_resumes(trained: Path) -> None:
+    recipe, folder = str(trained / "recipe.json"), trained / "model"
+    run("train_translation.py", recipe, "--output_dir", str(folder), "--max_steps", "4")
+    steps = [entry["step"] for entry in json.loads((folder / "training_curve.json").read_text()) if "loss" in entry]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_demo(trained: Path) -> None:
+    output_dir = trained / "demo_out"
+    arguments = ("--max_test_samples", "1", "--fine_tune_steps", "2", "--output_dir", str(output_dir))
+    printed = run("demo.py", "--checkpoint", str(trained / "model"), *arguments)
+    assert "The demo in numbers" in printed and "half of the experts" in printed
+    report = json.loads((output_dir / "report.json").read_text())
+    assert report["reloaded_equals_saved"] is True
+    assert report["pruned_model"]["parameters"] < report["full_model"]["parameters"]
+    assert {"new_language_before", "new_language_after", "kept_experts", "translations"} <= set(report)
+    card = (output_dir / "pruned_model" / "README.md").read_text()
+    assert card.startswith("---\n") and "| en-de |" in card and "{" not in card.split("Kept experts")[0]
+    assert (output_dir / "routing_per_language.png").is_file()
