@@ -1,5 +1,15 @@
-"""Helpers for tests of this package and of code that builds on it."""
+"""Helpers for tests of this package and of code that builds on it: tiny models, several processes."""
 
+import multiprocessing
+import os
+import pickle
+import queue
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from .models.configuration_zcode_m3 import ZCodeM3Config
@@ -22,3 +32,101 @@ def tiny_config(**overrides: Any) -> ZCodeM3Config:
         "attention_dropout": 0.0,
     }
     return ZCodeM3Config(**{**fields, **overrides})
+
+
+def run_distributed_test(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300.0, **kwargs: Any
+) -> list[Any]:
+    """Run `function(*args, **kwargs)` on `world_size` processes of this machine, as torchrun would, over gloo.
+
+    Args:
+        function: a function of an importable module, which runs after `torch.distributed` is initialized.
+        world_size: number of processes.
+        timeout_s: seconds after which all are killed; a collective that waits for longer fails in its process.
+        args, kwargs: for the function; they and what it returns are pickled.
+
+    Returns:
+        What each rank returned, rank 0 first.
+
+    Raises:
+        RuntimeError: with the traceback of the first process that failed, or the exit code of one that died.
+        TimeoutError: the processes did not end in time.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "transformers.modeling_utils", __name__])
+    results: Any = context.Queue()
+    port = _free_port()
+    processes: list[BaseProcess] = [
+        context.Process(
+            target=_run_rank, args=(function, rank, world_size, port, timeout_s, results, args, kwargs), daemon=True
+        )
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        by_rank = _collect(results, processes, time.monotonic() + timeout_s)
+        for process in processes:
+            process.join(timeout=30.0)
+    finally:
+        for process in processes:
+            process.kill()
+    return [by_rank[rank] for rank in range(world_size)]
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _collect(results: Any, processes: list[BaseProcess], deadline: float) -> dict[int, Any]:
+    by_rank: dict[int, Any] = {}
+    while len(by_rank) < len(processes):
+        try:
+            rank, result, error = results.get(timeout=0.5)
+        except queue.Empty:
+            dead = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
+            if dead:
+                raise RuntimeError(f"processes died without a traceback, exit codes by rank: {dead}") from None
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"ranks {sorted({*range(len(processes))} - {*by_rank})} did not end in time"
+                ) from None
+            continue
+        if error is not None:
+            raise RuntimeError(f"rank {rank} failed:\n{error}")
+        by_rank[rank] = pickle.loads(result)
+    return by_rank
+
+
+def _run_rank(
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    port: int,
+    timeout_s: float,
+    results: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ.update({name: str(value) for name, value in launcher.items()})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
+    try:
+        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
+        result = function(*args, **kwargs)
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+        raise
+    # pickled here: the queue's own pickling would pass tensors as files that end with this process
+    results.put((rank, pickle.dumps(result), None))
+
+
+__all__ = ["run_distributed_test", "tiny_config"]
