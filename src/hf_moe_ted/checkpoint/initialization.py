@@ -1,0 +1,178 @@
+"""The checkpoint that training from scratch starts from, written without the model in memory."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from ..models.configuration_zcode_m3 import ZCodeM3Config
+from .conversion_report import ConversionReport
+from .lazy_tensors import LazyTensors
+from .model_folder import copy_tokenizer_and_generation_config, meta_model, parse_dtype, write_model_folder
+from .safetensors_io import check_output_dir
+
+
+def initialize_checkpoint(
+    config: ZCodeM3Config | Mapping[str, Any] | str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | str = "float32",
+    max_shard_size: int | str = "5GB",
+    tokenizer: PreTrainedTokenizerBase | str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> ConversionReport:
+    """Write a model with random weights as a folder that `ZCodeM3ForConditionalGeneration.from_pretrained` loads.
+
+    Every weight has the distribution that `ZCodeM3ForConditionalGeneration(config)` gives it, but not the same numbers:
+    they depend on `seed`, the name of the weight and, for experts, their index only, not on what else is drawn, on the
+    number of experts, on `dtype` but for rounding, or on `max_shard_size`.
+
+    They are drawn where they are written, in the mapped file, so memory holds no more than one weight, or one expert's:
+    the float32 numbers that another dtype is rounded from.
+
+    Args:
+        config: an object, its fields, a JSON file, or a folder with `config.json`, whose generation config comes along,
+            and whose tokenizer, unless there is another one.
+        output_dir: the new folder; it appears when everything is in it.
+        seed: a different one gives different weights.
+        dtype: of the weights, `torch.bfloat16` or `"bfloat16"`.
+        max_shard_size: bytes, or a string such as `"5GB"`.
+        tokenizer: an object or a folder, to be saved along.
+        overwrite: whether to replace an `output_dir` that is not empty.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: before anything is written: `config` is missing, of another model, or has a wrong or unknown field;
+            `tokenizer` is none or larger than the vocabulary; `dtype` is unknown; `output_dir` is not empty.
+    """
+    start = time.perf_counter()
+    output_dir = Path(output_dir)
+    parsed_dtype = parse_dtype(dtype)
+    if parsed_dtype is None:
+        raise ValueError("dtype (None) must be that of the weights, such as float32 or bfloat16")
+    check_output_dir(output_dir, overwrite=overwrite)
+    source, parsed_config = _read_config(config)
+    return write_model_folder(
+        _random_tensors(parsed_config, seed, parsed_dtype),
+        parsed_config,
+        output_dir,
+        source=source,
+        start=start,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        save_others=_others(parsed_config, source, tokenizer),
+    )
+
+
+def _read_config(config: ZCodeM3Config | Mapping[str, Any] | str | os.PathLike[str]) -> tuple[Path, ZCodeM3Config]:
+    """Where a config comes from, its class if from memory, and a config of our own."""
+    if isinstance(config, ZCodeM3Config):
+        source, fields = Path(ZCodeM3Config.__name__), config.to_dict()
+    elif isinstance(config, Mapping):
+        source, fields = Path(ZCodeM3Config.__name__), dict(config)
+    else:
+        source = Path(config)
+        path = source / "config.json" if source.is_dir() else source
+        if not path.is_file():
+            raise ValueError(f"config ({config}) must be a JSON file or a folder with config.json")
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"config ({path}) is not JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"config ({path}) must be a JSON object, fields by name")
+    model_type = fields.get("model_type", ZCodeM3Config.model_type)
+    if model_type != ZCodeM3Config.model_type:
+        raise ValueError(f"config ({source}) has model_type {model_type!r}; it must be {ZCodeM3Config.model_type!r}")
+    known = {field.name for field in dataclasses.fields(ZCodeM3Config)} | {*ZCodeM3Config().to_dict(), "auto_map"}
+    unknown = sorted({*fields} - known - {*ZCodeM3Config.attribute_map})
+    if unknown:
+        raise ValueError(f"config ({source}) has {', '.join(unknown)}, which ZCodeM3Config has not; correct the name")
+    try:
+        return source, ZCodeM3Config.from_dict(fields)
+    except (StrictDataclassError, ValueError) as error:
+        raise ValueError(f"config ({source}): {error}") from error
+
+
+def _random_tensors(config: ZCodeM3Config, seed: int, dtype: torch.dtype) -> LazyTensors:
+    """All weights of a model that are stored, drawn when they are read."""
+    model = meta_model(config)
+    tied = model.all_tied_weights_keys
+    specs = {name: spec.to(dtype) for name, spec in model.state_dict().items() if name not in tied}
+
+    def draw(name: str, seed_name: str, out: Tensor) -> None:
+        """Fill `out` as the model's constructor fills the parameter of this name, or one expert's part of it."""
+        weight = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32)
+        weight.fill_(torch.nan)
+        module_name, _, parameter_name = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        without_memory = module.get_parameter(parameter_name)
+        setattr(module, parameter_name, nn.Parameter(weight))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_seed(seed, seed_name))
+            model._init_weights(module)  # its other parameters are on the meta device: nothing is drawn for them
+        setattr(module, parameter_name, without_memory)
+        assert not weight.sum().isnan(), f"_init_weights of the model leaves {name} as it is"
+        if weight is not out:
+            out.copy_(weight)
+
+    def read_into(name: str, out: Tensor) -> None:
+        if ".experts." not in name:
+            draw(name, name, out)
+        else:
+            for expert in range(len(out)):
+                draw(name, f"{name}.{expert}", out[expert : expert + 1])
+
+    def read(name: str) -> Tensor:
+        tensor = torch.empty(specs[name].shape, dtype=dtype)
+        read_into(name, tensor)
+        return tensor
+
+    return LazyTensors(specs, read, read_into=read_into)
+
+
+def _seed(seed: int, name: str) -> int:
+    """A seed for what has this name: its numbers do not depend on what is drawn before or elsewhere."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little")
+
+
+def _others(config: ZCodeM3Config, source: Path, tokenizer: Any) -> list[Callable[[Path], Any]]:
+    """What saves tokenizer and generation config into the new folder."""
+    others: list[Callable[[Path], Any]] = []
+    if tokenizer is not None:
+        tokenizer = _load_tokenizer(tokenizer)
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(f"tokenizer has {len(tokenizer)} tokens, more than vocab_size ({config.vocab_size})")
+        others.append(tokenizer.save_pretrained)
+    elif source.is_dir():
+        others.append(copy_tokenizer_and_generation_config(source))
+    if (source / "generation_config.json").is_file():
+        return [*others, GenerationConfig.from_pretrained(source).save_pretrained]
+    return [*others, GenerationConfig.from_model_config(config).save_pretrained]
+
+
+def _load_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    message = f"tokenizer ({tokenizer}) must be a tokenizer or a folder with one"
+    if not Path(tokenizer).is_dir():
+        raise ValueError(message)
+    try:
+        return AutoTokenizer.from_pretrained(tokenizer)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{message}: {error}") from error
+
+
+__all__ = ["initialize_checkpoint"]
