@@ -34,7 +34,7 @@ def loss_and_gradients(model, batch, implementation, **autocast):
 
 
 @pytest.mark.parametrize("num_experts_per_tok", [1, 2])
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "zcode_grouped"])
 def test_experts_implementations_agree_with_the_loop(implementation, num_experts_per_tok):
     model, batch = model_and_batch(num_experts_per_tok=num_experts_per_tok)
     model.train()

@@ -1,0 +1,69 @@
+"""Ungated experts with biases on PyTorch's grouped matrix products.
+
+transformers' `grouped_mm` gathers the biases per row and the tokens by index, whose gradients are indexed additions:
+half of the time of a training step on an H200. Here the gradient of a bias is a grouped product with ones, and tokens
+are moved by permutations whose transposes are gathers.
+
+Shape letters: T tokens, K experts per token, R = T * K rows, E experts, D model width, F inner width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .permutation import CombineRows, SpreadTokens
+
+
+class _AddGroupBias(torch.autograd.Function):
+    """`rows[r] + bias[group of r]`, in place of rows; rows behind the last group are left as they are."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RF: Tensor, bias_EF: Tensor, group_R: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(group_R, ends_E)
+        ctx.num_groups = bias_EF.shape[0]
+        ctx.mark_dirty(rows_RF)
+        return rows_RF.add_(bias_EF.index_select(0, group_R))
+
+    @staticmethod
+    def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        group_R, ends_E = ctx.saved_tensors
+        if grad_RF.dtype == torch.bfloat16 and grad_RF.is_cuda:
+            ones_8R = grad_RF.new_ones(grad_RF.shape[0], 8).t()  # rows of 16 bytes, the least that the product takes
+            grad_EF = torch.nn.functional.grouped_mm(ones_8R, grad_RF.contiguous(), offs=ends_E)[:, 0]
+        else:
+            is_in_group_R1 = (torch.arange(len(group_R), device=group_R.device) < ends_E[-1]).unsqueeze(-1)
+            grad_EF = grad_RF.new_zeros(ctx.num_groups, grad_RF.shape[1])
+            grad_EF.index_add_(0, group_R, grad_RF.masked_fill(~is_in_group_R1, 0.0))
+        return grad_RF, grad_EF, None, None
+
+
+def grouped_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Experts function under the contract of transformers, for experts without a gate and with biases.
+
+    Args:
+        experts: module with `up_proj` [E, F, D], `up_proj_bias` [E, F], `down_proj` [E, D, F], `down_proj_bias` [E, D],
+            `act_fn`, `num_experts`; D and F multiples of 8.
+        hidden_TD: float[T, D].
+        top_k_index: int64[T, K]; `num_experts` for a slot that no expert computes.
+        top_k_weights: float[T, K].
+
+    Returns:
+        float[T, D].
+    """
+    num_experts = experts.num_experts
+    sorted_R, slot_R = top_k_index.flatten().sort(stable=True)
+    ends_E = torch.searchsorted(sorted_R, torch.arange(num_experts, device=sorted_R.device), right=True).int()
+    group_R = sorted_R.clamp(max=num_experts - 1)
+    row_R = torch.empty_like(slot_R).scatter_(0, slot_R, torch.arange(len(slot_R), device=slot_R.device))
+    row_TK = row_R.view_as(top_k_index).masked_fill(top_k_index >= num_experts, -1)
+
+    rows_RD = SpreadTokens.apply(hidden_TD, slot_R, row_TK).to(experts.up_proj.dtype)
+    inner_RF = torch.nn.functional.grouped_mm(rows_RD, experts.up_proj.transpose(1, 2), offs=ends_E)
+    inner_RF = experts.act_fn(_AddGroupBias.apply(inner_RF, experts.up_proj_bias, group_R, ends_E))
+    output_RD = torch.nn.functional.grouped_mm(inner_RF, experts.down_proj.transpose(1, 2), offs=ends_E)
+    output_RD = _AddGroupBias.apply(output_RD, experts.down_proj_bias, group_R, ends_E)
+    return CombineRows.apply(output_RD, top_k_weights.to(output_RD.dtype), slot_R, row_TK).to(hidden_TD.dtype)
+
+
+__all__ = ["grouped_ffn_experts_forward"]
