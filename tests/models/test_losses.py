@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_moe_ted.models.losses import load_balancing_loss, router_z_loss
+from hf_moe_ted.models.losses import load_balancing_loss, router_z_loss, row_chunks, summed_cross_entropy
 
 # probabilities of the four tokens, in eighths: [4 2 1 1], [1 4 2 1], [1 1 4 2], [4 2 1 1]; their mean: [10 9 8 5] / 32
 LOGITS = math.log(2.0) * torch.tensor(
@@ -92,3 +92,23 @@ def test_losses_are_float32_scalars_for_half_logits() -> None:
     for value in (load_balancing_loss(LOGITS.bfloat16(), TOP_1), router_z_loss(LOGITS.bfloat16())):
         assert value.dtype == torch.float32
         assert value.shape == ()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_in_chunks_is_the_plain_one(dtype: torch.dtype, smoothing: float) -> None:
+    num_rows, vocab_size = 530, 2**17  # two chunks
+    assert len(row_chunks(torch.empty(num_rows, vocab_size, device="meta"))) == 2
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, num_rows, vocab_size, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(vocab_size, (1, num_rows), generator=generator)
+    labels[:, ::7] = -100
+    loss = summed_cross_entropy(logits, labels, smoothing)
+    (gradient,) = torch.autograd.grad(loss / 3, logits)
+
+    expected = torch.nn.functional.cross_entropy(
+        logits[0].float(), labels[0], reduction="sum", label_smoothing=smoothing
+    )
+    (expected_gradient,) = torch.autograd.grad(expected / 3, logits)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, expected_gradient)

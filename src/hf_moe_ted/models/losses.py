@@ -1,7 +1,9 @@
-"""Router losses: pure functions of what the router computed.
+"""Losses: pure functions of logits and of what the router computed.
 
 Shape letters: T tokens, K experts per token, E experts.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +32,63 @@ def load_balancing_loss(logits_TE: Tensor, choices_TK: Tensor, token_mask_T: Ten
     mean_prob_E = _masked_mean(probs_TE, token_mask_T)
     share_E = _masked_mean(chosen_TE, token_mask_T) / counted_TK.shape[-1]
     return num_experts * (mean_prob_E * share_E).sum()
+
+
+def summed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Sum of the cross-entropies of the labels that count, float32 scalar.
+
+    The same as `cross_entropy(logits.float(), labels, reduction="sum")`, but float32 numbers exist for some rows at a
+    time only, and what is kept for backward is the logits: with a large vocabulary the plain function needs more memory
+    than the rest of the model.
+
+    Args:
+        logits: float[..., vocab_size].
+        labels: int64[...], -100 for positions without loss.
+        label_smoothing: share of the target that is spread over all words.
+    """
+    return _SummedCrossEntropy.apply(logits.flatten(0, -2), labels.flatten(), label_smoothing)
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Shape letters: N positions, V words, C positions of one chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor, smoothing: float) -> Tensor:
+        is_counted_N = labels_N != -100
+        target_N = labels_N.masked_fill(~is_counted_N, 0)
+        loss_N, log_partition_N = [], []
+        for rows in row_chunks(logits_NV):
+            logits_CV = logits_NV[rows].float()
+            log_partition_C = logits_CV.logsumexp(dim=-1)
+            target_C = logits_CV.gather(1, target_N[rows, None]).squeeze(1)
+            loss_C = log_partition_C - (1.0 - smoothing) * target_C
+            if smoothing:
+                loss_C = loss_C - smoothing * logits_CV.mean(dim=-1)
+            loss_N.append(loss_C)
+            log_partition_N.append(log_partition_C)
+        ctx.save_for_backward(logits_NV, torch.cat(log_partition_N), target_N, is_counted_N)
+        ctx.smoothing = smoothing
+        return torch.cat(loss_N).masked_fill(~is_counted_N, 0.0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        logits_NV, log_partition_N, target_N, is_counted_N = ctx.saved_tensors
+        scale_N = is_counted_N * grad
+        grad_NV = torch.empty_like(logits_NV)
+        for rows in row_chunks(logits_NV):
+            probs_CV = (logits_NV[rows].float() - log_partition_N[rows, None]).exp_()
+            if ctx.smoothing:
+                probs_CV -= ctx.smoothing / logits_NV.shape[-1]
+            hit_C1 = torch.full_like(probs_CV[:, :1], ctx.smoothing - 1.0)
+            probs_CV.scatter_add_(1, target_N[rows, None], hit_C1)
+            grad_NV[rows] = probs_CV.mul_(scale_N[rows, None])
+        return grad_NV, None, None
+
+
+def row_chunks(logits_NV: Tensor, numel: int = 2**26) -> list[slice]:
+    """Slices of rows with about `numel` logits each (256 MiB in float32)."""
+    num_rows = max(1, numel // max(1, logits_NV.shape[-1]))
+    return [slice(start, start + num_rows) for start in range(0, logits_NV.shape[0], num_rows)]
 
 
 def router_z_loss(logits_TE: Tensor, token_mask_T: Tensor | None = None) -> Tensor:
