@@ -17,7 +17,7 @@ from hf_moe_ted.models.moe_layer import ZCodeM3DenseFFN, ZCodeM3MoELayer
 from hf_moe_ted.models.router import Routing
 from hf_moe_ted.testing import tiny_config
 
-IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm", "zcode_grouped")
 BATCH, LENGTH, D_MODEL, FFN_DIM, NUM_EXPERTS = 3, 7, 32, 24, 4
 AUX_COEF, Z_COEF = 0.5, 0.1  # large, so that a wrong gradient of a router loss shows
 

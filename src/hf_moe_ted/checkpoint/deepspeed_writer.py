@@ -62,6 +62,11 @@ def export_deepspeed_checkpoint(
     config, ours = _with_tied_copies(model_or_folder)
     num_experts = [spec.shape[0] for name, spec in ours.specs.items() if name.endswith(".ffn.experts.up_proj")]
     _check_sizes(num_experts, expert_parallel_size, tensor_parallel_size)
+    if config.expert_map is not None:
+        raise ValueError(
+            "the model has an expert_map (its experts were merged, or pruned with renormalize=False), but DeepSpeed's "
+            "gates have one row per expert; export the model that it was made of"
+        )
     theirs = rule_set.inverse().apply(ours, num_heads=config.encoder_attention_heads)
     shard_dims = {name: _shard_dim(name, theirs.specs[name], rule_set, tensor_parallel_size) for name in theirs}
     main = {

@@ -49,6 +49,10 @@ class ZCodeM3Config(PreTrainedConfig):
             the step.
         num_experts (`int` or `list[int]`, defaults to 64): Experts of every sparse layer, or one number per sparse
             layer: those of the encoder from first to last, then those of the decoder (pyramid and pruned models).
+        expert_map (`list[list[int]]`, *optional*): For each sparse layer, in the order of `num_experts`, the expert
+            that each row of the router stands for (merged models, https://huggingface.co/papers/2310.01334). Every
+            expert has at least one row. `num_experts` in place of an expert makes a row count in the router's
+            probabilities while it is never chosen. By default there is one row per expert, in order.
         num_experts_per_tok (`int`, defaults to 1): Experts that see a token (top-k).
         router_dtype (`str`, defaults to `"float32"`): dtype in which router logits are computed.
         router_bias (`bool`, defaults to `False`): Whether the router's projection has a bias.
@@ -116,7 +120,7 @@ class ZCodeM3Config(PreTrainedConfig):
         "num_hidden_layers": "encoder_layers",
         "initializer_range": "init_std",
     }
-    base_model_fsdp_plan = {}
+    base_model_fsdp_plan = {}  # the model makes its plans itself; the default is a decoder's
 
     vocab_size: int = 128000
     max_position_embeddings: int = 1024
@@ -139,6 +143,7 @@ class ZCodeM3Config(PreTrainedConfig):
     encoder_sparse_layers: list[int] | None = None
     decoder_sparse_layers: list[int] | None = None
     num_experts: int | list[int] = 64
+    expert_map: list[list[int]] | None = None
     num_experts_per_tok: int = 1
     router_dtype: str = "float32"
     router_bias: bool = False
@@ -178,6 +183,13 @@ class ZCodeM3Config(PreTrainedConfig):
         fields, unused_kwargs = super().get_config_dict(*args, **kwargs)
         return config_fields(fields) if fields.get("model_type") == MODEL_TYPE else fields, unused_kwargs
 
+    def to_dict(self) -> dict[str, Any]:
+        """As [`PreTrainedConfig.to_dict`]; without `expert_map` if there is none."""
+        fields = super().to_dict()
+        if fields.get("expert_map") is None:
+            fields.pop("expert_map", None)
+        return fields
+
     def sparse_layers(self, side: Side) -> list[int]:
         """Indices of the sparse layers of `"encoder"` or `"decoder"`, ascending."""
         explicit = getattr(self, f"{side}_sparse_layers")
@@ -188,11 +200,19 @@ class ZCodeM3Config(PreTrainedConfig):
 
     def num_experts_per_layer(self, side: Side) -> dict[int, int]:
         """Sparse layer index -> number of experts, for one side."""
-        layers = self.sparse_layers(side)
         if isinstance(self.num_experts, int):
-            return dict.fromkeys(layers, self.num_experts)
+            return dict.fromkeys(self.sparse_layers(side), self.num_experts)
+        return self._of_side(side, self.num_experts)
+
+    def expert_map_per_layer(self, side: Side) -> dict[int, list[int]]:
+        """Sparse layer index -> expert of each row of the router, for one side; empty without `expert_map`."""
+        return {} if self.expert_map is None else self._of_side(side, self.expert_map)
+
+    def _of_side(self, side: Side, per_layer: list[Any]) -> dict[int, Any]:
+        """Sparse layer index -> item of a list that has one per sparse layer, the encoder's first."""
+        layers = self.sparse_layers(side)
         first = 0 if side == "encoder" else len(self.sparse_layers("encoder"))
-        return dict(zip(layers, self.num_experts[first : first + len(layers)], strict=True))
+        return dict(zip(layers, per_layer[first : first + len(layers)], strict=True))
 
     def validate_architecture(self) -> None:
         """Check that dimensions, token ids and sparse layers fit together."""
@@ -273,9 +293,31 @@ class ZCodeM3Config(PreTrainedConfig):
         _require_positive("num_experts_per_tok", self.num_experts_per_tok)
         for count in counts if num_sparse else []:
             _require_positive("num_experts", count)
-            if count < self.num_experts_per_tok:
+            if self.expert_map is None and count < self.num_experts_per_tok:
                 raise ValueError(
                     f"num_experts_per_tok ({self.num_experts_per_tok}) is more than the experts of a layer ({count})"
+                )
+        if self.expert_map is not None:
+            per_layer = counts * num_sparse if isinstance(self.num_experts, int) else counts
+            self._validate_expert_map(self.expert_map, per_layer)
+
+    def _validate_expert_map(self, expert_map: list[list[int]], counts: list[int]) -> None:
+        if len(expert_map) != len(counts):
+            raise ValueError(
+                f"expert_map lists {len(expert_map)} layers, but the model has {len(counts)} sparse layers: "
+                f"encoder {self.sparse_layers('encoder')}, decoder {self.sparse_layers('decoder')}"
+            )
+        for index, (experts, count) in enumerate(zip(expert_map, counts, strict=True)):
+            if {*experts} - {count} != {*range(count)}:
+                raise ValueError(
+                    f"expert_map[{index}] ({experts}) must have every expert from 0 to {count - 1}, and no number but "
+                    f"these and {count}, as num_experts of the layer is {count}"
+                )
+            num_rows = len(experts) - experts.count(count)
+            if num_rows < self.num_experts_per_tok:
+                raise ValueError(
+                    f"num_experts_per_tok ({self.num_experts_per_tok}) is more than the rows with an expert "
+                    f"({num_rows}) of expert_map[{index}] ({experts})"
                 )
 
 

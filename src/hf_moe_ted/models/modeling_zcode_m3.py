@@ -5,6 +5,7 @@ runs in parallel.
 """
 
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_zcode_m3 import Side, ZCodeM3Config
 from .experts import ZCodeM3Experts
-from .losses import load_balancing_loss, router_z_loss
+from .losses import load_balancing_loss, router_z_loss, summed_cross_entropy
 from .moe_layer import ZCodeM3DenseFFN, ZCodeM3MoELayer
 from .nllb_moe import weight_conversions
 from .positions import (
@@ -171,7 +172,7 @@ def _feed_forward(config: ZCodeM3Config, side: Side, layer_idx: int) -> ZCodeM3D
     num_experts = config.num_experts_per_layer(side).get(layer_idx)
     if num_experts is None:
         return ZCodeM3DenseFFN(config, ffn_dim)
-    return ZCodeM3MoELayer(config, num_experts, ffn_dim)
+    return ZCodeM3MoELayer(config, num_experts, ffn_dim, config.expert_map_per_layer(side).get(layer_idx))
 
 
 class ZCodeM3EncoderLayer(GradientCheckpointingLayer):
@@ -265,6 +266,8 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=self.config.init_std)
             if module.bias is not None:
                 init.zeros_(module.bias)
+            if module.expert_of_row is not None:
+                init.copy_(module.expert_of_row, torch.tensor(module.expert_map))
         elif isinstance(module, ZCodeM3SinusoidalPositionalEmbedding):
             init.copy_(module.weights, module.table())
 
@@ -288,10 +291,20 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
             )
         return loading_info
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+    @classmethod
+    def maybe_distribute_model(cls, model: nn.Module, distributed_config: Any, mesh_manager: Any) -> nn.Module:
+        """As transformers does it, or as a `distributed_config` does that has a way of its own, such as TedConfig."""
+        if not hasattr(distributed_config, "distribute"):
+            return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        return distributed_config.distribute(model, mesh_manager)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As [`PreTrainedModel.save_pretrained`], but under our own names: by default that writes NLLB-MoE's."""
+        if self.is_distributed_loading_by_transformers and hasattr(self.config.distributed_config, "save_pretrained"):
+            self.config.distributed_config.save_pretrained(self, save_directory, *args, **kwargs)
+            return
         kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def activation_checkpointing_enable(
         self,
@@ -324,6 +337,21 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
 
 class ZCodeM3Stack(ZCodeM3PreTrainedModel):
     """What encoder and decoder share: embeddings, layers, and a LayerNorm behind them."""
+
+    def init_parallel_plans(self) -> None:
+        """Plans of this stack's layers, which differ; models that contain it take them up."""
+        super().init_parallel_plans()
+        tensor, expert = {"embed_tokens": "embedding_rowwise"}, dict[str, str]()
+        for name, module in self.named_modules():
+            rule = re.sub(r"\.\d+(?=\.)", ".*", name)
+            if isinstance(module, ZCodeM3Attention):
+                tensor |= {f"{rule}.{part}_proj": "colwise" for part in "qkv"} | {f"{rule}.out_proj": "rowwise"}
+            elif isinstance(module, ZCodeM3DenseFFN):
+                tensor |= {f"{rule}.fc1": "colwise", f"{rule}.fc2": "rowwise"}
+            elif isinstance(module, ZCodeM3Experts):
+                expert |= {f"{rule}.{param}": "grouped_gemm" for param, _ in module.named_parameters()}
+                expert[rule] = "ep_dispatch_experts"
+        self._tp_plan, self._ep_plan, self._fsdp_plan = tensor, expert, {"layers.*": "free_full_weight"}
 
     def __init__(self, config: ZCodeM3Config, side: Side, layers: list[nn.Module]):
         super().__init__(config)
@@ -499,6 +527,7 @@ class ZCodeM3Model(ZCodeM3PreTrainedModel):
         "encoder.embed_tokens.weight": "shared.weight",
         "decoder.embed_tokens.weight": "shared.weight",
     }
+    _tp_plan = {"shared": "embedding_rowwise"}
 
     def __init__(self, config: ZCodeM3Config):
         super().__init__(config)
@@ -597,11 +626,14 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: ZCodeM3Config):
         super().__init__(config)
         self.model = ZCodeM3Model(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        # tensor parallelism puts one in its place that leaves the logits split over ranks
+        self.cross_entropy: Callable[[Tensor, Tensor, float], Tensor] = summed_cross_entropy
         self.post_init()
 
     @can_return_tuple
@@ -721,14 +753,8 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
                 f"labels of shape {tuple(labels.shape)} are all -100 (ignored): the mean loss of no label is undefined"
             )
         divisor = num_labels if num_items is None else torch.as_tensor(num_items, device=logits.device)
-        cross_entropy = nn.functional.cross_entropy(
-            logits.view(-1, logits.shape[-1]).float(),
-            labels.view(-1),
-            ignore_index=-100,
-            reduction="sum",
-            label_smoothing=self.config.label_smoothing if self.training else 0.0,
-        )
-        loss = cross_entropy / divisor
+        label_smoothing = self.config.label_smoothing if self.training else 0.0
+        loss = self.cross_entropy(logits, labels, label_smoothing) / divisor
         if router_losses:
             aux = router_losses["encoder_aux_loss"] + router_losses["decoder_aux_loss"]
             z = router_losses["encoder_z_loss"] + router_losses["decoder_z_loss"]

@@ -1,5 +1,7 @@
 """The feed-forward of a transformer block: dense, or route -> experts -> combine."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -24,10 +26,10 @@ class ZCodeM3DenseFFN(nn.Module):
 class ZCodeM3MoELayer(nn.Module):
     """Feed-forward of a sparse layer: a router and its experts, with `use_residual` beside a dense branch."""
 
-    def __init__(self, config: ZCodeM3Config, num_experts: int, ffn_dim: int):
+    def __init__(self, config: ZCodeM3Config, num_experts: int, ffn_dim: int, expert_map: Sequence[int] | None = None):
         super().__init__()
         self.output_masking = config.moe_token_dropout
-        self.router = ZCodeM3Router(config, num_experts)
+        self.router = ZCodeM3Router(config, num_experts, expert_map)
         self.experts = ZCodeM3Experts(config, num_experts, ffn_dim)
         # the switch of transformers' experts functions that makes them skip ids of `num_experts` and above,
         # which here are dropped and padding tokens

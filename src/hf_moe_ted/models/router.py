@@ -1,8 +1,10 @@
 """Routing: hidden states -> which experts see which token, and with what weight.
 
-Shape letters: T tokens, K experts per token, E experts, D model width.
+Shape letters: T tokens, K experts per token, E rows of the router (one per expert, unless `config.expert_map` says
+otherwise), D model width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +23,9 @@ class Routing:
             that no expert computes, because the expert was full or the token is padding.
         weights: float32[T, K], the factor of each expert's output; 0 in such a slot.
         logits: float32[T, E], router logits, after noise.
-        choices: int64[T, K], like `expert_ids` before anything was dropped.
+        choices: int64[T, K], the rows of the router that were chosen; without `config.expert_map`, like `expert_ids`
+            before anything was dropped.
+        num_experts: of the layer.
         token_mask: bool[T] or `None`, False for padding.
     """
 
@@ -29,14 +33,11 @@ class Routing:
     weights: Tensor
     logits: Tensor
     choices: Tensor
+    num_experts: int
     token_mask: Tensor | None = None
 
-    @property
-    def num_experts(self) -> int:
-        return self.logits.shape[-1]
-
     def num_tokens_per_expert(self) -> Tensor:
-        """int64[E], tokens that each expert computes."""
+        """int64[num_experts], tokens that each expert computes."""
         return torch.bincount(self.expert_ids.flatten(), minlength=self.num_experts + 1)[: self.num_experts]
 
     def dropped_share(self) -> Tensor:
@@ -51,7 +52,10 @@ class Routing:
 class ZCodeM3Router(nn.Module):
     """Linear top-k router with capacity: DeepSpeed's gates (`deepspeed/moe/sharded_moe.py`) and NLLB-MoE's in one.
 
-    Parameters: `weight` [num_experts, d_model], and `bias` [num_experts] if `config.router_bias`.
+    Parameters: `weight` [E, d_model], and `bias` [E] if `config.router_bias`.
+
+    With an `expert_map`, choices, probabilities and losses are those of rows. A token whose rows stand for the same
+    expert goes there once per row, so that their weights add up. An expert's capacity is shared by its rows.
 
     | gate | config |
     |---|---|
@@ -61,9 +65,12 @@ class ZCodeM3Router(nn.Module):
     | NLLB-MoE | k = 2, `"position"`, optionally `batch_prioritized_routing`, any `second_expert_policy` |
     """
 
-    def __init__(self, config: ZCodeM3Config, num_experts: int):
+    expert_of_row: Tensor | None
+
+    def __init__(self, config: ZCodeM3Config, num_experts: int, expert_map: Sequence[int] | None = None):
         super().__init__()
         self.num_experts = num_experts
+        self.expert_map = None if expert_map is None else tuple(expert_map)
         self.top_k = config.num_experts_per_tok
         self.dtype = getattr(torch, config.router_dtype)
         self.noise_policy = config.router_noise_policy
@@ -75,8 +82,12 @@ class ZCodeM3Router(nn.Module):
         self.batch_prioritized_routing = config.batch_prioritized_routing
         self.second_expert_policy = config.second_expert_policy
         self.normalize_router_weights = config.normalize_router_weights
-        self.weight = nn.Parameter(torch.empty(num_experts, config.d_model))
-        self.bias = nn.Parameter(torch.empty(num_experts)) if config.router_bias else None
+        num_rows = num_experts if expert_map is None else len(expert_map)
+        self.weight = nn.Parameter(torch.empty(num_rows, config.d_model))
+        self.bias = nn.Parameter(torch.empty(num_rows)) if config.router_bias else None
+        # int64[E], the expert of each row, `num_experts` for one that is never chosen
+        expert_of_row = None if expert_map is None else torch.tensor(self.expert_map)
+        self.register_buffer("expert_of_row", expert_of_row, persistent=False)
 
     def forward(self, hidden_states_TD: Tensor, token_mask_T: Tensor | None = None) -> tuple[Tensor, Routing]:
         """Route a batch of tokens.
@@ -90,20 +101,25 @@ class ZCodeM3Router(nn.Module):
         """
         logits_TE = self._logits(hidden_states_TD)
         probs_TE = logits_TE.softmax(dim=-1)
-        choices_TK = self._choices(logits_TE, probs_TE)
+        if self.expert_of_row is None:
+            expert_ids_TK = choices_TK = self._choices(logits_TE, probs_TE)
+        else:
+            is_never_chosen_E = self.expert_of_row == self.num_experts
+            choices_TK = self._choices(
+                logits_TE.masked_fill(is_never_chosen_E, -torch.inf), probs_TE.masked_fill(is_never_chosen_E, -1.0)
+            )
+            expert_ids_TK = self.expert_of_row[choices_TK]
         probs_TK = probs_TE.gather(1, choices_TK)
         weights_TK = _normalize(probs_TK) if self.normalize_router_weights == "before_dropping" else probs_TK
 
         used_TK = self._used(probs_TK, token_mask_T)
-        kept_TK = self._within_capacity(choices_TK, probs_TK, used_TK)
-        if kept_TK is None:
-            expert_ids_TK = choices_TK
-        else:
-            expert_ids_TK = choices_TK.masked_fill(~kept_TK, self.num_experts)
+        kept_TK = self._within_capacity(expert_ids_TK, choices_TK, probs_TK, used_TK)
+        if kept_TK is not None:
+            expert_ids_TK = expert_ids_TK.masked_fill(~kept_TK, self.num_experts)
             weights_TK = weights_TK * kept_TK
         if self.normalize_router_weights == "after_dropping":
             weights_TK = _normalize(weights_TK)
-        return logits_TE, Routing(expert_ids_TK, weights_TK, logits_TE, choices_TK, token_mask_T)
+        return logits_TE, Routing(expert_ids_TK, weights_TK, logits_TE, choices_TK, self.num_experts, token_mask_T)
 
     def _logits(self, hidden_states_TD: Tensor) -> Tensor:
         """float32[T, E]; computed in `router_dtype` even under autocast, as rounding there changes the experts."""
@@ -116,7 +132,7 @@ class ZCodeM3Router(nn.Module):
             return nn.functional.linear(inputs_TD, self.weight.to(self.dtype), bias).float()
 
     def _choices(self, logits_TE: Tensor, probs_TE: Tensor) -> Tensor:
-        """int64[T, K], the experts each token would go to, in order of preference.
+        """int64[T, K], the rows each token would go to, in order of preference.
 
         Noise decides who is chosen, never the weight: that is the router's probability. RSample (DeepSpeed) samples
         the one expert in training; the second expert's sampling (GShard, DeepSpeed, NLLB-MoE) works in evaluation,
@@ -140,14 +156,16 @@ class ZCodeM3Router(nn.Module):
         used_TK = torch.stack([torch.ones_like(second_T), second_T], dim=-1)
         return used_TK if mask_TK is None else used_TK & mask_TK
 
-    def _within_capacity(self, choices_TK: Tensor, probs_TK: Tensor, used_TK: Tensor | None) -> Tensor | None:
+    def _within_capacity(
+        self, expert_ids_TK: Tensor, choices_TK: Tensor, probs_TK: Tensor, used_TK: Tensor | None
+    ) -> Tensor | None:
         """bool[T, K], True for used slots that are computed; `None` if all slots are."""
         capacity_factor = self.capacity_factor if self.training else self.eval_capacity_factor
         if capacity_factor is None:
             return used_TK
 
         num_tokens = choices_TK.shape[0]
-        slots_TK = choices_TK if used_TK is None else choices_TK.masked_fill(~used_TK, self.num_experts)
+        slots_TK = expert_ids_TK if used_TK is None else expert_ids_TK.masked_fill(~used_TK, self.num_experts)
         num_routed = num_tokens if used_TK is None else used_TK[:, 0].sum()
         capacity = expert_capacity(
             num_routed, self.num_experts, capacity_factor * self.top_k, self.min_capacity, choices_TK.device
@@ -165,7 +183,7 @@ class ZCodeM3Router(nn.Module):
         """float[T, K], who goes first in an expert's queue; `None` for the order in the batch."""
         if self.token_drop_policy == "random":
             # one number per token and expert, as DeepSpeed draws them: equal seeds keep equal tokens
-            random_TE = torch.rand(choices_TK.shape[0], self.num_experts, device=choices_TK.device)
+            random_TE = torch.rand(choices_TK.shape[0], self.weight.shape[0], device=choices_TK.device)
             return random_TE.gather(1, choices_TK)
         if self.token_drop_policy == "probability":
             return probs_TK
