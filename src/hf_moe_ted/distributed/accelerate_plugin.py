@@ -1,0 +1,297 @@
+"""TedPlugin: the one object a user makes for tensor x expert x data parallelism."""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.parallelism_config import ParallelismConfig
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers.utils import logging
+
+from ..optim.tiled_adamw import TiledAdamW
+from .activation_checkpoint import communication_aware_context_fn
+from .checkpoint import atomic_folder
+from .gradient_norm import clip_grad_norm_
+from .parallelize import prepare_for_training
+from .random_state import load_random_state, saved_random_state
+from .ted_config import TedConfig
+from .training_state import load_training_state, save_training_state
+
+logger = logging.get_logger(__name__)
+
+TRAINING_STATE = "training_state"
+
+
+class TedPlugin(ParallelismConfig):
+    """Tensor x expert x data parallelism (TED, https://huggingface.co/papers/2303.06318).
+
+    `distributed_config` goes to `from_pretrained`, which shards the model while it reads it; the plugin itself is the
+    `parallelism_config` of [`Accelerator`] and `TrainingArguments`. Made in every process of `torchrun` or `accelerate
+    launch`; starts `torch.distributed` if nothing has. On one process all sizes are 1, whatever is asked for.
+
+    Args:
+        tensor_parallel_size: ranks that share a batch and split each dense layer.
+        expert_parallel_size: ranks that hold different experts.
+        expert_tensor_parallel_size: ranks that split each expert; by default `tensor_parallel_size`, which it must
+            divide.
+        data_parallel_size: ranks with different batches; by default what the world leaves,
+            `world / tensor_parallel_size`.
+        zero_stage: 1, 2 or 3. Optimizer states are sharded over data-parallel ranks, those of experts over the ranks
+            that hold the same. 1 and 2 gather parameters once a micro-batch, 3 for each use; 2 reduces gradients after
+            every micro-batch, 1 at the end of an accumulation.
+        offload: `"cpu"` keeps parameters, gradients and optimizer states of data-parallel shards on the CPU, where the
+            optimizer steps.
+        duplicate_token_dropping: whether ranks that share a batch send each only their share of it to the experts.
+        communication_aware_checkpointing: whether activation checkpointing keeps what collectives returned.
+        tile_numel: elements that [`TiledAdamW`] steps at once.
+        overlap_chunks: parts of a batch whose exchange overlaps with the experts' work on another part.
+        timeout_s: seconds after which a collective that waits for a dead rank fails.
+
+    Raises:
+        ValueError: a layout that cannot be, with the arithmetic.
+
+    Example:
+
+    ```python
+    >>> plugin = TedPlugin(tensor_parallel_size=2, expert_parallel_size=4)
+    >>> model = ZCodeM3ForConditionalGeneration.from_pretrained(folder, distributed_config=plugin.distributed_config)
+    >>> accelerator = Accelerator(parallelism_config=plugin)
+    ```
+    """
+
+    def __init__(
+        self,
+        *,
+        tensor_parallel_size: int = 1,
+        expert_parallel_size: int = 1,
+        expert_tensor_parallel_size: int | None = None,
+        data_parallel_size: int | None = None,
+        zero_stage: Literal[1, 2, 3] = 1,
+        offload: Literal["cpu"] | None = None,
+        duplicate_token_dropping: bool = True,
+        communication_aware_checkpointing: bool = True,
+        tile_numel: int | None = None,
+        overlap_chunks: int = 1,
+        timeout_s: float = 1800.0,
+    ):
+        if zero_stage not in (1, 2, 3):
+            raise ValueError(f"zero_stage ({zero_stage!r}) must be 1, 2 or 3")
+        if offload not in (None, "cpu"):
+            raise ValueError(f"offload ({offload!r}) must be None or 'cpu'")
+        if overlap_chunks < 1:
+            raise ValueError(f"overlap_chunks ({overlap_chunks}) must be at least 1")
+        world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+        tp, ep, etp, dp = layout_of(
+            world_size, tensor_parallel_size, expert_parallel_size, expert_tensor_parallel_size, data_parallel_size
+        )
+        if offload and dp == 1:
+            if world_size > 1:
+                raise ValueError(
+                    f"offload='cpu' moves the shards of data parallelism, and data_parallel_size is 1 (world "
+                    f"{world_size} / tensor_parallel_size {tp}); lower tensor_parallel_size"
+                )
+            logger.warning("offload='cpu' has no effect on one process")
+            offload = None
+        super().__init__(dp_shard_size=dp, tp_size=tp, dp_replicate_size=1, cp_size=1, sp_size=1)
+        self.communication_aware_checkpointing = communication_aware_checkpointing
+        self.tile_numel = tile_numel
+        self.distributed_config = TedConfig(
+            tp_size=tp,
+            fsdp_size=dp,
+            ep_size=ep * etp,
+            expert_tensor_parallel_size=etp,
+            zero_stage=zero_stage,
+            fsdp_cpu_offload=offload == "cpu",
+            duplicate_token_dropping=duplicate_token_dropping,
+            overlap_chunks=overlap_chunks,
+        )
+        if world_size > 1:
+            start_distributed(timeout_s)
+
+    @property
+    def activation_checkpointing_kwargs(self) -> dict[str, Any]:
+        """For `TrainingArguments` or `model.gradient_checkpointing_enable`."""
+        if not self.communication_aware_checkpointing:
+            return {"use_reentrant": False}
+        return {"use_reentrant": False, "context_fn": communication_aware_context_fn}
+
+    def tiled_adamw(self, **kwargs: Any) -> tuple[type[TiledAdamW], dict[str, Any]]:
+        """`optimizer_cls_and_kwargs` of a Trainer: [`TiledAdamW`] with this plugin's tiles and `kwargs`."""
+        tile = {} if self.tile_numel is None else {"tile_numel": self.tile_numel}
+        return TiledAdamW, {**tile, **kwargs}
+
+    def _validate_accelerator(self, accelerator: Accelerator) -> None:
+        """Called by the Accelerator that gets this plugin; the parent's refuses CPUs."""
+        if self.total_size != accelerator.num_processes:
+            raise ValueError(
+                f"TedPlugin is for {self.total_size} processes (tensor_parallel_size {self.tp_size} x "
+                f"data_parallel_size {self.dp_shard_size}), the Accelerator has {accelerator.num_processes}; on CPUs "
+                "pass use_cpu=True to TrainingArguments or cpu=True to the Accelerator"
+            )
+        if self.total_size > 1 and accelerator.mixed_precision not in ("no", "bf16"):
+            raise ValueError(
+                f"mixed_precision ({accelerator.mixed_precision!r}) must be 'no' or 'bf16' with a sharded model"
+            )
+        if not isinstance(accelerator, TedAcceleratorMixin):
+            # it is being made, and offers no other way to change how it prepares and saves a model
+            accelerator.__class__ = type("TedAccelerator", (TedAcceleratorMixin, type(accelerator)), {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        # TrainingArguments are copied and pickled, process groups cannot be
+        return {**self.__dict__, "device_mesh": None}
+
+
+class TedAcceleratorMixin(Accelerator):
+    """What an [`Accelerator`] lacks for models that `from_pretrained(distributed_config=...)` has sharded.
+
+    It would wrap them in DistributedDataParallel and save rank 0's shards only. A state that is saved here loads on any
+    layout and world size, and its folder appears when all is in it.
+    """
+
+    def prepare_model(
+        self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> nn.Module:
+        if not getattr(model, "is_distributed_loading_by_transformers", False):
+            return super().prepare_model(model, device_placement, evaluation_mode)
+        prepare_for_training(model)
+        # for evaluation the parent does mixed precision and compilation, which is needed, and wraps nothing
+        return super().prepare_model(model, device_placement=False, evaluation_mode=True)
+
+    def prepare_data_loader(self, *args: Any, **kwargs: Any) -> Any:
+        if self.parallelism_config.tp_size > 1 and self.dataloader_config.dispatch_batches is None:
+            # it would send one batch of an IterableDataset to all data-parallel ranks
+            self.dataloader_config.dispatch_batches = False
+        return super().prepare_data_loader(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def no_sync(self, model: Any) -> Iterator[None]:
+        """Where `accumulate` goes on to the next micro-batch, only ZeRO-2 reduces gradients."""
+        config = getattr(getattr(model, "config", None), "distributed_config", None)
+        if not (isinstance(model, FSDPModule) and isinstance(config, TedConfig)):
+            with super().no_sync(model):
+                yield
+            return
+        model.set_requires_gradient_sync(config.zero_stage == 2)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+
+    def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Any:
+        parameters = list(parameters)
+        if norm_type != 2 or not any(isinstance(param, DTensor) for param in parameters):
+            return super().clip_grad_norm_(parameters, max_norm, norm_type)
+        self.unscale_gradients()
+        return clip_grad_norm_(parameters, max_norm)
+
+    def save_state(self, output_dir: str | None = None, safe_serialization: bool = True, **kwargs: Any) -> str:
+        if output_dir is None:  # Accelerate names the folder, a new one each time
+            with self._without_models():
+                location = super().save_state(None, safe_serialization, **kwargs)
+            self._save_training_state(location)
+            return location
+        with atomic_folder(output_dir) as staged:
+            with self._without_models():
+                super().save_state(str(staged), safe_serialization, **kwargs)
+            self._save_training_state(staged)
+        return output_dir
+
+    def load_state(
+        self, input_dir: str | None = None, load_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if input_dir is None:
+            raise ValueError("input_dir is None: name the folder that save_state has written")
+        for index, (model, optimizer) in enumerate(self._sharded()):
+            extra = load_training_state(os.path.join(input_dir, f"{TRAINING_STATE}_{index}"), model, optimizer)
+            load_random_state(model, extra)
+        with self._without_models():
+            super().load_state(input_dir, load_kwargs, **kwargs)
+        self.step = 0  # micro-batches of an accumulation, which may have been others, and whose gradients are not saved
+
+    def _save_training_state(self, folder: str | os.PathLike[str]) -> None:
+        for index, (model, optimizer) in enumerate(self._sharded()):
+            save_training_state(
+                os.path.join(folder, f"{TRAINING_STATE}_{index}"), model, optimizer, extra=saved_random_state(model)
+            )
+
+    _models: list[Any]
+    _optimizers: list[Any]
+
+    def _sharded(self) -> list[tuple[Any, Any]]:
+        if len(self._models) != len(self._optimizers):
+            raise ValueError(
+                f"{len(self._models)} models and {len(self._optimizers)} optimizers are prepared; save_state and "
+                "load_state need one optimizer per model, in the same order"
+            )
+        return list(zip(self._models, self._optimizers, strict=True))
+
+    @contextlib.contextmanager
+    def _without_models(self) -> Iterator[None]:
+        models, optimizers = self._models, self._optimizers
+        self._models, self._optimizers = [], []
+        try:
+            yield
+        finally:
+            self._models, self._optimizers = models, optimizers
+
+
+def layout_of(world_size: int, tp: int, ep: int, etp: int | None, dp: int | None) -> tuple[int, int, int, int]:
+    """Sizes of the tensor, expert, expert-tensor and data axes.
+
+    Raises:
+        ValueError: they do not fit each other or the world.
+    """
+    sizes = {"tensor_parallel_size": tp, "expert_parallel_size": ep}
+    inferred = {"expert_tensor_parallel_size": etp, "data_parallel_size": dp}
+    sizes |= {name: 1 if size is None else size for name, size in inferred.items()}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} ({size}) must be at least 1")
+    if world_size == 1:
+        if max(sizes.values()) > 1:
+            logger.warning(f"one process: {sizes} are all taken as 1; start several with torchrun")
+        return 1, 1, 1, 1
+    if world_size % tp:
+        raise ValueError(f"the world ({world_size} processes) must be divisible by tensor_parallel_size ({tp})")
+    if dp is None:
+        dp = world_size // tp
+    if tp * dp != world_size:
+        raise ValueError(
+            f"tensor_parallel_size ({tp}) x data_parallel_size ({dp}) = {tp * dp} must be the world ({world_size})"
+        )
+    etp = tp if etp is None else etp
+    if tp % etp:
+        raise ValueError(f"expert_tensor_parallel_size ({etp}) must divide tensor_parallel_size ({tp})")
+    if world_size % (ep * etp):
+        raise ValueError(
+            f"expert_parallel_size ({ep}) x expert_tensor_parallel_size ({etp}) = {ep * etp} must divide the world "
+            f"({world_size} processes)"
+        )
+    if (ep * etp) % tp:
+        raise ValueError(
+            f"expert_parallel_size ({ep}) x expert_tensor_parallel_size ({etp}) = {ep * etp} must be a multiple of "
+            f"tensor_parallel_size ({tp}): the ranks of a tensor-parallel group hold the same tokens, so they split "
+            "experts or hold different ones"
+        )
+    return tp, ep, etp, dp
+
+
+def start_distributed(timeout_s: float) -> None:
+    """Start `torch.distributed` for the devices at hand, with gloo for tensors that are offloaded to the CPU."""
+    if dist.is_initialized():
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+
+
+__all__ = ["TRAINING_STATE", "TedAcceleratorMixin", "TedPlugin", "layout_of"]

@@ -1,0 +1,314 @@
+"""Ordinary Hugging Face folders from and into models that are sharded in any layout, and folders that appear whole.
+
+All ranks call what is here. Rank 0 writes; it asks the ranks that hold parts of a tensor for them, one tensor at a
+time.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import get_backend_config
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..checkpoint.lazy_tensors import LazyTensors
+from ..checkpoint.safetensors_io import check_tensors, new_folder, write_pretrained_tensors
+from .sharding import local_shape, local_tensor, regions, regions_at, sources
+
+_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    *,
+    processing_class: Any = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write a model as one ordinary folder, as its own `save_pretrained` does in a single process.
+
+    Rank 0 collects parameters and persistent buffers one at a time and puts them where they belong in the mapped file;
+    besides that, it holds one rank's part of one tensor. Tensors keep their dtypes, and tied weights are written once.
+    They keep their names in the model, too, which `from_pretrained` reads as well as those that transformers would
+    give back to them (experts of Mixtral one by one, if its first checkpoint had them so).
+
+    A new folder appears whole or not at all. In one that has other files in it, those stay, and the new files take
+    their places one after another when all are written.
+
+    Args:
+        model: the same on every rank, sharded or not.
+        folder: on a disk of rank 0.
+        processing_class: a tokenizer, or what else has a `save_pretrained`, to go with the model.
+        max_shard_size: of a weight file, bytes or a string such as `"5GB"`.
+
+    Raises:
+        ValueError: the model is quantized or has adapters, `max_shard_size` is no size, or rank 0 has no part in a
+            tensor.
+        OSError: the disk is full, or what else the system says to rank 0; a RuntimeError on the others.
+    """
+    with together():
+        for attribute, what in (("hf_quantizer", "is quantized"), ("_hf_peft_config_loaded", "has adapters")):
+            if getattr(model, attribute, None):
+                raise ValueError(f"the model {what}; it can only be saved by its own save_pretrained, unsharded")
+        ignored = set(model._keys_to_ignore_on_save or ())
+        tensors = {name: tensor for name, tensor in named_tensors(model).items() if name not in ignored}
+        _check_sources(tensors)
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]  # FSDP2 makes a class of a model's
+    with atomic_folder(folder, keep_others=True) as temporary:
+        if rank() > 0:
+            _send_what_is_asked_for(tensors)
+        else:
+            written = _collect_and_write(tensors, temporary, max_shard_size)
+            model.config.save_pretrained(temporary)
+            if model.can_generate():
+                model.generation_config.save_pretrained(temporary)
+            if processing_class is not None:
+                processing_class.save_pretrained(temporary)
+    with together():
+        if rank() == 0:
+            for path in Path(folder).iterdir():
+                if _WEIGHT_FILE.fullmatch(path.name) and path.name not in written:
+                    path.unlink()  # of an earlier save with other shards
+
+
+def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Fill the parameters and persistent buffers of a model from a folder of `save_pretrained`.
+
+    Each rank reads its own regions. Values take the dtypes of the model.
+
+    Args:
+        model: sharded or not, not on the meta device.
+        folder: with safetensors that have the model's own names, readable by all ranks.
+
+    Raises:
+        ValueError: on all ranks: there are no safetensors, or they do not hold the model; all names are given.
+    """
+    folder = Path(folder)
+    with together(), torch.no_grad():
+        tensors = named_tensors(model)
+        file_of_name = _weight_files(folder)
+        names_of_file: dict[Path, list[str]] = defaultdict(list)
+        for name, path in file_of_name.items():
+            if name in tensors or name not in getattr(model, "all_tied_weights_keys", ()):
+                names_of_file[path].append(name)
+        specs = {}
+        for path, names in names_of_file.items():
+            with safe_open(path, framework="pt") as file:
+                specs.update({name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names})
+        check_tensors(specs, tensors, str(folder))
+        total = sum(region.local.nbytes for tensor in tensors.values() for region in regions(tensor))
+        with tqdm(total=total, unit="B", unit_scale=True, desc="Reading weights", disable=rank() > 0) as progress:
+            for path, names in names_of_file.items():
+                with safe_open(path, framework="pt") as file:
+                    for name in names:
+                        for region in regions(tensors[name]):
+                            source = file.get_slice(name)[region.slices] if region.sizes else file.get_tensor(name)
+                            region.local.copy_(source)
+                            progress.update(region.local.nbytes)
+
+
+@contextmanager
+def atomic_folder(folder: str | os.PathLike[str], *, keep_others: bool = False) -> Iterator[Path]:
+    """A temporary folder, the same on all ranks, that takes the place of `folder` if all ranks leave the block well.
+
+    Everything is flushed to disk before. If a rank raises an error in the block, all raise one after it, and nothing
+    has changed. If a process is killed, `folder` is what it was; only between the two renames that replace a folder is
+    it aside as `.{name}.previous`. What a killed process leaves has a name that starts with a dot.
+
+    Args:
+        folder: absent, or a folder that is replaced.
+        keep_others: leave files that are in `folder` where they are, and put the new ones beside or over them, one
+            after another, if there are any.
+
+    Raises:
+        ValueError: on all ranks: `folder` is a file, or cannot be created.
+        RuntimeError: on all ranks but those where the error is.
+    """
+    folder = Path(os.path.abspath(folder))
+    complete = folder.with_name(f".{folder.name}.complete")
+    with ExitStack() as stack:
+        shared: list[Path | None] = [None]
+        with together():
+            if rank() == 0:
+                if folder.exists() and not folder.is_dir():
+                    raise ValueError(f"{folder} is a file; choose a folder")
+                shared = [stack.enter_context(new_folder(complete, overwrite=True))]
+        if dist.is_initialized():
+            dist.broadcast_object_list(shared, src=0)
+        temporary = shared[0]
+        assert temporary is not None
+        with together():
+            yield temporary
+        with together():
+            if rank() == 0:
+                stack.close()
+                _take_place(complete, folder, keep_others=keep_others)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A block that all ranks leave together: if one raises an error, the others raise one too, in place of waiting.
+
+    Raises:
+        ValueError: another rank raised one; the message is the same.
+        RuntimeError: another rank raised another error.
+    """
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    if dist.is_initialized():
+        own = None if error is None else (isinstance(error, ValueError), str(error), repr(error))
+        gathered: list[tuple[bool, str, str] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, own)
+        for other, found in enumerate(gathered):
+            if found is not None and error is None:
+                is_value_error, message, representation = found
+                raise ValueError(message) if is_value_error else RuntimeError(f"rank {other} failed: {representation}")
+    if error is not None:
+        raise error
+
+
+def rank() -> int:
+    """This process's, 0 for a single one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by the names they are saved under, each once; parameters are the shards.
+
+    A tied weight has the name of the one that others are tied to.
+    """
+    # the hooks of FSDP2 on state_dict put the shards back where a forward left gathered parameters
+    state = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    tied = getattr(model, "all_tied_weights_keys", {})
+    name_of_id: dict[int, str] = {}
+    for name in sorted(state, key=lambda name: name in tied):
+        name_of_id.setdefault(id(state[name]), name)
+    return {name: tensor for name, tensor in state.items() if name_of_id[id(tensor)] == name}
+
+
+def _check_sources(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        regions(tensor)
+        if rank() == 0 and not sources(tensor, 0):
+            raise ValueError(f"{name} is on other ranks only, so that rank 0 cannot write it")
+
+
+def _collect_and_write(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: int | str) -> set[str]:
+    """Rank 0's part; the names of the files."""
+
+    def read_into(name: str, out: Tensor) -> None:
+        _tell(name)
+        for source, coordinate in sources(tensors[name], 0).items():
+            for region in regions_at(tensors[name], coordinate, _receive(tensors[name], coordinate, source)):
+                out[region.slices].copy_(region.local)
+
+    def read(name: str) -> Tensor:
+        out = torch.empty_like(specs[name], device="cpu")
+        read_into(name, out)
+        return out
+
+    specs = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
+    try:
+        paths = write_pretrained_tensors(
+            LazyTensors(specs, read, read_into=read_into), folder, max_shard_size=max_shard_size
+        )
+    finally:
+        _tell(None)  # after an error, too: the others wait for the next name
+    return {path.name for path in paths}
+
+
+def _send_what_is_asked_for(tensors: Mapping[str, Tensor]) -> None:
+    """The part of the other ranks."""
+    while (name := _tell(None)) is not None:
+        local = local_tensor(tensors[name])
+        if rank() in sources(tensors[name], 0) and local.numel():
+            _exchange(dist.isend, local.to(_message_device(local)), 0)
+
+
+def _receive(tensor: Tensor, coordinate: tuple[int, ...], source: int) -> Tensor:
+    """The local tensor of another rank."""
+    local = local_tensor(tensor)
+    if source == rank():
+        return local
+    received = torch.empty(local_shape(tensor, coordinate), dtype=tensor.dtype, device=_message_device(local))
+    if received.numel():
+        _exchange(dist.irecv, received, source)
+    return received
+
+
+def _exchange(operation: Any, local: Tensor, peer: int) -> None:
+    # a batch, because NCCL makes a communicator for each pair of ranks otherwise; bytes, because not every backend
+    # knows every dtype
+    message = local.contiguous().view(-1).view(torch.uint8)
+    for work in dist.batch_isend_irecv([dist.P2POp(operation, message, peer)]):
+        work.wait()
+
+
+def _message_device(tensor: Tensor) -> torch.device:
+    """Where a message has to be: NCCL moves no tensors of the CPU, which offloaded parameters are."""
+    devices = [part.split(":")[0] for part in get_backend_config().split(",")]
+    return tensor.device if tensor.device.type in devices else torch.device(devices[0])
+
+
+def _tell(name: str | None) -> str | None:
+    """Rank 0's `name`, on all ranks."""
+    told = [name]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def _weight_files(folder: Path) -> dict[str, Path]:
+    """The file of each tensor.
+
+    Raises:
+        ValueError: there are no safetensors, or they cannot be read.
+    """
+    index, single = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
+    try:
+        if single.is_file():
+            with safe_open(single, framework="pt") as file:
+                return dict.fromkeys(file.keys(), single)
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}") from None
+    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"the weights in {folder} cannot be read: {error!r}") from error
+    return {name: folder / file_name for name, file_name in weight_map.items()}
+
+
+def _take_place(complete: Path, folder: Path, *, keep_others: bool) -> None:
+    if keep_others and folder.is_dir() and any(folder.iterdir()):
+        for path in sorted(complete.rglob("*")):
+            target = folder / path.relative_to(complete)
+            if path.is_dir():
+                target.mkdir(exist_ok=True)
+            else:
+                path.replace(target)
+        shutil.rmtree(complete)
+        return
+    previous = folder.with_name(f".{folder.name}.previous")
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+    complete.rename(folder)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+__all__ = ["atomic_folder", "load_weights", "named_tensors", "rank", "save_pretrained", "together"]

@@ -1,0 +1,252 @@
+"""Differentiable collectives, each beside its transpose.
+
+Their results can be kept for a recomputation ([`KeptResults`]), and all are functional operations of
+`torch.ops._c10d_functional`, which selective activation checkpointing can keep, too. Rows are the first dimension; the
+rows of a group may be uneven, in which case they are padded for the exchange.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+_c10d = torch.ops._c10d_functional
+_wait = _c10d.wait_tensor
+_T = TypeVar("_T")
+
+
+class KeptResults:
+    """What collectives of a forward returned, in order, to be used again when it is computed again.
+
+    Both are context managers in whose bodies the collectives of this file take part; those of other code do not.
+    """
+
+    _of_thread = threading.local()
+
+    def __init__(self) -> None:
+        self.results: list[Any] = []
+        self._next: int | None = None
+
+    @contextlib.contextmanager
+    def keep(self) -> Iterator[None]:
+        """The first forward."""
+        with self._active():
+            yield
+
+    @contextlib.contextmanager
+    def reuse(self) -> Iterator[None]:
+        """The second."""
+        self._next = 0
+        with self._active():
+            yield
+
+    @contextlib.contextmanager
+    def _active(self) -> Iterator[None]:
+        outer = getattr(self._of_thread, "kept", None)
+        self._of_thread.kept = self
+        try:
+            yield
+        finally:
+            self._of_thread.kept = outer
+
+    @classmethod
+    def of(cls, run: Callable[[], _T]) -> _T:
+        """What `run` returns, or what it has returned in the first forward."""
+        kept: KeptResults | None = getattr(cls._of_thread, "kept", None)
+        if kept is None:
+            return run()
+        if kept._next is None:
+            kept.results.append(run())
+            return kept.results[-1]
+        kept._next += 1
+        return kept.results[kept._next - 1]
+
+
+def sum_over(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Sum of `x` over the group; not differentiable."""
+    return KeptResults.of(lambda: _wait(_c10d.all_reduce(x.contiguous(), "sum", group.group_name)))
+
+
+def max_over(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Elementwise maximum of `x` over the group; not differentiable."""
+    return KeptResults.of(lambda: _wait(_c10d.all_reduce(x.contiguous(), "max", group.group_name)))
+
+
+def gather_even(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The `x` of all ranks, equal in shape, one behind the other; not differentiable."""
+    return KeptResults.of(lambda: _wait(_c10d.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)))
+
+
+def exchange_even(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Row `i` of `x` to rank `i`, and its row for us in return; not differentiable."""
+    ones = [1] * group.size()
+    return KeptResults.of(lambda: _wait(_c10d.all_to_all_single(x.contiguous(), ones, ones, group.group_name)))
+
+
+class CopyToGroup(torch.autograd.Function):
+    """Identity, backward the sum over the group: the input of a column-parallel layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return sum_over(grad, ctx.group), None
+
+
+class SumOverGroup(torch.autograd.Function):
+    """Sum over the group, backward identity: the output of a row-parallel layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        return sum_over(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class TakeShare(torch.autograd.Function):
+    """This rank's share of rows that all ranks of the group hold; backward the shares of all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        return x.split(sizes)[group.rank()].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gather_rows(grad, ctx.sizes, ctx.group), None, None
+
+
+class JoinShares(torch.autograd.Function):
+    """The rows of all ranks of the group, for computation that all repeat; backward this rank's share."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        return _gather_rows(x, sizes, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.split(ctx.sizes)[ctx.group.rank()].contiguous(), None, None
+
+
+class GatherRows(torch.autograd.Function):
+    """The rows of all ranks, for a layer that is split over the group; backward sums what each made of a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        return _gather_rows(x, sizes, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _scatter_sum(grad, ctx.sizes, ctx.group), None, None
+
+
+class ScatterSum(torch.autograd.Function):
+    """The sum over the group of each rank's part of the rows: the output of a split layer; backward gathers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        return _scatter_sum(x, sizes, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gather_rows(grad, ctx.sizes, ctx.group), None, None
+
+
+class StartExchange(torch.autograd.Function):
+    """Start an all-to-all of rows; [`FinishExchange`] takes both results and gives the received rows.
+
+    Backward starts when that of `FinishExchange` runs and is waited for here, so that what stands between the two
+    overlaps with the exchange in both directions. The first result is `x`: it carries the gradient from one to the
+    other.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: ProcessGroup
+    ) -> tuple[Tensor, Tensor]:
+        pending = KeptResults.of(
+            lambda: _c10d.all_to_all_single(x.contiguous(), receive_sizes, send_sizes, group.group_name)
+        )
+        ctx.mark_non_differentiable(pending)
+        return x.view_as(x), pending
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None, None]:
+        return _wait(grad), None, None, None
+
+
+class FinishExchange(torch.autograd.Function):
+    """Wait for what [`StartExchange`] started; takes the same sizes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        pending: Tensor,
+        send_sizes: Sequence[int],
+        receive_sizes: Sequence[int],
+        group: ProcessGroup,
+    ) -> Tensor:
+        ctx.send_sizes, ctx.receive_sizes, ctx.group = send_sizes, receive_sizes, group
+        return _wait(pending)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        # not waited for: StartExchange does that
+        sizes = ctx.send_sizes, ctx.receive_sizes
+        return _c10d.all_to_all_single(grad.contiguous(), *sizes, ctx.group.group_name), None, None, None, None
+
+
+def even_shares(num_rows: int, num_ranks: int) -> list[int]:
+    """Rows of each rank when `num_rows` are divided as evenly as can be, the first ranks taking one more."""
+    share, rest = divmod(num_rows, num_ranks)
+    return [share + (rank < rest) for rank in range(num_ranks)]
+
+
+def _gather_rows(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
+    longest = max(sizes)
+    if min(sizes) == longest:
+        return gather_even(x, group)
+    padded = torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1) + (0, longest - x.shape[0]))
+    pieces = gather_even(padded, group).split(longest)
+    return torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)])
+
+
+def _scatter_sum(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
+    longest = max(sizes)
+    if min(sizes) != longest:
+        padding = (0, 0) * (x.ndim - 1)
+        x = torch.cat([torch.nn.functional.pad(piece, (*padding, 0, longest - len(piece))) for piece in x.split(sizes)])
+    rows = x.contiguous()
+    share = KeptResults.of(lambda: _wait(_c10d.reduce_scatter_tensor(rows, "sum", group.size(), group.group_name)))
+    return share[: sizes[group.rank()]]
+
+
+__all__ = [
+    "CopyToGroup",
+    "FinishExchange",
+    "GatherRows",
+    "JoinShares",
+    "KeptResults",
+    "ScatterSum",
+    "StartExchange",
+    "SumOverGroup",
+    "TakeShare",
+    "even_shares",
+    "exchange_even",
+    "gather_even",
+    "max_over",
+    "sum_over",
+]

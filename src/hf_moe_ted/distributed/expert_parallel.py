@@ -1,0 +1,316 @@
+"""Experts over ranks: tokens to the experts and back.
+
+Shape letters: T tokens of this rank, K experts per token, R rows sent, V rows received, E local experts, D model width.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface, ExpertParallelLayer
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+
+from ..kernels.permutation import CombineRows, SpreadTokens
+from .collectives import (
+    CopyToGroup,
+    FinishExchange,
+    GatherRows,
+    JoinShares,
+    KeptResults,
+    ScatterSum,
+    StartExchange,
+    SumOverGroup,
+    TakeShare,
+    even_shares,
+    exchange_even,
+    gather_even,
+)
+from .mesh import expert_mesh, fold_mesh
+
+if TYPE_CHECKING:
+    from .ted_config import TedConfig
+
+
+class TedExpertShard(ExpertParallelLayer):
+    """Style of the parameters of stacked experts: whole experts over `ted_ep`, their inner width over `etp`."""
+
+    def shard_param(self, module: Any, param: str, mesh: DeviceMesh) -> None:
+        full = module._parameters.get(param)
+        if full is None:
+            return
+        config = ted_config_of(module)
+        axes = expert_mesh(mesh, config.expert_tensor_parallel_size)
+        ep_size, etp_size = int(axes.size(0)), int(axes.size(1))
+        if full.shape[0] % ep_size:
+            raise ValueError(f"num_experts ({full.shape[0]}) must be divisible by expert_parallel_size ({ep_size})")
+        inner = inner_placement(module, param, full.ndim)
+        parts = inner.split_factor if isinstance(inner, _StridedShard) else 1
+        if isinstance(inner, Shard | _StridedShard) and full.shape[inner.dim] % (parts * etp_size):
+            raise ValueError(
+                f"the inner width of the experts ({full.shape[inner.dim] // parts}, {param}) must be divisible by "
+                f"expert_tensor_parallel_size ({etp_size})"
+            )
+        module.num_experts = full.shape[0] // ep_size
+        module._is_expert_parallel = module.is_spread_over_ranks = True
+        placements = [Shard(0), inner if etp_size > 1 else Replicate()]
+        sharded = distribute_tensor(full, axes, placements, src_data_rank=None)
+        module._parameters[param] = nn.Parameter(sharded, requires_grad=full.requires_grad)
+
+
+def ted_config_of(experts: nn.Module) -> "TedConfig":
+    """The layout that the model of these experts is loaded with."""
+    config: Any = getattr(getattr(experts, "config", None), "distributed_config", None)
+    if not hasattr(config, "expert_tensor_parallel_size"):
+        raise ValueError(
+            f"{type(experts).__name__} has no configuration with a TedConfig: load the model with "
+            "from_pretrained(distributed_config=plugin.distributed_config)"
+        )
+    return config
+
+
+def inner_placement(experts: Any, param: str, ndim: int) -> Placement:
+    """How a parameter of experts is split over `etp`: the first projection by columns, the second by rows.
+
+    The contract of transformers (`use_experts_implementation`): up_proj [E, F, D] or gate_up_proj [E, 2F, D], down_proj
+    [E, D, F], the last two dimensions swapped if `is_transposed`, gate and up one behind the other or interleaved;
+    biases [E, F or 2F] and [E, D]. The bias of the second projection is added once, so every rank holds all of it.
+    """
+    if param.startswith("down_proj"):
+        if ndim == 2:
+            return Replicate()
+        return Shard(1 if experts.is_transposed else 2)
+    dim = 2 if ndim == 3 and experts.is_transposed else 1
+    if param.startswith("gate_up_proj") and experts.is_concatenated:
+        return _StridedShard(dim, split_factor=2)
+    return Shard(dim)
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Where the (token, expert) pairs of one chunk go.
+
+    Attributes:
+        slot_R: int64[R], the slot, `token * K + k`, of each row that is sent; rows stand by rank and expert.
+        row_TK: int64[T, K], the row of each slot; -1 for a slot that no expert computes.
+        send_sizes, receive_sizes: rows to and from each rank of the expert-parallel group.
+        received_sizes: rows that each rank of the expert-tensor-parallel group received.
+        expert_ids_V: int64[V], the local expert of each row that the experts get.
+    """
+
+    slot_R: Tensor
+    row_TK: Tensor
+    send_sizes: list[int]
+    receive_sizes: list[int]
+    received_sizes: list[int]
+    expert_ids_V: Tensor
+
+
+class TedExpertParallel(EPImplementation):
+    """Expert parallelism times expert tensor parallelism, with duplicate token dropping.
+
+    Ranks of a tensor-parallel group hold the same tokens. With duplicate token dropping
+    (https://huggingface.co/papers/2303.06318, section 4.1) each sends its share of them only, and the ranks that split
+    an expert bring their shares together where it runs: all-to-all bytes fall by the tensor-parallel size. Without, all
+    send all, but for ranks whose experts are not the same slices (`etp` smaller than `tp`), as a token must not be
+    computed twice. Slots without an expert, padding and what did not fit, are not sent.
+    """
+
+    def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh):
+        super().__init__(experts, ep_mesh, tp_mesh)
+        self.num_local_experts: Any  # an int, which the parent reads off a module
+        config = ted_config_of(experts)
+        axes = expert_mesh(ep_mesh, config.expert_tensor_parallel_size)
+        self.experts = experts
+        self.ep_group, self.etp_group = axes["ted_ep"].get_group(), axes["etp"].get_group()
+        self.num_experts = self.num_local_experts * self.ep_group.size()
+        self.overlap_chunks = config.overlap_chunks
+        self.num_batches = config.dp_size
+        self.draws_random_numbers = any(getattr(m, p, 0) for m in experts.modules() for p in ("dropout", "p"))
+        is_exchanged = self.ep_group.size() > 1
+        self.drops_duplicates = config.duplicate_token_dropping and is_exchanged and self.etp_group.size() > 1
+        # the ranks that hold the same tokens and divide them between each other
+        if self.drops_duplicates or self.etp_group.size() == 1:
+            self.share_group: ProcessGroup = tp_mesh.get_group()
+        else:
+            self.share_group = fold_mesh(tp_mesh, self.etp_group.size())["fold"].get_group()
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """
+        Args:
+            hidden_states: float[T, D].
+            top_k_index: int64[T, K], global expert of each slot; `num_experts` for one that no expert computes.
+            top_k_weights: float[T, K].
+
+        Returns:
+            float[T, D].
+        """
+        if self.ep_group.size() == 1:
+            return self._run_split_experts(hidden_states, top_k_index, top_k_weights)
+        if self.share_group.size() == 1:
+            return self._run_experts(hidden_states, top_k_index, top_k_weights)
+        sizes = even_shares(hidden_states.shape[0], self.share_group.size())
+        rank = self.share_group.rank()
+        with self._random_numbers_apart():
+            output = self._run_experts(
+                TakeShare.apply(hidden_states, sizes, self.share_group),
+                top_k_index.split(sizes)[rank],
+                TakeShare.apply(top_k_weights, sizes, self.share_group),
+            )
+        return JoinShares.apply(output, sizes, self.share_group)
+
+    def _run_split_experts(self, hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """All experts are here, in slices: no token moves, the ranks of the group add up what each has computed."""
+        inputs = CopyToGroup.apply(hidden_TD, self.etp_group), CopyToGroup.apply(weights_TK, self.etp_group)
+        with self._own_view_of_parameters():
+            output_TD = self.experts_forward(inputs[0], expert_ids_TK, inputs[1])
+        return SumOverGroup.apply(output_TD, self.etp_group)
+
+    def _run_experts(self, hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Exchange chunk by chunk: all leave at once, and each comes back while the experts work on the next."""
+        num_chunks = self.overlap_chunks
+        sizes = even_shares(hidden_TD.shape[0], num_chunks)
+        dispatches = self._plan(expert_ids_TK.split(sizes))
+        sent = [
+            StartExchange.apply(
+                SpreadTokens.apply(chunk, d.slot_R, d.row_TK), d.send_sizes, d.receive_sizes, self.ep_group
+            )
+            for chunk, d in zip(hidden_TD.split(sizes), dispatches, strict=True)
+        ]
+        returning = []
+        for rows, d in zip(sent, dispatches, strict=True):
+            received = FinishExchange.apply(*rows, d.send_sizes, d.receive_sizes, self.ep_group)
+            computed = self._compute(received, d)
+            returning.append(StartExchange.apply(computed, d.receive_sizes, d.send_sizes, self.ep_group))
+        outputs = []
+        for computed, d, weights in zip(returning, dispatches, weights_TK.split(sizes), strict=True):
+            rows = FinishExchange.apply(*computed, d.receive_sizes, d.send_sizes, self.ep_group)
+            outputs.append(CombineRows.apply(rows, weights.to(rows.dtype), d.slot_R, d.row_TK))
+        return outputs[0] if num_chunks == 1 else torch.cat(outputs)
+
+    def _plan(self, chunks: tuple[Tensor, ...]) -> list[Dispatch]:
+        """Rows and sizes of each chunk; the sizes are read back to the host once for all."""
+        num_local, ep_size = self.num_local_experts, self.ep_group.size()
+        orders, counts = [], []
+        for ids_TK in chunks:
+            ids = ids_TK.flatten()
+            orders.append(ids.argsort(stable=True))
+            ones = torch.ones_like(ids)
+            count = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, ones)
+            counts.append(count[: self.num_experts].view(ep_size, num_local))
+        sent_PCE = torch.stack(counts, dim=1)  # P ranks, C chunks
+        received_PCE = exchange_even(sent_PCE, self.ep_group)
+        all_received = received_PCE
+        if self.drops_duplicates:
+            all_received = gather_even(received_PCE, self.etp_group)
+        all_received = all_received.view(-1, ep_size, *received_PCE.shape[1:])  # [etp or 1, P, C, E]
+        # recomputation does not wait for the device again
+        on_host = KeptResults.of(torch.cat([sent_PCE.sum(-1), all_received.sum(-1).flatten(0, 1)]).tolist)
+
+        dispatches = []
+        for index, (ids_TK, order) in enumerate(zip(chunks, orders, strict=True)):
+            by_rank = [row[index] for row in on_host]
+            send_sizes, received = by_rank[:ep_size], by_rank[ep_size:]
+            received_sizes = [sum(received[i : i + ep_size]) for i in range(0, len(received), ep_size)]
+            own = self.etp_group.rank() if self.drops_duplicates else 0
+            num_rows = sum(send_sizes)
+            row = torch.full_like(order, -1).scatter_(0, order[:num_rows], torch.arange(num_rows, device=order.device))
+            experts = torch.arange(num_local, device=order.device).repeat(len(received))
+            dispatches.append(
+                Dispatch(
+                    slot_R=order[:num_rows],
+                    row_TK=row.view_as(ids_TK),
+                    send_sizes=send_sizes,
+                    receive_sizes=received[own * ep_size : (own + 1) * ep_size],
+                    received_sizes=received_sizes,
+                    expert_ids_V=experts.repeat_interleave(
+                        all_received[:, :, index].flatten(), output_size=sum(received_sizes)
+                    ),
+                )
+            )
+        return dispatches
+
+    def _compute(self, rows_VD: Tensor, dispatch: Dispatch) -> Tensor:
+        """This rank's experts on the rows of its group, with the collectives of expert tensor parallelism around."""
+        etp_group = self.etp_group
+        if self.drops_duplicates:
+            rows_VD = GatherRows.apply(rows_VD, dispatch.received_sizes, etp_group)
+        elif etp_group.size() > 1:
+            rows_VD = CopyToGroup.apply(rows_VD, etp_group)
+
+        ids_V = dispatch.expert_ids_V
+        with self._own_view_of_parameters():
+            if ids_V.shape[0] == 0:  # one row of zeros that is cut off again: every parameter gets a gradient
+                row = torch.cat([rows_VD, rows_VD.new_zeros(1, rows_VD.shape[1])])
+                output_VD = self.experts_forward(row, ids_V.new_zeros(1, 1), row.new_ones(1, 1))[:0]
+            else:
+                output_VD = self.experts_forward(rows_VD, ids_V[:, None], rows_VD.new_ones(ids_V.shape[0], 1))
+
+        if self.drops_duplicates:
+            return ScatterSum.apply(output_VD, dispatch.received_sizes, etp_group)
+        return SumOverGroup.apply(output_VD, etp_group) if etp_group.size() > 1 else output_VD
+
+    @contextlib.contextmanager
+    def _random_numbers_apart(self) -> Iterator[None]:
+        """What experts draw depends on their number of rows, which may differ between ranks that share a batch.
+
+        Behind them all of these draw the same again.
+        """
+        if not (self.experts.training and self.draws_random_numbers):
+            yield
+            return
+        seed = int(torch.randint(2**62, ()))
+        yield
+        torch.manual_seed(seed)
+
+    @contextlib.contextmanager
+    def _own_view_of_parameters(self) -> Iterator[None]:
+        """The experts' parameters as this rank's forward needs them.
+
+        The second bias is added by every rank of an expert, so each adds its part. Gradients are divided by the number
+        of batches where FSDP does not do it.
+        """
+        parameters: Any = self.experts._parameters
+        originals = dict(parameters)
+        etp_size = self.etp_group.size()
+        gradient_factor = 1.0 if isinstance(self.experts, FSDPModule) else 1.0 / self.num_batches
+        for name, param in originals.items():
+            if param is None:
+                continue
+            if isinstance(param, DTensor):
+                param = param.to_local()
+            forward_factor = 1.0 / etp_size if name == "down_proj_bias" else 1.0
+            if forward_factor != 1.0 or gradient_factor != 1.0:
+                param = _Scale.apply(param, forward_factor, gradient_factor)
+            parameters[name] = param
+        try:
+            yield
+        finally:
+            parameters.update(originals)
+
+
+class _Scale(torch.autograd.Function):
+    """Factors of a tensor and, independently, of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float, gradient_factor: float) -> Tensor:
+        ctx.gradient_factor = gradient_factor
+        return x.view_as(x) if factor == 1.0 else x * factor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return (grad if ctx.gradient_factor == 1.0 else grad * ctx.gradient_factor), None, None
+
+
+EPImplementationInterface.register("ted", TedExpertParallel)
+_STYLES: Any = ALL_PARALLEL_STYLES
+_STYLES.register("ted_experts", TedExpertShard())
+
+__all__ = ["Dispatch", "TedExpertParallel", "TedExpertShard", "inner_placement", "ted_config_of"]

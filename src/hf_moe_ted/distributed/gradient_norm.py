@@ -1,0 +1,61 @@
+"""The norm of all gradients of a sharded model, with one collective."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+
+@torch.no_grad()
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
+    """As `torch.nn.utils.clip_grad_norm_` with the 2-norm, for parameters on different meshes or on none.
+
+    torch's refuses parameters of different meshes, and one norm per mesh costs a chain of collectives for each.
+
+    Args:
+        parameters: those with gradients are looked at; plain ones are the same on all ranks.
+        max_norm: gradients are scaled down to it in place; `None` or infinity for the norm only.
+
+    Returns:
+        The norm before clipping, float32 scalar on the device of the process group.
+    """
+    gradients = [param.grad for param in parameters if param.grad is not None]
+    by_share: dict[float, list[Tensor]] = {}
+    for grad in gradients:
+        by_share.setdefault(_share_of_world(grad), []).append(_local(grad))
+
+    world = dist.is_initialized() and dist.get_world_size() > 1
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    squared = torch.zeros((), dtype=torch.float32, device=device)
+    for share, tensors in by_share.items():
+        norms = torch._foreach_norm([tensor for tensor in tensors if tensor.numel()], 2, dtype=torch.float32)
+        if norms:
+            squared += torch.stack(norms).square().sum().to(device) * share
+    if world:
+        dist.all_reduce(squared)
+    norm = squared.sqrt()
+    if max_norm is not None and max_norm != float("inf"):
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for tensors in by_share.values():
+            torch._foreach_mul_(tensors, factor.to(tensors[0].device))
+    return norm
+
+
+def _share_of_world(grad: Tensor) -> float:
+    """One over the number of ranks that hold the same part of a gradient."""
+    if not dist.is_initialized():
+        return 1.0
+    num_parts = 1
+    if isinstance(grad, DTensor):
+        for size, placement in zip(grad.device_mesh.shape, grad.placements, strict=True):
+            num_parts *= 1 if isinstance(placement, Replicate) else size
+    return num_parts / dist.get_world_size()
+
+
+def _local(grad: Tensor) -> Tensor:
+    return grad.to_local() if isinstance(grad, DTensor) else grad
+
+
+__all__ = ["clip_grad_norm_"]

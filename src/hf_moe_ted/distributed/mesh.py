@@ -1,0 +1,55 @@
+"""The axes of TED over the ranks of a job, and the groups made of them.
+
+transformers makes two views of the ranks, (fsdp, tp) for all that is not an expert and (efsdp, ep) for experts, where
+its `ep` is ours times `etp`. Expert tensor parallelism divides that axis once more, and folding the `tp` axis:
+
+| axis | names here | size | ranks of a group |
+|---|---|---|---|
+| tensor | tp | tp | share a batch; hold slices of the dense layers |
+| data | fsdp | dp | hold different batches |
+| expert tensor | etp | etp | hold slices of the same experts; part of a tensor-parallel group |
+| expert | ted_ep | ep | hold different experts |
+| expert data | efsdp | edp | hold the same slices of the same experts |
+| fold | fold | tp / etp | of a tensor-parallel group, but hold other experts |
+
+`tp * dp = etp * ep * edp` (https://huggingface.co/papers/2303.06318, section 3.1).
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+_SPLIT: dict[tuple[int, str, int], tuple[DeviceMesh, DeviceMesh]] = {}
+
+
+def expert_mesh(ep_mesh: DeviceMesh, expert_tensor_parallel_size: int) -> DeviceMesh:
+    """The axes ("ted_ep", "etp") of transformers' `ep` axis; ranks of an `etp` group are neighbours."""
+    return _split(ep_mesh, expert_tensor_parallel_size, ("ted_ep", "etp"))
+
+
+def fold_mesh(tp_mesh: DeviceMesh, expert_tensor_parallel_size: int) -> DeviceMesh:
+    """The axes ("fold", "etp_in_tp") of the `tp` axis; ranks of a `fold` group hold the same slices of experts."""
+    return _split(tp_mesh, expert_tensor_parallel_size, ("fold", "etp_in_tp"))
+
+
+def inherit_timeout(mesh: DeviceMesh) -> None:
+    """Give the groups of a mesh the timeout of the world, in place of torch's 10 or 30 minutes."""
+    world: Any = dist.group.WORLD
+    timeout = world._get_backend(torch.device(mesh.device_type)).options._timeout
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(timeout, group)
+
+
+def _split(mesh: DeviceMesh, inner_size: int, names: tuple[str, str]) -> DeviceMesh:
+    root = mesh._get_root_mesh()
+    key = (id(root), names[0], inner_size)
+    if key not in _SPLIT:  # an axis can be split once, and every layer asks; the root is kept so that its id stays
+        _SPLIT[key] = root, mesh._unflatten(0, (mesh.size() // inner_size, inner_size), names)
+        inherit_timeout(_SPLIT[key][1])
+    return _SPLIT[key][1]
+
+
+__all__ = ["expert_mesh", "fold_mesh", "inherit_timeout"]

@@ -1,0 +1,189 @@
+"""What happens to which layer of a ZCodeM3, in order: tensor parallelism, expert parallelism, ZeRO."""
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, Shard
+from transformers import PreTrainedModel
+from transformers.distributed.expert_parallel import apply_expert_parallelism
+from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+from .mesh import inherit_timeout
+from .random_state import synchronize_random_state
+from .ted_config import TedConfig
+from .tensor_parallel import STYLES, vocab_parallel_cross_entropy
+
+# Layers whose parameters ZeRO-1 and 2 gather, and whose gradients they reduce, at once. They stay gathered anyway; each
+# unit costs the host about two milliseconds a step, which is more than a small layer computes.
+LAYERS_PER_UNIT = 6
+
+
+def parallelize(model: PreTrainedModel, config: TedConfig, meshes: Any) -> PreTrainedModel:
+    """Shard a ZCodeM3 whose parameters are on the meta device; loading fills what is left of them.
+
+    Args:
+        model: ZCodeM3 model or head, changed in place.
+        config: the layout.
+        meshes: transformers' `TransformersDeviceMesh` of the layout, `None` on one process.
+    """
+    if meshes is None:
+        return model
+    source: Any = model
+    sizes: Any = config  # which has no None among its sizes
+    source._mesh_manager = meshes
+    source._device_mesh = meshes.get_mesh(("pp", "fsdp", "tp"))
+    source._is_distributed_loading_by_transformers = True
+    source._tp_size, source._fsdp_size = config.tp_size, config.fsdp_size
+
+    if sizes.tp_size > 1:
+        plan = source._expand_parallel_plan(tensor_parallel_plan(model))
+        apply_tensor_parallelism(model, meshes.get_mesh("tp"), plan)
+        source.cross_entropy = vocab_parallel_cross_entropy
+    if sizes.ep_size > 1 and source.ep_plan:
+        ep_plan = dict(source.ep_plan)
+        config._validate_resolved_ep_plan(ep_plan)
+        apply_expert_parallelism(
+            model,
+            meshes.get_mesh("ep"),
+            meshes.get_mesh("tp"),
+            source._expand_parallel_plan(ep_plan),
+            ep_implementation=config.ep_implementation,
+        )
+    # transformers ties after loading, too late for FSDP2, which would gather and reduce each of the tied weights
+    model.tie_weights(recompute_mapping=False)
+    if config.dp_size > 1:
+        apply_zero(model, config, meshes)
+    prepare_for_training(model)
+    return model
+
+
+def tensor_parallel_plan(model: Any) -> dict[str, str]:
+    """The model's plan with our styles in place of those of transformers.
+
+    The first projections of a dense feed-forward copy their input themselves; for attention and for the states of the
+    encoder one copy serves several projections.
+    """
+    plan: dict[str, str] = {}
+    for name, style in model.tp_plan.items():
+        if style == "colwise" and name.endswith(".fc1"):
+            plan[name] = "ted_first_column"
+            continue
+        plan[name] = STYLES[style]
+        if style == "colwise":
+            plan[name.rpartition(".")[0]] = "ted_block_input"
+    for name, module in model.named_modules():
+        if name.endswith("embed_positions") and hasattr(module, "q_proj"):
+            projections = {f"{name}.q_proj": "ted_first_column", f"{name}.k_proj": "ted_first_column"}
+            plan |= {name: "ted_untied_positions", **projections}
+        elif re.fullmatch(r"(.*\.)?decoder", name):
+            plan[name] = "ted_decoder_input"
+    return plan
+
+
+def apply_zero(model: PreTrainedModel, config: TedConfig, meshes: Any) -> None:
+    """ZeRO through FSDP2: experts over the ranks that hold the same ones, all else over data-parallel ranks.
+
+    Experts that no other rank holds are left as they are: FSDP2 would keep a second copy of them.
+    """
+    model_: Any = model
+    options: dict[str, Any] = {"reshard_after_forward": config.zero_stage == 3}
+    if config.fsdp_cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+    if config.fsdp_mixed_precision:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+    alone: set[nn.Parameter] = set()
+    for experts in expert_modules(model):
+        if config.wraps_experts_in_fsdp:
+            _shard_experts(experts, config, meshes.get_mesh("efsdp"), options)
+        else:
+            alone.update(experts.parameters())
+    mesh = meshes.get_mesh("fsdp")
+    units = [
+        layers[start : start + size]
+        for layers in _stacks_of_layers(model)
+        for size in [1 if config.zero_stage == 3 else LAYERS_PER_UNIT]
+        for start in range(0, len(layers), size)
+    ]
+    for unit in units:
+        fully_shard(unit, mesh=mesh, ignored_params=alone, **options)
+    _prefetch(units)
+    names = type(model).__module__, type(model).__name__, type(model).__qualname__
+    fully_shard(model, mesh=mesh, ignored_params=alone, **options)
+    # FSDP2 makes a subclass; saving would take it for the model's own and copy its file as remote code
+    # (`custom_object_save` in transformers/dynamic_module_utils.py)
+    wrapped: Any = type(model)
+    wrapped.__module__, wrapped.__name__, wrapped.__qualname__ = names
+    # generation calls the encoder without the model, whose hooks gather the embedding
+    register_fsdp_forward_method(model, "generate")
+    model_._is_fsdp_managed_module = True  # generation then keeps going until all ranks are done
+
+
+def expert_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules whose experts are spread over ranks."""
+    return [module for module in model.modules() if getattr(module, "is_spread_over_ranks", False)]
+
+
+def _shard_experts(experts: nn.Module, config: TedConfig, mesh: DeviceMesh, options: dict[str, Any]) -> None:
+    """Shard experts by expert if each rank gets as many, else by rows of the weights."""
+
+    def placement(param: nn.Parameter) -> Shard | None:
+        local = param.to_local() if isinstance(param, DTensor) else param
+        dims = [dim for dim in range(local.ndim) if local.shape[dim] % mesh.size() == 0]
+        return Shard(dims[0]) if dims else None
+
+    module: Any = fully_shard(experts, mesh=mesh, shard_placement_fn=placement, **options)
+    # the gradient covers the tokens of all data-parallel ranks, however many hold the expert
+    module.set_gradient_divide_factor(float(config.dp_size))
+    if mesh.size() > 1:
+        # another factor than the group's size is applied in the reduction, which gloo refuses and NCCL gets wrong in
+        # bfloat16 (https://github.com/pytorch/pytorch/issues/190745)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def _stacks_of_layers(model: nn.Module) -> list[list[nn.Module]]:
+    """The layers of encoder and decoder in the order in which they run."""
+    stacks = [module for name, module in model.named_modules() if re.fullmatch(r"(.*\.)?layers", name)]
+    return [list(stack.children()) for stack in stacks]
+
+
+def _prefetch(units: list[list[nn.Module]]) -> None:
+    """Gather the parameters of the next unit, in forward and backward, while one computes."""
+    gathered = [
+        [unit[0], *(m for layer in unit for m in expert_modules(layer) if isinstance(m, FSDPModule))] for unit in units
+    ]
+    for index, (module, *_) in enumerate(gathered):
+        first: Any = module
+        if index + 1 < len(units):
+            first.set_modules_to_forward_prefetch(gathered[index + 1])
+        if index > 0:
+            first.set_modules_to_backward_prefetch(gathered[index - 1])
+
+
+def prepare_for_training(model: nn.Module) -> None:
+    """What a sharded model of any class needs besides its shards; done once.
+
+    transformers shards models other than ZCodeM3 itself, without ZeRO's stages 1 and 2.
+    """
+    model_: Any = model
+    config = model_.config.distributed_config
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and isinstance(config, TedConfig) and config.zero_stage < 3:
+            module.set_reshard_after_forward(False, recurse=False)
+    meshes = model_._mesh_manager
+    for axes in (("fsdp", "tp"), ("efsdp", "ep")):
+        inherit_timeout(meshes.get_mesh(axes))
+    synchronize_random_state(model, meshes.get_mesh("fsdp").get_local_rank(), meshes.get_mesh("tp").get_group())
+
+
+__all__ = ["apply_zero", "expert_modules", "parallelize", "prepare_for_training", "tensor_parallel_plan"]

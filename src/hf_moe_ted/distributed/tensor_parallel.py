@@ -1,0 +1,246 @@
+"""Tensor parallelism of the dense layers of ZCodeM3, on local tensors.
+
+The styles of transformers that do the same wrap every linear layer's input and output in DTensors, with an all-reduce
+per projection in backward. Here the input of a block is copied to the group once, as in Megatron-LM
+(https://huggingface.co/papers/1909.08053, section 3): one all-reduce forward and one backward per block.
+
+Shape letters: B batch, L length, N tokens, C tokens of one chunk, D model width, W words of this rank.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+from transformers.distributed.tensor_parallel import TensorParallelLayer
+
+from ..models.losses import row_chunks, summed_cross_entropy
+from .collectives import CopyToGroup, JoinShares, SumOverGroup, max_over, sum_over
+
+
+class _LocalStyle(TensorParallelLayer):
+    """A module that runs on this rank's parts of its parameters."""
+
+    def placement(self, param: str) -> Placement:
+        raise NotImplementedError
+
+    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
+        full = module._parameters.get(param)
+        if full is None:
+            return
+        sharded = distribute_tensor(full, mesh, [self.placement(param)], src_data_rank=None)
+        module._parameters[param] = nn.Parameter(sharded, requires_grad=full.requires_grad)
+
+    def should_use_local_tensors(self, module: nn.Module) -> bool:
+        return True
+
+
+class TedColumn(_LocalStyle):
+    """Linear layer split by outputs; `copies_input` where the layer is the first of its block."""
+
+    def __init__(self, copies_input: bool):
+        self.copies_input = copies_input
+
+    def placement(self, param: str) -> Placement:
+        return Shard(0)
+
+    def install_forward(self, module: Any, mesh: DeviceMesh) -> nn.Module:
+        group = mesh.get_group()
+
+        def forward(x: Tensor) -> Tensor:
+            if self.copies_input:
+                x = CopyToGroup.apply(x, group)
+            return nn.functional.linear(x, _local(module.weight), _local(module.bias))
+
+        module.forward = forward
+        return module
+
+
+class TedRow(_LocalStyle):
+    """Linear layer split by inputs; the bias is added once, behind the sum."""
+
+    def placement(self, param: str) -> Placement:
+        return Replicate() if param == "bias" else Shard(1)
+
+    def install_forward(self, module: Any, mesh: DeviceMesh) -> nn.Module:
+        group = mesh.get_group()
+
+        def forward(x: Tensor) -> Tensor:
+            output = SumOverGroup.apply(nn.functional.linear(x, _local(module.weight)), group)
+            return output if module.bias is None else output + _local(module.bias)
+
+        module.forward = forward
+        return module
+
+
+class TedBlockInput(TensorParallelLayer):
+    """Attention: what its projections read is copied to the group once for all of them."""
+
+    def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: DeviceMesh) -> Any:
+        return (CopyToGroup.apply(args[0], mesh.get_group()), *args[1:]), kwargs
+
+
+class TedDecoderInput(TensorParallelLayer):
+    """Decoder: the states that all its cross-attentions read are copied to the group once."""
+
+    def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: DeviceMesh) -> Any:
+        states = kwargs.get("encoder_hidden_states")
+        if states is not None:
+            kwargs = {**kwargs, "encoder_hidden_states": CopyToGroup.apply(states, mesh.get_group())}
+        return args, kwargs
+
+
+class TedUntiedPositions(TensorParallelLayer):
+    """Untied positions: their scores for this rank's heads."""
+
+    def install_forward(self, module: Any, mesh: DeviceMesh) -> nn.Module:
+        module.num_heads //= mesh.size()
+        return module
+
+
+class TedVocabEmbedding(_LocalStyle):
+    """Embedding split by words: each rank looks up its own, the sum has all."""
+
+    def placement(self, param: str) -> Placement:
+        return Shard(0)
+
+    def install_forward(self, module: Any, mesh: DeviceMesh) -> nn.Module:
+        group = mesh.get_group()
+
+        def forward(input_ids: Tensor) -> Tensor:
+            weight_WD = _local(module.weight)
+            first, num_words = group.rank() * weight_WD.shape[0], weight_WD.shape[0]
+            ids = input_ids - first
+            is_elsewhere = (ids < 0) | (ids >= num_words)
+            padding = module.padding_idx - first if module.padding_idx is not None else -1
+            own = nn.functional.embedding(
+                ids.masked_fill(is_elsewhere, 0), weight_WD, padding if 0 <= padding < num_words else None
+            )
+            own = own.masked_fill(is_elsewhere.unsqueeze(-1), 0.0)
+            return SumOverGroup.apply(own, group) * getattr(module, "embed_scale", 1.0)
+
+        module.forward = forward
+        return module
+
+
+class TedVocabHead(_LocalStyle):
+    """Head split by words. In training the logits stay where they are, a DTensor; else all ranks get all."""
+
+    def placement(self, param: str) -> Placement:
+        return Shard(0)
+
+    def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: DeviceMesh) -> Any:
+        return (CopyToGroup.apply(args[0], mesh.get_group()), *args[1:]), kwargs
+
+    def transform_output_post_forward(self, module: nn.Module, output: Tensor, mesh: DeviceMesh) -> Tensor:
+        shape = torch.Size((*output.shape[:-1], output.shape[-1] * mesh.size()))
+        if torch.is_grad_enabled():
+            stride = torch.empty(shape, device="meta").stride()
+            return DTensor.from_local(output, mesh, [Shard(-1)], run_check=False, shape=shape, stride=stride)
+        group, words_first = mesh.get_group(), output.flatten(0, -2).t()
+        sizes = [output.shape[-1]] * mesh.size()
+        return JoinShares.apply(words_first, sizes, group).t().reshape(shape)
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropies of logits that are split by words, without bringing them together.
+
+    As `models.losses.summed_cross_entropy`, float32 numbers exist for some rows at a time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_NW: Tensor, labels_N: Tensor, smoothing: float, group: ProcessGroup) -> Tensor:
+        num_words = logits_NW.shape[-1]
+        is_counted_N = labels_N != -100
+        own_N = labels_N - group.rank() * num_words
+        is_own_N = is_counted_N & (own_N >= 0) & (own_N < num_words)
+        own_N = own_N.masked_fill(~is_own_N, 0)
+        chunks = row_chunks(logits_NW)
+        largest_N = max_over(torch.cat([logits_NW[rows].amax(dim=-1).float() for rows in chunks]), group)
+        parts = []
+        for rows in chunks:
+            logits_CW = logits_NW[rows].float()
+            target_C = logits_CW.gather(1, own_N[rows, None]).squeeze(1).masked_fill(~is_own_N[rows], 0.0)
+            total_C = logits_CW.sum(dim=-1)
+            sum_exp_C = (logits_CW - largest_N[rows, None]).exp_().sum(dim=-1)
+            parts.append(torch.stack([sum_exp_C, target_C, total_C]))
+        sum_exp_N, target_N, total_N = sum_over(torch.cat(parts, dim=1), group)
+        log_partition_N = sum_exp_N.log() + largest_N
+        vocab_size = num_words * group.size()
+        loss_N = log_partition_N - (1.0 - smoothing) * target_N - smoothing * total_N / vocab_size
+        ctx.save_for_backward(logits_NW, log_partition_N, own_N, is_own_N, is_counted_N)
+        ctx.smoothing, ctx.vocab_size = smoothing, vocab_size
+        return loss_N.masked_fill(~is_counted_N, 0.0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        logits_NW, log_partition_N, own_N, is_own_N, is_counted_N = ctx.saved_tensors
+        scale_N = is_counted_N * grad
+        grad_NW = torch.empty_like(logits_NW)
+        for rows in row_chunks(logits_NW):
+            probs_CW = (logits_NW[rows].float() - log_partition_N[rows, None]).exp_()
+            probs_CW -= ctx.smoothing / ctx.vocab_size
+            hit_C1 = ((ctx.smoothing - 1.0) * is_own_N[rows, None]).to(probs_CW.dtype)
+            probs_CW.scatter_add_(1, own_N[rows, None], hit_C1)
+            grad_NW[rows] = probs_CW.mul_(scale_N[rows, None])
+        return grad_NW, None, None, None
+
+
+def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """As `models.losses.summed_cross_entropy`, also for logits that [`TedVocabHead`] leaves split by words.
+
+    Args:
+        logits: float[..., vocab_size], a DTensor with its last dimension sharded, or a plain tensor.
+        labels: int64[...], -100 for positions without loss.
+        label_smoothing: share of the target that is spread over all words.
+
+    Returns:
+        float32 scalar, the sum over the labels that count.
+    """
+    if not isinstance(logits, DTensor):
+        return summed_cross_entropy(logits, labels, label_smoothing)
+    group = logits.device_mesh.get_group()
+    local = logits.to_local().flatten(0, -2)
+    return _SummedCrossEntropy.apply(local, labels.flatten(), label_smoothing, group)
+
+
+class _LocalShard(torch.autograd.Function):
+    """The local tensor of a DTensor whose gradient has its layout: `to_local`, at a third of the host's time."""
+
+    @staticmethod
+    def forward(ctx: Any, param: DTensor) -> Tensor:
+        ctx.spec = param._spec
+        return param._local_tensor.view_as(param._local_tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> DTensor:
+        return DTensor(grad.contiguous(), ctx.spec, requires_grad=False)
+
+
+def _local(param: Any) -> Any:
+    return _LocalShard.apply(param) if isinstance(param, DTensor) else param
+
+
+# ZCodeM3's plan names the styles of transformers, which work without this package; these take their place
+STYLES = {
+    "colwise": "ted_column",
+    "rowwise": "ted_row",
+    "embedding_rowwise": "ted_vocab_embedding",
+    "colwise_gather_output": "ted_vocab_head",
+}
+
+_REGISTRY: Any = ALL_PARALLEL_STYLES
+_REGISTRY.register("ted_column", TedColumn(copies_input=False))
+_REGISTRY.register("ted_first_column", TedColumn(copies_input=True))
+_REGISTRY.register("ted_row", TedRow())
+_REGISTRY.register("ted_block_input", TedBlockInput())
+_REGISTRY.register("ted_decoder_input", TedDecoderInput())
+_REGISTRY.register("ted_untied_positions", TedUntiedPositions())
+_REGISTRY.register("ted_vocab_embedding", TedVocabEmbedding())
+_REGISTRY.register("ted_vocab_head", TedVocabHead())
+
+__all__ = ["vocab_parallel_cross_entropy"]

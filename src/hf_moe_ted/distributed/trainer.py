@@ -1,0 +1,228 @@
+"""Trainers for models that are sharded by TED: checkpoints, resume on another layout, evaluation."""
+
+import contextlib
+import functools
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import recursively_apply
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
+from .accelerate_plugin import TRAINING_STATE
+from .activation_checkpoint import communication_aware_context_fn
+from .checkpoint import load_weights, save_pretrained
+from .gradient_norm import clip_grad_norm_
+from .parallelize import prepare_for_training
+from .random_state import load_random_state, saved_random_state
+from .training_state import load_training_state, save_training_state
+
+
+class TedTrainerMixin(Trainer):
+    """What a [`Trainer`] lacks for a model that `from_pretrained(distributed_config=...)` has sharded.
+
+    - Optimizer and scheduler are saved as shards, and a checkpoint resumes on any layout and world size, one process
+      included. A checkpoint folder appears when all is in it.
+    - The gradient norm takes one collective.
+    - Ranks of a tensor-parallel group give each prediction once.
+    """
+
+    _staging_dir: str | None = None
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        *more: Any,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ):
+        if optimizer_cls_and_kwargs is not None and any(kwargs.get("optimizers", ())):
+            raise ValueError("give only one of optimizers and optimizer_cls_and_kwargs")
+        is_sharded = getattr(model, "is_distributed_loading_by_transformers", False)
+        if is_sharded:
+            prepare_for_training(model)
+            _keep_collectives_of_transformers(model, args)
+        # the parent refuses to write checkpoints of a sharded model that it could not read again
+        is_refused = is_sharded and args is not None and not args.save_only_model
+        if is_refused:
+            args.save_only_model = True
+        try:
+            super().__init__(model, args, *more, **kwargs)
+        finally:
+            if is_refused:
+                args.save_only_model = False
+        if optimizer_cls_and_kwargs is not None:  # which Seq2SeqTrainer does not take
+            self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
+
+    # ---- checkpoints ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging_dir or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the parent, into a folder beside, which gets the name of the checkpoint when all is in it."""
+        run_dir = super()._get_output_dir(trial)
+        if self.args.push_to_hub:  # which uploads the folder in the background, under its name
+            super()._save_checkpoint(model, trial)
+            return
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._staging_dir = os.path.join(run_dir, f".{name}.incomplete")
+        staged, final = os.path.join(self._staging_dir, name), os.path.join(run_dir, name)
+        if self.args.should_save:
+            shutil.rmtree(self._staging_dir, ignore_errors=True)
+        _barrier()
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.state.best_model_checkpoint == staged:
+                self.state.best_model_checkpoint = final
+            _barrier()
+            if self.args.should_save:
+                self.state.save_to_json(os.path.join(staged, TRAINER_STATE_NAME))
+                shutil.rmtree(final, ignore_errors=True)  # of a run that is repeated
+                os.rename(staged, final)
+                os.rmdir(self._staging_dir)
+        finally:
+            self._staging_dir = None
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=run_dir,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        _barrier()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.is_distributed_loading_by_transformers:
+            super()._save(output_dir, state_dict)
+            return
+        folder: str = output_dir or self.args.output_dir  # type: ignore[assignment]  # None only where nothing is saved
+        save_pretrained(self._sharded_model, folder)
+        if self.args.should_save:
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_distributed_loading_by_transformers:
+            load_weights(self._sharded_model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.is_distributed_loading_by_transformers:
+            load_weights(self._sharded_model, self.state.best_model_checkpoint)  # type: ignore[arg-type]
+        else:
+            super()._load_best_model()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save_training_state(
+            os.path.join(output_dir, TRAINING_STATE),
+            self._sharded_model,
+            self._plain_optimizer,
+            self.lr_scheduler,
+            weights=False,  # they are in the checkpoint already
+            extra=saved_random_state(self._sharded_model),
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        folder = os.path.join(checkpoint or "", TRAINING_STATE)
+        if checkpoint is None or not os.path.isdir(folder):
+            super()._load_optimizer_and_scheduler(checkpoint)  # of a plain Trainer, on one process
+            return
+        extra = load_training_state(folder, self._sharded_model, self._plain_optimizer, self.lr_scheduler)
+        load_random_state(self._sharded_model, extra)
+
+    @property
+    def _sharded_model(self) -> Any:
+        return self.model
+
+    @property
+    def _plain_optimizer(self) -> Any:
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
+
+    # ---- training ----
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if not self.is_distributed_loading_by_transformers:
+            return super()._clip_grad_norm(model)
+        return clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None and self.is_distributed_loading_by_transformers:
+            return clip_grad_norm_(model.parameters(), None)
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        """Parameters that are no DTensors have equal gradients on all ranks if they share one batch."""
+        if self._sharded_model.config.distributed_config.dp_size > 1:
+            super()._sync_replicated_trainable_parameters(model)
+
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """ZeRO-2 keeps no whole gradients from one micro-batch to the next."""
+        if self._sharded_model.config.distributed_config.zero_stage == 2:
+            yield
+            return
+        with super()._defer_fsdp_gradient_reduction():
+            yield
+
+    # ---- evaluation ----
+
+    @property
+    def gather_function(self) -> Callable[[Any], Any]:
+        """What evaluation brings predictions together with: each once.
+
+        The parent's would repeat those of a tensor-parallel group, and Seq2SeqTrainer's the samples that fill up the
+        last batch.
+        """
+        is_sharded = getattr(self.model, "is_distributed_loading_by_transformers", False)
+        return self._gather_once if is_sharded else self._gather_function
+
+    @gather_function.setter
+    def gather_function(self, function: Callable[[Any], Any]) -> None:
+        self._gather_function = function
+
+    def _gather_once(self, data: Any) -> Any:
+        tp_size = self.get_tp_size()
+        state = self.accelerator.gradient_state
+        end = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
+
+        def once(gathered: Tensor) -> Tensor:
+            by_rank = gathered.unflatten(0, (self.args.world_size // tp_size, tp_size, -1))
+            return by_rank[:, 0].flatten(0, 1)[:end]
+
+        return recursively_apply(once, self.accelerator.gather(data))
+
+
+class TedTrainer(TedTrainerMixin, Trainer):
+    """[`Trainer`] for sharded models, and unchanged for others."""
+
+
+class TedSeq2SeqTrainer(TedTrainerMixin, Seq2SeqTrainer):
+    """[`Seq2SeqTrainer`] for sharded models, and unchanged for others."""
+
+
+def _keep_collectives_of_transformers(model: Any, args: Any) -> None:
+    """A model whose dense layers transformers splits runs collectives that are not ours."""
+    kwargs = getattr(args, "activation_checkpointing_kwargs", None) or {}
+    is_ours = isinstance(model, ZCodeM3PreTrainedModel) or model._tp_size == 1
+    if not is_ours and kwargs.get("context_fn") is communication_aware_context_fn:
+        every = functools.partial(communication_aware_context_fn, every_collective=True)
+        args.activation_checkpointing_kwargs = {**kwargs, "context_fn": every}
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+__all__ = ["TedSeq2SeqTrainer", "TedTrainer", "TedTrainerMixin"]

@@ -1,0 +1,326 @@
+"""Training runs that ranks do on their shards, and one process without them."""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    MixtralConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
+
+from hf_moe_ted import TedPlugin, ZCodeM3ForConditionalGeneration
+from hf_moe_ted.distributed.gradient_norm import clip_grad_norm_
+from hf_moe_ted.distributed.parallelize import prepare_for_training
+from hf_moe_ted.distributed.random_state import RandomState
+from hf_moe_ted.distributed.sharding import regions
+from hf_moe_ted.testing import run_distributed_test, tiny_config
+
+NUM_STEPS = 3
+NUM_SAMPLES = 8
+MAX_NORM = 0.5
+# The gradient of k_proj.bias is zero but for rounding, and AdamW divides it by its own size plus eps: with the usual
+# 1e-8 the parameters would compare noise.
+ADAMW = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
+SEED = 7
+
+Index = tuple[slice, ...]
+Parts = dict[str, list[tuple[Index, Tensor]]]
+Log = Counter[tuple[str, int]]  # how often an operation ran with so many bytes of input
+
+# one dense and one sparse layer per side; nothing is random and nothing is dropped unless a model says so
+_SMALL: dict[str, Any] = {
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "capacity_factor": None,
+    "router_noise_policy": None,
+    "init_std": 0.1,
+}
+_CAUSAL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "num_experts_per_tok": 2,
+}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "top1": lambda: tiny_config(**_SMALL),
+    "top2": lambda: tiny_config(**_SMALL, num_experts_per_tok=2, normalize_router_weights="after_dropping"),
+    "residual": lambda: tiny_config(**_SMALL, use_residual=True),
+    "untied": lambda: tiny_config(**_SMALL, position_embedding_type="tupe", tie_word_embeddings=False),
+    "smoothed": lambda: tiny_config(**_SMALL, label_smoothing=0.1, position_embedding_type="learned"),
+    "skewed": lambda: tiny_config(**_SMALL, router_bias=True),
+    "skewed2": lambda: tiny_config(**_SMALL, router_bias=True, num_experts_per_tok=2),
+    "dropping": lambda: tiny_config(**_SMALL | {"capacity_factor": 0.5}, min_capacity=1, token_drop_policy="position"),
+    "random": lambda: tiny_config(
+        **_SMALL | {"capacity_factor": 0.5, "router_noise_policy": "jitter"},
+        min_capacity=1, token_drop_policy="random", router_jitter_noise=0.1, dropout=0.1, moe_token_dropout=0.2,
+    ),
+    # without the losses that are no sums over tokens, any batches give the same; its sentences have different words
+    "additive": lambda: tiny_config(
+        **_SMALL | {"init_std": 0.5}, router_aux_loss_coef=0.0, router_z_loss_coef=0.0, scale_embedding=False
+    ),
+    "mixtral": lambda: MixtralConfig(**_CAUSAL, num_local_experts=4),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_CAUSAL, num_experts=4, moe_intermediate_size=24, head_dim=8, mlp_only_layers=[0], norm_topk_prob=True
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """Three clipped steps of AdamW.
+
+    Attributes:
+        layout: arguments of TedPlugin.
+        model: a key of `CONFIGS`.
+        data: "even", "uneven" (each rank has another number and length of samples), or "idle" (the first data-parallel
+            rank has nothing but padding).
+        checkpointing: of activations: `None`, "full" or "communication-aware".
+        accumulation: micro-batches per step and rank.
+    """
+
+    layout: dict[str, Any] = field(default_factory=dict)
+    model: str = "top1"
+    data: str = "even"
+    checkpointing: str | None = None
+    accumulation: int = 1
+
+    def data_parallel_size(self, world_size: int) -> int:
+        return world_size // self.layout.get("tensor_parallel_size", 1)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a rank has after a case.
+
+    Attributes:
+        losses: of each step, the share of this rank's batches.
+        norms: of the gradients of each step, before clipping.
+        gradients: of the first step, as parts of the whole ones, by name.
+        parameters: after the last step, likewise.
+    """
+
+    losses: list[float]
+    norms: list[float]
+    gradients: Parts
+    parameters: Parts
+
+
+@functools.cache
+def is_causal(folder: str) -> bool:
+    return not AutoConfig.from_pretrained(folder).is_encoder_decoder
+
+
+def model_class(folder: str) -> Any:
+    return AutoModelForCausalLM if is_causal(folder) else ZCodeM3ForConditionalGeneration
+
+
+def write_models(folder: Path, names: set[str]) -> None:
+    """Models whose biases are not zero, either."""
+    for name in sorted(names):
+        torch.manual_seed(0)
+        config = CONFIGS[name]()
+        new: Any = ZCodeM3ForConditionalGeneration if config.is_encoder_decoder else AutoModelForCausalLM.from_config
+        model = new(config)
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+                if name.startswith("skewed") and parameter_name.endswith("router.bias"):
+                    parameter.copy_(torch.tensor([0.0, 60.0, 0.0, 30.0]))  # all tokens: expert 1, then expert 3
+        model.save_pretrained(folder / name)
+
+
+def micro_batches(case: Case, step: int, num_parts: int, *, causal: bool) -> list[dict[str, Tensor]]:
+    """The batches of a step, those of data-parallel rank r at r * accumulation."""
+    generator = torch.Generator().manual_seed(100 + step)
+    ids = torch.randint(5, 96, (NUM_SAMPLES, 9), generator=generator)
+    mask, labels = torch.ones_like(ids), torch.randint(5, 96, (NUM_SAMPLES, 7), generator=generator)
+    for sample in range(NUM_SAMPLES):
+        mask[sample, 9 - sample % 4 :] = 0
+        labels[sample, 7 - sample % 3 :] = -100
+    ids[mask == 0] = 1
+    if causal:
+        labels = ids.masked_fill(mask == 0, -100)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    sizes = [NUM_SAMPLES // num_parts] * num_parts
+    if case.data == "uneven":
+        sizes = [size + (1 if part % 2 else -1) for part, size in enumerate(sizes)]
+    pieces = {name: value.split(sizes) for name, value in batch.items()}
+    parts = [{name: value[part] for name, value in pieces.items()} for part in range(num_parts)]
+    if case.data == "uneven":
+        cut = [9 - part for part in range(num_parts)]
+        parts = [
+            {k: v[:, : cut[i]] if k != "labels" or causal else v for k, v in p.items()} for i, p in enumerate(parts)
+        ]
+    if case.data == "idle":
+        for part in parts[: case.accumulation]:
+            part["input_ids"] = torch.ones_like(part["input_ids"])
+            part["attention_mask"] = torch.zeros_like(part["attention_mask"])
+            part["labels"] = torch.full_like(part["labels"], -100)
+    return parts
+
+
+def num_labels(parts: list[dict[str, Tensor]], *, causal: bool) -> int:
+    return sum(int((part["labels"][:, int(causal) :] != -100).sum()) for part in parts)
+
+
+def run_cases(folder: str, cases: Mapping[str, Case]) -> dict[str, Trained]:
+    """What a rank does."""
+    results = {}
+    for name, case in cases.items():
+        try:
+            results[name] = train_sharded(f"{folder}/{case.model}", case)
+        except Exception as error:
+            raise RuntimeError(f"case {name!r} failed") from error
+    return results
+
+
+def train_sharded(folder: str, case: Case) -> Trained:
+    plugin = TedPlugin(**case.layout, communication_aware_checkpointing=case.checkpointing != "full")
+    model = model_class(folder).from_pretrained(folder, distributed_config=plugin.distributed_config)
+    set_up(model, plugin, case)
+    data_parallel_size, causal = plugin.dp_shard_size, is_causal(folder)
+    data_parallel_rank = dist.get_rank() // plugin.tp_size
+    optimizer_class, options = plugin.tiled_adamw(**ADAMW)
+    optimizer = optimizer_class(model.parameters(), **options)
+    losses, norms, gradients = [], [], {}
+    for step in range(NUM_STEPS):
+        parts = micro_batches(case, step, data_parallel_size * case.accumulation, causal=causal)
+        total = num_labels(parts, causal=causal)
+        loss_of_step = 0.0
+        first = data_parallel_rank * case.accumulation
+        for index, part in enumerate(parts[first : first + case.accumulation]):
+            if plugin.distributed_config.zero_stage != 2 and hasattr(model, "set_requires_gradient_sync"):
+                model.set_requires_gradient_sync(index == case.accumulation - 1)
+            loss = model(**part, num_items_in_batch=torch.tensor(total)).loss
+            (loss * data_parallel_size).backward()
+            loss_of_step += loss.item()
+        losses.append(loss_of_step)
+        if step == 0:
+            gradients = parts_of({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        norms.append(float(clip_grad_norm_(model.parameters(), MAX_NORM)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return Trained(losses, norms, gradients, parts_of(dict(model.named_parameters())))
+
+
+def set_up(model: PreTrainedModel, plugin: TedPlugin, case: Case) -> None:
+    model.train()
+    prepare_for_training(model)  # as Accelerator and Trainer do
+    state: Any = model.ted_random_state
+    state.load_state_dict({"num_forwards": 0, "base_seed": SEED})
+    if case.checkpointing is not None:
+        model.activation_checkpointing_enable(plugin.activation_checkpointing_kwargs)
+
+
+def train_alone(folder: str, case: Case, world_size: int) -> tuple[list[float], list[float], dict[str, Tensor], Any]:
+    """The same in one process with what torch has: losses, norms, gradients of the first step, and parameters."""
+    model: Any = model_class(folder).from_pretrained(folder)
+    model.train()
+    causal, data_parallel_size = is_causal(folder), case.data_parallel_size(world_size)
+    states = [RandomState(rank) for rank in range(data_parallel_size)]
+    for state in states:
+        state.load_state_dict({"num_forwards": 0, "base_seed": SEED})
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW, foreach=False)
+    losses, norms, gradients = [], [], {}
+    for step in range(NUM_STEPS):
+        parts = micro_batches(case, step, data_parallel_size * case.accumulation, causal=causal)
+        total = num_labels(parts, causal=causal)
+        losses.append(0.0)
+        for index, part in enumerate(parts):
+            state = states[index // case.accumulation]
+            state.before_forward(model, (), {})
+            loss = model(**part, num_items_in_batch=torch.tensor(total)).loss
+            state.after_forward(model, (), None)
+            loss.backward()
+            losses[-1] += loss.item()
+        if step == 0:
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, norms, gradients, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def parts_of(tensors: Mapping[str, Tensor]) -> Parts:
+    """What this rank holds of each tensor."""
+    return {name: [(part.slices, part.local.clone()) for part in regions(tensor)] for name, tensor in tensors.items()}
+
+
+def relative_errors(by_rank: list[Parts], expected: Mapping[str, Tensor]) -> dict[str, float]:
+    """Largest error of each tensor, relative to its largest value.
+
+    All ranks have the same names, and together the whole of each tensor.
+    """
+    errors = {}
+    largest = max(float(whole.abs().max()) for whole in expected.values())
+    for parts in by_rank:
+        assert {*parts} == {*expected}
+    for name, whole in expected.items():
+        covered = torch.zeros(whole.shape, dtype=torch.bool)
+        error = 0.0
+        for parts in by_rank:
+            for index, local in parts[name]:
+                covered[index] = True
+                error = max(error, float((local - whole[index]).abs().max()))
+                assert torch.isfinite(local).all(), name
+        assert covered.all(), f"no rank has all of {name}"
+        # attention does not change with the bias of the keys, whose gradient is a sum of rounding errors
+        floor = largest if name.endswith("k_proj.bias") else torch.finfo(torch.float32).tiny
+        errors[name] = error / max(float(whole.abs().max()), floor)
+    return errors
+
+
+def launch(folder: Path, cases: Mapping[str, Case], world_size: int) -> dict[str, list[Trained]]:
+    """What each rank has after each case."""
+    by_rank = run_distributed_test(run_cases, world_size, str(folder), dict(cases))
+    return {name: [result[name] for result in by_rank] for name in cases}
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Counts functional collectives, and those of `torch.distributed`, which FSDP2 uses."""
+
+    _OUTPUT_FIRST = ("_allgather_base_", "_reduce_scatter_base_", "alltoall_base_")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: Log = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("_c10d_functional", "c10d") and func._opname != "wait_tensor":
+            source = args[1] if func._opname in self._OUTPUT_FIRST else args[0]
+            num_bytes = sum(leaf.nbytes for leaf in tree_leaves(source) if isinstance(leaf, Tensor))
+            self.log[f"{func.namespace}.{func._opname}", num_bytes] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def assert_as_one_process(folder: Path, case: Case, by_rank: list[Trained]) -> None:
+    """Losses, gradient norms, the gradient of every parameter and the parameters are those of one process."""
+    losses, norms, gradients, parameters = train_alone(str(folder / case.model), case, len(by_rank))
+    tensor_parallel_size = case.layout.get("tensor_parallel_size", 1)
+    for rank, trained in enumerate(by_rank):
+        assert trained.losses == by_rank[rank - rank % tensor_parallel_size].losses  # those of the same batch
+        assert trained.norms == by_rank[0].norms
+    shares = zip(*(trained.losses for trained in by_rank[::tensor_parallel_size]), strict=True)
+    assert [sum(share) for share in shares] == pytest.approx(losses, rel=1e-5)
+    assert by_rank[0].norms == pytest.approx(norms, rel=1e-5)
+    errors = {f"gradient of {k}": v for k, v in relative_errors([r.gradients for r in by_rank], gradients).items()}
+    errors |= relative_errors([r.parameters for r in by_rank], parameters)
+    assert {name: error for name, error in errors.items() if error > 1e-5} == {}

@@ -1,0 +1,130 @@
+"""Experts over ranks against a plain loop over all experts, in outputs and in all gradients."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ted_cases import Parts, parts_of, relative_errors, write_models
+from torch import Tensor, nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from hf_moe_ted import TedPlugin, ZCodeM3ForConditionalGeneration
+from hf_moe_ted.distributed.expert_parallel import inner_placement, ted_config_of
+from hf_moe_ted.models.experts import ZCodeM3Experts
+from hf_moe_ted.testing import run_distributed_test
+
+NUM_EXPERTS, WIDTH = 4, 32
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "ep4": {"expert_parallel_size": 4},
+    "ep4 in 3 chunks": {"expert_parallel_size": 4, "overlap_chunks": 3},
+    "tp4": {"tensor_parallel_size": 4},
+    "tp4, etp2 x ep2": {"tensor_parallel_size": 4, "expert_parallel_size": 2, "expert_tensor_parallel_size": 2},
+    "tp4, etp1 x ep4": {"tensor_parallel_size": 4, "expert_parallel_size": 4, "expert_tensor_parallel_size": 1},
+}
+LAYOUTS["tp4, etp2 x ep2, all sent"] = LAYOUTS["tp4, etp2 x ep2"] | {"duplicate_token_dropping": False}
+LAYOUTS["tp4, etp2 x ep2 in 2 chunks"] = LAYOUTS["tp4, etp2 x ep2"] | {"overlap_chunks": 2}
+# tokens and, of each, the experts that may be chosen; 4 is none
+INPUTS: dict[str, tuple[int, list[int]]] = {
+    "many": (37, [0, 1, 2, 3, 4]),
+    "one expert": (10, [2]),
+    "no expert": (6, [4]),
+    "fewer than ranks": (3, [0, 1, 3]),
+    "no tokens": (0, [0]),
+}
+CASES = [(layout, inputs, "grouped_mm") for layout in LAYOUTS for inputs in INPUTS]
+CASES += [("tp4, etp2 x ep2", "many", implementation) for implementation in ("eager", "batched_mm")]
+
+
+def inputs_of(name: str, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, expert ids of two slots per token, and weights; another one for each data-parallel rank."""
+    num_tokens, experts = INPUTS[name]
+    generator = torch.Generator().manual_seed(batch)
+    hidden = torch.randn(num_tokens, WIDTH, generator=generator)
+    ids = torch.tensor(experts)[torch.randint(len(experts), (num_tokens, 2), generator=generator)]
+    weights = torch.rand(num_tokens, 2, generator=generator) * (ids < NUM_EXPERTS)
+    return hidden.requires_grad_(), ids, weights.requires_grad_()
+
+
+def gradient_of(output: Tensor, batch: int) -> Tensor:
+    return torch.randn(output.shape, generator=torch.Generator().manual_seed(50 + batch))
+
+
+def run_all(folder: str) -> dict[tuple[str, str, str], tuple[Tensor, Tensor, Tensor, Parts]]:
+    """Output, gradients of hidden states and weights, and this rank's parts of those of the parameters."""
+    results, models = {}, {}
+    for case in CASES:
+        layout, inputs, implementation = case
+        plugin = TedPlugin(**LAYOUTS[layout])
+        if (layout, implementation) not in models:
+            models[layout, implementation] = ZCodeM3ForConditionalGeneration.from_pretrained(
+                f"{folder}/top2", distributed_config=plugin.distributed_config, experts_implementation=implementation
+            )
+        experts: Any = models[layout, implementation].model.encoder.layers[1].ffn.experts
+        experts.zero_grad()
+        batch = dist.get_rank() // plugin.tp_size
+        hidden, ids, weights = inputs_of(inputs, batch)
+        output = experts(hidden, ids, weights)
+        output.backward(gradient_of(output, batch))
+        gradients = parts_of({name: p.grad for name, p in experts.named_parameters()})
+        results[case] = output.detach(), hidden.grad, weights.grad, gradients
+    return results
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder, {"top2"})
+    return folder, run_distributed_test(run_all, 4, str(folder))
+
+
+@pytest.mark.parametrize("case", CASES, ids=", ".join)
+def test_as_a_loop_over_all_experts(launched: tuple[Path, list], case: tuple[str, str, str]) -> None:
+    folder, by_rank = launched
+    tensor_parallel_size = LAYOUTS[case[0]].get("tensor_parallel_size", 1)
+    num_batches = 4 // tensor_parallel_size
+    model = ZCodeM3ForConditionalGeneration.from_pretrained(folder / "top2", experts_implementation="eager")
+    experts: Any = model.model.encoder.layers[1].ffn.experts
+    for batch in range(num_batches):
+        hidden, ids, weights = inputs_of(case[1], batch)
+        output = experts(hidden, ids, weights)
+        (output / num_batches).backward(gradient_of(output, batch))  # parameters get the mean over batches
+        for results in by_rank[batch * tensor_parallel_size : (batch + 1) * tensor_parallel_size]:
+            found = results[case]
+            torch.testing.assert_close(found[0], output.detach(), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found[1], hidden.grad * num_batches, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found[2], weights.grad * num_batches, rtol=1e-5, atol=1e-6)
+    expected = {name: parameter.grad for name, parameter in experts.named_parameters()}
+    errors = relative_errors([results[case][3] for results in by_rank], expected)
+    assert {name: error for name, error in errors.items() if error > 1e-5} == {}
+
+
+@pytest.mark.parametrize(
+    ("param", "ndim", "is_transposed", "is_concatenated", "placement"),
+    [
+        ("up_proj", 3, False, False, Shard(1)),
+        ("up_proj", 3, True, False, Shard(2)),
+        ("up_proj_bias", 2, False, False, Shard(1)),
+        ("up_proj_bias", 2, True, False, Shard(1)),
+        ("gate_up_proj", 3, False, True, _StridedShard(1, split_factor=2)),
+        ("gate_up_proj", 3, True, True, _StridedShard(2, split_factor=2)),
+        ("gate_up_proj_bias", 2, True, True, _StridedShard(1, split_factor=2)),
+        ("gate_up_proj", 3, False, False, Shard(1)),  # gate and up interleaved
+        ("down_proj", 3, False, True, Shard(2)),
+        ("down_proj", 3, True, True, Shard(1)),
+        ("down_proj_bias", 2, False, True, Replicate()),
+    ],
+)
+def test_inner_placement(param: str, ndim: int, is_transposed: bool, is_concatenated: bool, placement: object) -> None:
+    experts = SimpleNamespace(is_transposed=is_transposed, is_concatenated=is_concatenated)
+    assert inner_placement(experts, param, ndim) == placement
+
+
+@pytest.mark.parametrize("experts", [nn.Linear(2, 2), ZCodeM3Experts.__new__(ZCodeM3Experts)])
+def test_experts_without_a_layout_are_refused(experts: nn.Module) -> None:
+    nn.Module.__init__(experts)
+    with pytest.raises(ValueError, match=f"{type(experts).__name__} has no configuration with a TedConfig"):
+        ted_config_of(experts)

@@ -1,0 +1,142 @@
+"""Ranks that share a batch draw the same random numbers, and others do not, whatever seeds the user sets."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import set_seed as accelerate_set_seed
+from ted_cases import write_models
+from torch import Tensor
+from transformers import set_seed
+
+from hf_moe_ted import TedPlugin, ZCodeM3ForConditionalGeneration
+from hf_moe_ted.testing import run_distributed_test
+
+LAYOUTS = {
+    "tp2 x ep2": {"tensor_parallel_size": 2, "expert_parallel_size": 2},
+    # the experts of a tensor-parallel group get different numbers of tokens
+    "tp2, etp1 x ep4": {"tensor_parallel_size": 2, "expert_parallel_size": 4, "expert_tensor_parallel_size": 1},
+}
+SEEDINGS = ("one seed", "seed of the rank", "seed of the device", "no seed")
+CASES = [("tp2 x ep2", how) for how in SEEDINGS] + [("tp2, etp1 x ep4", "seed of the rank")]
+NOISE: dict[str, Any] = {
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+    "activation_dropout": 0.1,
+    "capacity_factor": 0.5,
+    "min_capacity": 1,
+    "router_noise_policy": "jitter",
+    "router_jitter_noise": 0.1,
+}
+
+
+def seed(how: str) -> None:
+    if how == "one seed":
+        set_seed(0)
+    elif how == "seed of the rank":
+        set_seed(dist.get_rank())
+    elif how == "seed of the device":
+        accelerate_set_seed(0, device_specific=True)
+    else:
+        torch.seed()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one rank drew.
+
+    Attributes:
+        routings: of the two training forwards, the experts of the slots of each sparse layer.
+        router_gradients: whole ones, by name.
+        is_stream_untouched: whether the user's generator was where it had been, behind each forward.
+        samples: of `generate`: two calls, and one after the seed of the second again.
+        evaluated: the experts of the slots in evaluation, where second experts are sampled.
+    """
+
+    routings: list[list[Tensor]]
+    router_gradients: dict[str, Tensor]
+    is_stream_untouched: bool
+    samples: list[Tensor]
+    evaluated: list[Tensor]
+
+
+def draw(folder: str, cases: list[tuple[str, str]]) -> dict[tuple[str, str], Drawn]:
+    Accelerator(cpu=True, parallelism_config=TedPlugin(tensor_parallel_size=2))  # whose set_seed asks for its rank
+    return {(layout, how): draw_once(folder, layout, how) for layout, how in cases}
+
+
+def draw_once(folder: str, layout: str, how: str) -> Drawn:
+    plugin = TedPlugin(**LAYOUTS[layout])
+    load = ZCodeM3ForConditionalGeneration.from_pretrained
+    model = load(f"{folder}/top1", distributed_config=plugin.distributed_config, **NOISE).train()
+    generator = torch.Generator().manual_seed(1)
+    batch = {key: torch.randint(5, 96, (6, 9), generator=generator) for key in ("input_ids", "labels")}
+    seed(how)
+    before = torch.get_rng_state()
+    outputs = [model(**batch, output_routings=True) for _ in range(2)]  # the same batch on all ranks
+    outputs[0].loss.backward()
+    is_untouched = torch.equal(before, torch.get_rng_state())
+    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters() if "router" in name}
+
+    model.eval()
+    inputs = {"input_ids": batch["input_ids"], "do_sample": True, "max_new_tokens": 8}
+    samples = [model.generate(**inputs)]
+    for _ in range(2):
+        seed(how)
+        samples.append(model.generate(**inputs))
+    model = load(f"{folder}/top2", distributed_config=plugin.distributed_config, second_expert_policy="sampling").eval()
+    with torch.no_grad():
+        evaluated = experts_of(model(**batch, output_routings=True))
+    return Drawn([experts_of(output) for output in outputs], gradients, is_untouched, samples, evaluated)
+
+
+def experts_of(output: Any) -> list[Tensor]:
+    return [routing.expert_ids for routing in output.encoder_routings + output.decoder_routings]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Drawn]]:
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder, {"top1", "top2"})
+    return run_distributed_test(draw, 4, str(folder), CASES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_that_share_a_batch_draw_the_same(drawn: list, case: tuple[str, str]) -> None:
+    by_rank = [result[case] for result in drawn]
+    for first, second in ((by_rank[0], by_rank[1]), (by_rank[2], by_rank[3])):
+        torch.testing.assert_close(first.routings, second.routings, rtol=0, atol=0)
+        torch.testing.assert_close(first.router_gradients, second.router_gradients, rtol=0, atol=0)
+        torch.testing.assert_close(first.samples, second.samples, rtol=0, atol=0)
+        torch.testing.assert_close(first.evaluated, second.evaluated, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_with_other_batches_draw_others(drawn: list, case: tuple[str, str]) -> None:
+    first, second = drawn[0][case], drawn[2][case]
+    assert differ(first.routings[0], second.routings[0])
+    assert differ(first.samples, second.samples)
+    assert differ(first.evaluated, second.evaluated)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_forward_draws_others(drawn: list, case: tuple[str, str]) -> None:
+    assert differ(*drawn[0][case].routings)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_users_stream_is_left_alone(drawn: list, case: tuple[str, str]) -> None:
+    assert all(result[case].is_stream_untouched for result in drawn)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_seed_repeats_what_is_sampled(drawn: list, case: tuple[str, str]) -> None:
+    _, second, again = drawn[0][case].samples
+    assert torch.equal(second, again) == (case[1] != "no seed")
+
+
+def differ(first: list[Tensor], second: list[Tensor]) -> bool:
+    return any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(first, second, strict=True))

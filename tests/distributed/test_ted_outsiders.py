@@ -1,0 +1,112 @@
+"""Mixtral and Qwen3-MoE, sharded by transformers along their own plans, with TED's experts: as one process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ted_cases import Case, Trained, assert_as_one_process, launch, write_models
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hf_moe_ted import TedPlugin
+from hf_moe_ted.distributed.checkpoint import save_pretrained
+from hf_moe_ted.testing import run_distributed_test
+
+EP4 = {"expert_parallel_size": 4}
+TP2_EP2 = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
+FOLDED = {"tensor_parallel_size": 4, "expert_parallel_size": 2, "expert_tensor_parallel_size": 2}
+ALL_SENT = {"duplicate_token_dropping": False}
+
+FOUR = {
+    "mixtral, ep4": Case(EP4, "mixtral"),
+    "mixtral, ep4, zero 3, uneven": Case(EP4 | {"zero_stage": 3}, "mixtral", data="uneven"),
+    "mixtral, tp2 x ep2": Case(TP2_EP2, "mixtral", accumulation=2),
+    "mixtral, tp2 x ep2, all sent": Case(TP2_EP2 | ALL_SENT, "mixtral", checkpointing="full"),
+    "mixtral, tp2, ep1": Case({"tensor_parallel_size": 2}, "mixtral"),
+    "mixtral, tp4": Case({"tensor_parallel_size": 4}, "mixtral", checkpointing="communication-aware"),
+    "mixtral, tp4, etp2 x ep2": Case(FOLDED, "mixtral"),
+    "qwen3_moe, ep4": Case(EP4 | {"overlap_chunks": 2}, "qwen3_moe"),
+    "qwen3_moe, tp2 x ep2": Case(TP2_EP2, "qwen3_moe", checkpointing="communication-aware"),
+    "qwen3_moe, tp2, etp1 x ep4": Case(
+        {"tensor_parallel_size": 2, "expert_parallel_size": 4, "expert_tensor_parallel_size": 1}, "qwen3_moe"
+    ),
+}
+EIGHT = {
+    # gate and up projections in one parameter, split in two, over experts and over data: the hardest to shard
+    "mixtral, tp2 x ep2 x edp2": Case(TP2_EP2, "mixtral"),
+    "mixtral, tp2 x ep2 x edp2, zero 3": Case(TP2_EP2 | {"zero_stage": 3}, "mixtral"),
+    "qwen3_moe, tp2 x ep2 x edp2": Case(TP2_EP2, "qwen3_moe"),
+}
+CASES = FOUR | EIGHT
+Launched = tuple[Path, dict[str, list[Trained]]]
+
+
+def load(folder: str, layout: dict[str, Any]) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=TedPlugin(**layout).distributed_config)
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder, {case.model for case in CASES.values()})
+    return folder, launch(folder, FOUR, 4) | launch(folder, EIGHT, 8)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_one_process(launched: Launched, name: str) -> None:
+    folder, results = launched
+    assert_as_one_process(folder, CASES[name], results[name])
+
+
+def generate_and_save(folder: str, saved: str) -> tuple[Tensor, Tensor]:
+    """Sentences of a sharded model, and of the one that was saved from it."""
+    ids = torch.arange(5, 17).view(3, 4)
+    model: Any = load(folder, TP2_EP2)
+    sentences = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, pad_token_id=1)
+    save_pretrained(model, saved)
+    again: Any = load(saved, EP4)
+    return sentences, again.generate(input_ids=ids, max_new_tokens=6, do_sample=False, pad_token_id=1)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_generate_and_save(launched: Launched, tmp_path: Path, name: str) -> None:
+    source, saved = launched[0] / name, tmp_path / "saved"
+    by_rank = run_distributed_test(generate_and_save, 4, str(source), str(saved))
+    expected, model = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, saved))
+    ids = torch.arange(5, 17).view(3, 4)
+    sentences = expected.generate(input_ids=ids, max_new_tokens=6, do_sample=False, pad_token_id=1)
+    assert len({*map(tuple, sentences.tolist())}) == 3
+    for found in by_rank:
+        assert torch.equal(found[0], sentences)
+        assert torch.equal(found[1], sentences)
+    for parameter, other in zip(expected.parameters(), model.parameters(), strict=True):
+        assert torch.equal(parameter, other)
+
+
+def refused(folder: str, layout: dict[str, Any]) -> str:
+    try:
+        load(folder, layout)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "message"),
+    [
+        ("three experts", EP4, "num_experts (3) must be divisible by expert_parallel_size (4)"),
+        (
+            "width 50",
+            {"tensor_parallel_size": 4},
+            "the inner width of the experts (50, gate_up_proj) must be divisible",
+        ),
+    ],
+)
+def test_refused(tmp_path: Path, model: str, layout: dict[str, Any], message: str) -> None:
+    write_models(tmp_path, {"mixtral"})
+    sizes = {"num_local_experts": 3} if model == "three experts" else {"intermediate_size": 50}
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral").config
+    AutoModelForCausalLM.from_config(type(config)(**{**config.to_dict(), **sizes})).save_pretrained(tmp_path / "m")
+    for found in run_distributed_test(refused, 4, str(tmp_path / "m"), layout):
+        assert message in found
