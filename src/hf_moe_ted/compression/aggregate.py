@@ -1,0 +1,230 @@
+"""Several models with experts as one: the experts of all, behind one router per layer."""
+
+import inspect
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.lazy_tensors import LazyTensors
+from ..checkpoint.model_folder import TOKENIZER_FILES, meta_model, write_model_folder
+from ..checkpoint.safetensors_io import check_output_dir
+from ..models.configuration_zcode_m3 import ZCodeM3Config
+from .compression_report import CompressionReport, num_bytes, num_parameters
+from .expert_statistics import SIDES, moe_layers
+from .model_source import ModelSource
+
+# fields that say how a model was trained; those of the first checkpoint are taken
+_OF_TRAINING = (
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "init_std",
+    "router_noise_policy",
+    "router_jitter_noise",
+    "capacity_factor",
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+    "label_smoothing",
+    "output_router_logits",
+    "use_cache",
+)
+# compared as the layers that they choose
+_SPARSE = tuple(f"{side}_sparse_{kind}" for side in SIDES for kind in ("step", "layers"))
+_TOKENIZER_LANGUAGES = {"src_lang": None, "tgt_lang": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregationReport(CompressionReport):
+    """What was aggregated. `source` is the first checkpoint; sizes before are those of all checkpoints together.
+
+    Attributes:
+        checkpoints: the folders, in the order of their experts.
+        num_experts: name of each MoE layer -> its experts in each checkpoint.
+    """
+
+    operation: ClassVar[str] = "aggregate_experts"
+
+    checkpoints: tuple[str, ...]
+    num_experts: dict[str, list[int]]
+
+    def lines(self) -> list[str]:
+        return [
+            f"{len(self.checkpoints)} checkpoints -> one: " + ", ".join(self.checkpoints),
+            *super().lines(),
+            "experts of the MoE layers: " + ", ".join(str(sum(counts)) for counts in self.num_experts.values()),
+        ]
+
+
+def aggregate_experts(
+    checkpoints: Sequence[str | os.PathLike[str]],
+    output_dir: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> AggregationReport:
+    """Aggregation of Experts: one model with the experts of several, to continue its training.
+
+    Of https://huggingface.co/papers/2109.10465: what the models share is averaged, their experts stand side by side,
+    those of the first checkpoint first, and so do the rows and biases of their routers. It is meant for models that
+    come from the same initialization or have much training in common; the average of others is no model. The new model
+    routes every token over the experts of all, so it is a start for further training, not a better model at once.
+
+    Weights are read and written one by one: of all checkpoints, no more than the largest tensor is in memory. Tokenizer
+    and generation config are those of the first checkpoint.
+
+    Args:
+        checkpoints: two or more folders with `config.json` and weights of ZCodeM3, of one architecture and with the
+            same tokenizer. They may differ in the number of experts and in fields that matter in training only, of
+            which those of the first are taken.
+        output_dir: the new folder; it appears when everything is in it, `compression_report.json` included.
+        max_shard_size: of the weight files, bytes or a string such as `"5GB"`.
+        overwrite: whether to replace an `output_dir` that is not empty.
+
+    Returns:
+        What was aggregated.
+
+    Raises:
+        ValueError: before anything is written: fewer than two checkpoints; configs, dtypes or tokenizers differ, all
+            differences being named; no MoE layer; `output_dir` is not empty.
+    """
+    start = time.perf_counter()
+    output_dir = Path(output_dir)
+    check_output_dir(output_dir, overwrite=overwrite)
+    if isinstance(checkpoints, str | os.PathLike) or len(checkpoints) < 2:
+        raise ValueError(f"checkpoints ({checkpoints!r}) must be a list of at least two folders")
+    folders = [Path(checkpoint) for checkpoint in checkpoints]
+    sources = [ModelSource.open(folder) for folder in folders]
+    problems = [p for other in sources[1:] for p in _differences(sources[0], other)]
+    if problems:
+        raise ValueError("the checkpoints cannot be aggregated:\n  " + "\n  ".join(problems))
+    if not moe_layers(sources[0].config):
+        raise ValueError(f"{folders[0]} has no MoE layer, so there are no experts to aggregate")
+
+    config = _aggregated_config([source.config for source in sources])
+    tensors = _aggregated_tensors([source.tensors for source in sources], config)
+    report = _report(sources, config, tensors)
+    write_model_folder(
+        tensors,
+        config,
+        output_dir,
+        source=folders[0],
+        start=start,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        save_others=[sources[0].save_others, report.save, sources[0].save_config(config)],
+    )
+    return report
+
+
+def _differences(first: ModelSource, other: ModelSource) -> list[str]:
+    """Why two checkpoints are not of one architecture, a line each."""
+    problems = [
+        f"{name} is {values[0]!r} in {first.path} and {values[1]!r} in {other.path}"
+        for name, values in _different_fields(first.config, other.config).items()
+        if name not in _OF_TRAINING
+    ]
+    if problems:  # shapes follow from the configs
+        return problems
+    problems = [
+        f"{name} is {spec.dtype} in {first.path} and {other.tensors.specs[name].dtype} in {other.path}"
+        for name, spec in first.tensors.specs.items()
+        if spec.dtype != other.tensors.specs[name].dtype
+    ]
+    for name in TOKENIZER_FILES:
+        contents = [_tokenizer_file(source.path / name) for source in (first, other)]
+        if contents[0] != contents[1]:
+            problems.append(f"{name} is not the same in {first.path} and {other.path}; the tokenizers must be equal")
+    return problems
+
+
+def _different_fields(first: ZCodeM3Config, other: ZCodeM3Config) -> dict[str, tuple[Any, Any]]:
+    """Name -> values of the fields of ZCodeM3Config that differ, but for `num_experts`."""
+    names = [name for name in inspect.get_annotations(ZCodeM3Config) if name not in ("num_experts", *_SPARSE)]
+    pairs = {name: (getattr(first, name), getattr(other, name)) for name in names}
+    pairs |= {f"{side}_sparse_layers": (first.sparse_layers(side), other.sparse_layers(side)) for side in SIDES}
+    return {name: values for name, values in pairs.items() if values[0] != values[1]}
+
+
+def _tokenizer_file(path: Path) -> Any:
+    """What the file says about the tokenizer, but for the languages it was last used with; `None` without the file."""
+    if not path.is_file():
+        return None
+    if path.suffix != ".json":
+        return path.read_bytes()
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content | _TOKENIZER_LANGUAGES if path.name == "tokenizer_config.json" else content
+
+
+def _aggregated_config(configs: Sequence[ZCodeM3Config]) -> ZCodeM3Config:
+    counts = [sum(count) for count in zip(*(moe_layers(config).values() for config in configs), strict=True)]
+    num_experts = counts[0] if len({*counts}) == 1 else counts
+    return ZCodeM3Config.from_dict(configs[0].to_dict() | {"num_experts": num_experts})
+
+
+def _aggregated_tensors(sources: Sequence[LazyTensors], config: ZCodeM3Config) -> LazyTensors:
+    """The weights of the new model, each made when it is read."""
+    layers = moe_layers(config)
+    model = meta_model(config)
+    specs = {
+        name: spec.to(sources[0].specs[name].dtype)
+        for name, spec in model.state_dict().items()
+        if name not in model.all_tied_weights_keys
+    }
+
+    def is_united(name: str) -> bool:
+        prefix, _, kind = name.partition(".ffn.")
+        return f"{prefix}.ffn" in layers and not kind.startswith("residual.")
+
+    def read_into(name: str, out: Tensor) -> None:
+        if is_united(name):
+            parts = out.split([source.specs[name].shape[0] for source in sources])
+            for source, part in zip(sources, parts, strict=True):
+                source.into(name, part)
+            return
+        total = sources[0][name].double()  # rounded once
+        for source in sources[1:]:
+            total += source[name]
+        out.copy_(total / len(sources))
+
+    def read(name: str) -> Tensor:
+        out = torch.empty(specs[name].shape, dtype=specs[name].dtype)
+        read_into(name, out)
+        return out
+
+    return LazyTensors(specs, read, read_into=read_into)
+
+
+def _report(sources: Sequence[ModelSource], config: ZCodeM3Config, tensors: LazyTensors) -> AggregationReport:
+    first = sources[0]
+    warnings = [
+        f"{name} is {values[0]!r} in {first.path} and {values[1]!r} in {other.path}; the first is taken"
+        for other in sources[1:]
+        for name, values in _different_fields(first.config, other.config).items()
+    ]
+    if config.normalize_router_weights is None:
+        warnings.append(
+            "normalize_router_weights=None: the experts of all checkpoints share the router's probabilities, so those "
+            "of a token's experts fall; continue training before use"
+        )
+    per_checkpoint = [moe_layers(source.config) for source in sources]
+    return AggregationReport(
+        source=str(first.path),
+        arguments={"checkpoints": [str(source.path) for source in sources]},
+        num_parameters_before=sum(num_parameters(source.tensors.specs) for source in sources),
+        num_parameters_after=num_parameters(tensors.specs),
+        num_bytes_before=sum(num_bytes(source.tensors.specs) for source in sources),
+        num_bytes_after=num_bytes(tensors.specs),
+        warnings=tuple(warnings),
+        checkpoints=tuple(str(source.path) for source in sources),
+        num_experts={layer: [counts[layer] for counts in per_checkpoint] for layer in moe_layers(config)},
+    )
+
+
+__all__ = ["AggregationReport", "aggregate_experts"]

@@ -1,0 +1,277 @@
+"""What the experts of a model did on real text, per language pair: in memory and on disk.
+
+Shape letters: P language pairs, K experts per token, E experts, D model width.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..checkpoint.safetensors_io import new_folder
+from ..models.configuration_zcode_m3 import Side, ZCodeM3Config
+
+LanguagePair = tuple[str, str]
+
+SIDES: tuple[Side, ...] = ("encoder", "decoder")
+TENSORS_NAME = "expert_statistics.safetensors"
+METADATA_NAME = "expert_statistics.json"
+FORMAT = "hf_moe_ted.expert_statistics"
+FORMAT_VERSION = 1
+
+
+def moe_layers(config: ZCodeM3Config) -> dict[str, int]:
+    """Name of each MoE layer in [`ZCodeM3ForConditionalGeneration`] -> its experts; the encoder's come first."""
+    return {
+        f"model.{side}.layers.{layer}.ffn": num_experts
+        for side in SIDES
+        for layer, num_experts in config.num_experts_per_layer(side).items()
+    }
+
+
+def side_of(layer: str) -> Side:
+    """Whether the MoE layer of this name belongs to the encoder or the decoder."""
+    return "encoder" if layer.startswith("model.encoder.") else "decoder"
+
+
+@dataclass(frozen=True)
+class ModelFingerprint:
+    """By what statistics know the model they belong to.
+
+    Attributes:
+        num_experts: name of each MoE layer -> its experts.
+        num_experts_per_tok: K.
+        d_model: D.
+        router_hash: SHA-256 of the router weights in bfloat16, so that a float32 checkpoint which was loaded in
+            bfloat16 is still the same model.
+    """
+
+    num_experts: dict[str, int]
+    num_experts_per_tok: int
+    d_model: int
+    router_hash: str
+
+    @classmethod
+    def of(cls, config: ZCodeM3Config, router_weights: Mapping[str, Tensor]) -> "ModelFingerprint":
+        """The fingerprint of a model, of whose MoE layers `router_weights` has the float[E, D] by layer."""
+        digest = hashlib.sha256()
+        for layer in moe_layers(config):
+            weight = router_weights[layer].detach().to("cpu", torch.bfloat16).contiguous()
+            digest.update(layer.encode() + weight.view(torch.int16).numpy().tobytes())
+        return cls(moe_layers(config), config.num_experts_per_tok, config.d_model, digest.hexdigest())
+
+    def require_equal(self, other: "ModelFingerprint", what: str) -> None:
+        """
+        Raises:
+            ValueError: `other` is of another model; `what` says what the two belong to.
+        """
+        differences = [
+            f"{field.name} {getattr(self, field.name)} and {getattr(other, field.name)}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != getattr(other, field.name)
+        ]
+        if differences:
+            raise ValueError(f"{what} are of different models: " + "; ".join(differences))
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStatistics:
+    """What the experts of one MoE layer did with real tokens, padding left out.
+
+    Attributes:
+        num_routed: int64[P, K, E], tokens that have the expert as first, second, ... choice, dropped ones included.
+        num_dropped: int64[P, E], of those, the ones the expert did not compute: it was full, or a second choice was
+            left out at random.
+        gate_mass: float64[P, E], sum of the router's probability of the expert over all tokens.
+        confidence: float64[P, E], sum of the router's probability over the tokens with the expert as first choice.
+        gated_norm: float64[P, E], sum of `weight * ||output||` over the tokens that the expert computed, `weight` being
+            what the layer multiplies its output with.
+        output_sum: float64[E, D], sum of the expert's outputs, unweighted, over the tokens it computed; of all pairs
+            that were collected.
+    """
+
+    num_routed: Tensor
+    num_dropped: Tensor
+    gate_mass: Tensor
+    confidence: Tensor
+    gated_norm: Tensor
+    output_sum: Tensor
+
+    @property
+    def num_computed(self) -> Tensor:
+        """int64[P, E], (token, choice) slots that the expert computed."""
+        return self.num_routed.sum(dim=1) - self.num_dropped
+
+    @property
+    def centroids(self) -> Tensor:
+        """float64[E, D], mean output of each expert over all pairs; zeros if it has computed nothing.
+
+        Only for statistics with all their pairs, not for a part of them (`of_pairs`).
+        """
+        return self.output_sum / self.num_computed.sum(dim=0).clamp(min=1).unsqueeze(-1)
+
+    def of_pairs(self, pairs: Sequence[int]) -> "LayerStatistics":
+        """Those of some of the pairs, by index; `output_sum` stays that of all."""
+        rows = {name: tensor[list(pairs)] for name, tensor in vars(self).items() if name != "output_sum"}
+        return LayerStatistics(**rows, output_sum=self.output_sum)
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertStatistics:
+    """What the experts of a model did on real text.
+
+    Those of several runs or processes add up: `a + b`, or `functools.reduce(operator.add, all_statistics)`, for example
+    of what `torch.distributed.all_gather_object` has gathered.
+
+    Attributes:
+        fingerprint: of the model.
+        pairs: (source language, target language) of each row of the statistics.
+        num_sentences: sentences of each pair.
+        layers: name of each MoE layer -> [`LayerStatistics`].
+    """
+
+    fingerprint: ModelFingerprint
+    pairs: tuple[LanguagePair, ...]
+    num_sentences: tuple[int, ...]
+    layers: dict[str, LayerStatistics]
+
+    def languages(self, side: Side) -> dict[str, list[int]]:
+        """Language -> indices of its pairs: source languages for the encoder, target languages for the decoder."""
+        indices: dict[str, list[int]] = {}
+        for index, (source, target) in enumerate(self.pairs):
+            indices.setdefault(source if side == "encoder" else target, []).append(index)
+        return dict(sorted(indices.items()))
+
+    def __add__(self, other: "ExpertStatistics") -> "ExpertStatistics":
+        """
+        Raises:
+            ValueError: the two are of different models.
+        """
+        self.fingerprint.require_equal(other.fingerprint, "the two statistics that are to be added")
+        pairs = tuple(dict.fromkeys(self.pairs + other.pairs))
+        row_of = {pair: row for row, pair in enumerate(pairs)}
+        both = [(statistics, [row_of[pair] for pair in statistics.pairs]) for statistics in (self, other)]
+        num_sentences = [0] * len(pairs)
+        for statistics, rows in both:
+            for row, count in zip(rows, statistics.num_sentences, strict=True):
+                num_sentences[row] += count
+
+        def add(layer: str, name: str) -> Tensor:
+            parts = [(getattr(statistics.layers[layer], name), rows) for statistics, rows in both]
+            if name == "output_sum":
+                return parts[0][0] + parts[1][0]
+            total = parts[0][0].new_zeros(len(pairs), *parts[0][0].shape[1:])
+            for tensor, rows in parts:
+                total[rows] += tensor
+            return total
+
+        names = [field.name for field in dataclasses.fields(LayerStatistics)]
+        layers = {layer: LayerStatistics(**{name: add(layer, name) for name in names}) for layer in self.layers}
+        return ExpertStatistics(self.fingerprint, pairs, tuple(num_sentences), layers)
+
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write `expert_statistics.safetensors` and `expert_statistics.json` to a new folder, both or none.
+
+        Args:
+            folder: appears when everything is in it.
+            overwrite: whether to replace a folder that is not empty.
+
+        Raises:
+            ValueError: `folder` is a file, or not empty.
+        """
+        tensors = {
+            f"{layer}.{name}": tensor.contiguous()
+            for layer, statistics in self.layers.items()
+            for name, tensor in vars(statistics).items()
+        }
+        with new_folder(Path(folder), overwrite=overwrite) as temporary:
+            save_file(tensors, temporary / TENSORS_NAME)
+            metadata = {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "tensors_sha256": _sha256(temporary / TENSORS_NAME),
+                "fingerprint": dataclasses.asdict(self.fingerprint),
+                "pairs": self.pairs,
+                "num_sentences": self.num_sentences,
+            }
+            text = json.dumps(metadata, indent=1, ensure_ascii=False) + "\n"
+            (temporary / METADATA_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "ExpertStatistics":
+        """What `save` wrote.
+
+        Raises:
+            ValueError: a file is missing, of another format, or not as it was written.
+        """
+        folder = Path(folder)
+        metadata = _read_metadata(folder / METADATA_NAME)
+        path = folder / TENSORS_NAME
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist; expert statistics are this file and {METADATA_NAME}")
+        if _sha256(path) != metadata["tensors_sha256"]:
+            raise ValueError(
+                f"{path} is corrupted: it is not the file that {METADATA_NAME} was written with; collect them again"
+            )
+        try:
+            fingerprint = ModelFingerprint(**metadata["fingerprint"])
+            pairs = tuple((source, target) for source, target in metadata["pairs"])
+            num_sentences = tuple(metadata["num_sentences"])
+            layers = _layers_of(load_file(path), fingerprint, len(pairs))
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder} does not hold complete expert statistics: {error!r}") from error
+        return cls(fingerprint, pairs, num_sentences, layers)
+
+
+def _layers_of(
+    tensors: Mapping[str, Tensor], fingerprint: ModelFingerprint, num_pairs: int
+) -> dict[str, LayerStatistics]:
+    layers = {}
+    for layer, num_experts in fingerprint.num_experts.items():
+        shapes: dict[str, tuple[int, ...]] = {
+            field.name: (num_pairs, num_experts) for field in dataclasses.fields(LayerStatistics)
+        }
+        shapes |= {
+            "num_routed": (num_pairs, fingerprint.num_experts_per_tok, num_experts),
+            "output_sum": (num_experts, fingerprint.d_model),
+        }
+        for name, shape in shapes.items():
+            if tensors[f"{layer}.{name}"].shape != shape:
+                raise ValueError(f"{layer}.{name} is not of the shape {shape}, {num_pairs} being the number of pairs")
+        layers[layer] = LayerStatistics(**{name: tensors[f"{layer}.{name}"] for name in shapes})
+    return layers
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; expert statistics are this file and {TENSORS_NAME}")
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is corrupted: {error}") from error
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is no file of expert statistics")
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version {metadata.get('format_version')!r}, this version of hf_moe_ted reads "
+            f"{FORMAT_VERSION}; collect the statistics again"
+        )
+    if missing := {"tensors_sha256", "fingerprint", "pairs", "num_sentences"} - metadata.keys():
+        raise ValueError(f"{path} is corrupted: it has no {', '.join(sorted(missing))}")
+    return metadata
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+__all__ = ["ExpertStatistics", "LanguagePair", "LayerStatistics", "ModelFingerprint", "moe_layers", "side_of"]

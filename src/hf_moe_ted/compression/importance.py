@@ -1,0 +1,191 @@
+"""Which experts matter, and for which languages: pure functions of expert statistics."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..models.configuration_zcode_m3 import Side
+from .expert_statistics import SIDES, ExpertStatistics, LanguagePair, LayerStatistics, side_of
+
+Criterion = Callable[[LayerStatistics], Tensor]
+"""What the experts of a layer have done for some language pairs -> number[E], higher for experts to keep.
+
+The numbers must be finite and not negative. They are divided by their sum, so only proportions count.
+"""
+
+SCOPES = ("global", "language_pair", "language")
+
+
+def utilization(statistics: LayerStatistics) -> Tensor:
+    """Tokens that each expert computes, as whatever choice (Z-code M3, https://huggingface.co/papers/2109.10465)."""
+    return statistics.num_computed.sum(dim=0).double()
+
+
+def activity_confidence(statistics: LayerStatistics) -> Tensor:
+    """Share of the tokens whose first choice is the expert, times `exp` of its mean probability for these tokens.
+
+    Of "Memory-efficient NLLB-200" (https://huggingface.co/papers/2212.09811).
+    """
+    first = statistics.num_routed[:, 0].sum(dim=0).double()
+    mean_confidence = statistics.confidence.sum(dim=0) / first.clamp(min=1)
+    return first / first.sum().clamp(min=1) * mean_confidence.exp()
+
+
+def reap(statistics: LayerStatistics) -> Tensor:
+    """Mean, over the tokens that the expert computes, of its weight times the norm of its output; 0 without tokens.
+
+    REAP (https://huggingface.co/papers/2510.13999). The weight is that of the layer: normalized over a token's experts
+    if `normalize_router_weights` says so.
+    """
+    return statistics.gated_norm.sum(dim=0) / statistics.num_computed.sum(dim=0).clamp(min=1)
+
+
+CRITERIA: dict[str, Criterion] = {
+    "utilization": utilization,
+    "activity_confidence": activity_confidence,
+    "reap": reap,
+}
+
+
+def random_importance(num_experts: Mapping[str, int], seed: int) -> dict[str, Tensor]:
+    """Importance drawn evenly at random: name of each layer -> float64[E] with a sum of 1.
+
+    That of a layer depends on the seed, its name and its number of experts.
+    """
+    importance = {}
+    for layer, count in num_experts.items():
+        digest = hashlib.sha256(f"{seed} {layer}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+        numbers = torch.rand(count, generator=generator, dtype=torch.float64)
+        importance[layer] = numbers / numbers.sum()
+    return importance
+
+
+def expert_importance(
+    statistics: ExpertStatistics,
+    criterion: str | Criterion,
+    *,
+    scope: str = "global",
+    languages: Sequence[str] | Sequence[LanguagePair] | None = None,
+) -> dict[str, Tensor]:
+    """Importance of the experts of each layer for a set of languages.
+
+    The language pairs are put into groups, the criterion's numbers for each group are divided by their sum over the
+    layer's experts, and the importance is the mean over the groups:
+
+    | scope | groups | so that |
+    |---|---|---|
+    | `"global"` | one of all pairs | a language counts as much as it has tokens |
+    | `"language_pair"` | one per pair | all pairs count the same |
+    | `"language"` | in the encoder per source language, in the decoder per target language | all languages do |
+
+    Args:
+        statistics: of the model.
+        criterion: a name of `CRITERIA`, or a function.
+        scope: see above.
+        languages: what to keep: codes, for the pairs that have both languages among them, and under `"language"` all
+            pairs from one of them (encoder) or to one of them (decoder); or pairs, `[("en", "de"), ("en", "fr")]`. By
+            default all that the statistics have.
+
+    Returns:
+        name of each MoE layer -> float64[E] with a sum of 1.
+
+    Raises:
+        ValueError: an unknown criterion or scope, a language or pair without statistics, or a function that returns
+            something else than a finite number per expert that is not negative.
+    """
+    if isinstance(criterion, str) and criterion not in CRITERIA:
+        raise ValueError(f"criterion ({criterion!r}) must be 'random', a function, or one of {sorted(CRITERIA)}")
+    if scope not in SCOPES:
+        raise ValueError(f"scope ({scope!r}) must be one of {SCOPES}")
+    function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
+    groups = {side: _groups(statistics, side, scope, languages) for side in SIDES}
+    importance = {}
+    for layer, of_layer in statistics.layers.items():
+        numbers = [function(of_layer.of_pairs(group)) for group in groups[side_of(layer)]]
+        num_experts = statistics.fingerprint.num_experts[layer]
+        importance[layer] = torch.stack([_normalized(n, num_experts, criterion, layer) for n in numbers]).mean(dim=0)
+    return importance
+
+
+def _groups(
+    statistics: ExpertStatistics,
+    side: Side,
+    scope: str,
+    languages: Sequence[str] | Sequence[LanguagePair] | None,
+) -> list[list[int]]:
+    """Indices of the language pairs of each group."""
+    wanted = _wanted_pairs(statistics, side, scope, languages)
+    if scope == "global":
+        return [wanted]
+    if scope == "language_pair":
+        return [[index] for index in wanted]
+    is_wanted = {*wanted}
+    by_language = [[i for i in indices if i in is_wanted] for indices in statistics.languages(side).values()]
+    return [group for group in by_language if group]
+
+
+def _wanted_pairs(
+    statistics: ExpertStatistics,
+    side: Side,
+    scope: str,
+    languages: Sequence[str] | Sequence[LanguagePair] | None,
+) -> list[int]:
+    pairs = statistics.pairs
+    if languages is None:
+        return list(range(len(pairs)))
+    if isinstance(languages, str) or len({isinstance(language, str) for language in languages}) != 1:
+        raise ValueError(f"languages ({languages!r}) must be a list of codes or a list of pairs, or None for all")
+    if not all(isinstance(language, str) for language in languages):
+        asked = {tuple(pair) for pair in languages}
+        if missing := sorted(asked - {*pairs}):
+            raise ValueError(f"the statistics have no sentences of these pairs of languages: {missing}")
+        return [index for index, pair in enumerate(pairs) if pair in asked]
+
+    codes = {*map(str, languages)}
+    if unknown := sorted(codes.difference(*pairs)):
+        raise ValueError(f"the statistics have no sentences in {', '.join(unknown)}; collect statistics of them")
+    own = 0 if side == "encoder" else 1
+    if scope == "language":
+        wanted = [index for index, pair in enumerate(pairs) if pair[own] in codes]
+    else:
+        wanted = [index for index, pair in enumerate(pairs) if codes.issuperset(pair)]
+    for position, word in enumerate(("source", "target")):
+        found = {pairs[index][position] for index in wanted}
+        if (without := sorted(codes - found)) and (scope != "language" or position == own):
+            raise ValueError(
+                f"the statistics have no sentences of languages with {', '.join(without)} as the {word}; collect them, "
+                "or give the pairs that are to be kept, as in [('en', 'de'), ('en', 'fr')]"
+            )
+    return wanted
+
+
+def criterion_name(criterion: str | Criterion) -> str:
+    """For messages and reports."""
+    return criterion if isinstance(criterion, str) else getattr(criterion, "__name__", repr(criterion))
+
+
+def _normalized(numbers: Tensor, num_experts: int, criterion: str | Criterion, layer: str) -> Tensor:
+    """float64[E] with a sum of 1; even if all are 0."""
+    name = criterion_name(criterion)
+    if not isinstance(numbers, Tensor) or numbers.shape != (num_experts,):
+        raise ValueError(f"criterion {name} must return a tensor with {num_experts} numbers for {layer}, got {numbers}")
+    numbers = numbers.double()
+    if not numbers.isfinite().all() or (numbers < 0).any():
+        raise ValueError(f"criterion {name} must return finite numbers from 0 up, got {numbers.tolist()} for {layer}")
+    return numbers / numbers.sum() if numbers.any() else torch.full_like(numbers, 1 / num_experts)
+
+
+__all__ = [
+    "CRITERIA",
+    "SCOPES",
+    "Criterion",
+    "activity_confidence",
+    "criterion_name",
+    "expert_importance",
+    "random_importance",
+    "reap",
+    "utilization",
+]

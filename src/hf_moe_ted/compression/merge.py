@@ -1,0 +1,331 @@
+"""Fewer experts, made of several each: those that are alike become one, and the router keeps its rows."""
+
+import copy
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..checkpoint.lazy_tensors import LazyTensors
+from ..checkpoint.model_folder import write_model_folder
+from ..checkpoint.safetensors_io import check_output_dir
+from ..models.configuration_zcode_m3 import ZCodeM3Config
+from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
+from .compression_report import CompressionReport, num_bytes, num_parameters
+from .expert_groups import ExpertGroups, assigned_to, clustered, neuron_order
+from .expert_statistics import ExpertStatistics, LanguagePair, moe_layers
+from .importance import expert_importance
+from .model_source import ModelSource, set_num_experts
+from .pruning_plan import KeptExperts, PruningPlan
+
+METHODS = ("clustering", "frequency")
+
+# dimension of the inner neurons in the weights of one expert
+_NEURON_DIM = {"up_proj": 0, "up_proj_bias": 0, "down_proj": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergingReport(CompressionReport):
+    """What was merged.
+
+    Attributes:
+        num_experts_before, num_experts_after: name of each MoE layer -> its experts.
+        expert_map: name of each MoE layer -> the new expert that each old one is part of.
+    """
+
+    operation: ClassVar[str] = "merge_experts"
+
+    num_experts_before: dict[str, int]
+    num_experts_after: dict[str, int]
+    expert_map: dict[str, list[int]]
+
+    def lines(self) -> list[str]:
+        return [
+            f"{self.source}: {sum(self.num_experts_before.values()):,} experts merged to "
+            f"{sum(self.num_experts_after.values()):,}",
+            *super().lines(),
+            "experts of the MoE layers: " + ", ".join(map(str, self.num_experts_after.values())),
+        ]
+
+
+@dataclass(frozen=True)
+class MergingResult:
+    """A merged model.
+
+    Attributes:
+        expert_map: name of each MoE layer -> the new expert that each old one is part of, and that its row of the
+            router leads to.
+        report: sizes before and after.
+        model: the merged model, if it was not written to a folder.
+        output_dir: the folder that it was written to.
+    """
+
+    expert_map: dict[str, list[int]]
+    report: MergingReport
+    model: ZCodeM3ForConditionalGeneration | None = None
+    output_dir: Path | None = None
+
+
+def merge_experts(
+    model_or_folder: ZCodeM3ForConditionalGeneration | str | os.PathLike[str],
+    statistics: ExpertStatistics,
+    *,
+    keep: float | int | str,
+    method: str = "clustering",
+    scope: str = "global",
+    languages: Sequence[str] | Sequence[LanguagePair] | None = None,
+    per_layer: str = "equal",
+    min_experts: int = 1,
+    encoder_decoder_ratio: float | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> MergingResult:
+    """Average experts that are alike; nothing is trained.
+
+    A token is routed as before, over all rows of the router, and goes to the experts that its rows' experts are part
+    of (`expert_map` of [`ZCodeM3Config`]). The weights of an expert in the average are its shares of the tokens of
+    `languages`, as `criterion="utilization"` of `prune_experts` counts them for the `scope`.
+
+    `"clustering"` is HC-SMoE (https://huggingface.co/papers/2410.08589): hierarchical clustering, with average linkage,
+    of the experts' mean outputs. The paper runs every expert on all tokens, here the outputs are those for the tokens
+    that were routed to an expert, of all languages of the statistics; an expert that had none goes with the one whose
+    router row is most similar to its own.
+
+    `"frequency"` is MC-SMoE (https://huggingface.co/papers/2310.01334) without its low-rank compression: the most used
+    experts are dominant, and each other one is merged into the dominant one with the most similar router row, after its
+    inner neurons were put in the order of that one's. With `per_layer="adaptive"` dominant experts are chosen over all
+    layers, as in the paper. Time and memory of the ordering grow fast with the inner width: it solves an assignment
+    problem of that size per merged expert.
+
+    Args:
+        model_or_folder: a model in memory, which is left as it is, or a folder with `config.json` and weights of
+            ZCodeM3, sharded or not, which are read expert by expert.
+        statistics: of `collect_expert_statistics` for this model.
+        keep: a fraction of the experts (a float up to 1.0), a number of experts per layer (an int), or the size of the
+            weights in the dtype they have (`"8GB"`, `"7.5GiB"`): as many experts as fit.
+        method: `"clustering"` or `"frequency"`.
+        scope, languages, per_layer, encoder_decoder_ratio: as in `prune_experts`; they say how much each expert is used
+            and how many experts each layer gets.
+        min_experts: the fewest of a layer. It may be less than `num_experts_per_tok`: a token that goes to an expert
+            twice gets the sum of both weights.
+        output_dir: a new folder for the merged model, which appears when everything is in it. From a folder, tokenizer
+            and generation config come along; from a model, the generation config. Required for a folder.
+        max_shard_size: of the weight files, bytes or a string such as `"5GB"`.
+        overwrite: whether to replace an `output_dir` that is not empty.
+
+    Returns:
+        [`MergingResult`] with the model, or with `output_dir`, which also has `compression_report.json`.
+
+    Raises:
+        ValueError: before anything is written: no statistics, those of another model, or without one of `languages`;
+            `keep` rounds to zero experts, leaves fewer than `min_experts` or is less than the smallest model; an
+            unknown option; a folder that is no ZCodeM3 model or `output_dir` not empty; a model that is spread over
+            processes, merged or quantized.
+    """
+    start = time.perf_counter()
+    if method not in METHODS:
+        raise ValueError(f"method ({method!r}) must be one of {METHODS}")
+    if min_experts < 1:
+        raise ValueError(f"min_experts ({min_experts}) must be at least 1")
+    folder = None if output_dir is None else Path(output_dir)
+    if folder is not None:
+        check_output_dir(folder, overwrite=overwrite)
+    source = ModelSource.open(model_or_folder)
+    if folder is None and source.model is None:
+        raise ValueError(f"output_dir is required to merge the experts of a folder ({source.path})")
+    usage = _usage(source, statistics, scope, languages)
+    plan = PruningPlan(
+        usage, per_layer, min_experts, encoder_decoder_ratio, lambda kept: _num_bytes_with(source.tensors, kept)
+    )
+    kept = plan.choose(keep)
+    groups = {layer: _groups(source.tensors, statistics, method, layer, kept[layer]) for layer in kept}
+    merging = _Merging(source.tensors, groups, usage, is_ordered=method == "frequency")
+    config = _merged_config(source.config, groups)
+    tensors = merging.tensors()
+    arguments = {
+        "keep": keep,
+        "method": method,
+        "scope": scope,
+        "languages": languages,
+        "per_layer": per_layer,
+        "min_experts": min_experts,
+        "encoder_decoder_ratio": encoder_decoder_ratio,
+    }
+    report = _report(source, tensors, groups, statistics, arguments)
+    if folder is None:
+        assert source.model is not None
+        return MergingResult(report.expert_map, report, model=_merged_model(source.model, config, tensors, groups))
+    write_model_folder(
+        tensors,
+        config,
+        folder,
+        source=source.path,
+        start=start,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        save_others=[source.save_others, report.save, source.save_config(config)],
+    )
+    return MergingResult(report.expert_map, report, output_dir=folder)
+
+
+def _usage(
+    source: ModelSource,
+    statistics: ExpertStatistics,
+    scope: str,
+    languages: Sequence[str] | Sequence[LanguagePair] | None,
+) -> dict[str, Tensor]:
+    """Name of each MoE layer -> float64[E], shares of the tokens."""
+    if not moe_layers(source.config):
+        raise ValueError(f"{source.path} has no MoE layer whose experts could be merged")
+    if not isinstance(statistics, ExpertStatistics):
+        raise ValueError(f"merging needs the statistics of collect_expert_statistics, got {type(statistics).__name__}")
+    statistics.fingerprint.require_equal(source.fingerprint(), f"the statistics and {source.path}")
+    return expert_importance(statistics, "utilization", scope=scope, languages=languages)
+
+
+def _groups(
+    tensors: LazyTensors, statistics: ExpertStatistics, method: str, layer: str, most_used: list[int]
+) -> ExpertGroups:
+    """The groups of a layer, as many as there are most used experts."""
+    router_weight = tensors[f"{layer}.router.weight"]
+    if method == "frequency":
+        return assigned_to(most_used, router_weight)
+    outputs = statistics.layers[layer].centroids.clone()
+    has_output = statistics.layers[layer].num_computed.sum(dim=0) > 0
+    with_output = has_output.nonzero().flatten().tolist()
+    for expert, *others in assigned_to(with_output, router_weight) if with_output else ():
+        outputs[others] = outputs[expert].clone()
+    return clustered(outputs, len(most_used))
+
+
+def _num_bytes_with(tensors: LazyTensors, kept: KeptExperts) -> int:
+    """Size of the weights with so many experts, without merging them."""
+    total = 0
+    for name, spec in tensors.specs.items():
+        layer, _, _ = name.rpartition(".experts.")
+        total += spec.nbytes // spec.shape[0] * len(kept[layer]) if layer in kept else spec.nbytes
+    return total
+
+
+def _merged_config(source: ZCodeM3Config, groups: dict[str, ExpertGroups]) -> ZCodeM3Config:
+    config = copy.deepcopy(source)
+    counts = [len(of_layer) for of_layer in groups.values()]
+    config.num_experts = counts[0] if len({*counts}) == 1 else counts
+    if counts != [*moe_layers(source).values()]:
+        config.expert_map = [_map_of(of_layer) for of_layer in groups.values()]
+    config.validate_router()
+    return config
+
+
+def _map_of(groups: ExpertGroups) -> list[int]:
+    """Old expert -> new expert."""
+    new_of_old = {expert: new for new, group in enumerate(groups) for expert in group}
+    return [new_of_old[expert] for expert in range(len(new_of_old))]
+
+
+class _Merging:
+    """The weights of the merged model; of the source's experts, one group's are in memory at a time."""
+
+    def __init__(
+        self, source: LazyTensors, groups: dict[str, ExpertGroups], usage: dict[str, Tensor], *, is_ordered: bool
+    ):
+        self._source, self._groups, self._usage = source, groups, usage
+        self._order: dict[tuple[str, int], Tensor] = {}
+        if is_ordered:
+            pairs = [(layer, group[0], expert) for layer in groups for group in groups[layer] for expert in group[1:]]
+            for layer, like, expert in tqdm(pairs, desc="Ordering the neurons of experts", unit="expert"):
+                self._order[layer, expert] = neuron_order(self._weights(layer, like), self._weights(layer, expert))
+
+    def _weights(self, layer: str, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        up, bias, down = (self._source.row(f"{layer}.experts.{kind}", expert) for kind in _NEURON_DIM)
+        return up, bias, down
+
+    def tensors(self) -> LazyTensors:
+        specs = dict(self._source.specs)
+        for name, spec in self._source.specs.items():
+            layer, _, _ = name.rpartition(".experts.")
+            if layer in self._groups:
+                specs[name] = spec.new_empty(len(self._groups[layer]), *spec.shape[1:])
+        return LazyTensors(specs, self._read, read_into=self._read_into)
+
+    def _read(self, name: str) -> Tensor:
+        layer, _, _ = name.rpartition(".experts.")
+        if layer not in self._groups:
+            return self._source[name]
+        spec = self._source.specs[name]
+        out = torch.empty(len(self._groups[layer]), *spec.shape[1:], dtype=spec.dtype)
+        self._read_into(name, out)
+        return out
+
+    def _read_into(self, name: str, out: Tensor) -> None:
+        layer, _, kind = name.rpartition(".experts.")
+        if layer not in self._groups:
+            self._source.into(name, out)
+            return
+        for new, group in enumerate(self._groups[layer]):
+            usage = self._usage[layer][group]
+            shares = usage / usage.sum() if usage.any() else torch.full_like(usage, 1 / len(group))
+            total = torch.zeros(out.shape[1:], dtype=torch.float64)  # rounded once
+            for share, expert in zip(shares.tolist(), group, strict=True):
+                weight = self._source.row(name, expert)
+                if (layer, expert) in self._order and kind in _NEURON_DIM:
+                    weight = weight.index_select(_NEURON_DIM[kind], self._order[layer, expert])
+                total += share * weight.double()
+            out[new] = total
+
+
+def _merged_model(
+    model: ZCodeM3ForConditionalGeneration, config: ZCodeM3Config, tensors: LazyTensors, groups: dict[str, ExpertGroups]
+) -> ZCodeM3ForConditionalGeneration:
+    """A copy of the model, on its devices and in its dtypes, with the merged experts."""
+    copies: dict[int, Any] = {id(model.config): config}
+    for layer in groups:
+        for name, parameter in model.get_submodule(f"{layer}.experts").named_parameters():
+            merged_weight = tensors[f"{layer}.experts.{name}"].to(parameter.device)
+            copies[id(parameter)] = nn.Parameter(merged_weight, parameter.requires_grad)
+    merged = copy.deepcopy(model, copies)  # takes what is in `copies` in place of a copy
+    set_num_experts(merged)
+    return merged
+
+
+def _report(
+    source: ModelSource,
+    tensors: LazyTensors,
+    groups: dict[str, ExpertGroups],
+    statistics: ExpertStatistics,
+    arguments: dict[str, Any],
+) -> MergingReport:
+    warnings = []
+    if source.config.eval_capacity_factor is not None:
+        warnings.append(
+            f"eval_capacity_factor={source.config.eval_capacity_factor}: the rows of an expert share its capacity, "
+            "which is that of fewer experts; the merged model drops other tokens than the full one"
+        )
+    unused = {
+        layer: count for layer in groups if (count := int((statistics.layers[layer].num_computed.sum(0) == 0).sum()))
+    }
+    if unused:
+        listed = ", ".join(f"{layer}: {count}" for layer, count in unused.items())
+        warnings.append(f"experts without a token in the statistics, whose weights count for nothing: {listed}")
+    return MergingReport(
+        source=str(source.path),
+        arguments=arguments,
+        num_parameters_before=num_parameters(source.tensors.specs),
+        num_parameters_after=num_parameters(tensors.specs),
+        num_bytes_before=num_bytes(source.tensors.specs),
+        num_bytes_after=num_bytes(tensors.specs),
+        warnings=tuple(warnings),
+        num_experts_before=moe_layers(source.config),
+        num_experts_after={layer: len(of_layer) for layer, of_layer in groups.items()},
+        expert_map={layer: _map_of(of_layer) for layer, of_layer in groups.items()},
+    )
+
+
+__all__ = ["MergingReport", "MergingResult", "merge_experts"]

@@ -1,0 +1,137 @@
+"""What is to be compressed: a model in memory, or a folder whose weights are read one by one."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ..checkpoint.lazy_tensors import LazyTensors
+from ..checkpoint.model_folder import copy_tokenizer_and_generation_config, drop_tied_copies, meta_model
+from ..checkpoint.safetensors_io import check_tensors, open_pretrained_tensors
+from ..models.configuration_zcode_m3 import ZCodeM3Config
+from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
+from .expert_statistics import SIDES, ModelFingerprint, moe_layers
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Config and weights of a ZCodeM3 model.
+
+    Attributes:
+        path: the folder, or the name of the model's class; for messages.
+        config: of the model.
+        tensors: its weights, tied ones once.
+        save_others: puts the generation config, and of a folder the tokenizer, into another folder.
+        model: the model itself, if it is one in memory.
+    """
+
+    path: Path
+    config: ZCodeM3Config
+    tensors: LazyTensors
+    save_others: Callable[[Path], Any]
+    model: ZCodeM3ForConditionalGeneration | None = None
+
+    @classmethod
+    def open(cls, model_or_folder: ZCodeM3ForConditionalGeneration | str | os.PathLike[str]) -> "ModelSource":
+        """
+        Raises:
+            ValueError: something else, a model whose weights are not all here, or weights that are not those of the
+                config.
+        """
+        if isinstance(model_or_folder, str | os.PathLike):
+            source = _open_folder(Path(model_or_folder))
+        elif isinstance(model_or_folder, ZCodeM3ForConditionalGeneration):
+            source = _open_model(model_or_folder)
+        else:
+            raise ValueError(
+                "model_or_folder must be a ZCodeM3ForConditionalGeneration or the folder of one, got "
+                f"{type(model_or_folder).__name__}"
+            )
+        if getattr(source.config, "quantization_config", None):
+            raise ValueError(f"{source.path} has a quantization_config; compress the weights before they are quantized")
+        if source.config.expert_map is not None:
+            raise ValueError(
+                f"{source.path} has an expert_map: its experts were merged, or pruned with renormalize=False; compress "
+                "the model that it was made of"
+            )
+        meta = meta_model(source.config)
+        tensors = drop_tied_copies(source.tensors, meta.all_tied_weights_keys)
+        expected = {name: spec for name, spec in meta.state_dict().items() if name not in meta.all_tied_weights_keys}
+        check_tensors(tensors.specs, expected, str(source.path))
+        return cls(source.path, source.config, tensors, source.save_others, source.model)
+
+    def fingerprint(self) -> ModelFingerprint:
+        """By which expert statistics know the model."""
+        weights = {layer: self.tensors[f"{layer}.router.weight"] for layer in moe_layers(self.config)}
+        return ModelFingerprint.of(self.config, weights)
+
+    def save_config(self, config: ZCodeM3Config) -> Callable[[Path], None]:
+        """Writes the config of the new model to a folder, for `save_others`.
+
+        The config of a folder may name another dtype to load the weights in than the one they are stored in: it stays.
+        """
+
+        def save(folder: Path) -> None:
+            if self.model is None and self.config.dtype is not None:
+                config.dtype = self.config.dtype
+                config.save_pretrained(folder)
+
+        return save
+
+
+def set_num_experts(model: ZCodeM3ForConditionalGeneration) -> None:
+    """Make the MoE layers of a model in memory, whose weights and config are new, what the config says."""
+    for side in SIDES:
+        expert_map = model.config.expert_map_per_layer(side)
+        for index, num_experts in model.config.num_experts_per_layer(side).items():
+            layer: Any = model.get_submodule(f"model.{side}.layers.{index}.ffn")
+            layer.router.num_experts = layer.experts.num_experts = num_experts
+            if index in expert_map:
+                layer.router.expert_map = tuple(expert_map[index])
+                layer.router.expert_of_row = torch.tensor(expert_map[index], device=layer.router.weight.device)
+
+
+def _open_folder(folder: Path) -> ModelSource:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} must be a folder with config.json; `hf download` makes one of a Hub id")
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    if fields.get("model_type") != ZCodeM3Config.model_type:
+        raise ValueError(
+            f"{path} has model_type {fields.get('model_type')!r} and must have {ZCodeM3Config.model_type!r}; "
+            "`hf-moe-ted convert` makes ZCodeM3 models of others"
+        )
+    try:
+        config = ZCodeM3Config.from_dict(fields)
+    except (StrictDataclassError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return ModelSource(folder, config, open_pretrained_tensors(folder), copy_tokenizer_and_generation_config(folder))
+
+
+def _open_model(model: ZCodeM3ForConditionalGeneration) -> ModelSource:
+    weights: dict[str, Tensor] = model.state_dict()
+    for name, weight in weights.items():
+        if isinstance(weight, DTensor) or weight.is_meta:
+            raise ValueError(f"{name} is not all in the memory of this process; save the model and give the folder")
+    tied = model.all_tied_weights_keys
+    tensors = LazyTensors(
+        {name: weight.to("meta") for name, weight in weights.items() if name not in tied},
+        lambda name: weights[name].cpu().clone(),
+        lambda name, index: weights[name][index].cpu().clone(),
+    )
+
+    def save_generation_config(folder: Path) -> None:
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+
+    return ModelSource(Path(type(model).__name__), model.config, tensors, save_generation_config, model)
+
+
+__all__ = ["ModelSource", "set_num_experts"]

@@ -1,0 +1,127 @@
+"""Parallel text for expert statistics: rows -> sentences of one language pair -> batches of similar length."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .expert_statistics import LanguagePair
+
+MAX_WAITING_BUCKETS = 64
+TEXT_COLUMNS = ("source", "target", "src_lang", "tgt_lang")
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A text and its translation."""
+
+    source: str
+    target: str
+
+
+@dataclass(frozen=True)
+class EncodedSentence:
+    """Token ids of one sentence; `target` are the labels."""
+
+    source: list[int]
+    target: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.source) + len(self.target)
+
+
+def read_sentences(
+    dataset: Iterable[Mapping[str, Any]], languages: Sequence[str] | None, progress: Any
+) -> Iterator[tuple[LanguagePair, Sentence]]:
+    """The sentences between `languages`, all by default.
+
+    Args:
+        dataset: rows as of `collect_expert_statistics`.
+        languages: codes.
+        progress: bar over the rows; its total becomes that of sentences, and sentences that are skipped are done.
+
+    Raises:
+        ValueError: a row of another form.
+    """
+    for index, row in enumerate(dataset):
+        in_row = _sentences_of_row(row, index)
+        if progress.total is not None:
+            progress.total += len(in_row) - 1
+        for pair, sentence in in_row:
+            if languages is None or (pair[0] in languages and pair[1] in languages):
+                yield pair, sentence
+            else:
+                progress.update(1)
+
+
+def _sentences_of_row(row: Mapping[str, Any], index: int) -> list[tuple[LanguagePair, Sentence]]:
+    if isinstance(row, Mapping) and isinstance(texts := row.get("translation"), Mapping):
+        if all(isinstance(text, str) for text in texts.values()):
+            return [
+                ((source, target), Sentence(texts[source], texts[target]))
+                for source in texts
+                for target in texts
+                if source != target
+            ]
+    elif isinstance(row, Mapping) and all(isinstance(row.get(column), str) for column in TEXT_COLUMNS):
+        return [((row["src_lang"], row["tgt_lang"]), Sentence(row["source"], row["target"]))]
+    raise ValueError(
+        f"row {index} of the dataset must have the strings {', '.join(TEXT_COLUMNS)}, or 'translation' with a "
+        f"string for each language, got {repr(row)[:300]}"
+    )
+
+
+def buckets(
+    sentences: Iterable[tuple[LanguagePair, Sentence]], bucket_size: int
+) -> Iterator[tuple[LanguagePair, list[Sentence]]]:
+    """`bucket_size` sentences of one pair at a time.
+
+    Less at the end, and of the pair with most of them when `MAX_WAITING_BUCKETS` times as many wait of all pairs.
+    """
+    waiting: dict[LanguagePair, list[Sentence]] = {}
+    num_waiting = 0
+    for pair, sentence in sentences:
+        waiting.setdefault(pair, []).append(sentence)
+        num_waiting += 1
+        is_too_much = num_waiting >= bucket_size * MAX_WAITING_BUCKETS
+        if len(waiting[pair]) >= bucket_size or is_too_much:
+            fullest = max(waiting, key=lambda pair: len(waiting[pair])) if is_too_much else pair
+            num_waiting -= len(waiting[fullest])
+            yield fullest, waiting.pop(fullest)
+    yield from waiting.items()
+
+
+def encode(tokenizer: Any, pair: LanguagePair, sentences: Sequence[Sentence], max_length: int) -> list[EncodedSentence]:
+    """Sources with the tag of their language and targets with theirs, truncated to `max_length` tokens."""
+    # as attributes: not every tokenizer with languages takes them as arguments of a call
+    tokenizer.src_lang, tokenizer.tgt_lang = pair
+    encoded = tokenizer(
+        [sentence.source for sentence in sentences],
+        text_target=[sentence.target for sentence in sentences],
+        truncation=True,
+        max_length=max_length,
+    )
+    return [EncodedSentence(*ids) for ids in zip(encoded["input_ids"], encoded["labels"], strict=True)]
+
+
+def first_tokens(sentences: list[EncodedSentence], max_tokens: int | None, num_tokens: int) -> list[EncodedSentence]:
+    """As many as it takes to get from `num_tokens` to `max_tokens`."""
+    if max_tokens is None:
+        return sentences
+    taken = []
+    for sentence in sentences:
+        if num_tokens >= max_tokens:
+            break
+        taken.append(sentence)
+        num_tokens += sentence.num_tokens
+    return taken
+
+
+def batches(sentences: Sequence[EncodedSentence], batch_size: int) -> Iterator[list[EncodedSentence]]:
+    """`batch_size` sentences at a time, the longest first, so that what does not fit in memory fails at once."""
+    by_length = sorted(sentences, key=lambda sentence: (len(sentence.source), len(sentence.target)), reverse=True)
+    for start in range(0, len(by_length), batch_size):
+        yield by_length[start : start + batch_size]
+
+
+__all__ = ["EncodedSentence", "Sentence", "batches", "buckets", "encode", "first_tokens", "read_sentences"]

@@ -1,0 +1,353 @@
+"""Fewer experts: the ones that matter for some languages, with their rows of the router, as a smaller model."""
+
+import copy
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.lazy_tensors import LazyTensors
+from ..checkpoint.model_folder import meta_model, write_model_folder
+from ..checkpoint.safetensors_io import check_output_dir
+from ..models.configuration_zcode_m3 import ZCodeM3Config
+from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
+from ..models.moe_layer import ZCodeM3DenseFFN, ZCodeM3MoELayer
+from .compression_report import num_bytes, num_parameters
+from .expert_statistics import SIDES, ExpertStatistics, LanguagePair, moe_layers
+from .importance import Criterion, criterion_name, expert_importance, random_importance
+from .model_source import ModelSource, set_num_experts
+from .pruning_plan import KeptExperts, PruningPlan
+from .pruning_report import PruningReport, routed_share_kept
+
+# weights of a dense feed-forward -> those of experts, stacked
+_STACKED = {
+    "fc1.weight": "experts.up_proj",
+    "fc1.bias": "experts.up_proj_bias",
+    "fc2.weight": "experts.down_proj",
+    "fc2.bias": "experts.down_proj_bias",
+}
+
+
+@dataclass(frozen=True)
+class PruningResult:
+    """A pruned model.
+
+    Attributes:
+        kept_experts: name of each MoE layer, as in `model.named_modules()` of the full model -> ids of the experts it
+            keeps, ascending: expert `i` of the pruned layer was expert `kept_experts[layer][i]`.
+        report: sizes before and after, and what was kept of each language.
+        model: the pruned model, if it was not written to a folder.
+        output_dir: the folder that it was written to.
+    """
+
+    kept_experts: KeptExperts
+    report: PruningReport
+    model: ZCodeM3ForConditionalGeneration | None = None
+    output_dir: Path | None = None
+
+
+def prune_experts(
+    model_or_folder: ZCodeM3ForConditionalGeneration | str | os.PathLike[str],
+    statistics: ExpertStatistics | None,
+    *,
+    keep: float | int | str,
+    criterion: str | Criterion = "utilization",
+    scope: str = "global",
+    languages: Sequence[str] | Sequence[LanguagePair] | None = None,
+    per_layer: str = "equal",
+    min_experts: int | None = None,
+    encoder_decoder_ratio: float | None = None,
+    renormalize: bool = True,
+    output_dir: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> PruningResult:
+    """Remove experts from a model, and with them their rows of the routers; nothing is trained.
+
+    The pruned model computes what the full one does if the router logits of the removed experts are minus infinity:
+    the router's probabilities are those of the kept experts among each other. This holds for every routing option
+    without a capacity. With `eval_capacity_factor`, an expert's capacity is a share of the tokens among fewer experts
+    and therefore larger, so that the pruned model drops fewer tokens; what routing draws at random
+    (`second_expert_policy="sampling"`) it draws from the same distribution, with other numbers.
+
+    A layer with one expert left becomes a dense one (`encoder_sparse_layers`, `decoder_sparse_layers`), as the weight
+    of its expert is always 1. It stays a MoE layer of one expert under `use_residual` and `moe_token_dropout`, which a
+    dense layer does not have.
+
+    For NLLB-MoE, https://huggingface.co/papers/2212.09811 recommends to keep 36 of 128 experts in the encoder's layers
+    and 12 in the decoder's: `keep=24, criterion="activity_confidence", scope="language", encoder_decoder_ratio=3.0` and
+    the languages. Its translations into English came out too long by a sixth, so compare length ratios, not only BLEU.
+
+    Args:
+        model_or_folder: a model in memory, which is left as it is, or a folder with `config.json` and weights of
+            ZCodeM3, sharded or not, of which only the kept experts are read.
+        statistics: of `collect_expert_statistics` for this model; `None` for `criterion="random"` only.
+        keep: a fraction of the experts (a float up to 1.0), a number of experts per layer (an int), or the size of the
+            weights in the dtype they have (`"8GB"`, `"7.5GiB"`): as many experts as fit. Rounded to whole experts per
+            layer.
+        criterion: `"random"`; `"utilization"`, the tokens an expert computes; `"activity_confidence"`, the share of
+            first choices times `exp` of their mean probability; `"reap"`, the mean of weight times norm of the output;
+            or a function of the [`LayerStatistics`] of some language pairs that returns number[E], higher for experts
+            to keep.
+        scope: for what the criterion is computed: `"global"`, all pairs together; `"language_pair"`, each for itself;
+            `"language"`, per source language in the encoder and per target language in the decoder. The last two add up
+            the shares of the importance within each, so that a language with much text does not push others aside.
+        languages: the languages to keep, `["en", "de"]`, in all directions between them, or the pairs,
+            `[("en", "de")]`; by default all that the statistics have.
+        per_layer: `"equal"`, as many experts in each layer, or the same share of them; or `"adaptive"`: at least
+            `min_experts` in each layer, and beyond that those with the highest share of their layer's importance, in
+            whatever layer. The total is the same.
+        min_experts: the fewest that a layer keeps; by default `num_experts_per_tok`, which is also the least.
+        encoder_decoder_ratio: so many experts in a layer of the encoder per expert in a layer of the decoder, with the
+            same total.
+        renormalize: whether the probabilities of the router are those of the kept experts among each other. With
+            `False` they stay those over all experts, so that a token whose experts were removed gets little of another
+            one: the router keeps the removed experts' rows, which are never chosen (`expert_map` of
+            [`ZCodeM3Config`]), and no layer becomes dense.
+        output_dir: a new folder for the pruned model, which appears when everything is in it. From a folder, tokenizer
+            and generation config come along; from a model, the generation config. Required for a folder.
+        seed: of `criterion="random"`.
+        max_shard_size: of the weight files, bytes or a string such as `"5GB"`.
+        overwrite: whether to replace an `output_dir` that is not empty.
+
+    Returns:
+        [`PruningResult`] with the model, or with `output_dir`, which also has `compression_report.json`.
+
+    Raises:
+        ValueError: before anything is written: statistics of another model, or without one of `languages`; `keep`
+            rounds to zero experts, leaves fewer than `min_experts` or is less than the smallest model; an unknown
+            option; a folder that is no ZCodeM3 model or `output_dir` not empty; a model that is spread over processes.
+    """
+    start = time.perf_counter()
+    folder = None if output_dir is None else Path(output_dir)
+    if folder is not None:
+        check_output_dir(folder, overwrite=overwrite)
+    source = ModelSource.open(model_or_folder)
+    if folder is None and source.model is None:
+        raise ValueError(f"output_dir is required to prune a folder ({source.path})")
+    plan = PruningPlan(
+        _importance(source, statistics, criterion, scope, languages, seed),
+        per_layer,
+        _min_experts(source.config, min_experts),
+        encoder_decoder_ratio,
+        lambda kept: _num_bytes_with(source, kept, renormalize),
+    )
+    kept = plan.choose(keep)
+    config = _pruned_config(source.config, kept, renormalize)
+    tensors = _pruned_tensors(source.tensors, config, kept)
+    arguments = {
+        "keep": keep,
+        "criterion": criterion_name(criterion),
+        "scope": scope,
+        "languages": languages,
+        "per_layer": per_layer,
+        "min_experts": plan.min_experts,
+        "encoder_decoder_ratio": encoder_decoder_ratio,
+        "renormalize": renormalize,
+        "seed": seed,
+    }
+    report = _report(source, config, tensors, kept, statistics, arguments)
+    if folder is None:
+        assert source.model is not None
+        return PruningResult(kept, report, model=_pruned_model(source.model, config, kept))
+    write_model_folder(
+        tensors,
+        config,
+        folder,
+        source=source.path,
+        start=start,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        save_others=[source.save_others, report.save, source.save_config(config)],
+    )
+    return PruningResult(kept, report, output_dir=folder)
+
+
+def _importance(
+    source: ModelSource,
+    statistics: ExpertStatistics | None,
+    criterion: str | Criterion,
+    scope: str,
+    languages: Sequence[str] | Sequence[LanguagePair] | None,
+    seed: int,
+) -> dict[str, Tensor]:
+    layers = moe_layers(source.config)
+    if not layers:
+        raise ValueError(f"{source.path} has no MoE layer to prune")
+    if statistics is None and criterion != "random":
+        raise ValueError(
+            f"criterion ({criterion_name(criterion)}) needs statistics (collect_expert_statistics); only 'random' can "
+            "do without"
+        )
+    if statistics is not None:
+        statistics.fingerprint.require_equal(source.fingerprint(), f"the statistics and {source.path}")
+    if statistics is None or criterion == "random":
+        return random_importance(layers, seed)
+    return expert_importance(statistics, criterion, scope=scope, languages=languages)
+
+
+def _min_experts(config: ZCodeM3Config, min_experts: int | None) -> int:
+    if min_experts is not None and min_experts < config.num_experts_per_tok:
+        raise ValueError(
+            f"min_experts ({min_experts}) must be at least num_experts_per_tok ({config.num_experts_per_tok}): a token "
+            "needs so many different experts"
+        )
+    return min_experts or config.num_experts_per_tok
+
+
+def _is_dense(config: ZCodeM3Config, num_experts: int) -> bool:
+    """Whether a layer with so many experts left becomes dense: it has one, and does nothing that a dense one cannot."""
+    return num_experts == 1 and not config.use_residual and config.moe_token_dropout == 0.0
+
+
+def _pruned_config(source: ZCodeM3Config, kept: KeptExperts, renormalize: bool) -> ZCodeM3Config:
+    config = copy.deepcopy(source)
+    if not renormalize:
+        num_experts = moe_layers(source)
+        if any(len(experts) < num_experts[layer] for layer, experts in kept.items()):
+            config.expert_map = [_map_of(experts, num_experts[layer]) for layer, experts in kept.items()]
+    counts: list[int] = []
+    for side in SIDES:
+        layers = {index: len(kept[f"model.{side}.layers.{index}.ffn"]) for index in source.sparse_layers(side)}
+        sparse = {index: count for index, count in layers.items() if not (renormalize and _is_dense(source, count))}
+        counts += sparse.values()
+        if sparse.keys() != layers.keys():
+            setattr(config, f"{side}_sparse_layers", [*sparse])
+    config.num_experts = counts[0] if len({*counts}) == 1 else counts
+    config.validate_architecture()
+    config.validate_router()
+    return config
+
+
+def _map_of(kept: list[int], num_experts: int) -> list[int]:
+    """Row of the router -> expert of the pruned layer, `len(kept)` for those of removed experts."""
+    new_of_old = {old: new for new, old in enumerate(kept)}
+    return [new_of_old.get(old, len(kept)) for old in range(num_experts)]
+
+
+def _stored_as(name: str, kept: KeptExperts, config: ZCodeM3Config) -> tuple[str, list[int] | None]:
+    """Name of the weight of the full model that a weight of the pruned one is made of, and which rows; `None`: all."""
+    prefix, _, kind = name.partition(".ffn.")
+    layer = f"{prefix}.ffn"
+    if layer not in kept or kind.startswith("residual."):
+        return name, None
+    if kind.startswith("router.") and config.expert_map is not None:
+        return name, None
+    return f"{layer}.{_STACKED.get(kind, kind)}", kept[layer]
+
+
+def _num_bytes_with(source: ModelSource, kept: KeptExperts, renormalize: bool) -> int:
+    """Size of the weights with the experts that are kept, without making the model."""
+    total = 0
+    for name, spec in source.tensors.specs.items():
+        prefix, _, kind = name.partition(".ffn.")
+        experts = kept.get(f"{prefix}.ffn")
+        if experts is None or kind.startswith("residual.") or (kind.startswith("router.") and not renormalize):
+            total += spec.nbytes
+        elif kind.startswith("experts.") or not _is_dense(source.config, len(experts)):
+            total += spec.nbytes // spec.shape[0] * len(experts)
+    return total
+
+
+def _pruned_specs(source: LazyTensors, config: ZCodeM3Config, kept: KeptExperts) -> dict[str, Tensor]:
+    """The weights of the pruned model, tied ones once, on the meta device, in the dtypes of the source."""
+    model = meta_model(config)
+    return {
+        name: spec.to(source.specs[_stored_as(name, kept, config)[0]].dtype)
+        for name, spec in model.state_dict().items()
+        if name not in model.all_tied_weights_keys
+    }
+
+
+def _pruned_tensors(source: LazyTensors, config: ZCodeM3Config, kept: KeptExperts) -> LazyTensors:
+    """The weights of the pruned model; of the experts' weights only the rows that are kept are read."""
+    specs = _pruned_specs(source, config, kept)
+
+    def read_into(name: str, out: Tensor) -> None:
+        stored, experts = _stored_as(name, kept, config)
+        if experts is None:
+            source.into(stored, out)
+            return
+        rows = out if out.ndim == source.specs[stored].ndim else out.unsqueeze(0)  # of a dense layer, the one row
+        for row, expert in zip(rows, experts, strict=True):
+            row.copy_(source.row(stored, expert))
+
+    def read(name: str) -> Tensor:
+        out = torch.empty(specs[name].shape, dtype=specs[name].dtype)
+        read_into(name, out)
+        return out
+
+    return LazyTensors(specs, read, read_into=read_into)
+
+
+def _pruned_model(
+    model: ZCodeM3ForConditionalGeneration, config: ZCodeM3Config, kept: KeptExperts
+) -> ZCodeM3ForConditionalGeneration:
+    """A copy of the model, on its devices and in its dtypes; of the experts only those that are kept are copied."""
+    copies: dict[int, Any] = {id(model.config): config}
+    sparse = {layer: experts for layer, experts in kept.items() if layer in moe_layers(config)}
+    for layer, experts in kept.items():
+        full: Any = model.get_submodule(layer)
+        if layer not in sparse:
+            copies[id(full)] = _dense_layer(full, config, experts)
+            continue
+        cut = [full.experts] if config.expert_map is not None else [full.experts, full.router]
+        for parameter in (parameter for module in cut for parameter in module.parameters()):
+            copies[id(parameter)] = nn.Parameter(parameter.detach()[experts], parameter.requires_grad)
+    pruned = copy.deepcopy(model, copies)  # takes what is in `copies` in place of a copy
+    set_num_experts(pruned)
+    return pruned
+
+
+def _dense_layer(layer: ZCodeM3MoELayer, config: ZCodeM3Config, experts: list[int]) -> ZCodeM3DenseFFN:
+    with torch.device("meta"):
+        dense = ZCodeM3DenseFFN(config, ffn_dim=layer.experts.up_proj.shape[1])
+    for name, stacked in _STACKED.items():
+        module, _, kind = name.partition(".")
+        weight = layer.get_parameter(stacked)
+        parameter = nn.Parameter(weight.detach()[experts].squeeze(0), weight.requires_grad)
+        setattr(dense.get_submodule(module), kind, parameter)
+    return dense.train(layer.training)
+
+
+def _report(
+    source: ModelSource,
+    config: ZCodeM3Config,
+    tensors: LazyTensors,
+    kept: KeptExperts,
+    statistics: ExpertStatistics | None,
+    arguments: dict[str, Any],
+) -> PruningReport:
+    warnings = []
+    if config.eval_capacity_factor is not None:
+        warnings.append(
+            f"eval_capacity_factor={config.eval_capacity_factor}: with fewer experts each takes more tokens, so the "
+            "pruned model drops fewer than the full one would without the removed experts"
+        )
+    sparse = moe_layers(config)
+    if 1 in sparse.values() and config.expert_map is None:
+        reason = "use_residual" if config.use_residual else "moe_token_dropout"
+        warnings.append(f"layers with one expert stay MoE layers because of {reason}")
+    return PruningReport(
+        source=str(source.path),
+        arguments=arguments,
+        num_parameters_before=num_parameters(source.tensors.specs),
+        num_parameters_after=num_parameters(tensors.specs),
+        num_bytes_before=num_bytes(source.tensors.specs),
+        num_bytes_after=num_bytes(tensors.specs),
+        num_experts_before=moe_layers(source.config),
+        num_experts_after={layer: len(experts) for layer, experts in kept.items()},
+        kept_experts=kept,
+        dense_layers=tuple(layer for layer in kept if layer not in sparse),
+        routed_share_kept=routed_share_kept(statistics, kept),
+        warnings=tuple(warnings),
+    )
+
+
+__all__ = ["PruningResult", "prune_experts"]

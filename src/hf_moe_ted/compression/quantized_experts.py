@@ -1,0 +1,252 @@
+"""Experts with 8 or 4 bits per weight, and how transformers loads them: the quantization method `zcode_experts`.
+
+Importing this module registers the method, the way https://huggingface.co/docs/transformers/quantization/contribute
+describes. It imports no model before one is quantized, so that it can be imported with the quantizers of transformers.
+
+Shape letters: T tokens, K experts per token, E experts, O output width, I input width, G weights per scale.
+"""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..models.experts import ZCodeM3Experts
+    from .compression_report import CompressionReport
+
+METHOD = "zcode_experts"
+BITS = (8, 4)
+
+_PROJECTIONS = ("up_proj", "down_proj")
+
+
+@register_quantization_config(METHOD)
+class ExpertQuantizationConfig(QuantizationConfigMixin):
+    """Weight-only quantization of experts: integers, symmetric around 0, and a scale per channel or group.
+
+    As the `quantization_config` of `from_pretrained` it quantizes a model while it is loaded; in `config.json` it says
+    how the experts are stored.
+
+    Args:
+        bits: 8 or 4 per weight.
+        group_size: so many weights along the input share a scale; it divides both widths of the experts. `None`: a
+            whole row, one output channel.
+
+    Raises:
+        ValueError: other `bits`, a `group_size` that is not positive, or an unknown option.
+    """
+
+    def __init__(self, bits: int = 8, group_size: int | None = None, quant_method: str = METHOD, **unknown: Any):
+        if unknown:
+            raise ValueError(f"{METHOD} has no option {', '.join(unknown)}; its options are bits and group_size")
+        if bits not in BITS:
+            raise ValueError(f"bits ({bits!r}) must be one of {BITS}")
+        if group_size is not None and group_size < 1:
+            raise ValueError(f"group_size ({group_size}) must be positive, or None for one scale per output channel")
+        self.quant_method = quant_method  # type: ignore[assignment]  # an enum of the methods within transformers
+        self.bits = bits
+        self.group_size = group_size
+
+
+def quantize_weight(weight_EOI: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:
+    """Round weights to integers in `[-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1]` times a scale.
+
+    Args:
+        weight_EOI: float[..., I].
+        bits: 8 or 4.
+        group_size: weights along I per scale, a divisor of I; `None` for I.
+
+    Returns:
+        int8[..., I], or for 4 bits uint8[..., I / 2] with two numbers plus 8 in each byte, the first in its low half;
+        and the scales [..., I / G] in the dtype of the weights.
+    """
+    largest = 2 ** (bits - 1) - 1
+    grouped = weight_EOI.unflatten(-1, (-1, group_size or weight_EOI.shape[-1])).float()
+    scale = (grouped.abs().amax(dim=-1) / largest).to(weight_EOI.dtype)
+    # rounded with the scale that is stored; where that is 0, all weights of the group are 0 or too small for the dtype
+    divisor = scale.float().masked_fill(scale == 0, torch.inf).unsqueeze(-1)
+    integers = (grouped / divisor).round().clamp(-largest, largest).flatten(-2).to(torch.int8)
+    return (integers if bits == 8 else _pack_pairs(integers)), scale
+
+
+def dequantize_weight(packed: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The weights, float[..., I], in the dtype of the scales, that `quantize_weight` has rounded."""
+    integers = packed if bits == 8 else _unpack_pairs(packed)
+    groups = integers.unflatten(-1, (scale.shape[-1], -1))
+    return (groups.to(scale.dtype) * scale.unsqueeze(-1)).flatten(-2)
+
+
+def _pack_pairs(integers: Tensor) -> Tensor:
+    pairs = (integers + 8).to(torch.uint8).unflatten(-1, (-1, 2))
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def _unpack_pairs(packed: Tensor) -> Tensor:
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).to(torch.int8) - 8
+
+
+class QuantizedExperts(nn.Module):
+    """[`ZCodeM3Experts`] whose weights are integers; those of one expert at a time become floats while it computes.
+
+    Parameters: `up_proj_packed` and `down_proj_packed` int8[E, O, I] or, with 4 bits, uint8[E, O, I / 2];
+    `up_proj_scale` and `down_proj_scale` float[E, O, I / G]; `up_proj_bias` [E, F], `down_proj_bias` [E, D].
+    """
+
+    def __init__(self, experts: "ZCodeM3Experts", quantization: ExpertQuantizationConfig):
+        """
+        Args:
+            experts: of which shapes, dtypes, devices and the activation are taken, not the weights.
+            quantization: how weights are stored.
+        """
+        super().__init__()
+        self.bits, self.group_size = quantization.bits, quantization.group_size
+        self.num_experts = experts.num_experts
+        self.act_fn = copy.deepcopy(experts.act_fn)
+        for name in _PROJECTIONS:
+            weight, bias = experts.get_parameter(name), experts.get_parameter(f"{name}_bias")
+            num_inputs = weight.shape[-1]
+            packed_width = num_inputs if self.bits == 8 else num_inputs // 2
+            packed = weight.new_empty(
+                (*weight.shape[:-1], packed_width), dtype=torch.int8 if self.bits == 8 else torch.uint8
+            )
+            scale = weight.new_empty((*weight.shape[:-1], num_inputs // (self.group_size or num_inputs)))
+            for kind, tensor in (("packed", packed), ("scale", scale), ("bias", torch.empty_like(bias))):
+                self.register_parameter(f"{name}_{kind}", nn.Parameter(tensor, requires_grad=False))
+
+    @torch.no_grad()
+    def quantize_from(self, experts: "ZCodeM3Experts") -> float:
+        """Take over the weights, expert by expert.
+
+        Returns:
+            the relative error of the weight matrices of all experts, `||rounded - exact|| / ||exact||` (Frobenius).
+        """
+        squared_error = squared_norm = 0.0
+        for name in _PROJECTIONS:
+            self.get_parameter(f"{name}_bias").copy_(experts.get_parameter(f"{name}_bias"))
+            for expert, weight in enumerate(experts.get_parameter(name)):
+                packed, scale = quantize_weight(weight, self.bits, self.group_size)
+                self.get_parameter(f"{name}_packed")[expert] = packed
+                self.get_parameter(f"{name}_scale")[expert] = scale
+                exact = weight.double()
+                squared_error += (dequantize_weight(packed, scale, self.bits).double() - exact).square().sum().item()
+                squared_norm += exact.square().sum().item()
+        return (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
+
+    def weight(self, name: str, expert: int) -> Tensor:
+        """float[O, I], `"up_proj"` or `"down_proj"` of one expert."""
+        packed, scale = self.get_parameter(f"{name}_packed"), self.get_parameter(f"{name}_scale")
+        return dequantize_weight(packed[expert], scale[expert], self.bits)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """
+        Args:
+            hidden_states: float[T, D].
+            top_k_index: int64[T, K], expert of each slot; `num_experts` for a slot that no expert computes.
+            top_k_weights: float[T, K], factor of each expert's output, 0 for such a slot.
+
+        Returns:
+            float[T, D], the weighted sum over a token's experts; zeros for a token that none computes.
+
+        Raises:
+            ValueError: in training.
+        """
+        if self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "quantized experts cannot be trained: train the model before it is quantized, or call model.eval()"
+            )
+        output = torch.zeros_like(hidden_states)
+        for expert in top_k_index[top_k_index < self.num_experts].unique().tolist():
+            token, slot = torch.where(top_k_index == expert)
+            up = nn.functional.linear(
+                hidden_states[token], self.weight("up_proj", expert), self.get_parameter("up_proj_bias")[expert]
+            )
+            down = nn.functional.linear(
+                self.act_fn(up), self.weight("down_proj", expert), self.get_parameter("down_proj_bias")[expert]
+            )
+            output = output.index_add(0, token, (down * top_k_weights[token, slot, None]).to(output.dtype))
+        return output
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, bits={self.bits}, group_size={self.group_size}"
+
+
+@register_quantizer(METHOD)
+class ExpertQuantizer(HfQuantizer):
+    """Loads quantized experts, or quantizes those of a model that is loaded with an [`ExpertQuantizationConfig`].
+
+    Attributes:
+        relative_errors: name of each MoE layer -> relative error of its experts' weights, if they were quantized here.
+        report: of `quantize_experts`, if it was used.
+    """
+
+    quantization_config: ExpertQuantizationConfig
+    requires_calibration = False
+
+    def __init__(self, quantization_config: ExpertQuantizationConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.relative_errors: dict[str, float] = {}
+        self.report: CompressionReport | None = None
+
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise ValueError(
+                f"quantization method {METHOD} does not work with a distributed_config; load the model on one device"
+            )
+        _check_experts(model, self.quantization_config)
+        if self.pre_quantized:
+            for name, experts in _experts_of(model).items():
+                model.set_submodule(name, QuantizedExperts(experts, self.quantization_config))
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
+        for name, experts in _experts_of(model).items():
+            quantized = QuantizedExperts(experts, self.quantization_config)
+            self.relative_errors[name.removesuffix(".experts")] = quantized.quantize_from(experts)
+            model.set_submodule(name, quantized.train(experts.training))
+        for module in model.modules():
+            if isinstance(module, QuantizedExperts):
+                module.requires_grad_(False)  # loading makes new parameters
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _experts_of(model: nn.Module) -> dict[str, "ZCodeM3Experts"]:
+    """Name -> experts that are not quantized yet."""
+    from ..models.experts import ZCodeM3Experts
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, ZCodeM3Experts)}
+
+
+def _check_experts(model: "PreTrainedModel", quantization: ExpertQuantizationConfig) -> None:
+    all_experts = _experts_of(model)
+    if not all_experts:
+        raise ValueError(f"{type(model).__name__} has no ZCodeM3 experts to quantize")
+    bits, group_size = quantization.bits, quantization.group_size
+    for name, experts in all_experts.items():
+        for projection in _PROJECTIONS:
+            width = experts.get_parameter(projection).shape[-1]
+            if width % (group_size or 1):
+                raise ValueError(f"group_size ({group_size}) must divide the width {width} of {name}.{projection}")
+            if bits == 4 and width % 2:
+                raise ValueError(f"bits=4 needs even widths, {name}.{projection} has {width}; use bits=8")
+
+
+__all__ = [
+    "METHOD",
+    "ExpertQuantizationConfig",
+    "ExpertQuantizer",
+    "QuantizedExperts",
+    "dequantize_weight",
+    "quantize_weight",
+]

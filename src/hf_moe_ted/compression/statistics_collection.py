@@ -1,0 +1,301 @@
+"""Real text through a model, and what its experts did with it.
+
+Shape letters: T tokens of a batch, K experts per token, S = T * K slots, E experts, D model width.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
+from ..models.moe_layer import ZCodeM3MoELayer
+from ..models.router import Routing
+from .expert_statistics import ExpertStatistics, LanguagePair, LayerStatistics, ModelFingerprint, side_of
+from .parallel_text import EncodedSentence, batches, buckets, encode, first_tokens, read_sentences
+
+BATCHES_PER_BUCKET = 16
+
+_MOE_LAYER = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.ffn$")
+
+
+def collect_expert_statistics(
+    model: ZCodeM3PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Iterable[Mapping[str, Any]],
+    *,
+    languages: Sequence[str] | None = None,
+    batch_size: int = 32,
+    max_tokens: int | None = None,
+) -> ExpertStatistics:
+    """Count which experts a model uses for which languages, how sure its routers are, and what the experts put out.
+
+    Sources go through the encoder and references through the decoder (teacher forcing); nothing is generated. A batch
+    holds sentences of one language pair and of similar length. The dataset is streamed; sentences of a pair wait until
+    there are some batches of them to be sorted by length.
+
+    The model runs as in evaluation, without dropout and router noise and with `eval_capacity_factor`; afterwards it is
+    in the mode it was in. What is random in evaluation, too (`second_expert_policy`, see [`ZCodeM3Config`]), is part
+    of how the experts are used and stays.
+
+    Statistics of several runs or processes add up (see [`ExpertStatistics`]). Under TED, all processes of the model
+    take part in every batch, so give all of them the same dataset; each returns the statistics of all of it.
+
+    Args:
+        model: a [`ZCodeM3ForConditionalGeneration`] with at least one MoE layer.
+        tokenizer: its tokenizer, with `src_lang` and `tgt_lang`; they are left as they were.
+        dataset: rows with the strings `source`, `target`, `src_lang` and `tgt_lang`, or the translation rows of
+            *datasets*, `{"translation": {"en": "...", "de": "..."}}`, which count for every ordered pair of their
+            languages. Texts longer than the model takes are truncated.
+        languages: skip sentences whose source or target language is none of these; by default there are none to skip.
+        batch_size: sentences per batch.
+        max_tokens: stop counting a language pair once its sources and targets have this many tokens together.
+
+    Raises:
+        ValueError: the model has no MoE layer, or an `expert_map`; a row is of another form; one of `languages` or a
+            language of the dataset is unknown to the tokenizer, or there is no sentence for it; nothing is left of the
+            dataset.
+    """
+    layers = _named_moe_layers(model)
+    if model.config.expert_map is not None:
+        raise ValueError(
+            "the model has an expert_map: its experts were merged, or pruned with renormalize=False; collect "
+            "statistics of the model that it was made of"
+        )
+    if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
+        raise ValueError(f"batch_size ({batch_size}) and max_tokens ({max_tokens}) must be at least 1")
+    if isinstance(languages, str):
+        raise ValueError(f"languages ({languages!r}) must be a list of codes, such as ['en', 'de']")
+
+    recorders = {name: _LayerRecorder(layer) for name, layer in layers.items()}
+    totals = _Totals()
+    with (
+        _evaluation_mode(model),
+        _languages_restored(tokenizer),
+        _recording(recorders.values()),
+        _progress(dataset) as progress,
+    ):
+        for pair, sentences in buckets(read_sentences(dataset, languages, progress), batch_size * BATCHES_PER_BUCKET):
+            num_tokens = totals.num_tokens[pair]
+            if max_tokens is None or num_tokens < max_tokens:
+                encoded = encode(tokenizer, pair, sentences, model.config.max_position_embeddings)
+                encoded = first_tokens(encoded, max_tokens, num_tokens)
+                for batch in batches(encoded, batch_size):
+                    _run(model, recorders, batch)
+                totals.add(pair, encoded, recorders)
+            progress.update(len(sentences))
+    _check_languages(totals.num_sentences, languages)
+    weights = {name: _whole(layer.router.weight) for name, layer in layers.items()}
+    return totals.statistics(ModelFingerprint.of(model.config, weights))
+
+
+def _named_moe_layers(model: nn.Module) -> dict[str, ZCodeM3MoELayer]:
+    layers = {
+        f"model.{found[0]}": module
+        for name, module in model.named_modules()
+        if (found := _MOE_LAYER.search(name)) and isinstance(module, ZCodeM3MoELayer)
+    }
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no MoE layer whose experts could be counted")
+    return layers
+
+
+def _check_languages(counted: Iterable[LanguagePair], languages: Sequence[str] | None) -> None:
+    known = {language for pair in counted for language in pair}
+    if missing := sorted({*(languages or ())} - known):
+        raise ValueError(
+            f"the dataset has no sentence in {', '.join(missing)} that is paired with another one of languages; it has "
+            f"sentences in {', '.join(sorted(known)) or 'none of them'}"
+        )
+    if not known:
+        raise ValueError("the dataset is empty: there is nothing to collect statistics from")
+
+
+def _progress(dataset: Any) -> Any:
+    try:
+        total = len(dataset)
+    except TypeError:  # streamed
+        total = None
+    return tqdm(total=total, desc="Collecting expert statistics", unit="sentence")
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _languages_restored(tokenizer: Any) -> Iterator[None]:
+    if not (hasattr(tokenizer, "src_lang") and hasattr(tokenizer, "tgt_lang")):
+        raise ValueError(f"{type(tokenizer).__name__} has no src_lang and tgt_lang; it must be one for translation")
+    before = tokenizer.src_lang, tokenizer.tgt_lang
+    try:
+        yield
+    finally:
+        tokenizer.src_lang, tokenizer.tgt_lang = before
+
+
+@contextmanager
+def _recording(recorders: Iterable["_LayerRecorder"]) -> Iterator[None]:
+    handles = [handle for recorder in recorders for handle in recorder.attach()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _run(model: Any, recorders: Mapping[str, "_LayerRecorder"], sentences: Sequence[EncodedSentence]) -> None:
+    start = [model.config.decoder_start_token_id]
+    source_ids, source_mask = _pad([s.source for s in sentences], model)
+    target_ids, target_mask = _pad([start + s.target[:-1] for s in sentences], model)
+    for name, recorder in recorders.items():
+        recorder.is_token_T = (source_mask if side_of(name) == "encoder" else target_mask).flatten()
+    model(
+        input_ids=source_ids,
+        attention_mask=source_mask,
+        decoder_input_ids=target_ids,
+        decoder_attention_mask=target_mask,
+        use_cache=False,
+    )
+
+
+def _pad(rows: list[list[int]], model: Any) -> tuple[Tensor, Tensor]:
+    """int64[B, L] and bool[B, L], False for padding."""
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [model.config.pad_token_id] * (length - len(row)) for row in rows])
+    mask = torch.arange(length) < torch.tensor([len(row) for row in rows]).unsqueeze(-1)
+    return ids.to(model.device), mask.to(model.device)
+
+
+class _LayerRecorder:
+    """Hooks on the router and the experts of a layer that add up what they do.
+
+    The experts are called once, as in inference, but with one slot per row and weights of 1, so that their outputs can
+    be seen one by one; the hook behind them does what they would have done, the weighted sum over a token's slots. The
+    hooks stand outside of others, so expert parallelism goes on inside.
+
+    Sums are float32 on the model's device, over no more than a bucket of batches, which keeps counts exact.
+
+    Attributes:
+        is_token_T: bool[T], False for padding; to be set before each forward.
+    """
+
+    is_token_T: Tensor
+
+    def __init__(self, layer: ZCodeM3MoELayer):
+        self._layer = layer
+        self._routing: Routing
+        self._weights_TK: Tensor
+        self._sums: dict[str, Tensor] = {}
+
+    def attach(self) -> list[Any]:
+        return [
+            self._layer.router.register_forward_hook(self._keep_routing),
+            self._layer.experts.register_forward_pre_hook(self._one_slot_per_row, prepend=True),
+            self._layer.experts.register_forward_hook(self._record),
+        ]
+
+    def take(self) -> dict[str, Tensor]:
+        """The sums since the last call, float64 on the CPU, by the names of [`LayerStatistics`]."""
+        sums, self._sums = {name: tensor.cpu().double() for name, tensor in self._sums.items()}, {}
+        return sums
+
+    def _keep_routing(self, router: nn.Module, args: Any, output: tuple[Tensor, Routing]) -> None:
+        self._routing = output[1]
+
+    def _one_slot_per_row(self, experts: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        tokens_TD, expert_ids_TK, self._weights_TK = args
+        top_k = expert_ids_TK.shape[1]
+        rows_SD = tokens_TD if top_k == 1 else tokens_TD.repeat_interleave(top_k, dim=0)
+        return rows_SD, expert_ids_TK.reshape(-1, 1), torch.ones_like(self._weights_TK).reshape(-1, 1)
+
+    def _record(self, experts: nn.Module, args: Any, output_SD: Tensor) -> Tensor:
+        routing, is_token_T = self._routing, self.is_token_T.to(output_SD.device)
+        num_experts, (num_tokens, top_k) = routing.num_experts, routing.expert_ids.shape
+        is_token_T1 = is_token_T.unsqueeze(-1)
+        choices_TK = routing.choices.masked_fill(~is_token_T1, num_experts)
+        computed_S = routing.expert_ids.masked_fill(~is_token_T1, num_experts).flatten()
+        probs_TE = routing.logits.softmax(dim=-1)
+        confidence_T1 = probs_TE.gather(1, routing.choices[:, :1])
+        gated_norm_S = self._weights_TK.flatten() * torch.linalg.vector_norm(output_SD, dim=-1, dtype=torch.float32)
+        one_hot_SE = torch.nn.functional.one_hot(computed_S, num_experts + 1)[:, :-1].float()
+
+        num_routed_KE = torch.stack([_count(choices_T, num_experts) for choices_T in choices_TK.unbind(dim=1)])
+        batch_sums = {
+            "num_routed": num_routed_KE,
+            "num_dropped": num_routed_KE.sum(dim=0) - one_hot_SE.sum(dim=0),
+            "gate_mass": is_token_T.float() @ probs_TE,
+            "confidence": _count(choices_TK[:, 0], num_experts, confidence_T1.squeeze(-1)),
+            "gated_norm": gated_norm_S.float() @ one_hot_SE,
+            "output_sum": one_hot_SE.T @ output_SD.float(),
+        }
+        _add(self._sums, batch_sums)
+        if top_k == 1:
+            return output_SD * self._weights_TK
+        return (output_SD.view(num_tokens, top_k, -1) * self._weights_TK.unsqueeze(-1)).sum(dim=1)
+
+
+def _count(expert_ids_T: Tensor, num_experts: int, values_T: Tensor | None = None) -> Tensor:
+    """float32[E], the sum of the values, or the number, of the tokens of each expert; `num_experts` counts for none."""
+    values_T = torch.ones_like(expert_ids_T, dtype=torch.float32) if values_T is None else values_T
+    sums = torch.zeros(num_experts + 1, device=expert_ids_T.device)
+    return sums.scatter_add_(0, expert_ids_T, values_T)[:num_experts]
+
+
+def _add(sums: dict[str, Tensor], others: Mapping[str, Tensor]) -> None:
+    for name, tensor in others.items():
+        sums[name] = sums[name] + tensor if name in sums else tensor
+
+
+class _Totals:
+    """What all batches have added up to: per language pair, but for the outputs of the experts."""
+
+    def __init__(self) -> None:
+        self.num_sentences: Counter[LanguagePair] = Counter()
+        self.num_tokens: Counter[LanguagePair] = Counter()
+        self._sums: defaultdict[tuple[LanguagePair, str], dict[str, Tensor]] = defaultdict(dict)
+        self._output_sums: dict[str, Tensor] = {}
+
+    def add(
+        self, pair: LanguagePair, sentences: Sequence[EncodedSentence], recorders: Mapping[str, _LayerRecorder]
+    ) -> None:
+        """Take what the recorders have added up over these sentences."""
+        self.num_sentences[pair] += len(sentences)
+        self.num_tokens[pair] += sum(sentence.num_tokens for sentence in sentences)
+        for layer, recorder in recorders.items():
+            sums = recorder.take()
+            _add(self._output_sums, {layer: sums.pop("output_sum")})
+            _add(self._sums[pair, layer], sums)
+
+    def statistics(self, fingerprint: ModelFingerprint) -> ExpertStatistics:
+        pairs = sorted(self.num_sentences)
+        layers = {}
+        for layer, output_sum in self._output_sums.items():
+            rows = [self._sums[pair, layer] for pair in pairs]
+            stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+            counts = {name: stacked.pop(name).long() for name in ("num_routed", "num_dropped")}
+            layers[layer] = LayerStatistics(**counts, **stacked, output_sum=output_sum)
+        num_sentences = tuple(self.num_sentences[pair] for pair in pairs)
+        return ExpertStatistics(fingerprint, tuple(pairs), num_sentences, layers)
+
+
+def _whole(weight: Any) -> Tensor:
+    """A parameter that may be spread over processes."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
+__all__ = ["collect_expert_statistics"]

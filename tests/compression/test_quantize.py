@@ -1,0 +1,278 @@
+"""Quantized experts: exact integers, the same model after saving, and what cannot be done with it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForSeq2SeqLM, Trainer, TrainingArguments
+
+from hf_moe_ted import ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer
+from hf_moe_ted.checkpoint import safetensors_io
+from hf_moe_ted.compression.prune import prune_experts
+from hf_moe_ted.compression.quantize import quantize_experts
+from hf_moe_ted.compression.quantized_experts import (
+    ExpertQuantizationConfig,
+    QuantizedExperts,
+    dequantize_weight,
+    quantize_weight,
+)
+
+MakeModel = Callable[..., ZCodeM3ForConditionalGeneration]
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+LAYERS = ("model.encoder.layers.1.ffn", "model.encoder.layers.3.ffn", "model.decoder.layers.1.ffn")
+CASES = [(8, None), (8, 16), (4, None), (4, 8)]
+
+
+def tokens() -> Tensor:
+    return torch.randint(4, 270, (3, 9), generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> Tensor:
+    return model(input_ids=tokens(), decoder_input_ids=tokens().flip(0)).logits
+
+
+def load(folder: Path, **options: Any) -> Any:
+    model, info = AutoModelForSeq2SeqLM.from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(info.values()), info
+    return model
+
+
+# --- the integers
+
+
+def test_eight_bits_by_hand() -> None:
+    weight = torch.tensor([[1.27, -0.64, 0.004, 0.0], [0.0, 0.0, 0.0, 0.0], [-2.54, 2.0, 0.03, 1.0]])
+    packed, scale = quantize_weight(weight, 8, None)
+    assert packed.dtype == torch.int8
+    assert packed.tolist() == [[127, -64, 0, 0], [0, 0, 0, 0], [-127, 100, 2, 50]]
+    torch.testing.assert_close(scale, torch.tensor([[0.01], [0.0], [0.02]]))
+    torch.testing.assert_close(dequantize_weight(packed, scale, 8)[2], torch.tensor([-2.54, 2.0, 0.04, 1.0]))
+
+
+def test_four_bits_by_hand() -> None:
+    weight = torch.tensor([[7.0, -7.0, 3.4, 0.0, 70.0, -30.0, 14.0, 6.0]])
+    packed, scale = quantize_weight(weight, 4, 4)
+    assert packed.dtype == torch.uint8
+    # 7 and -7 are 15 and 1 with 8 added, the first in the low half
+    assert packed.tolist() == [[0x1F, 0x8B, 0x5F, 0x99]]
+    assert scale.tolist() == [[1.0, 10.0]]
+    assert dequantize_weight(packed, scale, 4).tolist() == [[7.0, -7.0, 3.0, 0.0, 70.0, -30.0, 10.0, 10.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("bits", "group_size"), CASES)
+def test_error_is_half_a_step(bits: int, group_size: int | None, dtype: torch.dtype) -> None:
+    weight = torch.randn(3, 10, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[1, 2] = 0
+    packed, scale = quantize_weight(weight, bits, group_size)
+    assert scale.dtype == dtype and scale.shape == (3, 10, 32 // (group_size or 32))
+    exact = dequantize_weight(packed, scale.double(), bits)
+    step = scale.double().repeat_interleave(group_size or 32, dim=-1)
+    # a scale that was rounded down leaves the largest weights beyond the last integer
+    cut = 2 ** (bits - 1) * torch.finfo(dtype).eps
+    assert ((exact - weight.double()).abs() <= step * (0.5 + cut) + 1e-12).all()
+
+
+# --- the model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "group_size"), CASES)
+def test_computes_with_the_rounded_weights(
+    bits: int, group_size: int | None, dtype: torch.dtype, make_model: MakeModel
+) -> None:
+    capacity = {"eval_capacity_factor": 0.8, "min_capacity": 0, "token_drop_policy": "position"}
+    model = make_model(num_experts=[2, 4, 3], num_experts_per_tok=2, **capacity).to(dtype)
+    quantized = quantize_experts(model, bits, group_size)
+    expected = logits_of(model)
+    with torch.no_grad():
+        for layer in LAYERS:
+            experts = model.get_submodule(layer).experts
+            rounded = quantized.get_submodule(layer).experts
+            assert isinstance(rounded, QuantizedExperts)
+            for name in ("up_proj", "down_proj"):
+                exact = experts.get_parameter(name)
+                weights = torch.stack([rounded.weight(name, expert) for expert in range(len(exact))])
+                assert 0 < (weights - exact).abs().max() < 0.2 * exact.abs().max()
+                exact.copy_(weights)
+    model.set_experts_implementation("eager")
+    assert torch.equal(logits_of(quantized), logits_of(model))
+    assert not torch.equal(expected, logits_of(model))
+    # 8 bits change less than 4
+    assert (logits_of(quantized) - expected).norm() / expected.norm() < (0.05 if bits == 8 else 0.5)
+
+
+def test_input_is_untouched(make_model: MakeModel) -> None:
+    model = make_model().train()
+    config, weights = model.config.to_dict(), {name: weight.clone() for name, weight in model.state_dict().items()}
+    quantized = quantize_experts(model)
+    assert not any(module.training for module in quantized.modules())
+    assert all(module.training for module in model.modules())
+    with torch.no_grad():
+        for parameter in quantized.parameters():
+            parameter.zero_()
+    assert model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    assert model.config.to_dict() == config and getattr(model, "hf_quantizer", None) is None
+    assert quantized.lm_head.weight is quantized.model.shared.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "group_size"), CASES)
+def test_round_trip(
+    bits: int, group_size: int | None, dtype: torch.dtype, make_model: MakeModel, tmp_path: Path
+) -> None:
+    quantized = quantize_experts(make_model(router_bias=True).to(dtype), bits, group_size)
+    quantized.save_pretrained(tmp_path / "a", max_shard_size="40KB")
+    first = load(tmp_path / "a")
+    first.save_pretrained(tmp_path / "b")
+    second = ZCodeM3ForConditionalGeneration.from_pretrained(tmp_path / "b")
+    for loaded in (first, second):
+        weights = loaded.state_dict()
+        assert weights.keys() == quantized.state_dict().keys()
+        for name, weight in quantized.state_dict().items():
+            assert weights[name].dtype == weight.dtype and torch.equal(weights[name], weight), name
+        assert torch.equal(logits_of(loaded), logits_of(quantized))
+        assert not any(p.requires_grad for name, p in loaded.named_parameters() if ".experts." in name)
+    saved = json.loads((tmp_path / "b" / "config.json").read_text())["quantization_config"]
+    expected = {"bits": bits, "group_size": group_size or (None if bits == 8 else 32), "quant_method": "zcode_experts"}
+    assert saved == expected
+
+
+def test_quantized_while_loading(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path, quantization_config=ExpertQuantizationConfig(bits=4, group_size=16))
+    expected = quantize_experts(model, 4, 16)
+    assert torch.equal(logits_of(loaded), logits_of(expected))
+    assert loaded.hf_quantizer.relative_errors == expected.hf_quantizer.relative_errors
+
+
+def test_generates(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model()
+    quantize_experts(model, output_dir=tmp_path / "small")
+    options = {"input_ids": tokens(), "num_beams": 2, "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(load(tmp_path / "small").generate(**options), model.generate(**options))
+
+
+def test_converted_nllb_moe(tmp_path: Path) -> None:
+    """An NLLB-MoE checkpoint is read and quantized at once."""
+    quantized = quantize_experts(FIXTURES / "nllb_moe" / "tiny_a", 8, output_dir=tmp_path / "small")
+    loaded = load(tmp_path / "small")
+    ids = tokens() % quantized.config.vocab_size
+    with torch.no_grad():
+        logits = [m(input_ids=ids, decoder_input_ids=ids).logits for m in (quantized, loaded)]
+    assert torch.equal(*logits)
+
+
+def test_merged_rows_and_pruned_experts(make_model: MakeModel, tmp_path: Path) -> None:
+    expert_map = [[0, 1, 1, 2, 0]] * 3
+    mapped = make_model(num_experts=3, expert_map=expert_map)
+    quantize_experts(mapped, output_dir=tmp_path / "small")
+    assert (logits_of(load(tmp_path / "small")) - logits_of(mapped)).abs().max() < 0.2
+    pruned = prune_experts(make_model(), None, keep=2, criterion="random").model
+    assert quantize_experts(pruned).get_submodule(LAYERS[0]).experts.num_experts == 2
+
+
+# --- report
+
+
+def test_report(make_model: MakeModel, tokenizer: ZCodeM3Tokenizer, tmp_path: Path) -> None:
+    model = make_model().bfloat16()
+    model.save_pretrained(tmp_path / "full")
+    tokenizer.save_pretrained(tmp_path / "full")
+    sizes = []
+    for bits in (8, 4):
+        quantized = quantize_experts(tmp_path / "full", bits, output_dir=tmp_path / f"int{bits}")
+        report: Any = quantized.hf_quantizer.report
+        assert report.num_bytes_before == sum(p.nbytes for p in model.parameters())
+        assert report.num_bytes_after == sum(p.nbytes for p in load(tmp_path / f"int{bits}").parameters())
+        assert report.num_parameters_after == model.num_parameters()
+        sizes.append(report.num_bytes_after)
+        for layer, error in report.relative_errors.items():
+            exact, rounded = model.get_submodule(layer).experts, quantized.get_submodule(layer).experts
+            pairs = [
+                (rounded.weight(n, e), exact.get_parameter(n)[e]) for n in ("up_proj", "down_proj") for e in range(4)
+            ]
+            squares = [((a.double() - b.double()).square().sum(), b.double().square().sum()) for a, b in pairs]
+            assert error == pytest.approx((sum(s[0] for s in squares) / sum(s[1] for s in squares)).sqrt().item())
+        assert [*report.relative_errors] == [*LAYERS]
+        assert max(report.relative_errors.values()) < (0.01 if bits == 8 else 0.15)
+        written = json.loads((tmp_path / f"int{bits}" / "compression_report.json").read_text())
+        assert written["operation"] == "quantize_experts" and written["relative_errors"] == report.relative_errors
+        assert f"experts in {bits} bits" in str(report)
+    num_weights = sum(p.numel() for n, p in model.named_parameters() if n.endswith(("up_proj", "down_proj")))
+    assert sizes[0] - sizes[1] > 0.4 * num_weights
+    assert ZCodeM3Tokenizer.from_pretrained(tmp_path / "int4").languages == ["en", "de", "fr"]
+
+
+# --- what is refused
+
+
+def test_training(make_model: MakeModel, tmp_path: Path) -> None:
+    quantized = quantize_experts(make_model())
+    quantized.train()
+    with pytest.raises(ValueError, match="quantized experts cannot be trained"):
+        quantized(input_ids=tokens(), labels=tokens())
+    with pytest.raises(ValueError, match="cannot perform fine-tuning on purely quantized models"):
+        Trainer(quantized, TrainingArguments(output_dir=str(tmp_path), report_to=[]))
+
+
+def test_twice(make_model: MakeModel, tmp_path: Path) -> None:
+    quantized = quantize_experts(make_model(), output_dir=tmp_path / "small")
+    for model in (quantized, tmp_path / "small"):
+        with pytest.raises(ValueError, match="is quantized already"):
+            quantize_experts(model, 4)
+        with pytest.raises(ValueError, match="compress the weights before they are quantized"):
+            prune_experts(model, None, keep=2, criterion="random", output_dir=tmp_path / "pruned")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 2}, r"bits \(2\) must be one of \(8, 4\)"),
+        ({"group_size": 0}, r"group_size \(0\) must be positive"),
+        ({"group_size": 48}, r"group_size \(48\) must divide the width 32 of model.encoder.layers.1.ffn.experts"),
+    ],
+)
+def test_wrong_options(options: dict[str, int], message: str, make_model: MakeModel, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        quantize_experts(make_model(), **options, output_dir=tmp_path / "small")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_models(make_model: MakeModel, tmp_path: Path) -> None:
+    dense = make_model(encoder_sparse_step=0, decoder_sparse_step=0)
+    with torch.device("meta"):
+        on_meta = ZCodeM3ForConditionalGeneration(dense.config)
+    for model, message in (
+        (dense, "has no ZCodeM3 experts to quantize"),
+        (on_meta, "is not all in the memory of this process"),
+        (make_model().model, "got ZCodeM3Model"),
+        (tmp_path / "none", "must be a folder with config.json"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quantize_experts(model)
+    with pytest.raises(ValueError, match="zcode_experts has no option colour"):
+        ExpertQuantizationConfig(bits=4, colour="red")
+    odd = make_model(encoder_ffn_dim=33)
+    with pytest.raises(ValueError, match=r"bits=4 needs even widths, .*down_proj has 33"):
+        quantize_experts(odd, 4, 1)
+
+
+def test_interrupted_writing(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*args: Any, **kwargs: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(safetensors_io, "_flush", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        quantize_experts(make_model(), output_dir=tmp_path / "small")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is not empty"):
+        quantize_experts(make_model(), output_dir=tmp_path)
