@@ -1,0 +1,490 @@
+"""Training speed and memory of ZCodeM3 on several GPUs, layout by layout, beside transformers' own and DeepSpeed.
+
+    python examples/benchmarks/bench_ted.py --suite two --output ted.json
+
+Runs the cases of a suite that the GPUs of this machine allow, one `torchrun` per number of GPUs, and prints a table.
+Models have random weights, made in place on the devices, and batches without padding. Every case reports the mean of
+ten steps, what the collectives of one step move by kind, and the time they take on the device, from a profile.
+"""
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import M2M100Config, M2M100ForConditionalGeneration
+from transformers import initialization as init
+from transformers.distributed import DistributedConfig
+from transformers.distributed.utils import initialize_distributed_mesh
+
+from hf_moe_ted import TedPlugin, ZCodeM3Config, ZCodeM3ForConditionalGeneration
+
+# d_model, encoder and decoder layers, heads; the feed-forward is 4 * d_model wide, the vocabulary has 128,000 tokens
+BASES = {
+    "0.6B": (1024, 24, 12, 16),
+    "1.3B": (2048, 12, 6, 16),
+    "6.7B": (4096, 16, 11, 32),
+    "tiny": (64, 2, 2, 4),
+}
+WARMUP_STEPS, TIMED_STEPS = 3, 10
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table.
+
+    Attributes:
+        system: "ours", "transformers" (its own expert parallelism on our model), "dense" (M2M100) or "deepspeed".
+        layout: arguments of TedPlugin, of DistributedConfig for "transformers", `ep` for "deepspeed".
+        checkpointing: `None`, "full", or "communication-aware".
+        batch_size, length: per data-parallel rank; tokens of source and target each.
+    """
+
+    system: str
+    num_gpus: int
+    base: str = "0.6B"
+    num_experts: int = 16
+    layout: dict[str, Any] = field(default_factory=dict)
+    checkpointing: str | None = None
+    optimizer: str = "tiled"
+    experts_implementation: str = "zcode_grouped"
+    batch_size: int = 64
+    length: int = 128
+
+    @property
+    def name(self) -> str:
+        layout = " ".join(f"{key}={value}" for key, value in self.layout.items())
+        parts = [
+            self.system,
+            f"{self.base}x{self.num_experts}",
+            layout,
+            self.checkpointing and f"ckpt={self.checkpointing}",
+        ]
+        parts.append("" if self.optimizer == "tiled" else self.optimizer)
+        return " ".join(part for part in parts if part)
+
+
+def suite_of(name: str) -> list[Case]:
+    """The cases of one record."""
+    tp2 = {"tensor_parallel_size": 2}
+    ep2 = {"expert_parallel_size": 2}
+    native: dict[str, Any] = {"system": "transformers", "experts_implementation": "grouped_mm", "optimizer": "fused"}
+    if name == "tiny":  # to try the script, on CPUs too
+        small: dict[str, Any] = {"base": "tiny", "num_experts": 4, "batch_size": 2, "length": 16}
+        return [
+            Case("dense", 1, **small),
+            Case("ours", 1, **small),
+            Case("ours", 2, layout=ep2, **small),
+            Case("ours", 2, layout=tp2, checkpointing="communication-aware", **small),
+            Case(
+                "transformers", 2, layout={"fsdp_size": 2, "ep_size": 2}, experts_implementation="grouped_mm", **small
+            ),
+        ]
+    one = [
+        Case("dense", 1, optimizer="fused"),
+        Case("ours", 1, optimizer="fused"),
+        Case("ours", 1),
+        Case(num_gpus=1, **native),
+        Case("deepspeed", 1, layout={"ep": 1}),
+    ]
+    two = [
+        Case("ours", 2, layout=ep2),
+        Case("ours", 2, layout={**ep2, "overlap_chunks": 2}),
+        Case("ours", 2, layout={**ep2, "zero_stage": 3}),
+        Case("ours", 2, layout={}),
+        Case("ours", 2, layout=tp2),
+        Case("ours", 2, layout=tp2, checkpointing="full"),
+        Case("ours", 2, layout=tp2, checkpointing="communication-aware"),
+        Case(
+            "transformers",
+            2,
+            layout={"fsdp_size": 2, "ep_size": 2},
+            experts_implementation="grouped_mm",
+            optimizer="fused",
+        ),
+        Case("ours", 2, num_experts=32, layout=ep2),
+        Case("ours", 2, num_experts=64, layout=ep2),
+        Case("deepspeed", 2, layout={"ep": 2}),
+    ]
+    if name == "one":
+        return one
+    if name == "two":
+        return one + two
+    num_gpus = {"four": 4, "eight": 8}[name]
+    cases = []
+    for base, num_experts in (("1.3B", 16), ("6.7B", 8), ("1.3B", 8)):
+        shape: dict[str, Any] = {"base": base, "num_experts": num_experts, "batch_size": 16, "length": 512}
+        for drops in (False, True):
+            for checkpointing in ("full", "communication-aware"):
+                layout = {**tp2, "expert_parallel_size": num_gpus // 2, "duplicate_token_dropping": drops}
+                cases.append(Case("ours", num_gpus, layout=layout, checkpointing=checkpointing, **shape))
+        for layout in (
+            {"expert_parallel_size": num_gpus},
+            {"tensor_parallel_size": 4},
+            {**tp2, "expert_parallel_size": 2, "zero_stage": 3},
+        ):
+            cases.append(Case("ours", num_gpus, layout=layout, checkpointing="communication-aware", **shape))
+        if base == "1.3B" and num_experts == 16:
+            untiled = {**tp2, "expert_parallel_size": 2, "tile_numel": 2**40}
+            cases.append(Case("ours", num_gpus, layout=untiled, checkpointing="communication-aware", **shape))
+    cases.append(Case("ours", num_gpus, layout={"expert_parallel_size": num_gpus}))  # weak scaling: see the suite "two"
+    cases.append(Case("deepspeed", num_gpus, layout={"ep": num_gpus}))
+    return cases
+
+
+# ---- one case, in every process ----
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    """Build, train some steps, profile one."""
+    torch.manual_seed(0)
+    if case.system == "deepspeed":
+        step, num_batches = deepspeed_step(case)
+    else:
+        step, num_batches = torch_step(case)
+    for _ in range(WARMUP_STEPS):
+        loss = step()
+    sync()
+    reset_peak()
+    start = time.perf_counter()
+    for _ in range(TIMED_STEPS):
+        loss = step()
+    sync()
+    step_s = (time.perf_counter() - start) / TIMED_STEPS
+    peak_gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else float("nan")
+    tokens = 2 * case.batch_size * case.length * num_batches
+    result = {
+        "step_ms": step_s * 1e3,
+        "tokens_per_s": tokens / step_s,
+        "tflops_per_gpu": 6 * active_parameters(case) * tokens / 2 / step_s / case.num_gpus / 1e12,
+        "peak_gib": peak_gib,
+        "loss": float(loss),
+    }
+    if case.system != "deepspeed":
+        result |= collectives_of(step)
+    return result
+
+
+def sync() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def torch_step(case: Case) -> tuple[Any, int]:
+    """A training step in bfloat16, and the number of batches that all processes take in it."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    plugin = TedPlugin(**(case.layout if case.system == "ours" else {}))
+    if case.system == "dense":
+        model = dense_model(case).to(device)
+        num_batches = 1
+    else:
+        distributed_config = plugin.distributed_config
+        if case.system == "transformers":
+            distributed_config = (
+                DistributedConfig(ep_implementation="all_to_all", **case.layout) if case.layout else None
+            )
+        model = sharded_model(case, distributed_config, device)
+        num_batches = distributed_config.fsdp_size if distributed_config is not None else 1
+    model.train()
+    if case.checkpointing is not None:
+        kwargs = plugin.activation_checkpointing_kwargs if case.checkpointing != "full" else {"use_reentrant": False}
+        model.activation_checkpointing_enable(kwargs)
+    if case.optimizer == "fused":
+        # float32 masters are what the tiled optimizer keeps; torch's fused one steps bfloat16 weights as they are
+        optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=torch.cuda.is_available())
+    else:
+        optimizer_class, kwargs = plugin.tiled_adamw(lr=1e-4)
+        optimizer = optimizer_class(model.parameters(), **kwargs)
+    tp_size = plugin.tp_size if case.system == "ours" else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    generator = torch.Generator().manual_seed(rank // tp_size)
+    ids = torch.randint(10, model.config.vocab_size, (case.batch_size, case.length), generator=generator).to(device)
+    mask = torch.ones_like(ids)
+    autocast = torch.autocast(device.type, torch.bfloat16) if case.system == "dense" else nullcontext()
+
+    def step() -> torch.Tensor:
+        with autocast:
+            loss = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step, num_batches
+
+
+def config_of(case: Case) -> ZCodeM3Config:
+    d_model, encoder_layers, decoder_layers, num_heads = BASES[case.base]
+    return ZCodeM3Config(
+        vocab_size=128_000 if case.base != "tiny" else 1024, d_model=d_model, encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers, encoder_ffn_dim=4 * d_model, decoder_ffn_dim=4 * d_model,
+        encoder_attention_heads=num_heads, decoder_attention_heads=num_heads, num_experts=case.num_experts,
+        num_experts_per_tok=1, encoder_sparse_step=2, decoder_sparse_step=2, dropout=0.1,
+        # transformers' expert parallelism takes no dropped tokens
+        capacity_factor=None if case.system == "transformers" else 1.25,
+        attention_dropout=0.0, activation_dropout=0.0, max_position_embeddings=max(512, case.length),
+    )  # fmt: skip
+
+
+def active_parameters(case: Case) -> float:
+    """Parameters that a pair of source and target token goes through, one expert per sparse layer, with the head."""
+    config = config_of(case)
+    d = config.d_model
+    return config.encoder_layers * 12 * d * d + config.decoder_layers * 16 * d * d + config.vocab_size * d
+
+
+def dense_model(case: Case) -> torch.nn.Module:
+    config = config_of(case)
+    names = ("vocab_size", "d_model", "encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim")
+    names += ("encoder_attention_heads", "decoder_attention_heads", "max_position_embeddings", "dropout")
+    fields = {name: getattr(config, name) for name in names}
+    fields |= {"attention_dropout": 0.0, "activation_dropout": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+    return M2M100ForConditionalGeneration(M2M100Config(**fields))
+
+
+def sharded_model(case: Case, distributed_config: Any, device: torch.device) -> Any:
+    """As `from_pretrained(distributed_config=...)`, with random weights in place of a checkpoint's."""
+    with torch.device("meta"), init.no_tie_weights():
+        model: Any = ZCodeM3ForConditionalGeneration(config_of(case)).to(torch.bfloat16)
+    model.set_experts_implementation(case.experts_implementation)
+    model.config.distributed_config = distributed_config
+    if distributed_config is not None:
+        _, meshes = initialize_distributed_mesh(distributed_config)
+        model = type(model).maybe_distribute_model(model, distributed_config, meshes)
+    model.to_empty(device=device)
+    model.tie_weights(recompute_mapping=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            if name.endswith("bias"):
+                local.zero_()
+            elif "layer_norm" in name:
+                local.fill_(1.0)
+            else:
+                local.normal_(std=0.02)
+        for module in model.modules():
+            if hasattr(module, "table"):
+                module.weights.copy_(module.table())
+    return model
+
+
+# ---- what collectives move, and how long they take ----
+
+_KINDS = {
+    "all_to_all": ("all_to_all", "alltoall", "SendRecv"),
+    "all_gather": ("all_gather", "allgather", "AllGather"),
+    "reduce_scatter": ("reduce_scatter", "ReduceScatter"),
+    "all_reduce": ("all_reduce", "allreduce", "AllReduce"),
+}
+
+
+def kind_of(name: str) -> str | None:
+    return next((kind for kind, words in _KINDS.items() if any(word in name for word in words)), None)
+
+
+class CollectiveBytes(TorchDispatchMode):
+    """Bytes of the inputs of this rank's collectives, by kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, int] = defaultdict(int)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(t, torch.distributed.tensor.DTensor) for t in types):
+            return NotImplemented
+        kind = kind_of(func.name()) if func.namespace in ("c10d", "_c10d_functional") else None
+        if kind is not None:
+            inputs = (
+                args[1] if func._opname in ("_allgather_base_", "_reduce_scatter_base_", "alltoall_base_") else args[0]
+            )
+            tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+            self.bytes[kind] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+def collectives_of(step: Any) -> dict[str, Any]:
+    """Bytes and device milliseconds of one step by kind of collective, and kernel time in all."""
+    with CollectiveBytes() as counter:
+        step()
+    result: dict[str, Any] = {"collective_mb": {kind: size / 1e6 for kind, size in counter.bytes.items()}}
+    if not torch.cuda.is_available():
+        return result
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    milliseconds: dict[str, float] = defaultdict(float)
+    kernels: dict[str, float] = defaultdict(float)
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            spent = event.device_time_total / 1e3
+            kind = kind_of(event.name) if "nccl" in event.name.lower() else None
+            milliseconds[kind or "compute"] += spent
+            kernels[event.name[:80]] += spent
+    top = dict(sorted(kernels.items(), key=lambda item: -item[1])[:12])
+    return result | {"device_ms": dict(milliseconds), "top_kernels_ms": top}
+
+
+# ---- DeepSpeed's own MoE in the dense model, as its users build it ----
+
+
+def deepspeed_step(case: Case) -> tuple[Any, int]:
+    import deepspeed
+    from deepspeed.moe.layer import MoE
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    deepspeed.init_distributed(verbose=False)
+    d_model = BASES[case.base][0]
+
+    class Expert(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1 = torch.nn.Linear(d_model, 4 * d_model, device="cuda")
+            self.fc2 = torch.nn.Linear(4 * d_model, d_model, device="cuda")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc2(torch.relu(self.fc1(x)))
+
+    class FeedForward(MoE):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)[0]
+
+    with torch.device("cuda"):
+        model: Any = dense_model(case)
+    for stack in (model.model.encoder, model.model.decoder):
+        stack.embed_positions.weights = stack.embed_positions.weights.to(torch.bfloat16)
+        for layer in stack.layers[1::2]:
+            layer.fc1 = FeedForward(
+                d_model, Expert(), num_experts=case.num_experts, ep_size=case.layout["ep"], k=1, capacity_factor=1.25
+            )
+            layer.activation_fn = layer.fc2 = torch.nn.Identity()
+    groups = split_params_into_different_moe_groups_for_optimizer(
+        {"params": list(model.parameters()), "name": "parameters"}
+    )
+    settings = {
+        "train_micro_batch_size_per_gpu": case.batch_size, "gradient_accumulation_steps": 1, "steps_per_print": 10**6,
+        "zero_optimization": {"stage": 1}, "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
+    }  # fmt: skip
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=settings)
+    ids = torch.randint(10, 128_000, (case.batch_size, case.length), device="cuda")
+    mask = torch.ones_like(ids)
+
+    def step() -> torch.Tensor:
+        loss = engine(input_ids=ids, attention_mask=mask, labels=ids).loss
+        engine.backward(loss)
+        engine.step()
+        return loss.detach()
+
+    return step, dist.get_world_size()
+
+
+# ---- the driver ----
+
+
+def worker(path: Path) -> None:
+    """Run the cases of a file in this process of a `torchrun`; rank 0 adds a line to the output for each."""
+    job = json.loads(path.read_text())
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    for fields in job["cases"]:
+        case = Case(**fields)
+        try:
+            result = run_case(case)
+        except torch.OutOfMemoryError as error:
+            result = {"error": f"out of memory: {str(error)[:120]}"}
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            with open(job["output"], "a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"name": case.name, **fields, **result}) + "\n")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def launch(cases: list[Case], lines: Path, time_limit_s: float) -> None:
+    """One torchrun for cases on the same number of GPUs; those that a failure leaves out are recorded as such."""
+    with tempfile.TemporaryDirectory() as folder:
+        job = Path(folder, "job.json")
+        job.write_text(json.dumps({"cases": [asdict(case) for case in cases], "output": str(lines)}))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc_per_node={cases[0].num_gpus}", __file__, "--worker", str(job)]
+        try:
+            subprocess.run(command, timeout=time_limit_s, check=True)
+            reason = None
+        except subprocess.SubprocessError as error:
+            reason = type(error).__name__
+    done = [json.loads(line)["name"] for line in lines.read_text().splitlines()] if lines.exists() else []
+    if reason is not None:
+        with open(lines, "a", encoding="utf-8") as output:
+            for case in cases:
+                if case.name not in done:
+                    output.write(json.dumps({"name": case.name, **asdict(case), "error": reason}) + "\n")
+
+
+def print_table(results: list[dict[str, Any]]) -> None:
+    table = Table("case", "GPUs", "ms/step", "tokens/s", "TFLOP/s/GPU", "peak GiB", "collectives ms", "all-to-all MB")
+    for result in results:
+        if "error" in result:
+            table.add_row(result["name"], str(result["num_gpus"]), result["error"], *[""] * 5)
+            continue
+        device_ms = result.get("device_ms", {})
+        collectives = sum(spent for kind, spent in device_ms.items() if kind != "compute")
+        table.add_row(
+            result["name"], str(result["num_gpus"]), f"{result['step_ms']:.1f}", f"{result['tokens_per_s']:,.0f}",
+            f"{result['tflops_per_gpu']:.0f}", f"{result['peak_gib']:.1f}", f"{collectives:.1f}",
+            f"{result.get('collective_mb', {}).get('all_to_all', 0.0):.1f}",
+        )  # fmt: skip
+    Console(width=200).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=["tiny", "one", "two", "four", "eight"], default="one")
+    parser.add_argument("--systems", nargs="*", help="only these, such as ours deepspeed")
+    parser.add_argument("--output", type=Path, default=Path("ted.json"))
+    parser.add_argument("--time_limit_s", type=float, default=600.0, help="per launch")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker is not None:
+        worker(arguments.worker)
+        return
+    cases = [c for c in suite_of(arguments.suite) if not arguments.systems or c.system in arguments.systems]
+    lines = arguments.output.with_suffix(".jsonl")
+    lines.unlink(missing_ok=True)
+    by_launch: dict[tuple[int, bool], list[Case]] = defaultdict(list)
+    for case in cases:  # DeepSpeed makes groups of its own, so it gets processes of its own
+        by_launch[case.num_gpus, case.system == "deepspeed"].append(case)
+    for group in by_launch.values():
+        launch(group, lines, arguments.time_limit_s)
+    results = [json.loads(line) for line in lines.read_text().splitlines()]
+    versions = {
+        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+    arguments.output.write_text(json.dumps({"versions": versions, "results": results}, indent=1))
+    print_table(results)
+
+
+if __name__ == "__main__":
+    main()
