@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_moe_ted import ZCodeM3ForConditionalGeneration, read_deepspeed_state_dict
+from hf_moe_ted import ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer, read_deepspeed_state_dict
+from hf_moe_ted.testing import tiny_config
 
 NLLB_MOE = Path(__file__).parent / "fixtures" / "nllb_moe" / "tiny_a"
 COMMAND = Path(sys.executable).with_name("hf-moe-ted")
@@ -29,6 +30,42 @@ def test_convert_nllb_moe(tmp_path: Path) -> None:
     assert again.stderr.strip().splitlines()[-1].startswith("Error: output_dir")
     assert "Traceback" not in again.stderr
     assert run("convert", "nllb-moe", NLLB_MOE, tmp_path / "ours", "--overwrite").returncode == 0
+
+
+def test_init(tmp_path: Path) -> None:
+    tiny_config(vocab_size=300).save_pretrained(tmp_path / "config")
+    ZCodeM3Tokenizer(languages=["en", "de"]).save_pretrained(tmp_path / "tokenizer")
+    options = ["--config", tmp_path / "config", "--seed", "3", "--dtype", "bfloat16", "--max-shard-size", "100KB"]
+    done = run("init", tmp_path / "ours", *options, "--tokenizer", tmp_path / "tokenizer")
+    assert done.returncode == 0, done.stderr
+    assert "tensors of bfloat16" in done.stdout
+    assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
+    assert ZCodeM3ForConditionalGeneration.from_pretrained(tmp_path / "ours").dtype == torch.bfloat16
+    assert ZCodeM3Tokenizer.from_pretrained(tmp_path / "ours").languages == ["en", "de"]
+
+    again = run("init", tmp_path / "ours", *options)
+    assert again.returncode == 1
+    assert again.stderr.strip().splitlines()[-1].startswith("Error: output_dir")
+    assert run("init", tmp_path / "ours", *options, "--overwrite").returncode == 0
+
+
+def test_statistics_and_pruning(tmp_path: Path) -> None:
+    demo = Path(__file__).parents[1] / "examples" / "checkpoints" / "zcode_m3_demo"
+    rows = [{"source": "Close", "target": "Schlie\u00dfen", "src_lang": "en", "tgt_lang": "de"}] * 3
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = run("expert-statistics", demo, tmp_path / "rows.jsonl", tmp_path / "statistics", "--languages", "en,de")
+    assert done.returncode == 0, done.stderr
+    assert "3 sentences in 1 directions" in done.stdout
+
+    options = ["--statistics", tmp_path / "statistics", "--languages", "en:de", "--keep", "0.5"]
+    done = run("prune", demo, "--output", tmp_path / "half", *options)
+    assert done.returncode == 0, done.stderr
+    experts = ZCodeM3ForConditionalGeneration.from_pretrained(demo).config.num_experts
+    assert ZCodeM3ForConditionalGeneration.from_pretrained(tmp_path / "half").config.num_experts == experts // 2
+
+    wrong = run("prune", demo, "--output", tmp_path / "none", "--keep", "0.5")
+    assert wrong.returncode == 1
+    assert "statistics" in wrong.stderr.strip().splitlines()[-1]
 
 
 def test_deepspeed_there_and_back(tmp_path: Path) -> None:

@@ -31,6 +31,10 @@ def _register_tokenizer() -> None:
     AutoTokenizer.register(ZCodeM3Config, tokenizer_class=ZCodeM3Tokenizer, exist_ok=True)
 
 
+def _register_quantizer() -> None:
+    from .compression import quantized_experts  # noqa: F401  # registers itself
+
+
 def _register_pipeline() -> None:
     from transformers import AutoModelForSeq2SeqLM
     from transformers.pipelines import PIPELINE_REGISTRY
@@ -71,6 +75,7 @@ def _register_models() -> None:
 
 
 _AFTER_IMPORT: dict[str, Callable[[], None]] = {
+    "transformers.quantizers.auto": _register_quantizer,
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.tokenization_auto": _register_tokenizer,
     "transformers.pipelines": _register_pipeline,

@@ -5,7 +5,7 @@ What a subcommand does is imported in it, so that `--help` and wrong arguments n
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,11 +21,41 @@ MaxShardSize = Annotated[str, typer.Option(help="Size of one weight file, such a
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is not empty.")]
 Rules = Annotated[str, typer.Option(help="m2m100, fairseq, zcode_m3, megatron, or a YAML file.")]
 Tag = Annotated[str | None, typer.Option(help="Which checkpoint of the folder; default: the last one.")]
+Tokenizer = Annotated[Path | None, typer.Option(help="Folder of a tokenizer to be saved along.")]
+Languages = Annotated[
+    str | None, typer.Option(help="Languages to keep, en,de,fr, or directions, en:de,en:fr; default: all there are.")
+]
 
 
 @app.callback()
 def main() -> None:
     """Multilingual Mixture-of-Experts translation models for Hugging Face Transformers."""
+
+
+@app.command()
+def init(
+    output_dir: OutputDir,
+    config: Annotated[Path, typer.Option(help="config.json of ZCodeM3, or its folder.")],
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    tokenizer: Tokenizer = None,
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+) -> None:
+    """A model with random weights, to train from scratch."""
+    from . import initialize_checkpoint
+
+    print(
+        initialize_checkpoint(
+            config,
+            output_dir,
+            seed=seed,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+        )
+    )
 
 
 @convert.command()
@@ -56,7 +86,7 @@ def convert_deepspeed(
     weights: Annotated[str, typer.Option(help="model, or master for the float32 copies of the optimizer.")] = "model",
     dtype: Dtype = None,
     tag: Tag = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Folder of a tokenizer to be saved along.")] = None,
+    tokenizer: Tokenizer = None,
     max_shard_size: MaxShardSize = "5GB",
     ignore_expert_output_bias: Annotated[
         bool, typer.Option("--ignore-expert-output-bias", help="For Megatron-DeepSpeed until early 2023.")
@@ -155,6 +185,162 @@ def inspect(
         raise SystemExit(1)
 
 
+@app.command()
+def prune(
+    model: Annotated[Path, typer.Argument(help="Folder of a ZCodeM3 model.")],
+    output: Annotated[Path, typer.Option(help="The new folder; it appears when everything is in it.")],
+    keep: Annotated[
+        str, typer.Option(help="A fraction of the experts (0.25), experts per layer (16), or a size (8GB).")
+    ],
+    statistics: Annotated[
+        Path | None, typer.Option(help="Folder of `hf-moe-ted expert-statistics`; only random needs none.")
+    ] = None,
+    criterion: Annotated[str, typer.Option(help="utilization, activity_confidence, reap or random.")] = "utilization",
+    scope: Annotated[str, typer.Option(help="global, language_pair or language.")] = "global",
+    languages: Languages = None,
+    per_layer: Annotated[str, typer.Option(help="equal or adaptive.")] = "equal",
+    min_experts: Annotated[int | None, typer.Option(help="Fewest of a layer; default: experts per token.")] = None,
+    encoder_decoder_ratio: Annotated[
+        float | None, typer.Option(help="Experts of an encoder layer per expert of a decoder layer, such as 3.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the criterion random.")] = 0,
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+) -> None:
+    """A smaller model with the experts that matter for some languages."""
+    from . import ExpertStatistics, prune_experts
+
+    result = prune_experts(
+        model,
+        None if statistics is None else ExpertStatistics.load(statistics),
+        keep=_number_or_size(keep),
+        criterion=criterion,
+        scope=scope,
+        languages=_languages(languages),
+        per_layer=per_layer,
+        min_experts=min_experts,
+        encoder_decoder_ratio=encoder_decoder_ratio,
+        output_dir=output,
+        seed=seed,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+    )
+    print(result.report)
+
+
+@app.command()
+def expert_statistics(
+    model: Annotated[Path, typer.Argument(help="Folder of a ZCodeM3 model with its tokenizer.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="A file (jsonl, csv, tsv or parquet, maybe compressed) or a dataset of the Hub, with the columns "
+            "source, target, src_lang and tgt_lang, or translation."
+        ),
+    ],
+    output_dir: OutputDir,
+    languages: Annotated[str | None, typer.Option(help="Only sentences between these: en,de,fr.")] = None,
+    subset: Annotated[str | None, typer.Option(help="Configuration of a dataset of the Hub.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a dataset of the Hub.")] = "validation",
+    batch_size: Annotated[int, typer.Option(help="Sentences per batch.")] = 32,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens per language pair; default: all.")] = None,
+    dtype: Dtype = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda; default: a GPU if there is one.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Count on real text which experts each language uses."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from . import ZCodeM3ForConditionalGeneration, collect_expert_statistics
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded: Any = ZCodeM3ForConditionalGeneration.from_pretrained(model, dtype=dtype or "auto")
+    statistics = collect_expert_statistics(
+        loaded.to(device),
+        AutoTokenizer.from_pretrained(model),
+        _streamed_dataset(data, subset, split),
+        languages=None if languages is None else languages.split(","),
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+    )
+    statistics.save(output_dir, overwrite=overwrite)
+    print(f"{sum(statistics.num_sentences):,} sentences in {len(statistics.pairs)} directions -> {output_dir}")
+
+
+@app.command()
+def merge(
+    model: Annotated[Path, typer.Argument(help="Folder of a ZCodeM3 model.")],
+    output: Annotated[Path, typer.Option(help="The new folder; it appears when everything is in it.")],
+    keep: Annotated[
+        str, typer.Option(help="A fraction of the experts (0.25), experts per layer (16), or a size (8GB).")
+    ],
+    statistics: Annotated[Path, typer.Option(help="Folder of `hf-moe-ted expert-statistics`.")],
+    method: Annotated[str, typer.Option(help="clustering (HC-SMoE) or frequency (MC-SMoE).")] = "clustering",
+    scope: Annotated[str, typer.Option(help="global, language_pair or language.")] = "global",
+    languages: Languages = None,
+    per_layer: Annotated[str, typer.Option(help="equal or adaptive.")] = "equal",
+    min_experts: Annotated[int, typer.Option(help="Fewest of a layer.")] = 1,
+    encoder_decoder_ratio: Annotated[
+        float | None, typer.Option(help="Experts of an encoder layer per expert of a decoder layer, such as 3.")
+    ] = None,
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+) -> None:
+    """A smaller model in which experts that are alike have become one."""
+    from . import ExpertStatistics, merge_experts
+
+    result = merge_experts(
+        model,
+        ExpertStatistics.load(statistics),
+        keep=_number_or_size(keep),
+        method=method,
+        scope=scope,
+        languages=_languages(languages),
+        per_layer=per_layer,
+        min_experts=min_experts,
+        encoder_decoder_ratio=encoder_decoder_ratio,
+        output_dir=output,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+    )
+    print(result.report)
+
+
+@app.command()
+def aggregate(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Two or more folders of ZCodeM3 models.")],
+    output: Annotated[Path, typer.Option(help="The new folder; it appears when everything is in it.")],
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+) -> None:
+    """One model with the experts of several, to continue its training."""
+    from . import aggregate_experts
+
+    print(aggregate_experts(checkpoints, output, max_shard_size=max_shard_size, overwrite=overwrite))
+
+
+@app.command()
+def quantize(
+    model: Annotated[Path, typer.Argument(help="Folder of a ZCodeM3 model.")],
+    output: Annotated[Path, typer.Option(help="The new folder; it appears when everything is in it.")],
+    bits: Annotated[int, typer.Option(help="8 or 4 per weight of an expert.")] = 8,
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights per scale; default: a row for 8 bits, up to 128 for 4.")
+    ] = None,
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+) -> None:
+    """A smaller model whose experts have 8 or 4 bits per weight, for inference."""
+    from . import quantize_experts
+
+    quantized: Any = quantize_experts(
+        model, bits, group_size, output_dir=output, max_shard_size=max_shard_size, overwrite=overwrite
+    )
+    print(quantized.hf_quantizer.report)
+
+
 def run() -> None:
     """Run the command; an error that names what is wrong ends it without a stack trace."""
     try:
@@ -162,3 +348,34 @@ def run() -> None:
     except (ValueError, OSError) as error:
         typer.secho(f"Error: {error}", fg="red", err=True)
         raise SystemExit(1) from None
+
+
+def _number_or_size(keep: str) -> float | int | str:
+    """`"16"` -> 16, `"0.25"` -> 0.25, and anything else as it is."""
+    for parse in (int, float):
+        try:
+            return parse(keep)
+        except ValueError:
+            continue
+    return keep
+
+
+def _languages(languages: str | None) -> list[Any] | None:
+    """`"en,de"` -> codes, `"en:de,en:fr"` -> pairs."""
+    if languages is None:
+        return None
+    return [tuple(item.split(":")) if ":" in item else item for item in languages.split(",")]
+
+
+def _streamed_dataset(data: str, subset: str | None, split: str) -> Any:
+    from datasets import load_dataset
+
+    if not Path(data).is_file():
+        return load_dataset(data, subset, split=split, streaming=True)
+    suffixes = {suffix for suffix in Path(data).suffixes}
+    if suffixes & {".csv", ".tsv"}:
+        # quoting=3 is csv.QUOTE_NONE: in tab-separated text quotes are text; "None" and "NA" are text in both
+        options: dict[str, Any] = {"delimiter": "\t", "quoting": 3} if ".tsv" in suffixes else {}
+        return load_dataset("csv", data_files=data, split="train", streaming=True, keep_default_na=False, **options)
+    kind = "parquet" if ".parquet" in suffixes else "json"
+    return load_dataset(kind, data_files=data, split="train", streaming=True)
