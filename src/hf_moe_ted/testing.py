@@ -53,7 +53,8 @@ def run_distributed_test(
         TimeoutError: the processes did not end in time.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "transformers.modeling_utils", __name__])
+    # what the processes would otherwise import one by one, for longer than most tests run
+    context.set_forkserver_preload([f"{__package__}.models.modeling_zcode_m3", f"{__package__}.distributed.trainer"])
     results: Any = context.Queue()
     port = _free_port()
     processes: list[BaseProcess] = [
