@@ -1,4 +1,10 @@
+import os
+
 import torch
 
 # The tests' tensors are tiny: a second thread costs more than it gives, and far more on a machine that is busy.
 torch.set_num_threads(1)
+
+# Triton kernels run in its interpreter where there is no GPU; it is chosen when they are defined.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"

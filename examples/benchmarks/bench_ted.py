@@ -62,7 +62,7 @@ class Case:
     layout: dict[str, Any] = field(default_factory=dict)
     checkpointing: str | None = None
     optimizer: str = "tiled"
-    experts_implementation: str = "zcode_grouped"
+    experts_implementation: str | None = None
     batch_size: int = 64
     length: int = 128
 
@@ -104,6 +104,7 @@ def suite_of(name: str) -> list[Case]:
     ]
     two = [
         Case("ours", 2, layout=ep2),
+        Case("ours", 2, layout={**ep2, "offload": "cpu"}),
         Case("ours", 2, layout={**ep2, "overlap_chunks": 2}),
         Case("ours", 2, layout={**ep2, "zero_stage": 3}),
         Case("ours", 2, layout={}),
@@ -268,7 +269,8 @@ def sharded_model(case: Case, distributed_config: Any, device: torch.device) -> 
     """As `from_pretrained(distributed_config=...)`, with random weights in place of a checkpoint's."""
     with torch.device("meta"), init.no_tie_weights():
         model: Any = ZCodeM3ForConditionalGeneration(config_of(case)).to(torch.bfloat16)
-    model.set_experts_implementation(case.experts_implementation)
+    if case.experts_implementation is not None:
+        model.set_experts_implementation(case.experts_implementation)
     model.config.distributed_config = distributed_config
     if distributed_config is not None:
         _, meshes = initialize_distributed_mesh(distributed_config)

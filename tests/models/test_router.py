@@ -86,8 +86,8 @@ def test_rank_in_expert_slots_in_no_queue_take_no_place() -> None:
     ],
 )
 def test_expert_capacity(num_tokens: int, num_experts: int, factor: float, min_capacity: int, expected: int) -> None:
-    assert expert_capacity(num_tokens, num_experts, factor, min_capacity, CPU).item() == expected
-    assert expert_capacity(torch.tensor(num_tokens), num_experts, factor, min_capacity, CPU).item() == expected
+    assert expert_capacity(num_tokens, num_experts, factor, min_capacity).item() == expected
+    assert expert_capacity(torch.tensor(num_tokens), num_experts, factor, min_capacity).item() == expected
 
 
 # --- routing of a few tokens, by hand

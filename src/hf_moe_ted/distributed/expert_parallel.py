@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface, ExpertParallelLayer
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 
-from ..kernels.permutation import CombineRows, SpreadTokens
+from ..kernels.permutation import CombineRows, SpreadTokens, sort_slots
 from .collectives import (
     CopyToGroup,
     FinishExchange,
@@ -33,6 +33,7 @@ from .collectives import (
     exchange_even,
     gather_even,
 )
+from .local_shard import LocalShard
 from .mesh import expert_mesh, fold_mesh
 
 if TYPE_CHECKING:
@@ -98,8 +99,8 @@ class Dispatch:
     """Where the (token, expert) pairs of one chunk go.
 
     Attributes:
-        slot_R: int64[R], the slot, `token * K + k`, of each row that is sent; rows stand by rank and expert.
-        row_TK: int64[T, K], the row of each slot; -1 for a slot that no expert computes.
+        slot_R: integer[R], the slot, `token * K + k`, of each row that is sent; rows stand by rank and expert.
+        row_TK: integer[T, K], the row of each slot; -1 for a slot that no expert computes.
         send_sizes, receive_sizes: rows to and from each rank of the expert-parallel group.
         received_sizes: rows that each rank of the expert-tensor-parallel group received.
         expert_ids_V: int64[V], the local expert of each row that the experts get.
@@ -198,14 +199,8 @@ class TedExpertParallel(EPImplementation):
     def _plan(self, chunks: tuple[Tensor, ...]) -> list[Dispatch]:
         """Rows and sizes of each chunk; the sizes are read back to the host once for all."""
         num_local, ep_size = self.num_local_experts, self.ep_group.size()
-        orders, counts = [], []
-        for ids_TK in chunks:
-            ids = ids_TK.flatten()
-            orders.append(ids.argsort(stable=True))
-            ones = torch.ones_like(ids)
-            count = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, ones)
-            counts.append(count[: self.num_experts].view(ep_size, num_local))
-        sent_PCE = torch.stack(counts, dim=1)  # P ranks, C chunks
+        sorted_chunks = [sort_slots(ids_TK, self.num_experts) for ids_TK in chunks]
+        sent_PCE = torch.stack([counts.view(ep_size, num_local) for _, _, counts in sorted_chunks], dim=1)  # P ranks
         received_PCE = exchange_even(sent_PCE, self.ep_group)
         all_received = received_PCE
         if self.drops_duplicates:
@@ -215,18 +210,16 @@ class TedExpertParallel(EPImplementation):
         on_host = KeptResults.of(torch.cat([sent_PCE.sum(-1), all_received.sum(-1).flatten(0, 1)]).tolist)
 
         dispatches = []
-        for index, (ids_TK, order) in enumerate(zip(chunks, orders, strict=True)):
+        for index, (order, row_TK, _) in enumerate(sorted_chunks):
             by_rank = [row[index] for row in on_host]
             send_sizes, received = by_rank[:ep_size], by_rank[ep_size:]
             received_sizes = [sum(received[i : i + ep_size]) for i in range(0, len(received), ep_size)]
             own = self.etp_group.rank() if self.drops_duplicates else 0
-            num_rows = sum(send_sizes)
-            row = torch.full_like(order, -1).scatter_(0, order[:num_rows], torch.arange(num_rows, device=order.device))
             experts = torch.arange(num_local, device=order.device).repeat(len(received))
             dispatches.append(
                 Dispatch(
-                    slot_R=order[:num_rows],
-                    row_TK=row.view_as(ids_TK),
+                    slot_R=order[: sum(send_sizes)],
+                    row_TK=row_TK,
                     send_sizes=send_sizes,
                     receive_sizes=received[own * ep_size : (own + 1) * ep_size],
                     received_sizes=received_sizes,
@@ -284,29 +277,12 @@ class TedExpertParallel(EPImplementation):
         for name, param in originals.items():
             if param is None:
                 continue
-            if isinstance(param, DTensor):
-                param = param.to_local()
             forward_factor = 1.0 / etp_size if name == "down_proj_bias" else 1.0
-            if forward_factor != 1.0 or gradient_factor != 1.0:
-                param = _Scale.apply(param, forward_factor, gradient_factor)
-            parameters[name] = param
+            parameters[name] = LocalShard.apply(param, forward_factor, gradient_factor)
         try:
             yield
         finally:
             parameters.update(originals)
-
-
-class _Scale(torch.autograd.Function):
-    """Factors of a tensor and, independently, of its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float, gradient_factor: float) -> Tensor:
-        ctx.gradient_factor = gradient_factor
-        return x.view_as(x) if factor == 1.0 else x * factor
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return (grad if ctx.gradient_factor == 1.0 else grad * ctx.gradient_factor), None, None
 
 
 EPImplementationInterface.register("ted", TedExpertParallel)

@@ -20,6 +20,7 @@ from transformers.distributed.tensor_parallel import TensorParallelLayer
 
 from ..models.losses import row_chunks, summed_cross_entropy
 from .collectives import CopyToGroup, JoinShares, SumOverGroup, max_over, sum_over
+from .local_shard import LocalShard
 
 
 class _LocalStyle(TensorParallelLayer):
@@ -208,21 +209,8 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing
     return _SummedCrossEntropy.apply(local, labels.flatten(), label_smoothing, group)
 
 
-class _LocalShard(torch.autograd.Function):
-    """The local tensor of a DTensor whose gradient has its layout: `to_local`, at a third of the host's time."""
-
-    @staticmethod
-    def forward(ctx: Any, param: DTensor) -> Tensor:
-        ctx.spec = param._spec
-        return param._local_tensor.view_as(param._local_tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> DTensor:
-        return DTensor(grad.contiguous(), ctx.spec, requires_grad=False)
-
-
 def _local(param: Any) -> Any:
-    return _LocalShard.apply(param) if isinstance(param, DTensor) else param
+    return LocalShard.apply(param) if isinstance(param, DTensor) else param
 
 
 # ZCodeM3's plan names the styles of transformers, which work without this package; these take their place

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .permutation import CombineRows, SpreadTokens
+from .permutation import CombineRows, SpreadTokens, sort_slots
 
 
 class _AddGroupBias(torch.autograd.Function):
@@ -52,18 +52,28 @@ def grouped_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Te
         float[T, D].
     """
     num_experts = experts.num_experts
-    sorted_R, slot_R = top_k_index.flatten().sort(stable=True)
-    ends_E = torch.searchsorted(sorted_R, torch.arange(num_experts, device=sorted_R.device), right=True).int()
-    group_R = sorted_R.clamp(max=num_experts - 1)
-    row_R = torch.empty_like(slot_R).scatter_(0, slot_R, torch.arange(len(slot_R), device=slot_R.device))
-    row_TK = row_R.view_as(top_k_index).masked_fill(top_k_index >= num_experts, -1)
+    slot_R, row_TK, counts_E = sort_slots(top_k_index, num_experts)
+    ends_E = counts_E.cumsum(0).int()
+    group_R = top_k_index.flatten().index_select(0, slot_R).clamp(max=num_experts - 1)
 
-    rows_RD = SpreadTokens.apply(hidden_TD, slot_R, row_TK).to(experts.up_proj.dtype)
-    inner_RF = torch.nn.functional.grouped_mm(rows_RD, experts.up_proj.transpose(1, 2), offs=ends_E)
-    inner_RF = experts.act_fn(_AddGroupBias.apply(inner_RF, experts.up_proj_bias, group_R, ends_E))
-    output_RD = torch.nn.functional.grouped_mm(inner_RF, experts.down_proj.transpose(1, 2), offs=ends_E)
-    output_RD = _AddGroupBias.apply(output_RD, experts.down_proj_bias, group_R, ends_E)
+    up, up_bias, down, down_bias = parameters_in_dtype_of_products(experts)
+    rows_RD = SpreadTokens.apply(hidden_TD, slot_R, row_TK).to(up.dtype)
+    inner_RF = torch.nn.functional.grouped_mm(rows_RD, up.transpose(1, 2), offs=ends_E)
+    inner_RF = experts.act_fn(_AddGroupBias.apply(inner_RF, up_bias, group_R, ends_E))
+    output_RD = torch.nn.functional.grouped_mm(inner_RF, down.transpose(1, 2), offs=ends_E)
+    output_RD = _AddGroupBias.apply(output_RD, down_bias, group_R, ends_E)
     return CombineRows.apply(output_RD, top_k_weights.to(output_RD.dtype), slot_R, row_TK).to(hidden_TD.dtype)
 
 
-__all__ = ["grouped_ffn_experts_forward"]
+def parameters_in_dtype_of_products(experts: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`up_proj`, `up_proj_bias`, `down_proj`, `down_proj_bias`, under autocast in its dtype."""
+    parameters = (experts.up_proj, experts.up_proj_bias, experts.down_proj, experts.down_proj_bias)
+    device_type = experts.up_proj.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return parameters
+    dtype = torch.get_autocast_dtype(device_type)
+    up, up_bias, down, down_bias = (parameter.to(dtype) for parameter in parameters)
+    return up, up_bias, down, down_bias
+
+
+__all__ = ["grouped_ffn_experts_forward", "parameters_in_dtype_of_products"]

@@ -1,6 +1,8 @@
 """Tokens to rows that stand by expert, and back, with gradients that need no atomic additions.
 
-Shape letters: T tokens, K slots per token, R rows, D width.
+On GPUs with Triton each way is one kernel.
+
+Shape letters: T tokens, K slots per token, R rows, E experts, D width.
 """
 
 from typing import Any
@@ -8,24 +10,59 @@ from typing import Any
 import torch
 from torch import Tensor
 
+try:
+    from . import triton_permutation
+    from .row_plan import RowPlan, plan_rows
+except ImportError:  # Triton comes with PyTorch for GPUs
+    _HAS_TRITON = False
+else:
+    _HAS_TRITON = True
+
+
+def sort_slots(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of slots, `token * K + k`, by expert; slots of one expert keep their order.
+
+    Args:
+        expert_ids_TK: int64[T, K]; `num_experts` for a slot that no expert computes.
+
+    Returns:
+        The slot of each row, integer[T * K], those without an expert last; the row of each slot, integer[T, K], -1
+        for one without an expert; and the number of rows of each expert, integer[E].
+    """
+    num_slots = expert_ids_TK.numel()
+    if _HAS_TRITON and expert_ids_TK.is_cuda and num_slots:
+        plan = RowPlan.of(plan_rows(expert_ids_TK, num_experts, 128), num_slots, num_experts, 128)
+        return plan.order, plan.row_of_slot.view_as(expert_ids_TK), plan.offsets[1:-1] - plan.offsets[:-2]
+    ids = expert_ids_TK.flatten()
+    order = ids.argsort(stable=True)
+    row = torch.empty_like(order).scatter_(0, order, torch.arange(num_slots, device=ids.device))
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device).scatter_add_(
+        0, ids, torch.ones_like(ids)
+    )
+    return order, row.masked_fill_(ids >= num_experts, -1).view_as(expert_ids_TK), counts[:num_experts]
+
 
 class SpreadTokens(torch.autograd.Function):
     """Tokens to rows, float[T, D] -> float[R, D]; backward sums the rows of a token in a fixed order.
 
     Args of `apply`:
         tokens_TD: float[T, D].
-        slot_R: int64[R], the slot, `token * K + k`, of each row.
-        row_TK: int64[T, K], the row of each slot; -1 for a slot without one.
+        slot_R: integer[R], the slot, `token * K + k`, of each row.
+        row_TK: integer[T, K], the row of each slot; -1 for a slot without one.
     """
 
     @staticmethod
     def forward(ctx: Any, tokens_TD: Tensor, slot_R: Tensor, row_TK: Tensor) -> Tensor:
         ctx.save_for_backward(row_TK)
+        if _HAS_TRITON and tokens_TD.is_cuda:
+            return triton_permutation.spread(tokens_TD.contiguous(), slot_R, row_TK.shape[1])
         return tokens_TD.index_select(0, slot_R // row_TK.shape[1])
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
         (row_TK,) = ctx.saved_tensors
+        if _HAS_TRITON and grad_RD.is_cuda:
+            return triton_permutation.combine(grad_RD.contiguous(), row_TK), None, None
         return rows_of_tokens(grad_RD, row_TK).sum(dim=1), None, None
 
 
@@ -38,11 +75,18 @@ class CombineRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, row_TK: Tensor) -> Tensor:
         ctx.save_for_backward(rows_RD, weights_TK, slot_R, row_TK)
+        if _HAS_TRITON and rows_RD.is_cuda:
+            return triton_permutation.combine(rows_RD.contiguous(), row_TK, weights_TK.contiguous())
         return (rows_of_tokens(rows_RD, row_TK) * weights_TK.unsqueeze(-1)).sum(dim=1)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows_RD, weights_TK, slot_R, row_TK = ctx.saved_tensors
+        if _HAS_TRITON and grad_TD.is_cuda:
+            grads = triton_permutation.spread_weighted(
+                grad_TD.contiguous(), slot_R, weights_TK.contiguous(), rows_RD.contiguous()
+            )
+            return *grads, None, None
         grad_RD = grad_TD.index_select(0, slot_R // row_TK.shape[1])
         weight_R1 = weights_TK.flatten().index_select(0, slot_R).unsqueeze(-1)
         products_R1 = (grad_RD * rows_RD).sum(dim=-1, keepdim=True)
@@ -57,4 +101,4 @@ def rows_of_tokens(rows_RD: Tensor, row_TK: Tensor) -> Tensor:
     return gathered.masked_fill_((row_TK < 0).unsqueeze(-1), 0.0)
 
 
-__all__ = ["CombineRows", "SpreadTokens", "rows_of_tokens"]
+__all__ = ["CombineRows", "SpreadTokens", "rows_of_tokens", "sort_slots"]

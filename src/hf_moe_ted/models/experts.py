@@ -11,11 +11,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 from .configuration_zcode_m3 import ZCodeM3Config
 
 try:
-    from hf_moe_ted.kernels.grouped_ffn import grouped_ffn_experts_forward
+    from hf_moe_ted.kernels.experts_implementations import EXPERTS_IMPLEMENTATIONS
 except ImportError:  # remote code without the package
-    pass
-else:
-    ALL_EXPERTS_FUNCTIONS.register("zcode_grouped", grouped_ffn_experts_forward)
+    EXPERTS_IMPLEMENTATIONS = {}
+
+for name, experts_function in EXPERTS_IMPLEMENTATIONS.items():
+    ALL_EXPERTS_FUNCTIONS.register(name, experts_function)
 
 
 class ActivationWithDropout(nn.Module):
@@ -37,8 +38,8 @@ class ZCodeM3Experts(nn.Module):
     """E ungated feed-forward networks with biases, `down(act(up(x)))`, stacked along the first dimension.
 
     `experts_implementation` of `from_pretrained` or `model.set_experts_implementation` chooses how they run:
-    `"grouped_mm"` (default), `"zcode_grouped"` (faster training on GPUs), `"batched_mm"`, or `"eager"`, the loop below,
-    which is the reference for the others.
+    `"zcode_fused"` (default with a CUDA device: Triton kernels), `"grouped_mm"` (default without), `"zcode_grouped"`,
+    `"batched_mm"`, or `"eager"`, the loop below, which is the reference for the others.
 
     Parameters: `up_proj` [E, F, D], `up_proj_bias` [E, F], `down_proj` [E, D, F], `down_proj_bias` [E, D].
     """

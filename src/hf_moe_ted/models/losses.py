@@ -8,6 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+try:
+    from hf_moe_ted.kernels import fused_cross_entropy
+except ImportError:  # without Triton, which comes with PyTorch for GPUs, or remote code without the package
+    fused_cross_entropy = None  # type: ignore[assignment]
+
 
 def load_balancing_loss(logits_TE: Tensor, choices_TK: Tensor, token_mask_T: Tensor | None = None) -> Tensor:
     """Load-balancing loss of one sparse layer: 1 when tokens spread evenly, up to `num_experts` when they do not.
@@ -18,20 +23,20 @@ def load_balancing_loss(logits_TE: Tensor, choices_TK: Tensor, token_mask_T: Ten
     by K. The share is a constant to the gradient.
 
     Args:
-        logits_TE: float[T, E], router logits.
-        choices_TK: int[T, K], chosen experts in order of preference, before any is dropped for lack of capacity.
+        logits_TE: float[..., T, E], router logits, maybe of several layers.
+        choices_TK: int[..., T, K], chosen experts in order of preference, before any is dropped for lack of capacity.
         token_mask_T: bool[T], *optional*, False for tokens that do not count (padding).
 
     Returns:
-        float32 scalar; 0 when no token counts.
+        float32[...]; 0 when no token counts.
     """
     num_experts = logits_TE.shape[-1]
-    counted_TK = choices_TK if choices_TK.shape[-1] > 2 else choices_TK[:, :1]
+    counted_TK = choices_TK if choices_TK.shape[-1] > 2 else choices_TK[..., :1]
     probs_TE = logits_TE.float().softmax(dim=-1)
-    chosen_TE = torch.zeros_like(probs_TE).scatter_(1, counted_TK, 1.0)
+    chosen_TE = torch.zeros_like(probs_TE).scatter_(-1, counted_TK, 1.0)
     mean_prob_E = _masked_mean(probs_TE, token_mask_T)
     share_E = _masked_mean(chosen_TE, token_mask_T) / counted_TK.shape[-1]
-    return num_experts * (mean_prob_E * share_E).sum()
+    return num_experts * (mean_prob_E * share_E).sum(dim=-1)
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -39,14 +44,17 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float 
 
     The same as `cross_entropy(logits.float(), labels, reduction="sum")`, but float32 numbers exist for some rows at a
     time only, and what is kept for backward is the logits: with a large vocabulary the plain function needs more memory
-    than the rest of the model.
+    than the rest of the model. On GPUs a Triton kernel.
 
     Args:
         logits: float[..., vocab_size].
         labels: int64[...], -100 for positions without loss.
         label_smoothing: share of the target that is spread over all words.
     """
-    return _SummedCrossEntropy.apply(logits.flatten(0, -2), labels.flatten(), label_smoothing)
+    logits_NV, labels_N = logits.flatten(0, -2), labels.flatten()
+    if fused_cross_entropy is not None and logits.is_cuda:
+        return fused_cross_entropy.cross_entropy(logits_NV.contiguous(), labels_N, label_smoothing)[0].sum()
+    return _SummedCrossEntropy.apply(logits_NV, labels_N, label_smoothing)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -96,11 +104,12 @@ def router_z_loss(logits_TE: Tensor, token_mask_T: Tensor | None = None) -> Tens
 
     Args and result as in [`load_balancing_loss`].
     """
-    return _masked_mean(logits_TE.float().logsumexp(dim=-1, keepdim=True) ** 2, token_mask_T).squeeze()
+    return _masked_mean(logits_TE.float().logsumexp(dim=-1, keepdim=True) ** 2, token_mask_T).squeeze(-1)
 
 
 def _masked_mean(values: Tensor, mask_T: Tensor | None) -> Tensor:
+    """Over the last but one dimension."""
     if mask_T is None:
-        return values.mean(dim=0)
+        return values.mean(dim=-2)
     weight = mask_T.to(values.dtype).unsqueeze(-1)
-    return (values * weight).sum(dim=0) / weight.sum().clamp(min=1.0)
+    return (values * weight).sum(dim=-2) / weight.sum().clamp(min=1.0)

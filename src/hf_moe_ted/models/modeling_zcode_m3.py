@@ -31,7 +31,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_zcode_m3 import Side, ZCodeM3Config
-from .experts import ZCodeM3Experts
+from .experts import EXPERTS_IMPLEMENTATIONS, ZCodeM3Experts
 from .losses import load_balancing_loss, router_z_loss, summed_cross_entropy
 from .moe_layer import ZCodeM3DenseFFN, ZCodeM3MoELayer
 from .nllb_moe import weight_conversions
@@ -248,6 +248,11 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         # transformers looks for the decorator in the source of the modeling file; ours stands in experts.py
         return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        if requested_experts is None and "zcode_fused" in EXPERTS_IMPLEMENTATIONS and torch.cuda.is_available():
+            requested_experts = "zcode_fused"
+        return super().get_correct_experts_implementation(requested_experts)
 
     def _grouped_mm_can_dispatch(self) -> bool:
         dims = {name: getattr(self.config, name) for name in ("d_model", "encoder_ffn_dim", "decoder_ffn_dim")}
@@ -738,20 +743,33 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
         if not routings:
             zero = torch.zeros((), device=like.device)
             return zero, zero
-        aux = [load_balancing_loss(r.logits, r.choices, r.token_mask) for r in routings]
-        z = [router_z_loss(r.logits, r.token_mask) for r in routings]
-        return torch.stack(aux).mean(), torch.stack(z).mean()
+        layers_alike: dict[torch.Size, list[Routing]] = {}  # one set of operations for all of them
+        for routing in routings:
+            layers_alike.setdefault(routing.logits.shape, []).append(routing)
+        aux, z = [], []
+        for layers in layers_alike.values():
+            logits_LTE, token_mask = torch.stack([layer.logits for layer in layers]), layers[0].token_mask
+            choices_LTK = torch.stack([layer.choices for layer in layers])
+            aux.append(load_balancing_loss(logits_LTE, choices_LTK, token_mask))
+            z.append(router_z_loss(logits_LTE, token_mask))
+        return torch.cat(aux).mean(), torch.cat(z).mean()
 
     def _loss(
         self, logits: Tensor, labels: Tensor, router_losses: dict[str, Tensor], num_items: Tensor | int | None
     ) -> Tensor:
         """float32 scalar; each part is a sum over this batch divided by the labels of the whole optimizer step."""
-        labels = labels.to(logits.device)
-        num_labels = (labels != -100).sum()
-        if num_items is None and not is_torchdynamo_compiling() and num_labels == 0:
+        # a look at labels on a GPU would wait for the whole forward pass; there the mean of nothing is NaN
+        if (
+            num_items is None
+            and labels.device.type == "cpu"
+            and not is_torchdynamo_compiling()
+            and (labels == -100).all()
+        ):
             raise ValueError(
                 f"labels of shape {tuple(labels.shape)} are all -100 (ignored): the mean loss of no label is undefined"
             )
+        labels = labels.to(logits.device)
+        num_labels = (labels != -100).sum()
         divisor = num_labels if num_items is None else torch.as_tensor(num_items, device=logits.device)
         label_smoothing = self.config.label_smoothing if self.training else 0.0
         loss = self.cross_entropy(logits, labels, label_smoothing) / divisor

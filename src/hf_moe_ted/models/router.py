@@ -167,9 +167,7 @@ class ZCodeM3Router(nn.Module):
         num_tokens = choices_TK.shape[0]
         slots_TK = expert_ids_TK if used_TK is None else expert_ids_TK.masked_fill(~used_TK, self.num_experts)
         num_routed = num_tokens if used_TK is None else used_TK[:, 0].sum()
-        capacity = expert_capacity(
-            num_routed, self.num_experts, capacity_factor * self.top_k, self.min_capacity, choices_TK.device
-        )
+        capacity = expert_capacity(num_routed, self.num_experts, capacity_factor * self.top_k, self.min_capacity)
         rank_TK = rank_in_expert(
             slots_TK,
             self.num_experts,
@@ -192,14 +190,13 @@ class ZCodeM3Router(nn.Module):
         return None
 
 
-def expert_capacity(
-    num_tokens: int | Tensor, num_experts: int, factor: float, min_capacity: int, device: torch.device
-) -> Tensor:
+def expert_capacity(num_tokens: int | Tensor, num_experts: int, factor: float, min_capacity: int) -> Tensor:
     """Tokens an expert takes, `max(ceil(num_tokens / num_experts * factor), min_capacity)`, as a float32 scalar.
 
-    A tensor, so that excluding padding costs no wait for the device; the product is taken in float32 like DeepSpeed's.
+    On the device of `num_tokens`, or on the CPU for an int, so that nothing waits for a GPU. The product is taken in
+    float32 like DeepSpeed's.
     """
-    tokens = torch.as_tensor(num_tokens, dtype=torch.float64, device=device)
+    tokens = torch.as_tensor(num_tokens, dtype=torch.float64)
     return torch.ceil((tokens / num_experts).float() * factor).clamp(min=min_capacity)
 
 

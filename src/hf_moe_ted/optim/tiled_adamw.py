@@ -88,9 +88,9 @@ class TiledAdamW(Optimizer):
         eps: added to the denominator.
         weight_decay: decoupled weight decay, in units of the learning rate.
         tile_numel: elements of a tile. Temporaries stay below 0.1 byte per local parameter if a rank holds at least
-            `40 * tile_numel` of them. `None` is 2^18 on CPU, 1 MiB of temporaries, and 2^24 elsewhere, 64 MiB, which is
-            below that bound from 671 million local parameters. DeepSpeed's cap for the same purpose is 178,956,971
-            elements, 0.7 GB (`max_group_size` of its groups of expert parameters).
+            `40 * tile_numel` of them. `None` is 2^18 on CPU, 1 MiB of temporaries, and elsewhere a fortieth of the
+            local parameters, but at least 2^24, 64 MiB: fewer tiles are fewer kernel launches. DeepSpeed's cap for
+            the same purpose is 178,956,971 elements, 0.7 GB (`max_group_size` of its groups of expert parameters).
         fused: whether to use PyTorch's fused kernels, which read and write memory once and need no denominator, but
             round differently. `None` is yes on CUDA. Tensors that are not contiguous are never fused.
 
@@ -114,6 +114,7 @@ class TiledAdamW(Optimizer):
         self.tile_numel = tile_numel
         self.fused = fused
         self._cuts: dict[Tensor, _Cut] = {}
+        self._automatic_tile_numel: int | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -130,7 +131,13 @@ class TiledAdamW(Optimizer):
                 raise ValueError(f"a parameter of shape {tuple(param.shape)} is {param.dtype}; it must be real numbers")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "tile_numel": self.tile_numel, "fused": self.fused, "_cuts": {}}
+        return {
+            **super().__getstate__(),
+            "tile_numel": self.tile_numel,
+            "fused": self.fused,
+            "_cuts": {},
+            "_automatic_tile_numel": None,
+        }
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -210,7 +217,12 @@ class TiledAdamW(Optimizer):
                 handle.remove()
 
     def _tile_numel_on(self, device: torch.device) -> int:
-        return self.tile_numel or (_CPU_TILE_NUMEL if device.type == "cpu" else _TILE_NUMEL)
+        if self.tile_numel or device.type == "cpu":
+            return self.tile_numel or _CPU_TILE_NUMEL
+        if self._automatic_tile_numel is None:
+            numel = sum(_local(param).numel() for param in self._parameters())
+            self._automatic_tile_numel = max(_TILE_NUMEL, numel // 40)
+        return self._automatic_tile_numel
 
     def _parameters(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]

@@ -1,0 +1,35 @@
+"""The tensor behind a DTensor parameter, for computing with it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+class LocalShard(torch.autograd.Function):
+    """The local tensor of a parameter whose gradient has the parameter's layout: `to_local`, at a third of its time.
+
+    Args of `apply`:
+        param: a DTensor, or a tensor, which stands for itself.
+        factor: what the local tensor is multiplied with.
+        gradient_factor: what its gradient is multiplied with, whatever `factor` is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, param: Tensor, factor: float = 1.0, gradient_factor: float = 1.0) -> Tensor:
+        ctx.spec = param._spec if isinstance(param, DTensor) else None
+        ctx.gradient_factor = gradient_factor
+        local = param._local_tensor if isinstance(param, DTensor) else param
+        return local.view_as(local) if factor == 1.0 else local * factor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.gradient_factor != 1.0:
+            grad = grad * ctx.gradient_factor
+        if ctx.spec is not None:
+            grad = DTensor(grad.contiguous(), ctx.spec, requires_grad=False)
+        return grad, None, None
+
+
+__all__ = ["LocalShard"]

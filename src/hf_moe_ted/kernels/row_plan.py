@@ -1,0 +1,182 @@
+"""Slots sorted by expert into rows and tiles of rows, on the device (Triton).
+
+A slot is `token * K + k`. Slots are sorted by expert into rows, those without an expert behind all others; rows of one
+expert are cut into tiles of at most `block_m`. Nothing waits for the host, and shapes do not depend on the routing.
+
+Shape letters: T tokens, K slots per token, S = T * K slots and rows, E experts.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_SLOTS_PER_PROGRAM = 1024
+
+
+@triton.jit
+def _count_slots_kernel(
+    ids, counts, num_slots, num_experts, BLOCK: tl.constexpr, STEP: tl.constexpr, GROUPS: tl.constexpr
+):
+    """counts[block, expert], the slots of each block of `BLOCK` that go to each expert; `num_experts` is one more."""
+    block = tl.program_id(0)
+    groups = tl.arange(0, GROUPS)
+    count = tl.zeros((GROUPS,), tl.int32)
+    for start in range(0, BLOCK, STEP):
+        slots = block * BLOCK + start + tl.arange(0, STEP)
+        group = tl.minimum(tl.load(ids + slots, mask=slots < num_slots, other=-1), num_experts)
+        count += tl.sum((group[:, None] == groups[None, :]).to(tl.int32), axis=0)
+    tl.store(counts + block * GROUPS + groups, count)
+
+
+@triton.jit
+def _place_slots_kernel(
+    ids,
+    counts,
+    order,
+    row_of_slot,
+    offsets,
+    tile_ends,
+    tile_expert,
+    tile_row,
+    num_slots,
+    num_experts,
+    num_blocks,
+    max_tiles,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TILES_STEP: tl.constexpr,
+):
+    """The plan: see [`RowPlan`]. Equal experts keep the order of their slots."""
+    block = tl.program_id(0)
+    groups = tl.arange(0, GROUPS)
+    total = tl.zeros((GROUPS,), tl.int32)
+    before = tl.zeros((GROUPS,), tl.int32)
+    for first in range(0, num_blocks, 16):
+        blocks = first + tl.arange(0, 16)[:, None]
+        count = tl.load(counts + blocks * GROUPS + groups[None, :], mask=blocks < num_blocks, other=0)
+        total += tl.sum(count, axis=0)
+        before += tl.sum(tl.where(blocks < block, count, 0), axis=0)
+    ends = tl.cumsum(total, axis=0)
+    starts = ends - total
+
+    next_row = starts + before
+    for start in range(0, BLOCK, STEP):
+        slots = block * BLOCK + start + tl.arange(0, STEP)
+        group = tl.minimum(tl.load(ids + slots, mask=slots < num_slots, other=-1), num_experts)
+        is_in = (group[:, None] == groups[None, :]).to(tl.int32)
+        rank = tl.cumsum(is_in, axis=0) - 1
+        row = tl.sum(is_in * (rank + next_row[None, :]), axis=1)
+        tl.store(order + row, slots, mask=slots < num_slots)
+        tl.store(row_of_slot + slots, tl.where(group < num_experts, row, -1), mask=slots < num_slots)
+        next_row += tl.sum(is_in, axis=0)
+
+    tiles = tl.cdiv(total, BLOCK_M)
+    ends_of_tiles = tl.cumsum(tiles, axis=0)
+    if block == 0:
+        tl.store(offsets, 0)
+        tl.store(offsets + 1 + groups, ends, mask=groups <= num_experts)
+        tl.store(tile_ends + groups, ends_of_tiles, mask=groups <= num_experts)
+    row_of_tile_0 = starts - (ends_of_tiles - tiles) * BLOCK_M
+    for first in range(block * TILES_STEP, max_tiles, num_blocks * TILES_STEP):
+        tile = first + tl.arange(0, TILES_STEP)
+        group = tl.sum((ends_of_tiles[None, :] <= tile[:, None]).to(tl.int32), axis=1)
+        row = tl.sum(tl.where(groups[None, :] == group[:, None], row_of_tile_0[None, :], 0), axis=1) + tile * BLOCK_M
+        tl.store(tile_expert + tile, group, mask=tile < max_tiles)
+        tl.store(tile_row + tile, row, mask=tile < max_tiles)
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Where the slots stand, parts of one int32 tensor.
+
+    Attributes:
+        order: [S], the slot of each row.
+        row_of_slot: [S], the row of each slot; -1 for one without an expert.
+        offsets: [E + 2], the first row of each expert; of the slots without one; S.
+        tile_ends: [E + 1], the number of tiles up to and with each expert, and with the slots without one.
+        tile_expert, tile_row: [max_tiles], expert and first row of each tile.
+        num_experts: E.
+        block_m: rows of a tile.
+    """
+
+    order: Tensor
+    row_of_slot: Tensor
+    offsets: Tensor
+    tile_ends: Tensor
+    tile_expert: Tensor
+    tile_row: Tensor
+    num_experts: int
+    block_m: int
+
+    @staticmethod
+    def sizes(num_slots: int, num_experts: int, block_m: int) -> list[int]:
+        """Lengths of the parts."""
+        max_tiles = num_slots // block_m + num_experts + 1
+        return [num_slots, num_slots, num_experts + 2, num_experts + 1, max_tiles, max_tiles]
+
+    @classmethod
+    def of(cls, plan: Tensor, num_slots: int, num_experts: int, block_m: int) -> "RowPlan":
+        """The parts of a tensor that `plan_rows` has written."""
+        order, row_of_slot, offsets, tile_ends, tile_expert, tile_row = plan.split(
+            cls.sizes(num_slots, num_experts, block_m)
+        )
+        return cls(order, row_of_slot, offsets, tile_ends, tile_expert, tile_row, num_experts, block_m)
+
+
+def plan_rows(expert_ids: Tensor, num_experts: int, block_m: int) -> Tensor:
+    """Sort slots by expert.
+
+    Args:
+        expert_ids: integer[T, K]; `num_experts` or more for a slot that no expert computes.
+
+    Returns:
+        int32, see [`RowPlan`].
+    """
+    num_slots = expert_ids.numel()
+    plan = expert_ids.new_empty(sum(RowPlan.sizes(num_slots, num_experts, block_m)), dtype=torch.int32)
+    parts = RowPlan.of(plan, num_slots, num_experts, block_m)
+    ids = expert_ids.contiguous()
+    groups = triton.next_power_of_2(num_experts + 1)
+    num_blocks = triton.cdiv(num_slots, _SLOTS_PER_PROGRAM)
+    block = _SLOTS_PER_PROGRAM if num_blocks > 1 else max(16, triton.next_power_of_2(num_slots))
+    sizes: dict[str, Any] = {"BLOCK": block, "STEP": min(block, max(16, 4096 // groups)), "GROUPS": groups}
+    counts = plan.new_empty(num_blocks, groups)
+    _count_slots_kernel[(num_blocks,)](ids, counts, num_slots, num_experts, **sizes)
+    _place_slots_kernel[(num_blocks,)](
+        ids,
+        counts,
+        parts.order,
+        parts.row_of_slot,
+        parts.offsets,
+        parts.tile_ends,
+        parts.tile_expert,
+        parts.tile_row,
+        num_slots,
+        num_experts,
+        num_blocks,
+        parts.tile_row.numel(),
+        BLOCK_M=block_m,
+        TILES_STEP=16,
+        **sizes,
+    )
+    return plan
+
+
+# in eager mode the operator's wrappers would take longer than the kernels
+plan_rows_op = torch.library.custom_op("hf_moe_ted::plan_rows", plan_rows, mutates_args=())
+
+
+@plan_rows_op.register_fake
+def _(expert_ids: Tensor, num_experts: int, block_m: int) -> Tensor:
+    return expert_ids.new_empty(sum(RowPlan.sizes(expert_ids.numel(), num_experts, block_m)), dtype=torch.int32)
+
+
+__all__ = ["RowPlan", "plan_rows", "plan_rows_op"]

@@ -1,0 +1,229 @@
+"""The Triton kernels against a float64 loop over the experts: on the GPU, or small cases in Triton's interpreter."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_moe_ted.models.configuration_zcode_m3 import ZCodeM3Config
+from hf_moe_ted.models.experts import ZCodeM3Experts
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from hf_moe_ted.kernels import fused_ffn, row_plan
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+
+
+def make_experts(num_experts: int, d_model: int, ffn_dim: int, dtype: torch.dtype, **overrides: Any) -> ZCodeM3Experts:
+    config = ZCodeM3Config(
+        d_model=d_model, encoder_attention_heads=1, decoder_attention_heads=1, **{"activation_dropout": 0.0} | overrides
+    )
+    config._experts_implementation = "zcode_fused"
+    experts = ZCodeM3Experts(config, num_experts, ffn_dim)
+    nn.init.normal_(experts.up_proj, std=d_model**-0.5)
+    nn.init.normal_(experts.down_proj, std=ffn_dim**-0.5)
+    nn.init.normal_(experts.up_proj_bias, std=0.3)
+    nn.init.normal_(experts.down_proj_bias, std=0.3)
+    return experts.to(DEVICE, dtype)
+
+
+def reference(experts: ZCodeM3Experts, hidden: Tensor, ids: Tensor, weights: Tensor, cotangent: Tensor) -> list[Tensor]:
+    """Output and gradients of hidden states, weights and parameters in float64."""
+    inputs = [hidden, weights, experts.up_proj, experts.up_proj_bias, experts.down_proj, experts.down_proj_bias]
+    inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    x, w, up, up_bias, down, down_bias = inputs
+    output = torch.zeros_like(x)
+    for expert in range(experts.num_experts):
+        token, slot = torch.where(ids == expert)
+        inner = torch.relu(x[token] @ up[expert].T + up_bias[expert])
+        result = (inner @ down[expert].T + down_bias[expert]) * w[token, slot, None]
+        output = output.index_add(0, token, result)
+    return [output.detach(), *torch.autograd.grad(output, inputs, cotangent.double())]
+
+
+def fused(experts: ZCodeM3Experts, hidden: Tensor, ids: Tensor, weights: Tensor, cotangent: Tensor) -> list[Tensor]:
+    hidden, weights = hidden.clone().requires_grad_(), weights.clone().requires_grad_()
+    output = experts(hidden, ids, weights)
+    return [output.detach(), *torch.autograd.grad(output, [hidden, weights, *experts.parameters()], cotangent)]
+
+
+def routing(case: str, num_tokens: int, top_k: int, num_experts: int) -> Tensor:
+    """int64[T, K]."""
+    ids = torch.rand(num_tokens, num_experts).argsort(dim=1)[:, :top_k]
+    if case == "all on one":
+        ids[:, 0] = num_experts - 1
+    elif case == "some dropped":
+        ids[torch.rand(ids.shape) < 0.3] = num_experts
+    elif case == "one token each":
+        ids[:] = num_experts
+        ids[:num_experts, 0] = torch.arange(num_experts)[:num_tokens]
+    elif case == "empty experts":
+        ids[ids % 2 == 0] = num_experts + 3  # any id above is no expert
+    return ids.to(DEVICE)
+
+
+def assert_near(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    names = ("output", "hidden", "weights", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
+    for name, one, other in zip(names, actual, expected, strict=True):
+        assert one.isfinite().all(), f"{name} has elements that nobody wrote"
+        error = (one.double() - other).norm() / other.norm().clamp(min=1e-30)
+        assert error < tolerance, f"{name}: relative error {error:.1e}"
+
+
+@pytest.fixture
+def poisoned_buffers():
+    """New tensors are full of NaN, so that an element that nobody writes is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+CASES = ("random", "all on one", "some dropped", "one token each", "empty experts")
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_small_case_equals_the_reference(case, top_k, poisoned_buffers):
+    experts = make_experts(4, 24, 40, torch.float32)
+    hidden, cotangent = torch.randn(2, 37, 24, device=DEVICE)
+    ids, weights = routing(case, 37, top_k, 4), torch.rand(37, top_k, device=DEVICE)
+    expected = reference(experts, hidden, ids, weights, cotangent)
+    assert_near(fused(experts, hidden, ids, weights, cotangent), expected, 1e-5)
+
+
+def test_half_precision(poisoned_buffers):
+    # not bfloat16: the interpreter multiplies its bits as integers
+    experts = make_experts(4, 32, 48, torch.float16)
+    hidden, cotangent = torch.randn(2, 50, 32, device=DEVICE, dtype=torch.float16)
+    ids, weights = routing("some dropped", 50, 2, 4), torch.rand(50, 2, device=DEVICE, dtype=torch.float16)
+    expected = reference(experts, hidden, ids, weights, cotangent)
+    assert_near(fused(experts, hidden, ids, weights, cotangent), expected, 1e-2)
+
+
+def test_weights_of_zero_have_gradients():
+    experts = make_experts(2, 16, 16, torch.float32)
+    hidden, cotangent = torch.randn(2, 9, 16, device=DEVICE)
+    ids, weights = routing("random", 9, 1, 2), torch.zeros(9, 1, device=DEVICE)
+    expected = reference(experts, hidden, ids, weights, cotangent)
+    actual = fused(experts, hidden, ids, weights, cotangent)
+    torch.testing.assert_close(actual[2].double(), expected[2], rtol=1e-5, atol=1e-5)
+    assert actual[2].count_nonzero() == 9
+
+
+def test_frozen_experts_get_no_gradient_and_constant_weights_neither():
+    experts = make_experts(3, 16, 24, torch.float32).requires_grad_(False)
+    hidden, cotangent = torch.randn(2, 20, 16, device=DEVICE)
+    ids, weights = routing("some dropped", 20, 1, 3), torch.rand(20, 1, device=DEVICE)
+    expected = reference(experts, hidden, ids, weights, cotangent)
+    hidden.requires_grad_()
+    (grad_hidden,) = torch.autograd.grad(experts(hidden, ids, weights), hidden, cotangent)
+    torch.testing.assert_close(grad_hidden.double(), expected[1], rtol=1e-5, atol=1e-5)
+
+
+def test_plan_of_slots_in_several_blocks(monkeypatch):
+    monkeypatch.setattr(row_plan, "_SLOTS_PER_PROGRAM", 64)
+    ids = routing("some dropped", 150, 2, 5)
+    plan = row_plan.RowPlan.of(row_plan.plan_rows(ids, 5, 16), 300, 5, 16)
+    sorted_ids, order = ids.flatten().sort(stable=True)
+    assert plan.order.tolist() == order.tolist()
+    assert plan.row_of_slot.tolist() == order.argsort().masked_fill(ids.flatten() >= 5, -1).tolist()
+    counts = torch.bincount(sorted_ids, minlength=6)
+    assert plan.offsets.tolist() == [0, *counts.cumsum(0).tolist()]
+    tiles = [-(-count // 16) for count in counts.tolist()]
+    assert plan.tile_ends.tolist() == torch.tensor(tiles).cumsum(0).tolist()
+    expected = [(e, plan.offsets[e].item() + 16 * tile) for e in range(6) for tile in range(tiles[e])]
+    rows = list(zip(plan.tile_expert.tolist(), plan.tile_row.tolist(), strict=True))
+    assert rows[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("overrides", [{"activation_function": "gelu"}, {"activation_dropout": 0.1}])
+def test_other_experts_run_as_grouped_products(overrides):
+    experts = make_experts(3, 16, 24, torch.float32, **overrides)
+    hidden = torch.randn(20, 16, device=DEVICE)
+    ids, weights = routing("random", 20, 1, 3), torch.rand(20, 1, device=DEVICE)
+    assert not fused_ffn.can_fuse(experts, hidden)
+    torch.manual_seed(0)
+    output = experts(hidden, ids, weights)
+    torch.manual_seed(0)
+    experts.config._experts_implementation = "zcode_grouped"
+    torch.testing.assert_close(output, experts(hidden, ids, weights))
+
+
+def test_operators_are_what_torch_compile_needs():
+    experts = make_experts(3, 16, 24, torch.float32)
+    ids, weights = routing("some dropped", 20, 2, 3), torch.rand(20, 2, device=DEVICE)
+    plan = row_plan.plan_rows(ids, 3, 64)
+    parameters = (experts.up_proj, experts.up_proj_bias, experts.down_proj, experts.down_proj_bias)
+    tokens = torch.randn(20, 16, device=DEVICE, requires_grad=True)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(row_plan.plan_rows_op, (ids, 3, 64), test_utils=checks)
+    torch.library.opcheck(
+        fused_ffn.relu_experts_op, (tokens, weights.requires_grad_(), *parameters, plan, 64), test_utils=checks
+    )
+
+
+def test_no_tokens():
+    experts = make_experts(3, 16, 24, torch.float32)
+    output = experts(
+        torch.zeros(0, 16, device=DEVICE), torch.zeros(0, 1, device=DEVICE).long(), torch.zeros(0, 1, device=DEVICE)
+    )
+    assert output.shape == (0, 16)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k", "num_experts", "d_model", "ffn_dim"),
+    [
+        (5000, 1, 16, 256, 520),
+        (3000, 2, 64, 136, 1024),
+        (700, 1, 8, 1024, 4096),
+        (64, 1, 128, 512, 2048),
+        (1, 2, 16, 1024, 4096),
+        (20000, 1, 300, 64, 72),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_equals_the_reference(case, num_tokens, top_k, num_experts, d_model, ffn_dim, dtype, poisoned_buffers):
+    experts = make_experts(num_experts, d_model, ffn_dim, dtype)
+    hidden, cotangent = torch.randn(2, num_tokens, d_model, device=DEVICE, dtype=dtype)
+    ids = routing(case, num_tokens, top_k, num_experts)
+    weights = torch.rand(num_tokens, top_k, device=DEVICE, dtype=dtype)
+    expected = reference(experts, hidden, ids, weights, cotangent)
+    actual = fused(experts, hidden, ids, weights, cotangent)
+    assert_near(actual, expected, 1e-5 if dtype == torch.float32 else 1e-2)
+    again = fused(experts, hidden, ids, weights, cotangent)
+    assert all(torch.equal(one, other) for one, other in zip(actual, again, strict=True)), "not deterministic"
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_under_compile_cuda_graphs_checkpointing_and_autocast():
+    experts = make_experts(8, 64, 128, torch.float32)
+    hidden, cotangent = torch.randn(2, 200, 64, device=DEVICE)
+    ids, weights = routing("some dropped", 200, 2, 8), torch.rand(200, 2, device=DEVICE)
+    expected = reference(experts, hidden, ids, weights, cotangent)
+
+    def run(function):
+        inputs = hidden.clone().requires_grad_(), ids, weights.clone().requires_grad_()
+        output = function(*inputs)
+        gradients = torch.autograd.grad(output, [inputs[0], inputs[2], *experts.parameters()], cotangent)
+        return [output.detach(), *gradients]
+
+    assert_near(run(torch.compile(experts, fullgraph=True)), expected, 1e-5)
+    assert_near(run(lambda *x: torch.utils.checkpoint.checkpoint(experts, *x, use_reentrant=False)), expected, 1e-5)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert_near(run(experts), expected, 1e-2)
+
+    graph, output = torch.cuda.CUDAGraph(), None
+    with torch.no_grad(), torch.cuda.graph(graph):
+        output = experts(hidden, ids, weights)
+    hidden.copy_(torch.randn_like(hidden))
+    ids.copy_(routing("random", 200, 2, 8))
+    graph.replay()
+    torch.testing.assert_close(output, experts(hidden, ids, weights))
