@@ -289,6 +289,8 @@ def sharded_model(case: Case, distributed_config: Any, device: torch.device) -> 
         for module in model.modules():
             if hasattr(module, "table"):
                 module.weights.copy_(module.table())
+    if case.layout.get("offload"):
+        distributed_config.finish_loading(model)
     return model
 
 

@@ -129,12 +129,12 @@ def test_plan_of_slots_in_several_blocks(monkeypatch):
     ids = routing("some dropped", 150, 2, 5)
     plan = row_plan.RowPlan.of(row_plan.plan_rows(ids, 5, 16), 300, 5, 16)
     sorted_ids, order = ids.flatten().sort(stable=True)
-    assert plan.order.tolist() == order.tolist()
-    assert plan.row_of_slot.tolist() == order.argsort().masked_fill(ids.flatten() >= 5, -1).tolist()
+    assert plan.order[:300].tolist() == order.tolist()
+    assert plan.row_of_slot[:300].tolist() == order.argsort().masked_fill(ids.flatten() >= 5, -1).tolist()
     counts = torch.bincount(sorted_ids, minlength=6)
-    assert plan.offsets.tolist() == [0, *counts.cumsum(0).tolist()]
+    assert plan.offsets[:7].tolist() == [0, *counts.cumsum(0).tolist()]
     tiles = [-(-count // 16) for count in counts.tolist()]
-    assert plan.tile_ends.tolist() == torch.tensor(tiles).cumsum(0).tolist()
+    assert plan.tile_ends[:6].tolist() == torch.tensor(tiles).cumsum(0).tolist()
     expected = [(e, plan.offsets[e].item() + 16 * tile) for e in range(6) for tile in range(tiles[e])]
     rows = list(zip(plan.tile_expert.tolist(), plan.tile_row.tolist(), strict=True))
     assert rows[: len(expected)] == expected

@@ -67,6 +67,17 @@ def parallelize(model: PreTrainedModel, config: TedConfig, meshes: Any) -> PreTr
     return model
 
 
+def offload_parameters(model: nn.Module) -> None:
+    """Move all parameters to the CPU; buffers stay where the model computes."""
+    if all(param.device.type == "cpu" for param in model.parameters()):
+        return
+    devices = {name: buffer.device for name, buffer in model.named_buffers()}
+    model.to("cpu")
+    for name, device in devices.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        module._buffers[name.rpartition(".")[2]] = model.get_buffer(name).to(device)
+
+
 def tensor_parallel_plan(model: Any) -> dict[str, str]:
     """The model's plan with our styles in place of those of transformers.
 
@@ -186,4 +197,11 @@ def prepare_for_training(model: nn.Module) -> None:
     synchronize_random_state(model, meshes.get_mesh("fsdp").get_local_rank(), meshes.get_mesh("tp").get_group())
 
 
-__all__ = ["apply_zero", "expert_modules", "parallelize", "prepare_for_training", "tensor_parallel_plan"]
+__all__ = [
+    "apply_zero",
+    "expert_modules",
+    "offload_parameters",
+    "parallelize",
+    "prepare_for_training",
+    "tensor_parallel_plan",
+]

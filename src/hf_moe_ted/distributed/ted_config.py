@@ -49,6 +49,13 @@ class TedConfig(DistributedConfig):
         check_model(model.config, self)
         return parallelize(model, self, mesh_manager)
 
+    def finish_loading(self, model: PreTrainedModel) -> None:
+        """After the weights are there: with `offload="cpu"` they go to the CPU, where FSDP2 wants them."""
+        from .parallelize import offload_parameters
+
+        if self.fsdp_cpu_offload and self.dp_size > 1:
+            offload_parameters(model)
+
     def save_pretrained(self, model: PreTrainedModel, save_directory: Any, **kwargs: Any) -> None:
         """Write a sharded model as one ordinary folder; all ranks call it.
 

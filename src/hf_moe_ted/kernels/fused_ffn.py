@@ -280,7 +280,7 @@ def _gather(
         plan.tile_expert,
         plan.tile_row,
         width,
-        plan.order.numel(),
+        plan.num_slots,
         plan.num_experts,
         num_dots,
         TOP_K=top_k,

@@ -32,7 +32,8 @@ def sort_slots(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
     num_slots = expert_ids_TK.numel()
     if _HAS_TRITON and expert_ids_TK.is_cuda and num_slots:
         plan = RowPlan.of(plan_rows(expert_ids_TK, num_experts, 128), num_slots, num_experts, 128)
-        return plan.order, plan.row_of_slot.view_as(expert_ids_TK), plan.offsets[1:-1] - plan.offsets[:-2]
+        row_TK = plan.row_of_slot[:num_slots].view_as(expert_ids_TK)
+        return plan.order[:num_slots], row_TK, plan.offsets[1 : num_experts + 1] - plan.offsets[:num_experts]
     ids = expert_ids_TK.flatten()
     order = ids.argsort(stable=True)
     row = torch.empty_like(order).scatter_(0, order, torch.arange(num_slots, device=ids.device))

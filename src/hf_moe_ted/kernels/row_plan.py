@@ -19,7 +19,7 @@ from torch import Tensor
 _SLOTS_PER_PROGRAM = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["ids"])
 def _count_slots_kernel(
     ids, counts, num_slots, num_experts, BLOCK: tl.constexpr, STEP: tl.constexpr, GROUPS: tl.constexpr
 ):
@@ -34,7 +34,7 @@ def _count_slots_kernel(
     tl.store(counts + block * GROUPS + groups, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "num_blocks", "max_tiles"], do_not_specialize_on_alignment=["ids"])
 def _place_slots_kernel(
     ids,
     counts,
@@ -98,11 +98,12 @@ class RowPlan:
     """Where the slots stand, parts of one int32 tensor.
 
     Attributes:
-        order: [S], the slot of each row.
-        row_of_slot: [S], the row of each slot; -1 for one without an expert.
-        offsets: [E + 2], the first row of each expert; of the slots without one; S.
-        tile_ends: [E + 1], the number of tiles up to and with each expert, and with the slots without one.
-        tile_expert, tile_row: [max_tiles], expert and first row of each tile.
+        order: [S and more], the slot of each row.
+        row_of_slot: [S and more], the row of each slot; -1 for one without an expert.
+        offsets: [E + 2 and more], the first row of each expert; of the slots without one; S.
+        tile_ends: [E + 1 and more], the number of tiles up to and with each expert, and with the slots without one.
+        tile_expert, tile_row: [num_tiles or more], expert and first row of each tile.
+        num_slots: S.
         num_experts: E.
         block_m: rows of a tile.
     """
@@ -113,14 +114,16 @@ class RowPlan:
     tile_ends: Tensor
     tile_expert: Tensor
     tile_row: Tensor
+    num_slots: int
     num_experts: int
     block_m: int
 
     @staticmethod
     def sizes(num_slots: int, num_experts: int, block_m: int) -> list[int]:
-        """Lengths of the parts."""
+        """Lengths of the parts, each a multiple of 16 bytes: Triton compiles kernels anew for other alignments."""
         max_tiles = num_slots // block_m + num_experts + 1
-        return [num_slots, num_slots, num_experts + 2, num_experts + 1, max_tiles, max_tiles]
+        lengths = num_slots, num_slots, num_experts + 2, num_experts + 1, max_tiles, max_tiles
+        return [-(-length // 4) * 4 for length in lengths]
 
     @classmethod
     def of(cls, plan: Tensor, num_slots: int, num_experts: int, block_m: int) -> "RowPlan":
@@ -128,7 +131,7 @@ class RowPlan:
         order, row_of_slot, offsets, tile_ends, tile_expert, tile_row = plan.split(
             cls.sizes(num_slots, num_experts, block_m)
         )
-        return cls(order, row_of_slot, offsets, tile_ends, tile_expert, tile_row, num_experts, block_m)
+        return cls(order, row_of_slot, offsets, tile_ends, tile_expert, tile_row, num_slots, num_experts, block_m)
 
 
 def plan_rows(expert_ids: Tensor, num_experts: int, block_m: int) -> Tensor:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "num_dots"], do_not_specialize_on_alignment=["weights", "dots"])
 def gather_rows_kernel(
     tokens,
     rows_out,
@@ -77,7 +77,7 @@ def gather_rows_kernel(
                 tl.store(dots + part * num_slots + slots, dot, mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["weights", "dots"])
 def grouped_gemm_kernel(
     a_desc,
     b_desc,

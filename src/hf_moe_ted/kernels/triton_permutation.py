@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["slots", "weights", "dots"])
 def _spread_kernel(
     tokens,
     slots,
@@ -48,7 +48,7 @@ def _spread_kernel(
         tl.store(dots + slot, dot, mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["row_of_slot", "weights"])
 def _combine_kernel(
     rows,
     row_of_slot,

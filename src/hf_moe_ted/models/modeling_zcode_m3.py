@@ -294,6 +294,9 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
                 "correct num_experts and the sparse layers, or pass ignore_mismatched_sizes=True to have what is "
                 "missing initialized at random and what is unexpected ignored"
             )
+        distributed_config: Any = getattr(model.config, "distributed_config", None)
+        if hasattr(distributed_config, "finish_loading"):  # such as TedConfig's
+            distributed_config.finish_loading(model)
         return loading_info
 
     @classmethod
