@@ -48,6 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "normalize_router_weights": None,
     "use_residual": False,
     "moe_token_dropout": 0.0,
+    "gating_dropout": 0.0,
     "router_ignore_padding_tokens": True,
     "router_aux_loss_coef": 0.01,
     "router_z_loss_coef": 0.001,
@@ -108,6 +109,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
             "attention_dropout",
             "activation_dropout",
             "moe_token_dropout",
+            "gating_dropout",
             "label_smoothing",
             "router_jitter_noise",
         )
@@ -270,6 +272,7 @@ def _every_field_changed() -> ZCodeM3Config:
         normalize_router_weights="after_dropping",
         use_residual=True,
         moe_token_dropout=0.1,
+        gating_dropout=0.1,
         router_ignore_padding_tokens=False,
         router_aux_loss_coef=0.5,
         router_z_loss_coef=0.25,

@@ -17,7 +17,14 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "second_expert_policy": ("all", "sampling", "random"),
     "normalize_router_weights": (None, "before_dropping", "after_dropping"),
 }
-_PROBABILITIES = ("dropout", "attention_dropout", "activation_dropout", "moe_token_dropout", "label_smoothing")
+_PROBABILITIES = (
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "moe_token_dropout",
+    "gating_dropout",
+    "label_smoothing",
+)
 
 
 @strict
@@ -85,6 +92,9 @@ class ZCodeM3Config(PreTrainedConfig):
         moe_token_dropout (`float`, defaults to 0.0): Expert output masking (https://huggingface.co/papers/2207.04672,
             NLLB-MoE): in training each expert's output for a token is left out with this probability, in evaluation
             it is scaled by one minus it.
+        gating_dropout (`float`, defaults to 0.0): In training, the probability that the whole batch of a rank passes
+            over the experts of a sparse layer (Gate-Expert-Drop of https://huggingface.co/papers/2205.14336); only the
+            residual connection, and the dense branch of `use_residual`, go on. Other ranks then get no tokens from it.
         router_ignore_padding_tokens (`bool`, defaults to `True`): Padding is sent to no expert, takes no capacity and
             counts in no loss.
         router_aux_loss_coef (`float`, defaults to 0.01): Weight of the load-balancing loss.
@@ -158,6 +168,7 @@ class ZCodeM3Config(PreTrainedConfig):
     normalize_router_weights: str | None = None
     use_residual: bool = False
     moe_token_dropout: float | int = 0.0
+    gating_dropout: float | int = 0.0
     router_ignore_padding_tokens: bool = True
     router_aux_loss_coef: float | int = 0.01
     router_z_loss_coef: float | int = 0.001

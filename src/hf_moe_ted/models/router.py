@@ -4,6 +4,7 @@ Shape letters: T tokens, K experts per token, E rows of the router (one per expe
 otherwise), D model width.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,6 +79,7 @@ class ZCodeM3Router(nn.Module):
         self.capacity_factor = config.capacity_factor
         self.eval_capacity_factor = config.eval_capacity_factor
         self.min_capacity = config.min_capacity
+        self.gating_dropout = config.gating_dropout
         self.token_drop_policy = config.token_drop_policy
         self.batch_prioritized_routing = config.batch_prioritized_routing
         self.second_expert_policy = config.second_expert_policy
@@ -147,14 +149,19 @@ class ZCodeM3Router(nn.Module):
         return probs_TE.topk(self.top_k, dim=-1).indices
 
     def _used(self, probs_TK: Tensor, token_mask_T: Tensor | None) -> Tensor | None:
-        """bool[T, K], False for padding and for second choices that are left out at random; `None` if all are used."""
-        mask_TK = None if token_mask_T is None else token_mask_T.unsqueeze(-1).expand_as(probs_TK)
-        if self.second_expert_policy != "random":
-            return mask_TK
-        # GShard, section 2.2: dispatch to the second expert with probability proportional to its weight
-        second_T = 2 * probs_TK[:, 1] > torch.rand_like(probs_TK[:, 1])
-        used_TK = torch.stack([torch.ones_like(second_T), second_T], dim=-1)
-        return used_TK if mask_TK is None else used_TK & mask_TK
+        """bool[T, K], False for what goes to no expert whatever its capacity; `None` if everything is used.
+
+        That is padding, second choices that are left out at random, and with gating dropout now and then all.
+        """
+        used = [] if token_mask_T is None else [token_mask_T.unsqueeze(-1).expand_as(probs_TK)]
+        if self.second_expert_policy == "random":
+            # GShard, section 2.2: dispatch to the second expert with probability proportional to its weight
+            second_T = 2 * probs_TK[:, 1] > torch.rand_like(probs_TK[:, 1])
+            used.append(torch.stack([torch.ones_like(second_T), second_T], dim=-1))
+        if self.training and self.gating_dropout > 0:
+            # one draw on the device for the batch, which waits for nothing; equal in a tensor-parallel group
+            used.append((torch.rand((), device=probs_TK.device) >= self.gating_dropout).expand_as(probs_TK))
+        return functools.reduce(torch.logical_and, used) if used else None
 
     def _within_capacity(
         self, expert_ids_TK: Tensor, choices_TK: Tensor, probs_TK: Tensor, used_TK: Tensor | None

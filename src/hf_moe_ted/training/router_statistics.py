@@ -15,6 +15,22 @@ from ..models.router import Routing, ZCodeM3Router
 _ROUTER = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.ffn\.router$")
 
 
+def sparse_routers(model: nn.Module) -> dict[str, ZCodeM3Router]:
+    """The routers of a model by layer, `encoder.3`.
+
+    Raises:
+        ValueError: the model has no sparse layer.
+    """
+    routers = {
+        f"{found[1]}.{found[2]}": module
+        for name, module in model.named_modules()
+        if (found := _ROUTER.search(name)) and isinstance(module, ZCodeM3Router)
+    }
+    if not routers:
+        raise ValueError(f"{type(model).__name__} has no sparse layer whose router could be watched")
+    return routers
+
+
 @dataclass
 class _Sums:
     """Sums over the forwards since the last log, kept on the device so that adding to them waits for nothing.
@@ -125,12 +141,9 @@ class RouterStatisticsCallback(TrainerCallback):
         """
         self._remove_hooks()
         self._watched = {}
-        for name, module in kwargs["model"].named_modules():
-            if (found := _ROUTER.search(name)) and isinstance(module, ZCodeM3Router):
-                self._watched[f"{found[1]}.{found[2]}"] = watched = _Watched(module)
-                self._handles.append(module.register_forward_hook(self._hook(watched)))
-        if not self._watched:
-            raise ValueError(f"{type(kwargs['model']).__name__} has no sparse layer whose router could be watched")
+        for layer, router in sparse_routers(kwargs["model"]).items():
+            self._watched[layer] = watched = _Watched(router)
+            self._handles.append(router.register_forward_hook(self._hook(watched)))
 
     @staticmethod
     def _hook(watched: _Watched) -> Any:
@@ -178,4 +191,4 @@ class RouterStatisticsCallback(TrainerCallback):
         self._handles = []
 
 
-__all__ = ["RouterStatisticsCallback"]
+__all__ = ["RouterStatisticsCallback", "sparse_routers"]

@@ -1,0 +1,68 @@
+"""Parallel and monolingual text for multitask training, out of tab-separated files; needs no library for data sets."""
+
+import gzip
+import lzma
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+Row = dict[str, str]
+OPENERS = {".xz": lzma.open, ".gz": gzip.open}
+
+
+def read_pairs(path: str | Path, languages: list[str] | None = None) -> list[Row]:
+    """English and another language, as rows of `MultitaskDataset`.
+
+    Args:
+        path: lines of lang, English and target, or of lang, origin, English and target, separated by tabs; with or
+            without a header line, plain or compressed by xz or gzip.
+        languages: those to keep, all by default.
+
+    Raises:
+        ValueError: a line with another number of columns, or a language without a line.
+    """
+    rows = []
+    for number, columns in _lines(Path(path)):
+        if len(columns) not in (3, 4):
+            raise ValueError(f"line {number} of {path} has {len(columns)} columns, it must have 3 or 4: {columns}")
+        lang, english, target = columns[0], columns[-2], columns[-1]
+        if number == 1 and lang == "lang":
+            continue
+        if languages is None or lang in languages:
+            rows.append({"source": english, "target": target, "src_lang": "en", "tgt_lang": lang})
+    found = {row["tgt_lang"] for row in rows}
+    if missing := [lang for lang in languages or () if lang not in found]:
+        raise ValueError(f"no line of {path} is in {missing}")
+    return rows
+
+
+def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            yield number, line.rstrip("\n").split("\t")
+
+
+def monolingual(rows: list[Row]) -> list[Row]:
+    """The texts of all rows as they stand, each once, for denoising."""
+    texts = [(row["tgt_lang"], row["target"]) for row in rows] + [(row["src_lang"], row["source"]) for row in rows]
+    return [{"text": text, "lang": lang} for lang, text in dict.fromkeys(texts)]
+
+
+def first_pairs(rows: list[Row], num_pairs: int, languages: list[str] | None = None) -> list[Row]:
+    """The first `num_pairs` of each of `languages`, all by default, and all pairs of others."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for row in rows:
+        lang = row["tgt_lang"]
+        seen[lang] += 1
+        if seen[lang] <= num_pairs or (languages is not None and lang not in languages):
+            kept.append(row)
+    return kept
+
+
+def backwards(rows: list[Row]) -> list[Row]:
+    """The same pairs, to be translated the other way."""
+    return [
+        {"source": row["target"], "target": row["source"], "src_lang": row["tgt_lang"], "tgt_lang": row["src_lang"]}
+        for row in rows
+    ]

@@ -1,0 +1,197 @@
+"""DataCollatorForMultitaskSeq2Seq: examples of translation and denoising -> a batch for a model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from transformers import BatchEncoding, DataCollatorForSeq2Seq
+
+from .denoising import DenoisingNoise
+from .multitask_rows import DENOISING, TRANSLATION, Example, examples_of_row
+
+
+class _Affixes(NamedTuple):
+    """What a tokenizer puts around the ids of a text."""
+
+    prefix: list[int]
+    suffix: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prefix) + len(self.suffix)
+
+
+@dataclass
+class DataCollatorForMultitaskSeq2Seq:
+    """Encodes, noises and pads the examples of a [`MultitaskDataset`], or rows of the form that it takes.
+
+    Source and target get the tags of their languages where the tokenizer puts them (`src_lang`, `tgt_lang`). The source
+    of denoising is the text with noise, cut to as many tokens as without, and the target is the text. Texts
+    of more than `max_length` tokens are truncated, tags and the end of the sequence stay.
+
+    Args:
+        tokenizer: a tokenizer with `src_lang` and `tgt_lang`, such as [`ZCodeM3Tokenizer`] or `NllbTokenizer`; with a
+            mask token for denoising.
+        model: for `decoder_input_ids`, which it makes of the labels.
+        noise: of denoising.
+        max_length: most tokens of a source or a target, tags included; by default what tokenizer and model allow.
+        pad_to_multiple_of: of the padded lengths.
+        label_pad_token_id: padding of labels, which has no loss.
+
+    Raises:
+        ValueError: a tokenizer without languages, an unknown language, a `max_length` beyond the positions of the model
+            or too short for a text, a row of another form.
+
+    Example:
+
+    ```python
+    >>> collator = DataCollatorForMultitaskSeq2Seq(tokenizer, model, noise=DenoisingNoise(mask_ratio=0.35))
+    >>> batch = collator([dataset[0], dataset[1]])  # input_ids, attention_mask, labels, decoder_input_ids
+    ```
+    """
+
+    tokenizer: Any
+    model: Any = None
+    noise: DenoisingNoise = field(default_factory=DenoisingNoise)
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
+    label_pad_token_id: int = -100
+
+    def __post_init__(self) -> None:
+        if not (hasattr(self.tokenizer, "src_lang") and hasattr(self.tokenizer, "tgt_lang")):
+            raise ValueError(f"{type(self.tokenizer).__name__} has no src_lang and tgt_lang: it knows no language tags")
+        self.max_length = self._checked_max_length()
+        self._affixes: dict[tuple[str, bool], _Affixes] = {}
+        self._padding = DataCollatorForSeq2Seq(
+            self.tokenizer,
+            model=self.model,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            label_pad_token_id=self.label_pad_token_id,
+        )
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> BatchEncoding:
+        """A batch of examples, or of what `encode` has made of them."""
+        is_encoded = bool(features) and "input_ids" in features[0]
+        encoded = [dict(feature) for feature in features] if is_encoded else self.encode(features)
+        names = ("input_ids", "attention_mask", "labels")
+        return self._padding([{name: example[name] for name in names} for example in encoded])
+
+    def encode(self, features: Sequence[Mapping[str, Any]]) -> list[dict[str, list[int]]]:
+        """`input_ids`, `attention_mask` and `labels` of each example, lists of its own length.
+
+        Noise has the `noise_seed` of the example, or its place in the batch.
+        """
+        examples = [self._example(feature, place) for place, feature in enumerate(features)]
+        sources = [
+            self.noise(example["source"], seed=example.get("noise_seed", place), mask_token=self._mask_token)
+            if example["task"] == DENOISING
+            else example["source"]
+            for place, example in enumerate(examples)
+        ]
+        ids = self._ids(sources + [example["target"] for example in examples])
+        encoded = []
+        for example, source, target in zip(examples, ids[: len(examples)], ids[len(examples) :], strict=True):
+            if example["task"] == DENOISING:
+                # masks part what would be one token, so that the text might get longer than the batch has room for
+                source = source[: len(target)]
+            input_ids = self._tagged(source, example["src_lang"], is_target=False)
+            labels = self._tagged(target, example["tgt_lang"], is_target=True)
+            encoded.append({"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "labels": labels})
+        return encoded
+
+    def lengths(self, examples: Sequence[Example]) -> list[tuple[int, int]]:
+        """Tokens of source and target of each example without noise, as they are truncated."""
+        texts = [example["source"] for example in examples] + [example["target"] for example in examples]
+        unique = list(dict.fromkeys(texts))
+        num_ids = dict(zip(unique, map(len, self._ids(unique)), strict=True))
+
+        def length(text: str, lang: str, is_target: bool) -> int:
+            num_tokens = num_ids[text] + self._affixes_of(lang, is_target=is_target).num_tokens
+            return num_tokens if self.max_length is None else min(num_tokens, self.max_length)
+
+        return [
+            (
+                length(example["source"], example["src_lang"], False),
+                length(example["target"], example["tgt_lang"], True),
+            )
+            for example in examples
+        ]
+
+    def _checked_max_length(self) -> int | None:
+        max_positions = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        multiple = self.pad_to_multiple_of or 1
+        if max_positions is not None:
+            max_positions -= max_positions % multiple  # padding stands in positions, too
+        if self.max_length is None:
+            limits = [self.tokenizer.model_max_length, *([max_positions] if max_positions else [])]
+            return min(limits) if min(limits) < 1e9 else None  # a tokenizer's "no limit" is 1e30
+        if max_positions is not None and self.max_length > max_positions:
+            raise ValueError(
+                f"max_length ({self.max_length}) is more than the {max_positions} tokens that the model has positions "
+                f"for (max_position_embeddings, rounded down to a multiple of pad_to_multiple_of, {multiple})"
+            )
+        return self.max_length
+
+    def _example(self, feature: Mapping[str, Any], place: int) -> Mapping[str, Any]:
+        if "task" in feature and "source" in feature:
+            return feature
+        task = DENOISING if "text" in feature else TRANSLATION
+        examples = examples_of_row(feature, task, both_directions=False, where=f"row {place} of the batch")
+        if len(examples) != 1:
+            raise ValueError(
+                f"row {place} of the batch has {len(examples)} directions; a MultitaskDataset makes an example of each"
+            )
+        return examples[0]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+    @property
+    def _mask_token(self) -> str:
+        if self.tokenizer.mask_token is None:
+            raise ValueError(
+                f"denoising needs a mask token: set tokenizer.mask_token of {type(self.tokenizer).__name__}"
+            )
+        return self.tokenizer.mask_token
+
+    def _tagged(self, ids: list[int], lang: str, *, is_target: bool) -> list[int]:
+        affixes = self._affixes_of(lang, is_target=is_target)
+        if self.max_length is not None:
+            ids = ids[: self.max_length - affixes.num_tokens]
+        return [*affixes.prefix, *ids, *affixes.suffix]
+
+    def _affixes_of(self, lang: str, *, is_target: bool) -> _Affixes:
+        key = (lang, is_target)
+        if key not in self._affixes:
+            affixes = _find_affixes(self.tokenizer, lang, is_target)
+            if self.max_length is not None and self.max_length <= affixes.num_tokens:
+                raise ValueError(
+                    f"max_length ({self.max_length}) leaves no token beside the {affixes.num_tokens} special ones"
+                )
+            self._affixes[key] = affixes
+        return self._affixes[key]
+
+
+def _find_affixes(tokenizer: Any, lang: str, is_target: bool) -> _Affixes:
+    """What the tokenizer puts around a source in a language, or around a target."""
+    probe = "a"
+    bare = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
+    languages = tokenizer.src_lang, tokenizer.tgt_lang
+    try:
+        if is_target:
+            tokenizer.tgt_lang = lang
+            ids = list(tokenizer(text_target=probe)["input_ids"])
+        else:
+            tokenizer.src_lang = lang
+            ids = list(tokenizer(probe)["input_ids"])
+    finally:
+        tokenizer.src_lang, tokenizer.tgt_lang = languages
+    start = next((place for place in range(len(ids)) if ids[place : place + len(bare)] == bare), None)
+    if start is None:
+        raise ValueError(f"{type(tokenizer).__name__} encodes {probe!r} as {bare} alone, but as {ids} in {lang!r}")
+    return _Affixes(ids[:start], ids[start + len(bare) :])
+
+
+__all__ = ["DataCollatorForMultitaskSeq2Seq"]

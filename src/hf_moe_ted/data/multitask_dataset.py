@@ -1,0 +1,166 @@
+"""MultitaskDataset: the examples of all tasks of map-style datasets, by number."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch.utils.data import Dataset
+from transformers.utils import logging
+
+from .multitask_rows import DENOISING, TRANSLATION, Component, Example, component_of, examples_of_row, is_empty
+from .progress import progress_bar
+
+logger = logging.get_logger(__name__)
+
+
+class Draw(NamedTuple):
+    """An example that a sampler has drawn.
+
+    Attributes:
+        example: its number in the [`MultitaskDataset`].
+        noise_seed: of the noise that this time is put on it.
+    """
+
+    example: int
+    noise_seed: int
+
+
+class MultitaskDataset(Dataset):
+    """Translation and denoising examples of map-style datasets, [`datasets.Dataset`] or any sequence of rows.
+
+    Row `i` of a dataset makes one example, or several with `both_directions` and with more than two languages. Examples
+    without text on one side are left out, with a warning that says how many.
+
+    Args:
+        translation: rows with the strings `source`, `target`, `src_lang` and `tgt_lang`, or with `translation`, a
+            dictionary of texts by language.
+        denoising: rows with the strings `text` and `lang`.
+        both_directions: whether a pair is translated both ways.
+        languages: codes of those to keep, all by default.
+
+    Raises:
+        ValueError: no dataset, a row of another form, no example at all, or a language without any.
+
+    Example:
+
+    ```python
+    >>> dataset = MultitaskDataset(translation=load_dataset("opus100", "de-en", split="train"), both_directions=True)
+    >>> dataset[0]
+    {'task': 'translation', 'src_lang': 'de', 'tgt_lang': 'en', 'source': ..., 'target': ..., 'noise_seed': 0}
+    ```
+    """
+
+    def __init__(
+        self,
+        translation: Sequence[Any] | None = None,
+        denoising: Sequence[Any] | None = None,
+        *,
+        both_directions: bool = False,
+        languages: Iterable[str] | None = None,
+    ):
+        self.both_directions = both_directions
+        self.epoch = 0
+        self._datasets = {TRANSLATION: translation, DENOISING: denoising}
+        if translation is None and denoising is None:
+            raise ValueError("give at least one of translation and denoising")
+        self._read(None if languages is None else list(languages))
+
+    def _read(self, languages: list[str] | None) -> None:
+        numbers: dict[Component, int] = {}
+        rows: list[int] = []
+        places: list[int] = []  # among the examples of the row
+        components: list[int] = []
+        with_text: set[str] = set()
+        num_empty = 0
+        for task, dataset in self._datasets.items():
+            numbered = zip(range(_length(dataset)), dataset or (), strict=False)
+            for row_number, row in progress_bar(numbered, desc=f"Reading {task}", total=_length(dataset)):
+                for place, example in enumerate(self._examples(task, row_number, row)):
+                    component = component_of(example)
+                    of_example = {component.src_lang, component.tgt_lang}
+                    if is_empty(example):
+                        num_empty += 1
+                        continue
+                    with_text |= of_example
+                    if languages is not None and not of_example <= {*languages}:
+                        continue
+                    rows.append(row_number)
+                    places.append(place)
+                    components.append(numbers.setdefault(component, len(numbers)))
+        if num_empty:
+            logger.warning(f"{num_empty} examples without text on one side are left out")
+        in_use = {lang for component in numbers for lang in (component.src_lang, component.tgt_lang)}
+        if missing := [lang for lang in languages or () if lang not in in_use]:
+            raise ValueError(
+                f"no example in {missing} with the other languages of {languages}; there is text in {sorted(with_text)}"
+            )
+        if not rows:
+            raise ValueError(f"no example in {' and '.join(t for t, d in self._datasets.items() if d is not None)}")
+        self.components = list(numbers)
+        self._row = np.array(rows, dtype=np.int64)
+        self._place = np.array(places, dtype=np.int32)
+        self.component_numbers = np.array(components, dtype=np.int32)
+
+    def _examples(self, task: str, row_number: int, row: Any) -> list[Example]:
+        where = f"row {row_number} of the {task} dataset"
+        return examples_of_row(row, task, both_directions=self.both_directions, where=where)
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """int64[num_components], examples of each of `components`."""
+        return np.bincount(self.component_numbers, minlength=len(self.components))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Accelerate's data loaders; samplers read it."""
+        self.epoch = epoch
+
+    def __getitem__(self, index: int | Draw) -> Example:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int | Draw]) -> list[Example]:
+        """Examples by number, each with a `noise_seed`: that of the draw, or the number itself."""
+        draws = [index if isinstance(index, Draw) else Draw(int(index), int(index)) for index in indices]
+        tasks = [self.components[self.component_numbers[draw.example]].task for draw in draws]
+        texts: dict[tuple[str, int], Any] = {}
+        for task in {*tasks}:
+            rows = sorted(
+                {int(self._row[d.example]) for d, of_task in zip(draws, tasks, strict=True) if of_task == task}
+            )
+            texts |= {(task, row): text for row, text in zip(rows, _rows(self._datasets[task], rows), strict=True)}
+        examples = []
+        for task, draw in zip(tasks, draws, strict=True):
+            row_number = int(self._row[draw.example])
+            of_row = self._examples(task, row_number, texts[task, row_number])
+            examples.append({**of_row[self._place[draw.example]], "noise_seed": draw.noise_seed})
+        return examples
+
+
+def _length(dataset: Any) -> int:
+    """Rows of a dataset, 0 for none.
+
+    Raises:
+        ValueError: it is a stream, or its columns have different lengths.
+    """
+    if dataset is None:
+        return 0
+    if isinstance(dataset, dict):
+        lengths = {name: len(column) for name, column in dataset.items()}
+        raise ValueError(
+            f"a dataset is a sequence of rows, got a dictionary of columns of the lengths {lengths}; "
+            "datasets.Dataset.from_dict makes one of columns of equal length"
+        )
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ValueError(f"{type(dataset).__name__} is no map-style dataset; for streams there is MultitaskStream")
+    return len(dataset)
+
+
+def _rows(dataset: Any, rows: list[int]) -> list[Any]:
+    if hasattr(dataset, "__getitems__"):  # of datasets.Dataset, faster than one by one
+        return dataset.__getitems__(rows)
+    return [dataset[row] for row in rows]
+
+
+__all__ = ["Draw", "MultitaskDataset"]

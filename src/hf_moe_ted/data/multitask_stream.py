@@ -1,0 +1,217 @@
+"""MultitaskStream: batches with a budget of tokens from streamed datasets."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from .batch_sampler import batches_by_length, padded_lengths
+from .collator import DataCollatorForMultitaskSeq2Seq
+from .mixture import Mixture
+from .multitask_rows import TASKS, Example, examples_of_row, is_empty
+
+Encoded = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class StreamSource:
+    """A stream of rows of one task.
+
+    Attributes:
+        task: `"translation"` or `"denoising"`.
+        dataset: rows as [`MultitaskDataset`] takes them, [`datasets.IterableDataset`] or any iterable that can be
+            iterated again; `set_epoch`, if it has that, is called with the number of the pass before each.
+        size: its rows in the mixture, a guess if they are not known.
+
+    Raises:
+        ValueError: an unknown task, or a size that is not positive.
+    """
+
+    task: str
+    dataset: Iterable[Any]
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"task ({self.task!r}) must be one of {TASKS}")
+        if not self.size > 0:
+            raise ValueError(f"size ({self.size}) must be positive")
+
+
+class MultitaskStream(IterableDataset):
+    """Batches without end of streamed translation and denoising, drawn at a temperature.
+
+    Each item is a batch: a list of what the collator has encoded, for a `DataLoader` with `batch_size=None` and the
+    collator as `collate_fn`. A buffer of rows is drawn from the sources, sorted by length and cut into batches of at
+    most `max_tokens_per_batch` tokens, which come in random order. A source that ends starts again, so all ranks have
+    batches for as long as they ask; training is as long as `max_steps`. Examples without text on one side are left out.
+
+    What is drawn follows from `seed` and the sources alone. `state_dict()` after a batch and `load_state_dict()` go on
+    with the next; rows of the current pass are read again for that, as streams that shuffle in a buffer lose it
+    otherwise. The Trainer resumes by skipping batches.
+
+    Args:
+        sources: the streams.
+        collator: that of the data loader.
+        max_tokens_per_batch: tokens of one batch of one data-parallel rank, source and target and padding.
+        mixture: how often sources are drawn; sizes make the epochs of a temperature's warmup.
+        both_directions: whether translations go backwards, too.
+        buffer_rows: rows that are sorted by length at once.
+        seed: of everything random.
+
+    Raises:
+        ValueError: no source, or what [`Mixture`] raises; when iterated a source without rows, rows without text, an
+            example that is longer than a batch, or more than one worker.
+
+    Example:
+
+    ```python
+    >>> stream = MultitaskStream(
+    ...     [StreamSource("translation", en_de, size=2_000_000), StreamSource("denoising", swahili, size=40_000)],
+    ...     collator, max_tokens_per_batch=8192, mixture=Mixture(temperature=5.0), both_directions=True,
+    ... )
+    ```
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[StreamSource],
+        collator: DataCollatorForMultitaskSeq2Seq,
+        max_tokens_per_batch: int,
+        *,
+        mixture: Mixture | None = None,
+        both_directions: bool = False,
+        buffer_rows: int = 10_000,
+        seed: int = 0,
+    ):
+        if not sources:
+            raise ValueError("sources is empty: a stream needs at least one StreamSource")
+        if buffer_rows < 1:
+            raise ValueError(f"buffer_rows ({buffer_rows}) must be at least 1")
+        self.sources = list(sources)
+        self.collator = collator
+        self.max_tokens_per_batch = max_tokens_per_batch
+        self.mixture = Mixture() if mixture is None else mixture
+        self.both_directions = both_directions
+        self.buffer_rows = buffer_rows
+        self.seed = seed
+        self.num_shards, self.shard_index = 1, 0
+        self._probabilities(0)  # raises what is wrong with it
+        self._start: dict[str, Any] = {"num_draws": 0, "passes": [(0, 0)] * len(self.sources), "num_batches": 0}
+        self._state = self._start
+
+    def shard(self, num_shards: int, index: int) -> "MultitaskStream":
+        """The stream of one of `num_shards` data-parallel ranks: every `num_shards`-th row that is drawn."""
+        if not 0 <= index < num_shards:
+            raise ValueError(f"index ({index}) must be at least 0 and less than num_shards ({num_shards})")
+        shard = MultitaskStream(
+            self.sources,
+            self.collator,
+            self.max_tokens_per_batch,
+            mixture=self.mixture,
+            both_directions=self.both_directions,
+            buffer_rows=self.buffer_rows,
+            seed=self.seed,
+        )
+        shard.num_shards, shard.shard_index = num_shards, index
+        return shard
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the last iteration is: what was drawn before its buffer, and how many batches of that are done."""
+        return {**self._state, "num_shards": self.num_shards}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Make iterations start after a state of the same sources and options.
+
+        Raises:
+            ValueError: a state of another number of sources or shards.
+        """
+        for name, of_state, ours in (
+            ("sources", len(state_dict["passes"]), len(self.sources)),
+            ("shards", state_dict["num_shards"], self.num_shards),
+        ):
+            if of_state != ours:
+                raise ValueError(f"the state is of a stream with {of_state} {name}, this one has {ours}")
+        self._start = self._state = {name: state_dict[name] for name in self._state}
+
+    def __iter__(self) -> Iterator[list[Encoded]]:
+        worker = get_worker_info()
+        if worker is not None and worker.num_workers > 1:
+            raise ValueError(
+                f"dataloader_num_workers ({worker.num_workers}) must be 0 or 1 for a stream: every worker would read "
+                "and return all of it"
+            )
+        places, num_draws, num_done = self._start["passes"], self._start["num_draws"], self._start["num_batches"]
+        readers = [_Reader(source, *place) for source, place in zip(self.sources, places, strict=True)]
+        while True:
+            before = {"num_draws": num_draws, "passes": [reader.place for reader in readers]}
+            batches = self._batches(readers, num_draws)
+            for number in range(num_done, len(batches)):
+                self._state = {**before, "num_batches": number + 1}
+                yield batches[number]
+            num_draws += self.buffer_rows * self.num_shards
+            num_done = 0
+
+    def _probabilities(self, num_draws: int) -> np.ndarray:
+        sizes = [source.size for source in self.sources]
+        return self.mixture.probabilities([source.task for source in self.sources], sizes, num_draws / sum(sizes))
+
+    def _batches(self, readers: list["_Reader"], num_draws: int) -> list[list[Encoded]]:
+        """Fill the buffer and cut it into batches."""
+        random = np.random.default_rng([self.seed, num_draws])
+        num_rows = self.buffer_rows * self.num_shards
+        drawn = random.choice(len(readers), size=num_rows, p=self._probabilities(num_draws)).tolist()
+        noise_seeds = random.integers(2**63, size=num_rows).tolist()
+        examples: list[Example] = []
+        for number, (source, noise_seed) in enumerate(zip(drawn, noise_seeds, strict=True)):
+            row, where = readers[source].next_row()
+            if number % self.num_shards == self.shard_index:
+                task = self.sources[source].task
+                of_row = examples_of_row(row, task, both_directions=self.both_directions, where=where)
+                examples += [{**example, "noise_seed": noise_seed} for example in of_row if not is_empty(example)]
+        if not examples:
+            raise ValueError(f"{self.buffer_rows} rows drawn one after another have no text on one side")
+        encoded = self.collator.encode(examples)
+        lengths = np.array([(len(example["input_ids"]), len(example["labels"])) for example in encoded])
+        lengths = padded_lengths(lengths, self.collator, self.max_tokens_per_batch)
+        batches = batches_by_length(lengths, self.max_tokens_per_batch, random)
+        return [[encoded[place] for place in batch] for batch in batches]
+
+
+class _Reader:
+    """Rows of a source, pass after pass, from a place on.
+
+    Args:
+        source: what to read.
+        num_passes: passes that are done.
+        num_rows: rows of the current pass that are read.
+    """
+
+    def __init__(self, source: StreamSource, num_passes: int, num_rows: int):
+        self.source = source
+        self.place = (int(num_passes), int(num_rows))
+        self._rows = self._start()
+
+    def _start(self) -> Iterator[Any]:
+        if hasattr(self.source.dataset, "set_epoch"):
+            self.source.dataset.set_epoch(self.place[0])
+        return itertools.islice(iter(self.source.dataset), self.place[1], None)
+
+    def next_row(self) -> tuple[Any, str]:
+        """A row, and how errors name it."""
+        for _ in range(2):
+            num_passes, num_rows = self.place
+            for row in self._rows:
+                self.place = (num_passes, num_rows + 1)
+                return row, f"row {num_rows} of a {self.source.task} stream"
+            self.place = (num_passes + 1, 0)
+            self._rows = self._start()
+        raise ValueError(
+            f"a {self.source.task} stream of size {self.source.size} has no row; can it be iterated again?"
+        )
+
+
+__all__ = ["MultitaskStream", "StreamSource"]

@@ -1,0 +1,262 @@
+"""Which experts each language uses during training: numbers in the logs of the Trainer, and pictures.
+
+Shape letters: B sentences, L tokens of a sentence, T = B * L, K experts per token, E experts, G languages.
+"""
+
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from ..models.router import Routing
+from .router_statistics import sparse_routers
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class _Counts:
+    """Slots that each expert computed for each language, float64[G, E].
+
+    Attributes:
+        since_log: of this process.
+        since_picture: of all processes, up to the last log.
+    """
+
+    since_log: Tensor
+    since_picture: Tensor
+
+    def collect(self) -> Tensor:
+        """Take what all processes counted since the last log into the picture."""
+        counts_GE = reduce(self.since_log, reduction="sum")
+        self.since_log = torch.zeros_like(self.since_log)
+        self.since_picture += counts_GE
+        return counts_GE
+
+
+class LanguageRoutingCallback(TrainerCallback):
+    """Counts in training which experts compute the tokens of each language, by the tags that sentences carry.
+
+    ```python
+    trainer = MultitaskSeq2SeqTrainer(model, args, ...)
+    LanguageRoutingCallback(tokenizer).add_to(trainer)
+    ```
+
+    `callbacks=[LanguageRoutingCallback(tokenizer)]` works, too, but then the reporters of `report_to` get logs without
+    its numbers; `add_to` puts it before them. A token of the encoder has the language of the source, one of the decoder
+    that of the target. Logs of training get, over all processes:
+
+    | key | |
+    |---|---|
+    | `routing/encoder.3/language_bits` | bits that the expert of a token tells about its language, 0 if none |
+    | `routing/encoder/de` | share of the tokens that would have to change experts for the language to use them as all \
+languages together do, 0 to 1, mean over the layers of a side |
+
+    and at every evaluation and the end of training `routing/step_<step>.json` in `output_dir` gets the share of each
+    language's tokens by expert and layer since the last one, and `routing/step_<step>.png` a heat map of it if
+    matplotlib is installed.
+
+    Args:
+        tokenizer: with `lang_code_to_id`, as [`ZCodeM3Tokenizer`] has.
+
+    Raises:
+        ValueError: a tokenizer without language tags.
+    """
+
+    def __init__(self, tokenizer: Any):
+        ids = getattr(tokenizer, "lang_code_to_id", None)
+        if not ids:
+            raise ValueError(f"{type(tokenizer).__name__} has no language tags (lang_code_to_id)")
+        self.languages = list(ids)
+        # int64[vocab_size], the number of the language that a token is the tag of, G for other tokens
+        self._language_of_token = torch.full((max(len(tokenizer), *ids.values()) + 1,), len(ids))
+        self._language_of_token[list(ids.values())] = torch.arange(len(ids))
+        self._counts: dict[str, _Counts] = {}
+        self._languages_of_batch: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def add_to(self, trainer: Trainer) -> "LanguageRoutingCallback":
+        """Make this the first callback of a trainer, so that every reporter sees its numbers."""
+        trainer.callback_handler.callbacks.insert(0, self)
+        return self
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """
+        Raises:
+            ValueError: the model has no sparse layer.
+        """
+        self._remove_hooks()
+        self._counts = {}
+        model = kwargs["model"]
+        self._handles = [model.register_forward_pre_hook(self._read_languages, with_kwargs=True)]
+        for layer, router in sparse_routers(model).items():
+            zeros_GE = torch.zeros(
+                len(self.languages), cast(int, router.num_experts), dtype=torch.float64, device=args.device
+            )
+            self._counts[layer] = _Counts(zeros_GE, zeros_GE.clone())
+            self._handles.append(router.register_forward_hook(self._hook(layer)))
+
+    def _read_languages(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Before the model runs: the language of each sentence, by the first tag in it."""
+        targets = kwargs.get("labels") if kwargs.get("labels") is not None else kwargs.get("decoder_input_ids")
+        self._languages_of_batch = {
+            side: self._languages_of(ids)
+            for side, ids in (("encoder", kwargs.get("input_ids")), ("decoder", targets))
+            if model.training and ids is not None
+        }
+
+    def _languages_of(self, ids_BL: Tensor) -> Tensor:
+        """int64[B], G for a sentence without a tag."""
+        self._language_of_token = self._language_of_token.to(ids_BL.device)
+        languages_BL = self._language_of_token[ids_BL.clamp(0, len(self._language_of_token) - 1)]
+        first_B1 = (languages_BL < len(self.languages)).int().argmax(dim=1, keepdim=True)
+        return languages_BL.gather(1, first_B1).squeeze(1)
+
+    def _hook(self, layer: str) -> Any:
+        side = layer.split(".")[0]
+
+        @torch.no_grad()
+        def count(router: nn.Module, args: Any, output: tuple[Tensor, Routing]) -> None:
+            if not router.training or side not in self._languages_of_batch:
+                return
+            counts, expert_ids_TK = self._counts[layer], output[1].expert_ids
+            num_languages, num_experts = counts.since_log.shape
+            language_B = self._languages_of_batch[side]
+            language_T = language_B.repeat_interleave(expert_ids_TK.shape[0] // language_B.shape[0])
+            # one place more of both: for sentences without a tag, and for slots that no expert computes
+            cell_TK = language_T[:, None] * (num_experts + 1) + expert_ids_TK
+            cells = counts.since_log.new_zeros((num_languages + 1) * (num_experts + 1))
+            cells.scatter_add_(0, cell_TK.flatten(), torch.ones_like(cell_TK, dtype=cells.dtype).flatten())
+            counts.since_log += cells.view(num_languages + 1, num_experts + 1)[:num_languages, :num_experts]
+
+        return count
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the numbers to a log of training; others, as of evaluation, stay as they are."""
+        if logs is None or "loss" not in logs:
+            return
+        numbers = self._numbers({layer: counts.collect().cpu() for layer, counts in self._counts.items()})
+        logs.update(numbers)
+        state.log_history[-1].update(numbers)
+
+    def _numbers(self, counts: dict[str, Tensor]) -> dict[str, float]:
+        numbers, distances = {}, {}
+        for layer, counts_GE in counts.items():
+            numbers[f"routing/{layer}/language_bits"] = mutual_information_bits(counts_GE)
+            distances[layer] = distance_from_all(counts_GE)
+        for side in ("encoder", "decoder"):
+            of_side = [distance_G for layer, distance_G in distances.items() if layer.startswith(side)]
+            if of_side:
+                mean_G = torch.stack(of_side).mean(dim=0).tolist()
+                in_use = zip(self.languages, mean_G, strict=True)
+                # a language that no sentence was in has no number
+                numbers |= {f"routing/{side}/{language}": mean for language, mean in in_use if mean == mean}
+        return numbers
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._write_picture(args, state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._write_picture(args, state)
+        self._remove_hooks()
+
+    def _write_picture(self, args: TrainingArguments, state: TrainerState) -> None:
+        for counts in self._counts.values():
+            counts.collect()
+        pictured = {layer: counts.since_picture.cpu() for layer, counts in self._counts.items()}
+        if not any(counts_GE.sum() for counts_GE in pictured.values()):
+            return  # an evaluation before or after training, or at its end, which has been written
+        for counts in self._counts.values():
+            counts.since_picture = torch.zeros_like(counts.since_picture)
+        if not state.is_world_process_zero:
+            return
+        is_used_G = torch.stack([counts_GE.sum(dim=1) for counts_GE in pictured.values()]).sum(dim=0) > 0
+        languages = [language for language, is_used in zip(self.languages, is_used_G.tolist(), strict=True) if is_used]
+        shares = {layer: expert_shares(counts_GE[is_used_G]) for layer, counts_GE in pictured.items()}
+        folder = Path(args.output_dir or ".") / "routing"
+        folder.mkdir(parents=True, exist_ok=True)
+        numbers = {layer: shares_GE.tolist() for layer, shares_GE in shares.items()}
+        text = json.dumps({"step": state.global_step, "languages": languages, "expert_shares": numbers})
+        staged = folder / f".step_{state.global_step}.json"
+        staged.write_text(text + "\n")
+        os.replace(staged, folder / f"step_{state.global_step}.json")
+        draw_expert_shares(shares, languages, folder / f"step_{state.global_step}.png")
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def expert_shares(counts_GE: Tensor) -> Tensor:
+    """float64[G, E], the share of each language's tokens by expert; 0 for a language without tokens."""
+    return counts_GE / counts_GE.sum(dim=1, keepdim=True).clamp(min=1.0)
+
+
+def distance_from_all(counts_GE: Tensor) -> Tensor:
+    """float64[G], total variation between the experts of a language and those of all; NaN for one without tokens."""
+    shares_GE = counts_GE / counts_GE.sum(dim=1, keepdim=True)
+    share_of_all_E = counts_GE.sum(dim=0) / counts_GE.sum()
+    return (shares_GE - share_of_all_E).abs().sum(dim=1) / 2
+
+
+def mutual_information_bits(counts_GE: Tensor) -> float:
+    """Mutual information of language and expert; 0 when no token was counted."""
+    joint_GE = counts_GE / counts_GE.sum().clamp(min=1.0)
+    independent_GE = joint_GE.sum(dim=1, keepdim=True) * joint_GE.sum(dim=0, keepdim=True)
+    ratio_GE = torch.where(joint_GE > 0, joint_GE / independent_GE, torch.ones_like(joint_GE))
+    return (joint_GE * ratio_GE.log2()).sum().clamp(min=0.0).item()
+
+
+def draw_expert_shares(shares: dict[str, Tensor], languages: list[str], path: Path) -> None:
+    """Heat maps languages x experts, one per sparse layer; nothing but a warning without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        logger.warning_once("no routing pictures without matplotlib: pip install hf-moe-ted[viz]")
+        return
+    from matplotlib.figure import Figure
+
+    num_rows = 0.2 * len(languages)
+    widths = [max(1.5, 0.12 * shares_GE.shape[1]) for shares_GE in shares.values()]
+    figure = Figure(figsize=(1.5 + sum(widths), 1.2 + num_rows), layout="constrained")
+    axes = figure.subplots(1, len(shares), sharey=True, squeeze=False, width_ratios=widths)[0]
+    largest = max(shares_GE.max().item() for shares_GE in shares.values())
+    for axis, (layer, shares_GE) in zip(axes, shares.items(), strict=True):
+        image = axis.imshow(shares_GE.numpy(), aspect="auto", vmin=0.0, vmax=largest, interpolation="nearest")
+        axis.set_title(layer, fontsize=8)
+        axis.set_xlabel("expert", fontsize=7)
+        axis.tick_params(labelsize=6)
+        axis.set_yticks(range(len(languages)), languages)
+    bar = figure.colorbar(image, ax=axes.tolist())
+    bar.set_label("share of tokens", fontsize=7)
+    bar.ax.tick_params(labelsize=6)
+    staged = path.with_name(f".{path.name}")
+    figure.savefig(staged, dpi=120, format="png")
+    os.replace(staged, path)
+
+
+__all__ = [
+    "LanguageRoutingCallback",
+    "distance_from_all",
+    "draw_expert_shares",
+    "expert_shares",
+    "mutual_information_bits",
+]

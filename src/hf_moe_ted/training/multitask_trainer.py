@@ -1,0 +1,171 @@
+"""Multitask training with the Trainer: its arguments, and the data loader that they make."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
+
+from ..data.batch_sampler import TokenBudgetBatchSampler
+from ..data.collator import DataCollatorForMultitaskSeq2Seq
+from ..data.mixture import Mixture
+from ..data.multitask_dataset import MultitaskDataset
+from ..data.multitask_stream import MultitaskStream
+
+
+@dataclass
+class MultitaskTrainingArguments(Seq2SeqTrainingArguments):
+    """[`Seq2SeqTrainingArguments`], and how a [`MultitaskDataset`] is drawn from.
+
+    `per_device_train_batch_size` has no effect on it, `max_tokens_per_batch` stands in its place. A [`MultitaskStream`]
+    has these options itself.
+
+    Args:
+        max_tokens_per_batch: tokens of one batch of one data-parallel rank, source and target and padding.
+        sampling_temperature: `T` of [`Mixture`].
+        temperature_warmup_epochs: epochs in which `T` rises from 1.
+        task_weights: share of the examples by task, a dictionary or its JSON; by default tasks count by size.
+        examples_per_epoch: by default those of the dataset.
+
+    Raises:
+        ValueError: see [`Mixture`]; `task_weights` that is no JSON, or `remove_unused_columns`.
+    """
+
+    max_tokens_per_batch: int = field(
+        default=8192, metadata={"help": "Tokens of a batch of one data-parallel rank: source, target and padding."}
+    )
+    sampling_temperature: float = field(
+        default=1.0, metadata={"help": "Sampling temperature over languages and tasks; 1: by size."}
+    )
+    temperature_warmup_epochs: float = field(
+        default=0.0, metadata={"help": "Epochs in which the sampling temperature rises from 1."}
+    )
+    task_weights: dict[str, float] | str | None = field(
+        default=None, metadata={"help": 'Share of the examples by task, as {"translation": 0.7, "denoising": 0.3}.'}
+    )
+    examples_per_epoch: int | None = field(
+        default=None, metadata={"help": "Examples that an epoch draws; default: those of the dataset."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must be False: the collator needs text and languages, not the model."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.task_weights, str):
+            try:
+                self.task_weights = json.loads(self.task_weights)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"task_weights ({self.task_weights!r}) must be a JSON dictionary") from error
+        self.mixture()  # raises what is wrong with it
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns (True) must be False: the collator needs the columns of the text")
+
+    def mixture(self) -> Mixture:
+        """How often components are drawn."""
+        weights: Any = self.task_weights
+        return Mixture(self.sampling_temperature, self.temperature_warmup_epochs, weights)
+
+
+class MultitaskTrainerMixin(Trainer):
+    """What a [`Trainer`] lacks for multitask training; for sharded models put it before [`TedSeq2SeqTrainer`].
+
+    - A [`MultitaskDataset`] is drawn from by [`TokenBudgetBatchSampler`] with the options of
+      [`MultitaskTrainingArguments`], a [`MultitaskStream`] gives its batches, and any other dataset is as always. The
+      data collator must be a [`DataCollatorForMultitaskSeq2Seq`]. A checkpoint resumes in the middle of an epoch with
+      the examples and the noise that would have come.
+    - `label_smoothing_factor` is that of models that smooth labels in their own loss (`config.label_smoothing`). The
+      Trainer would take the labels away from the model, and with them the router losses, and compute float32
+      probabilities of the whole vocabulary.
+
+    ```python
+    class TedMultitaskTrainer(MultitaskTrainerMixin, TedSeq2SeqTrainer):
+        pass
+    ```
+
+    Args:
+        token_lengths: `lengths` of [`TokenBudgetBatchSampler`], so that they are not counted again.
+        args, kwargs: of the [`Trainer`].
+
+    Raises:
+        ValueError: arguments or a collator of another kind, or two different label smoothings.
+    """
+
+    args: MultitaskTrainingArguments
+
+    def __init__(self, *args: Any, token_lengths: np.ndarray | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.token_lengths = token_lengths
+        if not isinstance(self.args, MultitaskTrainingArguments):
+            raise ValueError(f"args must be MultitaskTrainingArguments, got {type(self.args).__name__}")
+        if self._is_multitask and not isinstance(self.data_collator, DataCollatorForMultitaskSeq2Seq):
+            raise ValueError(
+                f"data_collator ({type(self.data_collator).__name__}) must be a DataCollatorForMultitaskSeq2Seq for a "
+                f"{type(self.train_dataset).__name__}"
+            )
+        if self.label_smoother is not None:
+            self._smooth_labels_in_model()
+
+    def get_train_dataloader(self) -> DataLoader:
+        dataset: Any = self.train_dataset
+        collator: Any = self.data_collator
+        if not self._is_multitask:
+            return super().get_train_dataloader()
+        workers: dict[str, Any] = {
+            "collate_fn": collator,
+            "num_workers": self.args.dataloader_num_workers,
+            "pin_memory": self.args.dataloader_pin_memory,
+            "persistent_workers": self.args.dataloader_persistent_workers,
+            "multiprocessing_context": self.args.dataloader_multiprocessing_context,
+            "in_order": self.args.dataloader_in_order,
+            "prefetch_factor": self.args.dataloader_prefetch_factor,
+        }
+        if isinstance(dataset, MultitaskStream):
+            tp_size = self.get_tp_size()
+            shard = dataset.shard(self.args.world_size // tp_size, self.args.process_index // tp_size)
+            # as `Accelerator.prepare` does, but for the shares of the ranks, which the stream has made
+            return prepare_data_loader(
+                DataLoader(shard, batch_size=None, **workers),
+                device=self.accelerator.device,
+                num_processes=1,
+                process_index=0,
+                put_on_device=True,
+                dispatch_batches=False,
+            )
+        sampler = TokenBudgetBatchSampler(
+            dataset,
+            collator,
+            self.args.max_tokens_per_batch,
+            mixture=self.args.mixture(),
+            examples_per_epoch=self.args.examples_per_epoch,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            lengths=self.token_lengths,
+        )
+        return self.accelerator.prepare(DataLoader(dataset, batch_sampler=sampler, **workers))
+
+    @property
+    def _is_multitask(self) -> bool:
+        return isinstance(self.train_dataset, MultitaskDataset | MultitaskStream)
+
+    def _smooth_labels_in_model(self) -> None:
+        config = getattr(self.model, "config", None)
+        of_model = getattr(config, "label_smoothing", None)
+        if config is None or of_model is None:
+            return
+        if of_model not in (0.0, self.args.label_smoothing_factor):
+            raise ValueError(
+                f"label_smoothing_factor ({self.args.label_smoothing_factor}) and config.label_smoothing ({of_model}) "
+                "of the model differ; set one of them to 0"
+            )
+        config.label_smoothing = self.args.label_smoothing_factor
+        self.label_smoother = None
+
+
+class MultitaskSeq2SeqTrainer(MultitaskTrainerMixin, Seq2SeqTrainer):
+    """[`Seq2SeqTrainer`] for multitask training."""
+
+
+__all__ = ["MultitaskSeq2SeqTrainer", "MultitaskTrainerMixin", "MultitaskTrainingArguments"]

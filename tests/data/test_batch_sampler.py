@@ -1,0 +1,129 @@
+"""Epochs of batches: budget, coverage, mixture, seeds; against a slow reference that pads."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from hf_moe_ted import DataCollatorForMultitaskSeq2Seq, Mixture, MultitaskDataset, TokenBudgetBatchSampler
+from hf_moe_ted.data.batch_sampler import batch_ends, token_lengths
+
+BUDGET = 160
+
+
+def pairs(num_rows: int, tgt_lang: str, seed: int = 0) -> list[dict[str, str]]:
+    random = np.random.default_rng(seed)
+    lengths = zip(random.integers(2, 36, size=num_rows).tolist(), random.integers(0, 8, num_rows).tolist(), strict=True)
+    return [
+        {"source": f"{n:02d}" + "s" * length, "target": "t" * (length + more), "src_lang": "en", "tgt_lang": tgt_lang}
+        for n, (length, more) in enumerate(lengths)
+    ]
+
+
+@pytest.fixture
+def dataset() -> MultitaskDataset:
+    texts = [{"text": f"neno {number} na lingine", "lang": "sw"} for number in range(20)]
+    return MultitaskDataset(pairs(60, "de") + pairs(15, "sw", seed=1), texts, both_directions=True)
+
+
+@pytest.fixture
+def collator(tokenizer: Any) -> DataCollatorForMultitaskSeq2Seq:
+    return DataCollatorForMultitaskSeq2Seq(tokenizer, pad_to_multiple_of=4)
+
+
+def epoch_of(sampler: TokenBudgetBatchSampler, epoch: int) -> list[list[Any]]:
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def test_padded_batches_keep_the_budget_and_use_it(dataset: Any, collator: Any) -> None:
+    sampler = TokenBudgetBatchSampler(dataset, collator, BUDGET)
+    sizes = []
+    for batch in DataLoader(dataset, batch_sampler=sampler, collate_fn=collator):
+        assert batch["input_ids"].numel() + batch["labels"].numel() <= BUDGET
+        sizes.append(batch["attention_mask"].sum().item() + (batch["labels"] != -100).sum().item())
+    larger = TokenBudgetBatchSampler(dataset, collator, 8 * BUDGET)
+    in_order = batch_ends(larger.padded_lengths, 8 * BUDGET)
+    assert len(larger) < 0.75 * len(in_order)  # as similar lengths need less padding
+    lengths = token_lengths(dataset, collator)
+    assert sum(sizes) <= lengths.sum()  # masks are shorter than what they cover
+    assert len({*map(len, sampler)}) > 2
+
+
+def test_an_epoch_at_temperature_one_is_every_example_once(dataset: Any, collator: Any) -> None:
+    sampler = TokenBudgetBatchSampler(dataset, collator, BUDGET)
+    epochs = [epoch_of(sampler, epoch) for epoch in (0, 1, 0)]
+    for epoch in epochs:
+        assert sorted(draw.example for batch in epoch for draw in batch) == [*range(len(dataset))]
+        assert len(epoch) == len(sampler)
+    assert epochs[0] == epochs[2]
+    together = [{frozenset(draw.example for draw in batch) for batch in epoch} for epoch in epochs[:2]]
+    assert len(together[0] & together[1]) < len(together[0]) / 2
+    seeds = [{draw.noise_seed for batch in epoch for draw in batch} for epoch in epochs[:2]]
+    assert len(seeds[0] | seeds[1]) == 2 * len(dataset)
+    assert epoch_of(TokenBudgetBatchSampler(dataset, collator, BUDGET, seed=1), 0) != epochs[0]
+
+
+def test_a_component_goes_through_all_examples_before_one_comes_again(dataset: Any, collator: Any) -> None:
+    mixture = Mixture(5.0, temperature_warmup_epochs=2, task_weights={"translation": 0.6, "denoising": 0.4})
+    sampler = TokenBudgetBatchSampler(dataset, collator, BUDGET, mixture=mixture, examples_per_epoch=101)
+    times = np.zeros(len(dataset), dtype=int)
+    tasks = [component.task for component in dataset.components]
+    for epoch in range(5):
+        drawn = sampler.draws(epoch)[:, 0]
+        counts = np.bincount(dataset.component_numbers[drawn], minlength=len(dataset.components))
+        expected = 101 * mixture.probabilities(tasks, dataset.sizes, epoch)
+        assert abs(counts - expected).max() < 1
+        assert counts.sum() == 101
+        times += np.bincount(drawn, minlength=len(dataset))
+        for component in range(len(dataset.components)):
+            of_component = times[dataset.component_numbers == component]
+            assert of_component.max() - of_component.min() <= 1
+    assert times.max() > 5
+
+
+def test_every_epoch_has_as_many_batches(dataset: Any, collator: Any) -> None:
+    mixture = Mixture(50.0, temperature_warmup_epochs=2)
+    sampler = TokenBudgetBatchSampler(dataset, collator, BUDGET, mixture=mixture)
+    assert {len(epoch_of(sampler, epoch)) for epoch in range(4)} == {len(sampler)}
+    num_made = {len(sampler._batches_of(epoch)) for epoch in range(4)}
+    assert len(num_made) > 1  # so that some were repeated or left out
+
+
+def test_greedy_batches_are_those_of_a_slow_reference() -> None:
+    lengths = np.random.default_rng(0).integers(1, 30, size=(200, 2))
+    ends, start = [], 0
+    for end in range(1, 201):
+        if end == 200 or lengths[start : end + 1].max(axis=0).sum() * (end + 1 - start) > 120:
+            ends.append(end)
+            start = end
+    assert batch_ends(lengths, 120) == ends
+
+
+def test_lengths_are_those_of_the_tokenizer(dataset: Any, collator: Any, tokenizer: Any) -> None:
+    for (source, target), number in zip(token_lengths(dataset, collator).tolist(), range(len(dataset)), strict=True):
+        example = dataset[number]
+        assert source == len(tokenizer(example["source"], src_lang=example["src_lang"])["input_ids"])
+        assert target == len(tokenizer(example["target"], src_lang=example["tgt_lang"])["input_ids"])
+
+
+def test_workers_make_the_same_batches(dataset: Any, collator: Any) -> None:
+    sampler = TokenBudgetBatchSampler(dataset, collator, BUDGET)
+    here = list(DataLoader(dataset, batch_sampler=sampler, collate_fn=collator))
+    there = list(DataLoader(dataset, batch_sampler=sampler, collate_fn=collator, num_workers=2))
+    for one, other in zip(here, there, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_bad_input(dataset: Any, collator: Any) -> None:
+    with pytest.raises(ValueError, match=r"max_tokens_per_batch \(40\) is less than the tokens of one example, \d+"):
+        TokenBudgetBatchSampler(dataset, collator, 40)
+    with pytest.raises(ValueError, match=r"examples_per_epoch \(0\) must be at least 1"):
+        TokenBudgetBatchSampler(dataset, collator, BUDGET, examples_per_epoch=0)
+    with pytest.raises(ValueError, match=r"lengths has the shape \(3, 2\), it must be \(170, 2\)"):
+        TokenBudgetBatchSampler(dataset, collator, BUDGET, lengths=np.ones((3, 2)))
+    weights = {"translation": 1.0}
+    with pytest.raises(ValueError, match="must have a positive weight for the tasks with examples"):
+        TokenBudgetBatchSampler(dataset, collator, BUDGET, mixture=Mixture(task_weights=weights))

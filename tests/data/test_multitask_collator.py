@@ -1,0 +1,118 @@
+"""Batches against the tokenizer called sentence by sentence."""
+
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import NllbTokenizer, PreTrainedTokenizerFast
+
+from hf_moe_ted import DataCollatorForMultitaskSeq2Seq, DenoisingNoise, ZCodeM3ForConditionalGeneration
+from hf_moe_ted.testing import tiny_config
+
+PAIR = {"source": "Open", "target": "Öffnen", "src_lang": "en", "tgt_lang": "de"}
+TEXT = {"text": "Fungua dirisha sasa hivi", "lang": "sw"}
+
+
+def test_translation_is_what_the_tokenizer_makes(tokenizer: Any) -> None:
+    pairs = [PAIR, {"source": "Funga dirisha", "target": "Close", "src_lang": "sw", "tgt_lang": "en"}]
+    batch = DataCollatorForMultitaskSeq2Seq(tokenizer, pad_to_multiple_of=8)(pairs)
+    assert batch["input_ids"].shape == (2, 16)
+    for row, pair in enumerate(pairs):
+        expected = tokenizer(
+            pair["source"], text_target=pair["target"], src_lang=pair["src_lang"], tgt_lang=pair["tgt_lang"]
+        )
+        is_text = batch["attention_mask"][row].bool()
+        assert batch["input_ids"][row][is_text].tolist() == expected["input_ids"]
+        assert batch["labels"][row][batch["labels"][row] != -100].tolist() == expected["labels"]
+        assert (batch["input_ids"][row][~is_text] == tokenizer.pad_token_id).all()
+    assert (tokenizer.src_lang, tokenizer.tgt_lang) == (None, None)
+
+
+def test_tags_of_another_tokenizer() -> None:
+    nllb = NllbTokenizer(extra_special_tokens=["eng_Latn", "deu_Latn"])
+    nllb = nllb.train_new_from_iterator(["Open the tab", "Öffnen"] * 20, vocab_size=80)
+    pair = {**PAIR, "src_lang": "eng_Latn", "tgt_lang": "deu_Latn"}
+    batch = DataCollatorForMultitaskSeq2Seq(nllb)([pair])
+    nllb.src_lang, nllb.tgt_lang = "eng_Latn", "deu_Latn"
+    expected = nllb(pair["source"], text_target=pair["target"])
+    assert batch["input_ids"][0].tolist() == expected["input_ids"]
+    assert batch["labels"][0].tolist() == expected["labels"]
+
+
+def test_denoising_reads_noise_and_writes_the_text(tokenizer: Any) -> None:
+    noise = DenoisingNoise(mask_ratio=0.5)
+    collator = DataCollatorForMultitaskSeq2Seq(tokenizer, noise=noise)
+    example = {"task": "denoising", "source": TEXT["text"], "target": TEXT["text"], "src_lang": "sw", "tgt_lang": "sw"}
+    batches = [collator([{**example, "noise_seed": seed}]) for seed in (5, 5, 7)]
+    assert batches[0]["input_ids"].tolist() == batches[1]["input_ids"].tolist()
+    assert batches[0]["input_ids"].tolist() != batches[2]["input_ids"].tolist()
+    noised = noise(TEXT["text"], seed=5, mask_token="<mask>")
+    assert batches[0]["input_ids"][0].tolist() == tokenizer(noised, src_lang="sw")["input_ids"]
+    assert tokenizer.mask_token_id in batches[0]["input_ids"][0]
+    assert batches[0]["labels"][0].tolist() == tokenizer(TEXT["text"], src_lang="sw")["input_ids"]
+
+
+def test_noise_makes_no_text_longer(tokenizer: Any) -> None:
+    collator = DataCollatorForMultitaskSeq2Seq(tokenizer, noise=DenoisingNoise(mask_ratio=0.9, poisson_lambda=0.1))
+    examples = [collator._example({"text": text, "lang": "sw"}, 0) for text in ("a b c d", "a", "sasa hivi")]
+    for seed in range(50):
+        encoded = collator.encode([{**example, "noise_seed": seed} for example in examples])
+        lengths = [(len(example["input_ids"]), len(example["labels"])) for example in encoded]
+        for (source, target), (longest_source, clean_target) in zip(lengths, collator.lengths(examples), strict=True):
+            assert source <= longest_source
+            assert target == clean_target
+
+
+def test_long_texts_keep_their_tags(tokenizer: Any) -> None:
+    collator = DataCollatorForMultitaskSeq2Seq(tokenizer, max_length=10)
+    long = {**PAIR, "source": "x" * 50, "target": "y" * 9}
+    batch = collator([long, {"text": "z" * 30, "lang": "sw"}])
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, 10)
+    tags = tokenizer.lang_code_to_id
+    assert batch["input_ids"][:, 0].tolist() == [tags["en"], tags["sw"]]
+    assert batch["labels"][:, 0].tolist() == [tags["de"], tags["sw"]]
+    assert batch["labels"][:, -1].tolist() == [tokenizer.eos_token_id] * 2
+    assert collator.lengths([collator._example(long, 0)]) == [(10, 10)]
+
+
+def test_limits_of_tokenizer_and_model(tokenizer: Any) -> None:
+    model = ZCodeM3ForConditionalGeneration(tiny_config(vocab_size=len(tokenizer), max_position_embeddings=32))
+    assert DataCollatorForMultitaskSeq2Seq(tokenizer).max_length == 64
+    assert DataCollatorForMultitaskSeq2Seq(tokenizer, model).max_length == 32
+    assert DataCollatorForMultitaskSeq2Seq(tokenizer, model, pad_to_multiple_of=12).max_length == 24
+    for max_length, multiple, positions in ((33, None, 32), (25, 12, 24)):
+        with pytest.raises(ValueError, match=rf"max_length \({max_length}\) is more than the {positions} tokens"):
+            DataCollatorForMultitaskSeq2Seq(tokenizer, model, max_length=max_length, pad_to_multiple_of=multiple)
+    with pytest.raises(ValueError, match=r"max_length \(2\) leaves no token beside the 2 special ones"):
+        DataCollatorForMultitaskSeq2Seq(tokenizer, max_length=2)([PAIR])
+
+
+def test_a_model_makes_decoder_inputs_and_a_loss(tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    model = ZCodeM3ForConditionalGeneration(tiny_config(vocab_size=len(tokenizer)))
+    collator = DataCollatorForMultitaskSeq2Seq(tokenizer, model)
+    batch = collator([PAIR, TEXT])
+    expected = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+    assert torch.equal(batch["decoder_input_ids"], expected)
+    assert torch.isfinite(model(**batch).loss)
+    encoded = collator.encode([PAIR, TEXT])
+    assert all(torch.equal(collator(encoded)[name], batch[name]) for name in batch)
+
+
+def test_empty_texts_are_only_tags(tokenizer: Any) -> None:
+    batch = DataCollatorForMultitaskSeq2Seq(tokenizer)([{"text": "", "lang": "sw"}])
+    assert batch["input_ids"].tolist() == [[tokenizer.get_lang_id("sw"), tokenizer.eos_token_id]]
+
+
+def test_bad_input(tokenizer: Any) -> None:
+    collator = DataCollatorForMultitaskSeq2Seq(tokenizer)
+    with pytest.raises(ValueError, match="unknown language 'fr', this tokenizer knows: en, de, sw"):
+        collator([{**PAIR, "tgt_lang": "fr"}])
+    with pytest.raises(ValueError, match="row 1 of the batch must have the strings source"):
+        collator([PAIR, {"source": "Open"}])
+    with pytest.raises(ValueError, match="row 0 of the batch has 3 directions"):
+        collator([{"translation": {"en": "a", "de": "b", "sw": "c"}}])
+    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), pad_token="<pad>")
+    with pytest.raises(ValueError, match="has no src_lang and tgt_lang: it knows no language tags"):
+        DataCollatorForMultitaskSeq2Seq(plain)

@@ -1,0 +1,99 @@
+"""Examples of rows: forms, directions, order, what is left out, and errors that name a row."""
+
+import logging
+from typing import Any
+
+import datasets
+import pytest
+
+from hf_moe_ted import MultitaskDataset
+from hf_moe_ted.data.multitask_dataset import Draw
+
+PAIRS = [
+    {"source": "Open", "target": "Öffnen", "src_lang": "en", "tgt_lang": "de"},
+    {"source": "Close", "target": "Funga", "src_lang": "en", "tgt_lang": "sw"},
+]
+TEXTS = [{"text": "Fungua dirisha", "lang": "sw"}]
+
+
+def summary(example: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(example[name] for name in ("task", "src_lang", "source", "tgt_lang", "target"))
+
+
+@pytest.mark.parametrize("make", [list, datasets.Dataset.from_list])
+def test_examples_of_all_tasks_both_ways(make: Any) -> None:
+    dataset = MultitaskDataset(make(PAIRS), make(TEXTS), both_directions=True)
+    assert [summary(dataset[number]) for number in range(len(dataset))] == [
+        ("translation", "en", "Open", "de", "Öffnen"),
+        ("translation", "de", "Öffnen", "en", "Open"),
+        ("translation", "en", "Close", "sw", "Funga"),
+        ("translation", "sw", "Funga", "en", "Close"),
+        ("denoising", "sw", "Fungua dirisha", "sw", "Fungua dirisha"),
+    ]
+    assert [str(component) for component in dataset.components] == [
+        "translation en-de",
+        "translation de-en",
+        "translation en-sw",
+        "translation sw-en",
+        "denoising sw-sw",
+    ]
+    assert dataset.sizes.tolist() == [1] * 5
+
+
+def test_rows_of_many_languages() -> None:
+    rows = [{"translation": {"en": "Open", "de": "Öffnen", "sw": "Fungua"}}]
+    forwards = MultitaskDataset(datasets.Dataset.from_list(rows))
+    assert [(c.src_lang, c.tgt_lang) for c in forwards.components] == [("en", "de"), ("en", "sw"), ("de", "sw")]
+    both = MultitaskDataset(rows, both_directions=True)
+    assert {(c.src_lang, c.tgt_lang) for c in both.components} == {
+        (a, b) for a in ("en", "de", "sw") for b in ("en", "de", "sw") if a != b
+    }
+
+
+def test_batches_of_draws_are_those_one_by_one() -> None:
+    dataset = MultitaskDataset(datasets.Dataset.from_list(PAIRS), TEXTS, both_directions=True)
+    draws = [Draw(4, 7), Draw(1, 8), Draw(0, 9), Draw(1, 10)]
+    batch = dataset.__getitems__(draws)
+    assert batch == [dataset[draw] for draw in draws]
+    assert [example["noise_seed"] for example in batch] == [7, 8, 9, 10]
+    assert dataset[3]["noise_seed"] == 3  # without a draw equal noise each time
+
+
+def test_empty_texts_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [*PAIRS, {**PAIRS[0], "target": " \n"}, {**PAIRS[0], "source": ""}]
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)  # which does not propagate
+    dataset = MultitaskDataset(rows, [{"text": "", "lang": "de"}, *TEXTS])
+    logger.removeHandler(caplog.handler)
+    assert len(dataset) == 3
+    assert dataset[2]["source"] == "Fungua dirisha"
+    assert "3 examples without text on one side are left out" in caplog.text
+
+
+def test_languages_are_selected() -> None:
+    dataset = MultitaskDataset(PAIRS, TEXTS, languages=["en", "de"])
+    assert [str(component) for component in dataset.components] == ["translation en-de"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "at least one of translation and denoising"),
+        ({"translation": []}, "no example in translation"),
+        ({"denoising": [{"text": " ", "lang": "de"}]}, "no example in denoising"),
+        (
+            {"translation": PAIRS, "languages": ["en", "de", "xh"]},
+            r"no example in \['xh'\] .* text in \['de', 'en', 'sw'\]",
+        ),
+        ({"translation": PAIRS, "languages": ["de", "sw"]}, r"no example in \['de', 'sw'\] with the other languages"),
+        ({"translation": [PAIRS[0], {"source": "Open", "src_lang": "en"}]}, "row 1 of the translation dataset must"),
+        ({"translation": [{**PAIRS[0], "target": None}]}, "row 0 of the translation dataset must"),
+        ({"translation": [{"translation": {"en": "Open", "de": None}}]}, "row 0 of the translation dataset must"),
+        ({"denoising": PAIRS}, "row 0 of the denoising dataset must have the strings text and lang"),
+        ({"denoising": {"text": ["a", "b"], "lang": ["de"]}}, r"columns of the lengths {'text': 2, 'lang': 1}"),
+        ({"denoising": (row for row in TEXTS)}, "generator is no map-style dataset; for streams"),
+    ],
+)
+def test_bad_datasets(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MultitaskDataset(**arguments)

@@ -1,0 +1,148 @@
+"""Streams: what a pass holds, exact resume from any batch, shares of ranks, errors in place of endless waiting."""
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pytest
+from torch.utils.data import DataLoader
+
+from hf_moe_ted import DataCollatorForMultitaskSeq2Seq, Mixture, MultitaskStream, StreamSource
+
+PAIRS = [
+    {"source": "s" * (number % 7 + 1), "target": f"target {number}", "src_lang": "en", "tgt_lang": "de"}
+    for number in range(30)
+]
+TEXTS = [{"text": f"neno {number}", "lang": "sw"} for number in range(10)]
+
+
+@pytest.fixture
+def collator(tokenizer: Any) -> DataCollatorForMultitaskSeq2Seq:
+    return DataCollatorForMultitaskSeq2Seq(tokenizer)
+
+
+def stream_of(collator: Any, **options: Any) -> MultitaskStream:
+    sources = [
+        StreamSource("translation", datasets.Dataset.from_list(PAIRS).to_iterable_dataset(num_shards=2), size=30),
+        StreamSource("denoising", TEXTS, size=10),
+    ]
+    return MultitaskStream(sources, collator, **{"max_tokens_per_batch": 160, "buffer_rows": 16, "seed": 3, **options})
+
+
+def targets(batches: Any, tokenizer: Any) -> list[str]:
+    return [tokenizer.decode(example["labels"], skip_special_tokens=True) for batch in batches for example in batch]
+
+
+def test_batches_keep_the_budget(collator: Any) -> None:
+    loader = DataLoader(stream_of(collator), batch_size=None, collate_fn=collator)
+    for batch in islice(loader, 20):
+        assert batch["input_ids"].numel() + batch["labels"].numel() <= 160
+
+
+def test_draws_follow_sizes_and_temperature(collator: Any, tokenizer: Any) -> None:
+    for mixture, share in (
+        (Mixture(), 0.25),
+        (Mixture(1e9), 0.5),
+        (Mixture(task_weights=dict(translation=0.1, denoising=0.9)), 0.9),
+    ):
+        texts = targets(islice(stream_of(collator, mixture=mixture), 200), tokenizer)
+        assert sum("neno" in text for text in texts) / len(texts) == pytest.approx(share, abs=0.07)
+
+
+def test_a_source_goes_through_all_rows_before_one_comes_again(collator: Any, tokenizer: Any) -> None:
+    times: Counter[str] = Counter()
+    stream = stream_of(collator, max_tokens_per_batch=4000, buffer_rows=40)
+    for text in targets(islice(stream, 6), tokenizer):  # whole buffers
+        times[text] += 1
+    assert len(times) == 40
+    of_source = [[count for text, count in times.items() if word in text] for word in ("target", "neno")]
+    assert all(max(counts) - min(counts) <= 1 for counts in of_source)
+
+
+def test_shuffled_streams_change_their_order_with_each_pass(collator: Any, tokenizer: Any) -> None:
+    shuffled = datasets.Dataset.from_list(PAIRS).to_iterable_dataset().shuffle(seed=0, buffer_size=30)
+    source = StreamSource("translation", shuffled, size=30)
+    stream = MultitaskStream([source], collator, 4000, buffer_rows=15)
+    halves = [targets([batch], tokenizer) for batch in islice(stream, 4)]
+    assert {*halves[0]} | {*halves[1]} == {*halves[2]} | {*halves[3]}
+    assert {*halves[0]} != {*halves[2]}
+
+
+@pytest.mark.parametrize("num_batches", [0, 1, 7, 20])
+def test_resume_goes_on_with_the_next_batch(num_batches: int, collator: Any) -> None:
+    options = {"mixture": Mixture(5.0, temperature_warmup_epochs=2), "both_directions": True}
+    expected = list(islice(stream_of(collator, **options), 40))
+    first = stream_of(collator, **options)
+    for _ in islice(first, num_batches):
+        pass
+    state = first.state_dict()
+    resumed = stream_of(collator, **options)
+    resumed.load_state_dict(state)
+    assert list(islice(resumed, 40 - num_batches)) == expected[num_batches:]
+    assert next(iter(resumed)) == expected[num_batches]  # again from the state
+
+
+def test_ranks_share_what_is_drawn(collator: Any, tokenizer: Any) -> None:
+    options = {"max_tokens_per_batch": 4000, "buffer_rows": 20}
+    one = stream_of(collator, **{**options, "buffer_rows": 40})
+    shards = [stream_of(collator, **options).shard(2, index) for index in range(2)]
+    for whole, *parts in islice(zip(one, *shards, strict=True), 4):
+        assert [len(part) for part in parts] == [20, 20]
+        assert sorted(targets([whole], tokenizer)) == sorted(targets(parts, tokenizer))
+
+
+def test_one_worker_gives_the_same_batches_and_more_are_refused(collator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = stream_of(collator)
+    here = [batch["labels"].tolist() for batch in islice(DataLoader(stream, batch_size=None, collate_fn=collator), 5)]
+    loader = DataLoader(stream, batch_size=None, collate_fn=collator, num_workers=1)
+    assert [batch["labels"].tolist() for batch in islice(loader, 5)] == here
+    monkeypatch.setattr("hf_moe_ted.data.multitask_stream.get_worker_info", lambda: SimpleNamespace(num_workers=2))
+    with pytest.raises(ValueError, match=r"dataloader_num_workers \(2\) must be 0 or 1 for a stream"):
+        next(iter(stream))
+
+
+def test_rows_without_text_are_left_out(collator: Any, tokenizer: Any) -> None:
+    rows = [*PAIRS[:3], {**PAIRS[0], "target": ""}]
+    stream = MultitaskStream([StreamSource("translation", rows, size=4)], collator, 4000, buffer_rows=8)
+    assert sorted(targets(islice(stream, 1), tokenizer)) == sorted(["target 0", "target 1", "target 2"] * 2)
+
+
+def once() -> Iterator[dict[str, str]]:
+    yield from PAIRS[:3]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        ([], {}, "a translation stream of size 30 has no row"),
+        (once(), {}, "a translation stream of size 30 has no row; can it be iterated again?"),
+        ([{**PAIRS[0], "target": ""}], {}, "16 rows drawn one after another have no text"),
+        ([*PAIRS[:2], {"source": "Open"}], {}, "row 2 of a translation stream must have the strings"),
+        (PAIRS, {"max_tokens_per_batch": 12}, r"max_tokens_per_batch \(12\) is less than the tokens of one example"),
+    ],
+)
+def test_bad_rows_are_errors(dataset: Any, options: dict[str, Any], message: str, collator: Any) -> None:
+    options = {"max_tokens_per_batch": 160, "buffer_rows": 16, **options}
+    stream = MultitaskStream([StreamSource("translation", dataset, size=30)], collator, **options)
+    with pytest.raises(ValueError, match=message):
+        next(iter(stream))
+
+
+def test_bad_options(collator: Any) -> None:
+    with pytest.raises(ValueError, match="sources is empty"):
+        MultitaskStream([], collator, 160)
+    with pytest.raises(ValueError, match=r"task \('translate'\) must be one of"):
+        StreamSource("translate", PAIRS, size=1)
+    with pytest.raises(ValueError, match=r"size \(0\) must be positive"):
+        StreamSource("translation", PAIRS, size=0)
+    with pytest.raises(ValueError, match=r"buffer_rows \(0\) must be at least 1"):
+        stream_of(collator, buffer_rows=0)
+    with pytest.raises(ValueError, match="for the tasks with examples"):
+        stream_of(collator, mixture=Mixture(task_weights={"translation": 1.0}))
+    with pytest.raises(ValueError, match=r"index \(2\) must be at least 0 and less than num_shards \(2\)"):
+        stream_of(collator).shard(2, 2)
+    with pytest.raises(ValueError, match="of a stream with 2 shards, this one has 1"):
+        stream_of(collator).load_state_dict(stream_of(collator).shard(2, 0).state_dict())

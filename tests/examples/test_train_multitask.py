@@ -1,0 +1,170 @@
+"""The multitask example: data files, plans, an experiment of tiny models and its report."""
+
+import json
+import lzma
+import sys
+from pathlib import Path
+from typing import Any
+
+import experiment_report
+import pytest
+import train_multitask
+from multitask_data import backwards, first_pairs, monolingual, read_pairs
+
+RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes" / "experiments").glob("*.json"))
+LINES = [
+    f"{lang}\tEnglish sentence {number} about {topic}\t{lang} {topic} sentensi {number} hapa"
+    for topic in ("tabs", "windows")
+    for number in range(12)
+    for lang in ("de", "is")
+]
+TINY = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "num_experts": 4,
+    "max_position_embeddings": 64,
+    "capacity_factor": 1.0,
+}
+RECIPE: dict[str, Any] = {
+    "vocab_size": 320,
+    "config": TINY,
+    "max_length": 48,
+    "max_tokens_per_batch": 512,
+    "low_resource_languages": ["is"],
+    "low_resource_pairs": 5,
+    "max_eval_samples": 2,
+    "max_test_samples": 1,
+    "max_steps": 4,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "bf16": True,
+    "seeds": [0, 1],
+    "variants": {
+        "sparse": {"denoising": True, "task_weights": {"translation": 0.5, "denoising": 0.5}},
+        "dense": {"config": {"encoder_sparse_step": 0, "decoder_sparse_step": 0}},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train_multitask")
+    with lzma.open(folder / "train.tsv.xz", "wt", encoding="utf-8") as file:
+        file.write("\n".join(["lang\tenglish\ttarget", *LINES]) + "\n")
+    (folder / "validation.tsv").write_text("\n".join(line.replace("\t", "\torigin\t", 1) for line in LINES[:20]) + "\n")
+    (folder / "recipe.json").write_text(json.dumps(RECIPE))
+    return folder
+
+
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
+    files = ["--train_file", str(folder / "train.tsv.xz"), "--validation_file", str(folder / "validation.tsv")]
+    argv = ["train_multitask.py", str(folder / "recipe.json"), *files, "--output_dir", str(folder / "runs"), *more]
+    monkeypatch.setattr(sys, "argv", argv)
+    train_multitask.main()
+
+
+def test_files_are_read_in_all_their_forms(folder: Path) -> None:
+    pairs = read_pairs(folder / "train.tsv.xz")
+    assert len(pairs) == 48
+    assert pairs[0] == {
+        "source": "English sentence 0 about tabs",
+        "target": "de tabs sentensi 0 hapa",
+        "src_lang": "en",
+        "tgt_lang": "de",
+    }
+    assert read_pairs(folder / "validation.tsv") == pairs[:20]
+    assert {pair["tgt_lang"] for pair in read_pairs(folder / "train.tsv.xz", ["is"])} == {"is"}
+    assert backwards(pairs[:1])[0]["src_lang"] == "de"
+    low = first_pairs(pairs, 5, ["is"])
+    assert [sum(pair["tgt_lang"] == lang for pair in low) for lang in ("is", "de")] == [5, 24]
+    texts = monolingual(pairs)
+    assert len(texts) == 48 + 24  # an English text that has two translations is one text
+    with pytest.raises(ValueError, match=r"no line of .*train.tsv.xz is in \['fr'\]"):
+        read_pairs(folder / "train.tsv.xz", ["de", "fr"])
+    (folder / "bad.tsv").write_text("de\tonly\tthree\nde\ttwo\n")
+    with pytest.raises(ValueError, match=r"line 2 of .*bad\.tsv has 2 columns"):
+        read_pairs(folder / "bad.tsv")
+
+
+def test_dry_run_prints_the_plan(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(folder, monkeypatch, "--dry_run")
+    printed = capsys.readouterr().out
+    plans = printed.split("\nsparse, seed 0")[1].split("\ndense, seed 0")
+    assert "seed 1" not in printed
+    rows = {line.split()[0] + line.split()[1]: line.split()[2:] for line in plans[0].splitlines() if "%" in line}
+    assert [rows[name][0] for name in ("translationen-de", "translationen-is", "denoisingis-is")] == ["24", "5", "24"]
+    shares = [float(row[2].rstrip("%")) for name, row in rows.items() if name.startswith("denoising")]
+    assert sum(shares) == pytest.approx(50, abs=2)
+    assert "training: 4 steps" in plans[0] and "memory: weights" in plans[0]
+    sparse, dense = (plan.split("parameters: ")[1].split("\n")[0] for plan in plans)
+    assert sparse.split(", of which a token uses ")[0] != dense.split(", of which a token uses ")[0]
+    assert dense.split(", of which a token uses ") == [dense.split(", of")[0]] * 2
+    assert not (folder / "runs" / "sparse").exists()
+
+
+def test_experiment_and_report(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(folder, monkeypatch, "--seeds", "0")
+    run(folder, monkeypatch)  # the other seed
+    assert capsys.readouterr().out.count(" is done") == 2
+    result = json.loads((folder / "runs" / "sparse" / "seed_1" / "result.json").read_text())
+    history = result["log_history"]
+    seconds = [entry["seconds"] for entry in history]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    assert {"eval_low_loss", "eval_high_loss"} <= {name for entry in history for name in entry}
+    places = [entry["dropped_by_place"] for entry in history if "dropped_by_place" in entry]
+    assert len(places) == 4 and all(len(place) == 10 for place in places)
+    overall = next(entry["router/dropped"] for entry in history if "router/dropped" in entry)
+    assert min(places[0]) <= overall + 0.1 and max(places[0]) >= overall - 0.1
+    translations = json.loads((folder / "runs" / "dense" / "seed_0" / "translations.json").read_text())
+    assert {(row["src_lang"], row["tgt_lang"]) for row in translations} == {
+        ("en", "de"),
+        ("de", "en"),
+        ("en", "is"),
+        ("is", "en"),
+    }
+
+    monkeypatch.setattr(experiment_report, "score", lambda result: {"BLEU en-X": 1.0})  # which metrics/ tests
+    text = experiment_report.write_report(folder / "runs", "Sparse and dense", "dense")
+    assert text.startswith("# Sparse and dense")
+    assert "| sparse | 2 |" in text and "low loss" in text and "1.00 ± 0.00" in text
+    assert (folder / "runs" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "runs" / "dropped_by_place.png").is_file()
+    with pytest.raises(ValueError, match="must be one of the variants"):
+        experiment_report.write_report(folder / "runs", "Sparse", "other")
+
+
+def test_steps_to_a_loss_are_interpolated() -> None:
+    curve = [(100, 1.0, 4.0), (200, 2.0, 3.0), (300, 3.0, 2.0)]
+    assert experiment_report.steps_to(curve, 2.5) == 250
+    assert experiment_report.steps_to(curve, 5.0) == 100
+    assert experiment_report.steps_to(curve, 1.0) == float("inf")
+    assert experiment_report.mean_and_spread([1.0, 2.0, float("inf")], 1) == "1.5 ± 0.7 (2 of 3 seeds)"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_have_only_fields_that_there_are(recipe: Path, folder: Path) -> None:
+    files = ["--train_file", str(folder / "train.tsv.xz"), "--validation_file", str(folder / "validation.tsv")]
+    runs, is_dry = train_multitask.runs_of([str(recipe), *files, "--use_cpu"])
+    assert not is_dry
+    fields = json.loads(recipe.read_text())
+    assert len(runs) == len(fields["seeds"]) * len(fields["variants"])
+    for each in runs:
+        assert each.folder == Path(fields["output_dir"]) / each.variant / f"seed_{each.seed}"
+        assert train_multitask.ZCodeM3Config(vocab_size=32000, **json.loads(each.model.config))
+
+
+def test_unknown_variants(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"recipe.json has no variants \['other'\]; it has \['sparse', 'dense'\]"):
+        train_multitask.runs_of([str(folder / "recipe.json"), "--variants", "other"])

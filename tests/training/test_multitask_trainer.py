@@ -1,0 +1,239 @@
+"""Multitask training with the Trainer: batches, exact resume, ranks, label smoothing, schedules."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+from hf_moe_ted import (
+    DataCollatorForMultitaskSeq2Seq,
+    Mixture,
+    MultitaskDataset,
+    MultitaskSeq2SeqTrainer,
+    MultitaskStream,
+    MultitaskTrainerMixin,
+    MultitaskTrainingArguments,
+    StreamSource,
+    TedPlugin,
+    TedSeq2SeqTrainer,
+    ZCodeM3ForConditionalGeneration,
+    ZCodeM3Tokenizer,
+    initialize_checkpoint,
+)
+from hf_moe_ted.testing import run_distributed_test, tiny_config
+
+PAIRS = [
+    {"source": f"{n} " + "s" * (n % 13), "target": f"t {n}" * (n % 5 + 1), "src_lang": "en", "tgt_lang": "de"}
+    for n in range(40)
+]
+TEXTS = [{"text": f"neno la {number} hapa", "lang": "sw"} for number in range(12)]
+TOKENIZER = ZCodeM3Tokenizer(languages=["en", "de", "sw"], model_max_length=64)
+
+
+def arguments(folder: Path | str, **options: Any) -> MultitaskTrainingArguments:
+    defaults: dict[str, Any] = {"max_tokens_per_batch": 256, "sampling_temperature": 5.0, "logging_steps": 1}
+    defaults |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "bf16": False}
+    defaults |= {"learning_rate": 1e-2, "seed": 5}
+    return MultitaskTrainingArguments(str(folder), **{**defaults, **options})
+
+
+def new_model(**config: Any) -> ZCodeM3ForConditionalGeneration:
+    torch.manual_seed(0)
+    return ZCodeM3ForConditionalGeneration(tiny_config(vocab_size=len(TOKENIZER), dropout=0.1, **config))
+
+
+def trainer_of(folder: Path, dataset: Any = None, config: Any = None, **options: Any) -> MultitaskSeq2SeqTrainer:
+    dataset = MultitaskDataset(PAIRS, TEXTS, both_directions=True) if dataset is None else dataset
+    model = new_model(**config or {})
+    return MultitaskSeq2SeqTrainer(
+        model=model,
+        args=arguments(folder, **options),
+        train_dataset=dataset,
+        eval_dataset=MultitaskDataset(PAIRS[:4], TEXTS[:2]),
+        data_collator=DataCollatorForMultitaskSeq2Seq(TOKENIZER, model),
+        processing_class=TOKENIZER,
+    )
+
+
+def losses(trainer: Any) -> list[float]:
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def stream() -> MultitaskStream:
+    sources = [StreamSource("translation", PAIRS, size=40), StreamSource("denoising", TEXTS, size=12)]
+    return MultitaskStream(sources, DataCollatorForMultitaskSeq2Seq(TOKENIZER), 256, buffer_rows=20)
+
+
+def test_trains_and_evaluates(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, num_train_epochs=3, lr_scheduler_type="constant")
+    steps = len(trainer.get_train_dataloader())
+    trainer.train()
+    assert trainer.state.global_step == 3 * steps
+    assert sum(losses(trainer)[-5:]) < sum(losses(trainer)[:5])
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_resumes_in_the_middle_of_an_epoch_with_the_same_numbers(is_streamed: bool, tmp_path: Path) -> None:
+    steps_per_epoch = len(trainer_of(tmp_path).get_train_dataloader())
+    save_at = steps_per_epoch + 3  # in the second epoch
+    options: dict[str, Any] = {"temperature_warmup_epochs": 2.0, "max_steps": save_at + 4}
+    whole = trainer_of(tmp_path / "whole", stream() if is_streamed else None, **options)
+    whole.train()
+    saving = {"save_strategy": "steps", "save_steps": save_at}
+    trainer_of(tmp_path / "run", stream() if is_streamed else None, **options, **saving).train()
+    resumed = trainer_of(tmp_path / "run", stream() if is_streamed else None, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{save_at}"))
+    assert losses(resumed)[-4:] == losses(whole)[-4:]
+    for (name, weight), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(weight, other), name
+
+
+def seen_by_rank(folder: str, checkpoint: str, tp_size: int, is_streamed: bool) -> dict[str, Any]:
+    """Sources that this rank has trained on, and its losses, with a checkpoint in the middle of the second epoch."""
+    plugin = TedPlugin(tensor_parallel_size=tp_size)
+
+    class TedMultitaskTrainer(MultitaskTrainerMixin, TedSeq2SeqTrainer):
+        seen: list[list[str]]
+
+        def training_step(self, model: Any, inputs: Any, *args: Any) -> Any:
+            self.seen.append(TOKENIZER.batch_decode(inputs["input_ids"], skip_special_tokens=True))
+            return super().training_step(model, inputs, *args)
+
+    def new_trainer(**options: Any) -> TedMultitaskTrainer:
+        model = ZCodeM3ForConditionalGeneration.from_pretrained(
+            checkpoint, distributed_config=plugin.distributed_config
+        )
+        trainer = TedMultitaskTrainer(
+            model=model,
+            args=arguments(folder, parallelism_config=plugin, max_steps=options.pop("max_steps", 14), **options),
+            train_dataset=stream() if is_streamed else MultitaskDataset(PAIRS, TEXTS, both_directions=True),
+            data_collator=DataCollatorForMultitaskSeq2Seq(TOKENIZER),
+            processing_class=TOKENIZER,
+        )
+        trainer.seen = []
+        return trainer
+
+    first = new_trainer(save_strategy="steps", save_steps=11)
+    first.train()
+    resumed = new_trainer()
+    resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-11")
+    return {"seen": first.seen, "resumed": resumed.seen, "losses": losses(first), "resumed_losses": losses(resumed)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_ranks_of_a_tensor_parallel_group_share_batches_and_others_do_not(is_streamed: bool, tmp_path: Path) -> None:
+    config = tiny_config(vocab_size=len(TOKENIZER))
+    initialize_checkpoint(config, tmp_path / "model", seed=0)
+    ranks = run_distributed_test(
+        seen_by_rank, 4, str(tmp_path / "run"), str(tmp_path / "model"), tp_size=2, is_streamed=is_streamed
+    )
+    assert ranks[0]["seen"] == ranks[1]["seen"]
+    assert ranks[2]["seen"] == ranks[3]["seen"]
+    assert all(one != other for one, other in zip(ranks[0]["seen"], ranks[2]["seen"], strict=True))
+    if not is_streamed:
+        # the same batches as one process has, by turns
+        dataset = MultitaskDataset(PAIRS, TEXTS, both_directions=True)
+        alone = trainer_of(tmp_path, dataset).get_train_dataloader()
+        expected = [TOKENIZER.batch_decode(batch["input_ids"], skip_special_tokens=True) for batch in alone]
+        num_steps = len(expected) // 2
+        assert num_steps < 11
+        assert ranks[0]["seen"][:num_steps] == expected[0 : 2 * num_steps : 2]
+        assert ranks[2]["seen"][:num_steps] == expected[1 : 2 * num_steps : 2]
+    for rank in ranks:
+        assert rank["resumed"] == rank["seen"][11:]
+        assert rank["resumed_losses"][-3:] == rank["losses"][-3:]
+
+
+def steps_of_small_dataset(folder: str, num_rows: int) -> int:
+    dataset = MultitaskDataset(PAIRS[:num_rows])
+    trainer = trainer_of(Path(folder), dataset, num_train_epochs=2)
+    trainer.train()
+    return trainer.state.global_step
+
+
+@pytest.mark.slow
+def test_fewer_batches_than_ranks_are_repeated(tmp_path: Path) -> None:
+    assert run_distributed_test(steps_of_small_dataset, 2, str(tmp_path), 1, timeout_s=120.0) == [2, 2]
+
+
+def test_label_smoothing_of_the_arguments_is_that_of_the_model(tmp_path: Path) -> None:
+    by_options: list[list[float]] = []
+    for factor, of_config in ((0.1, 0.0), (0.0, 0.1), (0.1, 0.1), (0.0, 0.0)):
+        trainer = trainer_of(
+            tmp_path, config={"label_smoothing": of_config}, label_smoothing_factor=factor, max_steps=2
+        )
+        trainer.train()
+        by_options.append(losses(trainer))
+    assert by_options[0] == by_options[1] == by_options[2] != by_options[3]
+    with pytest.raises(ValueError, match=r"label_smoothing_factor \(0.1\) and config.label_smoothing \(0.2\)"):
+        trainer_of(tmp_path, config={"label_smoothing": 0.2}, label_smoothing_factor=0.1)
+
+
+def test_the_plain_trainer_smooths_without_router_losses(tmp_path: Path) -> None:
+    """What `docs/training.md` says of `label_smoothing_factor` with a plain Trainer."""
+    model = new_model(router_aux_loss_coef=0.0, router_z_loss_coef=0.0, label_smoothing=0.1, capacity_factor=None)
+    model.config.dropout = 0.0
+    features = [DataCollatorForMultitaskSeq2Seq(TOKENIZER, model).encode([pair])[0] for pair in PAIRS[:4]]
+    args = Seq2SeqTrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to="none", use_cpu=True)
+    collator = DataCollatorForSeq2Seq(TOKENIZER, model=model)
+    trainer = Seq2SeqTrainer(model, args, train_dataset=features, data_collator=collator)
+    model.eval()
+    batch = collator(features)
+    num_labels = (batch["labels"] != -100).sum()
+    smoothed = trainer.compute_loss(model, dict(batch), num_items_in_batch=num_labels)
+    model.config.label_smoothing, logits = 0.1, model(**batch).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), label_smoothing=0.1)
+    assert smoothed.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_inverse_square_root_schedule(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, max_steps=9, warmup_steps=4, lr_scheduler_type="inverse_sqrt", learning_rate=0.1)
+    trainer.train()
+    rates = [log["learning_rate"] for log in trainer.state.log_history if "loss" in log]
+    # a log has the rate of the step that comes after it
+    expected = [0.1 * min((step + 0) / 4, (4 / max(step, 4)) ** 0.5) for step in range(9)]
+    assert rates == pytest.approx(expected)
+
+
+def test_other_datasets_are_as_always(tmp_path: Path) -> None:
+    features = DataCollatorForMultitaskSeq2Seq(TOKENIZER).encode(PAIRS[:8])
+    trainer = trainer_of(tmp_path, features, per_device_train_batch_size=2)
+    assert isinstance(trainer.get_train_dataloader(), DataLoader)
+    assert len(trainer.get_train_dataloader()) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampling_temperature": -1.0}, r"temperature \(-1.0\) must be positive"),
+        ({"task_weights": '{"translation": 0.5}'}, "sum to 1, not 0.5"),
+        ({"task_weights": "translation=1"}, r"task_weights \('translation=1'\) must be a JSON dictionary"),
+        ({"remove_unused_columns": True}, r"remove_unused_columns \(True\) must be False"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **options)
+
+
+def test_bad_trainers(tmp_path: Path) -> None:
+    dataset, model = MultitaskDataset(PAIRS), new_model()
+    with pytest.raises(ValueError, match=r"data_collator \(DataCollatorForSeq2Seq\) must be a DataCollatorForMulti"):
+        MultitaskSeq2SeqTrainer(
+            model, arguments(tmp_path), train_dataset=dataset, data_collator=DataCollatorForSeq2Seq(TOKENIZER)
+        )
+    with pytest.raises(ValueError, match="args must be MultitaskTrainingArguments, got Seq2SeqTrainingArguments"):
+        MultitaskSeq2SeqTrainer(model, Seq2SeqTrainingArguments(str(tmp_path)), train_dataset=dataset)
+    with pytest.raises(ValueError, match=r"max_tokens_per_batch \(8\) is less than the tokens of one example"):
+        trainer_of(tmp_path, max_tokens_per_batch=8).train()
+
+
+def test_arguments_hold_a_mixture(tmp_path: Path) -> None:
+    options = {"task_weights": '{"translation": 0.7, "denoising": 0.3}', "temperature_warmup_epochs": 5.0}
+    expected = Mixture(5.0, 5.0, {"translation": 0.7, "denoising": 0.3})
+    assert arguments(tmp_path, **options).mixture() == expected
