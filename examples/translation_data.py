@@ -53,6 +53,20 @@ def load_directions(
     return directions
 
 
+def first_rows(directions: dict[Direction, Dataset], max_samples: int | None = None) -> list[dict[str, str]]:
+    """The first rows of each direction with their languages, as `collect_expert_statistics` takes them."""
+    return [
+        {
+            "source": row["source"],
+            "target": row["target"],
+            "src_lang": direction.src_lang,
+            "tgt_lang": direction.tgt_lang,
+        }
+        for direction, data in directions.items()
+        for row in data.select(range(min(len(data), max_samples or len(data))))
+    ]
+
+
 def tokenize(dataset: Dataset, tokenizer: Any, direction: Direction, max_length: int) -> Dataset:
     """Columns `input_ids`, `attention_mask`, `labels` and `length`; longer texts are truncated to `max_length`."""
 

@@ -1,19 +1,14 @@
-"""Translate test sets in length-sorted batches and score them: BLEU, chrF and length ratio per direction."""
+"""Scores of the examples: BLEU, chrF, length ratio and language of translations per direction, rounded."""
 
 from dataclasses import asdict, dataclass
 from statistics import mean
 from typing import Any
 
-import evaluate
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
-from translation_data import Direction
+from translation_data import Direction, first_rows
 
-from hf_moe_ted.metrics import metric_path
-
-# sacreBLEU tokenizers of languages that are written without spaces between words
-BLEU_TOKENIZER = {"zh": "zh", "ja": "char", "th": "char"}
+from hf_moe_ted import TranslationScores, evaluate_translation, score_translations
 
 
 @dataclass(frozen=True)
@@ -24,70 +19,44 @@ class Score:
     bleu: float
     chrf: float
     length_ratio: float
+    off_target: float  # share of translations in another language; 0 for a target language that is not detected
     copy_chrf: float  # chrF of the untranslated source
+
+    @classmethod
+    def of(cls, scores: TranslationScores) -> "Score":
+        """What the library has found, rounded."""
+        return cls(
+            num_sentences=scores.num_sentences,
+            bleu=round(scores.bleu, 2),
+            chrf=round(scores.chrf, 2),
+            length_ratio=round(scores.length_ratio, 3),
+            off_target=round(scores.off_target or 0.0, 3),
+            copy_chrf=round(scores.source_chrf, 2),
+        )
 
 
 @torch.inference_mode()
 def translate(
-    model: Any,
-    tokenizer: Any,
-    sources: list[str],
-    direction: Direction,
-    *,
-    batch_size: int = 64,
-    num_beams: int = 1,
-    max_new_tokens: int = 128,
-    progress: tqdm | None = None,
+    model: Any, tokenizer: Any, sources: list[str], direction: Direction, *, max_new_tokens: int = 128
 ) -> list[str]:
-    """Translations of `sources`, in their order. Long sources go first, so that a batch has little padding."""
-    order = sorted(range(len(sources)), key=lambda index: -len(sources[index]))
-    translations = [""] * len(sources)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        inputs = tokenizer(
-            [sources[index] for index in batch],
-            src_lang=direction.src_lang,
-            padding=True,
-            truncation=True,
-            max_length=model.config.max_position_embeddings,
-            return_tensors="pt",
-        ).to(model.device)
-        output = model.generate(
-            **inputs,
-            forced_bos_token_id=tokenizer.get_lang_id(direction.tgt_lang),
-            num_beams=num_beams,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-        )
-        for index, text in zip(batch, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
-            translations[index] = text
-        if progress is not None:
-            progress.update(len(batch))
-    return translations
+    """Translations of `sources`, in one batch."""
+    inputs = tokenizer(sources, src_lang=direction.src_lang, padding=True, return_tensors="pt").to(model.device)
+    output = model.generate(
+        **inputs,
+        forced_bos_token_id=tokenizer.get_lang_id(direction.tgt_lang),
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+    )
+    return tokenizer.batch_decode(output, skip_special_tokens=True)
 
 
 class TranslationEvaluator:
-    """Scores translations with the metrics of the package, which work offline."""
-
-    def __init__(self) -> None:
-        self.bleu = evaluate.load(metric_path("sacrebleu"))
-        self.chrf = evaluate.load(metric_path("chrf"))
-        self.length_ratio = evaluate.load(metric_path("length_ratio"))
+    """Scores of several directions."""
 
     def score(self, direction: Direction, sources: list[str], predictions: list[str], references: list[str]) -> Score:
-        """Score one direction."""
-        tokenizer = BLEU_TOKENIZER.get(direction.tgt_lang, "13a")
-        bleu = self.bleu.compute(predictions=predictions, references=references, tokenize=tokenizer)
-        chrf = self.chrf.compute(predictions=predictions, references=references)
-        copy_chrf = self.chrf.compute(predictions=sources, references=references)
-        length_ratio = self.length_ratio.compute(predictions=predictions, references=references)
-        return Score(
-            num_sentences=len(sources),
-            bleu=round(bleu["score"], 2),
-            chrf=round(chrf["score"], 2),
-            length_ratio=round(length_ratio["corpus_ratio"], 3),
-            copy_chrf=round(copy_chrf["score"], 2),
-        )
+        """Score the translations of one direction."""
+        return Score.of(score_translations(sources, predictions, references, tgt_lang=direction.tgt_lang))
 
     def evaluate(
         self,
@@ -96,19 +65,11 @@ class TranslationEvaluator:
         directions: dict[Direction, Dataset],
         *,
         max_samples: int | None = None,
-        description: str = "Translating",
-        **generation: Any,
+        batch_size: int = 64,
     ) -> dict[Direction, Score]:
-        """Translate and score each direction with [`translate`], the first `max_samples` of each."""
-        model.eval()
-        samples = {d: data.select(range(min(len(data), max_samples or len(data)))) for d, data in directions.items()}
-        scores = {}
-        with tqdm(total=sum(map(len, samples.values())), desc=description, unit="sentence") as progress:
-            for direction, data in samples.items():
-                sources = list(data["source"])
-                predictions = translate(model, tokenizer, sources, direction, progress=progress, **generation)
-                scores[direction] = self.score(direction, sources, predictions, list(data["target"]))
-        return scores
+        """Translate and score each direction, the first `max_samples` of each."""
+        quality = evaluate_translation(model, tokenizer, first_rows(directions, max_samples), batch_size=batch_size)
+        return {Direction(*pair): Score.of(scores) for pair, scores in quality.directions.items()}
 
 
 def average(scores: dict[Direction, Score]) -> Score:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from hf_moe_ted import ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer, read_deepspeed_state_dict
+from hf_moe_ted import TranslationQuality, ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer, read_deepspeed_state_dict
+from hf_moe_ted.cli import app
 from hf_moe_ted.testing import tiny_config
 
 NLLB_MOE = Path(__file__).parent / "fixtures" / "nllb_moe" / "tiny_a"
@@ -16,6 +18,13 @@ COMMAND = Path(sys.executable).with_name("hf-moe-ted")
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([COMMAND, *map(str, arguments)], check=False, capture_output=True, text=True)
+
+
+def run_here(*arguments: str | Path) -> str:
+    """What a command prints; faster than `run`, for those that follow each other."""
+    result = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
 def test_convert_nllb_moe(tmp_path: Path) -> None:
@@ -53,19 +62,77 @@ def test_statistics_and_pruning(tmp_path: Path) -> None:
     demo = Path(__file__).parents[1] / "examples" / "checkpoints" / "zcode_m3_demo"
     rows = [{"source": "Close", "target": "Schlie\u00dfen", "src_lang": "en", "tgt_lang": "de"}] * 3
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    done = run("expert-statistics", demo, tmp_path / "rows.jsonl", tmp_path / "statistics", "--languages", "en,de")
-    assert done.returncode == 0, done.stderr
-    assert "3 sentences in 1 directions" in done.stdout
+    statistics = tmp_path / "statistics"
+    printed = run_here("expert-statistics", demo, tmp_path / "rows.jsonl", statistics, "--languages", "en,de")
+    assert "3 sentences in 1 directions" in printed
 
-    options = ["--statistics", tmp_path / "statistics", "--languages", "en:de", "--keep", "0.5"]
-    done = run("prune", demo, "--output", tmp_path / "half", *options)
-    assert done.returncode == 0, done.stderr
+    options = ["--statistics", statistics, "--languages", "en:de", "--keep", "0.5"]
+    run_here("prune", demo, "--output", tmp_path / "half", *options)
     experts = ZCodeM3ForConditionalGeneration.from_pretrained(demo).config.num_experts
     assert ZCodeM3ForConditionalGeneration.from_pretrained(tmp_path / "half").config.num_experts == experts // 2
 
     wrong = run("prune", demo, "--output", tmp_path / "none", "--keep", "0.5")
     assert wrong.returncode == 1
     assert "statistics" in wrong.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def model_and_text(tmp_path: Path) -> tuple[Path, Path]:
+    torch.manual_seed(0)
+    folder, text = tmp_path / "full", tmp_path / "text.jsonl"
+    ZCodeM3ForConditionalGeneration(tiny_config(vocab_size=272)).save_pretrained(folder)
+    ZCodeM3Tokenizer(languages=["en", "de"]).save_pretrained(folder)
+    rows = [{"translation": {"en": "save", "de": "speichern"}}, {"translation": {"en": "yes, close", "de": "ja"}}]
+    text.write_text("\n".join(map(json.dumps, rows)))
+    return folder, text
+
+
+def num_experts(folder: Path) -> int:
+    return ZCodeM3ForConditionalGeneration.from_pretrained(folder).config.num_experts
+
+
+def test_compression_and_its_report(model_and_text: tuple[Path, Path], tmp_path: Path) -> None:
+    full, text = model_and_text
+    half, statistics = tmp_path / "half", tmp_path / "statistics"
+    evaluate = ["--batch-size", "2", "--max-new-tokens", "4", "--output"]
+    printed = run_here("evaluate", full, text, *evaluate, tmp_path / "before.json")
+    assert "all directions: BLEU" in printed and "4 sentences in 2 directions" in printed
+    run_here("expert-statistics", full, text, statistics)
+
+    printed = run_here(
+        "merge", full, "--keep", "0.5", "--statistics", statistics, "--output", half, "--method", "frequency"
+    )
+    assert "experts merged to" in printed and num_experts(half) == num_experts(full) // 2
+    one_way = ["--languages", "en,de", "--max-sentences", "1", "--num-beams", "2"]
+    run_here("evaluate", half, text, *evaluate, tmp_path / "beams.json", *one_way)
+    beams = TranslationQuality.load(tmp_path / "beams.json")
+    assert (beams.num_sentences, beams.num_beams, beams.batch_size, beams.max_new_tokens) == (2, 2, 2, 4)
+    with pytest.raises(ValueError, match=r"beams\.json exists"):
+        run_here("evaluate", half, text, *evaluate, tmp_path / "beams.json")
+    run_here("evaluate", half, text, *evaluate, tmp_path / "beams.json", "--overwrite")
+
+    (half / "report.md").unlink()
+    qualities = ["--before", tmp_path / "before.json", "--after", tmp_path / "beams.json"]
+    assert "report.md" in run_here("report", half, *qualities, "--trained", tmp_path / "before.json")
+    assert "|  | before | after | after training |" in (half / "report.md").read_text()
+    assert "lost most, by chrF" in (half / "README.md").read_text()
+    run_here("report", half, "--statistics", statistics)
+    with pytest.raises(ValueError, match=r"before\.json does not exist"):
+        run_here("report", half, "--before", tmp_path / "none" / "before.json")
+
+
+def test_aggregate_and_quantize(model_and_text: tuple[Path, Path], tmp_path: Path) -> None:
+    full, _ = model_and_text
+    assert "2 checkpoints -> one" in run_here("aggregate", full, full, "--output", tmp_path / "both")
+    assert num_experts(tmp_path / "both") == 2 * num_experts(full)
+    options = ["--bits", "4", "--group-size", "8", "--max-shard-size", "60KB"]
+    assert "experts in 4 bits, in groups of 8" in run_here("quantize", full, "--output", tmp_path / "int4", *options)
+    assert len([*(tmp_path / "int4").glob("*.safetensors")]) > 1
+    config = ZCodeM3ForConditionalGeneration.from_pretrained(tmp_path / "int4").config.quantization_config
+    assert (config.bits, config.group_size) == (4, 8)
+    with pytest.raises(ValueError, match=r"output_dir .* is not empty"):
+        run_here("quantize", full, "--output", tmp_path / "int4")
+    run_here("quantize", full, "--output", tmp_path / "int4", "--overwrite")
 
 
 def test_deepspeed_there_and_back(tmp_path: Path) -> None:

@@ -15,13 +15,24 @@ if TYPE_CHECKING:
     from .checkpoint.initialization import initialize_checkpoint
     from .checkpoint.nllb_moe import convert_nllb_moe_checkpoint
     from .checkpoint.upcycling import upcycle_dense_checkpoint
-    from .compression.aggregate import AggregationReport, aggregate_experts
+    from .compression.aggregate import aggregate_experts
+    from .compression.compression_report import AggregationReport, MergingReport, PruningReport, QuantizationReport
     from .compression.expert_statistics import ExpertStatistics, LayerStatistics
-    from .compression.merge import MergingReport, MergingResult, merge_experts
+    from .compression.merge import MergingResult, merge_experts
     from .compression.prune import PruningResult, prune_experts
-    from .compression.quantize import QuantizationReport, quantize_experts
+    from .compression.quantize import quantize_experts
     from .compression.quantized_experts import ExpertQuantizationConfig
+    from .compression.report_folder import write_compression_report
     from .compression.statistics_collection import collect_expert_statistics
+    from .compression.translation_evaluation import evaluate_translation
+    from .compression.translation_quality import DirectionQuality, TranslationQuality
+    from .compression.translation_scores import TranslationScores, score_translations
+    from .data.batch_sampler import TokenBudgetBatchSampler, token_lengths
+    from .data.collator import DataCollatorForMultitaskSeq2Seq
+    from .data.denoising import DenoisingNoise
+    from .data.mixture import Mixture
+    from .data.multitask_dataset import MultitaskDataset
+    from .data.multitask_stream import MultitaskStream, StreamSource
     from .distributed.accelerate_plugin import TedPlugin
     from .distributed.activation_checkpoint import communication_aware_context_fn
     from .distributed.ted_config import TedConfig
@@ -31,28 +42,45 @@ if TYPE_CHECKING:
     from .models.pipeline_translation import ZCodeM3TranslationPipeline
     from .models.tokenization_zcode_m3 import ZCodeM3Tokenizer
     from .optim.tiled_adamw import TiledAdamW
+    from .training.language_routing import LanguageRoutingCallback
+    from .training.multitask_trainer import MultitaskSeq2SeqTrainer, MultitaskTrainerMixin, MultitaskTrainingArguments
     from .training.router_statistics import RouterStatisticsCallback
 
 __version__ = version("hf-moe-ted")
 
 _MODULE_OF_NAME = {
-    "AggregationReport": "compression.aggregate",
+    "AggregationReport": "compression.compression_report",
     "ConversionReport": "checkpoint.conversion_report",
+    "DataCollatorForMultitaskSeq2Seq": "data.collator",
     "DeepSpeedLayout": "checkpoint.deepspeed_reader",
+    "DenoisingNoise": "data.denoising",
+    "DirectionQuality": "compression.translation_quality",
     "ExpertQuantizationConfig": "compression.quantized_experts",
     "ExpertStatistics": "compression.expert_statistics",
+    "LanguageRoutingCallback": "training.language_routing",
     "LayerStatistics": "compression.expert_statistics",
-    "MergingReport": "compression.merge",
+    "MergingReport": "compression.compression_report",
     "MergingResult": "compression.merge",
+    "Mixture": "data.mixture",
+    "MultitaskDataset": "data.multitask_dataset",
+    "MultitaskSeq2SeqTrainer": "training.multitask_trainer",
+    "MultitaskStream": "data.multitask_stream",
+    "MultitaskTrainerMixin": "training.multitask_trainer",
+    "MultitaskTrainingArguments": "training.multitask_trainer",
+    "PruningReport": "compression.compression_report",
     "PruningResult": "compression.prune",
-    "QuantizationReport": "compression.quantize",
+    "QuantizationReport": "compression.compression_report",
     "RouterStatisticsCallback": "training.router_statistics",
     "RuleSet": "checkpoint.conversion_rules",
+    "StreamSource": "data.multitask_stream",
     "TedConfig": "distributed.ted_config",
     "TedPlugin": "distributed.accelerate_plugin",
     "TedSeq2SeqTrainer": "distributed.trainer",
     "TedTrainer": "distributed.trainer",
     "TiledAdamW": "optim.tiled_adamw",
+    "TokenBudgetBatchSampler": "data.batch_sampler",
+    "TranslationQuality": "compression.translation_quality",
+    "TranslationScores": "compression.translation_scores",
     "ZCodeM3Config": "models.configuration_zcode_m3",
     "ZCodeM3ForConditionalGeneration": "models.modeling_zcode_m3",
     "ZCodeM3Model": "models.modeling_zcode_m3",
@@ -64,6 +92,7 @@ _MODULE_OF_NAME = {
     "communication_aware_context_fn": "distributed.activation_checkpoint",
     "convert_deepspeed_checkpoint": "checkpoint.deepspeed_converter",
     "convert_nllb_moe_checkpoint": "checkpoint.nllb_moe",
+    "evaluate_translation": "compression.translation_evaluation",
     "export_deepspeed_checkpoint": "checkpoint.deepspeed_writer",
     "initialize_checkpoint": "checkpoint.initialization",
     "inspect_deepspeed_checkpoint": "checkpoint.deepspeed_reader",
@@ -71,27 +100,45 @@ _MODULE_OF_NAME = {
     "prune_experts": "compression.prune",
     "quantize_experts": "compression.quantize",
     "read_deepspeed_state_dict": "checkpoint.deepspeed_reader",
+    "score_translations": "compression.translation_scores",
+    "token_lengths": "data.batch_sampler",
     "upcycle_dense_checkpoint": "checkpoint.upcycling",
+    "write_compression_report": "compression.report_folder",
 }
 
 __all__ = [
     "AggregationReport",
     "ConversionReport",
+    "DataCollatorForMultitaskSeq2Seq",
     "DeepSpeedLayout",
+    "DenoisingNoise",
+    "DirectionQuality",
     "ExpertQuantizationConfig",
     "ExpertStatistics",
+    "LanguageRoutingCallback",
     "LayerStatistics",
     "MergingReport",
     "MergingResult",
+    "Mixture",
+    "MultitaskDataset",
+    "MultitaskSeq2SeqTrainer",
+    "MultitaskStream",
+    "MultitaskTrainerMixin",
+    "MultitaskTrainingArguments",
+    "PruningReport",
     "PruningResult",
     "QuantizationReport",
     "RouterStatisticsCallback",
     "RuleSet",
+    "StreamSource",
     "TedConfig",
     "TedPlugin",
     "TedSeq2SeqTrainer",
     "TedTrainer",
     "TiledAdamW",
+    "TokenBudgetBatchSampler",
+    "TranslationQuality",
+    "TranslationScores",
     "ZCodeM3Config",
     "ZCodeM3ForConditionalGeneration",
     "ZCodeM3Model",
@@ -103,6 +150,7 @@ __all__ = [
     "communication_aware_context_fn",
     "convert_deepspeed_checkpoint",
     "convert_nllb_moe_checkpoint",
+    "evaluate_translation",
     "export_deepspeed_checkpoint",
     "initialize_checkpoint",
     "inspect_deepspeed_checkpoint",
@@ -110,7 +158,10 @@ __all__ = [
     "prune_experts",
     "quantize_experts",
     "read_deepspeed_state_dict",
+    "score_translations",
+    "token_lengths",
     "upcycle_dense_checkpoint",
+    "write_compression_report",
 ]
 
 

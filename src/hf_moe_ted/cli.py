@@ -22,6 +22,27 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output
 Rules = Annotated[str, typer.Option(help="m2m100, fairseq, zcode_m3, megatron, or a YAML file.")]
 Tag = Annotated[str | None, typer.Option(help="Which checkpoint of the folder; default: the last one.")]
 Tokenizer = Annotated[Path | None, typer.Option(help="Folder of a tokenizer to be saved along.")]
+Model = Annotated[Path, typer.Argument(help="Folder of a ZCodeM3 model.")]
+ModelWithTokenizer = Annotated[Path, typer.Argument(help="Folder of a ZCodeM3 model with its tokenizer.")]
+Output = Annotated[Path, typer.Option(help="The new folder; it appears when everything is in it.")]
+Keep = Annotated[str, typer.Option(help="A fraction of the experts (0.25), experts per layer (16), or a size (8GB).")]
+Scope = Annotated[str, typer.Option(help="global, language_pair or language.")]
+PerLayer = Annotated[str, typer.Option(help="equal or adaptive.")]
+EncoderDecoderRatio = Annotated[
+    float | None, typer.Option(help="Experts of an encoder layer per expert of a decoder layer, such as 3.")
+]
+Data = Annotated[
+    str,
+    typer.Argument(
+        help="A file (jsonl, csv, tsv or parquet, maybe compressed) or a dataset of the Hub, with the columns source, "
+        "target, src_lang and tgt_lang, or translation."
+    ),
+]
+DataLanguages = Annotated[str | None, typer.Option(help="Only sentences between these: en,de,fr.")]
+Subset = Annotated[str | None, typer.Option(help="Configuration of a dataset of the Hub.")]
+Split = Annotated[str, typer.Option(help="Split of a dataset of the Hub.")]
+BatchSize = Annotated[int, typer.Option(help="Sentences per batch.")]
+Device = Annotated[str | None, typer.Option(help="Such as cuda; default: a GPU if there is one.")]
 Languages = Annotated[
     str | None, typer.Option(help="Languages to keep, en,de,fr, or directions, en:de,en:fr; default: all there are.")
 ]
@@ -187,22 +208,18 @@ def inspect(
 
 @app.command()
 def prune(
-    model: Annotated[Path, typer.Argument(help="Folder of a ZCodeM3 model.")],
-    output: Annotated[Path, typer.Option(help="The new folder; it appears when everything is in it.")],
-    keep: Annotated[
-        str, typer.Option(help="A fraction of the experts (0.25), experts per layer (16), or a size (8GB).")
-    ],
+    model: Model,
+    output: Output,
+    keep: Keep,
     statistics: Annotated[
         Path | None, typer.Option(help="Folder of `hf-moe-ted expert-statistics`; only random needs none.")
     ] = None,
     criterion: Annotated[str, typer.Option(help="utilization, activity_confidence, reap or random.")] = "utilization",
-    scope: Annotated[str, typer.Option(help="global, language_pair or language.")] = "global",
+    scope: Scope = "global",
     languages: Languages = None,
-    per_layer: Annotated[str, typer.Option(help="equal or adaptive.")] = "equal",
+    per_layer: PerLayer = "equal",
     min_experts: Annotated[int | None, typer.Option(help="Fewest of a layer; default: experts per token.")] = None,
-    encoder_decoder_ratio: Annotated[
-        float | None, typer.Option(help="Experts of an encoder layer per expert of a decoder layer, such as 3.")
-    ] = None,
+    encoder_decoder_ratio: EncoderDecoderRatio = None,
     seed: Annotated[int, typer.Option(help="Of the criterion random.")] = 0,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
@@ -230,36 +247,23 @@ def prune(
 
 @app.command()
 def expert_statistics(
-    model: Annotated[Path, typer.Argument(help="Folder of a ZCodeM3 model with its tokenizer.")],
-    data: Annotated[
-        str,
-        typer.Argument(
-            help="A file (jsonl, csv, tsv or parquet, maybe compressed) or a dataset of the Hub, with the columns "
-            "source, target, src_lang and tgt_lang, or translation."
-        ),
-    ],
+    model: ModelWithTokenizer,
+    data: Data,
     output_dir: OutputDir,
-    languages: Annotated[str | None, typer.Option(help="Only sentences between these: en,de,fr.")] = None,
-    subset: Annotated[str | None, typer.Option(help="Configuration of a dataset of the Hub.")] = None,
-    split: Annotated[str, typer.Option(help="Split of a dataset of the Hub.")] = "validation",
-    batch_size: Annotated[int, typer.Option(help="Sentences per batch.")] = 32,
+    languages: DataLanguages = None,
+    subset: Subset = None,
+    split: Split = "validation",
+    batch_size: BatchSize = 32,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens per language pair; default: all.")] = None,
     dtype: Dtype = None,
-    device: Annotated[str | None, typer.Option(help="Such as cuda; default: a GPU if there is one.")] = None,
+    device: Device = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Count on real text which experts each language uses."""
-    import torch
-    from transformers import AutoTokenizer
+    from . import collect_expert_statistics
 
-    from . import ZCodeM3ForConditionalGeneration, collect_expert_statistics
-
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded: Any = ZCodeM3ForConditionalGeneration.from_pretrained(model, dtype=dtype or "auto")
     statistics = collect_expert_statistics(
-        loaded.to(device),
-        AutoTokenizer.from_pretrained(model),
+        *_model_and_tokenizer(model, dtype, device),
         _streamed_dataset(data, subset, split),
         languages=None if languages is None else languages.split(","),
         batch_size=batch_size,
@@ -271,20 +275,16 @@ def expert_statistics(
 
 @app.command()
 def merge(
-    model: Annotated[Path, typer.Argument(help="Folder of a ZCodeM3 model.")],
-    output: Annotated[Path, typer.Option(help="The new folder; it appears when everything is in it.")],
-    keep: Annotated[
-        str, typer.Option(help="A fraction of the experts (0.25), experts per layer (16), or a size (8GB).")
-    ],
+    model: Model,
+    output: Output,
+    keep: Keep,
     statistics: Annotated[Path, typer.Option(help="Folder of `hf-moe-ted expert-statistics`.")],
     method: Annotated[str, typer.Option(help="clustering (HC-SMoE) or frequency (MC-SMoE).")] = "clustering",
-    scope: Annotated[str, typer.Option(help="global, language_pair or language.")] = "global",
+    scope: Scope = "global",
     languages: Languages = None,
-    per_layer: Annotated[str, typer.Option(help="equal or adaptive.")] = "equal",
+    per_layer: PerLayer = "equal",
     min_experts: Annotated[int, typer.Option(help="Fewest of a layer.")] = 1,
-    encoder_decoder_ratio: Annotated[
-        float | None, typer.Option(help="Experts of an encoder layer per expert of a decoder layer, such as 3.")
-    ] = None,
+    encoder_decoder_ratio: EncoderDecoderRatio = None,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
 ) -> None:
@@ -311,7 +311,7 @@ def merge(
 @app.command()
 def aggregate(
     checkpoints: Annotated[list[Path], typer.Argument(help="Two or more folders of ZCodeM3 models.")],
-    output: Annotated[Path, typer.Option(help="The new folder; it appears when everything is in it.")],
+    output: Output,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
 ) -> None:
@@ -323,8 +323,8 @@ def aggregate(
 
 @app.command()
 def quantize(
-    model: Annotated[Path, typer.Argument(help="Folder of a ZCodeM3 model.")],
-    output: Annotated[Path, typer.Option(help="The new folder; it appears when everything is in it.")],
+    model: Model,
+    output: Output,
     bits: Annotated[int, typer.Option(help="8 or 4 per weight of an expert.")] = 8,
     group_size: Annotated[
         int | None, typer.Option(help="Weights per scale; default: a row for 8 bits, up to 128 for 4.")
@@ -339,6 +339,63 @@ def quantize(
         model, bits, group_size, output_dir=output, max_shard_size=max_shard_size, overwrite=overwrite
     )
     print(quantized.hf_quantizer.report)
+
+
+@app.command()
+def evaluate(
+    model: ModelWithTokenizer,
+    data: Data,
+    output: Annotated[Path, typer.Option(help="The new JSON file, for `hf-moe-ted report`.")],
+    languages: DataLanguages = None,
+    subset: Subset = None,
+    split: Split = "test",
+    max_sentences: Annotated[int | None, typer.Option(help="Of each direction, the first ones; default: all.")] = None,
+    batch_size: BatchSize = 32,
+    num_beams: Annotated[int, typer.Option(help="1 is greedy.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Where a translation that has not ended is cut.")] = 128,
+    dtype: Dtype = None,
+    device: Device = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if there is one.")] = False,
+) -> None:
+    """Translate a test set: BLEU, chrF, length ratio and language of each direction, and speed."""
+    from . import TranslationQuality, evaluate_translation
+
+    TranslationQuality.check_path(output, overwrite=overwrite)
+    quality = evaluate_translation(
+        *_model_and_tokenizer(model, dtype, device),
+        _streamed_dataset(data, subset, split),
+        languages=None if languages is None else languages.split(","),
+        max_sentences=max_sentences,
+        batch_size=batch_size,
+        num_beams=num_beams,
+        max_new_tokens=max_new_tokens,
+    )
+    quality.save(output, overwrite=overwrite)
+    print(f"{quality}\n{quality.num_sentences:,} sentences in {len(quality.directions)} directions -> {output}")
+
+
+@app.command()
+def report(
+    model: Annotated[Path, typer.Argument(help="Folder of a compressed model, with compression_report.json.")],
+    before: Annotated[
+        Path | None, typer.Option(help="File of `hf-moe-ted evaluate` for the model that was compressed.")
+    ] = None,
+    after: Annotated[Path | None, typer.Option(help="The same for this model, on the same text.")] = None,
+    trained: Annotated[Path | None, typer.Option(help="The same for this model after further training.")] = None,
+    statistics: Annotated[
+        Path | None, typer.Option(help="Folder of `hf-moe-ted expert-statistics` for the model that was compressed.")
+    ] = None,
+) -> None:
+    """Add to the report and model card of a compression what it costs in quality and how languages use the experts."""
+    from . import ExpertStatistics, TranslationQuality, write_compression_report
+
+    qualities = {"before": before, "after": after, "trained": trained}
+    path = write_compression_report(
+        model,
+        **{name: TranslationQuality.load(file) for name, file in qualities.items() if file is not None},
+        statistics=None if statistics is None else ExpertStatistics.load(statistics),
+    )
+    print(f"{path} and README.md beside it")
 
 
 def run() -> None:
@@ -365,6 +422,17 @@ def _languages(languages: str | None) -> list[Any] | None:
     if languages is None:
         return None
     return [tuple(item.split(":")) if ":" in item else item for item in languages.split(",")]
+
+
+def _model_and_tokenizer(folder: Path, dtype: str | None, device: str | None) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoTokenizer
+
+    from . import ZCodeM3ForConditionalGeneration
+
+    model: Any = ZCodeM3ForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
 
 
 def _streamed_dataset(data: str, subset: str | None, split: str) -> Any:

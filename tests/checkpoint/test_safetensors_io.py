@@ -1,10 +1,13 @@
 """New folders appear whole or not at all."""
 
+import itertools
 import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +62,35 @@ def test_killed_process_leaves_no_folder_of_that_name(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
     with new_folder(tmp_path / "new") as folder:
         assert list(folder.iterdir()) == []  # and a rerun starts over
+
+
+def test_killed_at_any_system_call_leaves_the_old_or_the_new_folder(tmp_path: Path) -> None:
+    """A process that dies at its n-th flush, renaming or removal, for all n."""
+    folder, previous = tmp_path / "folder", tmp_path / ".folder.previous"
+    seen = set()
+    for number in range(50):
+        with new_folder(folder, overwrite=True) as temporary:
+            (temporary / "file").write_text("old")
+        pid = os.fork()
+        if pid == 0:
+            calls = itertools.count()
+
+            def dying(function: Callable[..., Any], calls: Any = calls, last: int = number) -> Callable[..., Any]:
+                return lambda *args, **kwargs: function(*args, **kwargs) if next(calls) < last else os._exit(9)
+
+            for name in ("fsync", "rename", "unlink", "rmdir"):
+                setattr(os, name, dying(getattr(os, name)))
+            with new_folder(folder, overwrite=True) as temporary:
+                (temporary / "file").write_text("new")
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        aside = not folder.exists()
+        seen.add("aside" if aside else (folder / "file").read_text())
+        assert not aside or (previous / "file").read_text() == "old"
+        if status == 0:
+            break
+    assert status == 0 and not previous.exists()
+    assert seen == {"old", "new", "aside"}
 
 
 def test_file_in_the_way(tmp_path: Path) -> None:

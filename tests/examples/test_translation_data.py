@@ -2,7 +2,7 @@
 
 import pytest
 from datasets import Dataset
-from translation_data import Direction, load_directions, mix, tokenize
+from translation_data import Direction, first_rows, load_directions, mix, tokenize
 
 from hf_moe_ted import ZCodeM3Tokenizer
 
@@ -23,6 +23,18 @@ def test_directions_from_english_only() -> None:
 def test_unknown_split_or_language(split: str, languages: list[str] | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_directions(split, languages)
+
+
+def test_first_rows_name_their_languages() -> None:
+    data = Dataset.from_dict({"source": ["a", "b", "c"], "target": ["x", "y", "z"]})
+    directions = {Direction("en", "de"): data, Direction("de", "en"): data.select(range(1))}
+    rows = first_rows(directions, max_samples=2)
+    assert [tuple(row.values()) for row in rows] == [
+        ("a", "x", "en", "de"),
+        ("b", "y", "en", "de"),
+        ("a", "x", "de", "en"),
+    ]
+    assert len(first_rows(directions)) == 4
 
 
 def test_tokenize_tags_both_sides_and_truncates() -> None:

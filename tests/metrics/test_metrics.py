@@ -37,6 +37,8 @@ SECOND_REFERENCES = [
     "รีสตาร์ท",
     "Закройте вкладку",
 ]
+# what a metric cannot do without
+REQUIRED = {"off_target": {"language": "de"}}
 
 
 @pytest.fixture
@@ -77,8 +79,9 @@ def test_chrf_equals_sacrebleu(load, word_order):
 
 @pytest.mark.parametrize("name", METRICS)
 def test_flat_and_nested_references_agree(load, name):
-    nested = load(name).compute(predictions=PREDICTIONS, references=[[text] for text in REFERENCES])
-    assert nested == load(name).compute(predictions=PREDICTIONS, references=REFERENCES)
+    options = REQUIRED.get(name, {})
+    nested = load(name).compute(predictions=PREDICTIONS, references=[[text] for text in REFERENCES], **options)
+    assert nested == load(name).compute(predictions=PREDICTIONS, references=REFERENCES, **options)
 
 
 @pytest.mark.parametrize("name, reference_metric", [("sacrebleu", sacrebleu.BLEU()), ("chrf", sacrebleu.CHRF())])
@@ -120,13 +123,12 @@ def test_length_ratio(load):
     ],
 )
 def test_bad_input(load, name, predictions, references, message):
-    metric = load(name)
+    metric, options = load(name), REQUIRED.get(name, {})
     with pytest.raises(ValueError, match=message):
-        metric.compute(predictions=predictions, references=references)
+        metric.compute(predictions=predictions, references=references, **options)
     # An error leaves nothing behind in the metric.
-    assert metric.compute(predictions=["a b c d"], references=["a b c d"]) == load(name).compute(
-        predictions=["a b c d"], references=["a b c d"]
-    )
+    good = {"predictions": ["a b c d"], "references": ["a b c d"], **options}
+    assert metric.compute(**good) == load(name).compute(**good)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def test_batches(load):
 
 
 def test_unknown_metric():
-    with pytest.raises(ValueError, match=r"'comet'.*chrf, length_ratio, sacrebleu"):
+    with pytest.raises(ValueError, match=r"'comet'.*chrf, length_ratio, off_target, sacrebleu"):
         metric_path("comet")
 
 
@@ -194,13 +196,17 @@ def test_metrics_load_offline(tmp_path):
         import evaluate
         from hf_moe_ted.metrics import METRICS, metric_path
 
-        combined = evaluate.combine([evaluate.load(metric_path(name)) for name in METRICS])
-        print(json.dumps(combined.compute(predictions=["ein neuer Tab hier"], references=["ein neuer Tab hier"])))
+        texts = {"predictions": ["ein neuer Tab hier"], "references": ["ein neuer Tab hier"]}
+        names = [name for name in METRICS if name != "off_target"]  # needs an option, which `combine` gives to none
+        combined = evaluate.combine([evaluate.load(metric_path(name)) for name in names])
+        off_target = evaluate.load(metric_path("off_target"))
+        print(json.dumps(combined.compute(**texts) | off_target.compute(**texts, language="de")))
     """
     result = json.loads(run_offline(script, tmp_path).splitlines()[-1])
     assert result["sacrebleu_score"] == pytest.approx(100)
     assert result["chrf_score"] == pytest.approx(100)
     assert result["corpus_ratio"] == 1
+    assert result["detected_languages"] == {"de": 1}
 
 
 def test_import_is_lazy(tmp_path):

@@ -1,7 +1,6 @@
 """The checkpoint that training from scratch starts from, written without the model in memory."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import time
@@ -18,6 +17,7 @@ from ..models.configuration_zcode_m3 import ZCodeM3Config
 from .conversion_report import ConversionReport
 from .lazy_tensors import LazyTensors
 from .model_folder import copy_tokenizer_and_generation_config, meta_model, parse_dtype, write_model_folder
+from .named_seed import named_seed
 from .safetensors_io import check_output_dir
 
 
@@ -121,7 +121,7 @@ def _random_tensors(config: ZCodeM3Config, seed: int, dtype: torch.dtype) -> Laz
         without_memory = module.get_parameter(parameter_name)
         setattr(module, parameter_name, nn.Parameter(weight))
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_seed(seed, seed_name))
+            torch.default_generator.manual_seed(named_seed(seed, seed_name))
             model._init_weights(module)  # its other parameters are on the meta device: nothing is drawn for them
         setattr(module, parameter_name, without_memory)
         assert not weight.sum().isnan(), f"_init_weights of the model leaves {name} as it is"
@@ -141,11 +141,6 @@ def _random_tensors(config: ZCodeM3Config, seed: int, dtype: torch.dtype) -> Laz
         return tensor
 
     return LazyTensors(specs, read, read_into=read_into)
-
-
-def _seed(seed: int, name: str) -> int:
-    """A seed for what has this name: its numbers do not depend on what is drawn before or elsewhere."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little")
 
 
 def _others(config: ZCodeM3Config, source: Path, tokenizer: Any) -> list[Callable[[Path], Any]]:

@@ -112,7 +112,8 @@ def new_folder(output_dir: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `output_dir` that takes its place if the block ends without an error.
 
     Everything is flushed to disk before it is renamed, and on an error the temporary folder is removed, so there is
-    never an `output_dir` with a part of the files.
+    never an `output_dir` with a part of the files. See [`take_place`] for what a killed process leaves of a folder that
+    it was to replace.
 
     Raises:
         ValueError: as `check_output_dir`, or the folder above cannot be written to.
@@ -128,12 +129,24 @@ def new_folder(output_dir: Path, *, overwrite: bool = False) -> Iterator[Path]:
         for path in [*temporary.rglob("*"), temporary]:
             path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())  # mkdtemp lets only the owner in
             _flush(path)
-        if output_dir.exists():
-            shutil.rmtree(output_dir)
-        temporary.rename(output_dir)
-        _flush(output_dir.parent)
+        take_place(temporary, output_dir)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def take_place(complete: Path, folder: Path) -> None:
+    """Rename a folder to the name of another one beside it, which is removed if it is there.
+
+    If a process is killed, `folder` is what it was or will be; only between the two renames that replace it is it aside
+    as `.{name}.previous`.
+    """
+    previous = folder.with_name(f".{folder.name}.previous")
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+    complete.rename(folder)
+    _flush(folder.parent)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -1,7 +1,6 @@
 """Dense checkpoints -> ZCodeM3 with copied experts: Sparse Upcycling (https://huggingface.co/papers/2212.05055)."""
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from .model_folder import (
     parse_dtype,
     write_model_folder,
 )
+from .named_seed import named_seed
 from .safetensors_io import check_output_dir, check_tensors, open_pretrained_tensors
 
 _SIDES: tuple[Side, ...] = ("encoder", "decoder")
@@ -49,13 +49,13 @@ _FIXED = (
 )
 
 # weights of a sparse feed-forward -> weights of the dense one that they start from
-_STACKED = {
+DENSE_OF_STACKED = {
     "experts.up_proj": "fc1.weight",
     "experts.up_proj_bias": "fc1.bias",
     "experts.down_proj": "fc2.weight",
     "experts.down_proj_bias": "fc2.bias",
 }
-_COPIED = {f"residual.mlp.{name}": name for name in _STACKED.values()}
+_COPIED = {f"residual.mlp.{name}": name for name in DENSE_OF_STACKED.values()}
 # biases are left without noise, as they are in every initialization
 _NOISY = ("experts.up_proj", "experts.down_proj")
 
@@ -308,7 +308,7 @@ def _sparse_tensors(
     def origin(name: str) -> str | None:
         """What `name` is made from."""
         prefix, _, kind = name.partition(".ffn.")
-        dense_kind = _STACKED.get(kind) or _COPIED.get(kind)
+        dense_kind = DENSE_OF_STACKED.get(kind) or _COPIED.get(kind)
         return name if name in dense else dense_kind and f"{prefix}.ffn.{dense_kind}"
 
     def read(name: str) -> Tensor:
@@ -343,9 +343,7 @@ def _fill_experts(experts: Tensor, weight: Tensor, noise_std: float, seed: int, 
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
-    """A generator for what has this name: its numbers do not depend on what is drawn before or elsewhere."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    return torch.Generator().manual_seed(named_seed(seed, name))
 
 
 def _legacy_generation_config(source: Path) -> Callable[[Path], None]:

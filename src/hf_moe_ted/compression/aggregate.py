@@ -1,23 +1,23 @@
 """Several models with experts as one: the experts of all, behind one router per layer."""
 
+import dataclasses
 import inspect
 import json
 import os
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checkpoint.lazy_tensors import LazyTensors
-from ..checkpoint.model_folder import TOKENIZER_FILES, meta_model, write_model_folder
+from ..checkpoint.model_folder import TOKENIZER_FILES, meta_model
 from ..checkpoint.safetensors_io import check_output_dir
 from ..models.configuration_zcode_m3 import ZCodeM3Config
-from .compression_report import CompressionReport, num_bytes, num_parameters
+from .compression_report import AggregationReport, num_bytes, num_parameters
 from .expert_statistics import SIDES, moe_layers
+from .model_card import derived_card
 from .model_source import ModelSource
 
 # fields that say how a model was trained; those of the first checkpoint are taken
@@ -38,28 +38,6 @@ _OF_TRAINING = (
 # compared as the layers that they choose
 _SPARSE = tuple(f"{side}_sparse_{kind}" for side in SIDES for kind in ("step", "layers"))
 _TOKENIZER_LANGUAGES = {"src_lang": None, "tgt_lang": None}
-
-
-@dataclass(frozen=True, kw_only=True)
-class AggregationReport(CompressionReport):
-    """What was aggregated. `source` is the first checkpoint; sizes before are those of all checkpoints together.
-
-    Attributes:
-        checkpoints: the folders, in the order of their experts.
-        num_experts: name of each MoE layer -> its experts in each checkpoint.
-    """
-
-    operation: ClassVar[str] = "aggregate_experts"
-
-    checkpoints: tuple[str, ...]
-    num_experts: dict[str, list[int]]
-
-    def lines(self) -> list[str]:
-        return [
-            f"{len(self.checkpoints)} checkpoints -> one: " + ", ".join(self.checkpoints),
-            *super().lines(),
-            "experts of the MoE layers: " + ", ".join(str(sum(counts)) for counts in self.num_experts.values()),
-        ]
 
 
 def aggregate_experts(
@@ -83,7 +61,8 @@ def aggregate_experts(
         checkpoints: two or more folders with `config.json` and weights of ZCodeM3, of one architecture and with the
             same tokenizer. They may differ in the number of experts and in fields that matter in training only, of
             which those of the first are taken.
-        output_dir: the new folder; it appears when everything is in it, `compression_report.json` included.
+        output_dir: the new folder; it appears when everything is in it, `compression_report.json` and `report.md`
+            included.
         max_shard_size: of the weight files, bytes or a string such as `"5GB"`.
         overwrite: whether to replace an `output_dir` that is not empty.
 
@@ -94,7 +73,6 @@ def aggregate_experts(
         ValueError: before anything is written: fewer than two checkpoints; configs, dtypes or tokenizers differ, all
             differences being named; no MoE layer; `output_dir` is not empty.
     """
-    start = time.perf_counter()
     output_dir = Path(output_dir)
     check_output_dir(output_dir, overwrite=overwrite)
     if isinstance(checkpoints, str | os.PathLike) or len(checkpoints) < 2:
@@ -110,15 +88,9 @@ def aggregate_experts(
     config = _aggregated_config([source.config for source in sources])
     tensors = _aggregated_tensors([source.tensors for source in sources], config)
     report = _report(sources, config, tensors)
-    write_model_folder(
-        tensors,
-        config,
-        output_dir,
-        source=folders[0],
-        start=start,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        save_others=[sources[0].save_others, report.save, sources[0].save_config(config)],
+    card = derived_card([str(folder) for folder in folders], relation="merge")
+    dataclasses.replace(sources[0], card=card).write(
+        output_dir, tensors, config, report, max_shard_size=max_shard_size, overwrite=overwrite
     )
     return report
 
@@ -227,4 +199,4 @@ def _report(sources: Sequence[ModelSource], config: ZCodeM3Config, tensors: Lazy
     )
 
 
-__all__ = ["AggregationReport", "aggregate_experts"]
+__all__ = ["aggregate_experts"]

@@ -1,10 +1,8 @@
-"""What every compression reports: sizes before and after, and what a user should know."""
+"""What every compression reports: sizes before and after, what became of the experts, and what a user should know."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -18,6 +16,7 @@ class CompressionReport:
 
     Attributes:
         operation: name of the function.
+        title: what it did to the experts, for a reader.
         source: what was compressed.
         arguments: of the function, by name, those that decide about the result.
         num_parameters_before, num_parameters_after: numbers in all weights, shared ones once.
@@ -26,6 +25,7 @@ class CompressionReport:
     """
 
     operation: ClassVar[str]
+    title: ClassVar[str]
 
     source: str
     arguments: dict[str, Any]
@@ -35,10 +35,9 @@ class CompressionReport:
     num_bytes_after: int
     warnings: tuple[str, ...]
 
-    def save(self, folder: Path) -> None:
-        """Write it as `compression_report.json`."""
-        fields = {"operation": self.operation, **dataclasses.asdict(self)}
-        (folder / REPORT_NAME).write_text(json.dumps(fields, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    def to_dict(self) -> dict[str, Any]:
+        """All of it for JSON, of which `report_from_dict` makes it again."""
+        return {"operation": self.operation, **dataclasses.asdict(self)}
 
     def lines(self) -> list[str]:
         """The report for a reader, without the warnings."""
@@ -47,8 +46,174 @@ class CompressionReport:
             f"{self.num_bytes_before / 1e6:,.1f} -> {self.num_bytes_after / 1e6:,.1f} MB",
         ]
 
+    def layers(self) -> dict[str, dict[str, str]]:
+        """Name of each MoE layer -> what there is to say about its experts, by column."""
+        raise NotImplementedError
+
     def __str__(self) -> str:
         return "\n".join([*self.lines(), *(f"warning: {warning}" for warning in self.warnings)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewerExpertsReport(CompressionReport):
+    """What a pruning or merging did.
+
+    Attributes:
+        num_experts_before, num_experts_after: name of each MoE layer -> its experts.
+    """
+
+    num_experts_before: dict[str, int]
+    num_experts_after: dict[str, int]
+
+    def lines(self) -> list[str]:
+        return [*super().lines(), "experts of the MoE layers: " + ", ".join(map(str, self.num_experts_after.values()))]
+
+    def layers(self) -> dict[str, dict[str, str]]:
+        return {
+            layer: {"experts before": str(num_before), "after": str(self.num_experts_after[layer])}
+            for layer, num_before in self.num_experts_before.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningReport(FewerExpertsReport):
+    """What a pruning was asked for and what came of it.
+
+    Attributes:
+        kept_experts: name of each MoE layer -> ids of the experts it keeps.
+        dense_layers: names of the layers that have one expert left and are dense now.
+        routed_share_kept: `"encoder"` -> source language, and `"decoder"` -> target language -> the share of the
+            language's routed (token, expert) slots, over all MoE layers of the side, whose expert is kept; empty
+            without statistics.
+    """
+
+    operation: ClassVar[str] = "prune_experts"
+    title: ClassVar[str] = "Pruned experts"
+
+    kept_experts: dict[str, list[int]]
+    dense_layers: tuple[str, ...]
+    routed_share_kept: dict[str, dict[str, float]]
+
+    def lines(self) -> list[str]:
+        lines = [
+            f"{self.source}: {sum(self.num_experts_after.values()):,} of {sum(self.num_experts_before.values()):,} "
+            "experts kept",
+            *super().lines(),
+        ]
+        for side, shares in self.routed_share_kept.items():
+            shown = ", ".join(
+                f"{language} {share:.1%}" for language, share in sorted(shares.items(), key=lambda x: x[1])
+            )
+            lines.append(f"routed tokens whose expert is kept, {side}: {shown}")
+        return lines
+
+    def layers(self) -> dict[str, dict[str, str]]:
+        return {
+            layer: {**columns, "kept": "dense" if layer in self.dense_layers else _ranges(self.kept_experts[layer])}
+            for layer, columns in super().layers().items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergingReport(FewerExpertsReport):
+    """What was merged.
+
+    Attributes:
+        expert_map: name of each MoE layer -> the new expert that each old one is part of.
+    """
+
+    operation: ClassVar[str] = "merge_experts"
+    title: ClassVar[str] = "Merged experts"
+
+    expert_map: dict[str, list[int]]
+
+    def lines(self) -> list[str]:
+        return [
+            f"{self.source}: {sum(self.num_experts_before.values()):,} experts merged to "
+            f"{sum(self.num_experts_after.values()):,}",
+            *super().lines(),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregationReport(CompressionReport):
+    """What was aggregated. `source` is the first checkpoint; sizes before are those of all checkpoints together.
+
+    Attributes:
+        checkpoints: the folders, in the order of their experts.
+        num_experts: name of each MoE layer -> its experts in each checkpoint.
+    """
+
+    operation: ClassVar[str] = "aggregate_experts"
+    title: ClassVar[str] = "Aggregated experts"
+
+    checkpoints: tuple[str, ...]
+    num_experts: dict[str, list[int]]
+
+    def lines(self) -> list[str]:
+        return [
+            f"{len(self.checkpoints)} checkpoints -> one: " + ", ".join(self.checkpoints),
+            *super().lines(),
+            "experts of the MoE layers: " + ", ".join(str(sum(counts)) for counts in self.num_experts.values()),
+        ]
+
+    def layers(self) -> dict[str, dict[str, str]]:
+        return {
+            layer: {"experts of the checkpoints": " + ".join(map(str, counts)), "together": str(sum(counts))}
+            for layer, counts in self.num_experts.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationReport(CompressionReport):
+    """What a quantization did; the number of parameters is that of the weights, however they are stored.
+
+    Attributes:
+        bits: per weight of an expert.
+        group_size: weights per scale; `None` for a row.
+        relative_errors: name of each MoE layer -> `||rounded - exact|| / ||exact||` of its experts' weight matrices.
+    """
+
+    operation: ClassVar[str] = "quantize_experts"
+    title: ClassVar[str] = "Quantized experts"
+
+    bits: int
+    group_size: int | None
+    relative_errors: dict[str, float]
+
+    def lines(self) -> list[str]:
+        groups = "per channel" if self.group_size is None else f"in groups of {self.group_size}"
+        errors = ", ".join(f"{error:.2%}" for error in self.relative_errors.values())
+        return [
+            f"{self.source}: experts in {self.bits} bits, {groups}",
+            *super().lines(),
+            f"relative error of the experts' weights, by layer: {errors}",
+        ]
+
+    def layers(self) -> dict[str, dict[str, str]]:
+        return {layer: {"relative error of the weights": f"{e:.2%}"} for layer, e in self.relative_errors.items()}
+
+
+_KINDS = {kind.operation: kind for kind in (PruningReport, MergingReport, AggregationReport, QuantizationReport)}
+
+
+def report_from_dict(fields: Mapping[str, Any]) -> CompressionReport:
+    """What `to_dict` has made JSON of.
+
+    Raises:
+        ValueError: an unknown operation, or fields that are not those of its report.
+    """
+    if (operation := fields.get("operation")) not in _KINDS:
+        raise ValueError(f"operation ({operation!r}) must be one of {', '.join(_KINDS)}")
+    kind = _KINDS[operation]
+    names = {field.name for field in dataclasses.fields(kind)}
+    if missing := sorted(names - fields.keys()):
+        raise ValueError(f"a report of {operation} must have {', '.join(missing)}")
+    values: dict[str, Any] = {name: fields[name] for name in names}
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = tuple(value)
+    return kind(**values)
 
 
 def num_parameters(weights: Mapping[str, Tensor]) -> int:
@@ -61,4 +226,26 @@ def num_bytes(weights: Mapping[str, Tensor]) -> int:
     return sum(weight.nbytes for weight in weights.values())
 
 
-__all__ = ["REPORT_NAME", "CompressionReport", "num_bytes", "num_parameters"]
+def _ranges(numbers: list[int]) -> str:
+    """`[0, 1, 2, 5]` -> `"0-2, 5"`."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1][1:] = [number]
+        else:
+            ranges.append([number])
+    return ", ".join("-".join(map(str, both)) for both in ranges)
+
+
+__all__ = [
+    "REPORT_NAME",
+    "AggregationReport",
+    "CompressionReport",
+    "FewerExpertsReport",
+    "MergingReport",
+    "PruningReport",
+    "QuantizationReport",
+    "num_bytes",
+    "num_parameters",
+    "report_from_dict",
+]

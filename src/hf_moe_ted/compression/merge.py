@@ -2,22 +2,20 @@
 
 import copy
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..checkpoint.lazy_tensors import LazyTensors
-from ..checkpoint.model_folder import write_model_folder
 from ..checkpoint.safetensors_io import check_output_dir
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
-from .compression_report import CompressionReport, num_bytes, num_parameters
+from .compression_report import MergingReport, num_bytes, num_parameters
 from .expert_groups import ExpertGroups, assigned_to, clustered, neuron_order
 from .expert_statistics import ExpertStatistics, LanguagePair, moe_layers
 from .importance import expert_importance
@@ -28,30 +26,6 @@ METHODS = ("clustering", "frequency")
 
 # dimension of the inner neurons in the weights of one expert
 _NEURON_DIM = {"up_proj": 0, "up_proj_bias": 0, "down_proj": 1}
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergingReport(CompressionReport):
-    """What was merged.
-
-    Attributes:
-        num_experts_before, num_experts_after: name of each MoE layer -> its experts.
-        expert_map: name of each MoE layer -> the new expert that each old one is part of.
-    """
-
-    operation: ClassVar[str] = "merge_experts"
-
-    num_experts_before: dict[str, int]
-    num_experts_after: dict[str, int]
-    expert_map: dict[str, list[int]]
-
-    def lines(self) -> list[str]:
-        return [
-            f"{self.source}: {sum(self.num_experts_before.values()):,} experts merged to "
-            f"{sum(self.num_experts_after.values()):,}",
-            *super().lines(),
-            "experts of the MoE layers: " + ", ".join(map(str, self.num_experts_after.values())),
-        ]
 
 
 @dataclass(frozen=True)
@@ -121,7 +95,7 @@ def merge_experts(
         overwrite: whether to replace an `output_dir` that is not empty.
 
     Returns:
-        [`MergingResult`] with the model, or with `output_dir`, which also has `compression_report.json`.
+        [`MergingResult`] with the model, or with `output_dir`, in which are `compression_report.json` and `report.md`.
 
     Raises:
         ValueError: before anything is written: no statistics, those of another model, or without one of `languages`;
@@ -129,7 +103,6 @@ def merge_experts(
             unknown option; a folder that is no ZCodeM3 model or `output_dir` not empty; a model that is spread over
             processes, merged or quantized.
     """
-    start = time.perf_counter()
     if method not in METHODS:
         raise ValueError(f"method ({method!r}) must be one of {METHODS}")
     if min_experts < 1:
@@ -162,16 +135,7 @@ def merge_experts(
     if folder is None:
         assert source.model is not None
         return MergingResult(report.expert_map, report, model=_merged_model(source.model, config, tensors, groups))
-    write_model_folder(
-        tensors,
-        config,
-        folder,
-        source=source.path,
-        start=start,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        save_others=[source.save_others, report.save, source.save_config(config)],
-    )
+    source.write(folder, tensors, config, report, statistics, max_shard_size=max_shard_size, overwrite=overwrite)
     return MergingResult(report.expert_map, report, output_dir=folder)
 
 
@@ -328,4 +292,4 @@ def _report(
     )
 
 
-__all__ = ["MergingReport", "MergingResult", "merge_experts"]
+__all__ = ["MergingResult", "merge_experts"]

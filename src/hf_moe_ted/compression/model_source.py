@@ -1,23 +1,34 @@
 """What is to be compressed: a model in memory, or a folder whose weights are read one by one."""
 
+import dataclasses
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..checkpoint.lazy_tensors import LazyTensors
-from ..checkpoint.model_folder import copy_tokenizer_and_generation_config, drop_tied_copies, meta_model
+from ..checkpoint.model_folder import (
+    copy_tokenizer_and_generation_config,
+    drop_tied_copies,
+    meta_model,
+    write_model_folder,
+)
 from ..checkpoint.safetensors_io import check_tensors, open_pretrained_tensors
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
-from .expert_statistics import SIDES, ModelFingerprint, moe_layers
+from .compression_report import CompressionReport
+from .expert_statistics import SIDES, ExpertStatistics, ModelFingerprint, moe_layers
+from .model_card import derived_card
+from .report_folder import save_report
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,7 @@ class ModelSource:
         config: of the model.
         tensors: its weights, tied ones once.
         save_others: puts the generation config, and of a folder the tokenizer, into another folder.
+        card: of a model that is made of this one.
         model: the model itself, if it is one in memory.
     """
 
@@ -36,6 +48,7 @@ class ModelSource:
     config: ZCodeM3Config
     tensors: LazyTensors
     save_others: Callable[[Path], Any]
+    card: ModelCard
     model: ZCodeM3ForConditionalGeneration | None = None
 
     @classmethod
@@ -65,25 +78,44 @@ class ModelSource:
         tensors = drop_tied_copies(source.tensors, meta.all_tied_weights_keys)
         expected = {name: spec for name, spec in meta.state_dict().items() if name not in meta.all_tied_weights_keys}
         check_tensors(tensors.specs, expected, str(source.path))
-        return cls(source.path, source.config, tensors, source.save_others, source.model)
+        return dataclasses.replace(source, tensors=tensors)
 
     def fingerprint(self) -> ModelFingerprint:
         """By which expert statistics know the model."""
         weights = {layer: self.tensors[f"{layer}.router.weight"] for layer in moe_layers(self.config)}
         return ModelFingerprint.of(self.config, weights)
 
-    def save_config(self, config: ZCodeM3Config) -> Callable[[Path], None]:
-        """Writes the config of the new model to a folder, for `save_others`.
+    def write(
+        self,
+        output_dir: Path,
+        tensors: LazyTensors,
+        config: ZCodeM3Config,
+        report: CompressionReport,
+        statistics: ExpertStatistics | None = None,
+        *,
+        max_shard_size: int | str,
+        overwrite: bool,
+    ) -> None:
+        """Write a model made of this one, with all that belongs to it and the report; see `write_model_folder`.
 
         The config of a folder may name another dtype to load the weights in than the one they are stored in: it stays.
         """
 
-        def save(folder: Path) -> None:
+        def save_config(folder: Path) -> None:
             if self.model is None and self.config.dtype is not None:
                 config.dtype = self.config.dtype
                 config.save_pretrained(folder)
 
-        return save
+        write_model_folder(
+            tensors,
+            config,
+            output_dir,
+            source=self.path,
+            start=time.perf_counter(),
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            save_others=[self.save_others, save_config, save_report(report, self.card, statistics)],
+        )
 
 
 def set_num_experts(model: ZCodeM3ForConditionalGeneration) -> None:
@@ -112,7 +144,8 @@ def _open_folder(folder: Path) -> ModelSource:
         config = ZCodeM3Config.from_dict(fields)
     except (StrictDataclassError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    return ModelSource(folder, config, open_pretrained_tensors(folder), copy_tokenizer_and_generation_config(folder))
+    save_others = copy_tokenizer_and_generation_config(folder)
+    return ModelSource(folder, config, open_pretrained_tensors(folder), save_others, derived_card([str(folder)]))
 
 
 def _open_model(model: ZCodeM3ForConditionalGeneration) -> ModelSource:
@@ -131,7 +164,9 @@ def _open_model(model: ZCodeM3ForConditionalGeneration) -> ModelSource:
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
 
-    return ModelSource(Path(type(model).__name__), model.config, tensors, save_generation_config, model)
+    path = Path(type(model).__name__)
+    card = derived_card([model.name_or_path or str(path)])
+    return ModelSource(path, model.config, tensors, save_generation_config, card, model)
 
 
 __all__ = ["ModelSource", "set_num_experts"]

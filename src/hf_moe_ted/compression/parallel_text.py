@@ -1,8 +1,11 @@
-"""Parallel text for expert statistics: rows -> sentences of one language pair -> batches of similar length."""
+"""Parallel text to run a model on: rows -> sentences of one language pair -> batches of similar length."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from tqdm.auto import tqdm
 
 from .expert_statistics import LanguagePair
 
@@ -28,6 +31,15 @@ class EncodedSentence:
     @property
     def num_tokens(self) -> int:
         return len(self.source) + len(self.target)
+
+
+def progress_over(dataset: Any, description: str) -> Any:
+    """A bar over the sentences of a dataset, for `read_sentences`; without an end if the dataset is streamed."""
+    try:
+        total = len(dataset)
+    except TypeError:
+        total = None
+    return tqdm(total=total, desc=description, unit="sentence")
 
 
 def read_sentences(
@@ -71,6 +83,25 @@ def _sentences_of_row(row: Mapping[str, Any], index: int) -> list[tuple[Language
     )
 
 
+def check_languages(counted: Iterable[LanguagePair], languages: Sequence[str] | None) -> None:
+    """
+    Args:
+        counted: the pairs that there were sentences of.
+        languages: those that were asked for.
+
+    Raises:
+        ValueError: there was nothing, or nothing in one of `languages`.
+    """
+    known = {language for pair in counted for language in pair}
+    if missing := sorted({*(languages or ())} - known):
+        raise ValueError(
+            f"the dataset has no sentence in {', '.join(missing)} that is paired with another one of languages; it has "
+            f"sentences in {', '.join(sorted(known)) or 'none of them'}"
+        )
+    if not known:
+        raise ValueError("the dataset is empty: there is not one sentence in it")
+
+
 def buckets(
     sentences: Iterable[tuple[LanguagePair, Sentence]], bucket_size: int
 ) -> Iterator[tuple[LanguagePair, list[Sentence]]]:
@@ -89,6 +120,22 @@ def buckets(
             num_waiting -= len(waiting[fullest])
             yield fullest, waiting.pop(fullest)
     yield from waiting.items()
+
+
+@contextmanager
+def languages_restored(tokenizer: Any) -> Iterator[None]:
+    """Afterwards the tokenizer has the languages that it had.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not (hasattr(tokenizer, "src_lang") and hasattr(tokenizer, "tgt_lang")):
+        raise ValueError(f"{type(tokenizer).__name__} has no src_lang and tgt_lang; it must be one for translation")
+    before = tokenizer.src_lang, tokenizer.tgt_lang
+    try:
+        yield
+    finally:
+        tokenizer.src_lang, tokenizer.tgt_lang = before
 
 
 def encode(tokenizer: Any, pair: LanguagePair, sentences: Sequence[Sentence], max_length: int) -> list[EncodedSentence]:
@@ -124,4 +171,15 @@ def batches(sentences: Sequence[EncodedSentence], batch_size: int) -> Iterator[l
         yield by_length[start : start + batch_size]
 
 
-__all__ = ["EncodedSentence", "Sentence", "batches", "buckets", "encode", "first_tokens", "read_sentences"]
+__all__ = [
+    "EncodedSentence",
+    "Sentence",
+    "batches",
+    "buckets",
+    "check_languages",
+    "encode",
+    "first_tokens",
+    "languages_restored",
+    "progress_over",
+    "read_sentences",
+]

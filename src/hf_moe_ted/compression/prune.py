@@ -2,7 +2,6 @@
 
 import copy
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,25 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.lazy_tensors import LazyTensors
-from ..checkpoint.model_folder import meta_model, write_model_folder
+from ..checkpoint.model_folder import meta_model
 from ..checkpoint.safetensors_io import check_output_dir
+from ..checkpoint.upcycling import DENSE_OF_STACKED
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..models.moe_layer import ZCodeM3DenseFFN, ZCodeM3MoELayer
-from .compression_report import num_bytes, num_parameters
-from .expert_statistics import SIDES, ExpertStatistics, LanguagePair, moe_layers
+from .compression_report import PruningReport, num_bytes, num_parameters
+from .expert_statistics import SIDES, ExpertStatistics, LanguagePair, moe_layers, side_of
 from .importance import Criterion, criterion_name, expert_importance, random_importance
 from .model_source import ModelSource, set_num_experts
 from .pruning_plan import KeptExperts, PruningPlan
-from .pruning_report import PruningReport, routed_share_kept
 
 # weights of a dense feed-forward -> those of experts, stacked
-_STACKED = {
-    "fc1.weight": "experts.up_proj",
-    "fc1.bias": "experts.up_proj_bias",
-    "fc2.weight": "experts.down_proj",
-    "fc2.bias": "experts.down_proj_bias",
-}
+_STACKED = {dense: stacked for stacked, dense in DENSE_OF_STACKED.items()}
 
 
 @dataclass(frozen=True)
@@ -117,14 +111,13 @@ def prune_experts(
         overwrite: whether to replace an `output_dir` that is not empty.
 
     Returns:
-        [`PruningResult`] with the model, or with `output_dir`, which also has `compression_report.json`.
+        [`PruningResult`] with the model, or with `output_dir`, in which are `compression_report.json` and `report.md`.
 
     Raises:
         ValueError: before anything is written: statistics of another model, or without one of `languages`; `keep`
             rounds to zero experts, leaves fewer than `min_experts` or is less than the smallest model; an unknown
             option; a folder that is no ZCodeM3 model or `output_dir` not empty; a model that is spread over processes.
     """
-    start = time.perf_counter()
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
         check_output_dir(folder, overwrite=overwrite)
@@ -156,16 +149,7 @@ def prune_experts(
     if folder is None:
         assert source.model is not None
         return PruningResult(kept, report, model=_pruned_model(source.model, config, kept))
-    write_model_folder(
-        tensors,
-        config,
-        folder,
-        source=source.path,
-        start=start,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        save_others=[source.save_others, report.save, source.save_config(config)],
-    )
+    source.write(folder, tensors, config, report, statistics, max_shard_size=max_shard_size, overwrite=overwrite)
     return PruningResult(kept, report, output_dir=folder)
 
 
@@ -345,9 +329,24 @@ def _report(
         num_experts_after={layer: len(experts) for layer, experts in kept.items()},
         kept_experts=kept,
         dense_layers=tuple(layer for layer in kept if layer not in sparse),
-        routed_share_kept=routed_share_kept(statistics, kept),
+        routed_share_kept=_routed_share_kept(statistics, kept),
         warnings=tuple(warnings),
     )
+
+
+def _routed_share_kept(statistics: ExpertStatistics | None, kept: KeptExperts) -> dict[str, dict[str, float]]:
+    """See [`PruningReport`]."""
+    if statistics is None:
+        return {}
+    shares: dict[str, dict[str, float]] = {}
+    for side in SIDES:
+        layers = [layer for layer in kept if side_of(layer) == side]
+        for language, pairs in statistics.languages(side).items() if layers else ():
+            num_routed = {layer: statistics.layers[layer].num_routed[pairs].sum(dim=(0, 1)) for layer in layers}
+            num_kept = sum(num_routed[layer][kept[layer]].sum().item() for layer in layers)
+            num_all = sum(of_layer.sum().item() for of_layer in num_routed.values())
+            shares.setdefault(side, {})[language] = num_kept / num_all
+    return shares
 
 
 __all__ = ["PruningResult", "prune_experts"]

@@ -4,9 +4,8 @@ import copy
 import logging
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -15,38 +14,14 @@ from ..checkpoint.model_folder import copy_tokenizer_and_generation_config
 from ..checkpoint.safetensors_io import check_output_dir, new_folder
 from ..models.experts import ZCodeM3Experts
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
-from .compression_report import CompressionReport, num_bytes, num_parameters
+from .compression_report import QuantizationReport, num_bytes, num_parameters
+from .model_card import derived_card
 from .quantized_experts import ExpertQuantizationConfig, ExpertQuantizer
+from .report_folder import save_report
 
 MAX_GROUP_SIZE = 128  # of the default; smaller groups are more exact, their scales take more room
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizationReport(CompressionReport):
-    """What a quantization did; the number of parameters is that of the weights, however they are stored.
-
-    Attributes:
-        bits: per weight of an expert.
-        group_size: weights per scale; `None` for a row.
-        relative_errors: name of each MoE layer -> `||rounded - exact|| / ||exact||` of its experts' weight matrices.
-    """
-
-    operation: ClassVar[str] = "quantize_experts"
-
-    bits: int
-    group_size: int | None
-    relative_errors: dict[str, float]
-
-    def lines(self) -> list[str]:
-        groups = "per channel" if self.group_size is None else f"in groups of {self.group_size}"
-        errors = ", ".join(f"{error:.2%}" for error in self.relative_errors.values())
-        return [
-            f"{self.source}: experts in {self.bits} bits, {groups}",
-            *super().lines(),
-            f"relative error of the experts' weights, by layer: {errors}",
-        ]
 
 
 def quantize_experts(
@@ -62,7 +37,8 @@ def quantize_experts(
 
     Weight-only, symmetric, rounded to nearest, without calibration, as in https://huggingface.co/papers/2211.10017: its
     authors measured -0.007 BLEU with 8 bits and -0.167 with 4, per channel. Each expert's weights become floats again
-    while it computes, so what is saved is memory, not time.
+    while it computes, so what is saved is memory, not time. With 8 bits per channel,
+    `model.set_experts_implementation("zcode_cpu")` saves time on CPUs, too: see [`QuantizedExperts`].
 
     The model is saved with `save_pretrained` and loaded with `from_pretrained`, as it was. Loading with
     `quantization_config=ExpertQuantizationConfig(bits=4)` quantizes, too. Errors and sizes are logged, and are in
@@ -76,7 +52,7 @@ def quantize_experts(
             divides `d_model` and the inner widths of the experts. By default one scale per output channel for 8 bits,
             and for 4 bits the largest power of two up to 128 that divides the widths.
         output_dir: a new folder for the model, which appears when everything is in it, `compression_report.json`
-            included. From a folder the tokenizer comes along.
+            and `report.md` included. From a folder the tokenizer comes along.
         max_shard_size: of the weight files, bytes or a string such as `"5GB"`.
         overwrite: whether to replace an `output_dir` that is not empty.
 
@@ -91,6 +67,7 @@ def quantize_experts(
     if folder is not None:
         check_output_dir(folder, overwrite=overwrite)
     model, source = _open(model_or_folder)
+    card = derived_card([model.name_or_path or str(source)], relation="quantized")
     if bits == 4 and group_size is None:
         group_size = _default_group_size(model)
     quantizer = ExpertQuantizer(ExpertQuantizationConfig(bits, group_size), pre_quantized=False)
@@ -108,7 +85,7 @@ def quantize_experts(
             quantized.save_pretrained(temporary, max_shard_size=max_shard_size)
             if not isinstance(model_or_folder, nn.Module):
                 copy_tokenizer_and_generation_config(source)(temporary)
-            report.save(temporary)
+            save_report(report, card)(temporary)
     return quantized
 
 
@@ -167,4 +144,4 @@ def _report(
     )
 
 
-__all__ = ["QuantizationReport", "quantize_experts"]
+__all__ = ["quantize_experts"]

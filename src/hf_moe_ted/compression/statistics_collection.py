@@ -11,14 +11,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
 from ..models.moe_layer import ZCodeM3MoELayer
 from ..models.router import Routing
 from .expert_statistics import ExpertStatistics, LanguagePair, LayerStatistics, ModelFingerprint, side_of
-from .parallel_text import EncodedSentence, batches, buckets, encode, first_tokens, read_sentences
+from .parallel_text import (
+    EncodedSentence,
+    batches,
+    buckets,
+    check_languages,
+    encode,
+    first_tokens,
+    languages_restored,
+    progress_over,
+    read_sentences,
+)
 
 BATCHES_PER_BUCKET = 16
 
@@ -76,10 +85,10 @@ def collect_expert_statistics(
     recorders = {name: _LayerRecorder(layer) for name, layer in layers.items()}
     totals = _Totals()
     with (
-        _evaluation_mode(model),
-        _languages_restored(tokenizer),
+        evaluation_mode(model),
+        languages_restored(tokenizer),
         _recording(recorders.values()),
-        _progress(dataset) as progress,
+        progress_over(dataset, "Collecting expert statistics") as progress,
     ):
         for pair, sentences in buckets(read_sentences(dataset, languages, progress), batch_size * BATCHES_PER_BUCKET):
             num_tokens = totals.num_tokens[pair]
@@ -90,7 +99,7 @@ def collect_expert_statistics(
                     _run(model, recorders, batch)
                 totals.add(pair, encoded, recorders)
             progress.update(len(sentences))
-    _check_languages(totals.num_sentences, languages)
+    check_languages(totals.num_sentences, languages)
     weights = {name: _whole(layer.router.weight) for name, layer in layers.items()}
     return totals.statistics(ModelFingerprint.of(model.config, weights))
 
@@ -106,27 +115,9 @@ def _named_moe_layers(model: nn.Module) -> dict[str, ZCodeM3MoELayer]:
     return layers
 
 
-def _check_languages(counted: Iterable[LanguagePair], languages: Sequence[str] | None) -> None:
-    known = {language for pair in counted for language in pair}
-    if missing := sorted({*(languages or ())} - known):
-        raise ValueError(
-            f"the dataset has no sentence in {', '.join(missing)} that is paired with another one of languages; it has "
-            f"sentences in {', '.join(sorted(known)) or 'none of them'}"
-        )
-    if not known:
-        raise ValueError("the dataset is empty: there is nothing to collect statistics from")
-
-
-def _progress(dataset: Any) -> Any:
-    try:
-        total = len(dataset)
-    except TypeError:  # streamed
-        total = None
-    return tqdm(total=total, desc="Collecting expert statistics", unit="sentence")
-
-
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """As `model.eval()`; afterwards every module is in the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -134,17 +125,6 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-@contextmanager
-def _languages_restored(tokenizer: Any) -> Iterator[None]:
-    if not (hasattr(tokenizer, "src_lang") and hasattr(tokenizer, "tgt_lang")):
-        raise ValueError(f"{type(tokenizer).__name__} has no src_lang and tgt_lang; it must be one for translation")
-    before = tokenizer.src_lang, tokenizer.tgt_lang
-    try:
-        yield
-    finally:
-        tokenizer.src_lang, tokenizer.tgt_lang = before
 
 
 @contextmanager
@@ -298,4 +278,4 @@ def _whole(weight: Any) -> Tensor:
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
-__all__ = ["collect_expert_statistics"]
+__all__ = ["collect_expert_statistics", "evaluation_mode"]

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..checkpoint.lazy_tensors import LazyTensors
-from ..checkpoint.safetensors_io import check_tensors, new_folder, write_pretrained_tensors
+from ..checkpoint.safetensors_io import check_tensors, new_folder, take_place, write_pretrained_tensors
 from .sharding import local_shape, local_tensor, regions, regions_at, sources
 
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -155,7 +155,7 @@ def atomic_folder(folder: str | os.PathLike[str], *, keep_others: bool = False) 
         with together():
             if rank() == 0:
                 stack.close()
-                _take_place(complete, folder, keep_others=keep_others)
+                _move(complete, folder, keep_others=keep_others)
 
 
 @contextmanager
@@ -293,7 +293,7 @@ def _weight_files(folder: Path) -> dict[str, Path]:
     return {name: folder / file_name for name, file_name in weight_map.items()}
 
 
-def _take_place(complete: Path, folder: Path, *, keep_others: bool) -> None:
+def _move(complete: Path, folder: Path, *, keep_others: bool) -> None:
     if keep_others and folder.is_dir() and any(folder.iterdir()):
         for path in sorted(complete.rglob("*")):
             target = folder / path.relative_to(complete)
@@ -302,13 +302,8 @@ def _take_place(complete: Path, folder: Path, *, keep_others: bool) -> None:
             else:
                 path.replace(target)
         shutil.rmtree(complete)
-        return
-    previous = folder.with_name(f".{folder.name}.previous")
-    if folder.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        folder.rename(previous)
-    complete.rename(folder)
-    shutil.rmtree(previous, ignore_errors=True)
+    else:
+        take_place(complete, folder)
 
 
 __all__ = ["atomic_folder", "load_weights", "named_tensors", "rank", "save_pretrained", "together"]

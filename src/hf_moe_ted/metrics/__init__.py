@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-METRICS = ("chrf", "length_ratio", "sacrebleu")
+METRICS = ("chrf", "length_ratio", "off_target", "sacrebleu")
 
 
 def metric_path(name: str) -> str:

@@ -1,0 +1,79 @@
+"""The model card of a compressed model: that of its source, with a section on what was done."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+CARD_NAME = "README.md"
+
+_BEGIN = "<!-- compression report of hf_moe_ted: begin -->"
+_END = "<!-- compression report of hf_moe_ted: end -->"
+_SECTION = re.compile(rf"{_BEGIN}.*?{_END}\n*", re.DOTALL)
+# of a section that stays as the history of the source: its files do not come along
+_LINKS = re.compile(
+    r"^!\[.*\]\(compression_report/.*\)\n+\*.*\*\n+| The whole report: \[report.md\]\(report.md\)\.", re.M
+)
+_METADATA_AND_TITLE = re.compile(r"\A(?:---\r?\n.*?\r?\n---\r?\n)?\s*(?:# [^\n]*\n)?", re.DOTALL)
+_IN_HUB_CACHE = re.compile(r"models--(?P<name>[^/]+)/snapshots/[^/]+/?$")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def hub_id(source: str) -> str | None:
+    """The id on the Hub of a model, `None` if it has none.
+
+    Args:
+        source: what `from_pretrained` was given: an id, a folder, or a folder in the cache of the Hub.
+    """
+    if found := _IN_HUB_CACHE.search(source):
+        return found["name"].replace("--", "/")
+    return source if _HUB_ID.fullmatch(source) and not Path(source).exists() else None
+
+
+def display_name(source: str) -> str:
+    """The id on the Hub, or the name of the folder."""
+    return hub_id(source) or Path(source).name
+
+
+def derived_card(sources: Sequence[str], relation: str | None = None) -> ModelCard:
+    """The card of a model that is made of others, to which `with_section` adds what was done.
+
+    Its text and metadata are those of the first source, `base_model` the ids of those on the Hub. Without a card there,
+    it has the metadata of a translation model and a title.
+
+    Args:
+        sources: what `from_pretrained` was given.
+        relation: `base_model_relation` of the Hub, such as `"quantized"` or `"merge"`.
+
+    Raises:
+        ValueError: the metadata of the first source's card cannot be read.
+    """
+    path = Path(sources[0]) / CARD_NAME
+    if path.is_file():
+        try:
+            card = ModelCard.load(path)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"the metadata of {path} cannot be read: {error}; correct or remove the file") from error
+        card.text = _LINKS.sub("", card.text.replace(_BEGIN, "").replace(_END, ""))
+    else:
+        metadata = ModelCardData(library_name="transformers", pipeline_tag="translation")
+        card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n# Made of {display_name(sources[0])}\n")
+    if ids := [identity for identity in map(hub_id, sources) if identity is not None]:
+        card.data.base_model = ids[0] if len(ids) == 1 else ids
+        card.data.base_model_relation = relation
+    return card
+
+
+def with_section(card: str, section: str) -> str:
+    """The text of a card with the section behind its title, in place of the one that it may have already."""
+    marked = f"{_BEGIN}\n{section.strip()}\n{_END}\n\n"
+    if _SECTION.search(card):
+        return _SECTION.sub(lambda _: marked, card, count=1)
+    head = _METADATA_AND_TITLE.match(card)
+    assert head is not None
+    return f"{head[0].rstrip()}\n\n{marked}{card[head.end() :].lstrip()}".lstrip()
+
+
+__all__ = ["CARD_NAME", "derived_card", "display_name", "hub_id", "with_section"]

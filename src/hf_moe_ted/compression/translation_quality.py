@@ -1,0 +1,204 @@
+"""How well and how fast a model translates, per direction: in memory and on disk."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from .atomic_file import write_atomically
+from .expert_statistics import LanguagePair
+from .translation_scores import TranslationScores
+
+FORMAT = "hf_moe_ted.translation_quality"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectionQuality(TranslationScores):
+    """The translations of a test set from one language to another: [`TranslationScores`] and how they were made.
+
+    Attributes:
+        num_cut: translations that had not ended after `max_new_tokens`.
+        seconds: that translating took.
+        text_sha256: of the sources and references, to tell whether two qualities are of the same text.
+    """
+
+    num_cut: int
+    seconds: float
+    text_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanQuality:
+    """Means over directions, each counting the same; see [`DirectionQuality`]."""
+
+    bleu: float
+    chrf: float
+    length_ratio: float
+    off_target: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslationQuality:
+    """How well and how fast a model translates.
+
+    Attributes:
+        model: its name or folder.
+        directions: (source language, target language) -> [`DirectionQuality`].
+        batch_size, num_beams, max_new_tokens: of the generation.
+        device: name of the GPU, or `"cpu"`.
+        dtype: of the weights that are not quantized.
+        num_bytes: of the weights in memory.
+        peak_memory_bytes: most memory of the GPU that tensors had while it translated, weights included; `None`
+            without a GPU.
+    """
+
+    model: str
+    directions: dict[LanguagePair, DirectionQuality]
+    batch_size: int
+    num_beams: int
+    max_new_tokens: int
+    device: str
+    dtype: str
+    num_bytes: int
+    peak_memory_bytes: int | None
+
+    @property
+    def num_sentences(self) -> int:
+        """Of all directions together."""
+        return sum(direction.num_sentences for direction in self.directions.values())
+
+    @property
+    def sentences_per_s(self) -> float:
+        """Over all directions, from text to text."""
+        return self.num_sentences / sum(direction.seconds for direction in self.directions.values())
+
+    def groups(self) -> dict[str, list[LanguagePair]]:
+        """All directions, and if one language is in all of them, those from it and those into it."""
+        pairs = list(self.directions)
+        groups = {"all directions": pairs}
+        common = set.intersection(*map(set, pairs))
+        if len(common) == 1:
+            (language,) = common
+            both = {f"{language} to X": [p for p in pairs if p[0] == language]}
+            both[f"X to {language}"] = [p for p in pairs if p[1] == language]
+            groups |= both if all(both.values()) else {}
+        return groups
+
+    def mean(self, pairs: list[LanguagePair]) -> MeanQuality:
+        """Over some of the directions."""
+        directions = [self.directions[pair] for pair in pairs]
+        off_target = [direction.off_target for direction in directions if direction.off_target is not None]
+        return MeanQuality(
+            bleu=fmean(direction.bleu for direction in directions),
+            chrf=fmean(direction.chrf for direction in directions),
+            length_ratio=fmean(direction.length_ratio for direction in directions),
+            off_target=fmean(off_target) if off_target else None,
+        )
+
+    def __str__(self) -> str:
+        lines = []
+        for name, pairs in self.groups().items():
+            mean = self.mean(pairs)
+            off_target = "" if mean.off_target is None else f", off target {mean.off_target:.1%}"
+            lines.append(
+                f"{name}: BLEU {mean.bleu:.1f}, chrF {mean.chrf:.1f}, length ratio {mean.length_ratio:.2f}{off_target}"
+            )
+        return "\n".join([*lines, f"{self.sentences_per_s:,.1f} sentences/s"])
+
+    def require_comparable(self, other: "TranslationQuality") -> None:
+        """
+        Raises:
+            ValueError: the other quality is of other text, or translations were made in another way.
+        """
+        names = ("num_beams", "max_new_tokens")
+        problems = [
+            f"{name} is {getattr(self, name)} and {getattr(other, name)}"
+            for name in names
+            if getattr(self, name) != getattr(other, name)
+        ]
+        for pair in sorted(self.directions.keys() | other.directions.keys()):
+            hashes = {q.directions[pair].text_sha256 if pair in q.directions else None for q in (self, other)}
+            if len(hashes) > 1:
+                reason = "is in one of them only" if None in hashes else "has other sentences"
+                problems.append(f"{'-'.join(pair)} {reason}")
+        if problems:
+            raise ValueError(
+                f"the translations of {self.model} and {other.model} cannot be compared: {'; '.join(problems)}"
+            )
+
+    @staticmethod
+    def check_path(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """
+        Raises:
+            ValueError: `save` would not write there: it is a folder, or a file and not `overwrite`.
+        """
+        path = Path(path)
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; name a file in it")
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} exists; choose another name or overwrite it (--overwrite)")
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write it as one JSON file, which appears when it is complete.
+
+        Raises:
+            ValueError: see `check_path`.
+        """
+        self.check_path(path, overwrite=overwrite)
+        fields = {"format": FORMAT, "format_version": FORMAT_VERSION, **self.to_dict()}
+        write_atomically(Path(path), json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "TranslationQuality":
+        """What `save` wrote.
+
+        Raises:
+            ValueError: the file is missing, of another format, or not as it was written.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist; `hf-moe-ted evaluate` writes such a file")
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is corrupted: {error}") from error
+        if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+            raise ValueError(f"{path} is no file of translation quality; `hf-moe-ted evaluate` writes one")
+        if (version := fields.pop("format_version", None)) != FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has format_version {version!r}, this version of hf_moe_ted reads {FORMAT_VERSION}; "
+                "evaluate the model again"
+            )
+        try:
+            return cls.from_dict(fields)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is corrupted: {error!r}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        directions = [
+            {"src_lang": source, "tgt_lang": target, **dataclasses.asdict(direction)}
+            for (source, target), direction in self.directions.items()
+        ]
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {
+            "directions": directions
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "TranslationQuality":
+        """What `to_dict` has made.
+
+        Raises:
+            KeyError, TypeError: fields are missing or unknown.
+        """
+        rows = [dict(row) for row in fields["directions"]]
+        directions = {(row.pop("src_lang"), row.pop("tgt_lang")): DirectionQuality(**row) for row in rows}
+        return cls(**{**fields, "directions": directions})
+
+
+__all__ = ["DirectionQuality", "MeanQuality", "TranslationQuality"]

@@ -1,0 +1,95 @@
+"""How good translations are: BLEU, chrF, length ratio and language, with the metrics of the package."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from ..metrics import metric_path
+from ..metrics.language_detection import detector_code
+
+# tokenizers of sacreBLEU for languages that are written without spaces between words, by ISO 639; others: 13a
+_BLEU_TOKENIZER = {
+    **dict.fromkeys(("zh", "zho", "yue"), "zh"),
+    **dict.fromkeys(
+        ("ja", "jpn", "th", "tha", "km", "khm", "lo", "lao", "my", "mya", "bo", "bod", "dz", "dzo"), "char"
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslationScores:
+    """Scores of the translations of a test set from one language to another.
+
+    Attributes:
+        num_sentences: in the test set.
+        bleu: corpus BLEU, 0 to 100.
+        bleu_tokenizer: of sacreBLEU.
+        chrf: corpus chrF, 0 to 100.
+        source_chrf: chrF of the sources as they are: what a model gets for copying.
+        length_ratio: characters of all translations over those of all references.
+        off_target: share of translations whose detected language is not the target language; `None` for a language
+            that the detector does not know.
+        reference_off_target: the same of the references, which is the detector's own error.
+    """
+
+    num_sentences: int
+    bleu: float
+    bleu_tokenizer: str
+    chrf: float
+    source_chrf: float
+    length_ratio: float
+    off_target: float | None
+    reference_off_target: float | None
+
+
+def score_translations(
+    sources: Sequence[str],
+    translations: Sequence[str],
+    references: Sequence[str],
+    *,
+    tgt_lang: str,
+    languages: Iterable[str] | None = None,
+) -> TranslationScores:
+    """Score the translations of one direction.
+
+    Args:
+        sources, translations, references: one of each per sentence, references not empty.
+        tgt_lang: the language they should be in, a code of ISO 639-1 or of NLLB.
+        languages: all that the model can answer in; those that py3langid knows are what it chooses from. By default it
+            chooses from all that it knows, with more errors.
+
+    Raises:
+        ValueError: no sentences, different numbers of them, or an empty reference; py3langid is not installed.
+    """
+
+    def compute(name: str, predictions: Sequence[str], **options: Any) -> Any:
+        return _metric(name).compute(predictions=predictions, references=references, **options)
+
+    bleu_tokenizer = _BLEU_TOKENIZER.get(tgt_lang.split("_")[0], "13a")
+    off_target: dict[str, float] = {}
+    if detector_code(tgt_lang) is not None:
+        candidates = None
+        if languages is not None:
+            candidates = [language for language in {tgt_lang, *languages} if detector_code(language) is not None]
+        off_target = compute("off_target", translations, language=tgt_lang, candidates=candidates)
+    return TranslationScores(
+        num_sentences=len(translations),
+        bleu=compute("sacrebleu", translations, tokenize=bleu_tokenizer)["score"],
+        bleu_tokenizer=bleu_tokenizer,
+        chrf=compute("chrf", translations)["score"],
+        source_chrf=compute("chrf", sources)["score"],
+        length_ratio=compute("length_ratio", translations)["corpus_ratio"],
+        off_target=off_target.get("off_target_share"),
+        reference_off_target=off_target.get("reference_off_target_share"),
+    )
+
+
+@cache
+def _metric(name: str) -> Any:
+    import evaluate  # here, as compression without measuring needs neither it nor `datasets`
+
+    return evaluate.load(metric_path(name), keep_in_memory=True)
+
+
+__all__ = ["TranslationScores", "score_translations"]

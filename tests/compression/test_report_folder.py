@@ -1,0 +1,215 @@
+"""What a compression leaves in its folder for a reader, for every operation, and what is added to it later."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_moe_ted import (
+    ExpertStatistics,
+    ZCodeM3Tokenizer,
+    aggregate_experts,
+    collect_expert_statistics,
+    merge_experts,
+    prune_experts,
+    quantize_experts,
+    write_compression_report,
+)
+from hf_moe_ted.compression.compression_report import report_from_dict
+
+MakeQuality = Any
+OPERATIONS = ("prune", "merge", "aggregate", "quantize")
+TEXT = "# A model\n\nIt translates, and it is ours.\n"
+PAIRS = {("en", "de"): 50.0, ("de", "en"): 60.0, ("en", "fr"): 40.0, ("fr", "en"): 45.0}
+AFTER = {("en", "de"): 20.0, ("de", "en"): 59.0, ("en", "fr"): 41.0, ("fr", "en"): 40.0}
+
+
+@pytest.fixture
+def source(make_model: Callable[..., Any], tokenizer: ZCodeM3Tokenizer, tmp_path: Path) -> Path:
+    folder = tmp_path / "full"
+    make_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(f"---\nlicense: mit\n---\n\n{TEXT}")
+    return folder
+
+
+@pytest.fixture
+def statistics(make_model: Callable[..., Any], tokenizer: ZCodeM3Tokenizer, rows: Any) -> ExpertStatistics:
+    return collect_expert_statistics(make_model(), tokenizer, rows)
+
+
+def compress(operation: str, source: Path, statistics: ExpertStatistics) -> Path:
+    folder = source.with_name(operation)
+    if operation == "prune":
+        prune_experts(source, statistics, keep=2, output_dir=folder)
+    elif operation == "merge":
+        merge_experts(source, statistics, keep=2, output_dir=folder)
+    elif operation == "aggregate":
+        aggregate_experts([source, source], folder)
+    else:
+        quantize_experts(source, output_dir=folder)
+    return folder
+
+
+def pictures_of(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "compression_report").glob("*")}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_operation(operation: str, source: Path, statistics: ExpertStatistics) -> None:
+    folder = compress(operation, source, statistics)
+    fields = json.loads((folder / "compression_report.json").read_text())
+    report = report_from_dict(fields)
+    assert json.loads(json.dumps(report.to_dict())).items() <= fields.items()
+    text, card = (folder / "report.md").read_text(), ModelCard.load(folder / "README.md")
+    for part in (f"# Compression report: {report.title.lower()}\n", f"| {report.num_parameters_after:,} |", "`full`"):
+        assert part in text
+    assert f"## {report.title}\n" in card.text and "hf-moe-ted evaluate SOURCE TEXT" in card.text
+    assert card.data.license == "mit" and card.text.endswith(TEXT.partition("\n\n")[2])
+    assert str(source.parent) not in text + card.text and "[viz]" not in text
+    expected = {
+        "prune": "| encoder 1 | 4 | 2 | ",
+        "merge": "| encoder 1 | 4 | 2 |\n",
+        "aggregate": "| encoder 1 | 4 + 4 | 8 |",
+        "quantize": "| encoder 1 | 0.",
+    }
+    assert expected[operation] in text
+    drawn = {"experts_per_layer.png", "routing_by_language.png", "language_similarity.png"}
+    assert pictures_of(folder) == (drawn if operation in ("prune", "merge") else set())
+    for name in pictures_of(folder):
+        assert (folder / "compression_report" / name).read_bytes().startswith(b"\x89PNG")
+        assert f"(compression_report/{name})" in text and f"(compression_report/{name})" in card.text
+    assert ("| encoder | en |" in text) == (operation in ("prune", "merge"))
+
+
+def test_quality(source: Path, statistics: ExpertStatistics, make_quality: MakeQuality) -> None:
+    folder = compress("prune", source, statistics)
+    readme = folder / "README.md"
+    readme.write_text(readme.read_text() + "\n## More\n\nWritten by hand.\n")
+    before = make_quality(PAIRS, model="/models/full", peak_memory_bytes=3_000_000)
+    lengths = {("en", "de"): 1.3, ("de", "en"): 1.12}
+    after = make_quality(
+        AFTER, model="/models/prune", length_ratio=lengths, off_target={("en", "de"): 0.25}, num_cut=2, batch_size=8
+    )
+    assert write_compression_report(folder, before=before, after=after) == folder / "report.md"
+    text, card = (folder / "report.md").read_text(), readme.read_text()
+    for shared in (
+        "| chrF, en to X | 45.0 | 30.5 |",
+        "| length ratio, X to en | 1.00 | 1.06 |",
+        "| off target, en to X | 0.0% | 12.5% |",
+        "| sentences per second | 20.0 | 20.0 |",
+        "| most memory of the GPU, MB | 3.0 |  |",
+        "**In 2 of 4 directions, before in 0, translations are more than 10% longer than the references**",
+        "**8 of 40 translations, before 0, did not end within 128 tokens and were cut;",
+        "Speed and memory were not measured in the same way (cpu, float32, batches of 32; cpu, float32, batches of 8)",
+        "| en-de | 10 | 50.0 → 20.0 | 25.0 → 10.0 | 1.00 → 1.30 | 0.0% → 25.0% |",
+    ):
+        assert shared in text and shared in card
+    worst = [line.split(" | ")[0][2:] for line in card.split("lost most")[1].splitlines() if " → " in line]
+    assert worst == ["en-de", "fr-en", "de-en", "en-fr"]
+    every = text.split("## Every direction")[1].split("## Experts")[0]
+    assert [line.split(" | ")[0] for line in every.splitlines() if "-e" in line or "en-" in line] == [
+        f"| {'-'.join(pair)}" for pair in sorted(PAIRS)
+    ]
+    assert "## Every direction" not in card and "/models/" not in text + card
+    assert card.count("hf_moe_ted: begin") == 1 and card.endswith("Written by hand.\n") and "it is ours" in card
+    assert "quality.png" in pictures_of(folder) and len(pictures_of(folder)) == 4
+
+    # what is there stays, and comes again when only something else is given
+    write_compression_report(folder, trained=make_quality(PAIRS, model="trained"))
+    again = (folder / "report.md").read_text()
+    assert "|  | before | after | after training |" in again
+    assert "| en-de | 10 | 50.0 → 20.0 → 50.0 |" in again
+    assert "**In 2 of 4 directions, before in 0" in again  # of the model in the folder, not of the trained one
+    assert all(f"({name})" in again for name in [f"compression_report/{name}" for name in pictures_of(folder)])
+    assert "| encoder | en |" in again
+
+
+def test_statistics_later(source: Path, statistics: ExpertStatistics) -> None:
+    folder = compress("quantize", source, statistics)
+    assert "`hf-moe-ted report MODEL --statistics STATISTICS` adds them" in (folder / "report.md").read_text()
+    write_compression_report(folder, statistics=statistics)
+    assert pictures_of(folder) == {"routing_by_language.png", "language_similarity.png"}
+    assert "| decoder | fr |" in (folder / "report.md").read_text()
+
+
+def test_without_matplotlib(source: Path, statistics: ExpertStatistics, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    folder = compress("prune", source, statistics)
+    assert not (folder / "compression_report").exists()
+    text = (folder / "report.md").read_text()
+    assert "pip install 'hf-moe-ted[viz]'" in text and "![" not in text + (folder / "README.md").read_text()
+    monkeypatch.undo()
+    write_compression_report(folder)
+    assert (
+        pictures_of(folder) == {"experts_per_layer.png"} and "hf-moe-ted[viz]" not in (folder / "report.md").read_text()
+    )
+
+
+def test_dense_layers_and_ranges(source: Path) -> None:
+    prune_experts(source, None, keep=3, criterion="random", output_dir=source.with_name("three"))
+    text = (source.with_name("three") / "report.md").read_text()
+    kept = json.loads((source.with_name("three") / "compression_report.json").read_text())["kept_experts"]
+    shown = {(0, 1, 2): "0-2", (1, 2, 3): "1-3", (0, 2, 3): "0, 2-3", (0, 1, 3): "0-1, 3"}
+    assert f"| encoder 1 | 4 | 3 | {shown[tuple(kept['model.encoder.layers.1.ffn'])]} |" in text
+    prune_experts(source, None, keep=1, criterion="random", output_dir=source.with_name("one"))
+    assert "| encoder 1 | 4 | 1 | dense |" in (source.with_name("one") / "report.md").read_text()
+
+
+def test_card_is_read_before_anything_is_written(source: Path, statistics: ExpertStatistics) -> None:
+    (source / "README.md").write_text("---\nlicense: [\n---\n")
+    for operation in OPERATIONS:
+        with pytest.raises(ValueError, match=r"README.md cannot be read"):
+            compress(operation, source, statistics)
+    assert [path.name for path in source.parent.iterdir()] == ["full"]
+
+
+def test_model_in_memory(make_model: Callable[..., Any], tmp_path: Path) -> None:
+    prune_experts(make_model(), None, keep=2, criterion="random", output_dir=tmp_path / "pruned")
+    card = ModelCard.load(tmp_path / "pruned" / "README.md")
+    assert card.data.pipeline_tag == "translation" and "base_model" not in card.data.to_dict()
+    model = make_model()
+    model.name_or_path = "org/model"
+    quantize_experts(model, output_dir=tmp_path / "int8")
+    card = ModelCard.load(tmp_path / "int8" / "README.md")
+    assert (card.data.base_model, card.data.base_model_relation) == ("org/model", "quantized")
+
+
+def test_bad_input(
+    source: Path,
+    statistics: ExpertStatistics,
+    make_quality: MakeQuality,
+    make_model: Callable[..., Any],
+    tokenizer: Any,
+) -> None:
+    with pytest.raises(ValueError, match=r"full/compression_report.json does not exist; output_dir must be"):
+        write_compression_report(source)
+    folder = compress("prune", source, statistics)
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    quality = make_quality(PAIRS)
+    row = {"source": "a", "target": "b", "src_lang": "en", "tgt_lang": "de"}
+    other = collect_expert_statistics(make_model(num_experts=3), tokenizer, [row])
+    for arguments, message in (
+        ({"before": quality}, "the quality after is missing"),
+        ({"trained": quality}, "the quality after and before is missing"),
+        ({"before": quality, "after": make_quality(PAIRS, text_sha256="y")}, "de-en has other sentences"),
+        ({"statistics": other}, "the statistics are of another model than this report"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_compression_report(folder, **arguments)
+    assert files == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    path = folder / "compression_report.json"
+    for broken in (
+        "{",
+        "[]",
+        "{}",
+        '{"operation": "prune_experts"}',
+        json.dumps(json.loads(path.read_text()) | {"quality": 1}),
+    ):
+        path.write_text(broken)
+        with pytest.raises(ValueError, match=r"compression_report.json is (corrupted|no compression report)"):
+            write_compression_report(folder)

@@ -1,0 +1,144 @@
+"""Translations in batches against one at a time, scores against sacreBLEU, what is counted, and bad input."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sacrebleu
+import torch
+from transformers import NllbTokenizer
+
+from hf_moe_ted import (
+    ZCodeM3ForConditionalGeneration,
+    ZCodeM3Tokenizer,
+    evaluate_translation,
+    score_translations,
+)
+from hf_moe_ted.metrics.language_detection import LanguageDetector
+
+Rows = list[dict[str, str]]
+DEMO = Path(__file__).parents[2] / "examples" / "checkpoints" / "zcode_m3_demo"
+TEXTS = (
+    ("Close all tabs", "Alle Tabs schließen"),
+    ("Open settings", "Einstellungen öffnen"),
+    ("The file could not be saved because the disk is full", "Die Datei konnte nicht gespeichert werden"),
+    ("Copy", "Kopieren"),
+    ("You can change this in settings", "Sie können dies in den Einstellungen ändern"),
+)
+ROWS = [{"source": en, "target": de, "src_lang": "en", "tgt_lang": "de"} for en, de in TEXTS] + [
+    {"source": de, "target": en, "src_lang": "de", "tgt_lang": "en"} for en, de in TEXTS
+]
+
+
+@pytest.fixture(scope="module")
+def demo() -> tuple[Any, Any]:
+    model = ZCodeM3ForConditionalGeneration.from_pretrained(DEMO)
+    return model.train(), ZCodeM3Tokenizer.from_pretrained(DEMO, src_lang="fr", tgt_lang="ja")
+
+
+@torch.no_grad()
+def one_at_a_time(model: Any, tokenizer: Any, rows: Rows, **generation: Any) -> list[str]:
+    """The slow reference."""
+    texts = []
+    for row in rows:
+        inputs = tokenizer(row["source"], src_lang=row["src_lang"], return_tensors="pt")
+        language = tokenizer.get_lang_id(row["tgt_lang"])
+        output = model.generate(**inputs, forced_bos_token_id=language, do_sample=False, **generation)
+        texts.append(tokenizer.decode(output[0], skip_special_tokens=True))
+    return texts
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_equals_one_sentence_at_a_time(demo: tuple[Any, Any], num_beams: int) -> None:
+    model, tokenizer = demo
+    quality = evaluate_translation(model, tokenizer, ROWS, batch_size=2, num_beams=num_beams, max_new_tokens=20)
+    assert model.training and (tokenizer.src_lang, tokenizer.tgt_lang) == ("fr", "ja")
+    assert list(quality.directions) == [("de", "en"), ("en", "de")] and quality.num_sentences == 10
+    model.eval()
+    detect = LanguageDetector(tokenizer.languages).detect
+    for pair, direction in quality.directions.items():
+        rows = [row for row in ROWS if (row["src_lang"], row["tgt_lang"]) == pair]
+        expected = one_at_a_time(model, tokenizer, rows, num_beams=num_beams, max_new_tokens=20)
+        references = [row["target"] for row in rows]
+        assert direction.bleu == pytest.approx(sacrebleu.corpus_bleu(expected, [references]).score)
+        assert direction.bleu > 5
+        assert direction.chrf == pytest.approx(sacrebleu.corpus_chrf(expected, [references]).score)
+        sources = [row["source"] for row in rows]
+        assert direction.source_chrf == pytest.approx(sacrebleu.corpus_chrf(sources, [references]).score)
+        assert direction.length_ratio == sum(map(len, expected)) / sum(map(len, references))
+        others = [detect(text) != pair[1] for text in references]
+        assert (direction.off_target, direction.reference_off_target) == (0.0, sum(others) / len(others))
+        assert direction.num_cut == 0
+    model.train()
+
+
+def test_what_is_measured(demo: tuple[Any, Any]) -> None:
+    model, tokenizer = demo
+    quality = evaluate_translation(model, tokenizer, iter(ROWS), max_sentences=3, max_new_tokens=2)
+    assert [direction.num_sentences for direction in quality.directions.values()] == [3, 3]
+    # the tag of the language and one token: only what is one token long could end in time
+    assert [direction.num_cut for direction in quality.directions.values()] == [3, 3]
+    assert quality.sentences_per_s == 6 / sum(direction.seconds for direction in quality.directions.values())
+    assert (quality.device, quality.dtype, quality.peak_memory_bytes) == ("cpu", "float32", None)
+    assert quality.num_bytes == 4 * model.num_parameters()
+    assert (quality.batch_size, quality.num_beams, quality.max_new_tokens) == (32, 1, 2)
+
+    shuffled = evaluate_translation(model, tokenizer, ROWS[:3][::-1] + ROWS[5:8], batch_size=1, max_new_tokens=2)
+    for pair, direction in quality.directions.items():
+        assert shuffled.directions[pair].text_sha256 == direction.text_sha256
+    other = evaluate_translation(model, tokenizer, ROWS[1:4] + ROWS[5:8], max_new_tokens=2)
+    assert other.directions["en", "de"].text_sha256 != quality.directions["en", "de"].text_sha256
+    assert other.directions["de", "en"].text_sha256 == quality.directions["de", "en"].text_sha256
+
+
+def test_translation_rows_and_languages(make_model: Callable[..., Any], tokenizer: ZCodeM3Tokenizer) -> None:
+    rows = [{"translation": {"en": "save", "de": "speichern", "fr": "enregistrer"}}] * 2
+    quality = evaluate_translation(make_model(), tokenizer, rows, languages=["en", "fr"], max_new_tokens=3)
+    assert list(quality.directions) == [("en", "fr"), ("fr", "en")] and quality.num_sentences == 4
+
+
+def test_tokenizer_of_nllb(make_model: Callable[..., Any]) -> None:
+    languages = ["eng_Latn", "deu_Latn", "tlh_Latn"]
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = NllbTokenizer(vocab=vocabulary, merges=[], extra_special_tokens=languages)
+    model = make_model(vocab_size=len(tokenizer))
+    rows = [{"source": "save", "target": "ja", "src_lang": "eng_Latn", "tgt_lang": tgt} for tgt in languages[1:]]
+    quality = evaluate_translation(model, tokenizer, rows, max_new_tokens=4)
+    assert quality.directions["eng_Latn", "deu_Latn"].off_target is not None
+    assert quality.directions["eng_Latn", "tlh_Latn"].off_target is None
+    rows[0]["tgt_lang"] = "fra_Latn"
+    with pytest.raises(ValueError, match="the tokenizer does not know the languages fra_Latn; it knows eng_Latn, deu"):
+        evaluate_translation(model, tokenizer, rows)
+
+
+def test_scores() -> None:
+    texts = {"sources": ["关闭"], "translations": ["请关闭标签页"], "references": ["请关闭所有标签页"]}
+    chinese = score_translations(**texts, tgt_lang="zho_Hans", languages=["eng_Latn", "zho_Hans"])
+    assert chinese.bleu_tokenizer == "zh"
+    assert chinese.bleu == sacrebleu.corpus_bleu(texts["translations"], [texts["references"]], tokenize="zh").score
+    assert score_translations(**texts, tgt_lang="th").bleu_tokenizer == "char"
+    assert score_translations(**texts, tgt_lang="de").off_target == 1.0
+    unknown = score_translations(**texts, tgt_lang="tlh", languages=["en", "tlh"])
+    assert unknown.off_target is unknown.reference_off_target is None and unknown.bleu_tokenizer == "13a"
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (ROWS, {"batch_size": 0}, r"batch_size \(0\) must be at least 1"),
+        (ROWS, {"max_sentences": -1}, r"max_sentences \(-1\) must be at least 1"),
+        (ROWS, {"languages": "en"}, r"languages \('en'\) must be a list of codes"),
+        (ROWS, {"languages": ["en", "fr"]}, "the dataset has no sentence in en, fr"),
+        ([], {}, "the dataset is empty"),
+        ([{"text": "save"}], {}, "row 0 of the dataset must have the strings source, target, src_lang, tgt_lang"),
+        ([ROWS[0] | {"target": " "}], {}, "a sentence from en to de has an empty target: 'Close all tabs'"),
+        ([ROWS[0] | {"tgt_lang": "ja"}], {}, "does not know the languages ja; it knows en, de, fr"),
+    ],
+)
+def test_bad_input(
+    make_model: Callable[..., Any], tokenizer: ZCodeM3Tokenizer, rows: Rows, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate_translation(make_model(), tokenizer, rows, max_new_tokens=3, **options)

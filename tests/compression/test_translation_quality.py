@@ -1,0 +1,91 @@
+"""Qualities by direction: means, files, and which ones can be compared."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_moe_ted import DirectionQuality, TranslationQuality
+
+MakeQuality = Any
+
+
+def test_means(make_quality: MakeQuality) -> None:
+    pairs = {("en", "de"): 40.0, ("en", "fr"): 60.0, ("fr", "en"): 20.0}
+    quality: TranslationQuality = make_quality(pairs, off_target={("en", "fr"): None, ("fr", "en"): 0.5})
+    assert quality.groups() == {
+        "all directions": [*pairs],
+        "en to X": [("en", "de"), ("en", "fr")],
+        "X to en": [("fr", "en")],
+    }
+    mean = quality.mean([*pairs])
+    assert (mean.bleu, mean.chrf, mean.length_ratio, mean.off_target) == (20.0, 40.0, 1.0, 0.25)
+    assert quality.mean([("en", "fr")]).off_target is None
+    assert quality.num_sentences == 30 and quality.sentences_per_s == 30 / (3 * 0.5)
+    lines = str(quality).splitlines()
+    assert lines[0] == "all directions: BLEU 20.0, chrF 40.0, length ratio 1.00, off target 25.0%"
+    assert lines[-1] == "20.0 sentences/s" and len(lines) == 4
+
+
+@pytest.mark.parametrize("pairs", [[("en", "de")], [("en", "de"), ("fr", "es")], [("en", "de"), ("en", "fr")]])
+def test_one_group_if_there_is_nothing_to_set_apart(make_quality: MakeQuality, pairs: list[Any]) -> None:
+    assert [*make_quality(dict.fromkeys(pairs, 1.0)).groups()] == ["all directions"]
+
+
+def test_files(make_quality: MakeQuality, tmp_path: Path) -> None:
+    quality = make_quality({("en", "de"): 40.0, ("zh-Hant", "en"): 60.5})
+    path = tmp_path / "new" / "quality.json"
+    quality.save(path)
+    assert TranslationQuality.load(path) == quality
+    assert isinstance(TranslationQuality.load(path).directions["zh-Hant", "en"], DirectionQuality)
+    with pytest.raises(ValueError, match=r"quality.json exists; choose another name or overwrite it"):
+        quality.save(path)
+    other = make_quality({("en", "de"): 1.0})
+    other.save(path, overwrite=True)
+    assert TranslationQuality.load(path) == other
+    with pytest.raises(ValueError, match="is a folder"):
+        quality.save(tmp_path, overwrite=True)
+    assert [entry.name for entry in path.parent.iterdir()] == ["quality.json"]
+
+
+def test_nothing_half_written(make_quality: MakeQuality, tmp_path: Path) -> None:
+    path = tmp_path / "quality.json"
+    make_quality({("en", "de"): 1.0}).save(path)
+    before = path.read_bytes()
+    with pytest.raises(UnicodeEncodeError):
+        make_quality({("en", "\ud800"): 1.0}).save(path, overwrite=True)
+    assert path.read_bytes() == before and len([*tmp_path.iterdir()]) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda fields: fields | {"format": "x"}, "is no file of translation quality"),
+        (lambda fields: fields | {"format_version": 9}, "has format_version 9, this version of hf_moe_ted reads 1"),
+        (lambda fields: {**fields, "directions": [{"src_lang": "en"}]}, "is corrupted: KeyError"),
+        (lambda fields: {**fields, "seed": 1}, "is corrupted: TypeError"),
+        (lambda fields: [], "is no file of translation quality"),
+    ],
+)
+def test_corrupted_files(make_quality: MakeQuality, tmp_path: Path, change: Any, message: str) -> None:
+    path = tmp_path / "quality.json"
+    with pytest.raises(ValueError, match="does not exist; `hf-moe-ted evaluate`"):
+        TranslationQuality.load(path)
+    make_quality({("en", "de"): 1.0}).save(path)
+    text = path.read_text()
+    path.write_text(json.dumps(change(json.loads(text))))
+    with pytest.raises(ValueError, match=message):
+        TranslationQuality.load(path)
+    path.write_text(text[:40])
+    with pytest.raises(ValueError, match="is corrupted"):
+        TranslationQuality.load(path)
+
+
+def test_comparable(make_quality: MakeQuality) -> None:
+    first = make_quality({("en", "de"): 40.0, ("en", "fr"): 1.0})
+    first.require_comparable(make_quality({("en", "de"): 1.0, ("en", "fr"): 2.0}, model="b", batch_size=2))
+    with pytest.raises(ValueError, match=r"of a and b cannot be compared: num_beams is 1 and 5; en-fr is in one of"):
+        first.require_comparable(make_quality({("en", "de"): 40.0}, model="b", num_beams=5))
+    with pytest.raises(ValueError, match="en-de has other sentences; en-fr has other sentences"):
+        first.require_comparable(make_quality({("en", "de"): 40.0, ("en", "fr"): 1.0}, text_sha256="y"))

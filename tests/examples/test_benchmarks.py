@@ -1,0 +1,63 @@
+"""The benchmarks of experts and of generation run, on tiny models."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import bench_experts_cpu
+import bench_generation
+import pytest
+
+CHECKPOINT = Path(__file__).parents[2] / "examples" / "checkpoints" / "zcode_m3_demo"
+CPU_PEERS = {"eager", "grouped_mm", "zcode_grouped", "zcode_cpu", "int8", "int8_zcode_cpu", "dense"}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, benchmark: Any, output: Path, *arguments: str) -> dict[str, Any]:
+    command = [benchmark.__file__, "--threads", "1", "--output", str(output), *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    benchmark.main()
+    return json.loads(output.read_text())
+
+
+def test_generation_with_random_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ("--base", "tiny", "--batch_sizes", "3", "--num_beams", "1", "2", "--rounds", "2", "--new_tokens", "5")
+    written = run(monkeypatch, bench_generation, tmp_path / "out.json", "--device", "cpu", *sizes)
+    results = written["results"]
+    assert {(r["peer"], r["num_beams"]) for r in results} == {(peer, beams) for peer in CPU_PEERS for beams in (1, 2)}
+    for result in results:
+        assert (result["num_sentences"], result["num_new_tokens"], len(result["seconds"])) == (3, 15, 2)
+        assert (result["experts_per_step"] is None) == (result["peer"] == "dense")
+        if not result["peer"].startswith(("int8", "dense")):
+            assert result["equal_tokens"] == 1.0
+    assert written["parameters"]["dense"] < written["parameters"]["eager"]
+    assert "time / dense" in capsys.readouterr().out
+
+
+def test_translation_decodes_as_long_as_the_model_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arguments = ("--model", str(CHECKPOINT), "--device", "cpu", "--batch_sizes", "2", "--num_beams", "2")
+    arguments += ("--num_sentences", "3", "--rounds", "1", "--peers", "eager", "dense", "--clock", "cpu")
+    results = run(monkeypatch, bench_generation, tmp_path / "out.json", *arguments)["results"]
+    assert [result["num_sentences"] for result in results] == [3, 3]
+    assert results[0]["num_new_tokens"] == results[1]["num_new_tokens"] > 3
+
+
+def test_generation_refuses_unknown_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--peers fast: not known here; there are eager"):
+        run(monkeypatch, bench_generation, tmp_path / "out.json", "--base", "tiny", "--peers", "eager", "fast")
+
+
+def test_experts_on_cpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sizes = ("--tokens", "1", "20", "--num_experts", "4", "--d_model", "64", "--ffn_dim", "128", "--seconds", "0")
+    arguments = (*sizes, "--min_turns", "2", "--num_experts_per_tok", "2")
+    results = run(monkeypatch, bench_experts_cpu, tmp_path / "out.json", *arguments)["results"]
+    errors = {(result["peer"], result["num_tokens"]): result["error"] for result in results}
+    assert all(len(result["milliseconds"]) == 2 for result in results)
+    for num_tokens in (1, 20):
+        assert errors["zcode_cpu", num_tokens] < 1e-5
+        assert 1e-4 < errors["bf16 zcode_cpu", num_tokens] < 2e-2
+        assert 1e-3 < errors["int8 zcode_cpu", num_tokens] < 5e-2
+        assert errors["dense", num_tokens] is None
+    assert ("batched_mm", 1) in errors and ("batched_mm", 20) not in errors
