@@ -1,8 +1,10 @@
 """Small models, sharded as TED does it but by hand, and trained with gradients that depend on names only."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,7 +17,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 from hf_moe_ted import ZCodeM3ForConditionalGeneration
 from hf_moe_ted.distributed.checkpoint import named_tensors
 from hf_moe_ted.distributed.sharding import regions
-from hf_moe_ted.testing import tiny_config
+from hf_moe_ted.testing import run_distributed_test, tiny_config
 
 NUM_STEPS = 2
 # data, tensor, expert data, expert, expert tensor
@@ -148,6 +150,18 @@ def check(model: nn.Module, optimizer: torch.optim.Optimizer | None, expected: d
             assert tensor.dtype == expected[key].dtype
             for part in regions(tensor):
                 assert torch.equal(part.local.cpu(), expected[key][part.slices]), key
+
+
+def saved_by_eight(save: Callable[[Path], None]) -> Any:
+    """A fixture of a module: the folder into which eight processes save in several layouts."""
+
+    @pytest.fixture(scope="module")
+    def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("saved")
+        run_distributed_test(save, 8, folder)
+        return folder
+
+    return saved
 
 
 def clear(model: nn.Module) -> None:

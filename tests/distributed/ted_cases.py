@@ -76,6 +76,12 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "additive": lambda: tiny_config(
         **_SMALL | {"init_std": 0.5}, router_aux_loss_coef=0.0, router_z_loss_coef=0.0, scale_embedding=False
     ),
+    # as merged, where two rows of a router are one expert, and as pruned with renormalize=False, where some are none
+    "merged": lambda: tiny_config(**_SMALL, num_experts_per_tok=2, expert_map=[[0, 3, 1, 2, 3, 0], [1, 1, 2, 0, 3, 1]]),
+    "thinned": lambda: tiny_config(
+        **_SMALL | {"capacity_factor": 0.5}, min_capacity=1, token_drop_policy="position",
+        expert_map=[[4, 2, 0, 1, 4, 3], [3, 4, 4, 1, 0, 2]],
+    ),
     "mixtral": lambda: MixtralConfig(**_CAUSAL, num_local_experts=4),
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **_CAUSAL, num_experts=4, moe_intermediate_size=24, head_dim=8, mlp_only_layers=[0], norm_topk_prob=True
@@ -111,7 +117,7 @@ class Trained:
     """What a rank has after a case.
 
     Attributes:
-        losses: of each step, the share of this rank's batches.
+        losses: of each step and of an evaluation after the last one, the share of this rank's batches.
         norms: of the gradients of each step, before clipping.
         gradients: of the first step, as parts of the whole ones, by name.
         parameters: after the last step, likewise.
@@ -121,6 +127,10 @@ class Trained:
     norms: list[float]
     gradients: Parts
     parameters: Parts
+
+
+# the folder of the models, and what each rank has after each case
+Launched = tuple[Path, dict[str, list[Trained]]]
 
 
 @functools.cache
@@ -218,7 +228,15 @@ def train_sharded(folder: str, case: Case) -> Trained:
         norms.append(float(clip_grad_norm_(model.parameters(), MAX_NORM)))
         optimizer.step()
         optimizer.zero_grad()
-    return Trained(losses, norms, gradients, parts_of(dict(model.named_parameters())))
+    parameters = parts_of(dict(model.named_parameters()))  # before a forward without backward gathers them
+    losses.append(evaluation_loss(model, parts[first : first + case.accumulation], total))
+    return Trained(losses, norms, gradients, parameters)
+
+
+def evaluation_loss(model: Any, parts: list[dict[str, Tensor]], total: int) -> float:
+    model.eval()
+    with torch.no_grad():
+        return sum(model(**part, num_items_in_batch=torch.tensor(total)).loss.item() for part in parts)
 
 
 def set_up(model: PreTrainedModel, plugin: TedPlugin, case: Case) -> None:
@@ -256,6 +274,7 @@ def train_alone(folder: str, case: Case, world_size: int) -> tuple[list[float], 
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
         optimizer.step()
         optimizer.zero_grad()
+    losses.append(evaluation_loss(model, parts, total))
     return losses, norms, gradients, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
@@ -292,6 +311,12 @@ def launch(folder: Path, cases: Mapping[str, Case], world_size: int) -> dict[str
     """What each rank has after each case."""
     by_rank = run_distributed_test(run_cases, world_size, str(folder), dict(cases))
     return {name: [result[name] for result in by_rank] for name in cases}
+
+
+def write_and_launch(folder: Path, on_four: Mapping[str, Case], on_eight: Mapping[str, Case]) -> Launched:
+    """The cases that take four processes, and those that take eight, with all their models."""
+    write_models(folder, {case.model for cases in (on_four, on_eight) for case in cases.values()})
+    return folder, launch(folder, on_four, 4) | launch(folder, on_eight, 8)
 
 
 class CollectiveCounter(TorchDispatchMode):

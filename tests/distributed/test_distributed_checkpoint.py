@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from sharded_by_hand import EIGHT, FOUR, check, clear, mixtral, shard, zcode_m3
+from sharded_by_hand import EIGHT, FOUR, check, clear, mixtral, saved_by_eight, shard, zcode_m3
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -46,12 +46,7 @@ def save_and_load_on_eight(folder: Path) -> None:
             check(model, None, expected)
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of eight processes in several layouts."""
-    folder = tmp_path_factory.mktemp("saved")
-    run_distributed_test(save_and_load_on_eight, 8, folder)
-    return folder
+saved = saved_by_eight(save_and_load_on_eight)
 
 
 @pytest.mark.parametrize(("make_model", "num_folders"), [(zcode_m3, len(EIGHT)), (mixtral, 1)])

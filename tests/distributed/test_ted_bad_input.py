@@ -209,7 +209,7 @@ def train_until_lost(folder: str, rank: int, port: int, how: str, timeout_s: flo
                     os._exit(7)
                 time.sleep(600)
             model(input_ids=ids, labels=ids).loss.backward()
-    except Exception:
+    except RuntimeError:  # which errors of the process group are
         Path(report, str(rank)).write_text(traceback.format_exc())
         os._exit(1)  # without waiting for others
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ted_cases import Case, Trained, assert_as_one_process, launch, micro_batches, write_models
+from ted_cases import Case, Launched, assert_as_one_process, micro_batches, write_and_launch
 
 from hf_moe_ted import ZCodeM3ForConditionalGeneration
 
@@ -54,6 +54,12 @@ FOUR = {
     "tp2 x ep2, residual": Case(TP2_EP2, model="residual"),
     "tp4, untied positions and head": Case({"tensor_parallel_size": 4}, model="untied"),
     "tp2 x ep2, label smoothing": Case(TP2_EP2, model="smoothed"),
+    # routers with more rows than there are experts
+    "ep4, merged": Case(EP4 | {"overlap_chunks": 2}, model="merged"),
+    "tp2 x ep2, merged, zero 3": Case(TP2_EP2 | {"zero_stage": 3}, model="merged", checkpointing="communication-aware"),
+    "tp4, merged": Case({"tensor_parallel_size": 4}, model="merged"),
+    "ep2 x edp2, thinned, uneven": Case({"expert_parallel_size": 2}, model="thinned", data="uneven"),
+    "tp2 x ep2, thinned, all sent": Case(TP2_EP2 | ALL_SENT, model="thinned"),
     # batches
     "ep4, zero 3, uneven, communication-aware": Case(
         EP4 | {"zero_stage": 3}, data="uneven", checkpointing="communication-aware"
@@ -77,14 +83,11 @@ EIGHT = {
     "ep4 x edp2, a rank without tokens": Case(EP4, model="skewed", data="idle"),
 }
 CASES = FOUR | EIGHT
-Launched = tuple[Path, dict[str, list[Trained]]]
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
-    folder = tmp_path_factory.mktemp("models")
-    write_models(folder, {case.model for case in CASES.values()})
-    return folder, launch(folder, FOUR, 4) | launch(folder, EIGHT, 8)
+    return write_and_launch(tmp_path_factory.mktemp("models"), FOUR, EIGHT)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -101,7 +104,7 @@ def test_routing_is_what_the_cases_say(launched: Launched, model: str, data: str
         assert set(routing.expert_ids.unique().tolist()) <= experts | {routing.num_experts}
 
 
-@pytest.mark.parametrize("model", ["dropping", "random"])
+@pytest.mark.parametrize("model", ["dropping", "thinned", "random"])
 def test_cases_drop_tokens(launched: Launched, model: str) -> None:
     assert all(routing.dropped_share() > 0.1 for routing in routings(launched[0] / model, Case(EP4, model)))
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from ted_cases import Case, Trained, assert_as_one_process, launch, write_models
+from ted_cases import Case, Launched, assert_as_one_process, write_and_launch, write_models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -39,7 +39,6 @@ EIGHT = {
     "qwen3_moe, tp2 x ep2 x edp2": Case(TP2_EP2, "qwen3_moe"),
 }
 CASES = FOUR | EIGHT
-Launched = tuple[Path, dict[str, list[Trained]]]
 
 
 def load(folder: str, layout: dict[str, Any]) -> PreTrainedModel:
@@ -48,9 +47,7 @@ def load(folder: str, layout: dict[str, Any]) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
-    folder = tmp_path_factory.mktemp("models")
-    write_models(folder, {case.model for case in CASES.values()})
-    return folder, launch(folder, FOUR, 4) | launch(folder, EIGHT, 8)
+    return write_and_launch(tmp_path_factory.mktemp("models"), FOUR, EIGHT)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -20,6 +20,7 @@ from sharded_by_hand import (
     mixtral,
     optimizer_of,
     reference,
+    saved_by_eight,
     set_gradients,
     shard,
     train,
@@ -73,12 +74,7 @@ def check_continued(make_model: Callable[[], PreTrainedModel], model: nn.Module,
     check(model, optimizer, reference(make_model, num_steps=NUM_STEPS + 1))
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of eight processes in several layouts."""
-    folder = tmp_path_factory.mktemp("saved")
-    run_distributed_test(save_and_resume_on_eight, 8, folder)
-    return folder
+saved = saved_by_eight(save_and_resume_on_eight)
 
 
 @pytest.mark.parametrize(("make_model", "num_folders"), [(zcode_m3, len(LAYOUTS)), (mixtral, 1)])
