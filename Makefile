@@ -14,7 +14,7 @@ demo: $(VENV)/.installed_viz
 	$(VENV)/bin/python examples/demo.py
 
 test: $(VENV)/.installed_dev
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile
 
 quality: $(VENV)/.installed_dev
 	$(VENV)/bin/ruff check .
