@@ -18,8 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from triton.testing import do_bench
 
-from hf_moe_ted.models.configuration_zcode_m3 import ZCodeM3Config
-from hf_moe_ted.models.moe_layer import ZCodeM3DenseFFN, ZCodeM3MoELayer
+from hf_moe_ted import ZCodeM3Config, ZCodeM3Model
 
 SIZES = [(65536, 64), (65536, 128), (16384, 64), (16384, 128), (4096, 64), (4096, 128), (64, 64), (1, 64)]
 IMPLEMENTATIONS = ("zcode_fused", "zcode_grouped", "grouped_mm")
@@ -53,19 +52,22 @@ def measure(num_tokens: int, num_experts: int, args: argparse.Namespace) -> dict
     """Milliseconds and MiB of each implementation for one size."""
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
-    config = ZCodeM3Config(d_model=args.d_model, activation_dropout=0.0, capacity_factor=None, router_jitter_noise=0.0)
+    config = ZCodeM3Config(
+        vocab_size=8, d_model=args.d_model, encoder_ffn_dim=args.ffn_dim, encoder_layers=2, encoder_sparse_step=2,
+        decoder_layers=1, decoder_sparse_step=0, num_experts=num_experts, num_experts_per_tok=1,
+        activation_dropout=0.0, capacity_factor=None, router_noise_policy=None,
+    )  # fmt: skip
     hidden = torch.randn(1, num_tokens, args.d_model, device="cuda", dtype=dtype, requires_grad=True)
     cotangent = torch.randn_like(hidden)
     row: dict[str, Any] = {"tokens": num_tokens, "experts": num_experts}
     with torch.device("cuda"):
-        dense = ZCodeM3DenseFFN(config, args.ffn_dim).to(dtype)
-        layer = ZCodeM3MoELayer(config, num_experts, args.ffn_dim)
-        for parameter in layer.parameters():
-            nn.init.normal_(parameter, std=0.03)
-        layer.to(dtype)
+        model = ZCodeM3Model(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.03)
+    dense, layer = (layer.ffn for layer in model.to(dtype).encoder.layers)
     row["dense"] = timed(dense, hidden, cotangent)
     for name in args.implementations:
-        config._experts_implementation = name
+        model.set_experts_implementation(name)
         row[name] = timed(layer, hidden, cotangent)
     return row
 

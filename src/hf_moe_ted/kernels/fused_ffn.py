@@ -41,14 +41,14 @@ def row_config(num_rows: int, num_experts: int, dtype: torch.dtype) -> GemmConfi
         return GemmConfig(64 if rows_per_expert > 16 else 16, 64, 32, 4, 3, 2)
     if rows_per_expert <= 16:
         return GemmConfig(16, 64, 128, 4, 4, 2)
-    if rows_per_expert <= 96:
+    if rows_per_expert <= 48:
         return GemmConfig(64, 256, 64, 4, 4)
     return GemmConfig(128, 256, 64, 8, 4)
 
 
 def weight_config(dtype: torch.dtype) -> GemmConfig:
     """For gradients of weights."""
-    return GemmConfig(64, 64, 32, 4, 3, 2) if dtype == torch.float32 else GemmConfig(128, 256, 64, 8, 3)
+    return GemmConfig(64, 64, 32, 4, 3, 2) if dtype == torch.float32 else GemmConfig(128, 128, 32, 4, 5, 2)
 
 
 def relu_experts(
