@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device_guard import on_device_of_first
+
 _BLOCK = 4096
 _IGNORED = -100
 
@@ -61,6 +63,7 @@ def _cross_entropy_backward_kernel(
 
 
 @torch.library.custom_op("hf_moe_ted::cross_entropy", mutates_args=())
+@on_device_of_first
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each position.
 
@@ -96,6 +99,7 @@ def _(logits: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, T
 
 
 @torch.library.custom_op("hf_moe_ted::cross_entropy_backward", mutates_args=())
+@on_device_of_first
 def cross_entropy_backward(
     grad_losses: Tensor, logits: Tensor, labels: Tensor, log_partitions: Tensor, label_smoothing: float
 ) -> Tensor:

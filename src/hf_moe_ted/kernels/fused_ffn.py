@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import triton_ffn
+from .device_guard import on_device_of_first
 from .grouped_ffn import grouped_ffn_experts_forward, parameters_in_dtype_of_products
 from .row_plan import RowPlan, plan_rows, plan_rows_op
 
@@ -51,6 +52,7 @@ def weight_config(dtype: torch.dtype) -> GemmConfig:
     return GemmConfig(64, 64, 32, 4, 3, 2) if dtype == torch.float32 else GemmConfig(128, 128, 32, 4, 5, 2)
 
 
+@on_device_of_first
 def relu_experts(
     tokens: Tensor,
     weights: Tensor,
@@ -86,6 +88,7 @@ def relu_experts(
     return output, rows, inner
 
 
+@on_device_of_first
 def relu_experts_backward(
     grad_output: Tensor,
     weights: Tensor,

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device_guard import on_device_of_first
+
 _SLOTS_PER_PROGRAM = 1024
 
 
@@ -134,6 +136,7 @@ class RowPlan:
         return cls(order, row_of_slot, offsets, tile_ends, tile_expert, tile_row, num_slots, num_experts, block_m)
 
 
+@on_device_of_first
 def plan_rows(expert_ids: Tensor, num_experts: int, block_m: int) -> Tensor:
     """Sort slots by expert.
 

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device_guard import on_device_of_first
+
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["slots", "weights", "dots"])
 def _spread_kernel(
@@ -80,6 +82,7 @@ def _combine_kernel(
     tl.store(out + out_offset, total.to(out.dtype.element_ty), mask=mask)
 
 
+@on_device_of_first
 def spread(tokens_TD: Tensor, slot_R: Tensor, top_k: int) -> Tensor:
     """float[R, D], the token of each row."""
     out = tokens_TD.new_empty(len(slot_R), tokens_TD.shape[1])
@@ -87,6 +90,7 @@ def spread(tokens_TD: Tensor, slot_R: Tensor, top_k: int) -> Tensor:
     return out
 
 
+@on_device_of_first
 def spread_weighted(grad_TD: Tensor, slot_R: Tensor, weights_TK: Tensor, rows_RD: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `combine` with weights: for its rows, and for the weights, 0 where a slot has no row."""
     grad_RD = rows_RD.new_empty(rows_RD.shape)
@@ -123,6 +127,7 @@ def _launch_spread(
     )
 
 
+@on_device_of_first
 def combine(rows_RD: Tensor, row_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
     """float[T, D], the sum of the rows of each token, maybe weighted."""
     num_tokens, top_k = row_TK.shape
