@@ -11,7 +11,7 @@ from hf_moe_ted import ZCodeM3ForConditionalGeneration
 from hf_moe_ted.models.experts import ActivationWithDropout, ZCodeM3Experts
 from hf_moe_ted.testing import tiny_config
 
-IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm", "zcode_grouped")
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm", "zcode_grouped", "zcode_cpu")
 NUM_EXPERTS, D_MODEL, FFN_DIM = 4, 32, 24
 
 

@@ -1,5 +1,6 @@
 """The experts functions of this package by their names, for `experts_implementation`."""
 
+from .cpu_ffn import cpu_ffn_experts_forward
 from .grouped_ffn import grouped_ffn_experts_forward
 
 try:
@@ -9,6 +10,7 @@ except ImportError:  # Triton comes with PyTorch for GPUs
 
 EXPERTS_IMPLEMENTATIONS = {
     "zcode_grouped": grouped_ffn_experts_forward,
+    "zcode_cpu": cpu_ffn_experts_forward,
     "zcode_fused": fused_ffn_experts_forward,
 }
 
