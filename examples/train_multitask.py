@@ -58,7 +58,7 @@ class ModelArguments:
     vocab_size: int = field(default=32000, metadata={"help": "Vocabulary of a new tokenizer, language tags included."})
     tokenizer_texts: int = field(default=500_000, metadata={"help": "Texts that a new tokenizer is trained on."})
     config: str = field(default="{}", metadata={"help": "ZCodeM3Config fields of a new model, as JSON."})
-    experts_implementation: str | None = field(default=None, metadata={"help": "such as zcode_grouped; default: that of the model."})
+    experts_implementation: str | None = field(default=None, metadata={"help": "Such as zcode_grouped."})
     save_model: bool = field(default=False, metadata={"help": "Write the trained model to the folder of the run."})
 
 

@@ -62,7 +62,7 @@ class TrainingRun:
     gradient_accumulation_steps: int = 1
     learning_rate: float = 2e-4
     activation_checkpointing: bool = field(default=False, metadata={"help": "Compute activations again in backward."})
-    experts_implementation: str | None = field(default=None, metadata={"help": "such as zcode_grouped; default: that of the model."})
+    experts_implementation: str | None = field(default=None, metadata={"help": "Such as zcode_grouped."})
     dtype: str = field(
         default="auto", metadata={"help": "Of the weights; auto: bfloat16 on GPUs, else float32. Masters are float32."}
     )
