@@ -39,7 +39,7 @@ class ZCodeM3Experts(nn.Module):
 
     `experts_implementation` of `from_pretrained` or `model.set_experts_implementation` chooses how they run:
     `"zcode_fused"` (default with a CUDA device: Triton kernels), `"grouped_mm"` (default without), `"zcode_grouped"`,
-    `"zcode_cpu"` (inference on CPUs), `"batched_mm"`, or `"eager"`, the loop below, which is the reference for the others.
+    `"zcode_cpu"` (inference on CPUs), `"batched_mm"`, or `"eager"`, the loop below, the reference for the others.
 
     Parameters: `up_proj` [E, F, D], `up_proj_bias` [E, F], `down_proj` [E, D, F], `down_proj_bias` [E, D].
     """
