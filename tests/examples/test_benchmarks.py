@@ -1,4 +1,4 @@
-"""The benchmarks of experts and of generation run, on tiny models."""
+"""The benchmarks of experts, generation and training run, on tiny models."""
 
 import json
 import sys
@@ -7,6 +7,7 @@ from typing import Any
 
 import bench_experts_cpu
 import bench_generation
+import bench_training
 import pytest
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "checkpoints" / "zcode_m3_demo"
@@ -61,3 +62,16 @@ def test_experts_on_cpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         assert 1e-3 < errors["int8 zcode_cpu", num_tokens] < 5e-2
         assert errors["dense", num_tokens] is None
     assert ("batched_mm", 1) in errors and ("batched_mm", 20) not in errors
+
+
+def test_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out.json"
+    sizes = ["--base", "tiny", "--num_experts", "4", "--batch_size", "2", "--length", "8", "--steps", "2"]
+    peers = ["--peers", "dense", "grouped_mm", "grouped_mm tiled"]
+    monkeypatch.setattr(sys, "argv", [bench_training.__file__, *sizes, *peers, "--output", str(output)])
+    bench_training.main()
+    results = json.loads(output.read_text())["results"]
+    assert [result["peer"] for result in results] == peers[1:]
+    for result in results:
+        assert result["tokens_per_s"] == pytest.approx(2e3 * 2 * 8 / result["step_ms"])
+    assert "ms/step" in capsys.readouterr().out
