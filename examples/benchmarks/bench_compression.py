@@ -13,8 +13,8 @@ done and is skipped if it is there: the command can be stopped and started again
 - `scope`: for whose text the experts are chosen, by utilization;
 - `merge`, `quantize`;
 - `train`: models pruned by utilization or merged by clustering, and the full one, after further training;
-- `half_1`, `half_2`, `longer`: trained from random weights on each half of the text, and on all of it for as many
-  steps as both halves and `aggregate` together;
+- `half_1`, `half_2`, `longer`: trained from random weights, or with `--start_from_model` further, on each half of the
+  text, and on all of it for as many steps as both halves and `aggregate` together;
 - `aggregate`: the experts of both halves in one model, before and after further training;
 - `speed`: of the models of `full`, `prune` by utilization, `merge` by clustering, and `quantize`.
 """
@@ -97,6 +97,9 @@ class Bench:
         self.model = ZCodeM3ForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.float32)
         self.tokenizer = ZCodeM3Tokenizer.from_pretrained(arguments.model)
         self.languages = arguments.languages or [code for code in self.tokenizer.languages if code != "en"]
+        if new_languages := [code for code in self.languages if code not in self.tokenizer.languages]:
+            self.tokenizer.add_languages(new_languages)
+            self.model.resize_token_embeddings(len(self.tokenizer))
         self.parts: dict[str, Callable[[], Iterator[Case]]] = {
             "full": self.full_cases,
             "prune": self.prune_cases,
@@ -193,6 +196,8 @@ class Bench:
 
     def new_model(self) -> Any:
         set_seed(0)
+        if self.arguments.start_from_model:
+            return copy.deepcopy(self.model)
         return ZCodeM3ForConditionalGeneration(copy.deepcopy(self.model.config))
 
     def half(self, name: str) -> Any:
@@ -302,6 +307,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=300, help="of further training")
     parser.add_argument("--scratch_steps", type=int, default=1500, help="of training on a half of the text")
+    parser.add_argument("--start_from_model", action="store_true", help="halves and longer; languages may be new to it")
     parser.add_argument("--train_batch_size", type=int, default=256, help="sentences per step")
     parser.add_argument("--learning_rate", type=float, default=4e-4, help="of further training")
     parser.add_argument("--scratch_learning_rate", type=float, default=1.5e-3, help="of new models")
