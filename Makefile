@@ -14,7 +14,8 @@ demo: $(VENV)/.installed_viz
 	$(VENV)/bin/python examples/demo.py
 
 test: $(VENV)/.installed_dev
-	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile
+	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile --ignore tests/distributed
+	$(VENV)/bin/python -m pytest tests/distributed  # these start up to eight processes each
 
 quality: $(VENV)/.installed_dev
 	$(VENV)/bin/ruff check .
