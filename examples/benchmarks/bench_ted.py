@@ -269,8 +269,8 @@ def sharded_model(case: Case, distributed_config: Any, device: torch.device) -> 
     """As `from_pretrained(distributed_config=...)`, with random weights in place of a checkpoint's."""
     with torch.device("meta"), init.no_tie_weights():
         model: Any = ZCodeM3ForConditionalGeneration(config_of(case)).to(torch.bfloat16)
-    if case.experts_implementation is not None:
-        model.set_experts_implementation(case.experts_implementation)
+    if case.experts_implementation is not None or torch.cuda.is_available():
+        model.set_experts_implementation(case.experts_implementation or "zcode_fused")
     model.config.distributed_config = distributed_config
     if distributed_config is not None:
         _, meshes = initialize_distributed_mesh(distributed_config)
