@@ -85,7 +85,7 @@ class CombineRows(torch.autograd.Function):
         rows_RD, weights_TK, slot_R, row_TK = ctx.saved_tensors
         if _HAS_TRITON and grad_TD.is_cuda:
             grads = triton_permutation.spread_weighted(
-                grad_TD.contiguous(), slot_R, weights_TK.contiguous(), rows_RD.contiguous()
+                grad_TD.contiguous(), slot_R, row_TK, weights_TK.contiguous(), rows_RD.contiguous()
             )
             return *grads, None, None
         grad_RD = grad_TD.index_select(0, slot_R // row_TK.shape[1])

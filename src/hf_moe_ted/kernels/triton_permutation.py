@@ -12,10 +12,11 @@ from torch import Tensor
 from .device_guard import on_device_of_first
 
 
-@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["slots", "weights", "dots"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["slots", "row_of_slot", "weights", "dots"])
 def _spread_kernel(
     tokens,
     slots,
+    row_of_slot,
     weights,
     rows,
     out,
@@ -27,22 +28,28 @@ def _spread_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out[r] = tokens[slot // K]; with `WEIGHTED` times its weight, and dots[slot] = tokens[slot // K] @ rows[r]."""
+    """out[r] = tokens[slot // K]; with `WEIGHTED` times its weight, and dots[slot] = tokens[slot // K] @ rows[r].
+
+    With `WEIGHTED`, both are 0 for slots that have no row: what stands in `rows` there may never have been written.
+    """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     is_row = row < num_rows
     slot = tl.load(slots + row, mask=is_row, other=0)
     token_offset = (slot // TOP_K).to(tl.int64) * width
     row_offset = row.to(tl.int64) * width
     weight = tl.full((BLOCK_R,), 1.0, tl.float32)
+    has_expert = is_row
     if WEIGHTED:
-        weight = tl.load(weights + slot, mask=is_row, other=0.0).to(tl.float32)
+        has_expert = tl.load(row_of_slot + slot, mask=is_row, other=-1) >= 0
+        weight = tl.load(weights + slot, mask=has_expert, other=0.0).to(tl.float32)
     dot = tl.zeros((BLOCK_R,), tl.float32)
     for first in range(0, width, BLOCK_D):
         columns = first + tl.arange(0, BLOCK_D)
         mask = is_row[:, None] & (columns < width)[None, :]
         values = tl.load(tokens + token_offset[:, None] + columns[None, :], mask=mask, other=0.0)
         if WEIGHTED:
-            others = tl.load(rows + row_offset[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+            mask_of_rows = mask & has_expert[:, None]
+            others = tl.load(rows + row_offset[:, None] + columns[None, :], mask=mask_of_rows, other=0.0).to(tl.float32)
             dot += tl.sum(values.to(tl.float32) * others, axis=1)
             values = (values.to(tl.float32) * weight[:, None]).to(out.dtype.element_ty)
         tl.store(out + row_offset[:, None] + columns[None, :], values, mask=mask)
@@ -91,11 +98,13 @@ def spread(tokens_TD: Tensor, slot_R: Tensor, top_k: int) -> Tensor:
 
 
 @on_device_of_first
-def spread_weighted(grad_TD: Tensor, slot_R: Tensor, weights_TK: Tensor, rows_RD: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `combine` with weights: for its rows, and for the weights, 0 where a slot has no row."""
+def spread_weighted(
+    grad_TD: Tensor, slot_R: Tensor, row_TK: Tensor, weights_TK: Tensor, rows_RD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `combine` with weights: for its rows, and for the weights; 0 where a slot has no row."""
     grad_RD = rows_RD.new_empty(rows_RD.shape)
     grad_TK = weights_TK.new_zeros(weights_TK.shape)
-    _launch_spread(grad_TD, slot_R, weights_TK.shape[1], grad_RD, weights_TK, rows_RD, grad_TK)
+    _launch_spread(grad_TD, slot_R, weights_TK.shape[1], grad_RD, row_TK, weights_TK, rows_RD, grad_TK)
     return grad_RD, grad_TK
 
 
@@ -104,6 +113,7 @@ def _launch_spread(
     slot_R: Tensor,
     top_k: int,
     out: Tensor,
+    row_TK: Tensor | None = None,
     weights: Tensor | None = None,
     rows: Tensor | None = None,
     dots: Tensor | None = None,
@@ -114,6 +124,7 @@ def _launch_spread(
     _spread_kernel[(triton.cdiv(num_rows, 8),)](
         tokens_TD,
         slot_R,
+        row_TK,
         weights,
         rows,
         out,
