@@ -14,6 +14,11 @@ from transformers.utils.generic import maybe_autocast
 
 from .configuration_zcode_m3 import ZCodeM3Config
 
+try:
+    from hf_moe_ted.kernels import fused_router
+except ImportError:  # without Triton, which comes with PyTorch for GPUs, or remote code without the package
+    fused_router = None  # type: ignore[assignment]
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -101,17 +106,8 @@ class ZCodeM3Router(nn.Module):
         Returns:
             The logits float32[T, E], first so that `output_router_logits` finds them, and the [`Routing`].
         """
-        logits_TE = self._logits(hidden_states_TD)
-        probs_TE = logits_TE.softmax(dim=-1)
-        if self.expert_of_row is None:
-            expert_ids_TK = choices_TK = self._choices(logits_TE, probs_TE)
-        else:
-            is_never_chosen_E = self.expert_of_row == self.num_experts
-            choices_TK = self._choices(
-                logits_TE.masked_fill(is_never_chosen_E, -torch.inf), probs_TE.masked_fill(is_never_chosen_E, -1.0)
-            )
-            expert_ids_TK = self.expert_of_row[choices_TK]
-        probs_TK = probs_TE.gather(1, choices_TK)
+        logits_TE, probs_TK, choices_TK = self._choose(hidden_states_TD)
+        expert_ids_TK = choices_TK if self.expert_of_row is None else self.expert_of_row[choices_TK]
         weights_TK = _normalize(probs_TK) if self.normalize_router_weights == "before_dropping" else probs_TK
 
         used_TK = self._used(probs_TK, token_mask_T)
@@ -123,10 +119,30 @@ class ZCodeM3Router(nn.Module):
             weights_TK = _normalize(weights_TK)
         return logits_TE, Routing(expert_ids_TK, weights_TK, logits_TE, choices_TK, self.num_experts, token_mask_T)
 
-    def _logits(self, hidden_states_TD: Tensor) -> Tensor:
+    def _choose(self, hidden_states_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits float32[T, E], the chosen rows' probabilities float32[T, K], and the chosen rows int64[T, K].
+
+        On GPUs one kernel for plain top-k; its noise is not the numbers that the operations below would draw.
+        """
+        has_jitter = self.training and self.noise_policy == "jitter"
+        if fused_router is not None and fused_router.can_fuse_router(self, hidden_states_TD):
+            jitter_noise = self.jitter_noise if has_jitter else 0.0
+            return fused_router.fused_route(hidden_states_TD, self.weight, self.bias, self.top_k, jitter_noise)
+        logits_TE = self._logits(hidden_states_TD, has_jitter)
+        probs_TE = logits_TE.softmax(dim=-1)
+        if self.expert_of_row is None:
+            choices_TK = self._choices(logits_TE, probs_TE)
+        else:
+            is_never_chosen_E = self.expert_of_row == self.num_experts
+            choices_TK = self._choices(
+                logits_TE.masked_fill(is_never_chosen_E, -torch.inf), probs_TE.masked_fill(is_never_chosen_E, -1.0)
+            )
+        return logits_TE, probs_TE.gather(1, choices_TK), choices_TK
+
+    def _logits(self, hidden_states_TD: Tensor, has_jitter: bool) -> Tensor:
         """float32[T, E]; computed in `router_dtype` even under autocast, as rounding there changes the experts."""
         inputs_TD = hidden_states_TD.to(self.dtype)
-        if self.training and self.noise_policy == "jitter":
+        if has_jitter:
             noise = torch.empty_like(inputs_TD).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
             inputs_TD = inputs_TD * noise
         bias = None if self.bias is None else self.bias.to(self.dtype)
