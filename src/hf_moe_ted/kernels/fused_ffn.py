@@ -19,6 +19,7 @@ from . import triton_ffn
 from .device_guard import on_device_of_first
 from .grouped_ffn import grouped_ffn_experts_forward, parameters_in_dtype_of_products
 from .row_plan import RowPlan, plan_rows, plan_rows_op
+from .small_batch_ffn import MAX_SLOTS, small_batch_relu_experts, small_batch_relu_experts_op
 
 _GATHER_COLUMNS = 128
 
@@ -406,7 +407,7 @@ def fused_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tens
     """Experts function under the contract of transformers, for experts without a gate and with biases.
 
     Runs `zcode_grouped` where the kernels cannot: another activation, dropout inside the experts, widths that are no
-    multiples of 8, CPUs, and GPUs before Hopper.
+    multiples of 8, CPUs, and GPUs before Hopper. Few slots without gradients take the kernels of small_batch_ffn.py.
 
     Args:
         experts: module with `up_proj` [E, F, D], `up_proj_bias` [E, F], `down_proj` [E, D, F], `down_proj_bias` [E, D],
@@ -420,20 +421,18 @@ def fused_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tens
     """
     if not can_fuse(experts, hidden_TD):
         return grouped_ffn_experts_forward(experts, hidden_TD, top_k_index, top_k_weights)
-    up, up_bias, down, down_bias = parameters_in_dtype_of_products(experts)
-    block_m = row_config(top_k_index.numel(), experts.num_experts, up.dtype).block_m
+    parameters = parameters_in_dtype_of_products(experts)
+    inputs = [x.contiguous() for x in (hidden_TD.to(parameters[0].dtype), top_k_weights, *parameters)]
+    num_slots = top_k_index.numel()
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     is_compiling = torch.compiler.is_compiling()
-    plan = (plan_rows_op if is_compiling else plan_rows)(top_k_index, experts.num_experts, block_m)
-    output_TKD, _, _ = (relu_experts_op if is_compiling else _ReluExperts.apply)(
-        hidden_TD.to(up.dtype).contiguous(),
-        top_k_weights.contiguous(),
-        up.contiguous(),
-        up_bias.contiguous(),
-        down.contiguous(),
-        down_bias.contiguous(),
-        plan,
-        block_m,
-    )
+    if num_slots <= MAX_SLOTS and not needs_gradient:
+        small_batch = small_batch_relu_experts_op if is_compiling else small_batch_relu_experts
+        output_TKD = small_batch(top_k_index.contiguous(), *inputs)
+    else:
+        block_m = row_config(num_slots, experts.num_experts, inputs[0].dtype).block_m
+        plan = (plan_rows_op if is_compiling else plan_rows)(top_k_index, experts.num_experts, block_m)
+        output_TKD, _, _ = (relu_experts_op if is_compiling else _ReluExperts.apply)(*inputs, plan, block_m)
     output_TD = output_TKD.squeeze(1) if output_TKD.shape[1] == 1 else output_TKD.sum(dim=1)
     return output_TD.to(hidden_TD.dtype)
 
