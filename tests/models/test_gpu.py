@@ -11,9 +11,17 @@ from hf_moe_ted.testing import tiny_config
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
+@pytest.fixture(autouse=True)
+def poisoned_buffers():
+    """New tensors are full of NaN: what products leave unwritten must not reach anything."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def model_and_batch(**overrides):
     torch.manual_seed(0)
-    model = ZCodeM3ForConditionalGeneration(tiny_config(capacity_factor=None, **overrides)).cuda()
+    model = ZCodeM3ForConditionalGeneration(tiny_config(**{"capacity_factor": None} | overrides)).cuda()
     input_ids = torch.randint(3, 96, (8, 17), device="cuda")
     input_ids[0, 9:] = input_ids[3, 5:] = 1
     batch = {
@@ -27,6 +35,7 @@ def model_and_batch(**overrides):
 def loss_and_gradients(model, batch, implementation, **autocast):
     model.set_experts_implementation(implementation)
     model.zero_grad()
+    torch.manual_seed(0)
     with torch.autocast("cuda", **autocast):
         loss = model(**batch).loss
     loss.backward()
@@ -34,9 +43,10 @@ def loss_and_gradients(model, batch, implementation, **autocast):
 
 
 @pytest.mark.parametrize("num_experts_per_tok", [1, 2])
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "zcode_grouped"])
-def test_experts_implementations_agree_with_the_loop(implementation, num_experts_per_tok):
-    model, batch = model_and_batch(num_experts_per_tok=num_experts_per_tok)
+@pytest.mark.parametrize("capacity_factor", [None, 1.0])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "zcode_grouped", "zcode_fused"])
+def test_experts_implementations_agree_with_the_loop(implementation, capacity_factor, num_experts_per_tok):
+    model, batch = model_and_batch(num_experts_per_tok=num_experts_per_tok, capacity_factor=capacity_factor)
     model.train()
     loss, gradients = loss_and_gradients(model, batch, implementation, enabled=False)
     expected_loss, expected_gradients = loss_and_gradients(model, batch, "eager", enabled=False)
@@ -45,13 +55,20 @@ def test_experts_implementations_agree_with_the_loop(implementation, num_experts
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_training_step_in_bf16_autocast_is_close_to_float32():
-    model, batch = model_and_batch()
+@pytest.mark.parametrize("capacity_factor", [None, 1.0])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "zcode_grouped", "zcode_fused"])
+def test_training_step_in_bf16_autocast_is_close_to_float32(implementation, capacity_factor):
+    model, batch = model_and_batch(capacity_factor=capacity_factor)
     model.train()
-    loss, gradients = loss_and_gradients(model, batch, "grouped_mm", dtype=torch.bfloat16)
-    expected_loss, _ = loss_and_gradients(model, batch, "grouped_mm", enabled=False)
+    loss, gradients = loss_and_gradients(model, batch, implementation, dtype=torch.bfloat16)
+    expected_loss, _ = loss_and_gradients(model, batch, implementation, enabled=False)
     torch.testing.assert_close(loss.float(), expected_loss, rtol=2e-2, atol=0.0)
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+
+
+def test_fused_experts_are_the_default_with_a_gpu():
+    model, _ = model_and_batch()
+    assert model.config._experts_implementation == "zcode_fused"
 
 
 @pytest.mark.parametrize("num_beams", [1, 4])

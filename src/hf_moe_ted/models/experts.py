@@ -38,8 +38,9 @@ class ZCodeM3Experts(nn.Module):
     """E ungated feed-forward networks with biases, `down(act(up(x)))`, stacked along the first dimension.
 
     `experts_implementation` of `from_pretrained` or `model.set_experts_implementation` chooses how they run:
-    `"grouped_mm"` (default), `"zcode_grouped"` (faster training on GPUs), `"zcode_fused"` (Triton, Hopper GPUs),
-    `"zcode_cpu"` (inference on CPUs), `"batched_mm"`, or `"eager"`, the loop below, the reference for the others.
+    `"zcode_fused"` (default with a CUDA device: Triton kernels on Hopper GPUs, else as the next), `"zcode_grouped"`,
+    `"grouped_mm"` (default without), `"zcode_cpu"` (inference on CPUs), `"batched_mm"`, or `"eager"`, the loop below,
+    the reference for the others.
 
     Parameters: `up_proj` [E, F, D], `up_proj_bias` [E, F], `down_proj` [E, D, F], `down_proj_bias` [E, D].
     """

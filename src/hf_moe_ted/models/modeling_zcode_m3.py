@@ -31,7 +31,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_zcode_m3 import Side, ZCodeM3Config
-from .experts import ZCodeM3Experts
+from .experts import EXPERTS_IMPLEMENTATIONS, ZCodeM3Experts
 from .losses import load_balancing_loss, router_z_loss, summed_cross_entropy
 from .moe_layer import ZCodeM3DenseFFN, ZCodeM3MoELayer
 from .nllb_moe import weight_conversions
@@ -248,6 +248,11 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         # transformers looks for the decorator in the source of the modeling file; ours stands in experts.py
         return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        if requested_experts is None and "zcode_fused" in EXPERTS_IMPLEMENTATIONS and torch.cuda.is_available():
+            requested_experts = "zcode_fused"
+        return super().get_correct_experts_implementation(requested_experts)
 
     def _grouped_mm_can_dispatch(self) -> bool:
         dims = {name: getattr(self.config, name) for name in ("d_model", "encoder_ffn_dim", "decoder_ffn_dim")}
