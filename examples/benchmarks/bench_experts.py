@@ -73,7 +73,7 @@ def measure(num_tokens: int, num_experts: int, args: argparse.Namespace) -> dict
 
 
 def timed(module: nn.Module, hidden: Tensor, cotangent: Tensor) -> dict[str, float]:
-    """Milliseconds without gradients and of forward and backward, eager and as a CUDA graph; peak MiB of the latter."""
+    """Milliseconds without gradients and of forward and backward, eager and as CUDA graphs; peak MiB of a step."""
 
     @torch.no_grad()
     def forward() -> None:
@@ -95,6 +95,7 @@ def timed(module: nn.Module, hidden: Tensor, cotangent: Tensor) -> dict[str, flo
         "forward": milliseconds(forward),
         "step": milliseconds(step),
         "graph_forward": milliseconds(captured(forward)),
+        "graph_step": milliseconds(captured(step)),
         "peak_mib": peak / 2**20,
     }
 
@@ -131,7 +132,8 @@ def table(rows: list[dict[str, Any]], implementations: tuple[str, ...]) -> Table
             cells.append(
                 f"{one['forward']:.3f} / {one['step']:.3f}  "
                 f"({one['forward'] / dense['forward']:.2f} / {one['step'] / dense['step']:.2f}; "
-                f"graph {one['graph_forward'] / dense['graph_forward']:.2f})"
+                f"graphs {one['graph_forward'] / dense['graph_forward']:.2f} / "
+                f"{one['graph_step'] / dense['graph_step']:.2f})"
             )
         cells.append(", ".join(f"{row[name]['peak_mib']:,.0f}" for name in ("dense", *implementations)))
         result.add_row(f"{row['tokens']:,}", str(row["experts"]), *cells)
