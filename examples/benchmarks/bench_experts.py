@@ -84,8 +84,10 @@ def timed(module: nn.Module, hidden: Tensor, cotangent: Tensor) -> dict[str, flo
         module.zero_grad()
         module(hidden).backward(cotangent)
 
-    torch.cuda.empty_cache()
     step()
+    hidden.grad = None
+    module.zero_grad()
+    torch.cuda.empty_cache()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -159,6 +159,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     _, weights, up, _, down, down_bias, plan, ctx.block_m = inputs
     _, rows, inner = output
     ctx.mark_non_differentiable(rows, inner)
+    ctx.set_materialize_grads(False)  # or there would be zeros of the size of `rows` and `inner`
     ctx.save_for_backward(weights, up, down, down_bias, rows, inner, plan)
 
 

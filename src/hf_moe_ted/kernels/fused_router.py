@@ -173,18 +173,26 @@ def route_backward(
         BLOCK_D=tiles.block_d,
         BLOCK_E=tiles.block_e,
         PART_E=tiles.part_e,
+        PRECISION=_gradient_precision(hidden_dtype),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
     if not (weight_needs_grad or bias_needs_grad):
         return grad_hidden, weight.new_empty(0), weight.new_empty(0)
     inputs = hidden if weight_needs_grad else None
-    grads = _grad_weight_and_bias(grad_scores, inputs, weight, seed, jitter, bias_needs_grad)
+    precision = _gradient_precision(hidden_dtype)
+    grads = _grad_weight_and_bias(grad_scores, inputs, weight, seed, jitter, bias_needs_grad, precision)
     return grad_hidden, *grads
 
 
 def _grad_weight_and_bias(
-    grad_scores: Tensor, hidden: Tensor | None, weight: Tensor, seed: Tensor | None, jitter: float, with_bias: bool
+    grad_scores: Tensor,
+    hidden: Tensor | None,
+    weight: Tensor,
+    seed: Tensor | None,
+    jitter: float,
+    with_bias: bool,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
     """Sums over splits of the tokens, in an order that depends on shapes only; without `hidden` of the bias alone."""
     num_tokens, num_experts = grad_scores.shape
@@ -210,10 +218,16 @@ def _grad_weight_and_bias(
         BLOCK_T=tiles.block_t,
         BLOCK_D=tiles.block_d,
         BLOCK_E=tiles.block_e,
+        PRECISION=precision,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
     return _sum_splits(grad_weight, weight.dtype), _sum_splits(grad_bias, weight.dtype)
+
+
+def _gradient_precision(hidden_dtype: torch.dtype) -> str:
+    """One TF32 product, with three bits more than bfloat16, where hidden states and their gradients are bfloat16."""
+    return "tf32" if hidden_dtype == torch.bfloat16 else "tf32x3"
 
 
 def _sum_splits(sums: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,7 @@
 """Triton kernels of a linear top-k router: logits, softmax and choices in one, and gradients in two.
 
-Products are of float32 numbers, as three TF32 products each: about as exact as float32. Each element is written by one
-program, in one order: results are the same in every run.
+Products are of float32 numbers, as three TF32 products each (`PRECISION`): about as exact as float32. Each element is
+written by one program, in one order: results are the same in every run.
 
 Shape letters: T tokens, K choices per token, E rows of the router, D model width.
 """
@@ -81,6 +81,7 @@ def grad_hidden_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
     PART_E: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """`grad_scores`, the gradient of the logits with what comes through the softmax, and the gradient of the inputs.
 
@@ -119,10 +120,10 @@ def grad_hidden_kernel(
                     part_mask = is_token[:, None] & (part < num_experts)[None, :]
                     part_grad = tl.load(grad_scores + part_offsets, mask=part_mask, other=0.0)
                     rows = _load_weight(weight, part, num_experts, first, width, BLOCK_D)
-                    product = tl.dot(part_grad, rows, product, input_precision="tf32x3")
+                    product = tl.dot(part_grad, rows, product, input_precision=PRECISION)
             else:
                 rows = _load_weight(weight, experts, num_experts, first, width, BLOCK_D)
-                product = tl.dot(grad, rows, input_precision="tf32x3")
+                product = tl.dot(grad, rows, input_precision=PRECISION)
             if seed is not None:
                 product *= _noise(seed, jitter, tokens, first, width, BLOCK_T, BLOCK_D)
             columns = first + tl.arange(0, BLOCK_D)
@@ -146,6 +147,7 @@ def grad_weight_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """What each split of the tokens adds to the gradients of weight, [splits, E, D], and bias, [splits, E].
 
@@ -166,7 +168,7 @@ def grad_weight_kernel(
         grad = tl.load(grad_scores + offsets, mask=is_token[:, None] & is_expert[None, :], other=0.0)
         if grad_weight is not None:
             inputs = _load_inputs(hidden, seed, jitter, tokens, is_token, first, width, BLOCK_T, BLOCK_D)
-            weight_sum = tl.dot(grad.T, inputs, weight_sum, input_precision="tf32x3")
+            weight_sum = tl.dot(grad.T, inputs, weight_sum, input_precision=PRECISION)
         if grad_bias is not None:
             bias_sum += tl.sum(grad, axis=0)
     if grad_weight is not None:
