@@ -9,6 +9,7 @@ ten steps, what the collectives of one step move by kind, and the time they take
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import M2M100Config, M2M100ForConditionalGeneration
+from transformers import AutoModelForSeq2SeqLM, M2M100Config
 from transformers import initialization as init
 from transformers.distributed import DistributedConfig
 from transformers.distributed.utils import initialize_distributed_mesh
@@ -42,6 +43,7 @@ BASES = {
     "tiny": (64, 2, 2, 4),
 }
 WARMUP_STEPS, TIMED_STEPS = 3, 10
+HOPPER_PEAK_TFLOPS = 989  # dense bfloat16 of H100 and H200 as SXM modules, from NVIDIA's data sheets
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Case:
 
     Attributes:
         system: "ours", "transformers" (its own expert parallelism on our model), "dense" (M2M100) or "deepspeed".
-        layout: arguments of TedPlugin, of DistributedConfig for "transformers", `ep` for "deepspeed".
+        layout: arguments of TedPlugin, of DistributedConfig for "transformers", `tp` and `ep` for "deepspeed".
         checkpointing: `None`, "full", or "communication-aware".
         batch_size, length: per data-parallel rank; tokens of source and target each.
     """
@@ -80,29 +82,44 @@ class Case:
 
 
 def suite_of(name: str) -> list[Case]:
-    """The cases of one record."""
-    tp2 = {"tensor_parallel_size": 2}
-    ep2 = {"expert_parallel_size": 2}
-    native: dict[str, Any] = {"system": "transformers", "experts_implementation": "grouped_mm", "optimizer": "fused"}
-    if name == "tiny":  # to try the script, on CPUs too
-        small: dict[str, Any] = {"base": "tiny", "num_experts": 4, "batch_size": 2, "length": 16}
-        return [
-            Case("dense", 1, **small),
-            Case("ours", 1, **small),
-            Case("ours", 2, layout=ep2, **small),
-            Case("ours", 2, layout=tp2, checkpointing="communication-aware", **small),
-            Case(
-                "transformers", 2, layout={"fsdp_size": 2, "ep_size": 2}, experts_implementation="grouped_mm", **small
-            ),
-        ]
-    one = [
+    """The cases of one record, in the order in which they run."""
+    if name == "tiny":
+        return tiny_cases()
+    if name == "one":
+        return one_gpu_cases()
+    if name == "two":
+        return one_gpu_cases() + two_gpu_cases()
+    return large_cases({"four": 4, "eight": 8}[name])
+
+
+def tiny_cases() -> list[Case]:
+    """To try the script, on CPUs too."""
+    small: dict[str, Any] = {"base": "tiny", "num_experts": 4, "batch_size": 2, "length": 16}
+    native = {"fsdp_size": 2, "ep_size": 2}
+    return [
+        Case("dense", 1, **small),
+        Case("ours", 1, **small),
+        Case("ours", 2, layout={"expert_parallel_size": 2}, **small),
+        Case("ours", 2, layout={"tensor_parallel_size": 2}, checkpointing="communication-aware", **small),
+        Case("transformers", 2, layout=native, experts_implementation="grouped_mm", **small),
+        Case("deepspeed", 4, layout={"tp": 2, "ep": 2}, checkpointing="full", **small),
+    ]
+
+
+def one_gpu_cases() -> list[Case]:
+    return [
         Case("dense", 1, optimizer="fused"),
         Case("ours", 1, optimizer="fused"),
         Case("ours", 1),
-        Case(num_gpus=1, **native),
+        Case("transformers", 1, experts_implementation="grouped_mm", optimizer="fused"),
         Case("deepspeed", 1, layout={"ep": 1}),
     ]
-    two = [
+
+
+def two_gpu_cases() -> list[Case]:
+    tp2, ep2 = {"tensor_parallel_size": 2}, {"expert_parallel_size": 2}
+    native = {"fsdp_size": 2, "ep_size": 2}
+    return [
         Case("ours", 2, layout=ep2),
         Case("ours", 2, layout={**ep2, "offload": "cpu"}),
         Case("ours", 2, layout={**ep2, "overlap_chunks": 2}),
@@ -111,41 +128,44 @@ def suite_of(name: str) -> list[Case]:
         Case("ours", 2, layout=tp2),
         Case("ours", 2, layout=tp2, checkpointing="full"),
         Case("ours", 2, layout=tp2, checkpointing="communication-aware"),
-        Case(
-            "transformers",
-            2,
-            layout={"fsdp_size": 2, "ep_size": 2},
-            experts_implementation="grouped_mm",
-            optimizer="fused",
-        ),
+        Case("transformers", 2, layout=native, experts_implementation="grouped_mm", optimizer="fused"),
         Case("ours", 2, num_experts=32, layout=ep2),
         Case("ours", 2, num_experts=64, layout=ep2),
         Case("deepspeed", 2, layout={"ep": 2}),
     ]
-    if name == "one":
-        return one
-    if name == "two":
-        return one + two
-    num_gpus = {"four": 4, "eight": 8}[name]
-    cases = []
-    for base, num_experts in (("1.3B", 16), ("6.7B", 8), ("1.3B", 8)):
-        shape: dict[str, Any] = {"base": base, "num_experts": num_experts, "batch_size": 16, "length": 512}
-        for drops in (False, True):
-            for checkpointing in ("full", "communication-aware"):
-                layout = {**tp2, "expert_parallel_size": num_gpus // 2, "duplicate_token_dropping": drops}
-                cases.append(Case("ours", num_gpus, layout=layout, checkpointing=checkpointing, **shape))
-        for layout in (
-            {"expert_parallel_size": num_gpus},
-            {"tensor_parallel_size": 4},
-            {**tp2, "expert_parallel_size": 2, "zero_stage": 3},
-        ):
+
+
+def large_cases(num_gpus: int) -> list[Case]:
+    """Tensor-expert parallelism beside DeepSpeed's, then weak scaling, then the rest, should time run out."""
+    shapes: list[dict[str, Any]] = [
+        {"base": base, "num_experts": num_experts, "batch_size": 16, "length": 512}
+        for base, num_experts in (("1.3B", 16), ("6.7B", 8), ("1.3B", 8))
+    ]
+    cases = tensor_expert_cases(num_gpus, shapes[0]) + tensor_expert_cases(num_gpus, shapes[1])
+    for scale in (1, 2, 4) if num_gpus == 4 else (num_gpus,):  # 64 x 128 tokens per GPU
+        cases.append(Case("ours", scale, layout={"expert_parallel_size": scale}))
+    zero3 = {"tensor_parallel_size": 2, "expert_parallel_size": 2, "zero_stage": 3}
+    untiled = {"tensor_parallel_size": 2, "expert_parallel_size": 2, "tile_numel": 2**40}
+    for shape in shapes:
+        for layout in ({"expert_parallel_size": num_gpus}, {"tensor_parallel_size": 4}, zero3):
             cases.append(Case("ours", num_gpus, layout=layout, checkpointing="communication-aware", **shape))
-        if base == "1.3B" and num_experts == 16:
-            untiled = {**tp2, "expert_parallel_size": 2, "tile_numel": 2**40}
-            cases.append(Case("ours", num_gpus, layout=untiled, checkpointing="communication-aware", **shape))
-    cases.append(Case("ours", num_gpus, layout={"expert_parallel_size": num_gpus}))  # weak scaling: see the suite "two"
+    cases.append(Case("ours", num_gpus, layout=untiled, checkpointing="communication-aware", **shapes[0]))
+    cases += tensor_expert_cases(num_gpus, shapes[2])
     cases.append(Case("deepspeed", num_gpus, layout={"ep": num_gpus}))
     return cases
+
+
+def tensor_expert_cases(num_gpus: int, shape: dict[str, Any]) -> list[Case]:
+    """Tensor parallelism of 2 with and without dropping of duplicate tokens and of collectives, and DeepSpeed's."""
+    ep = num_gpus // 2
+    cases = []
+    for drops in (False, True):
+        layout = {"tensor_parallel_size": 2, "expert_parallel_size": ep, "duplicate_token_dropping": drops}
+        cases += [
+            Case("ours", num_gpus, layout=layout, checkpointing=checkpointing, **shape)
+            for checkpointing in ("full", "communication-aware")
+        ]
+    return [*cases, Case("deepspeed", num_gpus, layout={"tp": 2, "ep": ep}, checkpointing="full", **shape)]
 
 
 # ---- one case, in every process ----
@@ -169,13 +189,16 @@ def run_case(case: Case) -> dict[str, Any]:
     step_s = (time.perf_counter() - start) / TIMED_STEPS
     peak_gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else float("nan")
     tokens = 2 * case.batch_size * case.length * num_batches
+    tflops_per_gpu = 6 * active_parameters(case) * tokens / 2 / step_s / case.num_gpus / 1e12
     result = {
         "step_ms": step_s * 1e3,
         "tokens_per_s": tokens / step_s,
-        "tflops_per_gpu": 6 * active_parameters(case) * tokens / 2 / step_s / case.num_gpus / 1e12,
+        "tflops_per_gpu": tflops_per_gpu,
         "peak_gib": peak_gib,
         "loss": float(loss),
     }
+    if torch.cuda.is_available() and any(name in torch.cuda.get_device_name() for name in ("H100", "H200")):
+        result["mfu"] = tflops_per_gpu / HOPPER_PEAK_TFLOPS
     if case.system != "deepspeed":
         result |= collectives_of(step)
     return result
@@ -193,9 +216,30 @@ def reset_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def current_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def deepspeed_step(case: Case) -> tuple[Any, int]:
+    """As `torch_step`, by DeepSpeed."""
+    import deepspeed_peers  # here, as only these cases need DeepSpeed
+
+    with current_device():
+        model = dense_model(case, torch.bfloat16)
+    return deepspeed_peers.deepspeed_step(
+        model,
+        num_experts=case.num_experts,
+        tensor_parallel_size=case.layout.get("tp", 1),
+        expert_parallel_size=case.layout["ep"],
+        checkpointing=case.checkpointing is not None,
+        batch_size=case.batch_size,
+        length=case.length,
+    )
+
+
 def torch_step(case: Case) -> tuple[Any, int]:
     """A training step in bfloat16, and the number of batches that all processes take in it."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = current_device()
     plugin = TedPlugin(**(case.layout if case.system == "ours" else {}))
     if case.system == "dense":
         model = dense_model(case).to(device)
@@ -214,7 +258,8 @@ def torch_step(case: Case) -> tuple[Any, int]:
         model.activation_checkpointing_enable(kwargs)
     if case.optimizer == "fused":
         # float32 masters are what the tiled optimizer keeps; torch's fused one steps bfloat16 weights as they are
-        optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=torch.cuda.is_available())
+        on_gpu = torch.cuda.is_available()
+        optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=on_gpu, capturable=on_gpu)
     else:
         optimizer_class, kwargs = plugin.tiled_adamw(lr=1e-4)
         optimizer = optimizer_class(model.parameters(), **kwargs)
@@ -256,13 +301,13 @@ def active_parameters(case: Case) -> float:
     return config.encoder_layers * 12 * d * d + config.decoder_layers * 16 * d * d + config.vocab_size * d
 
 
-def dense_model(case: Case) -> torch.nn.Module:
+def dense_model(case: Case, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     config = config_of(case)
     names = ("vocab_size", "d_model", "encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim")
     names += ("encoder_attention_heads", "decoder_attention_heads", "max_position_embeddings", "dropout")
     fields = {name: getattr(config, name) for name in names}
     fields |= {"attention_dropout": 0.0, "activation_dropout": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
-    return M2M100ForConditionalGeneration(M2M100Config(**fields))
+    return AutoModelForSeq2SeqLM.from_config(M2M100Config(**fields), dtype=dtype)
 
 
 def sharded_model(case: Case, distributed_config: Any, device: torch.device) -> Any:
@@ -350,60 +395,6 @@ def collectives_of(step: Any) -> dict[str, Any]:
     return result | {"device_ms": dict(milliseconds), "top_kernels_ms": top}
 
 
-# ---- DeepSpeed's own MoE in the dense model, as its users build it ----
-
-
-def deepspeed_step(case: Case) -> tuple[Any, int]:
-    import deepspeed
-    from deepspeed.moe.layer import MoE
-    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-
-    deepspeed.init_distributed(verbose=False)
-    d_model = BASES[case.base][0]
-
-    class Expert(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc1 = torch.nn.Linear(d_model, 4 * d_model, device="cuda")
-            self.fc2 = torch.nn.Linear(4 * d_model, d_model, device="cuda")
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.fc2(torch.relu(self.fc1(x)))
-
-    class FeedForward(MoE):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x)[0]
-
-    with torch.device("cuda"):
-        model: Any = dense_model(case)
-    for stack in (model.model.encoder, model.model.decoder):
-        stack.embed_positions.weights = stack.embed_positions.weights.to(torch.bfloat16)
-        for layer in stack.layers[1::2]:
-            layer.fc1 = FeedForward(
-                d_model, Expert(), num_experts=case.num_experts, ep_size=case.layout["ep"], k=1, capacity_factor=1.25
-            )
-            layer.activation_fn = layer.fc2 = torch.nn.Identity()
-    groups = split_params_into_different_moe_groups_for_optimizer(
-        {"params": list(model.parameters()), "name": "parameters"}
-    )
-    settings = {
-        "train_micro_batch_size_per_gpu": case.batch_size, "gradient_accumulation_steps": 1, "steps_per_print": 10**6,
-        "zero_optimization": {"stage": 1}, "bf16": {"enabled": True},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
-    }  # fmt: skip
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=settings)
-    ids = torch.randint(10, 128_000, (case.batch_size, case.length), device="cuda")
-    mask = torch.ones_like(ids)
-
-    def step() -> torch.Tensor:
-        loss = engine(input_ids=ids, attention_mask=mask, labels=ids).loss
-        engine.backward(loss)
-        engine.step()
-        return loss.detach()
-
-    return step, dist.get_world_size()
-
-
 # ---- the driver ----
 
 
@@ -416,8 +407,11 @@ def worker(path: Path) -> None:
         case = Case(**fields)
         try:
             result = run_case(case)
-        except torch.OutOfMemoryError as error:
-            result = {"error": f"out of memory: {str(error)[:120]}"}
+        except Exception as error:
+            # the other ranks may wait for this one for ever: let torchrun end them all, with the first error kept
+            with suppress(FileExistsError), open(job["error"], "x", encoding="utf-8") as file:
+                file.write(f"{type(error).__name__}: {str(error)[:200]}")
+            raise
         if not dist.is_initialized() or dist.get_rank() == 0:
             with open(job["output"], "a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"name": case.name, **fields, **result}) + "\n")
@@ -427,61 +421,94 @@ def worker(path: Path) -> None:
 
 
 def launch(cases: list[Case], lines: Path, time_limit_s: float) -> None:
-    """One torchrun for cases on the same number of GPUs; those that a failure leaves out are recorded as such."""
+    """Run cases on the same number of GPUs in one torchrun, and those after one that fails in the next."""
+    deadline = time.monotonic() + time_limit_s
+    while cases:
+        error = torchrun(cases, lines, deadline - time.monotonic())
+        done = {(result["name"], result["num_gpus"]) for result in results_in(lines)}
+        cases = [case for case in cases if (case.name, case.num_gpus) not in done]
+        if error is None:
+            return
+        failed = cases[:1] if time.monotonic() < deadline else cases
+        with open(lines, "a", encoding="utf-8") as output:
+            for case in failed:
+                output.write(json.dumps({"name": case.name, **asdict(case), "error": error}) + "\n")
+        cases = cases[len(failed) :]
+
+
+def torchrun(cases: list[Case], lines: Path, time_limit_s: float) -> str | None:
+    """Run cases in processes of their own until one fails; what failed, or `None`."""
     with tempfile.TemporaryDirectory() as folder:
-        job = Path(folder, "job.json")
-        job.write_text(json.dumps({"cases": [asdict(case) for case in cases], "output": str(lines)}))
+        job, error = Path(folder, "job.json"), Path(folder, "error")
+        fields = {"cases": [asdict(case) for case in cases], "output": str(lines), "error": str(error)}
+        job.write_text(json.dumps(fields))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc_per_node={cases[0].num_gpus}", __file__, "--worker", str(job)]
+        process = subprocess.Popen(command)
         try:
-            subprocess.run(command, timeout=time_limit_s, check=True)
-            reason = None
-        except subprocess.SubprocessError as error:
-            reason = type(error).__name__
-    done = [json.loads(line)["name"] for line in lines.read_text().splitlines()] if lines.exists() else []
-    if reason is not None:
-        with open(lines, "a", encoding="utf-8") as output:
-            for case in cases:
-                if case.name not in done:
-                    output.write(json.dumps({"name": case.name, **asdict(case), "error": reason}) + "\n")
+            exit_code = process.wait(time_limit_s)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # and not kill, which would leave the workers on the GPUs
+            process.wait()
+            return "time limit"
+        if exit_code == 0:
+            return None
+        return error.read_text() if error.exists() else f"exit code {exit_code}"
+
+
+def results_in(lines: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    table = Table("case", "GPUs", "ms/step", "tokens/s", "TFLOP/s/GPU", "peak GiB", "collectives ms", "all-to-all MB")
+    columns = ("case", "GPUs", "ms/step", "tokens/s", "TFLOP/s/GPU", "MFU", "peak GiB")
+    table = Table(*columns, "collectives ms", "all-to-all MB")
     for result in results:
         if "error" in result:
-            table.add_row(result["name"], str(result["num_gpus"]), result["error"], *[""] * 5)
+            table.add_row(result["name"], str(result["num_gpus"]), result["error"], *[""] * 6)
             continue
         device_ms = result.get("device_ms", {})
         collectives = sum(spent for kind, spent in device_ms.items() if kind != "compute")
         table.add_row(
             result["name"], str(result["num_gpus"]), f"{result['step_ms']:.1f}", f"{result['tokens_per_s']:,.0f}",
-            f"{result['tflops_per_gpu']:.0f}", f"{result['peak_gib']:.1f}", f"{collectives:.1f}",
+            f"{result['tflops_per_gpu']:.0f}", f"{result['mfu']:.1%}" if "mfu" in result else "",
+            f"{result['peak_gib']:.1f}", f"{collectives:.1f}",
             f"{result.get('collective_mb', {}).get('all_to_all', 0.0):.1f}",
         )  # fmt: skip
     Console(width=200).print(table)
+
+
+def cases_of(arguments: argparse.Namespace) -> list[Case]:
+    systems, only = arguments.systems, arguments.only
+    return [
+        case
+        for case in suite_of(arguments.suite)
+        if (not systems or case.system in systems) and (not only or any(text in case.name for text in only))
+    ]
+
+
+def processes_of(case: Case) -> tuple[int, str]:
+    """Neighbours in a suite that agree in this share processes: DeepSpeed, which keeps its groups in globals, never."""
+    return case.num_gpus, case.name if case.system == "deepspeed" else ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=["tiny", "one", "two", "four", "eight"], default="one")
     parser.add_argument("--systems", nargs="*", help="only these, such as ours deepspeed")
+    parser.add_argument("--only", nargs="+", metavar="SUBSTRING", help="only cases whose name has one of these")
     parser.add_argument("--output", type=Path, default=Path("ted.json"))
-    parser.add_argument("--time_limit_s", type=float, default=600.0, help="per launch")
+    parser.add_argument("--time_limit_s", type=float, default=600.0, help="per launch and what it starts anew")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker is not None:
         worker(arguments.worker)
         return
-    cases = [c for c in suite_of(arguments.suite) if not arguments.systems or c.system in arguments.systems]
     lines = arguments.output.with_suffix(".jsonl")
     lines.unlink(missing_ok=True)
-    by_launch: dict[tuple[int, bool], list[Case]] = defaultdict(list)
-    for case in cases:  # DeepSpeed makes groups of its own, so it gets processes of its own
-        by_launch[case.num_gpus, case.system == "deepspeed"].append(case)
-    for group in by_launch.values():
-        launch(group, lines, arguments.time_limit_s)
-    results = [json.loads(line) for line in lines.read_text().splitlines()]
+    for _, group in itertools.groupby(cases_of(arguments), key=processes_of):
+        launch(list(group), lines, arguments.time_limit_s)
+    results = results_in(lines)
     versions = {
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",

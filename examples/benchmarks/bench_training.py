@@ -3,7 +3,8 @@
     python examples/benchmarks/bench_training.py --output training.json
 
 Random weights and batches without padding, AdamW. For each peer the median step, the time of the host alone (steps that
-nothing waits for, so the longer of host and device), the sum of all kernels of one step, and its largest kernels.
+nothing waits for, so the longer of host and device), the sum of all kernels of one step, and its largest kernels. With
+"graph" the whole step, optimizer included, is one CUDA graph: what is left when the host has nothing to do.
 `bench_ted.py` has the peers on several GPUs, and DeepSpeed.
 """
 
@@ -21,12 +22,17 @@ from bench_ted import BASES, Case, collectives_of, reset_peak, sync, torch_step
 from rich.console import Console
 from rich.table import Table
 
-PEERS = ("dense", "grouped_mm", "zcode_grouped", "zcode_fused", "zcode_fused tiled")
+PEERS = ("dense", "grouped_mm", "zcode_grouped", "zcode_fused", "zcode_fused tiled", "dense graph", "zcode_fused graph")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", nargs="+", default=PEERS, help="'tiled' for TiledAdamW, else torch's fused AdamW")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        default=PEERS,
+        help="'tiled' for TiledAdamW, else torch's fused; 'graph' for CUDA graphs",
+    )
     parser.add_argument("--base", choices=BASES, default="0.6B")
     parser.add_argument("--num_experts", type=int, default=16)
     parser.add_argument("--batch_size", type=int, default=64)
@@ -38,7 +44,9 @@ def main() -> None:
 
     results = []
     for peer in arguments.peers:
-        results.append({"peer": peer} | measure(case_of(peer, arguments), arguments.warmup_steps, arguments.steps))
+        as_graph = "graph" in peer.split()
+        measured = measure(case_of(peer, arguments), as_graph, arguments.warmup_steps, arguments.steps)
+        results.append({"peer": peer} | measured)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -50,23 +58,25 @@ def main() -> None:
 
 
 def case_of(peer: str, arguments: argparse.Namespace) -> Case:
-    name, _, optimizer = peer.partition(" ")
+    name, *options = peer.split()
     return Case(
         system="dense" if name == "dense" else "ours",
         num_gpus=1,
         base=arguments.base,
         num_experts=arguments.num_experts,
-        optimizer=optimizer or "fused",
+        optimizer="tiled" if "tiled" in options else "fused",
         experts_implementation=None if name == "dense" else name,
         batch_size=arguments.batch_size,
         length=arguments.length,
     )
 
 
-def measure(case: Case, num_warmup_steps: int, num_steps: int) -> dict[str, Any]:
+def measure(case: Case, as_graph: bool, num_warmup_steps: int, num_steps: int) -> dict[str, Any]:
     """Milliseconds of a step, tokens of source and target per second, peak GiB, and what kernels take."""
     torch.manual_seed(0)
     step, _ = torch_step(case)
+    if as_graph:
+        step = captured(step)
     for _ in range(num_warmup_steps):
         step()
     reset_peak()
@@ -85,6 +95,20 @@ def measure(case: Case, num_warmup_steps: int, num_steps: int) -> dict[str, Any]
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
         "top_kernels_ms": profile.get("top_kernels_ms"),
     }
+
+
+def captured(step: Callable[[], Any]) -> Callable[[], None]:
+    """The step as one CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def timed(step: Callable[[], Any]) -> float:

@@ -41,6 +41,15 @@ def test_small_case_equals_the_reference(case, top_k, poisoned_buffers):
     assert_near(fused(experts, hidden, ids, weights, cotangent), expected, 1e-5, cotangent)
 
 
+def test_several_tiles_of_rows_and_columns(poisoned_buffers):
+    experts = make_experts(3, 72, 136, torch.float32)
+    hidden, cotangent = torch.randn(2, 300, 72, device=DEVICE)
+    ids, weights = routing("some dropped", 300, 2, 3), torch.rand(300, 2, device=DEVICE)
+    cotangent = without_kinks(experts, hidden, ids, cotangent)
+    expected = reference(experts, hidden, ids, weights, cotangent)
+    assert_near(fused(experts, hidden, ids, weights, cotangent), expected, 1e-5, cotangent)
+
+
 def test_half_precision(poisoned_buffers):
     # not bfloat16: the interpreter multiplies its bits as integers
     experts = make_experts(4, 32, 48, torch.float16)
