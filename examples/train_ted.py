@@ -43,6 +43,9 @@ class LayoutArguments:
     )
     tile_numel: int | None = field(default=None, metadata={"help": "Elements that the optimizer steps at once."})
     overlap_chunks: int = field(default=1, metadata={"help": "Parts of a batch whose exchange overlaps with work."})
+    pad_expert_input_to_capacity: bool = field(
+        default=False, metadata={"help": "Exchange what the capacity allows; needs batches of one shape."}
+    )
     timeout_s: float = field(default=600.0, metadata={"help": "Seconds after which waiting for a dead rank ends."})
 
 

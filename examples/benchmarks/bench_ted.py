@@ -42,6 +42,7 @@ BASES = {
     "6.7B": (4096, 16, 11, 32),
     "tiny": (64, 2, 2, 4),
 }
+PADDED = {"pad_expert_input_to_capacity": True}
 WARMUP_STEPS, TIMED_STEPS = 3, 10
 HOPPER_PEAK_TFLOPS = 989  # dense bfloat16 of H100 and H200 as SXM modules, from NVIDIA's data sheets
 
@@ -144,6 +145,8 @@ def large_cases(num_gpus: int) -> list[Case]:
     cases = tensor_expert_cases(num_gpus, shapes[0]) + tensor_expert_cases(num_gpus, shapes[1])
     for scale in (1, 2, 4) if num_gpus == 4 else (num_gpus,):  # 64 x 128 tokens per GPU
         cases.append(Case("ours", scale, layout={"expert_parallel_size": scale}))
+        if scale > 1:
+            cases.append(Case("ours", scale, layout={"expert_parallel_size": scale} | PADDED))
     zero3 = {"tensor_parallel_size": 2, "expert_parallel_size": 2, "zero_stage": 3}
     untiled = {"tensor_parallel_size": 2, "expert_parallel_size": 2, "tile_numel": 2**40}
     for shape in shapes:
@@ -165,6 +168,11 @@ def tensor_expert_cases(num_gpus: int, shape: dict[str, Any]) -> list[Case]:
             Case("ours", num_gpus, layout=layout, checkpointing=checkpointing, **shape)
             for checkpointing in ("full", "communication-aware")
         ]
+    padded = {"tensor_parallel_size": 2, "expert_parallel_size": ep} | PADDED
+    cases += [
+        Case("ours", num_gpus, layout=padded, checkpointing=checkpointing, **shape)
+        for checkpointing in ("full", "communication-aware")
+    ]
     return [*cases, Case("deepspeed", num_gpus, layout={"tp": 2, "ep": ep}, checkpointing="full", **shape)]
 
 

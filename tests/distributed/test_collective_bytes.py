@@ -18,6 +18,7 @@ from hf_moe_ted.testing import run_distributed_test
 WORLD, NUM_EXPERTS, TOP_K, WIDTH, FFN, VOCAB = 4, 4, 2, 32, 64, 96
 FLOAT, INT64 = 4, 8
 NUM_TOKENS = 21  # which neither tensor-parallel ranks nor chunks divide evenly
+CAPACITY = 20  # of each expert, for layouts that pad to it
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Layout:
     etp: int = 1
     drops_duplicates: bool = True
     chunks: int = 1
+    pads: bool = False
 
     def plugin(self, **more: Any) -> TedPlugin:
         return TedPlugin(
@@ -35,6 +37,7 @@ class Layout:
             expert_tensor_parallel_size=self.etp,
             duplicate_token_dropping=self.drops_duplicates,
             overlap_chunks=self.chunks,
+            pad_expert_input_to_capacity=self.pads,
             **more,
         )
 
@@ -55,6 +58,10 @@ LAYOUTS = {
     "tp4, etp2 x ep2": Layout(tp=4, ep=2, etp=2),
     "tp4, etp2 x ep2, all sent": Layout(tp=4, ep=2, etp=2, drops_duplicates=False),
     "tp4, etp1 x ep4": Layout(tp=4, ep=4),
+    "ep4, padded": Layout(ep=4, pads=True),
+    "tp2 x ep2, padded": Layout(tp=2, ep=2, etp=2, pads=True),
+    "tp2 x ep2, padded, all sent": Layout(tp=2, ep=2, etp=2, drops_duplicates=False, pads=True),
+    "tp4, etp1 x ep4, padded": Layout(tp=4, ep=4, pads=True),
 }
 CHECKPOINTING = (None, "full", "communication-aware")
 
@@ -78,9 +85,11 @@ def count(run: Any) -> tuple[Log, Log]:
 
 def count_experts(folder: str, layout: Layout) -> tuple[Log, Log]:
     load = ZCodeM3ForConditionalGeneration.from_pretrained
-    model: Any = load(folder, distributed_config=layout.plugin().distributed_config)
+    model: Any = load(folder, distributed_config=layout.plugin().distributed_config, capacity_factor=1.0)
+    experts = model.model.encoder.layers[1].ffn.experts
+    experts.max_tokens_per_expert = CAPACITY
     inputs = inputs_of(dist.get_rank() // layout.tp)
-    return count(lambda: model.model.encoder.layers[1].ffn.experts(*inputs))
+    return count(lambda: experts(*inputs))
 
 
 def count_blocks(folder: str) -> dict[str, tuple[Log, Log]]:
@@ -141,6 +150,8 @@ def log_of(**counts: list[int]) -> Log:
 
 def rows_to(layout: Layout, source: int, chunk: int) -> list[int]:
     """Rows that a rank sends to each rank of its expert-parallel group."""
+    if layout.pads:
+        return [NUM_EXPERTS // layout.ep * CAPACITY // layout.num_shares] * layout.ep
     _, ids, _ = inputs_of(source // layout.tp)
     share = source % layout.tp if layout.num_shares == layout.tp else source % layout.tp // layout.etp
     ids = ids.split(even_shares(NUM_TOKENS, layout.num_shares))[share]
@@ -163,6 +174,8 @@ def expected_of_experts(layout: Layout, rank: int) -> tuple[Log, Log]:
         return log_of(all_reduce=[tokens]), log_of(all_reduce=[tokens, weights])
     row = WIDTH * FLOAT
     sizes = layout.chunks * NUM_EXPERTS * INT64  # how many rows go to which expert
+    if layout.pads:
+        sizes += layout.ep * INT64  # and the capacity, which must be equal
     drops_duplicates = layout.drops_duplicates and layout.etp > 1
     rows, gathers, reductions, sums = [], [], [], []
     for chunk in range(layout.chunks):
@@ -183,7 +196,11 @@ def expected_of_experts(layout: Layout, rank: int) -> tuple[Log, Log]:
         elements = NUM_EXPERTS // layout.ep * (2 * WIDTH * FFN + FFN + WIDTH) * layout.ep * layout.tp // WORLD
         forward["c10d._allgather_base_", elements * FLOAT] += 1
         backward["c10d._reduce_scatter_base_", elements * FLOAT * WORLD // layout.ep] += 1
-    if layout.num_shares > 1:
+    if layout.num_shares > 1 and layout.pads:  # experts' queues are shared, not tokens
+        share = NUM_EXPERTS * CAPACITY // layout.num_shares
+        forward += log_of(all_gather_into_tensor=[share * row])
+        backward += log_of(all_gather_into_tensor=[share * row])
+    elif layout.num_shares > 1:
         share = even_shares(NUM_TOKENS, layout.num_shares)[0]
         forward += log_of(all_gather_into_tensor=[share * row])
         backward += log_of(all_gather_into_tensor=[share * row, share * TOP_K * FLOAT])
@@ -196,14 +213,16 @@ def test_experts(by_rank: list[dict[Any, Any]], name: str) -> None:
         assert results[name] == expected_of_experts(LAYOUTS[name], rank)
 
 
-@pytest.mark.parametrize(("name", "size"), [("tp2 x ep2", 2), ("tp4, etp2 x ep2", 2)])
+@pytest.mark.parametrize(("name", "size"), [("tp2 x ep2", 2), ("tp4, etp2 x ep2", 2), ("tp2 x ep2, padded", 2)])
 def test_duplicate_token_dropping_divides_what_is_exchanged(by_rank: list, name: str, size: int) -> None:
     """By the ranks that hold the same slices' tokens: in forward and backward, over all ranks, to the byte."""
 
     def exchanged(name: str, direction: int) -> int:
         logs = [results[name][direction] for results in by_rank]
         total = sum(n * b for log in logs for (operation, b), n in log.items() if operation.endswith("to_all_single"))
-        return total - (WORLD * NUM_EXPERTS * INT64 if direction == 0 else 0)  # the sizes
+        layout = LAYOUTS[name]
+        sizes = NUM_EXPERTS + (layout.ep if layout.pads else 0)
+        return total - (WORLD * sizes * INT64 if direction == 0 else 0)
 
     for direction in (0, 1):
         assert exchanged(name, direction) * size == exchanged(f"{name}, all sent", direction) > 0

@@ -27,6 +27,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 LAYOUTS["tp4, etp2 x ep2, all sent"] = LAYOUTS["tp4, etp2 x ep2"] | {"duplicate_token_dropping": False}
 LAYOUTS["tp4, etp2 x ep2 in 2 chunks"] = LAYOUTS["tp4, etp2 x ep2"] | {"overlap_chunks": 2}
+LAYOUTS |= {
+    f"{name}, padded": LAYOUTS[name] | {"pad_expert_input_to_capacity": True}
+    for name in ("ep4", "tp4, etp2 x ep2", "tp4, etp1 x ep4", "tp4, etp2 x ep2, all sent")
+}
 # tokens and, of each, the experts that may be chosen; 4 is none
 INPUTS: dict[str, tuple[int, list[int]]] = {
     "many": (37, [0, 1, 2, 3, 4]),
@@ -53,24 +57,34 @@ def gradient_of(output: Tensor, batch: int) -> Tensor:
     return torch.randn(output.shape, generator=torch.Generator().manual_seed(50 + batch))
 
 
-def run_all(folder: str) -> dict[tuple[str, str, str], tuple[Tensor, Tensor, Tensor, Parts]]:
+def run_all(folder: str) -> dict[Any, Any]:
     """Output, gradients of hidden states and weights, and this rank's parts of those of the parameters."""
-    results, models = {}, {}
+    results: dict[Any, Any] = {}
+    models: dict[Any, Any] = {}
     for case in CASES:
         layout, inputs, implementation = case
         plugin = TedPlugin(**LAYOUTS[layout])
         if (layout, implementation) not in models:
             models[layout, implementation] = ZCodeM3ForConditionalGeneration.from_pretrained(
-                f"{folder}/top2", distributed_config=plugin.distributed_config, experts_implementation=implementation
+                f"{folder}/top2",
+                distributed_config=plugin.distributed_config,
+                experts_implementation=implementation,
+                capacity_factor=1.0,
             )
         experts: Any = models[layout, implementation].model.encoder.layers[1].ffn.experts
         experts.zero_grad()
         batch = dist.get_rank() // plugin.tp_size
         hidden, ids, weights = inputs_of(inputs, batch)
+        experts.max_tokens_per_expert = ids.numel()  # which only layouts that pad look at
         output = experts(hidden, ids, weights)
         output.backward(gradient_of(output, batch))
         gradients = parts_of({name: p.grad for name, p in experts.named_parameters()})
         results[case] = output.detach(), hidden.grad, weights.grad, gradients
+    experts = models["ep4, padded", "grouped_mm"].model.encoder.layers[1].ffn.experts
+    experts.max_tokens_per_expert = 20 + dist.get_rank() % 2
+    with pytest.raises(RuntimeError) as error:
+        experts(*inputs_of("one expert", 0))
+    results["other capacities"] = str(error.value)
     return results
 
 
@@ -100,6 +114,11 @@ def test_as_a_loop_over_all_experts(launched: tuple[Path, list], case: tuple[str
     expected = {name: parameter.grad for name, parameter in experts.named_parameters()}
     errors = relative_errors([results[case][3] for results in by_rank], expected)
     assert {name: error for name, error in errors.items() if error > 1e-5} == {}
+
+
+def test_other_capacities_on_other_ranks_are_refused(launched: tuple[Path, list]) -> None:
+    for results in launched[1]:
+        assert "needs batches of the same shape on all data-parallel ranks" in results["other capacities"]
 
 
 @pytest.mark.parametrize(

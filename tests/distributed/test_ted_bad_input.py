@@ -82,6 +82,10 @@ def test_layouts_that_cannot_be(world_size: int, sizes: tuple[Any, ...], message
         ({"zero_stage": 0}, "zero_stage (0) must be 1, 2 or 3"),
         ({"offload": "disk"}, "offload ('disk') must be None or 'cpu'"),
         ({"overlap_chunks": 0}, "overlap_chunks (0) must be at least 1"),
+        (
+            {"overlap_chunks": 2, "pad_expert_input_to_capacity": True},
+            "overlap_chunks (2) must be 1 with pad_expert_input_to_capacity",
+        ),
         ({"tensor_parallel_size": 4, "offload": "cpu"}, "offload='cpu' moves the shards of data parallelism"),
         ({"tensor_parallel_size": 3}, "the world (4 processes) must be divisible by tensor_parallel_size (3)"),
     ],
@@ -121,6 +125,13 @@ def test_models_that_cannot_be_divided(sizes: dict[str, Any], layout: tuple[int,
         check_model(tiny_config(**sizes), ted)
     assert message in str(error.value)
     check_model(tiny_config(), ted)
+
+
+def test_padding_to_a_capacity_needs_one() -> None:
+    ted = TedConfig(tp_size=1, fsdp_size=2, ep_size=2, pad_expert_input_to_capacity=True)
+    with pytest.raises(ValueError, match="needs a model with a capacity_factor, and this one has None"):
+        check_model(tiny_config(capacity_factor=None), ted)
+    check_model(tiny_config(capacity_factor=1.0), ted)
 
 
 def sharded(folder: str, **layout: Any) -> tuple[Any, torch.optim.Optimizer]:

@@ -52,6 +52,9 @@ class TedPlugin(ParallelismConfig):
         communication_aware_checkpointing: whether activation checkpointing keeps what collectives returned.
         tile_numel: elements that [`TiledAdamW`] steps at once.
         overlap_chunks: parts of a batch whose exchange overlaps with the experts' work on another part.
+        pad_expert_input_to_capacity: whether ranks exchange as many rows as the capacity of the experts allows, so that
+            none waits for the routing of the others: for models with a `capacity_factor` near 1, and batches whose
+            padded shape is the same on all data-parallel ranks.
         timeout_s: seconds after which a collective that waits for a dead rank fails.
 
     Raises:
@@ -79,6 +82,7 @@ class TedPlugin(ParallelismConfig):
         communication_aware_checkpointing: bool = True,
         tile_numel: int | None = None,
         overlap_chunks: int = 1,
+        pad_expert_input_to_capacity: bool = False,
         timeout_s: float = 1800.0,
     ):
         if zero_stage not in (1, 2, 3):
@@ -87,6 +91,8 @@ class TedPlugin(ParallelismConfig):
             raise ValueError(f"offload ({offload!r}) must be None or 'cpu'")
         if overlap_chunks < 1:
             raise ValueError(f"overlap_chunks ({overlap_chunks}) must be at least 1")
+        if pad_expert_input_to_capacity and overlap_chunks > 1:
+            raise ValueError(f"overlap_chunks ({overlap_chunks}) must be 1 with pad_expert_input_to_capacity")
         world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
         tp, ep, etp, dp = layout_of(
             world_size, tensor_parallel_size, expert_parallel_size, expert_tensor_parallel_size, data_parallel_size
@@ -111,6 +117,7 @@ class TedPlugin(ParallelismConfig):
             fsdp_cpu_offload=offload == "cpu",
             duplicate_token_dropping=duplicate_token_dropping,
             overlap_chunks=overlap_chunks,
+            pad_expert_input_to_capacity=pad_expert_input_to_capacity,
         )
         if world_size > 1:
             start_distributed(timeout_s)

@@ -99,11 +99,12 @@ class Dispatch:
     """Where the (token, expert) pairs of one chunk go.
 
     Attributes:
-        slot_R: integer[R], the slot, `token * K + k`, of each row that is sent; rows stand by rank and expert.
+        slot_R: integer[R], the slot, `token * K + k`, of each row that is sent, -1 for one that only fills up to the
+            capacity; rows stand by rank and expert.
         row_TK: integer[T, K], the row of each slot; -1 for a slot that no expert computes.
         send_sizes, receive_sizes: rows to and from each rank of the expert-parallel group.
         received_sizes: rows that each rank of the expert-tensor-parallel group received.
-        expert_ids_V: int64[V], the local expert of each row that the experts get.
+        expert_ids_V: int64[V], the local expert of each row that the experts get; their number for one that is none's.
     """
 
     slot_R: Tensor
@@ -122,6 +123,10 @@ class TedExpertParallel(EPImplementation):
     an expert bring their shares together where it runs: all-to-all bytes fall by the tensor-parallel size. Without, all
     send all, but for ranks whose experts are not the same slices (`etp` smaller than `tp`), as a token must not be
     computed twice. Slots without an expert, padding and what did not fit, are not sent.
+
+    With `pad_expert_input_to_capacity` each sends as many rows to each expert as its capacity allows, zeros behind
+    those that it has, and the host need not know how many these are. Ranks with the same tokens then divide the queue of
+    each expert in place of the tokens, its slots in turn, so that each has its part of the capacity.
     """
 
     def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh):
@@ -129,10 +134,13 @@ class TedExpertParallel(EPImplementation):
         self.num_local_experts: Any  # an int, which the parent reads off a module
         config = ted_config_of(experts)
         axes = expert_mesh(ep_mesh, config.expert_tensor_parallel_size)
-        self.experts = experts
+        self.experts: Any = experts
         self.ep_group, self.etp_group = axes["ted_ep"].get_group(), axes["etp"].get_group()
         self.num_experts = self.num_local_experts * self.ep_group.size()
         self.overlap_chunks = config.overlap_chunks
+        self.pads_to_capacity = config.pad_expert_input_to_capacity and self.ep_group.size() > 1
+        if self.pads_to_capacity and not hasattr(experts, "max_tokens_per_expert"):
+            raise ValueError(f"pad_expert_input_to_capacity: {type(experts).__name__} has no capacity to pad to")
         self.num_batches = config.dp_size
         self.draws_random_numbers = any(getattr(m, p, 0) for m in experts.modules() for p in ("dropout", "p"))
         is_exchanged = self.ep_group.size() > 1
@@ -155,6 +163,9 @@ class TedExpertParallel(EPImplementation):
         """
         if self.ep_group.size() == 1:
             return self._run_split_experts(hidden_states, top_k_index, top_k_weights)
+        capacity = self.experts.max_tokens_per_expert if self.pads_to_capacity else None
+        if capacity is not None:
+            return self._run_experts_to_capacity(hidden_states, top_k_index, top_k_weights, capacity)
         if self.share_group.size() == 1:
             return self._run_experts(hidden_states, top_k_index, top_k_weights)
         sizes = even_shares(hidden_states.shape[0], self.share_group.size())
@@ -195,6 +206,61 @@ class TedExpertParallel(EPImplementation):
             rows = FinishExchange.apply(*computed, d.receive_sizes, d.send_sizes, self.ep_group)
             outputs.append(CombineRows.apply(rows, weights.to(rows.dtype), d.slot_R, d.row_TK))
         return outputs[0] if num_chunks == 1 else torch.cat(outputs)
+
+    def _run_experts_to_capacity(
+        self, hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, capacity: int
+    ) -> Tensor:
+        """Exchange of rows whose number depends on shapes only; nothing is read back to the host."""
+        num_shares = self.share_group.size()
+        d = self._plan_to_capacity(expert_ids_TK, -(-capacity // num_shares))
+        shares = [sum(d.send_sizes)] * num_shares
+        rows_RD = SpreadTokens.apply(hidden_TD, d.slot_R, d.row_TK)
+        if num_shares > 1:
+            rows_RD = TakeShare.apply(rows_RD, shares, self.share_group)
+        with self._random_numbers_apart() if num_shares > 1 else contextlib.nullcontext():
+            sent = StartExchange.apply(rows_RD, d.send_sizes, d.receive_sizes, self.ep_group)
+            received = FinishExchange.apply(*sent, d.send_sizes, d.receive_sizes, self.ep_group)
+            computed = self._compute(received, d)
+            returning = StartExchange.apply(computed, d.receive_sizes, d.send_sizes, self.ep_group)
+            rows_RD = FinishExchange.apply(*returning, d.receive_sizes, d.send_sizes, self.ep_group)
+        if num_shares > 1:
+            rows_RD = JoinShares.apply(rows_RD, shares, self.share_group)
+        return CombineRows.apply(rows_RD, weights_TK.to(rows_RD.dtype), d.slot_R, d.row_TK)
+
+    def _plan_to_capacity(self, expert_ids_TK: Tensor, capacity: int) -> Dispatch:
+        """Rows of all shares of the tokens, `capacity` for each expert in each; sizes are of one share."""
+        num_local, ep_size, num_shares = self.num_local_experts, self.ep_group.size(), self.share_group.size()
+        num_rows = num_shares * self.num_experts * capacity
+        _, sorted_row_TK, counts_E = sort_slots(expert_ids_TK, self.num_experts)
+        first_E = counts_E.cumsum(0) - counts_E
+        expert_TK = expert_ids_TK.clamp(max=self.num_experts - 1)
+        place_TK = sorted_row_TK - first_E[expert_TK]  # in the queue of the expert
+        row_TK = (place_TK % num_shares * self.num_experts + expert_TK) * capacity + place_TK // num_shares
+        row_TK = row_TK.masked_fill(sorted_row_TK < 0, -1)
+        slot_of_row = row_TK.new_full((num_rows + 1,), -1)  # the last for slots without a row
+        slots = torch.arange(row_TK.numel(), device=row_TK.device, dtype=row_TK.dtype)
+        slot_of_row.scatter_(0, row_TK.flatten().where(row_TK.flatten() >= 0, num_rows), slots)
+
+        own_counts_E = (counts_E - self.share_group.rank() + num_shares - 1) // num_shares
+        capacity_P1 = counts_E.new_full((ep_size, 1), capacity)
+        received_PE = exchange_even(torch.cat([own_counts_E.view(ep_size, num_local), capacity_P1], 1), self.ep_group)
+        torch._assert_async(
+            (received_PE[:, -1] == capacity).all(),
+            "pad_expert_input_to_capacity needs batches of the same shape on all data-parallel ranks",
+        )
+        if self.drops_duplicates:
+            received_PE = gather_even(received_PE, self.etp_group)
+        is_row_PEC = torch.arange(capacity, device=row_TK.device) < received_PE[:, :-1].unsqueeze(-1)
+        experts_E1 = torch.arange(num_local, device=row_TK.device).unsqueeze(-1)
+        sizes = [num_local * capacity] * ep_size
+        return Dispatch(
+            slot_R=slot_of_row[:-1],
+            row_TK=row_TK,
+            send_sizes=sizes,
+            receive_sizes=sizes,
+            received_sizes=[sum(sizes)] * (self.etp_group.size() if self.drops_duplicates else 1),
+            expert_ids_V=torch.where(is_row_PEC, experts_E1, num_local).flatten(),
+        )
 
     def _plan(self, chunks: tuple[Tensor, ...]) -> list[Dispatch]:
         """Rows and sizes of each chunk; the sizes are read back to the host once for all."""

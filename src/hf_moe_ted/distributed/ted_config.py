@@ -23,12 +23,14 @@ class TedConfig(DistributedConfig):
         duplicate_token_dropping: whether ranks of a tensor-parallel group, which hold the same tokens, send each only
             a share of them to the experts.
         overlap_chunks: parts of a batch whose exchange overlaps with the experts' work on another; 1 for no overlap.
+        pad_expert_input_to_capacity: whether ranks exchange as many rows as the capacity allows, whatever the routing.
     """
 
     expert_tensor_parallel_size: int = 1
     zero_stage: int = 1
     duplicate_token_dropping: bool = True
     overlap_chunks: int = 1
+    pad_expert_input_to_capacity: bool = False
     ep_implementation: str = "ted"
 
     @property
@@ -83,8 +85,10 @@ class TedConfig(DistributedConfig):
 def check_model(config: PretrainedConfig, ted: TedConfig) -> None:
     """
     Raises:
-        ValueError: the sizes of a ZCodeM3 cannot be divided as the layout asks.
+        ValueError: the sizes of a ZCodeM3 cannot be divided as the layout asks, or it has no capacity to pad to.
     """
+    if ted.pad_expert_input_to_capacity and config.capacity_factor is None:
+        raise ValueError("pad_expert_input_to_capacity needs a model with a capacity_factor, and this one has None")
     tp, ep, etp = ted.tp_size, ted.expert_parallel_size, ted.expert_tensor_parallel_size
     wanted = [("vocab_size", tp, "tensor_parallel_size", config.vocab_size)]
     for side in ("encoder", "decoder"):

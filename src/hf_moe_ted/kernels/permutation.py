@@ -48,7 +48,7 @@ class SpreadTokens(torch.autograd.Function):
 
     Args of `apply`:
         tokens_TD: float[T, D].
-        slot_R: integer[R], the slot, `token * K + k`, of each row.
+        slot_R: integer[R], the slot, `token * K + k`, of each row; -1 for a row of zeros.
         row_TK: integer[T, K], the row of each slot; -1 for a slot without one.
     """
 
@@ -57,7 +57,7 @@ class SpreadTokens(torch.autograd.Function):
         ctx.save_for_backward(row_TK)
         if _HAS_TRITON and tokens_TD.is_cuda:
             return triton_permutation.spread(tokens_TD.contiguous(), slot_R, row_TK.shape[1])
-        return tokens_TD.index_select(0, slot_R // row_TK.shape[1])
+        return _tokens_of_rows(tokens_TD, slot_R, row_TK.shape[1])
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
@@ -88,10 +88,18 @@ class CombineRows(torch.autograd.Function):
                 grad_TD.contiguous(), slot_R, row_TK, weights_TK.contiguous(), rows_RD.contiguous()
             )
             return *grads, None, None
-        grad_RD = grad_TD.index_select(0, slot_R // row_TK.shape[1])
-        weight_R1 = weights_TK.flatten().index_select(0, slot_R).unsqueeze(-1)
+        grad_RD = _tokens_of_rows(grad_TD, slot_R, row_TK.shape[1])
+        weight_R1 = weights_TK.flatten().index_select(0, slot_R.clamp(min=0)).unsqueeze(-1)
         products_R1 = (grad_RD * rows_RD).sum(dim=-1, keepdim=True)
         return grad_RD * weight_R1, rows_of_tokens(products_R1, row_TK).squeeze(-1), None, None
+
+
+def _tokens_of_rows(tokens_TD: Tensor, slot_R: Tensor, top_k: int) -> Tensor:
+    """float[R, D], zeros for rows without a slot."""
+    if tokens_TD.shape[0] == 0:
+        return tokens_TD.new_zeros(len(slot_R), tokens_TD.shape[1])
+    gathered = tokens_TD.index_select(0, slot_R.clamp(min=0) // top_k)
+    return gathered.masked_fill_((slot_R < 0).unsqueeze(-1), 0.0)
 
 
 def rows_of_tokens(rows_RD: Tensor, row_TK: Tensor) -> Tensor:

@@ -30,23 +30,26 @@ def _spread_kernel(
 ):
     """out[r] = tokens[slot // K]; with `WEIGHTED` times its weight, and dots[slot] = tokens[slot // K] @ rows[r].
 
-    With `WEIGHTED`, both are 0 for slots that have no row: what stands in `rows` there may never have been written.
+    A row with slot -1 is zeros. With `WEIGHTED`, both are 0 for slots that have no row: what stands in `rows` there may
+    never have been written.
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     is_row = row < num_rows
-    slot = tl.load(slots + row, mask=is_row, other=0)
+    slot = tl.load(slots + row, mask=is_row, other=-1)
+    has_slot = slot >= 0
     token_offset = (slot // TOP_K).to(tl.int64) * width
     row_offset = row.to(tl.int64) * width
     weight = tl.full((BLOCK_R,), 1.0, tl.float32)
-    has_expert = is_row
+    has_expert = has_slot
     if WEIGHTED:
-        has_expert = tl.load(row_of_slot + slot, mask=is_row, other=-1) >= 0
+        has_expert = tl.load(row_of_slot + slot, mask=has_slot, other=-1) >= 0
         weight = tl.load(weights + slot, mask=has_expert, other=0.0).to(tl.float32)
     dot = tl.zeros((BLOCK_R,), tl.float32)
     for first in range(0, width, BLOCK_D):
         columns = first + tl.arange(0, BLOCK_D)
         mask = is_row[:, None] & (columns < width)[None, :]
-        values = tl.load(tokens + token_offset[:, None] + columns[None, :], mask=mask, other=0.0)
+        mask_of_tokens = mask & has_slot[:, None]
+        values = tl.load(tokens + token_offset[:, None] + columns[None, :], mask=mask_of_tokens, other=0.0)
         if WEIGHTED:
             mask_of_rows = mask & has_expert[:, None]
             others = tl.load(rows + row_offset[:, None] + columns[None, :], mask=mask_of_rows, other=0.0).to(tl.float32)
@@ -54,7 +57,7 @@ def _spread_kernel(
             values = (values.to(tl.float32) * weight[:, None]).to(out.dtype.element_ty)
         tl.store(out + row_offset[:, None] + columns[None, :], values, mask=mask)
     if WEIGHTED:
-        tl.store(dots + slot, dot, mask=is_row)
+        tl.store(dots + slot, dot, mask=has_slot)
 
 
 @triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["row_of_slot", "weights"])

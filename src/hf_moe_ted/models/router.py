@@ -119,6 +119,14 @@ class ZCodeM3Router(nn.Module):
             weights_TK = _normalize(weights_TK)
         return logits_TE, Routing(expert_ids_TK, weights_TK, logits_TE, choices_TK, self.num_experts, token_mask_T)
 
+    def max_tokens_per_expert(self, num_tokens: int) -> int | None:
+        """Slots of `num_tokens` tokens that an expert computes at most, padding or not; `None` without a capacity."""
+        capacity_factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if capacity_factor is None:
+            return None
+        capacity = expert_capacity(num_tokens, self.num_experts, capacity_factor * self.top_k, self.min_capacity)
+        return min(int(capacity), num_tokens * self.top_k)
+
     def _choose(self, hidden_states_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits float32[T, E], the chosen rows' probabilities float32[T, K], and the chosen rows int64[T, K].
 
