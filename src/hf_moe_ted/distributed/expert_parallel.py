@@ -125,8 +125,8 @@ class TedExpertParallel(EPImplementation):
     computed twice. Slots without an expert, padding and what did not fit, are not sent.
 
     With `pad_expert_input_to_capacity` each sends as many rows to each expert as its capacity allows, zeros behind
-    those that it has, and the host need not know how many these are. Ranks with the same tokens then divide the queue of
-    each expert in place of the tokens, its slots in turn, so that each has its part of the capacity.
+    those that it has, and the host need not know how many these are. Ranks with the same tokens then divide the queue
+    of each expert in place of the tokens, its slots in turn, so that each has its part of the capacity.
     """
 
     def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh):
