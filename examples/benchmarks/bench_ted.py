@@ -16,18 +16,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from collectives_profile import collectives_of
 from rich.console import Console
 from rich.table import Table
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from ted_suites import BASES, Case, suite_of
 from transformers import AutoModelForSeq2SeqLM, M2M100Config
 from transformers import initialization as init
 from transformers.distributed import DistributedConfig
@@ -35,145 +34,8 @@ from transformers.distributed.utils import initialize_distributed_mesh
 
 from hf_moe_ted import TedPlugin, ZCodeM3Config, ZCodeM3ForConditionalGeneration
 
-# d_model, encoder and decoder layers, heads; the feed-forward is 4 * d_model wide, the vocabulary has 128,000 tokens
-BASES = {
-    "0.6B": (1024, 24, 12, 16),
-    "1.3B": (2048, 12, 6, 16),
-    "6.7B": (4096, 16, 11, 32),
-    "tiny": (64, 2, 2, 4),
-}
-PADDED = {"pad_expert_input_to_capacity": True}
 WARMUP_STEPS, TIMED_STEPS = 3, 10
 HOPPER_PEAK_TFLOPS = 989  # dense bfloat16 of H100 and H200 as SXM modules, from NVIDIA's data sheets
-
-
-@dataclass(frozen=True)
-class Case:
-    """One line of the table.
-
-    Attributes:
-        system: "ours", "transformers" (its own expert parallelism on our model), "dense" (M2M100) or "deepspeed".
-        layout: arguments of TedPlugin, of DistributedConfig for "transformers", `tp` and `ep` for "deepspeed".
-        checkpointing: `None`, "full", or "communication-aware".
-        batch_size, length: per data-parallel rank; tokens of source and target each.
-    """
-
-    system: str
-    num_gpus: int
-    base: str = "0.6B"
-    num_experts: int = 16
-    layout: dict[str, Any] = field(default_factory=dict)
-    checkpointing: str | None = None
-    optimizer: str = "tiled"
-    experts_implementation: str | None = None
-    batch_size: int = 64
-    length: int = 128
-
-    @property
-    def name(self) -> str:
-        layout = " ".join(f"{key}={value}" for key, value in self.layout.items())
-        parts = [
-            self.system,
-            f"{self.base}x{self.num_experts}",
-            layout,
-            self.checkpointing and f"ckpt={self.checkpointing}",
-        ]
-        parts.append("" if self.optimizer == "tiled" else self.optimizer)
-        return " ".join(part for part in parts if part)
-
-
-def suite_of(name: str) -> list[Case]:
-    """The cases of one record, in the order in which they run."""
-    if name == "tiny":
-        return tiny_cases()
-    if name == "one":
-        return one_gpu_cases()
-    if name == "two":
-        return one_gpu_cases() + two_gpu_cases()
-    return large_cases({"four": 4, "eight": 8}[name])
-
-
-def tiny_cases() -> list[Case]:
-    """To try the script, on CPUs too."""
-    small: dict[str, Any] = {"base": "tiny", "num_experts": 4, "batch_size": 2, "length": 16}
-    native = {"fsdp_size": 2, "ep_size": 2}
-    return [
-        Case("dense", 1, **small),
-        Case("ours", 1, **small),
-        Case("ours", 2, layout={"expert_parallel_size": 2}, **small),
-        Case("ours", 2, layout={"tensor_parallel_size": 2}, checkpointing="communication-aware", **small),
-        Case("transformers", 2, layout=native, experts_implementation="grouped_mm", **small),
-        Case("deepspeed", 4, layout={"tp": 2, "ep": 2}, checkpointing="full", **small),
-    ]
-
-
-def one_gpu_cases() -> list[Case]:
-    return [
-        Case("dense", 1, optimizer="fused"),
-        Case("ours", 1, optimizer="fused"),
-        Case("ours", 1),
-        Case("transformers", 1, experts_implementation="grouped_mm", optimizer="fused"),
-        Case("deepspeed", 1, layout={"ep": 1}),
-    ]
-
-
-def two_gpu_cases() -> list[Case]:
-    tp2, ep2 = {"tensor_parallel_size": 2}, {"expert_parallel_size": 2}
-    native = {"fsdp_size": 2, "ep_size": 2}
-    return [
-        Case("ours", 2, layout=ep2),
-        Case("ours", 2, layout={**ep2, "offload": "cpu"}),
-        Case("ours", 2, layout={**ep2, "overlap_chunks": 2}),
-        Case("ours", 2, layout={**ep2, "zero_stage": 3}),
-        Case("ours", 2, layout={}),
-        Case("ours", 2, layout=tp2),
-        Case("ours", 2, layout=tp2, checkpointing="full"),
-        Case("ours", 2, layout=tp2, checkpointing="communication-aware"),
-        Case("transformers", 2, layout=native, experts_implementation="grouped_mm", optimizer="fused"),
-        Case("ours", 2, num_experts=32, layout=ep2),
-        Case("ours", 2, num_experts=64, layout=ep2),
-        Case("deepspeed", 2, layout={"ep": 2}),
-    ]
-
-
-def large_cases(num_gpus: int) -> list[Case]:
-    """Tensor-expert parallelism beside DeepSpeed's, then weak scaling, then the rest, should time run out."""
-    shapes: list[dict[str, Any]] = [
-        {"base": base, "num_experts": num_experts, "batch_size": 16, "length": 512}
-        for base, num_experts in (("1.3B", 16), ("6.7B", 8), ("1.3B", 8))
-    ]
-    cases = tensor_expert_cases(num_gpus, shapes[0]) + tensor_expert_cases(num_gpus, shapes[1])
-    for scale in (1, 2, 4) if num_gpus == 4 else (num_gpus,):  # 64 x 128 tokens per GPU
-        cases.append(Case("ours", scale, layout={"expert_parallel_size": scale}))
-        if scale > 1:
-            cases.append(Case("ours", scale, layout={"expert_parallel_size": scale} | PADDED))
-    zero3 = {"tensor_parallel_size": 2, "expert_parallel_size": 2, "zero_stage": 3}
-    untiled = {"tensor_parallel_size": 2, "expert_parallel_size": 2, "tile_numel": 2**40}
-    for shape in shapes:
-        for layout in ({"expert_parallel_size": num_gpus}, {"tensor_parallel_size": 4}, zero3):
-            cases.append(Case("ours", num_gpus, layout=layout, checkpointing="communication-aware", **shape))
-    cases.append(Case("ours", num_gpus, layout=untiled, checkpointing="communication-aware", **shapes[0]))
-    cases += tensor_expert_cases(num_gpus, shapes[2])
-    cases.append(Case("deepspeed", num_gpus, layout={"ep": num_gpus}))
-    return cases
-
-
-def tensor_expert_cases(num_gpus: int, shape: dict[str, Any]) -> list[Case]:
-    """Tensor parallelism of 2 with and without dropping of duplicate tokens and of collectives, and DeepSpeed's."""
-    ep = num_gpus // 2
-    cases = []
-    for drops in (False, True):
-        layout = {"tensor_parallel_size": 2, "expert_parallel_size": ep, "duplicate_token_dropping": drops}
-        cases += [
-            Case("ours", num_gpus, layout=layout, checkpointing=checkpointing, **shape)
-            for checkpointing in ("full", "communication-aware")
-        ]
-    padded = {"tensor_parallel_size": 2, "expert_parallel_size": ep} | PADDED
-    cases += [
-        Case("ours", num_gpus, layout=padded, checkpointing=checkpointing, **shape)
-        for checkpointing in ("full", "communication-aware")
-    ]
-    return [*cases, Case("deepspeed", num_gpus, layout={"tp": 2, "ep": ep}, checkpointing="full", **shape)]
 
 
 # ---- one case, in every process ----
@@ -345,62 +207,6 @@ def sharded_model(case: Case, distributed_config: Any, device: torch.device) -> 
     if case.layout.get("offload"):
         distributed_config.finish_loading(model)
     return model
-
-
-# ---- what collectives move, and how long they take ----
-
-_KINDS = {
-    "all_to_all": ("all_to_all", "alltoall", "SendRecv"),
-    "all_gather": ("all_gather", "allgather", "AllGather"),
-    "reduce_scatter": ("reduce_scatter", "ReduceScatter"),
-    "all_reduce": ("all_reduce", "allreduce", "AllReduce"),
-}
-
-
-def kind_of(name: str) -> str | None:
-    return next((kind for kind, words in _KINDS.items() if any(word in name for word in words)), None)
-
-
-class CollectiveBytes(TorchDispatchMode):
-    """Bytes of the inputs of this rank's collectives, by kind."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: dict[str, int] = defaultdict(int)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(t, torch.distributed.tensor.DTensor) for t in types):
-            return NotImplemented
-        kind = kind_of(func.name()) if func.namespace in ("c10d", "_c10d_functional") else None
-        if kind is not None:
-            inputs = (
-                args[1] if func._opname in ("_allgather_base_", "_reduce_scatter_base_", "alltoall_base_") else args[0]
-            )
-            tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
-            self.bytes[kind] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return func(*args, **(kwargs or {}))
-
-
-def collectives_of(step: Any) -> dict[str, Any]:
-    """Bytes and device milliseconds of one step by kind of collective, and kernel time in all."""
-    with CollectiveBytes() as counter:
-        step()
-    result: dict[str, Any] = {"collective_mb": {kind: size / 1e6 for kind, size in counter.bytes.items()}}
-    if not torch.cuda.is_available():
-        return result
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    milliseconds: dict[str, float] = defaultdict(float)
-    kernels: dict[str, float] = defaultdict(float)
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            spent = event.device_time_total / 1e3
-            kind = kind_of(event.name) if "nccl" in event.name.lower() else None
-            milliseconds[kind or "compute"] += spent
-            kernels[event.name[:80]] += spent
-    top = dict(sorted(kernels.items(), key=lambda item: -item[1])[:12])
-    return result | {"device_ms": dict(milliseconds), "top_kernels_ms": top}
 
 
 # ---- the driver ----

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_ted import BASES, Case, collectives_of, reset_peak, sync, torch_step
+from bench_ted import reset_peak, sync, torch_step
+from collectives_profile import collectives_of
 from rich.console import Console
 from rich.table import Table
+from ted_suites import BASES, Case
 
 PEERS = ("dense", "grouped_mm", "zcode_grouped", "zcode_fused", "zcode_fused tiled", "dense graph", "zcode_fused graph")
 

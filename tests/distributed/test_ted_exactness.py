@@ -70,10 +70,7 @@ FOUR = {
     "ep4, random": Case(EP4, model="random"),
     # exchanges padded to the capacity
     "ep4, padded": Case(EP4 | PADDED, model="dropping", accumulation=2),
-    "ep2 x edp2, padded, zero 3": Case({"expert_parallel_size": 2, "zero_stage": 3} | PADDED, model="dropping"),
     "ep4, padded, random": Case(EP4 | PADDED, model="random", checkpointing="communication-aware"),
-    "ep4, padded, a rank without tokens": Case(EP4 | PADDED, model="dropping", data="idle"),
-    "tp2 x ep2, padded": Case(TP2_EP2 | PADDED, model="dropping", checkpointing="full"),
     "tp2 x ep2, padded, random": Case(TP2_EP2 | PADDED, model="random", checkpointing="communication-aware"),
     "tp2 x ep2, padded, thinned, all sent": Case(TP2_EP2 | ALL_SENT | PADDED, model="thinned"),
     "tp2, etp1 x ep4, padded": Case(ETP1 | {"expert_parallel_size": 4} | PADDED, model="dropping"),
@@ -91,7 +88,6 @@ EIGHT = {
     ),
     "tp2 x ep4": Case({"tensor_parallel_size": 2, "expert_parallel_size": 4}, model="dropping"),
     "tp4, etp2 x ep2 x edp2, padded": Case(FOLDED | PADDED, model="dropping"),
-    "tp4, etp2 x ep2 x edp2, padded, all sent": Case(FOLDED | ALL_SENT | PADDED, model="random"),
     "ep4 x edp2, a rank without tokens": Case(EP4, model="skewed", data="idle"),
 }
 CASES = FOUR | EIGHT

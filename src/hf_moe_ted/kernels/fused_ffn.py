@@ -397,7 +397,6 @@ def can_fuse(experts: Any, hidden_states: Tensor) -> bool:
     )
 
 
-@functools.cache
 def _has_tma(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (9, 0)

@@ -342,7 +342,6 @@ def can_fuse_router(router: Any, hidden_states: Tensor) -> bool:
     )
 
 
-@functools.cache
 def _has_tf32(device: torch.device) -> bool:
     is_nvidia = device.type == "cuda" and torch.version.hip is None
     return is_nvidia and torch.cuda.get_device_properties(device).major >= 8

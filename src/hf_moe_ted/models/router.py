@@ -132,11 +132,10 @@ class ZCodeM3Router(nn.Module):
 
         On GPUs one kernel for plain top-k; its noise is not the numbers that the operations below would draw.
         """
-        has_jitter = self.training and self.noise_policy == "jitter"
         if fused_router is not None and fused_router.can_fuse_router(self, hidden_states_TD):
-            jitter_noise = self.jitter_noise if has_jitter else 0.0
+            jitter_noise = self.jitter_noise if self._has_jitter else 0.0
             return fused_router.fused_route(hidden_states_TD, self.weight, self.bias, self.top_k, jitter_noise)
-        logits_TE = self._logits(hidden_states_TD, has_jitter)
+        logits_TE = self._logits(hidden_states_TD)
         probs_TE = logits_TE.softmax(dim=-1)
         if self.expert_of_row is None:
             choices_TK = self._choices(logits_TE, probs_TE)
@@ -147,10 +146,14 @@ class ZCodeM3Router(nn.Module):
             )
         return logits_TE, probs_TE.gather(1, choices_TK), choices_TK
 
-    def _logits(self, hidden_states_TD: Tensor, has_jitter: bool) -> Tensor:
+    @property
+    def _has_jitter(self) -> bool:
+        return self.training and self.noise_policy == "jitter"
+
+    def _logits(self, hidden_states_TD: Tensor) -> Tensor:
         """float32[T, E]; computed in `router_dtype` even under autocast, as rounding there changes the experts."""
         inputs_TD = hidden_states_TD.to(self.dtype)
-        if has_jitter:
+        if self._has_jitter:
             noise = torch.empty_like(inputs_TD).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
             inputs_TD = inputs_TD * noise
         bias = None if self.bias is None else self.bias.to(self.dtype)

@@ -1,0 +1,145 @@
+"""What `bench_ted.py` measures: cases, and the suites that records are made of."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# d_model, encoder and decoder layers, heads; the feed-forward is 4 * d_model wide, the vocabulary has 128,000 tokens
+BASES = {
+    "0.6B": (1024, 24, 12, 16),
+    "1.3B": (2048, 12, 6, 16),
+    "6.7B": (4096, 16, 11, 32),
+    "tiny": (64, 2, 2, 4),
+}
+PADDED = {"pad_expert_input_to_capacity": True}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table.
+
+    Attributes:
+        system: "ours", "transformers" (its own expert parallelism on our model), "dense" (M2M100) or "deepspeed".
+        layout: arguments of TedPlugin, of DistributedConfig for "transformers", `tp` and `ep` for "deepspeed".
+        checkpointing: `None`, "full", or "communication-aware".
+        batch_size, length: per data-parallel rank; tokens of source and target each.
+    """
+
+    system: str
+    num_gpus: int
+    base: str = "0.6B"
+    num_experts: int = 16
+    layout: dict[str, Any] = field(default_factory=dict)
+    checkpointing: str | None = None
+    optimizer: str = "tiled"
+    experts_implementation: str | None = None
+    batch_size: int = 64
+    length: int = 128
+
+    @property
+    def name(self) -> str:
+        layout = " ".join(f"{key}={value}" for key, value in self.layout.items())
+        parts = [
+            self.system,
+            f"{self.base}x{self.num_experts}",
+            layout,
+            self.checkpointing and f"ckpt={self.checkpointing}",
+        ]
+        parts.append("" if self.optimizer == "tiled" else self.optimizer)
+        return " ".join(part for part in parts if part)
+
+
+def suite_of(name: str) -> list[Case]:
+    """The cases of one record, in the order in which they run."""
+    if name == "tiny":
+        return tiny_cases()
+    if name == "one":
+        return one_gpu_cases()
+    if name == "two":
+        return one_gpu_cases() + two_gpu_cases()
+    return large_cases({"four": 4, "eight": 8}[name])
+
+
+def tiny_cases() -> list[Case]:
+    """To try the script, on CPUs too."""
+    small: dict[str, Any] = {"base": "tiny", "num_experts": 4, "batch_size": 2, "length": 16}
+    native = {"fsdp_size": 2, "ep_size": 2}
+    return [
+        Case("dense", 1, **small),
+        Case("ours", 1, **small),
+        Case("ours", 2, layout={"expert_parallel_size": 2}, **small),
+        Case("ours", 2, layout={"tensor_parallel_size": 2}, checkpointing="communication-aware", **small),
+        Case("transformers", 2, layout=native, experts_implementation="grouped_mm", **small),
+        Case("deepspeed", 4, layout={"tp": 2, "ep": 2}, checkpointing="full", **small),
+    ]
+
+
+def one_gpu_cases() -> list[Case]:
+    return [
+        Case("dense", 1, optimizer="fused"),
+        Case("ours", 1, optimizer="fused"),
+        Case("ours", 1),
+        Case("transformers", 1, experts_implementation="grouped_mm", optimizer="fused"),
+        Case("deepspeed", 1, layout={"ep": 1}),
+    ]
+
+
+def two_gpu_cases() -> list[Case]:
+    tp2, ep2 = {"tensor_parallel_size": 2}, {"expert_parallel_size": 2}
+    native = {"fsdp_size": 2, "ep_size": 2}
+    return [
+        Case("ours", 2, layout=ep2),
+        Case("ours", 2, layout={**ep2, "offload": "cpu"}),
+        Case("ours", 2, layout={**ep2, "overlap_chunks": 2}),
+        Case("ours", 2, layout={**ep2, "zero_stage": 3}),
+        Case("ours", 2, layout={}),
+        Case("ours", 2, layout=tp2),
+        Case("ours", 2, layout=tp2, checkpointing="full"),
+        Case("ours", 2, layout=tp2, checkpointing="communication-aware"),
+        Case("transformers", 2, layout=native, experts_implementation="grouped_mm", optimizer="fused"),
+        Case("ours", 2, num_experts=32, layout=ep2),
+        Case("ours", 2, num_experts=64, layout=ep2),
+        Case("deepspeed", 2, layout={"ep": 2}),
+    ]
+
+
+def large_cases(num_gpus: int) -> list[Case]:
+    """Tensor-expert parallelism beside DeepSpeed's, then weak scaling, then the rest, should time run out."""
+    shapes: list[dict[str, Any]] = [
+        {"base": base, "num_experts": num_experts, "batch_size": 16, "length": 512}
+        for base, num_experts in (("1.3B", 16), ("6.7B", 8), ("1.3B", 8))
+    ]
+    cases = tensor_expert_cases(num_gpus, shapes[0]) + tensor_expert_cases(num_gpus, shapes[1])
+    for scale in (1, 2, 4) if num_gpus == 4 else (num_gpus,):  # 64 x 128 tokens per GPU
+        cases.append(Case("ours", scale, layout={"expert_parallel_size": scale}))
+        if scale > 1:
+            cases.append(Case("ours", scale, layout={"expert_parallel_size": scale} | PADDED))
+    zero3 = {"tensor_parallel_size": 2, "expert_parallel_size": 2, "zero_stage": 3}
+    untiled = {"tensor_parallel_size": 2, "expert_parallel_size": 2, "tile_numel": 2**40}
+    for shape in shapes:
+        for layout in ({"expert_parallel_size": num_gpus}, {"tensor_parallel_size": 4}, zero3):
+            cases.append(Case("ours", num_gpus, layout=layout, checkpointing="communication-aware", **shape))
+    cases.append(Case("ours", num_gpus, layout=untiled, checkpointing="communication-aware", **shapes[0]))
+    cases += tensor_expert_cases(num_gpus, shapes[2])
+    cases.append(Case("deepspeed", num_gpus, layout={"ep": num_gpus}))
+    return cases
+
+
+def tensor_expert_cases(num_gpus: int, shape: dict[str, Any]) -> list[Case]:
+    """Tensor parallelism of 2 with and without dropping of duplicate tokens and of collectives, and DeepSpeed's."""
+    ep = num_gpus // 2
+    cases = []
+    for drops in (False, True):
+        layout = {"tensor_parallel_size": 2, "expert_parallel_size": ep, "duplicate_token_dropping": drops}
+        cases += [
+            Case("ours", num_gpus, layout=layout, checkpointing=checkpointing, **shape)
+            for checkpointing in ("full", "communication-aware")
+        ]
+    padded = {"tensor_parallel_size": 2, "expert_parallel_size": ep} | PADDED
+    cases += [
+        Case("ours", num_gpus, layout=padded, checkpointing=checkpointing, **shape)
+        for checkpointing in ("full", "communication-aware")
+    ]
+    return [*cases, Case("deepspeed", num_gpus, layout={"tp": 2, "ep": ep}, checkpointing="full", **shape)]
+
+
+__all__ = ["BASES", "Case", "suite_of"]
