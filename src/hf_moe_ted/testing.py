@@ -49,7 +49,7 @@ def run_distributed_test(
         What each rank returned, rank 0 first.
 
     Raises:
-        RuntimeError: with the traceback of the first process that failed, or the exit code of one that died.
+        RuntimeError: with the tracebacks of the processes that failed, or the exit codes of those that died.
         TimeoutError: the processes did not end in time.
     """
     context = multiprocessing.get_context("forkserver")
@@ -83,21 +83,30 @@ def _free_port() -> int:
 
 def _collect(results: Any, processes: list[BaseProcess], deadline: float) -> dict[int, Any]:
     by_rank: dict[int, Any] = {}
-    while len(by_rank) < len(processes):
+    errors: dict[int, str] = {}
+    while len(by_rank) + len(errors) < len(processes):
         try:
             rank, result, error = results.get(timeout=0.5)
         except queue.Empty:
             dead = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
-            if dead:
+            dead = {rank: code for rank, code in dead.items() if rank not in errors}
+            if dead and not errors:
                 raise RuntimeError(f"processes died without a traceback, exit codes by rank: {dead}") from None
+            if dead or (errors and time.monotonic() > deadline):
+                errors |= {rank: f"died without a traceback, exit code {code}" for rank, code in dead.items()}
+                break
             if time.monotonic() > deadline:
                 raise TimeoutError(
                     f"ranks {sorted({*range(len(processes))} - {*by_rank})} did not end in time"
                 ) from None
             continue
-        if error is not None:
-            raise RuntimeError(f"rank {rank} failed:\n{error}")
-        by_rank[rank] = pickle.loads(result)
+        if error is None:
+            by_rank[rank] = pickle.loads(result)
+        else:  # others may only have lost their connection to the one that failed
+            errors[rank] = error
+            deadline = min(deadline, time.monotonic() + 5.0)
+    if errors:
+        raise RuntimeError("\n".join(f"rank {rank} failed:\n{error}" for rank, error in sorted(errors.items())))
     return by_rank
 
 
