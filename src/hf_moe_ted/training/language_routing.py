@@ -13,11 +13,11 @@ from typing import Any, cast
 import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..models.router import Routing
-from .router_statistics import sparse_routers
+from .router_callback import RouterCallback, sparse_routers
 
 logger = logging.get_logger(__name__)
 
@@ -42,7 +42,7 @@ class _Counts:
         return counts_GE
 
 
-class LanguageRoutingCallback(TrainerCallback):
+class LanguageRoutingCallback(RouterCallback):
     """Counts in training which experts compute the tokens of each language, by the tags that sentences carry.
 
     ```python
@@ -72,6 +72,7 @@ languages together do, 0 to 1, mean over the layers of a side |
     """
 
     def __init__(self, tokenizer: Any):
+        super().__init__()
         ids = getattr(tokenizer, "lang_code_to_id", None)
         if not ids:
             raise ValueError(f"{type(tokenizer).__name__} has no language tags (lang_code_to_id)")
@@ -81,30 +82,17 @@ languages together do, 0 to 1, mean over the layers of a side |
         self._language_of_token[list(ids.values())] = torch.arange(len(ids))
         self._counts: dict[str, _Counts] = {}
         self._languages_of_batch: dict[str, Tensor] = {}
-        self._handles: list[Any] = []
 
-    def add_to(self, trainer: Trainer) -> "LanguageRoutingCallback":
-        """Make this the first callback of a trainer, so that every reporter sees its numbers."""
-        trainer.callback_handler.callbacks.insert(0, self)
-        return self
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """
-        Raises:
-            ValueError: the model has no sparse layer.
-        """
-        self._remove_hooks()
+    def watch(self, model: nn.Module, args: TrainingArguments) -> list[Any]:
         self._counts = {}
-        model = kwargs["model"]
-        self._handles = [model.register_forward_pre_hook(self._read_languages, with_kwargs=True)]
+        handles = [model.register_forward_pre_hook(self._read_languages, with_kwargs=True)]
         for layer, router in sparse_routers(model).items():
             zeros_GE = torch.zeros(
                 len(self.languages), cast(int, router.num_experts), dtype=torch.float64, device=args.device
             )
             self._counts[layer] = _Counts(zeros_GE, zeros_GE.clone())
-            self._handles.append(router.register_forward_hook(self._hook(layer)))
+            handles.append(router.register_forward_hook(self._hook(layer)))
+        return handles
 
     def _read_languages(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Before the model runs: the language of each sentence, by the first tag in it."""
@@ -177,7 +165,7 @@ languages together do, 0 to 1, mean over the layers of a side |
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._write_picture(args, state)
-        self._remove_hooks()
+        super().on_train_end(args, state, control, **kwargs)
 
     def _write_picture(self, args: TrainingArguments, state: TrainerState) -> None:
         for counts in self._counts.values():
@@ -200,11 +188,6 @@ languages together do, 0 to 1, mean over the layers of a side |
         staged.write_text(text + "\n")
         os.replace(staged, folder / f"step_{state.global_step}.json")
         draw_expert_shares(shares, languages, folder / f"step_{state.global_step}.png")
-
-    def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
 
 
 def expert_shares(counts_GE: Tensor) -> Tensor:

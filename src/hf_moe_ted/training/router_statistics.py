@@ -1,34 +1,16 @@
 """What the routers do during training, in the logs of the Trainer."""
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..models.losses import load_balancing_loss, router_z_loss
-from ..models.router import Routing, ZCodeM3Router
-
-_ROUTER = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.ffn\.router$")
-
-
-def sparse_routers(model: nn.Module) -> dict[str, ZCodeM3Router]:
-    """The routers of a model by layer, `encoder.3`.
-
-    Raises:
-        ValueError: the model has no sparse layer.
-    """
-    routers = {
-        f"{found[1]}.{found[2]}": module
-        for name, module in model.named_modules()
-        if (found := _ROUTER.search(name)) and isinstance(module, ZCodeM3Router)
-    }
-    if not routers:
-        raise ValueError(f"{type(model).__name__} has no sparse layer whose router could be watched")
-    return routers
+from ..models.router import Routing
+from .router_callback import RouterCallback, sparse_routers
 
 
 @dataclass
@@ -92,7 +74,7 @@ class _Watched:
     sums: _Sums = field(default_factory=_Sums)
 
 
-class RouterStatisticsCallback(TrainerCallback):
+class RouterStatisticsCallback(RouterCallback):
     """Adds what the routers did since the last log to each training log.
 
     ```python
@@ -123,27 +105,13 @@ class RouterStatisticsCallback(TrainerCallback):
     """
 
     def __init__(self, per_expert: bool = False):
+        super().__init__()
         self.per_expert = per_expert
         self._watched: dict[str, _Watched] = {}
-        self._handles: list[Any] = []
 
-    def add_to(self, trainer: Trainer) -> "RouterStatisticsCallback":
-        """Make this the first callback of a trainer, so that every reporter sees its numbers."""
-        trainer.callback_handler.callbacks.insert(0, self)
-        return self
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """
-        Raises:
-            ValueError: the model has no sparse layer.
-        """
-        self._remove_hooks()
-        self._watched = {}
-        for layer, router in sparse_routers(kwargs["model"]).items():
-            self._watched[layer] = watched = _Watched(router)
-            self._handles.append(router.register_forward_hook(self._hook(watched)))
+    def watch(self, model: nn.Module, args: TrainingArguments) -> list[Any]:
+        self._watched = {layer: _Watched(router) for layer, router in sparse_routers(model).items()}
+        return [watched.router.register_forward_hook(self._hook(watched)) for watched in self._watched.values()]
 
     @staticmethod
     def _hook(watched: _Watched) -> Any:
@@ -180,15 +148,5 @@ class RouterStatisticsCallback(TrainerCallback):
         logs.update(numbers)
         state.log_history[-1].update(numbers)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._remove_hooks()
 
-    def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-
-__all__ = ["RouterStatisticsCallback", "sparse_routers"]
+__all__ = ["RouterStatisticsCallback"]

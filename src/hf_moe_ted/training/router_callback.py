@@ -1,0 +1,66 @@
+"""What callbacks that watch routers during training have in common."""
+
+import re
+from typing import Any, Self
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..models.router import ZCodeM3Router
+
+_ROUTER = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.ffn\.router$")
+
+
+def sparse_routers(model: nn.Module) -> dict[str, ZCodeM3Router]:
+    """The routers of a model by layer, `encoder.3`.
+
+    Raises:
+        ValueError: the model has no sparse layer.
+    """
+    routers = {
+        f"{found[1]}.{found[2]}": module
+        for name, module in model.named_modules()
+        if (found := _ROUTER.search(name)) and isinstance(module, ZCodeM3Router)
+    }
+    if not routers:
+        raise ValueError(f"{type(model).__name__} has no sparse layer whose router could be watched")
+    return routers
+
+
+class RouterCallback(TrainerCallback):
+    """Hooks on the modules of a model from the beginning of a training to its end."""
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+
+    def add_to(self, trainer: Trainer) -> Self:
+        """Make this the first callback of a trainer, so that every reporter sees its numbers."""
+        trainer.callback_handler.callbacks.insert(0, self)
+        return self
+
+    def watch(self, model: nn.Module, args: TrainingArguments) -> list[Any]:
+        """Start anew, and put hooks on a model; their handles."""
+        raise NotImplementedError
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """
+        Raises:
+            ValueError: the model has no sparse layer.
+        """
+        self._remove_hooks()
+        self._handles = self.watch(kwargs["model"], args)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+__all__ = ["RouterCallback", "sparse_routers"]
