@@ -1,13 +1,14 @@
 """What callbacks that watch routers during training have in common."""
 
 import re
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..models.router import ZCodeM3Router
 
+_Callback = TypeVar("_Callback", bound="RouterCallback")
 _ROUTER = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.ffn\.router$")
 
 
@@ -33,7 +34,7 @@ class RouterCallback(TrainerCallback):
     def __init__(self) -> None:
         self._handles: list[Any] = []
 
-    def add_to(self, trainer: Trainer) -> Self:
+    def add_to(self: _Callback, trainer: Trainer) -> _Callback:
         """Make this the first callback of a trainer, so that every reporter sees its numbers."""
         trainer.callback_handler.callbacks.insert(0, self)
         return self
