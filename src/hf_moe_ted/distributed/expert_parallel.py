@@ -244,7 +244,7 @@ class TedExpertParallel(EPImplementation):
         own_counts_E = (counts_E - self.share_group.rank() + num_shares - 1) // num_shares
         capacity_P1 = counts_E.new_full((ep_size, 1), capacity)
         received_PE = exchange_even(torch.cat([own_counts_E.view(ep_size, num_local), capacity_P1], 1), self.ep_group)
-        torch._assert_async(
+        torch._assert_async(  # torch has no public assertion that does not wait for the device
             (received_PE[:, -1] == capacity).all(),
             "pad_expert_input_to_capacity needs batches of the same shape on all data-parallel ranks",
         )
