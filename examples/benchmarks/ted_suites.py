@@ -88,6 +88,7 @@ def two_gpu_cases() -> list[Case]:
     native = {"fsdp_size": 2, "ep_size": 2}
     return [
         Case("ours", 2, layout=ep2),
+        Case("ours", 2, layout=ep2 | PADDED),
         Case("ours", 2, layout={**ep2, "offload": "cpu"}),
         Case("ours", 2, layout={**ep2, "overlap_chunks": 2}),
         Case("ours", 2, layout={**ep2, "zero_stage": 3}),

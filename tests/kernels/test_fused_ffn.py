@@ -50,6 +50,7 @@ def test_several_tiles_of_rows_and_columns(poisoned_buffers):
     assert_near(fused(experts, hidden, ids, weights, cotangent), expected, 1e-5, cotangent)
 
 
+
 def test_half_precision(poisoned_buffers):
     # not bfloat16: the interpreter multiplies its bits as integers
     experts = make_experts(4, 32, 48, torch.float16)
@@ -80,20 +81,24 @@ def test_frozen_experts_get_no_gradient_and_constant_weights_neither():
     torch.testing.assert_close(grad_hidden.double(), expected[1], rtol=1e-5, atol=1e-5)
 
 
-def test_plan_of_slots_in_several_blocks(monkeypatch):
+@pytest.mark.parametrize("row_multiple", [1, 8])
+def test_plan_of_slots_in_several_blocks(row_multiple, monkeypatch):
     monkeypatch.setattr(row_plan, "_SLOTS_PER_PROGRAM", 64)
     ids = routing("some dropped", 150, 2, 5)
-    plan = row_plan.RowPlan.of(row_plan.plan_rows(ids, 5, 16), 300, 5, 16)
-    sorted_ids, order = ids.flatten().sort(stable=True)
-    assert plan.order[:300].tolist() == order.tolist()
-    assert plan.row_of_slot[:300].tolist() == order.argsort().masked_fill(ids.flatten() >= 5, -1).tolist()
-    counts = torch.bincount(sorted_ids, minlength=6)
-    assert plan.offsets[:7].tolist() == [0, *counts.cumsum(0).tolist()]
-    tiles = [-(-count // 16) for count in counts.tolist()]
-    assert plan.tile_ends[:6].tolist() == torch.tensor(tiles).cumsum(0).tolist()
-    expected = [(e, plan.offsets[e].item() + 16 * tile) for e in range(6) for tile in range(tiles[e])]
-    rows = list(zip(plan.tile_expert.tolist(), plan.tile_row.tolist(), strict=True))
-    assert rows[: len(expected)] == expected
+    plan = row_plan.RowPlan.of(row_plan.plan_rows(ids, 5, 16, row_multiple), 300, 5, 16, row_multiple)
+    slots_of_group = [torch.where(ids.flatten().clamp(max=5) == group)[0].tolist() for group in range(6)]
+    first, tiles = 0, []
+    for group, slots in enumerate(slots_of_group):
+        assert plan.offsets[group] == first
+        assert plan.row_ends[group] == first + len(slots)
+        assert plan.order[first : first + len(slots)].tolist() == slots
+        rows = plan.row_of_slot[torch.tensor(slots, device=DEVICE)].tolist()
+        assert rows == (list(range(first, first + len(slots))) if group < 5 else [-1] * len(slots))
+        tiles += [(group, first + tile) for tile in range(0, len(slots), 16)]
+        assert plan.tile_ends[group] == len(tiles)
+        first += -(-len(slots) // row_multiple) * row_multiple
+    assert plan.offsets[6] == first <= plan.num_rows
+    assert list(zip(plan.tile_expert.tolist(), plan.tile_row.tolist(), strict=True))[: len(tiles)] == tiles
 
 
 @pytest.mark.parametrize("overrides", [{"activation_function": "gelu"}, {"activation_dropout": 0.1}])
@@ -112,13 +117,13 @@ def test_other_experts_run_as_grouped_products(overrides):
 def test_operators_are_what_torch_compile_needs():
     experts = make_experts(3, 16, 24, torch.float32)
     ids, weights = routing("some dropped", 20, 2, 3), torch.rand(20, 2, device=DEVICE)
-    plan = row_plan.plan_rows(ids, 3, 64)
+    plan = row_plan.plan_rows(ids, 3, 64, 32)
     parameters = (experts.up_proj, experts.up_proj_bias, experts.down_proj, experts.down_proj_bias)
     tokens = torch.randn(20, 16, device=DEVICE, requires_grad=True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(row_plan.plan_rows_op, (ids, 3, 64), test_utils=checks)
+    torch.library.opcheck(row_plan.plan_rows_op, (ids, 3, 64, 32), test_utils=checks)
     torch.library.opcheck(
-        fused_ffn.relu_experts_op, (tokens, weights.requires_grad_(), *parameters, plan, 64), test_utils=checks
+        fused_ffn.relu_experts_op, (tokens, weights.requires_grad_(), *parameters, plan, 64, 32), test_utils=checks
     )
 
 

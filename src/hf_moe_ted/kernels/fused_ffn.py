@@ -3,7 +3,7 @@
 Bias, activation, routing weight and the moves between tokens and rows are part of the matrix products, in backward,
 too; nothing waits for the device. `torch.compile` sees the products as custom operators.
 
-Shape letters: T tokens, K slots per token, S = T * K slots and rows, E experts, D model width, F inner width.
+Shape letters: T tokens, K slots per token, S = T * K slots, R rows, E experts, D model width, F inner width.
 """
 
 import functools
@@ -53,6 +53,11 @@ def weight_config(dtype: torch.dtype) -> GemmConfig:
     return GemmConfig(64, 64, 32, 4, 3, 2) if dtype == torch.float32 else GemmConfig(128, 128, 32, 4, 5, 2)
 
 
+def rows_step(block_m: int, dtype: torch.dtype) -> int:
+    """Rows of an expert that gradients of its weights take at once."""
+    return min(block_m, weight_config(dtype).block_k)
+
+
 @on_device_of_first
 def relu_experts(
     tokens: Tensor,
@@ -63,6 +68,7 @@ def relu_experts(
     down_bias: Tensor,
     plan: Tensor,
     block_m: int,
+    row_multiple: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted outputs of experts, `weight * down(relu(up(token)))`.
 
@@ -70,19 +76,18 @@ def relu_experts(
         tokens: float[T, D], contiguous like the others, and of one dtype with up, up_bias, down and down_bias.
         weights: float[T, K].
         up, up_bias, down, down_bias: [E, F, D], [E, F], [E, D, F], [E, D].
-        plan: of `plan_rows` with the same `block_m`.
+        plan: of `plan_rows` with the same `block_m` and `row_multiple`.
 
     Returns:
-        float[T, K, D], the output of each slot, zeros for one without an expert; and for backward float[S, D] and
-        float[S, F], inputs and activations by row.
+        float[T, K, D], the output of each slot, zeros for one without an expert; and for backward float[R, D] and
+        float[R, F], inputs and activations by row.
     """
     top_k = weights.shape[1]
     num_experts, inner_width, width = up.shape
-    num_slots = weights.numel()
-    parts = RowPlan.of(plan, num_slots, num_experts, block_m)
+    parts = RowPlan.of(plan, weights.numel(), num_experts, block_m, row_multiple)
     output = tokens.new_empty(*weights.shape, width)
-    rows = tokens.new_empty(num_slots, width)
-    inner = tokens.new_empty(num_slots, inner_width)
+    rows = tokens.new_empty(parts.num_rows, width)
+    inner = tokens.new_empty(parts.num_rows, inner_width)
     _gather(tokens, parts, top_k, rows=rows, slots_out=output)
     _row_product("up", rows, up, inner, parts, bias=up_bias)
     _row_product("down", inner, down, output, parts, bias=down_bias, weights=weights)
@@ -100,16 +105,17 @@ def relu_experts_backward(
     inner: Tensor,
     plan: Tensor,
     block_m: int,
+    row_multiple: int,
     weights_need_grad: bool,
     experts_need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `relu_experts` for tokens by slot, weights, up, up_bias, down and down_bias.
 
-    Those that are not needed are empty.
+    Those that are not needed are empty. Those of experts need a `row_multiple` of `rows_step`.
     """
     num_experts, inner_width, width = up.shape
     num_slots = weights.numel()
-    parts = RowPlan.of(plan, num_slots, num_experts, block_m)
+    parts = RowPlan.of(plan, num_slots, num_experts, block_m, row_multiple)
     max_tiles = parts.tile_row.numel()
     config = row_config(num_slots, num_experts, up.dtype)
     num_gather_dots = triton.cdiv(width, _GATHER_COLUMNS)
@@ -156,7 +162,7 @@ def relu_experts_backward(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, weights, up, _, down, down_bias, plan, ctx.block_m = inputs
+    _, weights, up, _, down, down_bias, plan, ctx.block_m, ctx.row_multiple = inputs
     _, rows, inner = output
     ctx.mark_non_differentiable(rows, inner)
     ctx.set_materialize_grads(False)  # or there would be zeros of the size of `rows` and `inner`
@@ -176,6 +182,7 @@ def _backward(ctx: Any, backward: Any, grad_output: Tensor) -> tuple[Tensor | No
         inner,
         plan,
         ctx.block_m,
+        ctx.row_multiple,
         weights_need_grad,
         any(experts_need_grad),
     )
@@ -183,6 +190,7 @@ def _backward(ctx: Any, backward: Any, grad_output: Tensor) -> tuple[Tensor | No
         grad_slots.sum(dim=1) if grad_slots.shape[1] > 1 else grad_slots.squeeze(1),
         grad_weights if weights_need_grad else None,
         *(grad if needed else None for grad, needed in zip(grads, experts_need_grad, strict=True)),
+        None,
         None,
         None,
     )
@@ -222,12 +230,13 @@ def _(
     down_bias: Tensor,
     plan: Tensor,
     block_m: int,
+    row_multiple: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    num_slots, width = weights.numel(), tokens.shape[1]
+    num_rows, width = RowPlan.max_rows(weights.numel(), up.shape[0], row_multiple), tokens.shape[1]
     return (
         tokens.new_empty(*weights.shape, width),
-        tokens.new_empty(num_slots, width),
-        tokens.new_empty(num_slots, up.shape[1]),
+        tokens.new_empty(num_rows, width),
+        tokens.new_empty(num_rows, up.shape[1]),
     )
 
 
@@ -242,6 +251,7 @@ def _(
     inner: Tensor,
     plan: Tensor,
     block_m: int,
+    row_multiple: int,
     weights_need_grad: bool,
     experts_need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -281,6 +291,7 @@ def _gather(
         dots,
         plan.order,
         plan.offsets,
+        plan.row_ends,
         plan.tile_ends,
         plan.tile_expert,
         plan.tile_row,
@@ -310,7 +321,7 @@ def _row_product(
     bias_sums: Tensor | None = None,
     dots: Tensor | None = None,
 ) -> None:
-    config = row_config(a.shape[0], plan.num_experts, a.dtype)
+    config = row_config(plan.num_slots, plan.num_experts, a.dtype)
     is_transposed = kind in ("up", "down")
     num_columns = b.shape[1] if is_transposed else b.shape[2]
     b_block = [config.block_n, config.block_k] if is_transposed else [config.block_k, config.block_n]
@@ -326,12 +337,13 @@ def _row_product(
         dots,
         plan.order,
         plan.offsets,
+        plan.row_ends,
         plan.tile_ends,
         plan.tile_expert,
         plan.tile_row,
         num_columns,
         a.shape[1],
-        a.shape[0],
+        plan.num_slots,
         plan.num_experts,
         KIND=kind,
         DOTS=dots is not None and dots.numel() > 0,
@@ -351,8 +363,8 @@ def _weight_product(a: Tensor, b: Tensor, plan: RowPlan) -> Tensor:
     out = a.new_empty(plan.num_experts, a.shape[1], b.shape[1])
     num_programs = _num_multiprocessors(a.device) * config.programs_per_sm
     triton_ffn.grad_weight_kernel[(num_programs,)](
-        TensorDescriptor.from_tensor(a, [config.block_k, config.block_m]),
-        TensorDescriptor.from_tensor(b, [config.block_k, config.block_n]),
+        TensorDescriptor.from_tensor(a, [plan.row_multiple, config.block_m]),
+        TensorDescriptor.from_tensor(b, [plan.row_multiple, config.block_n]),
         out,
         plan.offsets,
         a.shape[1],
@@ -360,7 +372,7 @@ def _weight_product(a: Tensor, b: Tensor, plan: RowPlan) -> Tensor:
         plan.num_experts,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
+        BLOCK_K=plan.row_multiple,
         NUM_PROGRAMS=num_programs,
         PRECISION="ieee",
         num_warps=config.num_warps,
@@ -431,8 +443,13 @@ def fused_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tens
         output_TKD = small_batch(top_k_index.contiguous(), *inputs)
     else:
         block_m = row_config(num_slots, experts.num_experts, inputs[0].dtype).block_m
-        plan = (plan_rows_op if is_compiling else plan_rows)(top_k_index, experts.num_experts, block_m)
-        output_TKD, _, _ = (relu_experts_op if is_compiling else _ReluExperts.apply)(*inputs, plan, block_m)
+        experts_need_gradient = needs_gradient and any(x.requires_grad for x in parameters)
+        row_multiple = rows_step(block_m, inputs[0].dtype) if experts_need_gradient else 1
+        plan_function, experts_function = (
+            (plan_rows_op, relu_experts_op) if is_compiling else (plan_rows, _ReluExperts.apply)
+        )
+        plan = plan_function(top_k_index, experts.num_experts, block_m, row_multiple)
+        output_TKD, _, _ = experts_function(*inputs, plan, block_m, row_multiple)
     output_TD = output_TKD.squeeze(1) if output_TKD.shape[1] == 1 else output_TKD.sum(dim=1)
     return output_TD.to(hidden_TD.dtype)
 

@@ -1,9 +1,10 @@
 """Slots sorted by expert into rows and tiles of rows, on the device (Triton).
 
 A slot is `token * K + k`. Slots are sorted by expert into rows, those without an expert behind all others; rows of one
-expert are cut into tiles of at most `block_m`. Nothing waits for the host, and shapes do not depend on the routing.
+expert are cut into tiles of at most `block_m`. The first row of each expert is a multiple of `row_multiple`: if that is
+more than 1, there are rows without a slot. Nothing waits for the host, and shapes do not depend on the routing.
 
-Shape letters: T tokens, K slots per token, S = T * K slots and rows, E experts.
+Shape letters: T tokens, K slots per token, S = T * K slots, R rows, E experts.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -43,6 +44,7 @@ def _place_slots_kernel(
     order,
     row_of_slot,
     offsets,
+    row_ends,
     tile_ends,
     tile_expert,
     tile_row,
@@ -51,6 +53,7 @@ def _place_slots_kernel(
     num_blocks,
     max_tiles,
     BLOCK_M: tl.constexpr,
+    ROW_MULTIPLE: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -66,8 +69,8 @@ def _place_slots_kernel(
         count = tl.load(counts + blocks * GROUPS + groups[None, :], mask=blocks < num_blocks, other=0)
         total += tl.sum(count, axis=0)
         before += tl.sum(tl.where(blocks < block, count, 0), axis=0)
-    ends = tl.cumsum(total, axis=0)
-    starts = ends - total
+    ends = tl.cumsum(tl.cdiv(total, ROW_MULTIPLE) * ROW_MULTIPLE, axis=0)
+    starts = ends - tl.cdiv(total, ROW_MULTIPLE) * ROW_MULTIPLE
 
     next_row = starts + before
     for start in range(0, BLOCK, STEP):
@@ -85,6 +88,7 @@ def _place_slots_kernel(
     if block == 0:
         tl.store(offsets, 0)
         tl.store(offsets + 1 + groups, ends, mask=groups <= num_experts)
+        tl.store(row_ends + groups, starts + total, mask=groups <= num_experts)
         tl.store(tile_ends + groups, ends_of_tiles, mask=groups <= num_experts)
     row_of_tile_0 = starts - (ends_of_tiles - tiles) * BLOCK_M
     for first in range(block * TILES_STEP, max_tiles, num_blocks * TILES_STEP):
@@ -100,55 +104,83 @@ class RowPlan:
     """Where the slots stand, parts of one int32 tensor.
 
     Attributes:
-        order: [S and more], the slot of each row.
+        order: [R and more], the slot of each row, of those that have one.
         row_of_slot: [S and more], the row of each slot; -1 for one without an expert.
-        offsets: [E + 2 and more], the first row of each expert; of the slots without one; S.
+        offsets: [E + 2 and more], the first row of each expert; of the slots without one; the number of rows in use.
+        row_ends: [E + 1 and more], behind the last row with a slot of each expert, and of the slots without one.
         tile_ends: [E + 1 and more], the number of tiles up to and with each expert, and with the slots without one.
         tile_expert, tile_row: [num_tiles or more], expert and first row of each tile.
         num_slots: S.
+        num_rows: R.
         num_experts: E.
         block_m: rows of a tile.
+        row_multiple: what first rows are multiples of; divides `block_m`.
     """
 
     order: Tensor
     row_of_slot: Tensor
     offsets: Tensor
+    row_ends: Tensor
     tile_ends: Tensor
     tile_expert: Tensor
     tile_row: Tensor
     num_slots: int
+    num_rows: int
     num_experts: int
     block_m: int
+    row_multiple: int
 
     @staticmethod
-    def sizes(num_slots: int, num_experts: int, block_m: int) -> list[int]:
+    def max_rows(num_slots: int, num_experts: int, row_multiple: int) -> int:
+        """R, enough for any routing."""
+        num_groups = min(num_experts + 1, num_slots)  # that have a slot
+        return num_slots + num_groups * (row_multiple - 1)
+
+    @classmethod
+    def sizes(cls, num_slots: int, num_experts: int, block_m: int, row_multiple: int) -> list[int]:
         """Lengths of the parts, each a multiple of 16 bytes: Triton compiles kernels anew for other alignments."""
+        num_rows = cls.max_rows(num_slots, num_experts, row_multiple)
         max_tiles = num_slots // block_m + num_experts + 1
-        lengths = num_slots, num_slots, num_experts + 2, num_experts + 1, max_tiles, max_tiles
+        lengths = num_rows, num_slots, num_experts + 2, num_experts + 1, num_experts + 1, max_tiles, max_tiles
         return [-(-length // 4) * 4 for length in lengths]
 
     @classmethod
-    def of(cls, plan: Tensor, num_slots: int, num_experts: int, block_m: int) -> "RowPlan":
+    def of(cls, plan: Tensor, num_slots: int, num_experts: int, block_m: int, row_multiple: int = 1) -> "RowPlan":
         """The parts of a tensor that `plan_rows` has written."""
-        order, row_of_slot, offsets, tile_ends, tile_expert, tile_row = plan.split(
-            cls.sizes(num_slots, num_experts, block_m)
+        order, row_of_slot, offsets, row_ends, tile_ends, tile_expert, tile_row = plan.split(
+            cls.sizes(num_slots, num_experts, block_m, row_multiple)
         )
-        return cls(order, row_of_slot, offsets, tile_ends, tile_expert, tile_row, num_slots, num_experts, block_m)
+        return cls(
+            order,
+            row_of_slot,
+            offsets,
+            row_ends,
+            tile_ends,
+            tile_expert,
+            tile_row,
+            num_slots,
+            cls.max_rows(num_slots, num_experts, row_multiple),
+            num_experts,
+            block_m,
+            row_multiple,
+        )
 
 
 @on_device_of_first
-def plan_rows(expert_ids: Tensor, num_experts: int, block_m: int) -> Tensor:
+def plan_rows(expert_ids: Tensor, num_experts: int, block_m: int, row_multiple: int = 1) -> Tensor:
     """Sort slots by expert.
 
     Args:
         expert_ids: integer[T, K]; `num_experts` or more for a slot that no expert computes.
+        block_m, row_multiple: see [`RowPlan`].
 
     Returns:
         int32, see [`RowPlan`].
     """
     num_slots = expert_ids.numel()
-    plan = expert_ids.new_empty(sum(RowPlan.sizes(num_slots, num_experts, block_m)), dtype=torch.int32)
-    parts = RowPlan.of(plan, num_slots, num_experts, block_m)
+    sizes_of_parts = RowPlan.sizes(num_slots, num_experts, block_m, row_multiple)
+    plan = expert_ids.new_empty(sum(sizes_of_parts), dtype=torch.int32)
+    parts = RowPlan.of(plan, num_slots, num_experts, block_m, row_multiple)
     ids = expert_ids.contiguous()
     groups = triton.next_power_of_2(num_experts + 1)
     num_blocks = triton.cdiv(num_slots, _SLOTS_PER_PROGRAM)
@@ -162,6 +194,7 @@ def plan_rows(expert_ids: Tensor, num_experts: int, block_m: int) -> Tensor:
         parts.order,
         parts.row_of_slot,
         parts.offsets,
+        parts.row_ends,
         parts.tile_ends,
         parts.tile_expert,
         parts.tile_row,
@@ -170,6 +203,7 @@ def plan_rows(expert_ids: Tensor, num_experts: int, block_m: int) -> Tensor:
         num_blocks,
         parts.tile_row.numel(),
         BLOCK_M=block_m,
+        ROW_MULTIPLE=row_multiple,
         TILES_STEP=16,
         **sizes,
     )
@@ -181,8 +215,9 @@ plan_rows_op = torch.library.custom_op("hf_moe_ted::plan_rows", plan_rows, mutat
 
 
 @plan_rows_op.register_fake
-def _(expert_ids: Tensor, num_experts: int, block_m: int) -> Tensor:
-    return expert_ids.new_empty(sum(RowPlan.sizes(expert_ids.numel(), num_experts, block_m)), dtype=torch.int32)
+def _(expert_ids: Tensor, num_experts: int, block_m: int, row_multiple: int = 1) -> Tensor:
+    sizes = RowPlan.sizes(expert_ids.numel(), num_experts, block_m, row_multiple)
+    return expert_ids.new_empty(sum(sizes), dtype=torch.int32)
 
 
 __all__ = ["RowPlan", "plan_rows", "plan_rows_op"]

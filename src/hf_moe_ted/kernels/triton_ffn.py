@@ -24,6 +24,7 @@ def gather_rows_kernel(
     dots,
     order,
     offsets,
+    row_ends,
     tile_ends,
     tile_expert,
     tile_row,
@@ -39,6 +40,8 @@ def gather_rows_kernel(
 ):
     """Tokens to rows, and zeros to what other kernels write for slots with an expert only (`slots_out` and `dots`).
 
+    Rows without a slot are zeros.
+
     With `WEIGHTED` (the gradient of the output): `weighted_out`, the rows times their weights, and `bias_sums`, what
     the rows of each tile add to the gradient of the second bias. With `DOTS`: products of rows and that bias, which
     are part of the gradient of the weights.
@@ -48,10 +51,11 @@ def gather_rows_kernel(
     if tile < tl.load(tile_ends + num_experts):
         expert = tl.load(tile_expert + tile)
         rows = tl.load(tile_row + tile) + tl.arange(0, BLOCK_M)
-        is_row = rows < tl.load(offsets + expert + 1)
+        is_row = rows < tl.load(row_ends + expert)
         slots = tl.load(order + rows, mask=is_row, other=0)
         columns = part * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = is_row[:, None] & (columns < width)[None, :]
+        row_mask = (rows < tl.load(offsets + expert + 1))[:, None] & (columns < width)[None, :]
         row_offsets = rows.to(tl.int64)[:, None] * width + columns[None, :]
         if expert == num_experts:
             slot_offsets = slots.to(tl.int64)[:, None] * width + columns[None, :]
@@ -63,11 +67,11 @@ def gather_rows_kernel(
             token_offsets = (slots // TOP_K).to(tl.int64)[:, None] * width + columns[None, :]
             values = tl.load(tokens + token_offsets, mask=mask, other=0.0)
             if DOTS or not WEIGHTED:
-                tl.store(rows_out + row_offsets, values, mask=mask)
+                tl.store(rows_out + row_offsets, values, mask=row_mask)
             if WEIGHTED:
                 weight = tl.load(weights + slots, mask=is_row, other=0.0).to(tl.float32)
                 weighted = values.to(tl.float32) * weight[:, None]
-                tl.store(weighted_out + row_offsets, weighted.to(weighted_out.dtype.element_ty), mask=mask)
+                tl.store(weighted_out + row_offsets, weighted.to(weighted_out.dtype.element_ty), mask=row_mask)
                 tl.store(
                     bias_sums + tile.to(tl.int64) * width + columns, tl.sum(weighted, axis=0), mask=columns < width
                 )
@@ -89,6 +93,7 @@ def grouped_gemm_kernel(
     dots,
     order,
     offsets,
+    row_ends,
     tile_ends,
     tile_expert,
     tile_row,
@@ -107,10 +112,11 @@ def grouped_gemm_kernel(
 ):
     """`a[rows of e] @ b[e]` for each expert e, or with `b[e]` transposed, and by `KIND`:
 
-    - "up": relu(product + bias), to rows.
+    - "up": relu(product + bias), to rows; relu(bias) where there is no slot.
     - "down": (product + bias) * weight, to slots.
-    - "grad_inner": gradient at the first product, product * weight where `inner` is positive, to rows; `bias_sums`,
-      what each tile adds to the gradient of the first bias; with `DOTS` products with `inner`, for the weights.
+    - "grad_inner": gradient at the first product, product * weight where `inner` is positive, to rows, zeros where
+      there is no slot; `bias_sums`, what each tile adds to the gradient of the first bias; with `DOTS` products with
+      `inner`, for the weights.
     - "grad_input": product, to slots.
     """
     num_columns = tl.cdiv(N, BLOCK_N)
@@ -130,12 +136,14 @@ def grouped_gemm_kernel(
             accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
 
         rows = first + tl.arange(0, BLOCK_M)
-        is_row = rows < tl.load(offsets + expert + 1)
+        is_row = rows < tl.load(row_ends + expert)
         slots = tl.load(order + rows, mask=is_row, other=0)
+        TO_SLOTS: tl.constexpr = KIND == "down" or KIND == "grad_input"
+        target = slots if TO_SLOTS else rows
+        is_target = is_row if TO_SLOTS else rows < tl.load(offsets + expert + 1)
         weight = tl.full((BLOCK_M,), 1.0, tl.float32)
         if KIND == "down" or DOTS:
             weight = tl.load(weights + slots, mask=is_row, other=0.0).to(tl.float32)
-        target = slots if KIND == "down" or KIND == "grad_input" else rows
         bias_row = bias + expert * N if KIND == "up" or KIND == "down" else bias
         sums_row = bias_sums + tile.to(tl.int64) * N if KIND == "grad_inner" else bias_sums
         n = column * BLOCK_N
@@ -143,11 +151,39 @@ def grouped_gemm_kernel(
             HALF: tl.constexpr = BLOCK_N // 2
             left, right = accumulator.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
             dot = _finish_tile(
-                left, out, bias_row, inner_desc, sums_row, first, target, is_row, weight, n, N, KIND, DOTS, HALF
+                left,
+                out,
+                bias_row,
+                inner_desc,
+                sums_row,
+                first,
+                target,
+                is_row,
+                is_target,
+                weight,
+                n,
+                N,
+                KIND,
+                DOTS,
+                HALF,
             )
             n += HALF
             dot += _finish_tile(
-                right, out, bias_row, inner_desc, sums_row, first, target, is_row, weight, n, N, KIND, DOTS, HALF
+                right,
+                out,
+                bias_row,
+                inner_desc,
+                sums_row,
+                first,
+                target,
+                is_row,
+                is_target,
+                weight,
+                n,
+                N,
+                KIND,
+                DOTS,
+                HALF,
             )
         else:
             dot = _finish_tile(
@@ -159,6 +195,7 @@ def grouped_gemm_kernel(
                 first,
                 target,
                 is_row,
+                is_target,
                 weight,
                 n,
                 N,
@@ -180,6 +217,7 @@ def _finish_tile(
     first,
     target,
     is_row,
+    is_target,
     weight,
     n,
     N,
@@ -189,7 +227,6 @@ def _finish_tile(
 ):
     """What `grouped_gemm_kernel` does to `WIDTH` columns of a product; returns their part of the dots."""
     columns = n + tl.arange(0, WIDTH)
-    mask = is_row[:, None] & (columns < N)[None, :]
     dot = tl.zeros_like(weight)
     if KIND == "up" or KIND == "down":
         product += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
@@ -205,7 +242,8 @@ def _finish_tile(
     if KIND == "grad_inner":
         tl.store(bias_sums + columns, tl.sum(product, axis=0), mask=columns < N)
     out_offsets = target.to(tl.int64)[:, None] * N + columns[None, :]
-    tl.store(out + out_offsets, product.to(out.dtype.element_ty), mask=mask)
+    out_mask = is_target[:, None] & (columns < N)[None, :]
+    tl.store(out + out_offsets, product.to(out.dtype.element_ty), mask=out_mask)
     return dot
 
 
@@ -224,7 +262,10 @@ def grad_weight_kernel(
     NUM_PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[e] = a[rows of e].T @ b[rows of e], zeros for an expert without rows."""
+    """out[e] = a[rows of e].T @ b[rows of e], zeros for an expert without rows.
+
+    First rows are multiples of `BLOCK_K`; rows without a slot are zeros in `a` and finite in `b`.
+    """
     num_columns = tl.cdiv(N, BLOCK_N)
     tiles_per_expert = tl.cdiv(M, BLOCK_M) * num_columns
     for index in tl.range(tl.program_id(0), num_experts * tiles_per_expert, NUM_PROGRAMS):
@@ -233,16 +274,10 @@ def grad_weight_kernel(
         n = index % num_columns * BLOCK_N
         start = tl.load(offsets + expert)
         end = tl.load(offsets + expert + 1)
-        whole_end = start + (end - start) // BLOCK_K * BLOCK_K
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for row in tl.range(start, whole_end, BLOCK_K):
+        for row in tl.range(start, end, BLOCK_K):
             a = a_desc.load([row, m])
             b = b_desc.load([row, n])
-            accumulator = tl.dot(a.T, b, accumulator, input_precision=PRECISION)
-        if whole_end < end:  # the rows behind `end` are another expert's, or were never written
-            is_row = (whole_end + tl.arange(0, BLOCK_K) < end)[:, None]
-            a = tl.where(is_row, a_desc.load([whole_end, m]), 0.0)
-            b = tl.where(is_row, b_desc.load([whole_end, n]), 0.0)
             accumulator = tl.dot(a.T, b, accumulator, input_precision=PRECISION)
         rows = m + tl.arange(0, BLOCK_M)
         columns = n + tl.arange(0, BLOCK_N)
