@@ -50,7 +50,6 @@ def test_several_tiles_of_rows_and_columns(poisoned_buffers):
     assert_near(fused(experts, hidden, ids, weights, cotangent), expected, 1e-5, cotangent)
 
 
-
 def test_half_precision(poisoned_buffers):
     # not bfloat16: the interpreter multiplies its bits as integers
     experts = make_experts(4, 32, 48, torch.float16)
@@ -79,25 +78,46 @@ def test_frozen_experts_get_no_gradient_and_constant_weights_neither():
     hidden.requires_grad_()
     (grad_hidden,) = torch.autograd.grad(experts(hidden, ids, weights), hidden, cotangent)
     torch.testing.assert_close(grad_hidden.double(), expected[1], rtol=1e-5, atol=1e-5)
+    weights.requires_grad_()
+    (grad_weights,) = torch.autograd.grad(experts(hidden, ids, weights), weights, cotangent)
+    torch.testing.assert_close(grad_weights.double(), expected[2], rtol=1e-5, atol=1e-5)
+
+
+def test_second_derivatives_are_refused():
+    experts = make_experts(3, 16, 24, torch.float32)
+    hidden, ids, weights = torch.randn(20, 16, device=DEVICE), routing("random", 20, 1, 3), torch.rand(20, 1)
+    hidden.requires_grad_()
+    output = experts(hidden, ids, weights.to(DEVICE))
+    (grad_hidden,) = torch.autograd.grad(output.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad_hidden.square().sum().backward()
 
 
 @pytest.mark.parametrize("row_multiple", [1, 8])
-def test_plan_of_slots_in_several_blocks(row_multiple, monkeypatch):
-    monkeypatch.setattr(row_plan, "_SLOTS_PER_PROGRAM", 64)
-    ids = routing("some dropped", 150, 2, 5)
-    plan = row_plan.RowPlan.of(row_plan.plan_rows(ids, 5, 16, row_multiple), 300, 5, 16, row_multiple)
-    slots_of_group = [torch.where(ids.flatten().clamp(max=5) == group)[0].tolist() for group in range(6)]
+@pytest.mark.parametrize(
+    ("max_programs", "num_experts", "num_slots"),
+    # blocks of eight, four and one step; more blocks than a program reads at once
+    [(1, 5, 300), (2, 5, 300), (256, 5, 300), (256, 600, 3000)],
+)
+def test_plan_of_slots_in_several_blocks(max_programs, num_experts, num_slots, row_multiple, monkeypatch):
+    monkeypatch.setattr(row_plan, "_MAX_PROGRAMS", max_programs)
+    ids = routing("some dropped", num_slots // 2, 2, num_experts)
+    plan = row_plan.plan_rows(ids, num_experts, 16, row_multiple)
+    plan = row_plan.RowPlan.of(plan, num_slots, num_experts, 16, row_multiple)
+    slots_of_group = [[] for _ in range(num_experts + 1)]
+    for slot, expert in enumerate(ids.flatten().clamp(max=num_experts).tolist()):
+        slots_of_group[expert].append(slot)
     first, tiles = 0, []
     for group, slots in enumerate(slots_of_group):
         assert plan.offsets[group] == first
         assert plan.row_ends[group] == first + len(slots)
         assert plan.order[first : first + len(slots)].tolist() == slots
-        rows = plan.row_of_slot[torch.tensor(slots, device=DEVICE)].tolist()
-        assert rows == (list(range(first, first + len(slots))) if group < 5 else [-1] * len(slots))
+        rows = plan.row_of_slot[torch.tensor(slots, dtype=torch.int64, device=DEVICE)].tolist()
+        assert rows == (list(range(first, first + len(slots))) if group < num_experts else [-1] * len(slots))
         tiles += [(group, first + tile) for tile in range(0, len(slots), 16)]
         assert plan.tile_ends[group] == len(tiles)
         first += -(-len(slots) // row_multiple) * row_multiple
-    assert plan.offsets[6] == first <= plan.num_rows
+    assert plan.offsets[num_experts + 1] == first <= plan.num_rows
     assert list(zip(plan.tile_expert.tolist(), plan.tile_row.tolist(), strict=True))[: len(tiles)] == tiles
 
 
@@ -123,7 +143,25 @@ def test_operators_are_what_torch_compile_needs():
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(row_plan.plan_rows_op, (ids, 3, 64, 32), test_utils=checks)
     torch.library.opcheck(
-        fused_ffn.relu_experts_op, (tokens, weights.requires_grad_(), *parameters, plan, 64, 32), test_utils=checks
+        fused_ffn.relu_experts_op,
+        (tokens, weights.requires_grad_(), *parameters, plan, 64, 32, True),
+        test_utils=checks,
+    )
+
+
+@pytest.mark.parametrize("weights_need_grad", [False, True])
+@pytest.mark.parametrize("experts_need_grad", [False, True])
+def test_operator_of_backward_is_what_torch_compile_needs(weights_need_grad, experts_need_grad):
+    experts = make_experts(3, 16, 24, torch.float32).requires_grad_(False)
+    ids, weights = routing("some dropped", 20, 2, 3), torch.rand(20, 2, device=DEVICE)
+    plan = row_plan.plan_rows(ids, 3, 64, 32)
+    parameters = (experts.up_proj, experts.up_proj_bias, experts.down_proj, experts.down_proj_bias)
+    tokens = torch.randn(20, 16, device=DEVICE)
+    output, *kept = fused_ffn.relu_experts(tokens, weights, *parameters, plan, 64, 32, weights_need_grad)
+    torch.library.opcheck(
+        fused_ffn.relu_experts_backward_op,
+        (output, weights, experts.up_proj, experts.down_proj, *kept, plan, 64, 32, experts_need_grad),
+        test_utils=("test_schema", "test_faketensor"),
     )
 
 

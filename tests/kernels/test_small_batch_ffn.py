@@ -180,11 +180,29 @@ def test_replayed_with_other_routing(num_tokens, top_k, num_experts, dtype, plan
     assert not plans
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("num_tokens", "is_small"), [(4, True), (5, False)])
+def test_compiled_takes_the_kernels_for_many_slots_earlier(num_tokens, is_small, monkeypatch):
+    monkeypatch.setattr(fused_ffn, "_has_tma", lambda device: True)  # Triton's knob of the interpreter is not traced
+    experts = make_experts(3, 16, 24, torch.float32)
+    inputs = random_inputs("some dropped", num_tokens, 2, experts, torch.float32)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(graph.code)
+        return graph.forward
+
+    torch.testing.assert_close(torch.compile(experts, backend=backend, fullgraph=True)(*inputs), experts(*inputs))
+    assert len(graphs) == 1
+    assert ("small_batch_relu_experts" in graphs[0]) == is_small
+
+
 @pytest.mark.gpu
 @on_gpu
-def test_compiled_with_inductor_and_under_autocast(plans):
+@pytest.mark.parametrize("num_tokens", [4, 20])
+def test_compiled_with_inductor_and_under_autocast(num_tokens, plans):
     experts = make_experts(8, 64, 128, torch.float32)
-    inputs = random_inputs("some dropped", 20, 2, experts, torch.float32)
+    inputs = random_inputs("some dropped", num_tokens, 2, experts, torch.float32)
     expected = expected_output(experts, inputs)
     assert_near(run(torch.compile(experts, fullgraph=True), inputs), expected, 1e-5)
     with torch.autocast("cuda", torch.bfloat16):

@@ -1,7 +1,8 @@
 """Ungated ReLU experts with biases in Triton kernels: `experts_implementation="zcode_fused"`.
 
-Bias, activation, routing weight and the moves between tokens and rows are part of the matrix products, in backward,
-too; nothing waits for the device. `torch.compile` sees the products as custom operators.
+Bias, activation, routing weight and the way from rows to slots are part of the matrix products. In backward gradients
+of routing weights come from the gather, those of biases from sums of rows. Nothing waits for the device.
+`torch.compile` sees the products as custom operators.
 
 Shape letters: T tokens, K slots per token, S = T * K slots, R rows, E experts, D model width, F inner width.
 """
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import triton_ffn
 from .device_guard import on_device_of_first
 from .grouped_ffn import grouped_ffn_experts_forward, parameters_in_dtype_of_products
 from .row_plan import RowPlan, plan_rows, plan_rows_op
-from .small_batch_ffn import MAX_SLOTS, small_batch_relu_experts, small_batch_relu_experts_op
+from .small_batch_ffn import MAX_SLOTS, MAX_SLOTS_COMPILED, small_batch_relu_experts, small_batch_relu_experts_op
 
 _GATHER_COLUMNS = 128
 
@@ -69,7 +71,8 @@ def relu_experts(
     plan: Tensor,
     block_m: int,
     row_multiple: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    weights_need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weighted outputs of experts, `weight * down(relu(up(token)))`.
 
     Args:
@@ -80,7 +83,8 @@ def relu_experts(
 
     Returns:
         float[T, K, D], the output of each slot, zeros for one without an expert; and for backward float[R, D] and
-        float[R, F], inputs and activations by row.
+        float[R, F], inputs and activations by row, and float[T, K, D], outputs of slots with an expert before their
+        weights, empty unless weights need a gradient.
     """
     top_k = weights.shape[1]
     num_experts, inner_width, width = up.shape
@@ -88,10 +92,20 @@ def relu_experts(
     output = tokens.new_empty(*weights.shape, width)
     rows = tokens.new_empty(parts.num_rows, width)
     inner = tokens.new_empty(parts.num_rows, inner_width)
+    unweighted = torch.empty_like(output) if weights_need_grad else output.new_empty(0)
     _gather(tokens, parts, top_k, rows=rows, slots_out=output)
     _row_product("up", rows, up, inner, parts, bias=up_bias)
-    _row_product("down", inner, down, output, parts, bias=down_bias, weights=weights)
-    return output, rows, inner
+    _row_product(
+        "down",
+        inner,
+        down,
+        output,
+        parts,
+        bias=down_bias,
+        weights=weights,
+        unweighted=unweighted if weights_need_grad else None,
+    )
+    return output, rows, inner, unweighted
 
 
 @on_device_of_first
@@ -100,99 +114,62 @@ def relu_experts_backward(
     weights: Tensor,
     up: Tensor,
     down: Tensor,
-    down_bias: Tensor,
     rows: Tensor,
     inner: Tensor,
+    unweighted: Tensor,
     plan: Tensor,
     block_m: int,
     row_multiple: int,
-    weights_need_grad: bool,
     experts_need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `relu_experts` for tokens by slot, weights, up, up_bias, down and down_bias.
 
     Those that are not needed are empty. Those of experts need a `row_multiple` of `rows_step`.
     """
-    num_experts, inner_width, width = up.shape
+    num_experts, _, width = up.shape
     num_slots = weights.numel()
     parts = RowPlan.of(plan, num_slots, num_experts, block_m, row_multiple)
-    max_tiles = parts.tile_row.numel()
-    config = row_config(num_slots, num_experts, up.dtype)
-    num_gather_dots = triton.cdiv(width, _GATHER_COLUMNS)
-    num_dots = num_gather_dots + triton.cdiv(inner_width, config.block_n) if weights_need_grad else 0
+    weights_need_grad = unweighted.numel() > 0
+    num_dots = triton.cdiv(width, _GATHER_COLUMNS) if weights_need_grad else 0
     dots = weights.new_empty(num_dots, num_slots, dtype=torch.float32)
-    down_bias_sums = weights.new_empty(max_tiles, width, dtype=torch.float32)
-    up_bias_sums = weights.new_empty(max_tiles, inner_width, dtype=torch.float32)
-
     weighted = torch.empty_like(rows)
-    grad_rows = torch.empty_like(rows) if weights_need_grad else weighted
     grad_slots = grad_output.new_empty(*weights.shape, width)
     _gather(
-        grad_output,
-        parts,
-        top_k=1,
-        rows=grad_rows,
-        slots_out=grad_slots,
-        weighted=weighted,
-        weights=weights,
-        bias=down_bias,
-        bias_sums=down_bias_sums,
-        dots=dots,
+        grad_output, parts, 1, rows=weighted, slots_out=grad_slots, weights=weights, unweighted=unweighted, dots=dots
     )
-    grad_inner = torch.empty_like(inner)
-    _row_product(
-        "grad_inner",
-        grad_rows,
-        down,
-        grad_inner,
-        parts,
-        weights=weights,
-        inner=inner,
-        bias_sums=up_bias_sums,
-        dots=dots[num_gather_dots:],
-    )
-    _row_product("grad_input", grad_inner, up, grad_slots, parts)
     grad_weights = dots.sum(dim=0).view_as(weights).to(weights.dtype) if weights_need_grad else dots.flatten()
+    grad_inner = torch.empty_like(inner)
+    _row_product("grad_inner", weighted, down, grad_inner, parts, inner=inner)
+    _row_product("grad_input", grad_inner, up, grad_slots, parts)
     if not experts_need_grad:
         empty = [up.new_empty(0) for _ in range(4)]
         return grad_slots, grad_weights, empty[0], empty[1], empty[2], empty[3]
-    grad_up, grad_up_bias = _weight_product(grad_inner, rows, parts), _sum_tiles(up_bias_sums, parts, up.dtype)
-    grad_down, grad_down_bias = _weight_product(weighted, inner, parts), _sum_tiles(down_bias_sums, parts, up.dtype)
+    grad_up, grad_up_bias = _weight_product(grad_inner, rows, parts), _sum_rows(grad_inner, parts)
+    del grad_inner  # room for what follows
+    grad_down, grad_down_bias = _weight_product(weighted, inner, parts), _sum_rows(weighted, parts)
     return grad_slots, grad_weights, grad_up, grad_up_bias, grad_down, grad_down_bias
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, weights, up, _, down, down_bias, plan, ctx.block_m, ctx.row_multiple = inputs
-    _, rows, inner = output
-    ctx.mark_non_differentiable(rows, inner)
-    ctx.set_materialize_grads(False)  # or there would be zeros of the size of `rows` and `inner`
-    ctx.save_for_backward(weights, up, down, down_bias, rows, inner, plan)
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    _, weights, up, _, down, _, plan, ctx.block_m, ctx.row_multiple, _ = inputs
+    _, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)  # or there would be zeros of the size of what is kept
+    ctx.save_for_backward(weights, up, down, *kept, plan)
 
 
-def _backward(ctx: Any, backward: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    weights, up, down, down_bias, rows, inner, plan = ctx.saved_tensors
+def _backward(ctx: Any, backward: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_output is None:
+        return (None,) * len(ctx.needs_input_grad)
     _, weights_need_grad, *experts_need_grad = ctx.needs_input_grad[:6]
     grad_slots, grad_weights, *grads = backward(
-        grad_output.contiguous(),
-        weights,
-        up,
-        down,
-        down_bias,
-        rows,
-        inner,
-        plan,
-        ctx.block_m,
-        ctx.row_multiple,
-        weights_need_grad,
-        any(experts_need_grad),
+        grad_output.contiguous(), *ctx.saved_tensors, ctx.block_m, ctx.row_multiple, any(experts_need_grad)
     )
     return (
         grad_slots.sum(dim=1) if grad_slots.shape[1] > 1 else grad_slots.squeeze(1),
         grad_weights if weights_need_grad else None,
         *(grad if needed else None for grad, needed in zip(grads, experts_need_grad, strict=True)),
-        None,
-        None,
-        None,
+        *[None] * 4,
     )
 
 
@@ -200,13 +177,14 @@ class _ReluExperts(torch.autograd.Function):
     """`relu_experts` in eager mode, where the operator's wrappers would take longer than the kernels."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         output = relu_experts(*inputs)
         _save_for_backward(ctx, inputs, output)
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         return _backward(ctx, relu_experts_backward, grad_output)
 
 
@@ -231,12 +209,15 @@ def _(
     plan: Tensor,
     block_m: int,
     row_multiple: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    weights_need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_rows, width = RowPlan.max_rows(weights.numel(), up.shape[0], row_multiple), tokens.shape[1]
+    output = tokens.new_empty(*weights.shape, width)
     return (
-        tokens.new_empty(*weights.shape, width),
+        output,
         tokens.new_empty(num_rows, width),
         tokens.new_empty(num_rows, up.shape[1]),
+        torch.empty_like(output) if weights_need_grad else output.new_empty(0),
     )
 
 
@@ -246,22 +227,21 @@ def _(
     weights: Tensor,
     up: Tensor,
     down: Tensor,
-    down_bias: Tensor,
     rows: Tensor,
     inner: Tensor,
+    unweighted: Tensor,
     plan: Tensor,
     block_m: int,
     row_multiple: int,
-    weights_need_grad: bool,
     experts_need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad_slots = grad_output.new_empty(*weights.shape, up.shape[2])
-    grad_weights = torch.empty_like(weights) if weights_need_grad else weights.new_empty(0, dtype=torch.float32)
+    grad_weights = torch.empty_like(weights) if unweighted.numel() else weights.new_empty(0, dtype=torch.float32)
     if not experts_need_grad:
         empty = [up.new_empty(0) for _ in range(4)]
         return grad_slots, grad_weights, empty[0], empty[1], empty[2], empty[3]
     grad_up, grad_up_bias = torch.empty_like(up), up.new_empty(up.shape[:2])
-    return grad_slots, grad_weights, grad_up, grad_up_bias, torch.empty_like(down), torch.empty_like(down_bias)
+    return grad_slots, grad_weights, grad_up, grad_up_bias, torch.empty_like(down), down.new_empty(down.shape[:2])
 
 
 def _gather(
@@ -271,23 +251,18 @@ def _gather(
     *,
     rows: Tensor,
     slots_out: Tensor,
-    weighted: Tensor | None = None,
     weights: Tensor | None = None,
-    bias: Tensor | None = None,
-    bias_sums: Tensor | None = None,
+    unweighted: Tensor | None = None,
     dots: Tensor | None = None,
 ) -> None:
     width = tokens.shape[-1]
-    num_dots = 0 if dots is None else dots.shape[0]
     grid = (plan.tile_row.numel(), triton.cdiv(width, _GATHER_COLUMNS))
     triton_ffn.gather_rows_kernel[grid](
         tokens,
         rows,
-        weighted,
         slots_out,
         weights,
-        bias,
-        bias_sums,
+        unweighted,
         dots,
         plan.order,
         plan.offsets,
@@ -298,10 +273,9 @@ def _gather(
         width,
         plan.num_slots,
         plan.num_experts,
-        num_dots,
         TOP_K=top_k,
-        WEIGHTED=weighted is not None,
-        DOTS=num_dots > 0,
+        WEIGHTED=weights is not None,
+        DOTS=dots is not None and dots.numel() > 0,
         BLOCK_M=plan.block_m,
         BLOCK_N=_GATHER_COLUMNS,
         num_warps=8 if plan.block_m > 64 else 4,
@@ -317,9 +291,8 @@ def _row_product(
     *,
     bias: Tensor | None = None,
     weights: Tensor | None = None,
+    unweighted: Tensor | None = None,
     inner: Tensor | None = None,
-    bias_sums: Tensor | None = None,
-    dots: Tensor | None = None,
 ) -> None:
     config = row_config(plan.num_slots, plan.num_experts, a.dtype)
     is_transposed = kind in ("up", "down")
@@ -330,11 +303,10 @@ def _row_product(
         TensorDescriptor.from_tensor(a, [plan.block_m, config.block_k]),
         TensorDescriptor.from_tensor(b, [1, *b_block]),
         out,
+        unweighted,
         bias,
         weights,
         None if inner is None else TensorDescriptor.from_tensor(inner, [plan.block_m, config.block_n // 2]),
-        bias_sums,
-        dots,
         plan.order,
         plan.offsets,
         plan.row_ends,
@@ -343,10 +315,8 @@ def _row_product(
         plan.tile_row,
         num_columns,
         a.shape[1],
-        plan.num_slots,
         plan.num_experts,
         KIND=kind,
-        DOTS=dots is not None and dots.numel() > 0,
         TRANSPOSED_B=is_transposed,
         BLOCK_M=plan.block_m,
         BLOCK_N=config.block_n,
@@ -381,10 +351,10 @@ def _weight_product(a: Tensor, b: Tensor, plan: RowPlan) -> Tensor:
     return out
 
 
-def _sum_tiles(sums: Tensor, plan: RowPlan, dtype: torch.dtype) -> Tensor:
-    out = sums.new_empty(plan.num_experts, sums.shape[1], dtype=dtype)
-    grid = (plan.num_experts, triton.cdiv(sums.shape[1], 128))
-    triton_ffn.sum_tiles_kernel[grid](sums, out, plan.tile_ends, sums.shape[1], BLOCK_N=128, STEP=16)
+def _sum_rows(values: Tensor, plan: RowPlan) -> Tensor:
+    out = values.new_empty(plan.num_experts, values.shape[1])
+    grid = (plan.num_experts, triton.cdiv(values.shape[1], 64))
+    triton_ffn.sum_rows_kernel[grid](values, out, plan.offsets, values.shape[1], BLOCK_M=64, BLOCK_N=64)
     return out
 
 
@@ -438,7 +408,7 @@ def fused_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tens
     num_slots = top_k_index.numel()
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     is_compiling = torch.compiler.is_compiling()
-    if num_slots <= MAX_SLOTS and not needs_gradient:
+    if num_slots <= (MAX_SLOTS_COMPILED if is_compiling else MAX_SLOTS) and not needs_gradient:
         small_batch = small_batch_relu_experts_op if is_compiling else small_batch_relu_experts
         output_TKD = small_batch(top_k_index.contiguous(), *inputs)
     else:
@@ -449,7 +419,8 @@ def fused_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tens
             (plan_rows_op, relu_experts_op) if is_compiling else (plan_rows, _ReluExperts.apply)
         )
         plan = plan_function(top_k_index, experts.num_experts, block_m, row_multiple)
-        output_TKD, _, _ = experts_function(*inputs, plan, block_m, row_multiple)
+        weights_need_gradient = needs_gradient and inputs[1].requires_grad
+        output_TKD, *_ = experts_function(*inputs, plan, block_m, row_multiple, weights_need_gradient)
     output_TD = output_TKD.squeeze(1) if output_TKD.shape[1] == 1 else output_TKD.sum(dim=1)
     return output_TD.to(hidden_TD.dtype)
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .device_guard import on_device_of_first
 
-_SLOTS_PER_PROGRAM = 1024
+_MAX_PROGRAMS = 256  # each reads the counts of all
+_MIN_SLOTS_PER_PROGRAM = 64
 
 
 @triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["ids"])
@@ -64,8 +65,8 @@ def _place_slots_kernel(
     groups = tl.arange(0, GROUPS)
     total = tl.zeros((GROUPS,), tl.int32)
     before = tl.zeros((GROUPS,), tl.int32)
-    for first in range(0, num_blocks, 16):
-        blocks = first + tl.arange(0, 16)[:, None]
+    for first in range(0, num_blocks, STEP):
+        blocks = first + tl.arange(0, STEP)[:, None]
         count = tl.load(counts + blocks * GROUPS + groups[None, :], mask=blocks < num_blocks, other=0)
         total += tl.sum(count, axis=0)
         before += tl.sum(tl.where(blocks < block, count, 0), axis=0)
@@ -76,9 +77,9 @@ def _place_slots_kernel(
     for start in range(0, BLOCK, STEP):
         slots = block * BLOCK + start + tl.arange(0, STEP)
         group = tl.minimum(tl.load(ids + slots, mask=slots < num_slots, other=-1), num_experts)
+        is_before = (group[None, :] == group[:, None]) & (slots[None, :] < slots[:, None])
         is_in = (group[:, None] == groups[None, :]).to(tl.int32)
-        rank = tl.cumsum(is_in, axis=0) - 1
-        row = tl.sum(is_in * (rank + next_row[None, :]), axis=1)
+        row = tl.sum(is_in * next_row[None, :], axis=1) + tl.sum(is_before.to(tl.int32), axis=1)
         tl.store(order + row, slots, mask=slots < num_slots)
         tl.store(row_of_slot + slots, tl.where(group < num_experts, row, -1), mask=slots < num_slots)
         next_row += tl.sum(is_in, axis=0)
@@ -183,9 +184,9 @@ def plan_rows(expert_ids: Tensor, num_experts: int, block_m: int, row_multiple: 
     parts = RowPlan.of(plan, num_slots, num_experts, block_m, row_multiple)
     ids = expert_ids.contiguous()
     groups = triton.next_power_of_2(num_experts + 1)
-    num_blocks = triton.cdiv(num_slots, _SLOTS_PER_PROGRAM)
-    block = _SLOTS_PER_PROGRAM if num_blocks > 1 else max(16, triton.next_power_of_2(num_slots))
-    sizes: dict[str, Any] = {"BLOCK": block, "STEP": min(block, max(16, 4096 // groups)), "GROUPS": groups}
+    block = max(_MIN_SLOTS_PER_PROGRAM, triton.next_power_of_2(triton.cdiv(num_slots, _MAX_PROGRAMS)))
+    num_blocks = triton.cdiv(num_slots, block)
+    sizes: dict[str, Any] = {"BLOCK": block, "STEP": min(64, max(16, 8192 // groups)), "GROUPS": groups}
     counts = plan.new_empty(num_blocks, groups)
     _count_slots_kernel[(num_blocks,)](ids, counts, num_slots, num_experts, **sizes)
     _place_slots_kernel[(num_blocks,)](

@@ -17,6 +17,7 @@ from torch import Tensor
 from .device_guard import on_device_of_first
 
 MAX_SLOTS = 64
+MAX_SLOTS_COMPILED = 8  # with more the kernels for many slots take less time on the device, but more on the host
 _NUM_WARPS = 4
 
 
@@ -163,4 +164,4 @@ def _tile(block_s: int, dtype: torch.dtype, is_down: bool) -> tuple[int, int, in
     return block_n, weights_per_tile // (_NUM_WARPS * block_n), 5
 
 
-__all__ = ["MAX_SLOTS", "small_batch_relu_experts", "small_batch_relu_experts_op"]
+__all__ = ["MAX_SLOTS", "MAX_SLOTS_COMPILED", "small_batch_relu_experts", "small_batch_relu_experts_op"]

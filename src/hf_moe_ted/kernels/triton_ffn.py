@@ -2,8 +2,6 @@
 
 How slots become rows and tiles: see row_plan.py. No kernel waits for the host. Each element is written by one program,
 in one order: results are the same in every run.
-
-Shape letters: T tokens, K slots per token, S = T * K slots and rows, E experts, D model width, F inner width.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -12,15 +10,13 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_dots"], do_not_specialize_on_alignment=["weights", "dots"])
+@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["weights", "dots"])
 def gather_rows_kernel(
     tokens,
     rows_out,
-    weighted_out,
     slots_out,
     weights,
-    bias,
-    bias_sums,
+    unweighted,
     dots,
     order,
     offsets,
@@ -31,20 +27,19 @@ def gather_rows_kernel(
     width,
     num_slots,
     num_experts,
-    num_dots,
     TOP_K: tl.constexpr,
     WEIGHTED: tl.constexpr,
     DOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Tokens to rows, and zeros to what other kernels write for slots with an expert only (`slots_out` and `dots`).
+    """Tokens to rows, and zeros to `slots_out`, which other kernels write for slots with an expert only.
 
     Rows without a slot are zeros.
 
-    With `WEIGHTED` (the gradient of the output): `weighted_out`, the rows times their weights, and `bias_sums`, what
-    the rows of each tile add to the gradient of the second bias. With `DOTS`: products of rows and that bias, which
-    are part of the gradient of the weights.
+    With `WEIGHTED` (the gradient of the output) rows are multiplied by their weights. With `DOTS`: products of tokens
+    and `unweighted`, the outputs by slot before their weights, one line of `dots` for each part of the columns. The sum
+    of the lines is the gradient of the weights, zero for a slot without an expert.
     """
     tile = tl.program_id(0)
     part = tl.program_id(1)
@@ -55,42 +50,35 @@ def gather_rows_kernel(
         slots = tl.load(order + rows, mask=is_row, other=0)
         columns = part * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = is_row[:, None] & (columns < width)[None, :]
-        row_mask = (rows < tl.load(offsets + expert + 1))[:, None] & (columns < width)[None, :]
-        row_offsets = rows.to(tl.int64)[:, None] * width + columns[None, :]
+        slot_offsets = slots.to(tl.int64)[:, None] * width + columns[None, :]
+        dot = tl.zeros((BLOCK_M,), tl.float32)
         if expert == num_experts:
-            slot_offsets = slots.to(tl.int64)[:, None] * width + columns[None, :]
             tl.store(slots_out + slot_offsets, tl.zeros((BLOCK_M, BLOCK_N), slots_out.dtype.element_ty), mask=mask)
-            if DOTS:
-                for line in range(part, num_dots, tl.num_programs(1)):
-                    tl.store(dots + line * num_slots + slots, tl.zeros((BLOCK_M,), tl.float32), mask=is_row)
         else:
             token_offsets = (slots // TOP_K).to(tl.int64)[:, None] * width + columns[None, :]
             values = tl.load(tokens + token_offsets, mask=mask, other=0.0)
-            if DOTS or not WEIGHTED:
-                tl.store(rows_out + row_offsets, values, mask=row_mask)
+            if DOTS:
+                outputs = tl.load(unweighted + slot_offsets, mask=mask, other=0.0)
+                dot = tl.sum(values.to(tl.float32) * outputs.to(tl.float32), axis=1)
             if WEIGHTED:
                 weight = tl.load(weights + slots, mask=is_row, other=0.0).to(tl.float32)
-                weighted = values.to(tl.float32) * weight[:, None]
-                tl.store(weighted_out + row_offsets, weighted.to(weighted_out.dtype.element_ty), mask=row_mask)
-                tl.store(
-                    bias_sums + tile.to(tl.int64) * width + columns, tl.sum(weighted, axis=0), mask=columns < width
-                )
-            if DOTS:
-                row_bias = tl.load(bias + expert * width + columns, mask=columns < width, other=0.0).to(tl.float32)
-                dot = tl.sum(values.to(tl.float32) * row_bias[None, :], axis=1)
-                tl.store(dots + part * num_slots + slots, dot, mask=is_row)
+                values = (values.to(tl.float32) * weight[:, None]).to(rows_out.dtype.element_ty)
+            row_offsets = rows.to(tl.int64)[:, None] * width + columns[None, :]
+            row_mask = (rows < tl.load(offsets + expert + 1))[:, None] & (columns < width)[None, :]
+            tl.store(rows_out + row_offsets, values, mask=row_mask)
+        if DOTS:
+            tl.store(dots + part * num_slots + slots, dot, mask=is_row)
 
 
-@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["weights", "dots"])
+@triton.jit(do_not_specialize_on_alignment=["weights"])
 def grouped_gemm_kernel(
     a_desc,
     b_desc,
     out,
+    unweighted,
     bias,
     weights,
     inner_desc,
-    bias_sums,
-    dots,
     order,
     offsets,
     row_ends,
@@ -99,10 +87,8 @@ def grouped_gemm_kernel(
     tile_row,
     N,
     K,
-    num_slots,
     num_experts,
     KIND: tl.constexpr,
-    DOTS: tl.constexpr,
     TRANSPOSED_B: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -113,138 +99,58 @@ def grouped_gemm_kernel(
     """`a[rows of e] @ b[e]` for each expert e, or with `b[e]` transposed, and by `KIND`:
 
     - "up": relu(product + bias), to rows; relu(bias) where there is no slot.
-    - "down": (product + bias) * weight, to slots.
-    - "grad_inner": gradient at the first product, product * weight where `inner` is positive, to rows, zeros where
-      there is no slot; `bias_sums`, what each tile adds to the gradient of the first bias; with `DOTS` products with
-      `inner`, for the weights.
+    - "down": (product + bias) * weight, to slots; without the weight to `unweighted`, unless that is `None`.
+    - "grad_inner": product where `inner` is positive, to rows, zeros where there is no slot.
     - "grad_input": product, to slots.
     """
     num_columns = tl.cdiv(N, BLOCK_N)
     num_tiles = tl.load(tile_ends + num_experts - 1) * num_columns
     for index in tl.range(tl.program_id(0), num_tiles, NUM_PROGRAMS, flatten=True):
         tile = index // num_columns
-        column = index % num_columns
+        n = index % num_columns * BLOCK_N
         expert = tl.load(tile_expert + tile)
         first = tl.load(tile_row + tile)
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, K, BLOCK_K):
             a = a_desc.load([first, k])
             if TRANSPOSED_B:
-                b = b_desc.load([expert, column * BLOCK_N, k]).reshape(BLOCK_N, BLOCK_K).T
+                b = b_desc.load([expert, n, k]).reshape(BLOCK_N, BLOCK_K).T
             else:
-                b = b_desc.load([expert, k, column * BLOCK_N]).reshape(BLOCK_K, BLOCK_N)
+                b = b_desc.load([expert, k, n]).reshape(BLOCK_K, BLOCK_N)
             accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
 
         rows = first + tl.arange(0, BLOCK_M)
         is_row = rows < tl.load(row_ends + expert)
         slots = tl.load(order + rows, mask=is_row, other=0)
+        columns = n + tl.arange(0, BLOCK_N)
         TO_SLOTS: tl.constexpr = KIND == "down" or KIND == "grad_input"
         target = slots if TO_SLOTS else rows
         is_target = is_row if TO_SLOTS else rows < tl.load(offsets + expert + 1)
-        weight = tl.full((BLOCK_M,), 1.0, tl.float32)
-        if KIND == "down" or DOTS:
-            weight = tl.load(weights + slots, mask=is_row, other=0.0).to(tl.float32)
-        bias_row = bias + expert * N if KIND == "up" or KIND == "down" else bias
-        sums_row = bias_sums + tile.to(tl.int64) * N if KIND == "grad_inner" else bias_sums
-        n = column * BLOCK_N
-        if KIND == "grad_inner":  # in two parts: what it reads beside the product does not fit into registers at once
+        if KIND == "up" or KIND == "down":
+            row_bias = tl.load(bias + expert * N + columns, mask=columns < N, other=0.0).to(tl.float32)
+            accumulator += row_bias[None, :]
+        if KIND == "up":
+            accumulator = tl.maximum(accumulator, 0.0)
+        if KIND == "down":
+            if unweighted is not None:
+                _store_tile(unweighted, accumulator, target, is_target, n, N)
+            accumulator *= tl.load(weights + slots, mask=is_row, other=0.0).to(tl.float32)[:, None]
+        if KIND == "grad_inner":  # in two parts: `inner` does not fit into shared memory beside the product's operands
             HALF: tl.constexpr = BLOCK_N // 2
             left, right = accumulator.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
-            dot = _finish_tile(
-                left,
-                out,
-                bias_row,
-                inner_desc,
-                sums_row,
-                first,
-                target,
-                is_row,
-                is_target,
-                weight,
-                n,
-                N,
-                KIND,
-                DOTS,
-                HALF,
-            )
-            n += HALF
-            dot += _finish_tile(
-                right,
-                out,
-                bias_row,
-                inner_desc,
-                sums_row,
-                first,
-                target,
-                is_row,
-                is_target,
-                weight,
-                n,
-                N,
-                KIND,
-                DOTS,
-                HALF,
-            )
+            is_active = (inner_desc.load([first, n]) > 0.0) & is_row[:, None]
+            _store_tile(out, tl.where(is_active, left, 0.0), target, is_target, n, N)
+            is_active = (inner_desc.load([first, n + HALF]) > 0.0) & is_row[:, None]
+            _store_tile(out, tl.where(is_active, right, 0.0), target, is_target, n + HALF, N)
         else:
-            dot = _finish_tile(
-                accumulator,
-                out,
-                bias_row,
-                inner_desc,
-                sums_row,
-                first,
-                target,
-                is_row,
-                is_target,
-                weight,
-                n,
-                N,
-                KIND,
-                DOTS,
-                BLOCK_N,
-            )
-        if DOTS:
-            tl.store(dots + column * num_slots + slots, dot, mask=is_row)
+            _store_tile(out, accumulator, target, is_target, n, N)
 
 
 @triton.jit
-def _finish_tile(
-    product,
-    out,
-    bias,
-    inner_desc,
-    bias_sums,
-    first,
-    target,
-    is_row,
-    is_target,
-    weight,
-    n,
-    N,
-    KIND: tl.constexpr,
-    DOTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """What `grouped_gemm_kernel` does to `WIDTH` columns of a product; returns their part of the dots."""
-    columns = n + tl.arange(0, WIDTH)
-    dot = tl.zeros_like(weight)
-    if KIND == "up" or KIND == "down":
-        product += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    if KIND == "up":
-        product = tl.maximum(product, 0.0)
-    if KIND == "grad_inner":
-        inner_values = inner_desc.load([first, n]).to(tl.float32)
-        if DOTS:
-            dot = tl.sum(product * inner_values, axis=1)
-        product = tl.where((inner_values > 0.0) & is_row[:, None], product, 0.0)
-    if KIND == "down" or DOTS:
-        product *= weight[:, None]
-    if KIND == "grad_inner":
-        tl.store(bias_sums + columns, tl.sum(product, axis=0), mask=columns < N)
-    out_offsets = target.to(tl.int64)[:, None] * N + columns[None, :]
-    out_mask = is_target[:, None] & (columns < N)[None, :]
-    tl.store(out + out_offsets, product.to(out.dtype.element_ty), mask=out_mask)
-    return dot
+def _store_tile(out, values, target, is_target, n, N):
+    columns = n + tl.arange(0, values.shape[1])
+    mask = is_target[:, None] & (columns < N)[None, :]
+    tl.store(out + target.to(tl.int64)[:, None] * N + columns[None, :], values.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -287,15 +193,18 @@ def grad_weight_kernel(
 
 
 @triton.jit
-def sum_tiles_kernel(sums, out, tile_ends, width, BLOCK_N: tl.constexpr, STEP: tl.constexpr):
-    """out[e], the sum over the tiles of expert e, zeros for an expert without tiles."""
+def sum_rows_kernel(values, out, offsets, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """out[e] = values[rows of e].sum(), zeros for an expert without rows. Rows without a slot are zeros."""
     expert = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.load(tile_ends + expert - 1, mask=expert > 0, other=0)
-    last = tl.load(tile_ends + expert)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(first, last, STEP):
-        tiles = start + tl.arange(0, STEP)[:, None]
-        mask = (tiles < last) & (columns < width)[None, :]
-        total += tl.sum(tl.load(sums + tiles.to(tl.int64) * width + columns[None, :], mask=mask, other=0.0), axis=0)
-    tl.store(out + expert.to(tl.int64) * width + columns, total.to(out.dtype.element_ty), mask=columns < width)
+    end = tl.load(offsets + expert + 1)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in tl.range(tl.load(offsets + expert), end, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        mask = (rows < end)[:, None] & (columns < width)[None, :]
+        total += tl.load(values + rows.to(tl.int64)[:, None] * width + columns[None, :], mask=mask, other=0.0)
+    tl.store(
+        out + expert.to(tl.int64) * width + columns,
+        tl.sum(total, axis=0).to(out.dtype.element_ty),
+        mask=columns < width,
+    )
