@@ -66,18 +66,64 @@ def test_training_step_in_bf16_autocast_is_close_to_float32(implementation, capa
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
 
 
+@pytest.mark.parametrize("implementation", ["zcode_grouped", "zcode_fused"])
+def test_compiled_training_step_equals_eager(implementation):
+    # random numbers of compiled code are others
+    model, batch = model_and_batch(capacity_factor=1.0, token_drop_policy="position")
+    expected = loss_and_gradients(model, batch, implementation, enabled=False)
+    model.compile()
+    loss, gradients = loss_and_gradients(model, batch, implementation, enabled=False)
+    torch.testing.assert_close(loss, expected[0])
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[1][name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_training_steps_of_a_cuda_graph_equal_eager_ones():
+    losses = {}
+    for as_graph in (False, True):
+        model, batch = model_and_batch(capacity_factor=1.0)
+        model.to(torch.bfloat16).set_experts_implementation("zcode_fused")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True, capturable=True)
+
+        def step(model=model, batch=batch, optimizer=optimizer):
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            losses[as_graph] = [step().item() for _ in range(3)]
+        torch.cuda.current_stream().wait_stream(side)
+        if as_graph:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                loss = step()
+        for _ in range(5):
+            if as_graph:
+                graph.replay()
+            else:
+                loss = step()
+            losses[as_graph].append(loss.item())
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+    assert losses[True][-1] < losses[True][0] - 0.1
+
+
 def test_fused_experts_are_the_default_with_a_gpu():
     model, _ = model_and_batch()
     assert model.config._experts_implementation == "zcode_fused"
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])  # with a static cache transformers compiles into CUDA graphs
 @pytest.mark.parametrize("num_beams", [1, 4])
-def test_generation_equals_the_cpu(num_beams):
+def test_generation_equals_the_cpu(num_beams, cache):
     model, batch = model_and_batch()
     model.eval()
     on_cpu = copy.deepcopy(model).cpu()
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    output = model.generate(**inputs, num_beams=num_beams, max_new_tokens=8)
+    output = model.generate(**inputs, num_beams=num_beams, max_new_tokens=8, cache_implementation=cache)
     expected = on_cpu.generate(**{k: v.cpu() for k, v in inputs.items()}, num_beams=num_beams, max_new_tokens=8)
     assert output.tolist() == expected.tolist()
 

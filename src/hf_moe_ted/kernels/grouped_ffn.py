@@ -23,7 +23,8 @@ class _AddGroupBias(torch.autograd.Function):
         ctx.save_for_backward(group_R, ends_E)
         ctx.num_groups = bias_EF.shape[0]
         ctx.mark_dirty(rows_RF)
-        return rows_RF.add_(bias_EF.index_select(0, group_R))
+        rows_RF.add_(bias_EF.index_select(0, group_R))
+        return rows_RF  # itself: torch.compile takes nothing else for an input that is changed
 
     @staticmethod
     def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -36,6 +37,16 @@ class _AddGroupBias(torch.autograd.Function):
             grad_EF = grad_RF.new_zeros(ctx.num_groups, grad_RF.shape[1])
             grad_EF.index_add_(0, group_R, grad_RF.masked_fill(~is_in_group_R1, 0.0))
         return grad_RF, grad_EF, None, None
+
+
+def _grouped_mm(rows: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
+    """`grouped_mm`; compiled, and not in bfloat16, transformers' loop over experts: torch 2.11 compiles no other.
+
+    `transformers.integrations.moe`, which models/experts.py imports, registers that operator.
+    """
+    if torch.compiler.is_compiling() and weight.dtype != torch.bfloat16:
+        return torch.ops.transformers.grouped_mm_fallback(rows, weight, ends_E)
+    return torch.nn.functional.grouped_mm(rows, weight, offs=ends_E)
 
 
 def grouped_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -58,9 +69,9 @@ def grouped_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Te
 
     up, up_bias, down, down_bias = parameters_in_dtype_of_products(experts)
     rows_RD = SpreadTokens.apply(hidden_TD, slot_R, row_TK).to(up.dtype)
-    inner_RF = torch.nn.functional.grouped_mm(rows_RD, up.transpose(1, 2), offs=ends_E)
+    inner_RF = _grouped_mm(rows_RD, up.transpose(1, 2), ends_E)
     inner_RF = experts.act_fn(_AddGroupBias.apply(inner_RF, up_bias, group_R, ends_E))
-    output_RD = torch.nn.functional.grouped_mm(inner_RF, down.transpose(1, 2), offs=ends_E)
+    output_RD = _grouped_mm(inner_RF, down.transpose(1, 2), ends_E)
     output_RD = _AddGroupBias.apply(output_RD, down_bias, group_R, ends_E)
     return CombineRows.apply(output_RD, top_k_weights.to(output_RD.dtype), slot_R, row_TK).to(hidden_TD.dtype)
 
