@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from hf_moe_ted import TedPlugin, ZCodeM3ForConditionalGeneration
+from hf_moe_ted.distributed import random_state
 from hf_moe_ted.testing import run_distributed_test
 
 LAYOUTS = {
@@ -140,3 +141,24 @@ def test_a_seed_repeats_what_is_sampled(drawn: list, case: tuple[str, str]) -> N
 
 def differ(first: list[Tensor], second: list[Tensor]) -> bool:
     return any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_captured_forwards_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = random_state.RandomState(data_parallel_rank=0)
+    state.base_seed = 3
+    model = torch.nn.Dropout(0.5)
+    model.register_forward_pre_hook(state.before_forward, with_kwargs=True)
+    model.register_forward_hook(state.after_forward, always_call=True)
+
+    def dropped_twice() -> list[Tensor]:
+        torch.manual_seed(0)
+        return [model(torch.ones(100)) for _ in range(2)]
+
+    seeded = dropped_twice()
+    assert state.num_forwards == 2
+    monkeypatch.setattr(random_state, "_is_capturing", lambda: True)
+    captured = dropped_twice()
+    torch.manual_seed(0)
+    expected = [torch.nn.functional.dropout(torch.ones(100), 0.5) for _ in range(2)]
+    assert all(map(torch.equal, captured, expected)) and not any(map(torch.equal, seeded, captured))
+    assert state.num_forwards == 2

@@ -129,7 +129,8 @@ def test_models_that_cannot_be_divided(sizes: dict[str, Any], layout: tuple[int,
 
 def test_padding_to_a_capacity_needs_one() -> None:
     ted = TedConfig(tp_size=1, fsdp_size=2, ep_size=2, pad_expert_input_to_capacity=True)
-    with pytest.raises(ValueError, match="needs a model with a capacity_factor, and this one has None"):
+    message = r"pad_expert_input_to_capacity \(True\) needs a capacity to pad to, and capacity_factor is None: set a"
+    with pytest.raises(ValueError, match=message):
         check_model(tiny_config(capacity_factor=None), ted)
     check_model(tiny_config(capacity_factor=1.0), ted)
 

@@ -17,6 +17,7 @@ EP4 = {"expert_parallel_size": 4}
 TP2_EP2 = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
 FOLDED = {"tensor_parallel_size": 4, "expert_parallel_size": 2, "expert_tensor_parallel_size": 2}
 ALL_SENT = {"duplicate_token_dropping": False}
+PADDED = {"pad_expert_input_to_capacity": True}
 
 FOUR = {
     "mixtral, ep4": Case(EP4, "mixtral"),
@@ -81,29 +82,30 @@ def test_generate_and_save(launched: Launched, tmp_path: Path, name: str) -> Non
         assert torch.equal(parameter, other)
 
 
-def refused(folder: str, layout: dict[str, Any]) -> str:
-    try:
-        load(folder, layout)
-    except ValueError as error:
-        return str(error)
-    return ""
+REFUSED = {
+    "three experts": (EP4, "num_experts (3) must be divisible by expert_parallel_size (4)"),
+    "width 50": ({"tensor_parallel_size": 4}, "the inner width of the experts (50, gate_up_proj) must be divisible"),
+    "mixtral": (EP4 | PADDED, "pad_expert_input_to_capacity (True) needs experts with a capacity, and MixtralExperts"),
+    "qwen3_moe": (EP4 | PADDED, "pad_expert_input_to_capacity (True) needs experts with a capacity, and Qwen3Moe"),
+}
 
 
-@pytest.mark.parametrize(
-    ("model", "layout", "message"),
-    [
-        ("three experts", EP4, "num_experts (3) must be divisible by expert_parallel_size (4)"),
-        (
-            "width 50",
-            {"tensor_parallel_size": 4},
-            "the inner width of the experts (50, gate_up_proj) must be divisible",
-        ),
-    ],
-)
-def test_refused(tmp_path: Path, model: str, layout: dict[str, Any], message: str) -> None:
-    write_models(tmp_path, {"mixtral"})
-    sizes = {"num_local_experts": 3} if model == "three experts" else {"intermediate_size": 50}
+def messages(folder: str) -> dict[str, str]:
+    found = {}
+    for model, (layout, _) in REFUSED.items():
+        try:
+            load(f"{folder}/{model}", layout)
+        except ValueError as error:
+            found[model] = str(error)
+    return found
+
+
+def test_refused(tmp_path: Path) -> None:
+    write_models(tmp_path, {"mixtral", "qwen3_moe"})
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral").config
-    AutoModelForCausalLM.from_config(type(config)(**{**config.to_dict(), **sizes})).save_pretrained(tmp_path / "m")
-    for found in run_distributed_test(refused, 4, str(tmp_path / "m"), layout):
-        assert message in found
+    for model, sizes in (("three experts", {"num_local_experts": 3}), ("width 50", {"intermediate_size": 50})):
+        other = type(config)(**{**config.to_dict(), **sizes})
+        AutoModelForCausalLM.from_config(other).save_pretrained(tmp_path / model)
+    for found in run_distributed_test(messages, 4, str(tmp_path)):
+        for model, (_, message) in REFUSED.items():
+            assert message in found[model]

@@ -117,6 +117,19 @@ def test_fused_is_close(dtype: torch.dtype) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("lr", [0.05, torch.tensor(0.05)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_capturable_is_the_same(dtype: torch.dtype, lr: float | Tensor) -> None:
+    fused = [TiledAdamW(parameters(dtype), lr, tile_numel=50, fused=True, capturable=c) for c in (False, True)]
+    assert_equal(*(train(optimizer, 4) for optimizer in fused))
+    plain = [TiledAdamW(parameters(dtype), lr, tile_numel=50, capturable=c) for c in (False, True)]
+    expected, found = (train(optimizer, 4) for optimizer in plain)
+    if dtype == torch.bfloat16:
+        expected, found = ([state["master"] for state in optimizer.state.values()] for optimizer in plain)
+    # 1 - beta**step in float32, as torch computes it then, has five digits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_masters_are_what_float32_training_gives(dtype: torch.dtype) -> None:
     params = parameters(dtype)
@@ -257,12 +270,12 @@ def test_saved_and_resumed(dtype: torch.dtype) -> None:
 
 
 def test_copies_and_pickles_keep_the_options() -> None:
-    optimizer = TiledAdamW(parameters(), tile_numel=20, fused=False)
+    optimizer = TiledAdamW(parameters(), tile_numel=20, fused=False, capturable=True)
     train(optimizer, 1)
     torch.save(optimizer, file := io.BytesIO())
     file.seek(0)
     for other in (copy.deepcopy(optimizer), torch.load(file, weights_only=False)):
-        assert (other.tile_numel, other.fused) == (20, False)
+        assert (other.tile_numel, other.fused, other.capturable) == (20, False, True)
         assert_equal(train(other, 1, first=1), train(copy.deepcopy(optimizer), 1, first=1))
 
 
@@ -507,3 +520,34 @@ def test_cuda(tile_numel: int | None, dtype: torch.dtype) -> None:
         torch.testing.assert_close(fused, plain, rtol=1e-6, atol=1e-6)
     if dtype == torch.float32:
         assert_equal(plain, run(AdamW))
+
+
+def weights_after_four_steps(dtype: torch.dtype, fused: bool, as_graph: bool) -> list[Tensor]:
+    """With a learning rate that falls; as a graph, the last two are replays."""
+    params = [nn.Parameter(param.detach().cuda()) for param in parameters(dtype)]
+    for seed, param in enumerate(params):
+        param.grad = random(param.shape, 100 + seed).to(param)
+    lr = torch.tensor(0.1, device="cuda" if as_graph else "cpu")
+    optimizer = TiledAdamW(params, lr, tile_numel=50, fused=fused, capturable=as_graph)
+    step: Callable[[], Any] = optimizer.step
+    for index in range(4):
+        if as_graph and index == 2:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+            step = graph.replay
+        lr.mul_(0.5)
+        step()
+    return [optimizer.state[param].get("master", param.detach()) for param in params]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_graph(dtype: torch.dtype, fused: bool) -> None:
+    found, expected = (weights_after_four_steps(dtype, fused, as_graph) for as_graph in (True, False))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    optimizer = TiledAdamW([nn.Parameter(torch.ones(3, device="cuda"))])
+    with pytest.raises(ValueError, match="capturable"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()

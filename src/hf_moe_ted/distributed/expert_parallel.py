@@ -140,7 +140,10 @@ class TedExpertParallel(EPImplementation):
         self.overlap_chunks = config.overlap_chunks
         self.pads_to_capacity = config.pad_expert_input_to_capacity and self.ep_group.size() > 1
         if self.pads_to_capacity and not hasattr(experts, "max_tokens_per_expert"):
-            raise ValueError(f"pad_expert_input_to_capacity: {type(experts).__name__} has no capacity to pad to")
+            raise ValueError(
+                f"pad_expert_input_to_capacity (True) needs experts with a capacity, and {type(experts).__name__} has "
+                "none: leave pad_expert_input_to_capacity False"
+            )
         self.num_batches = config.dp_size
         self.draws_random_numbers = any(getattr(m, p, 0) for m in experts.modules() for p in ("dropout", "p"))
         is_exchanged = self.ep_group.size() > 1

@@ -21,6 +21,9 @@ class RandomState:
     the number of the forward, and the data-parallel rank. That of a generation is drawn from the generator of the first
     rank of each tensor-parallel group, so that `set_seed` before it has the usual effect.
 
+    A forward that is captured in a CUDA graph is left alone: seeds cannot change in it. Replays draw from the device's
+    generator as it then is, and ranks that share a batch need the same state of it (`torch.cuda.manual_seed`).
+
     Attributes:
         num_forwards: forwards so far, but for those of generations.
         base_seed: `None` before the first.
@@ -41,7 +44,7 @@ class RandomState:
         self.num_forwards, self.base_seed = state["num_forwards"], state["base_seed"]
 
     def before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._is_generating:
+        if self._is_generating or _is_capturing():
             return
         if self.base_seed is None:
             self.base_seed = _of_first_rank(torch.initial_seed(), None)
@@ -50,7 +53,7 @@ class RandomState:
         self.num_forwards += 1
 
     def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._saved and not self._is_generating:
+        if self._saved and not (self._is_generating or _is_capturing()):
             _restore_generators(self._saved.pop())
 
     @contextlib.contextmanager
@@ -102,6 +105,10 @@ def load_random_state(model: nn.Module, saved: dict[str, Any]) -> None:
     state = getattr(model, "ted_random_state", None)
     if state is not None and "random_state" in saved:
         state.load_state_dict(saved["random_state"])
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _of_first_rank(seed: int, group: ProcessGroup | None) -> int:

@@ -88,7 +88,10 @@ def check_model(config: PretrainedConfig, ted: TedConfig) -> None:
         ValueError: the sizes of a ZCodeM3 cannot be divided as the layout asks, or it has no capacity to pad to.
     """
     if ted.pad_expert_input_to_capacity and config.capacity_factor is None:
-        raise ValueError("pad_expert_input_to_capacity needs a model with a capacity_factor, and this one has None")
+        raise ValueError(
+            "pad_expert_input_to_capacity (True) needs a capacity to pad to, and capacity_factor is None: set a "
+            "capacity_factor, or leave pad_expert_input_to_capacity False"
+        )
     tp, ep, etp = ted.tp_size, ted.expert_parallel_size, ted.expert_tensor_parallel_size
     wanted = [("vocab_size", tp, "tensor_parallel_size", config.vocab_size)]
     for side in ("encoder", "decoder"):

@@ -28,7 +28,7 @@ class _Tile(NamedTuple):
         grad: of the dtype that the parameter's gradient has.
         exp_avg, exp_avg_sq: the moments, of the dtype of `weight`.
         parameter: what `weight` is copied to, `None` if it is the parameter itself.
-        step: number of the parameter's update, 1 for the first.
+        step: number of the parameter's update, 1 for the first; with `capturable` a float32 scalar on its device.
         can_fuse: whether the parameter's tensors are contiguous and of equal strides, as the fused kernels require.
     """
 
@@ -37,7 +37,7 @@ class _Tile(NamedTuple):
     exp_avg: Tensor
     exp_avg_sq: Tensor
     parameter: Tensor | None
-    step: float
+    step: float | Tensor
     can_fuse: bool
 
     @property
@@ -83,7 +83,7 @@ class TiledAdamW(Optimizer):
     Args:
         params: tensors, or dicts of groups with options of their own, as for every optimizer.
         lr: learning rate, a number or a tensor of one element. One on another device than the CPU is read, and so
-            waited for, once per group and step.
+            waited for, once per group and step, unless `capturable`.
         betas: decay of the moments, both at least 0 and less than 1.
         eps: added to the denominator.
         weight_decay: decoupled weight decay, in units of the learning rate.
@@ -93,6 +93,10 @@ class TiledAdamW(Optimizer):
             the same purpose is 178,956,971 elements, 0.7 GB (`max_group_size` of its groups of expert parameters).
         fused: whether to use PyTorch's fused kernels, which read and write memory once and need no denominator, but
             round differently. `None` is yes on CUDA. Tensors that are not contiguous are never fused.
+        capturable: whether a step may be captured in a CUDA graph: numbers of updates are kept where the parameters
+            are, and nothing is read from there. Replays use the learning rate of the capture, unless it is a tensor on
+            that device. The first step, and the first after `load_state_dict`, must not be captured: they make or move
+            the states, of which graphs captured before know nothing.
 
     Raises:
         ValueError: an option is out of its range, or a parameter is complex.
@@ -108,11 +112,13 @@ class TiledAdamW(Optimizer):
         *,
         tile_numel: int | None = None,
         fused: bool | None = None,
+        capturable: bool = False,
     ):
         if tile_numel is not None and (not isinstance(tile_numel, int) or tile_numel < 1):
             raise ValueError(f"tile_numel ({tile_numel}) must be a positive number of elements, or None")
         self.tile_numel = tile_numel
         self.fused = fused
+        self.capturable = capturable
         self._cuts: dict[Tensor, _Cut] = {}
         self._automatic_tile_numel: int | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -135,6 +141,7 @@ class TiledAdamW(Optimizer):
             **super().__getstate__(),
             "tile_numel": self.tile_numel,
             "fused": self.fused,
+            "capturable": self.capturable,
             "_cuts": {},
             "_automatic_tile_numel": None,
         }
@@ -150,8 +157,11 @@ class TiledAdamW(Optimizer):
             What `closure` returned.
 
         Raises:
-            ValueError: a gradient is sparse. Nothing was changed.
+            ValueError: a gradient is sparse, or the step is captured in a CUDA graph without `capturable`. Nothing was
+                changed.
         """
+        if not self.capturable and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise ValueError("capturable (False) must be True to capture a step, or its replays do not count updates")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -164,7 +174,8 @@ class TiledAdamW(Optimizer):
                     "(sparse=False of its embedding)"
                 )
         for group, parameters in zip(self.param_groups, parameters_of_group, strict=True):
-            lr = group["lr"].detach().reshape(()).cpu() if isinstance(group["lr"], Tensor) else group["lr"]
+            lr = self._learning_rate(group["lr"])
+            self._count_updates(parameters)
             for batch in self._batches(tile for param in parameters for tile in self._tiles_of(param)):
                 self._update(batch, group, lr)
         return loss
@@ -227,22 +238,39 @@ class TiledAdamW(Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
+    def _learning_rate(self, lr: float | Tensor) -> float | Tensor:
+        """A number or a scalar, which is on a device only if it must not be read there."""
+        if not isinstance(lr, Tensor):
+            return lr
+        lr = lr.detach().reshape(())
+        return lr.float() if self.capturable and lr.device.type != "cpu" else lr.cpu()
+
+    def _count_updates(self, parameters: list[Tensor]) -> None:
+        """One more for each parameter, all of which have gradients; those that are new get their states."""
+        steps = []
+        for param in parameters:
+            state = self.state[param]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU, where reading it waits for nothing
+                state.update({name: torch.zeros_like(param, dtype=_state_dtype(param)) for name in _MOMENTS})
+                if param.dtype != _state_dtype(param):
+                    state["master"] = param.to(_state_dtype(param))
+            if self.capturable:
+                state["step"] = state["step"].to(param.device)
+            steps.append(state["step"])
+        if steps:
+            torch._foreach_add_(steps, 1.0)
+
     def _tiles_of(self, param: Tensor) -> Iterator[_Tile]:
-        """Count the update of a parameter with a gradient, and cut its local shard into tiles."""
+        """Cut the local shard of a parameter with a gradient into tiles."""
         state = self.state[param]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU, where reading it waits for nothing
-            state.update({name: torch.zeros_like(param, dtype=_state_dtype(param)) for name in _MOMENTS})
-            if param.dtype != _state_dtype(param):
-                state["master"] = param.to(_state_dtype(param))
-        state["step"] += 1
         grad: Any = param.grad
         if isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.placements != param.placements:
             grad = grad.redistribute(placements=param.placements)  # such as the sum of what is still partial
         grad = _local(grad)
         cut = self._cut(param, state, grad.is_contiguous())
         can_fuse = cut.is_flat and grad.stride() == cut.stride
-        step = state["step"].item()
+        step = state["step"] if self.capturable else state["step"].item()
         grads = _split([grad], self._tile_numel_on(grad.device), cut.is_flat)
         for views, (grad_tile,) in zip(cut.tiles, grads, strict=True):
             weight, exp_avg, exp_avg_sq, *parameter = views
@@ -290,23 +318,22 @@ class TiledAdamW(Optimizer):
         """One step of tiles that are alike (see `_batches`).
 
         Args:
-            lr: that of the group, on the CPU: torch computes with a tensor's float32, not with Python's float64.
+            lr: that of the group, see `_learning_rate`: torch computes with a tensor's float32, not with Python's
+                float64.
         """
         weights = [tile.weight for tile in batch]
         exp_avgs, exp_avg_sqs = [tile.exp_avg for tile in batch], [tile.exp_avg_sq for tile in batch]
         beta1, beta2 = group["betas"]
         grads = _grads_like_weights(batch)
         if batch[0].can_fuse and (weights[0].is_cuda if self.fused is None else self.fused):
-            one = torch.ones((), dtype=torch.float32, device=weights[0].device)
-            step_tensors = {step: one * step for step in {tile.step for tile in batch}}
             torch._fused_adamw_(
                 weights,
                 grads,
                 exp_avgs,
                 exp_avg_sqs,
                 [],
-                [step_tensors[tile.step] for tile in batch],
-                lr=float(lr),
+                _steps_on_device(batch),
+                lr=_number(lr),
                 beta1=beta1,
                 beta2=beta2,
                 weight_decay=group["weight_decay"],
@@ -316,16 +343,21 @@ class TiledAdamW(Optimizer):
             )
         else:  # the arithmetic of torch.optim.adam._single_tensor_adam, in its order
             if group["weight_decay"] != 0:
-                torch._foreach_mul_(weights, float(1 - lr * group["weight_decay"]))
+                torch._foreach_mul_(weights, _number(1 - lr * group["weight_decay"]))
             torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
             torch._foreach_mul_(exp_avg_sqs, beta2)
             torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
             del grads  # what was copied makes room for the denominators
             denominators = torch._foreach_sqrt(exp_avg_sqs)
-            torch._foreach_div_(denominators, [(1 - beta2**tile.step) ** 0.5 for tile in batch])
+            corrections: list[Any] = [(1 - beta2**tile.step) ** 0.5 for tile in batch]
+            torch._foreach_div_(denominators, corrections)
             torch._foreach_add_(denominators, group["eps"])
-            step_sizes = [-float(lr / (1 - beta1**tile.step)) for tile in batch]
-            torch._foreach_addcdiv_(weights, exp_avgs, denominators, step_sizes)
+            step_sizes: list[Any] = [_number(-lr / (1 - beta1**tile.step)) for tile in batch]
+            if self.capturable:  # a kernel takes factors from the CPU only
+                torch._foreach_div_(denominators, step_sizes)
+                torch._foreach_addcdiv_(weights, exp_avgs, denominators)
+            else:
+                torch._foreach_addcdiv_(weights, exp_avgs, denominators, step_sizes)
         parameters = [tile.parameter for tile in batch if tile.parameter is not None]
         if parameters:
             torch._foreach_copy_(parameters, weights)
@@ -333,6 +365,11 @@ class TiledAdamW(Optimizer):
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _number(value: float | Tensor) -> float | Tensor:
+    """What can be read without waiting, as a Python number."""
+    return value if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
 
 
 def _state_dtype(param: Tensor) -> torch.dtype:
@@ -359,6 +396,16 @@ def _split(tensors: list[Tensor], tile_numel: int, is_flat: bool) -> Iterator[li
     else:
         for tiles in zip(*(tensor.split(tile_numel // row_numel) for tensor in tensors), strict=True):
             yield list(tiles)
+
+
+def _steps_on_device(batch: list[_Tile]) -> list[Tensor]:
+    """float32 scalars where the weights are, which the fused kernels ask for."""
+    device, steps = batch[0].weight.device, [tile.step for tile in batch]
+    scalars = {
+        step: torch.full((), step, dtype=torch.float32, device=device)
+        for step in {step for step in steps if not isinstance(step, Tensor)}
+    }
+    return [step if isinstance(step, Tensor) else scalars[step] for step in steps]
 
 
 def _grads_like_weights(batch: list[_Tile]) -> list[Tensor]:
