@@ -240,13 +240,14 @@ def counted_experts(model: Any) -> Iterator[ExpertCounts]:
 # ---- measuring ----
 
 
-def generate(peer: Peer, batches: list[Batch], num_beams: int, device: str) -> list[Tensor]:
+def generate(peer: Peer, batches: list[Batch], num_beams: int, device: str, cache: str | None = None) -> list[Tensor]:
     """int64[B, 2 + num_new_tokens] of each batch."""
+    options = {"num_beams": num_beams, "do_sample": False, "use_cache": True, "cache_implementation": cache}
     outputs = []
     for batch in batches:
         inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
         length = {"min_new_tokens": batch.num_new_tokens, "max_new_tokens": batch.num_new_tokens}
-        outputs.append(peer.model.generate(**inputs, **length, num_beams=num_beams, do_sample=False, use_cache=True))
+        outputs.append(peer.model.generate(**inputs, **length, **options))
     return outputs
 
 
@@ -254,7 +255,7 @@ def measure(
     peers: list[Peer], batches: list[Batch], batch_size: int, num_beams: int, arguments: argparse.Namespace
 ) -> list[Result]:
     """A round to warm up and to count in, then `--rounds` in which the peers take turns."""
-    on_gpu = arguments.device == "cuda"
+    on_gpu, cache = arguments.device == "cuda", arguments.cache_implementation
     clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
     seconds: dict[str, list[float]] = {peer.name: [] for peer in peers}
     counts, outputs, peak_gib = {}, {}, {}
@@ -262,6 +263,8 @@ def measure(
         peer.prepare()
         with counted_experts(peer.model) as counts[peer.name]:
             outputs[peer.name] = generate(peer, batches, num_beams, arguments.device)
+        if cache is not None:  # hooks that count are not part of what is compiled
+            outputs[peer.name] = generate(peer, batches, num_beams, arguments.device, cache)
     for _ in range(arguments.rounds):
         for peer in peers:
             peer.prepare()
@@ -269,7 +272,7 @@ def measure(
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
             start = clock()
-            generate(peer, batches, num_beams, arguments.device)
+            generate(peer, batches, num_beams, arguments.device, cache)
             if on_gpu:
                 torch.cuda.synchronize()
                 peak_gib[peer.name] = torch.cuda.max_memory_allocated() / 2**30
@@ -358,6 +361,7 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=32, help="generated from a random sentence")
     parser.add_argument("--num_sentences", type=int, default=64, help="translated in each round")
     parser.add_argument("--tgt_lang", default="de")
+    parser.add_argument("--cache_implementation", help="static: decoding is compiled, on GPUs into CUDA graphs")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("generation.json"))

@@ -4,7 +4,8 @@
 
 Runs the cases of a suite that the GPUs of this machine allow, one `torchrun` per number of GPUs, and prints a table.
 Models have random weights, made in place on the devices, and batches without padding. Every case reports the mean of
-ten steps, what the collectives of one step move by kind, and the time they take on the device, from a profile.
+ten steps, what the collectives of one step move by kind, and the time they take on the device, from a profile. In cases
+with `graph` the whole step, collectives and optimizer included, is one CUDA graph.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -51,7 +53,8 @@ def run_case(case: Case) -> dict[str, Any]:
     for _ in range(WARMUP_STEPS):
         loss = step()
     sync()
-    reset_peak()
+    if not case.graph:
+        reset_peak()
     start = time.perf_counter()
     for _ in range(TIMED_STEPS):
         loss = step()
@@ -70,7 +73,7 @@ def run_case(case: Case) -> dict[str, Any]:
     if torch.cuda.is_available() and any(name in torch.cuda.get_device_name() for name in ("H100", "H200")):
         result["mfu"] = tflops_per_gpu / HOPPER_PEAK_TFLOPS
     if case.system != "deepspeed":
-        result |= collectives_of(step)
+        result |= collectives_of(step, counts_bytes=not case.graph)
     return result
 
 
@@ -107,8 +110,8 @@ def deepspeed_step(case: Case) -> tuple[Any, int]:
     )
 
 
-def torch_step(case: Case) -> tuple[Any, int]:
-    """A training step in bfloat16, and the number of batches that all processes take in it."""
+def torch_step(case: Case) -> tuple[Callable[[], torch.Tensor], int]:
+    """A training step in bfloat16, which gives its loss, and the number of batches that all processes take in it."""
     device = current_device()
     plugin = TedPlugin(**(case.layout if case.system == "ours" else {}))
     if case.system == "dense":
@@ -131,13 +134,14 @@ def torch_step(case: Case) -> tuple[Any, int]:
         on_gpu = torch.cuda.is_available()
         optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=on_gpu, capturable=on_gpu)
     else:
-        optimizer_class, kwargs = plugin.tiled_adamw(lr=1e-4)
+        optimizer_class, kwargs = plugin.tiled_adamw(lr=1e-4, capturable=case.graph)
         optimizer = optimizer_class(model.parameters(), **kwargs)
     tp_size = plugin.tp_size if case.system == "ours" else 1
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    generator = torch.Generator().manual_seed(rank // tp_size)
+    batch = dist.get_rank() // tp_size if dist.is_initialized() else 0
+    generator = torch.Generator().manual_seed(batch)
     ids = torch.randint(10, model.config.vocab_size, (case.batch_size, case.length), generator=generator).to(device)
-    mask = torch.ones_like(ids)
+    # in a capture transformers cannot see that a mask hides nothing, and attention with one is slower
+    mask = None if case.graph else torch.ones_like(ids)
     autocast = torch.autocast(device.type, torch.bfloat16) if case.system == "dense" else nullcontext()
 
     def step() -> torch.Tensor:
@@ -148,7 +152,37 @@ def torch_step(case: Case) -> tuple[Any, int]:
         optimizer.zero_grad()
         return loss.detach()
 
-    return step, num_batches
+    if not case.graph:
+        return step, num_batches
+    torch.cuda.manual_seed(batch)  # replays go on from here: ranks that share a batch must draw the same
+    return captured(step), num_batches
+
+
+def captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """The step as one CUDA graph; its loss stands in the same tensor after every replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARMUP_STEPS):  # they make what is made once: optimizer states, communicators, kernels
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    sync()
+    reset_peak()  # replays allocate nothing: the capture counts
+    gc.collect()
+    gc.disable()  # nothing that a graph or a stream belongs to may go away in the middle of a capture
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # NCCL's watchdog, a thread of its own, queries events meanwhile
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            loss = step()
+    finally:
+        gc.enable()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return loss
+
+    return replay
 
 
 def config_of(case: Case) -> ZCodeM3Config:
@@ -224,7 +258,7 @@ def worker(path: Path) -> None:
         except Exception as error:
             # the other ranks may wait for this one for ever: let torchrun end them all, with the first error kept
             with suppress(FileExistsError), open(job["error"], "x", encoding="utf-8") as file:
-                file.write(f"{type(error).__name__}: {str(error)[:200]}")
+                file.write(described(error))
             raise
         if not dist.is_initialized() or dist.get_rank() == 0:
             with open(job["output"], "a", encoding="utf-8") as lines:
@@ -232,6 +266,14 @@ def worker(path: Path) -> None:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def described(error: BaseException) -> str:
+    """With what it came from: the end of a capture fails, too, if something in it has."""
+    first = error
+    while first.__context__ is not None:
+        first = first.__context__
+    return ", then ".join(f"{type(e).__name__}: {str(e)[:200]}" for e in dict.fromkeys((first, error)))
 
 
 def launch(cases: list[Case], lines: Path, time_limit_s: float) -> None:
@@ -287,7 +329,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
             result["name"], str(result["num_gpus"]), f"{result['step_ms']:.1f}", f"{result['tokens_per_s']:,.0f}",
             f"{result['tflops_per_gpu']:.0f}", f"{result['mfu']:.1%}" if "mfu" in result else "",
             f"{result['peak_gib']:.1f}", f"{collectives:.1f}",
-            f"{result.get('collective_mb', {}).get('all_to_all', 0.0):.1f}",
+            f"{result['collective_mb'].get('all_to_all', 0.0):.1f}" if "collective_mb" in result else "",
         )  # fmt: skip
     Console(width=200).print(table)
 

@@ -46,8 +46,7 @@ def main() -> None:
 
     results = []
     for peer in arguments.peers:
-        as_graph = "graph" in peer.split()
-        measured = measure(case_of(peer, arguments), as_graph, arguments.warmup_steps, arguments.steps)
+        measured = measure(case_of(peer, arguments), arguments.warmup_steps, arguments.steps)
         results.append({"peer": peer} | measured)
         gc.collect()
         if torch.cuda.is_available():
@@ -70,25 +69,25 @@ def case_of(peer: str, arguments: argparse.Namespace) -> Case:
         experts_implementation=None if name == "dense" else name,
         batch_size=arguments.batch_size,
         length=arguments.length,
+        graph="graph" in options,
     )
 
 
-def measure(case: Case, as_graph: bool, num_warmup_steps: int, num_steps: int) -> dict[str, Any]:
+def measure(case: Case, num_warmup_steps: int, num_steps: int) -> dict[str, Any]:
     """Milliseconds of a step, tokens of source and target per second, peak GiB, and what kernels take."""
     torch.manual_seed(0)
     step, _ = torch_step(case)
-    if as_graph:
-        step = captured(step)
     for _ in range(num_warmup_steps):
         step()
-    reset_peak()
+    if not case.graph:
+        reset_peak()
     step_ms = statistics.median(timed(step) for _ in range(num_steps))
     start = time.perf_counter()
     for _ in range(num_steps):
         step()
     host_ms = (time.perf_counter() - start) / num_steps * 1e3
     sync()
-    profile = collectives_of(step)
+    profile = collectives_of(step, counts_bytes=False)
     return {
         "step_ms": step_ms,
         "host_ms": host_ms,
@@ -97,20 +96,6 @@ def measure(case: Case, as_graph: bool, num_warmup_steps: int, num_steps: int) -
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
         "top_kernels_ms": profile.get("top_kernels_ms"),
     }
-
-
-def captured(step: Callable[[], Any]) -> Callable[[], None]:
-    """The step as one CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def timed(step: Callable[[], Any]) -> float:

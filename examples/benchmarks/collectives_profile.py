@@ -39,11 +39,17 @@ class CollectiveBytes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def collectives_of(step: Any) -> dict[str, Any]:
-    """Bytes and device milliseconds of one step by kind of collective, and kernel time in all."""
-    with CollectiveBytes() as counter:
-        step()
-    result: dict[str, Any] = {"collective_mb": {kind: size / 1e6 for kind, size in counter.bytes.items()}}
+def collectives_of(step: Any, counts_bytes: bool = True) -> dict[str, Any]:
+    """Bytes and device milliseconds of one step by kind of collective, and kernel time in all.
+
+    Args:
+        counts_bytes: not for a replayed CUDA graph, of which Python sees no operation.
+    """
+    result: dict[str, Any] = {}
+    if counts_bytes:
+        with CollectiveBytes() as counter:
+            step()
+        result["collective_mb"] = {kind: size / 1e6 for kind, size in counter.bytes.items()}
     if not torch.cuda.is_available():
         return result
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 # d_model, encoder and decoder layers, heads; the feed-forward is 4 * d_model wide, the vocabulary has 128,000 tokens
 BASES = {
     "0.6B": (1024, 24, 12, 16),
@@ -22,6 +24,8 @@ class Case:
         layout: arguments of TedPlugin, of DistributedConfig for "transformers", `tp` and `ep` for "deepspeed".
         checkpointing: `None`, "full", or "communication-aware".
         batch_size, length: per data-parallel rank; tokens of source and target each.
+        graph: whether the whole step is one CUDA graph. Not where the host waits for the device: expert parallelism
+            without `pad_expert_input_to_capacity`, and `offload`.
     """
 
     system: str
@@ -34,6 +38,7 @@ class Case:
     experts_implementation: str | None = None
     batch_size: int = 64
     length: int = 128
+    graph: bool = False
 
     @property
     def name(self) -> str:
@@ -44,7 +49,7 @@ class Case:
             layout,
             self.checkpointing and f"ckpt={self.checkpointing}",
         ]
-        parts.append("" if self.optimizer == "tiled" else self.optimizer)
+        parts += ["" if self.optimizer == "tiled" else self.optimizer, "graph" if self.graph else ""]
         return " ".join(part for part in parts if part)
 
 
@@ -60,14 +65,18 @@ def suite_of(name: str) -> list[Case]:
 
 
 def tiny_cases() -> list[Case]:
-    """To try the script, on CPUs too."""
+    """To try the script, on CPUs too, which have no graphs."""
     small: dict[str, Any] = {"base": "tiny", "num_experts": 4, "batch_size": 2, "length": 16}
+    ep2: dict[str, Any] = {"expert_parallel_size": 2}
+    tp2: dict[str, Any] = small | {"layout": {"tensor_parallel_size": 2}, "checkpointing": "communication-aware"}
     native = {"fsdp_size": 2, "ep_size": 2}
+    eager_and_graph = (False, True) if torch.cuda.is_available() else (False,)
     return [
         Case("dense", 1, **small),
-        Case("ours", 1, **small),
-        Case("ours", 2, layout={"expert_parallel_size": 2}, **small),
-        Case("ours", 2, layout={"tensor_parallel_size": 2}, checkpointing="communication-aware", **small),
+        *(Case("ours", 1, graph=graph, **small) for graph in eager_and_graph),
+        Case("ours", 2, layout=ep2, **small),
+        *(Case("ours", 2, layout=ep2 | PADDED, graph=graph, **small) for graph in eager_and_graph),
+        *(Case("ours", 2, graph=graph, **tp2) for graph in eager_and_graph),
         Case("transformers", 2, layout=native, experts_implementation="grouped_mm", **small),
         Case("deepspeed", 4, layout={"tp": 2, "ep": 2}, checkpointing="full", **small),
     ]
@@ -78,6 +87,7 @@ def one_gpu_cases() -> list[Case]:
         Case("dense", 1, optimizer="fused"),
         Case("ours", 1, optimizer="fused"),
         Case("ours", 1),
+        Case("ours", 1, graph=True),
         Case("transformers", 1, experts_implementation="grouped_mm", optimizer="fused"),
         Case("deepspeed", 1, layout={"ep": 1}),
     ]
@@ -89,6 +99,7 @@ def two_gpu_cases() -> list[Case]:
     return [
         Case("ours", 2, layout=ep2),
         Case("ours", 2, layout=ep2 | PADDED),
+        Case("ours", 2, layout=ep2 | PADDED, graph=True),
         Case("ours", 2, layout={**ep2, "offload": "cpu"}),
         Case("ours", 2, layout={**ep2, "overlap_chunks": 2}),
         Case("ours", 2, layout={**ep2, "zero_stage": 3}),
@@ -111,9 +122,12 @@ def large_cases(num_gpus: int) -> list[Case]:
     ]
     cases = tensor_expert_cases(num_gpus, shapes[0]) + tensor_expert_cases(num_gpus, shapes[1])
     for scale in (1, 2, 4) if num_gpus == 4 else (num_gpus,):  # 64 x 128 tokens per GPU
-        cases.append(Case("ours", scale, layout={"expert_parallel_size": scale}))
+        layout: dict[str, Any] = {"expert_parallel_size": scale}
+        cases.append(Case("ours", scale, layout=layout))
         if scale > 1:
-            cases.append(Case("ours", scale, layout={"expert_parallel_size": scale} | PADDED))
+            layout = layout | PADDED
+            cases.append(Case("ours", scale, layout=layout))
+        cases.append(Case("ours", scale, layout=layout, graph=True))
     zero3 = {"tensor_parallel_size": 2, "expert_parallel_size": 2, "zero_stage": 3}
     untiled = {"tensor_parallel_size": 2, "expert_parallel_size": 2, "tile_numel": 2**40}
     for shape in shapes:
@@ -137,7 +151,8 @@ def tensor_expert_cases(num_gpus: int, shape: dict[str, Any]) -> list[Case]:
         ]
     padded = {"tensor_parallel_size": 2, "expert_parallel_size": ep} | PADDED
     cases += [
-        Case("ours", num_gpus, layout=padded, checkpointing=checkpointing, **shape)
+        Case("ours", num_gpus, layout=padded, checkpointing=checkpointing, graph=graph, **shape)
+        for graph in (False, True)
         for checkpointing in ("full", "communication-aware")
     ]
     return [*cases, Case("deepspeed", num_gpus, layout={"tp": 2, "ep": ep}, checkpointing="full", **shape)]
