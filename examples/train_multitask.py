@@ -277,6 +277,8 @@ def train(run: Run, text: Text, tokenizer: Any) -> None:
 
 
 def main() -> None:
+    # its backward can give NaN on Hopper since torch 2.11: https://github.com/pytorch/pytorch/issues/196678
+    torch.backends.cuda.enable_cudnn_sdp(False)
     runs, is_dry = runs_of(sys.argv[1:])
     texts: dict[str, Text] = {}
     for run in runs if not is_dry else [run for run in runs if run.seed == runs[0].seed]:

@@ -145,7 +145,7 @@ def table(rows: list[dict[str, Any]], implementations: tuple[str, ...]) -> Table
 def plot(rows: list[dict[str, Any]], implementations: tuple[str, ...], path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     for axis, kind, title in zip(axes, ("forward", "step"), ("forward", "forward and backward"), strict=True):
         for num_experts, style in zip(sorted({row["experts"] for row in rows}), ("-", "--", ":"), strict=False):
             chosen = sorted((row for row in rows if row["experts"] == num_experts), key=lambda row: row["tokens"])
@@ -156,8 +156,7 @@ def plot(rows: list[dict[str, Any]], implementations: tuple[str, ...], path: Pat
                     tokens, [row[name][kind] for row in chosen], style, color=f"C{color}", marker=".", label=label
                 )
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds", title=title)
-    axes[0].legend(fontsize=7)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=7)
     figure.savefig(path, dpi=150)
 
 
