@@ -13,37 +13,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from .tiles import Tile, split_into_tiles, update_tiles
+
 # The first stays in a CPU's cache. On a GPU the second keeps kernels about as long as Python needs to launch the next
 # ones: on an H200 with 2 billion bfloat16 parameters a fused step takes 27 ms; with tiles ten times as large, 25 ms.
 _CPU_TILE_NUMEL = 2**18
 _TILE_NUMEL = 2**24
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class _Tile(NamedTuple):
-    """Views of the same elements of all tensors of a parameter.
-
-    Attributes:
-        weight: what the step computes with: the master, or the parameter itself.
-        grad: of the dtype that the parameter's gradient has.
-        exp_avg, exp_avg_sq: the moments, of the dtype of `weight`.
-        parameter: what `weight` is copied to, `None` if it is the parameter itself.
-        step: number of the parameter's update, 1 for the first; with `capturable` a float32 scalar on its device.
-        can_fuse: whether the parameter's tensors are contiguous and of equal strides, as the fused kernels require.
-    """
-
-    weight: Tensor
-    grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    parameter: Tensor | None
-    step: float | Tensor
-    can_fuse: bool
-
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """What must be the same for tiles that go to one kernel."""
-        return self.weight.device, self.weight.dtype, self.grad.dtype, self.parameter is None, self.can_fuse
 
 
 class _Cut(NamedTuple):
@@ -177,7 +153,7 @@ class TiledAdamW(Optimizer):
             lr = self._learning_rate(group["lr"])
             self._count_updates(parameters)
             for batch in self._batches(tile for param in parameters for tile in self._tiles_of(param)):
-                self._update(batch, group, lr)
+                update_tiles(batch, group, lr, fused=self.fused, capturable=self.capturable)
         return loss
 
     @torch.no_grad()
@@ -261,7 +237,7 @@ class TiledAdamW(Optimizer):
         if steps:
             torch._foreach_add_(steps, 1.0)
 
-    def _tiles_of(self, param: Tensor) -> Iterator[_Tile]:
+    def _tiles_of(self, param: Tensor) -> Iterator[Tile]:
         """Cut the local shard of a parameter with a gradient into tiles."""
         state = self.state[param]
         grad: Any = param.grad
@@ -271,10 +247,10 @@ class TiledAdamW(Optimizer):
         cut = self._cut(param, state, grad.is_contiguous())
         can_fuse = cut.is_flat and grad.stride() == cut.stride
         step = state["step"] if self.capturable else state["step"].item()
-        grads = _split([grad], self._tile_numel_on(grad.device), cut.is_flat)
+        grads = split_into_tiles([grad], self._tile_numel_on(grad.device), cut.is_flat)
         for views, (grad_tile,) in zip(cut.tiles, grads, strict=True):
             weight, exp_avg, exp_avg_sq, *parameter = views
-            yield _Tile(weight, grad_tile, exp_avg, exp_avg_sq, parameter[0] if parameter else None, step, can_fuse)
+            yield Tile(weight, grad_tile, exp_avg, exp_avg_sq, parameter[0] if parameter else None, step, can_fuse)
 
     def _cut(self, param: Tensor, state: Mapping[str, Any], is_flat: bool) -> _Cut:
         """Tiles of a parameter's tensors but the gradient, cut anew only when one of them is another.
@@ -295,14 +271,14 @@ class TiledAdamW(Optimizer):
         if sources[0] is not None:
             tensors.append(local)
         is_all_flat = is_flat and all(t.is_contiguous() and t.stride() == tensors[0].stride() for t in tensors)
-        tiles = list(_split(tensors, self._tile_numel_on(local.device), is_all_flat))
+        tiles = list(split_into_tiles(tensors, self._tile_numel_on(local.device), is_all_flat))
         cut = _Cut(sources, local.data_ptr(), is_flat, tiles, is_all_flat, tensors[0].stride())
         self._cuts[param] = cut
         return cut
 
-    def _batches(self, tiles: Iterable[_Tile]) -> Iterator[list[_Tile]]:
+    def _batches(self, tiles: Iterable[Tile]) -> Iterator[list[Tile]]:
         """Successive tiles that are no larger than one together, and alike in what the kernels ask for."""
-        batch: list[_Tile] = []
+        batch: list[Tile] = []
         numel = 0
         for tile in tiles:
             is_full = numel + tile.weight.numel() > self._tile_numel_on(tile.weight.device)
@@ -314,110 +290,13 @@ class TiledAdamW(Optimizer):
         if batch:
             yield batch
 
-    def _update(self, batch: list[_Tile], group: Mapping[str, Any], lr: float | Tensor) -> None:
-        """One step of tiles that are alike (see `_batches`).
-
-        Args:
-            lr: that of the group, see `_learning_rate`: torch computes with a tensor's float32, not with Python's
-                float64.
-        """
-        weights = [tile.weight for tile in batch]
-        exp_avgs, exp_avg_sqs = [tile.exp_avg for tile in batch], [tile.exp_avg_sq for tile in batch]
-        beta1, beta2 = group["betas"]
-        grads = _grads_like_weights(batch)
-        if batch[0].can_fuse and (weights[0].is_cuda if self.fused is None else self.fused):
-            torch._fused_adamw_(
-                weights,
-                grads,
-                exp_avgs,
-                exp_avg_sqs,
-                [],
-                _steps_on_device(batch),
-                lr=_number(lr),
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-            )
-        else:  # the arithmetic of torch.optim.adam._single_tensor_adam, in its order
-            if group["weight_decay"] != 0:
-                torch._foreach_mul_(weights, _number(1 - lr * group["weight_decay"]))
-            torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-            torch._foreach_mul_(exp_avg_sqs, beta2)
-            torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
-            del grads  # what was copied makes room for the denominators
-            denominators = torch._foreach_sqrt(exp_avg_sqs)
-            corrections: list[Any] = [(1 - beta2**tile.step) ** 0.5 for tile in batch]
-            torch._foreach_div_(denominators, corrections)
-            torch._foreach_add_(denominators, group["eps"])
-            step_sizes: list[Any] = [_number(-lr / (1 - beta1**tile.step)) for tile in batch]
-            if self.capturable:  # a kernel takes factors from the CPU only
-                torch._foreach_div_(denominators, step_sizes)
-                torch._foreach_addcdiv_(weights, exp_avgs, denominators)
-            else:
-                torch._foreach_addcdiv_(weights, exp_avgs, denominators, step_sizes)
-        parameters = [tile.parameter for tile in batch if tile.parameter is not None]
-        if parameters:
-            torch._foreach_copy_(parameters, weights)
-
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _number(value: float | Tensor) -> float | Tensor:
-    """What can be read without waiting, as a Python number."""
-    return value if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
-
-
 def _state_dtype(param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
-
-
-def _split(tensors: list[Tensor], tile_numel: int, is_flat: bool) -> Iterator[list[Tensor]]:
-    """Cut tensors of one shape alike into views of at most `tile_numel` elements.
-
-    Args:
-        is_flat: cut across rows; all tensors are contiguous then. Otherwise whatever their strides are.
-    """
-    numel = tensors[0].numel()
-    if numel <= tile_numel:
-        if numel:  # a rank may hold nothing of a parameter
-            yield tensors
-        return
-    if is_flat:
-        tensors = [tensor.view(-1) for tensor in tensors]
-    row_numel = numel // len(tensors[0])
-    if row_numel > tile_numel:
-        for rows in zip(*(tensor.unbind() for tensor in tensors), strict=True):
-            yield from _split(list(rows), tile_numel, False)
-    else:
-        for tiles in zip(*(tensor.split(tile_numel // row_numel) for tensor in tensors), strict=True):
-            yield list(tiles)
-
-
-def _steps_on_device(batch: list[_Tile]) -> list[Tensor]:
-    """float32 scalars where the weights are, which the fused kernels ask for."""
-    device, steps = batch[0].weight.device, [tile.step for tile in batch]
-    scalars = {
-        step: torch.full((), step, dtype=torch.float32, device=device)
-        for step in {step for step in steps if not isinstance(step, Tensor)}
-    }
-    return [step if isinstance(step, Tensor) else scalars[step] for step in steps]
-
-
-def _grads_like_weights(batch: list[_Tile]) -> list[Tensor]:
-    """The gradients of a batch, copied to the dtype of the weights if they have another one."""
-    grads = [tile.grad for tile in batch]
-    weight = batch[0].weight
-    if grads[0].dtype == weight.dtype:
-        return grads
-    copies = weight.new_empty(sum(grad.numel() for grad in grads)).split([grad.numel() for grad in grads])
-    shaped = [copy.view(grad.shape) for copy, grad in zip(copies, grads, strict=True)]
-    torch._foreach_copy_(shaped, grads)
-    return shaped
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
