@@ -15,6 +15,7 @@ from local_hub import USER, LocalHub, run_python
 CODE = {
     f"{name}.py"
     for name in (
+        "attention_backends",
         "configuration_zcode_m3",
         "experts",
         "losses",

@@ -30,6 +30,7 @@ from transformers.utils import is_torchdynamo_compiling, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention_backends import warn_of_cudnn_backward
 from .configuration_zcode_m3 import Side, ZCodeM3Config
 from .experts import EXPERTS_IMPLEMENTATIONS, ZCodeM3Experts
 from .losses import load_balancing_loss, router_z_loss, summed_cross_entropy
@@ -129,6 +130,8 @@ class ZCodeM3Attention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        if self.config._attn_implementation == "sdpa":
+            warn_of_cudnn_backward(query, attention_mask)
         output, weights = attention(
             self,
             query,

@@ -1,0 +1,49 @@
+"""Where PyTorch's attention cannot be trusted with gradients."""
+
+import functools
+
+import torch
+from torch import Tensor
+from transformers.utils import is_torchdynamo_compiling, logging
+from transformers.utils.import_utils import is_torch_greater_or_equal
+
+logger = logging.get_logger(__name__)
+
+
+@functools.cache
+def has_faulty_cudnn_backward(device: torch.device) -> bool:
+    """Whether cuDNN's attention can give NaN gradients on a device: Hopper since torch 2.11.
+
+    Masked attention runs there by default. Where the last tile of 128 keys is half full and the scores of a query are
+    below -88, the gradient of the query is NaN: https://github.com/pytorch/pytorch/issues/196678.
+    """
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device)[0] == 9
+        and is_torch_greater_or_equal("2.11", accept_dev=True)
+    )
+
+
+def warn_of_cudnn_backward(query: Tensor, attention_mask: object) -> None:
+    """Warn once if gradients of `scaled_dot_product_attention` may be NaN for want of a setting.
+
+    Args:
+        query: [batch, heads, length, head_dim].
+        attention_mask: `None` without one, which cuDNN computes well.
+    """
+    if (
+        attention_mask is not None
+        and query.requires_grad
+        and query.dtype != torch.float32  # not cuDNN's
+        and not is_torchdynamo_compiling()
+        and has_faulty_cudnn_backward(query.device)
+        and torch.backends.cuda.cudnn_sdp_enabled()
+    ):
+        logger.warning_once(
+            f"attention in cuDNN can give NaN gradients on this GPU with torch {torch.__version__} "
+            "(https://github.com/pytorch/pytorch/issues/196678); call torch.backends.cuda.enable_cudnn_sdp(False) "
+            "before training"
+        )
+
+
+__all__ = ["has_faulty_cudnn_backward", "warn_of_cudnn_backward"]
