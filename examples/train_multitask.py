@@ -112,7 +112,7 @@ def runs_of(argv: list[str]) -> tuple[list[Run], bool]:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--variants", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--dry_run", action="store_true")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true")
     selected, overrides = parser.parse_known_args(argv)
     recipe = json.loads(selected.recipe.read_text())
     variants = recipe.pop("variants", {"run": {}})
