@@ -4,6 +4,7 @@ import torch
 
 # The tests' tensors are tiny: a second thread costs more than it gives, and far more on a machine that is busy.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # and so in the processes that tests start
 
 # Triton kernels run in its interpreter where there is no GPU; it is chosen when they are defined.
 if not torch.cuda.is_available():

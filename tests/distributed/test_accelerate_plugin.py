@@ -38,18 +38,21 @@ class Run:
     mixed_precision: str = "no"
 
 
-RUNS = {
+TRAINED = {
     "ep4": Run({"expert_parallel_size": 4}),
     "tp2 x ep2": Run(TP2_EP2),
     "tp2 x ep2, zero 2": Run(TP2_EP2 | {"zero_stage": 2}),
     "tp2 x ep2, zero 3": Run(TP2_EP2 | {"zero_stage": 3}),
     "tp4": Run({"tensor_parallel_size": 4}),
+    "bfloat16": Run(TP2_EP2, mixed_precision="bf16"),
+}
+LOADED = {
     "zero 3 on zero 3": Run(TP2_EP2 | {"zero_stage": 3}, loads="tp2 x ep2, zero 3"),
     "zero 3 on ep4": Run({"expert_parallel_size": 4}, loads="tp2 x ep2, zero 3"),
     "ep4 on tp4": Run({"tensor_parallel_size": 4}, loads="ep4"),
     "one process on tp2 x ep2": Run(TP2_EP2, loads="one process"),
-    "bfloat16": Run(TP2_EP2, mixed_precision="bf16"),
 }
+RUNS = TRAINED | LOADED
 RUNS_OF_ONE = {"zero 3 on one process": Run(TP2_EP2, loads="tp2 x ep2, zero 3")}
 
 
@@ -196,10 +199,6 @@ def do_others(models: str, states: str) -> Others:
     return Others(iterated, norms, checkpoints, errors)
 
 
-def on_four(models: str, states: str) -> tuple[dict[str, Outcome], Others]:
-    return train_all(models, states, RUNS), do_others(models, states)
-
-
 @dataclass(frozen=True)
 class Launched:
     expected: Outcome
@@ -213,10 +212,12 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     models, states = (str(tmp_path_factory.mktemp(name)) for name in ("models", "states"))
     write_models(Path(models), {"top2"})
     expected = train(models, states, "one process", Run())
-    results = run_distributed_test(on_four, 4, models, states)
-    by_rank = {name: [outcomes[name] for outcomes, _ in results] for name in RUNS}
+    by_rank: dict[str, list[Outcome]] = {}
+    for runs in (TRAINED, LOADED):
+        results = run_distributed_test(train_all, 4, models, states, runs)
+        by_rank |= {name: [outcomes[name] for outcomes in results] for name in runs}
     by_rank |= {name: [outcome] for name, outcome in train_all(models, states, RUNS_OF_ONE).items()}
-    return Launched(expected, by_rank, [others for _, others in results], Path(models))
+    return Launched(expected, by_rank, run_distributed_test(do_others, 4, models, states), Path(models))
 
 
 def test_one_process_is_a_plain_loop(launched: Launched) -> None:
