@@ -80,3 +80,24 @@ def test_neuron_order_undoes_a_permutation() -> None:
     noisy = [weight + 0.1 * torch.randn(weight.shape, generator=generator) for weight in (up, bias, down)]
     shuffled = noisy[0][order], noisy[1][order], noisy[2][:, order]
     assert torch.equal(order[neuron_order((up, bias, down), shuffled)], torch.arange(40))
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_numbers_that_are_not_finite_are_refused(wrong: float) -> None:
+    points = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
+    points[3, 1] = wrong
+    with pytest.raises(ValueError, match=r"mean outputs .* NaN or infinity in the rows \[3\]"):
+        clustered(points, 2)
+    with pytest.raises(ValueError, match=r"router's weight .* rows \[3\]"):
+        assigned_to([0, 1], points)
+    with pytest.raises(ValueError, match="cost must be finite"):
+        linear_assignment(points)
+    fine = torch.ones(5, 5), torch.ones(5), torch.ones(5, 5)
+    with pytest.raises(ValueError, match="cost must be finite"):
+        neuron_order(fine, (points, torch.ones(5), torch.ones(5, 5)))
+
+
+def test_number_of_groups() -> None:
+    for num_groups in (0, 4):
+        with pytest.raises(ValueError, match=rf"num_groups \({num_groups}\) must be from 1 to the 3 experts"):
+            clustered(torch.ones(3, 2), num_groups)

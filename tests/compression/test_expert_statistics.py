@@ -20,20 +20,21 @@ FINGERPRINT = ModelFingerprint(LAYERS, num_experts_per_tok=2, d_model=5, router_
 
 
 def statistics_of(*pairs: tuple[str, str], seed: int = 0) -> ExpertStatistics:
+    """50 tokens per pair and layer; experts put out ones, with weights of a half, and are as sure as chosen."""
     generator = torch.Generator().manual_seed(seed)
-
-    def counts(*shape: int) -> torch.Tensor:
-        return torch.randint(1, 100, shape, generator=generator)
-
     layers = {}
     for layer, num_experts in LAYERS.items():
-        shape = (len(pairs), num_experts)
-        sums = {name: counts(*shape).double() / 7 for name in ("gate_mass", "confidence", "gated_norm")}
+        chosen = torch.randint(num_experts, (len(pairs), 2, 50), generator=generator)
+        num_routed = torch.nn.functional.one_hot(chosen, num_experts).sum(dim=2)
+        num_dropped = torch.minimum(num_routed.sum(dim=1), torch.tensor(1))
+        num_computed = (num_routed.sum(dim=1) - num_dropped).double()
         layers[layer] = LayerStatistics(
-            num_routed=counts(len(pairs), 2, num_experts),
-            num_dropped=torch.ones(shape, dtype=torch.int64),
-            **sums,
-            output_sum=counts(num_experts, 5).double() / 7,
+            num_routed=num_routed,
+            num_dropped=num_dropped,
+            gate_mass=num_routed[:, 0].double(),
+            confidence=num_routed[:, 0].double() * 0.75,
+            gated_norm=num_computed / 2,
+            output_sum=num_computed.sum(dim=0).unsqueeze(-1).expand(-1, 5).clone(),
         )
     return ExpertStatistics(FINGERPRINT, pairs, tuple(range(1, len(pairs) + 1)), layers)
 
@@ -172,8 +173,27 @@ def _change_metadata(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path]
         ),
         (
             _change_metadata(lambda metadata: metadata["pairs"].append(["en", "fr"])),
-            "does not hold complete expert statistics: .*pairs",
+            "does not hold complete expert statistics: .*num_sentences",
         ),
+        (
+            _change_metadata(lambda metadata: metadata.update(pairs=[["en", "de", "fr"]])),
+            r"pairs has \['en', 'de', 'fr'\], which is no pair",
+        ),
+        (_change_metadata(lambda metadata: metadata.update(pairs=[["en", 5]])), r"pairs has \['en', 5\]"),
+        (_change_metadata(lambda metadata: metadata.update(pairs=7)), "does not hold complete expert statistics"),
+        (_change_metadata(lambda metadata: metadata.update(num_sentences=["1"])), r"num_sentences \(\['1'\]\)"),
+        (_change_metadata(lambda metadata: metadata.update(num_sentences=[-1])), r"num_sentences \(\[-1\]\)"),
+        (_change_metadata(lambda metadata: metadata.update(fingerprint=[1])), "does not hold complete expert statis"),
+        (
+            _change_metadata(lambda metadata: metadata["fingerprint"].update(num_experts=[2, 3])),
+            r"num_experts \(\[2, 3\]\) must have",
+        ),
+        (
+            _change_metadata(lambda metadata: metadata["fingerprint"].update(num_experts_per_tok="2")),
+            r"num_experts_per_tok \('2'\) must be an integer",
+        ),
+        (_change_metadata(lambda metadata: metadata["fingerprint"].update(d_model=5.0)), r"d_model \(5.0\) must be"),
+        (lambda folder: (folder / METADATA).write_text("[" * 100_000), f"{METADATA} is corrupted"),
     ],
 )
 def test_corrupted_files(corrupt: Callable[[Path], None], message: str, tmp_path: Path) -> None:
@@ -181,3 +201,55 @@ def test_corrupted_files(corrupt: Callable[[Path], None], message: str, tmp_path
     corrupt(tmp_path / "statistics")
     with pytest.raises(ValueError, match=message):
         ExpertStatistics.load(tmp_path / "statistics")
+
+
+def _changed(name: str, change: Callable[[torch.Tensor], Any]) -> ExpertStatistics:
+    """Statistics of two pairs in which the tensor of the decoder's layer is another one."""
+    statistics = statistics_of(("en", "de"), ("de", "en"))
+    layer = "model.decoder.layers.1.ffn"
+    changed = dataclasses.replace(statistics.layers[layer], **{name: change(getattr(statistics.layers[layer], name))})
+    return dataclasses.replace(statistics, layers={**statistics.layers, layer: changed})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("num_routed", lambda t: -t, "negative number"),
+        ("num_routed", lambda t: t.float(), r"is of torch.float32, it must be of torch.int64"),
+        ("num_routed", lambda t: t[:, :1], "is not of the shape"),
+        ("num_routed", lambda t: t * torch.tensor([1, 2])[None, :, None], "more later choices than tokens"),
+        ("num_routed", torch.zeros_like, "num_dropped is more than num_routed"),
+        ("num_dropped", lambda t: t + 1000, "num_dropped is more than num_routed"),
+        ("gate_mass", lambda t: t * torch.inf, "gate_mass has NaN or infinity"),
+        ("gate_mass", lambda t: t * 1.5, "gate_mass does not sum to the number of tokens"),
+        ("gate_mass", lambda t: t.roll(1, 1) * 0 + 25, "confidence is more than gate_mass|does not sum"),
+        ("confidence", lambda t: t * 2, "confidence is more than the number of first choices"),
+        ("confidence", lambda t: t * torch.nan, "confidence has NaN or infinity"),
+        ("gated_norm", lambda t: -t, "gated_norm has the negative number"),
+        ("output_sum", lambda t: t * torch.nan, "output_sum has NaN or infinity"),
+        ("output_sum", lambda t: t.float(), "must be of torch.float64"),
+    ],
+)
+def test_what_cannot_be_is_not_loaded(name: str, change: Any, message: str, tmp_path: Path) -> None:
+    _changed(name, change).save(tmp_path / "statistics")
+    with pytest.raises(ValueError, match=message):
+        ExpertStatistics.load(tmp_path / "statistics")
+
+
+def test_without_a_token(tmp_path: Path) -> None:
+    statistics = statistics_of(("en", "de"), ("de", "en"))
+    empty = {
+        layer: LayerStatistics(**{name: tensor * 0 for name, tensor in vars(of_layer).items()})
+        for layer, of_layer in statistics.layers.items()
+    }
+    dataclasses.replace(statistics, layers=empty).save(tmp_path / "empty")
+    with pytest.raises(ValueError, match="has no token of en-de, de-en"):
+        ExpertStatistics.load(tmp_path / "empty")
+
+
+def test_layers_that_saw_different_text() -> None:
+    layer, other = "model.encoder.layers.1.ffn", "model.encoder.layers.3.ffn"
+    statistics = statistics_of(("en", "de"))
+    doubled = LayerStatistics(**{name: 2 * tensor for name, tensor in vars(statistics.layers[layer]).items()})
+    with pytest.raises(ValueError, match=rf"{other} has first choices of \[100\] tokens by pair, {layer} of \[50\]"):
+        dataclasses.replace(statistics, layers={**statistics.layers, other: doubled}).check()

@@ -314,3 +314,17 @@ def test_wrong_input(
 def test_dense_model(make_model: MakeModel, tokenizer: ZCodeM3Tokenizer, rows: Rows) -> None:
     with pytest.raises(ValueError, match="ZCodeM3ForConditionalGeneration has no MoE layer"):
         collect_expert_statistics(make_model(encoder_sparse_step=0, decoder_sparse_step=0), tokenizer, rows)
+
+
+@pytest.mark.parametrize(
+    ("weight", "wrong"),
+    [("router.weight", torch.nan), ("experts.up_proj", torch.nan), ("experts.down_proj", torch.inf)],
+)
+def test_numbers_that_are_not_finite(
+    weight: str, wrong: float, make_model: MakeModel, tokenizer: ZCodeM3Tokenizer, rows: Rows
+) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.get_parameter(f"{LAYERS[0]}.{weight}")[:] = wrong
+    with pytest.raises(ValueError, match=f"{LAYERS[0]} of the model put out NaN or infinity for text from .. to .."):
+        collect_expert_statistics(model, tokenizer, rows)

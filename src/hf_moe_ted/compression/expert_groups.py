@@ -25,7 +25,13 @@ def clustered(outputs_ED: Tensor, num_groups: int) -> ExpertGroups:
 
     Returns:
         groups by their lowest member, members ascending.
+
+    Raises:
+        ValueError: outputs that are not finite, or another number of groups.
     """
+    _require_finite(outputs_ED, "the mean outputs of the experts")
+    if not 1 <= num_groups <= len(outputs_ED):
+        raise ValueError(f"num_groups ({num_groups}) must be from 1 to the {len(outputs_ED)} experts")
     groups = [[expert] for expert in range(len(outputs_ED))]
     # not the faster way over products, which takes equal rows for slightly different ones
     distance = torch.cdist(outputs_ED.double(), outputs_ED.double(), compute_mode="donot_use_mm_for_euclid_dist")
@@ -43,6 +49,14 @@ def clustered(outputs_ED: Tensor, num_groups: int) -> ExpertGroups:
     return sorted(sorted(group) for group in groups)
 
 
+def _require_finite(numbers: Tensor, what: str) -> None:
+    """Comparisons with NaN are all false: groups would follow from nothing, and an assignment would never end."""
+    is_finite = numbers.isfinite()
+    if not is_finite.all():
+        rows = (~is_finite).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        raise ValueError(f"{what} must be finite, there is NaN or infinity in the rows {rows}")
+
+
 def assigned_to(dominant: Sequence[int], router_weight_ED: Tensor) -> ExpertGroups:
     """Each other expert with the dominant one whose router row is most similar, by the cosine.
 
@@ -50,7 +64,11 @@ def assigned_to(dominant: Sequence[int], router_weight_ED: Tensor) -> ExpertGrou
 
     Returns:
         groups in the order of `dominant`, which come first in them.
+
+    Raises:
+        ValueError: a router weight that is not finite.
     """
+    _require_finite(router_weight_ED, "the router's weight")
     rows_ED = torch.nn.functional.normalize(router_weight_ED.double(), dim=-1)
     nearest_E = (rows_ED @ rows_ED[list(dominant)].T).argmax(dim=-1).tolist()
     groups = [[expert] for expert in dominant]
@@ -72,6 +90,9 @@ def neuron_order(like: tuple[Tensor, Tensor, Tensor], expert: tuple[Tensor, Tens
 
     Returns:
         int64[F], for each neuron of `like` the one of `expert`.
+
+    Raises:
+        ValueError: weights that are not finite, or whose products are not.
     """
     (up_FD, bias_F, down_DF), (other_up_FD, other_bias_F, other_down_DF) = (
         [weight.float() for weight in weights] for weights in (like, expert)
@@ -91,7 +112,11 @@ def linear_assignment(cost: Tensor) -> Tensor:
 
     Returns:
         int64[n], the column of each row.
+
+    Raises:
+        ValueError: a cost that is not finite.
     """
+    _require_finite(cost, "cost")
     costs = cost.double().numpy(force=True)
     num = len(costs)
     row_dual = costs.min(axis=1, initial=np.inf)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..checkpoint.safetensors_io import new_folder
 from ..models.configuration_zcode_m3 import Side, ZCodeM3Config
+from .statistics_checks import COUNTS, check_fingerprint, check_layers, check_pairs
 
 LanguagePair = tuple[str, str]
 
@@ -211,7 +212,7 @@ class ExpertStatistics:
         """What `save` wrote.
 
         Raises:
-            ValueError: a file is missing, of another format, or not as it was written.
+            ValueError: a file is missing, of another format, not as it was written, or has what cannot be; see `check`.
         """
         folder = Path(folder)
         metadata = _read_metadata(folder / METADATA_NAME)
@@ -224,12 +225,26 @@ class ExpertStatistics:
             )
         try:
             fingerprint = ModelFingerprint(**metadata["fingerprint"])
+            check_fingerprint(**vars(fingerprint))
+            check_pairs(metadata["pairs"], metadata["num_sentences"])
             pairs = tuple((source, target) for source, target in metadata["pairs"])
-            num_sentences = tuple(metadata["num_sentences"])
             layers = _layers_of(load_file(path), fingerprint, len(pairs))
+            statistics = cls(fingerprint, pairs, tuple(metadata["num_sentences"]), layers)
+            statistics.check()
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder} does not hold complete expert statistics: {error!r}") from error
-        return cls(fingerprint, pairs, num_sentences, layers)
+            problem = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(
+                f"{folder} does not hold complete expert statistics: {problem}; collect them again"
+            ) from error
+        return statistics
+
+    def check(self) -> None:
+        """What must hold whatever the text was: `load` and `collect_expert_statistics` call it.
+
+        Raises:
+            ValueError: a number that is not finite or negative, sums that cannot be, a pair without a token.
+        """
+        check_layers(self.layers, self.pairs)
 
 
 def _layers_of(
@@ -245,8 +260,11 @@ def _layers_of(
             "output_sum": (num_experts, fingerprint.d_model),
         }
         for name, shape in shapes.items():
-            if tensors[f"{layer}.{name}"].shape != shape:
+            tensor, dtype = tensors[f"{layer}.{name}"], torch.int64 if name in COUNTS else torch.float64
+            if tensor.shape != shape:
                 raise ValueError(f"{layer}.{name} is not of the shape {shape}, {num_pairs} being the number of pairs")
+            if tensor.dtype != dtype:
+                raise ValueError(f"{layer}.{name} is of {tensor.dtype}, it must be of {dtype}")
         layers[layer] = LayerStatistics(**{name: tensors[f"{layer}.{name}"] for name in shapes})
     return layers
 
@@ -256,7 +274,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist; expert statistics are this file and {TENSORS_NAME}")
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is corrupted: {error}") from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is no file of expert statistics")

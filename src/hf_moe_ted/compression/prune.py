@@ -345,7 +345,8 @@ def _routed_share_kept(statistics: ExpertStatistics | None, kept: KeptExperts) -
             num_routed = {layer: statistics.layers[layer].num_routed[pairs].sum(dim=(0, 1)) for layer in layers}
             num_kept = sum(num_routed[layer][kept[layer]].sum().item() for layer in layers)
             num_all = sum(of_layer.sum().item() for of_layer in num_routed.values())
-            shares.setdefault(side, {})[language] = num_kept / num_all
+            if num_all:
+                shares.setdefault(side, {})[language] = num_kept / num_all
     return shares
 
 

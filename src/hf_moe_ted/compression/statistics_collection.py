@@ -69,7 +69,7 @@ def collect_expert_statistics(
     Raises:
         ValueError: the model has no MoE layer, or an `expert_map`; a row is of another form; one of `languages` or a
             language of the dataset is unknown to the tokenizer, or there is no sentence for it; nothing is left of the
-            dataset.
+            dataset; a layer whose router or experts put out NaN or infinity.
     """
     layers = _named_moe_layers(model)
     if model.config.expert_map is not None:
@@ -258,6 +258,11 @@ class _Totals:
         self.num_tokens[pair] += sum(sentence.num_tokens for sentence in sentences)
         for layer, recorder in recorders.items():
             sums = recorder.take()
+            if wrong := [name for name, tensor in sums.items() if not tensor.isfinite().all()]:
+                raise ValueError(
+                    f"{layer} of the model put out NaN or infinity for text from {pair[0]} to {pair[1]} (seen in "
+                    f"{', '.join(wrong)}); its weights are damaged, or too large for their dtype: try float32"
+                )
             _add(self._output_sums, {layer: sums.pop("output_sum")})
             _add(self._sums[pair, layer], sums)
 
@@ -270,7 +275,9 @@ class _Totals:
             counts = {name: stacked.pop(name).long() for name in ("num_routed", "num_dropped")}
             layers[layer] = LayerStatistics(**counts, **stacked, output_sum=output_sum)
         num_sentences = tuple(self.num_sentences[pair] for pair in pairs)
-        return ExpertStatistics(fingerprint, tuple(pairs), num_sentences, layers)
+        statistics = ExpertStatistics(fingerprint, tuple(pairs), num_sentences, layers)
+        statistics.check()
+        return statistics
 
 
 def _whole(weight: Any) -> Tensor:
