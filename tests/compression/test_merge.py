@@ -310,3 +310,19 @@ def test_other_wrong_input(make_model: MakeModel, rows: Any, tmp_path: Path, mon
     with pytest.raises(OSError, match="No space left"):
         merge_experts(tmp_path / "full", statistics, keep=2, output_dir=tmp_path / "small")
     assert {*tmp_path.rglob("*")} == before
+
+
+def test_an_expert_with_nan_does_not_spread(make_model: MakeModel, rows: Any, tmp_path: Path) -> None:
+    model = make_model()
+    statistics = collect(model, rows[:6])
+    with torch.no_grad():
+        for experts in (layer.experts for layer in model.modules() if hasattr(layer, "experts")):
+            experts.down_proj[2] = torch.nan
+    with pytest.raises(ValueError, match="down_proj of expert 2 has NaN or infinity"):
+        merge_experts(model, statistics, keep=1)
+    model.save_pretrained(tmp_path / "full")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        merge_experts(tmp_path / "full", statistics, keep=1, output_dir=tmp_path / "small")
+    with pytest.raises(ValueError, match="cost must be finite"):
+        merge_experts(model, statistics, keep=1, method="frequency")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]

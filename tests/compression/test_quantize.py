@@ -1,12 +1,14 @@
 """Quantized experts: exact integers, the same model after saving, and what cannot be done with it."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, Trainer, TrainingArguments
 
@@ -276,3 +278,92 @@ def test_interrupted_writing(make_model: MakeModel, tmp_path: Path, monkeypatch:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is not empty"):
         quantize_experts(make_model(), output_dir=tmp_path)
+
+
+def test_models_with_adapters(make_model: MakeModel, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    make_model().save_pretrained(tmp_path / "full")
+    options = {"output_dir": tmp_path / "small"}
+
+    with_adapter = make_model()
+    with_adapter.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    injected = peft.get_peft_model(make_model(), peft.LoraConfig(r=2, target_modules=["k_proj"])).get_base_model()
+    whole_module = peft.get_peft_model(
+        make_model(), peft.LoraConfig(r=2, target_modules=["k_proj"], modules_to_save=["router"])
+    ).get_base_model()
+    for model in (with_adapter, injected, whole_module):
+        with pytest.raises(ValueError, match="has an adapter of PEFT; merge adapters"):
+            quantize_experts(model, **options)
+        with pytest.raises(ValueError, match="has an adapter of PEFT; merge adapters"):
+            prune_experts(model, None, keep=2, criterion="random", **options)
+    wrapped: Any = peft.get_peft_model(make_model(), peft.LoraConfig(r=2, target_modules=["k_proj"]))
+    with pytest.raises(ValueError, match=r"must be a ZCodeM3ForConditionalGeneration .* got PeftModel"):
+        quantize_experts(wrapped, **options)
+
+    with_adapter.save_pretrained(tmp_path / "full")  # the adapter alone, beside the weights
+    with pytest.raises(ValueError, match=r"full has adapter_config\.json: an adapter of PEFT"):
+        quantize_experts(tmp_path / "full", **options)
+    with pytest.raises(ValueError, match=r"full has adapter_config\.json: an adapter of PEFT"):
+        prune_experts(tmp_path / "full", None, keep=2, criterion="random", **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+def test_merged_adapter(make_model: MakeModel) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make_model(), peft.LoraConfig(r=2, target_modules=["q_proj"])).merge_and_unload()
+    assert torch.equal(logits_of(quantize_experts(model)), logits_of(quantize_experts(make_model())))
+
+
+def test_weights_that_are_not_all_there(make_model: MakeModel, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "full")
+    path = tmp_path / "full" / "model.safetensors"
+    weights = load_file(path)
+    name = f"{LAYERS[0]}.experts.up_proj"
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"model.shared.weight": None}, "missing: model.shared.weight"),
+        ({name: None}, f"missing: {name}"),
+        ({name: weights[name][:2]}, rf"{name} has the shape \(2, "),
+        ({"model.shared.weight": weights["model.shared.weight"] * torch.nan}, "model.shared.weight.* NaN"),
+        ({name: weights[name] / 0}, f"{name}.* NaN"),
+    ]
+    for change, message in changes:
+        changed = {key: weight for key, weight in {**weights, **change}.items() if weight is not None}
+        save_file(changed, path, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            quantize_experts(tmp_path / "full", output_dir=tmp_path / "small")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["full"]
+
+    shutil.copytree(FIXTURES / "nllb_moe" / "tiny_a", tmp_path / "nllb_moe")
+    path = tmp_path / "nllb_moe" / "model.safetensors"
+    weights = load_file(path)
+    lacking = next(name for name in weights if name.endswith("router.classifier.weight"))
+    save_file({name: weights[name] for name in weights if name != lacking}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"nllb_moe does not hold the weights of its config: .*missing_keys.*router"):
+        quantize_experts(tmp_path / "nllb_moe", output_dir=tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_numbers_that_are_not_finite(wrong: float, make_model: MakeModel, tmp_path: Path) -> None:
+    for name in (f"{LAYERS[0]}.experts.down_proj", f"{LAYERS[1]}.experts.up_proj_bias", "model.shared.weight"):
+        model = make_model()
+        with torch.no_grad():
+            model.get_parameter(name)[1] = wrong
+        with pytest.raises(ValueError, match=f"{name} of ZCodeM3ForConditionalGeneration has NaN"):
+            quantize_experts(model)
+        model.save_pretrained(tmp_path / "full")
+        if name.endswith("down_proj"):
+            with pytest.raises(ValueError, match=r"down_proj of expert 1 has NaN or infinity"):
+                load(tmp_path / "full", quantization_config=ExpertQuantizationConfig(8))
+
+
+def test_weights_that_the_config_ties_but_that_differ(make_model: MakeModel) -> None:
+    model = make_model(tie_word_embeddings=True)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    quantize_experts(model)
+    with torch.no_grad():
+        model.lm_head.weight[3] += 1
+    with pytest.raises(ValueError, match=r"lm_head.weight .* differ, but the config ties them"):
+        quantize_experts(model)
+    with pytest.raises(ValueError, match=r"lm_head.weight .* differ, but the config ties them"):
+        prune_experts(model, None, keep=2, criterion="random")

@@ -239,6 +239,11 @@ class _Merging:
             total = torch.zeros(out.shape[1:], dtype=torch.float64)  # rounded once
             for share, expert in zip(shares.tolist(), group, strict=True):
                 weight = self._source.row(name, expert)
+                if not weight.isfinite().all():
+                    raise ValueError(
+                        f"{name} of expert {expert} has NaN or infinity, which would spread over the {len(group)} "
+                        f"experts that become one ({group}); merge a model that is whole"
+                    )
                 if (layer, expert) in self._order and kind in _NEURON_DIM:
                     weight = weight.index_select(_NEURON_DIM[kind], self._order[layer, expert])
                 total += share * weight.double()

@@ -30,6 +30,8 @@ from .expert_statistics import SIDES, ExpertStatistics, ModelFingerprint, moe_la
 from .model_card import derived_card
 from .report_folder import save_report
 
+ADAPTER_CONFIG = "adapter_config.json"
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -52,11 +54,16 @@ class ModelSource:
     model: ZCodeM3ForConditionalGeneration | None = None
 
     @classmethod
-    def open(cls, model_or_folder: ZCodeM3ForConditionalGeneration | str | os.PathLike[str]) -> "ModelSource":
+    def open(
+        cls, model_or_folder: ZCodeM3ForConditionalGeneration | str | os.PathLike[str], *, may_have_map: bool = False
+    ) -> "ModelSource":
         """
+        Args:
+            may_have_map: whether the model may have an `expert_map`.
+
         Raises:
-            ValueError: something else, a model whose weights are not all here, or weights that are not those of the
-                config.
+            ValueError: something else, a model whose weights are not all here, with an adapter or quantized, or weights
+                that are not those of the config.
         """
         if isinstance(model_or_folder, str | os.PathLike):
             source = _open_folder(Path(model_or_folder))
@@ -67,9 +74,12 @@ class ModelSource:
                 "model_or_folder must be a ZCodeM3ForConditionalGeneration or the folder of one, got "
                 f"{type(model_or_folder).__name__}"
             )
-        if getattr(source.config, "quantization_config", None):
-            raise ValueError(f"{source.path} has a quantization_config; compress the weights before they are quantized")
-        if source.config.expert_map is not None:
+        if getattr(source.config, "quantization_config", None) or getattr(source.model, "hf_quantizer", None):
+            raise ValueError(
+                f"{source.path} is quantized already (quantization_config); compress the weights before they are "
+                "quantized"
+            )
+        if source.config.expert_map is not None and not may_have_map:
             raise ValueError(
                 f"{source.path} has an expert_map: its experts were merged, or pruned with renormalize=False; compress "
                 "the model that it was made of"
@@ -134,6 +144,11 @@ def _open_folder(folder: Path) -> ModelSource:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} must be a folder with config.json; `hf download` makes one of a Hub id")
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"{folder} has {ADAPTER_CONFIG}: an adapter of PEFT, which would be left out; merge it into the "
+            "weights with merge_and_unload() first, or remove its files"
+        )
     fields = json.loads(path.read_text(encoding="utf-8"))
     if fields.get("model_type") != ZCodeM3Config.model_type:
         raise ValueError(
@@ -149,13 +164,20 @@ def _open_folder(folder: Path) -> ModelSource:
 
 
 def _open_model(model: ZCodeM3ForConditionalGeneration) -> ModelSource:
+    if adapted := [name for name, module in model.named_modules() if hasattr(module, "adapter_layer_names")]:
+        raise ValueError(
+            f"{adapted[0]} has an adapter of PEFT; merge adapters into the weights with merge_and_unload() first, or "
+            "give the model without them"
+        )
     weights: dict[str, Tensor] = model.state_dict()
     for name, weight in weights.items():
         if isinstance(weight, DTensor) or weight.is_meta:
             raise ValueError(f"{name} is not all in the memory of this process; save the model and give the folder")
+    # mostly one tensor; if they are two, `drop_tied_copies` refuses those that differ
     tied = model.all_tied_weights_keys
+    one = {name for name in tied if name in weights and weights[name].data_ptr() == weights[tied[name]].data_ptr()}
     tensors = LazyTensors(
-        {name: weight.to("meta") for name, weight in weights.items() if name not in tied},
+        {name: weight.to("meta") for name, weight in weights.items() if name not in one},
         lambda name: weights[name].cpu().clone(),
         lambda name, index: weights[name][index].cpu().clone(),
     )

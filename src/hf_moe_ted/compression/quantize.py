@@ -1,14 +1,15 @@
 """Experts in 8 or 4 bits per weight: a smaller model of the same architecture, for inference."""
 
 import copy
+import json
 import logging
 import math
 import os
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ..checkpoint.model_folder import copy_tokenizer_and_generation_config
 from ..checkpoint.safetensors_io import check_output_dir, new_folder
@@ -16,6 +17,7 @@ from ..models.experts import ZCodeM3Experts
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from .compression_report import QuantizationReport, num_bytes, num_parameters
 from .model_card import derived_card
+from .model_source import ModelSource
 from .quantized_experts import ExpertQuantizationConfig, ExpertQuantizer
 from .report_folder import save_report
 
@@ -60,8 +62,9 @@ def quantize_experts(
         a model in evaluation mode, that cannot be trained.
 
     Raises:
-        ValueError: before anything is written: the model is quantized already, spread over processes or without
-            experts; other `bits`, or a `group_size` that does not divide a width; `output_dir` is not empty.
+        ValueError: before anything is written: the model is quantized already, spread over processes, has an adapter or
+            no experts; weights that are missing or not finite; other `bits`, or a `group_size` that does not divide a
+            width; `output_dir` is not empty.
     """
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
@@ -92,25 +95,31 @@ def quantize_experts(
 def _open(
     model_or_folder: ZCodeM3ForConditionalGeneration | str | os.PathLike[str],
 ) -> tuple[ZCodeM3ForConditionalGeneration, Path]:
-    """The model, and the folder or the name of the model's class."""
-    if isinstance(model_or_folder, str | os.PathLike):
-        source = Path(model_or_folder)
-        if not (source / "config.json").is_file():
-            raise ValueError(f"{source} must be a folder with config.json; `hf download` makes one of a Hub id")
-        model = ZCodeM3ForConditionalGeneration.from_pretrained(source, dtype="auto")
-    elif isinstance(model_or_folder, ZCodeM3ForConditionalGeneration):
-        model, source = model_or_folder, Path(type(model_or_folder).__name__)
-    else:
-        raise ValueError(
-            "model_or_folder must be a ZCodeM3ForConditionalGeneration or the folder of one, got "
-            f"{type(model_or_folder).__name__}"
-        )
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError(f"{source} is quantized already; quantize the model that it was made of")
+    """The model, all of whose weights are those of its config and finite, and the folder or the name of its class."""
+    is_folder = isinstance(model_or_folder, str | os.PathLike)
+    model = _load(Path(model_or_folder)) if is_folder else model_or_folder
+    source = Path(model_or_folder) if is_folder else ModelSource.open(model, may_have_map=True).path
     for name, weight in model.named_parameters():
-        if isinstance(weight, DTensor) or weight.is_meta:
-            raise ValueError(f"{name} is not all in the memory of this process; save the model and give the folder")
+        if not weight.is_floating_point() or not weight.isfinite().all():
+            raise ValueError(
+                f"{name} of {source} has NaN, infinity or integers ({weight.dtype}); quantize a model that is whole"
+            )
     return model, source
+
+
+def _load(folder: Path) -> ZCodeM3ForConditionalGeneration:
+    """The model of a folder of ZCodeM3 or NLLB-MoE, none of whose weights is drawn at random."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} must be a folder with config.json; `hf download` makes one of a Hub id")
+    if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") != "nllb-moe":
+        ModelSource.open(folder, may_have_map=True)
+    try:
+        model, info = ZCodeM3ForConditionalGeneration.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder} cannot be loaded: {error}") from error
+    if problems := {kind: sorted(map(str, names)) for kind, names in info.items() if names}:
+        raise ValueError(f"{folder} does not hold the weights of its config: {problems}")
+    return model
 
 
 def _experts_of(model: nn.Module) -> list[ZCodeM3Experts]:

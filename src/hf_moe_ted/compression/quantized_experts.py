@@ -8,6 +8,7 @@ width, G weights per scale.
 """
 
 import copy
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,6 +139,9 @@ class QuantizedExperts(nn.Module):
 
         Returns:
             the relative error of the weight matrices of all experts, `||rounded - exact|| / ||exact||` (Frobenius).
+
+        Raises:
+            ValueError: a weight is not finite, or too large to be rounded in its dtype.
         """
         squared_error = squared_norm = 0.0
         for name in _PROJECTIONS:
@@ -147,7 +151,13 @@ class QuantizedExperts(nn.Module):
                 self.get_parameter(f"{name}_packed")[expert] = packed
                 self.get_parameter(f"{name}_scale")[expert] = scale
                 exact = weight.double()
-                squared_error += (dequantize_weight(packed, scale, self.bits).double() - exact).square().sum().item()
+                error = (dequantize_weight(packed, scale, self.bits).double() - exact).square().sum().item()
+                if not math.isfinite(error):
+                    raise ValueError(
+                        f"{name} of expert {expert} has NaN or infinity, or weights too large for {weight.dtype}; "
+                        "quantize a model that is whole"
+                    )
+                squared_error += error
                 squared_norm += exact.square().sum().item()
         return (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
 
