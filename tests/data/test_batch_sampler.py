@@ -124,6 +124,34 @@ def test_bad_input(dataset: Any, collator: Any) -> None:
         TokenBudgetBatchSampler(dataset, collator, BUDGET, examples_per_epoch=0)
     with pytest.raises(ValueError, match=r"lengths has the shape \(3, 2\), it must be \(170, 2\)"):
         TokenBudgetBatchSampler(dataset, collator, BUDGET, lengths=np.ones((3, 2)))
+    num = len(dataset)
+    for options, message in [
+        ({"examples_per_epoch": 2.5}, r"examples_per_epoch \(2.5\) must be an integer"),
+        ({"max_tokens_per_batch": float("nan")}, r"max_tokens_per_batch \(nan\) must be an integer"),
+        ({"max_tokens_per_batch": -5}, r"max_tokens_per_batch \(-5\) must be at least 1"),
+        ({"seed": -1}, r"seed \(-1\) must be at least 0"),
+        ({"lengths": np.full((num, 2), np.nan)}, r"lengths \(float64\) must be integers from 1 up"),
+        ({"lengths": np.zeros((num, 2), dtype=int)}, r"lengths \(int64\) must be integers from 1 up"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            TokenBudgetBatchSampler(dataset, collator, **{"max_tokens_per_batch": BUDGET, **options})
     weights = {"translation": 1.0}
     with pytest.raises(ValueError, match="must have a positive weight for the tasks with examples"):
         TokenBudgetBatchSampler(dataset, collator, BUDGET, mixture=Mixture(task_weights=weights))
+
+
+def test_what_holds_for_all_budgets(dataset: Any, collator: Any) -> None:
+    random = np.random.default_rng(0)
+    for _ in range(40):
+        lengths = 8 * random.integers(1, 10 ** random.integers(1, 4), size=(len(dataset), 2))  # as they are padded
+        longest = int(lengths.sum(axis=1).max())
+        budget = longest + int(random.choice([0, 1, random.integers(10 * longest), 10**12]))
+        num_examples = int(random.choice([1, 7, 500]))
+        options = {"examples_per_epoch": num_examples, "lengths": lengths, "seed": int(random.integers(2**40))}
+        batches = list(TokenBudgetBatchSampler(dataset, collator, budget, **options))
+        assert sum(map(len, batches)) == num_examples
+        for batch in batches:
+            of_batch = lengths[[draw.example for draw in batch]]
+            assert len(batch) * of_batch.max(axis=0).sum() <= budget
+        with pytest.raises(ValueError, match=rf"max_tokens_per_batch \({longest - 1}\) is less than the tokens of one"):
+            TokenBudgetBatchSampler(dataset, collator, longest - 1, **options)

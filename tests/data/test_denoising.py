@@ -128,9 +128,50 @@ def test_no_noise_is_the_text() -> None:
         ("mask_ratio", 1.0, r"mask_ratio \(1.0\) must be at least 0 and less than 1"),
         ("word_dropout", -0.1, r"word_dropout \(-0.1\) must be at least 0"),
         ("poisson_lambda", 0.0, r"poisson_lambda \(0.0\) must be positive"),
+        ("poisson_lambda", math.nan, r"poisson_lambda \(nan\) must be a number"),
+        ("poisson_lambda", math.inf, r"poisson_lambda \(inf\) must be positive and finite"),
+        ("mask_ratio", math.nan, r"mask_ratio \(nan\) must be a number"),
+        ("mask_ratio", "0.35", r"mask_ratio \('0.35'\) must be a number"),
+        ("word_dropout", None, r"word_dropout \(None\) must be a number"),
+        ("word_dropout", 1, r"word_dropout \(1\) must be at least 0 and less than 1"),
         ("sentence_distance", -1, r"sentence_distance \(-1\) must be 0 or more"),
+        ("sentence_distance", 1.5, r"sentence_distance \(1.5\) must be an integer"),
+        ("sentence_distance", math.nan, r"sentence_distance \(nan\) must be an integer"),
     ],
 )
 def test_bad_numbers(field: str, value: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DenoisingNoise(**{field: value})
+
+
+def test_what_holds_for_all_parameters() -> None:
+    """Words are kept, masked or dropped, nothing else appears, and there are at most two masks per masked word."""
+    random = np.random.default_rng(0)
+    for seed in range(400):
+        noise = DenoisingNoise(
+            mask_ratio=random.choice([0.0, 1e-9, random.random(), 0.999999]),
+            poisson_lambda=10.0 ** int(random.integers(-300, 300)) if seed % 2 else 10 * random.random() + 1e-3,
+            sentence_distance=int(random.choice([0, 1, 10**9])),
+            word_dropout=random.choice([0.0, random.random(), 0.999999]),
+        )
+        words = [f"w{number}" + "." * int(random.random() < 0.2) for number in range(random.integers(0, 30))]
+        # a mask before the first word takes its place after no space
+        noised = noise(" ".join(words), seed=seed, mask_token="<mask>").replace("<mask>", " <mask> ").split()
+        num_masks = noised.count("<mask>")
+        kept = [word for word in noised if word != "<mask>"]
+        assert {*kept} <= {*words} and len({*kept}) == len(kept), noise
+        num_masked_at_most = int(len(words) * noise.mask_ratio + 1)
+        assert num_masks <= 2 * num_masked_at_most, noise
+        assert bool("".join(noised)) == bool(words), noise
+
+
+def test_a_tiny_mean_makes_masks_of_one_word_and_as_many_between_words() -> None:
+    noised = [mask_spans(WORDS[:10], 0.5, 1e-3, "<mask>", np.random.default_rng(seed)) for seed in range(20)]
+    assert {sum("mask" in word for word in words) for words in noised} == {10}
+    assert {sum("mask" not in word for word in words) for words in noised} == {5}
+
+
+def test_a_long_text_takes_its_length() -> None:
+    words = ["a "] * 400_000
+    noised = mask_spans(words, 0.35, 3.5, "<mask>", np.random.default_rng(0))  # not with its square
+    assert sum("mask" in word for word in noised) == pytest.approx(40_000, rel=0.05)

@@ -34,6 +34,14 @@ def test_temperature_rises_from_one() -> None:
     ("options", "message"),
     [
         ({"temperature": 0.0}, r"temperature \(0.0\) must be positive"),
+        ({"temperature": float("nan")}, r"temperature \(nan\) must be a number"),
+        ({"temperature": "5"}, r"temperature \('5'\) must be a number"),
+        ({"temperature": float("inf"), "temperature_warmup_epochs": 2}, r"temperature \(inf\) must be finite to rise"),
+        ({"temperature_warmup_epochs": float("nan")}, r"temperature_warmup_epochs \(nan\) must be a number"),
+        ({"temperature_warmup_epochs": float("inf")}, r"temperature_warmup_epochs \(inf\) must not be .* infinite"),
+        ({"task_weights": {"translation": float("nan"), "denoising": 0.5}}, r"task_weights of translation \(nan\)"),
+        ({"task_weights": {"translation": "1"}}, r"task_weights of translation \('1'\) must be a number"),
+        ({"task_weights": [0.5, 0.5]}, r"task_weights \(\[0.5, 0.5\]\) must be a dictionary"),
         ({"temperature_warmup_epochs": -1}, r"temperature_warmup_epochs \(-1\) must not be negative"),
         ({"task_weights": {"translation": 0.7, "denoising": 0.7}}, r"must not be negative and sum to 1, not 1.4"),
         ({"task_weights": {"translation": 1.5, "denoising": -0.5}}, r"must not be negative and sum to 1"),
@@ -62,3 +70,37 @@ def test_apportioned_numbers_sum_and_are_off_by_less_than_one(total: int) -> Non
     counts = apportion(probabilities, total)
     assert counts.sum() == total
     assert abs(counts - probabilities * total).max() < 1
+
+
+def test_what_holds_for_all_temperatures() -> None:
+    """Probabilities are finite and sum to 1, larger components are not drawn less often, weights are those of tasks."""
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        temperature = random.choice([np.inf, 1e-300, 1e300, 10.0 ** random.uniform(-6, 6)])
+        warmup = 0 if temperature == np.inf else random.choice([0, 3])
+        share = random.choice([1e-12, random.random()])
+        weights = random.choice(np.array([None, {"translation": 1 - share, "denoising": share}]))
+        tasks = ["translation", "denoising", *random.choice(["translation", "denoising"], size=5).tolist()]
+        sizes = 10 ** random.integers(0, 15, size=7)
+        mixture = Mixture(temperature, warmup, weights)
+        for epoch in (0, 1.5, 3, 1e9):
+            probabilities = mixture.probabilities(tasks, sizes, epoch)
+            assert np.isfinite(probabilities).all() and (probabilities >= 0).all()
+            assert probabilities.sum() == pytest.approx(1)
+            for task in ("translation", "denoising"):
+                of_task = np.array(tasks) == task
+                in_order = probabilities[of_task][np.argsort(sizes[of_task], kind="stable")]
+                assert (np.diff(in_order) >= -1e-15).all()
+                if weights is not None:
+                    assert probabilities[of_task].sum() == pytest.approx(weights[task])
+
+
+def test_the_ends_of_temperatures() -> None:
+    assert Mixture(np.inf).probabilities(TASKS, SIZES) == pytest.approx([1 / 3] * 3)
+    assert Mixture(1e-6).probabilities(TASKS, SIZES) == pytest.approx([0, 0, 1])
+
+
+@pytest.mark.parametrize("sizes", [[1, 2], [1, 0, 3], [1, -1, 3], [1, np.nan, 3], [1, np.inf, 3]])
+def test_bad_sizes(sizes: list) -> None:
+    with pytest.raises(ValueError, match="sizes"):
+        Mixture().probabilities(TASKS, sizes)

@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 
 from hf_moe_ted import MultitaskDataset
@@ -97,3 +98,21 @@ def test_languages_are_selected() -> None:
 def test_bad_datasets(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MultitaskDataset(**arguments)
+
+
+def test_examples_by_every_kind_of_number() -> None:
+    rows = [{"text": f"text {number}", "lang": "de"} for number in range(5)]
+    dataset = MultitaskDataset(denoising=rows)
+    examples = [dataset[number] for number in range(5)]
+    assert [example["noise_seed"] for example in examples] == [0, 1, 2, 3, 4]
+    assert dataset[-1] == examples[4] and dataset[-5] == examples[0]
+    assert dataset[np.int64(3)] == dataset[np.uint8(3)] == examples[3]
+    assert dataset[1:4] == examples[1:4] and dataset[::-2] == examples[::-2] and dataset[5:] == []
+    assert list(dataset) == examples
+    assert dataset[Draw(-1, 7)] == {**examples[4], "noise_seed": 7}
+    for number in (5, -6, np.int64(5), Draw(5, 0), 2**70):
+        with pytest.raises(IndexError, match=r"there is no example .*: the dataset has 5"):
+            dataset[number]
+    for number in (1.0, "1", None):
+        with pytest.raises(TypeError):
+            dataset[number]

@@ -146,3 +146,48 @@ def test_bad_options(collator: Any) -> None:
         stream_of(collator).shard(2, 2)
     with pytest.raises(ValueError, match="of a stream with 2 shards, this one has 1"):
         stream_of(collator).load_state_dict(stream_of(collator).shard(2, 0).state_dict())
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_a_loaded_state_goes_on_in_a_shard(num_shards: int, collator: Any) -> None:
+    first = stream_of(collator).shard(num_shards, 0)
+    expected = list(islice(first, 12))
+    for _ in islice(first, 5):
+        pass
+    again = stream_of(collator) if num_shards == 1 else stream_of(collator).shard(num_shards, 0)
+    again.load_state_dict(first.state_dict())
+    assert list(islice(again.shard(num_shards, 0), 7)) == expected[5:]
+    with pytest.raises(ValueError, match=f"of a stream with {num_shards} shards, and there are to be 3"):
+        again.shard(3, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("num_draws"), r"the state must have num_draws, .*got"),
+        (lambda state: state.update(num_draws=-1), r"num_draws of the state \(-1\) must be at least 0"),
+        (lambda state: state.update(num_batches="1"), r"num_batches of the state \('1'\) must be an integer"),
+        (lambda state: state.update(passes=[(0, 0), (0, -3)]), r"passes of the state \(-3\) must be at least 0"),
+        (lambda state: state.update(passes=[0, 0]), "passes of the state has 0"),
+        (lambda state: state.update(passes=[(0, 0)]), "of a stream with 1 sources, this one has 2"),
+    ],
+)
+def test_damaged_states(change: Any, message: str, collator: Any) -> None:
+    state = stream_of(collator).state_dict()
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        stream_of(collator).load_state_dict(state)
+
+
+def test_bad_numbers(collator: Any) -> None:
+    for options, message in [
+        ({"buffer_rows": 0}, r"buffer_rows \(0\) must be at least 1"),
+        ({"buffer_rows": 1.5}, r"buffer_rows \(1.5\) must be an integer"),
+        ({"max_tokens_per_batch": float("nan")}, r"max_tokens_per_batch \(nan\) must be an integer"),
+        ({"seed": -1}, r"seed \(-1\) must be at least 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            stream_of(collator, **options)
+    for size in (0, -1, float("nan"), float("inf"), "9"):
+        with pytest.raises(ValueError, match="size"):
+            StreamSource("translation", PAIRS, size)

@@ -8,6 +8,7 @@ from torch.utils.data import Sampler
 from .collator import DataCollatorForMultitaskSeq2Seq
 from .mixture import Mixture, apportion
 from .multitask_dataset import Draw, MultitaskDataset
+from .number_checks import require_integer
 from .progress import progress_bar
 
 _CHUNK = 10_000  # examples that are tokenized at once
@@ -38,8 +39,8 @@ class TokenBudgetBatchSampler(Sampler[list[Draw]]):
         lengths: int[len(dataset), 2], what `token_lengths` counts, which it does if they are not given.
 
     Raises:
-        ValueError: a budget that is less than the longest example, an epoch without examples, or what
-            `Mixture.probabilities` raises.
+        ValueError: a budget that is less than the longest example, an epoch without examples, lengths that are none, or
+            what `Mixture.probabilities` raises.
     """
 
     def __init__(
@@ -58,11 +59,14 @@ class TokenBudgetBatchSampler(Sampler[list[Draw]]):
         self.mixture = Mixture() if mixture is None else mixture
         self.examples_per_epoch = len(dataset) if examples_per_epoch is None else examples_per_epoch
         self.seed = seed
-        if self.examples_per_epoch < 1:
-            raise ValueError(f"examples_per_epoch ({examples_per_epoch}) must be at least 1")
+        require_integer("examples_per_epoch", self.examples_per_epoch, 1)
+        require_integer("max_tokens_per_batch", max_tokens_per_batch, 1)
+        require_integer("seed", seed, 0)
         self.lengths = token_lengths(dataset, collator) if lengths is None else np.asarray(lengths)
         if self.lengths.shape != (len(dataset), 2):
             raise ValueError(f"lengths has the shape {self.lengths.shape}, it must be ({len(dataset)}, 2)")
+        if self.lengths.dtype.kind not in "iu" or self.lengths.min() < 1:
+            raise ValueError(f"lengths ({self.lengths.dtype}) must be integers from 1 up, tokens of source and target")
         self.padded_lengths = padded_lengths(self.lengths, collator, max_tokens_per_batch)
         order = np.argsort(dataset.component_numbers, kind="stable")
         self._examples_of = np.split(order, np.cumsum(dataset.sizes)[:-1])

@@ -4,12 +4,17 @@ All noise is on words and sentences of the text, so that it does not depend on a
 spaces every character is a word.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
+
+from .number_checks import require_integer, require_number
+
+_LARGEST_MEAN = 1e9  # of a span; numpy takes none that is much larger
 
 # Thai, Lao, Myanmar, Khmer; kana and Han characters with their extensions; no Hangul, which has spaces
 _UNSPACED = (
@@ -34,13 +39,14 @@ class DenoisingNoise:
 
     Args:
         mask_ratio: share of the words that is masked; each span of them becomes one mask token.
-        poisson_lambda: mean length of a span, in words. A span of length 0 is a mask token between two words.
+        poisson_lambda: mean length of a span, in words. A span of length 0 is a mask token between two words; of these
+            there are at most as many as masked words, which a mean of less than 1 would exceed.
         sentence_distance: places that a sentence may move, 0 for none, as words do in
             https://huggingface.co/papers/1711.00043, section 2.3.
         word_dropout: probability that a word is left out.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: something that is no number, or a number out of its range.
 
     Example:
 
@@ -57,11 +63,11 @@ class DenoisingNoise:
 
     def __post_init__(self) -> None:
         for name in ("mask_ratio", "word_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
+            if not 0.0 <= require_number(name, getattr(self, name)) < 1.0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0 and less than 1")
-        if not self.poisson_lambda > 0:
-            raise ValueError(f"poisson_lambda ({self.poisson_lambda}) must be positive")
-        if self.sentence_distance < 0:
+        if not 0.0 < require_number("poisson_lambda", self.poisson_lambda) < math.inf:
+            raise ValueError(f"poisson_lambda ({self.poisson_lambda}) must be positive and finite")
+        if require_integer("sentence_distance", self.sentence_distance) < 0:
             raise ValueError(f"sentence_distance ({self.sentence_distance}) must be 0 or more places")
 
     def __call__(self, text: str, *, seed: int, mask_token: str) -> str:
@@ -113,8 +119,14 @@ def mask_spans(
     """
     num_masked = int(len(words) * ratio + random.random())
     spans: list[int] = []
-    while sum(spans) < num_masked:
-        spans.append(min(int(random.poisson(poisson_lambda)), num_masked - sum(spans)))
+    num_left, num_between = num_masked, 0
+    while num_left > 0:
+        length = int(random.poisson(min(poisson_lambda, _LARGEST_MEAN)))
+        if length == 0 and num_between == num_masked:
+            length = 1
+        num_between += length == 0
+        spans.append(min(length, num_left))
+        num_left -= spans[-1]
     num_kept = len(words) - num_masked
     # spans and kept words in random order, which is a uniform choice among all places that the spans may have
     is_span = random.permutation(np.arange(num_kept + len(spans)) < len(spans))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .multitask_rows import TASKS
+from .number_checks import require_number
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Mixture:
     section 4.1). With `temperature_warmup_epochs` it rises linearly from 1 in the first epoch.
 
     Args:
-        temperature: `T`, after its warmup.
+        temperature: `T`, after its warmup; without one it may be infinite, which draws all components as often.
         temperature_warmup_epochs: epochs until the temperature is reached, 0 for at once.
         task_weights: share of the examples by task, summing to 1.
 
@@ -33,13 +34,18 @@ class Mixture:
     task_weights: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
+        if not require_number("temperature", self.temperature) > 0:
             raise ValueError(f"temperature ({self.temperature}) must be positive")
-        if self.temperature_warmup_epochs < 0:
-            raise ValueError(f"temperature_warmup_epochs ({self.temperature_warmup_epochs}) must not be negative")
+        warmup = require_number("temperature_warmup_epochs", self.temperature_warmup_epochs)
+        if not 0 <= warmup < math.inf:
+            raise ValueError(f"temperature_warmup_epochs ({warmup:g}) must not be negative or infinite")
+        if warmup and self.temperature == math.inf:
+            raise ValueError(f"temperature ({self.temperature}) must be finite to rise in {warmup:g} epochs")
         if self.task_weights is None:
             return
-        weights = dict(self.task_weights)
+        if not isinstance(self.task_weights, Mapping):
+            raise ValueError(f"task_weights ({self.task_weights!r}) must be a dictionary of the share of each task")
+        weights = {task: require_number(f"task_weights of {task}", w) for task, w in self.task_weights.items()}
         if unknown := {*weights} - {*TASKS}:
             raise ValueError(f"task_weights ({weights}) has the unknown tasks {sorted(unknown)}; there are {TASKS}")
         if min(weights.values(), default=0.0) < 0 or not math.isclose(sum(weights.values()), 1.0, abs_tol=1e-6):
@@ -56,25 +62,44 @@ class Mixture:
 
         Args:
             tasks: of each component.
-            sizes: int[num_components], examples of each component.
+            sizes: int[num_components], examples of each component, from 1 up.
             epoch: see `temperature_of`.
 
         Raises:
-            ValueError: a weight for a task without examples, or a task without a weight.
+            ValueError: another number of sizes than of tasks, a size that is not positive, a weight for a task without
+                examples, or a task without a weight.
         """
-        scores = np.asarray(sizes, dtype=np.float64) ** (1.0 / self.temperature_of(epoch))
+        log_sizes = _log_sizes(sizes, len(tasks))
+        temperature = self.temperature_of(epoch)
         if self.task_weights is None:
-            return scores / scores.sum()
+            return _powers(log_sizes, temperature)
         if {task for task, weight in self.task_weights.items() if weight > 0} != {*tasks}:
             raise ValueError(
                 f"task_weights ({dict(self.task_weights)}) must have a positive weight for the tasks with examples, "
                 f"{sorted({*tasks})}, and for no other"
             )
         task_of_component = np.array(tasks)
-        for task in {*tasks}:
+        probabilities = np.zeros_like(log_sizes)
+        for task in sorted({*tasks}):
             is_of_task = task_of_component == task
-            scores[is_of_task] *= self.task_weights[task] / scores[is_of_task].sum()
-        return scores / scores.sum()
+            probabilities[is_of_task] = self.task_weights[task] * _powers(log_sizes[is_of_task], temperature)
+        return probabilities / probabilities.sum()
+
+
+def _log_sizes(sizes: Any, num_components: int) -> np.ndarray:
+    numbers = np.asarray(sizes, dtype=np.float64)
+    if numbers.shape != (num_components,) or not num_components:
+        raise ValueError(f"sizes has the shape {numbers.shape}, there must be one for each of {num_components} tasks")
+    if not (np.isfinite(numbers) & (numbers > 0)).all():
+        raise ValueError(f"sizes ({numbers.tolist()}) must be positive")
+    return np.log(numbers)
+
+
+def _powers(log_sizes: np.ndarray, temperature: float) -> np.ndarray:
+    """`sizes ** (1 / temperature)` over their sum, whatever the temperature: the largest one stands for 1."""
+    with np.errstate(over="ignore"):  # a very low temperature leaves nothing but the largest
+        scores = np.exp((log_sizes - log_sizes.max()) / temperature)
+    return scores / scores.sum()
 
 
 def apportion(probabilities: np.ndarray, total: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """MultitaskDataset: the examples of all tasks of map-style datasets, by number."""
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -117,12 +118,20 @@ class MultitaskDataset(Dataset):
         """Called by Accelerate's data loaders; samplers read it."""
         self.epoch = epoch
 
-    def __getitem__(self, index: int | Draw) -> Example:
+    def __getitem__(self, index: Any) -> Any:
+        """The example of a number, a negative one counting from the end, or of a [`Draw`]; of a slice a list of them.
+
+        Raises:
+            IndexError: there is no example of this number.
+            TypeError: something that is no number.
+        """
+        if isinstance(index, slice):
+            return self.__getitems__(range(*index.indices(len(self))))
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int | Draw]) -> list[Example]:
         """Examples by number, each with a `noise_seed`: that of the draw, or the number itself."""
-        draws = [index if isinstance(index, Draw) else Draw(int(index), int(index)) for index in indices]
+        draws = [self._draw(index) for index in indices]
         tasks = [self.components[self.component_numbers[draw.example]].task for draw in draws]
         texts: dict[tuple[str, int], Any] = {}
         for task in {*tasks}:
@@ -136,6 +145,14 @@ class MultitaskDataset(Dataset):
             of_row = self._examples(task, row_number, texts[task, row_number])
             examples.append({**of_row[self._place[draw.example]], "noise_seed": draw.noise_seed})
         return examples
+
+    def _draw(self, index: int | Draw) -> Draw:
+        """An example as it was drawn, or by its number, which is the seed of its noise then."""
+        asked = operator.index(index.example if isinstance(index, Draw) else index)
+        if not -len(self) <= asked < len(self):
+            raise IndexError(f"there is no example {asked}: the dataset has {len(self)}")
+        number = asked % len(self)
+        return Draw(number, index.noise_seed if isinstance(index, Draw) else number)
 
 
 def _length(dataset: Any) -> int:

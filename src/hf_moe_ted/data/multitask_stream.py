@@ -1,6 +1,7 @@
 """MultitaskStream: batches with a budget of tokens from streamed datasets."""
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from .batch_sampler import batches_by_length, padded_lengths
 from .collator import DataCollatorForMultitaskSeq2Seq
 from .mixture import Mixture
 from .multitask_rows import TASKS, Example, examples_of_row, is_empty
+from .number_checks import require_integer, require_number
 
 Encoded = dict[str, list[int]]
 
@@ -27,7 +29,7 @@ class StreamSource:
         size: its rows in the mixture, a guess if they are not known.
 
     Raises:
-        ValueError: an unknown task, or a size that is not positive.
+        ValueError: an unknown task, or a size that is not positive and finite.
     """
 
     task: str
@@ -37,8 +39,8 @@ class StreamSource:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"task ({self.task!r}) must be one of {TASKS}")
-        if not self.size > 0:
-            raise ValueError(f"size ({self.size}) must be positive")
+        if not 0 < require_number("size", self.size) < math.inf:
+            raise ValueError(f"size ({self.size}) must be positive and finite")
 
 
 class MultitaskStream(IterableDataset):
@@ -51,7 +53,8 @@ class MultitaskStream(IterableDataset):
 
     What is drawn follows from `seed` and the sources alone. `state_dict()` after a batch and `load_state_dict()` go on
     with the next; rows of the current pass are read again for that, as streams that shuffle in a buffer lose it
-    otherwise. The Trainer resumes by skipping batches.
+    otherwise. The state is that of the object that was iterated: with a worker, its copy in the worker, and with a
+    Trainer, the shard of its data loader. The Trainer resumes by skipping batches.
 
     Args:
         sources: the streams.
@@ -89,8 +92,12 @@ class MultitaskStream(IterableDataset):
     ):
         if not sources:
             raise ValueError("sources is empty: a stream needs at least one StreamSource")
-        if buffer_rows < 1:
-            raise ValueError(f"buffer_rows ({buffer_rows}) must be at least 1")
+        for name, value, minimum in (
+            ("buffer_rows", buffer_rows, 1),
+            ("max_tokens_per_batch", max_tokens_per_batch, 1),
+            ("seed", seed, 0),
+        ):
+            require_integer(name, value, minimum)
         self.sources = list(sources)
         self.collator = collator
         self.max_tokens_per_batch = max_tokens_per_batch
@@ -104,9 +111,20 @@ class MultitaskStream(IterableDataset):
         self._state = self._start
 
     def shard(self, num_shards: int, index: int) -> "MultitaskStream":
-        """The stream of one of `num_shards` data-parallel ranks: every `num_shards`-th row that is drawn."""
+        """The stream of one of `num_shards` data-parallel ranks: every `num_shards`-th row that is drawn.
+
+        It starts where this stream does, which is where a state was that was loaded.
+
+        Raises:
+            ValueError: an index that is not of a shard, or a state was loaded that is of another number of shards.
+        """
         if not 0 <= index < num_shards:
             raise ValueError(f"index ({index}) must be at least 0 and less than num_shards ({num_shards})")
+        if self._start["num_draws"] + self._start["num_batches"] and num_shards != self.num_shards:
+            raise ValueError(
+                f"the state that was loaded is of a stream with {self.num_shards} shards, and there are to be "
+                f"{num_shards}: where each of them was does not follow from it; load the state of a shard into it"
+            )
         shard = MultitaskStream(
             self.sources,
             self.collator,
@@ -117,6 +135,7 @@ class MultitaskStream(IterableDataset):
             seed=self.seed,
         )
         shard.num_shards, shard.shard_index = num_shards, index
+        shard._start = shard._state = self._start
         return shard
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,8 +146,9 @@ class MultitaskStream(IterableDataset):
         """Make iterations start after a state of the same sources and options.
 
         Raises:
-            ValueError: a state of another number of sources or shards.
+            ValueError: something that is no state, or one of another number of sources or shards.
         """
+        _check_state(state_dict)
         for name, of_state, ours in (
             ("sources", len(state_dict["passes"]), len(self.sources)),
             ("shards", state_dict["num_shards"], self.num_shards),
@@ -179,6 +199,19 @@ class MultitaskStream(IterableDataset):
         lengths = padded_lengths(lengths, self.collator, self.max_tokens_per_batch)
         batches = batches_by_length(lengths, self.max_tokens_per_batch, random)
         return [[encoded[place] for place in batch] for batch in batches]
+
+
+def _check_state(state: Any) -> None:
+    fields = {"num_draws": 0, "num_batches": 0, "num_shards": 1}
+    if not isinstance(state, Mapping) or {*fields, "passes"} - state.keys():
+        raise ValueError(f"the state must have {', '.join([*fields, 'passes'])}, got {repr(state)[:200]}")
+    for name, minimum in fields.items():
+        require_integer(f"{name} of the state", state[name], minimum)
+    for place in state["passes"]:
+        if not isinstance(place, Sequence) or len(place) != 2:
+            raise ValueError(f"passes of the state has {place!r}, it must have a pass and a row of each source")
+        for number in place:
+            require_integer("passes of the state", number, 0)
 
 
 class _Reader:
