@@ -323,8 +323,8 @@ def test_weights_that_are_not_all_there(make_model: MakeModel, tmp_path: Path) -
         ({"model.shared.weight": None}, "missing: model.shared.weight"),
         ({name: None}, f"missing: {name}"),
         ({name: weights[name][:2]}, rf"{name} has the shape \(2, "),
-        ({"model.shared.weight": weights["model.shared.weight"] * torch.nan}, "model.shared.weight.* NaN"),
-        ({name: weights[name] / 0}, f"{name}.* NaN"),
+        ({"model.shared.weight": weights["model.shared.weight"] * torch.nan}, r"model.shared.weight in .* NaN"),
+        ({name: weights[name] / 0}, f"{name} in .* NaN"),
     ]
     for change, message in changes:
         changed = {key: weight for key, weight in {**weights, **change}.items() if weight is not None}
@@ -349,7 +349,7 @@ def test_numbers_that_are_not_finite(wrong: float, make_model: MakeModel, tmp_pa
         model = make_model()
         with torch.no_grad():
             model.get_parameter(name)[1] = wrong
-        with pytest.raises(ValueError, match=f"{name} of ZCodeM3ForConditionalGeneration has NaN"):
+        with pytest.raises(ValueError, match=rf"{name} in .*ZCodeM3ForConditionalGeneration.* NaN"):
             quantize_experts(model)
         model.save_pretrained(tmp_path / "full")
         if name.endswith("down_proj"):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.lazy_tensors import LazyTensors
+from ..checkpoint.lazy_tensors import LazyTensors, check_all
 from ..checkpoint.model_folder import meta_model
 from ..checkpoint.safetensors_io import check_output_dir
 from ..checkpoint.upcycling import DENSE_OF_STACKED
@@ -148,6 +148,7 @@ def prune_experts(
     report = _report(source, config, tensors, kept, statistics, arguments)
     if folder is None:
         assert source.model is not None
+        check_all(source.tensors)
         return PruningResult(kept, report, model=_pruned_model(source.model, config, kept))
     source.write(folder, tensors, config, report, statistics, max_shard_size=max_shard_size, overwrite=overwrite)
     return PruningResult(kept, report, output_dir=folder)

@@ -1,7 +1,6 @@
 """Experts in 8 or 4 bits per weight: a smaller model of the same architecture, for inference."""
 
 import copy
-import json
 import logging
 import math
 import os
@@ -10,7 +9,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
+from transformers import NllbMoeConfig
 
+from ..checkpoint.config_file import config_path
+from ..checkpoint.json_file import read_json_object
+from ..checkpoint.lazy_tensors import check_all, check_weight
 from ..checkpoint.model_folder import copy_tokenizer_and_generation_config
 from ..checkpoint.safetensors_io import check_output_dir, new_folder
 from ..models.experts import ZCodeM3Experts
@@ -96,23 +99,23 @@ def _open(
     model_or_folder: ZCodeM3ForConditionalGeneration | str | os.PathLike[str],
 ) -> tuple[ZCodeM3ForConditionalGeneration, Path]:
     """The model, all of whose weights are those of its config and finite, and the folder or the name of its class."""
-    is_folder = isinstance(model_or_folder, str | os.PathLike)
-    model = _load(Path(model_or_folder)) if is_folder else model_or_folder
-    source = Path(model_or_folder) if is_folder else ModelSource.open(model, may_have_map=True).path
+    if not isinstance(model_or_folder, str | os.PathLike):
+        source = ModelSource.open(model_or_folder, allow_merged=True)
+        assert source.model is not None
+        check_all(source.tensors)
+        return source.model, source.path
+    folder = Path(model_or_folder)
+    fields = read_json_object(config_path(folder, "model"), "config")
+    if fields.get("model_type") != NllbMoeConfig.model_type:
+        ModelSource.open(folder, allow_merged=True)
+    model = _load(folder)
     for name, weight in model.named_parameters():
-        if not weight.is_floating_point() or not weight.isfinite().all():
-            raise ValueError(
-                f"{name} of {source} has NaN, infinity or integers ({weight.dtype}); quantize a model that is whole"
-            )
-    return model, source
+        check_weight(name, weight, str(folder))
+    return model, folder
 
 
 def _load(folder: Path) -> ZCodeM3ForConditionalGeneration:
     """The model of a folder of ZCodeM3 or NLLB-MoE, none of whose weights is drawn at random."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} must be a folder with config.json; `hf download` makes one of a Hub id")
-    if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") != "nllb-moe":
-        ModelSource.open(folder, may_have_map=True)
     try:
         model, info = ZCodeM3ForConditionalGeneration.from_pretrained(folder, dtype="auto", output_loading_info=True)
     except (RuntimeError, SafetensorError) as error:
