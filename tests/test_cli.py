@@ -3,9 +3,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from hf_moe_ted import TranslationQuality, ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer, read_deepspeed_state_dict
@@ -166,3 +168,79 @@ def test_help(arguments: tuple[str, ...]) -> None:
 def test_help_does_not_wait_for_torch() -> None:
     code = "import sys, hf_moe_ted.cli; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout.strip() == b"False"
+
+
+def message_of(*arguments: Any) -> str:
+    """The error that a command ends with, in one line."""
+    with pytest.raises(ValueError) as error:  # what it says is asserted
+        run_here(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_paths_that_are_not_there_are_named_and_not_looked_up(
+    model_and_text: tuple[Path, Path], tmp_path: Path
+) -> None:
+    full, text = model_and_text
+    none, out = tmp_path / "none", tmp_path / "out"
+    both = {"evaluate": ["--output", out], "expert-statistics": [out]}
+    for command, options in both.items():
+        assert f"MODEL ({none}) must be a folder with config.json" in message_of(command, none, text, *options)
+        assert "MODEL (gpt2) must be a folder" in message_of(command, "gpt2", text, *options)
+        assert f"DATA ({none}) does not exist" in message_of(command, full, none, *options)
+        assert "dtype ('float99') must be one of" in message_of(command, full, text, *options, "--dtype", "float99")
+        assert "device ('tpu9') cannot be used" in message_of(command, full, text, *options, "--device", "tpu9")
+    for command in ("prune", "merge"):
+        options = ["--keep", "0.5", "--output", out, "--statistics"]
+        assert message_of(command, full, *options, none).startswith(f"--statistics: {none}")
+    assert f"{none}" in message_of("prune", none, "--keep", "0.5", "--criterion", "random", "--output", out)
+    assert f"{none}" in message_of("quantize", none, "--output", out)
+    assert message_of("report", full, "--before", none).startswith(f"--before: {none}")
+    assert not out.exists()
+
+
+def test_a_model_that_is_not_whole_is_not_evaluated(model_and_text: tuple[Path, Path], tmp_path: Path) -> None:
+    full, text = model_and_text
+    weights = load_file(full / "model.safetensors")
+    lacking = {name: weight for name, weight in weights.items() if not name.endswith("encoder.layer_norm.weight")}
+    save_file(lacking, full / "model.safetensors", metadata={"format": "pt"})
+    message = message_of("evaluate", full, text, "--output", tmp_path / "out.json")
+    assert "does not hold the weights of its config" in message and "encoder.layer_norm.weight" in message
+    (full / "model.safetensors").write_bytes(b"\0" * 100)
+    assert "cannot be loaded" in message_of("expert-statistics", full, text, tmp_path / "out")
+
+
+def test_languages_as_people_type_them(model_and_text: tuple[Path, Path], tmp_path: Path) -> None:
+    full, text = model_and_text
+    statistics, half = tmp_path / "statistics", tmp_path / "half"
+    run_here("expert-statistics", full, text, statistics, "--languages", "EN, de-DE")
+    options = ["--keep", "0.5", "--statistics", statistics, "--overwrite", "--output", half]
+    for languages in ("en, de", "en-US,DE", "en:de", "eng_Latn:de, de : en"):
+        run_here("prune", full, *options, "--languages", languages)
+    for languages in ("en,xx", "en:xx", "en:de:fr", "en,", "en:de,fr"):
+        for criterion in ("utilization", "random"):
+            message = message_of("prune", full, *options, "--languages", languages, "--criterion", criterion)
+            assert any(word in message for word in ("in xx", "'xx'", "languages", "as the target"))
+    assert "scope ('none')" in message_of("prune", full, *options, "--scope", "none", "--criterion", "random")
+
+    without_statistics = ["--keep", "0.5", "--criterion", "random", "--overwrite", "--output", half]
+    run_here("prune", full, *without_statistics, "--languages", "en, de")
+    assert "'qq'" in message_of("prune", full, *without_statistics, "--languages", "en,qq")
+    (full / "tokenizer_config.json").unlink()
+    (full / "tokenizer.json").unlink(missing_ok=True)
+    assert "has no tokenizer" in message_of("prune", full, *without_statistics, "--languages", "en")
+
+
+def test_config_overrides_are_a_json_object(tmp_path: Path) -> None:
+    base = ["convert", "deepspeed", tmp_path, tmp_path / "out", "--base-config", tmp_path, "--config-overrides"]
+    assert "--config-overrides ('{a}') is no JSON" in message_of(*base, "{a}")
+    assert "--config-overrides ('[1]') must be a JSON object" in message_of(*base, "[1]")
+    assert "is no JSON" in message_of(*base, "[" * 100_000)
+
+
+def test_evaluate_prints_a_table(model_and_text: tuple[Path, Path], tmp_path: Path) -> None:
+    full, text = model_and_text
+    lines = run_here("evaluate", full, text, "--max-new-tokens", "3", "--output", tmp_path / "a.json").splitlines()
+    start = next(number for number, line in enumerate(lines) if "direction  " in line)
+    assert lines[start].split()[-7:] == ["direction", "sentences", "BLEU", "chrF", "length", "off", "target"]
+    assert [line.split()[:2] for line in lines[start + 1 : start + 3]] == [["de-en", "2"], ["en-de", "2"]]

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from .compression.quantized_experts import ExpertQuantizationConfig
     from .compression.report_folder import write_compression_report
     from .compression.statistics_collection import collect_expert_statistics
+    from .compression.text_file import open_parallel_text
     from .compression.translation_evaluation import evaluate_translation
     from .compression.translation_quality import DirectionQuality, TranslationQuality
     from .compression.translation_scores import TranslationScores, score_translations
+    from .compression.whole_model import load_model_and_tokenizer
     from .data.batch_sampler import TokenBudgetBatchSampler, token_lengths
     from .data.collator import DataCollatorForMultitaskSeq2Seq
     from .data.denoising import DenoisingNoise
@@ -97,7 +99,9 @@ _MODULE_OF_NAME = {
     "export_deepspeed_checkpoint": "checkpoint.deepspeed_writer",
     "initialize_checkpoint": "checkpoint.initialization",
     "inspect_deepspeed_checkpoint": "checkpoint.deepspeed_reader",
+    "load_model_and_tokenizer": "compression.whole_model",
     "merge_experts": "compression.merge",
+    "open_parallel_text": "compression.text_file",
     "parse_languages": "models.language_codes",
     "prune_experts": "compression.prune",
     "quantize_experts": "compression.quantize",
@@ -157,7 +161,9 @@ __all__ = [
     "export_deepspeed_checkpoint",
     "initialize_checkpoint",
     "inspect_deepspeed_checkpoint",
+    "load_model_and_tokenizer",
     "merge_experts",
+    "open_parallel_text",
     "parse_languages",
     "prune_experts",
     "quantize_experts",

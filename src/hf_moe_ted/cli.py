@@ -4,6 +4,8 @@ What a subcommand does is imported in it, so that `--help` and wrong arguments n
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,8 +36,8 @@ EncoderDecoderRatio = Annotated[
 Data = Annotated[
     str,
     typer.Argument(
-        help="A file (jsonl, csv, tsv or parquet, maybe compressed) or a dataset of the Hub, with the columns source, "
-        "target, src_lang and tgt_lang, or translation."
+        help="A file (jsonl, csv, tsv or parquet; text maybe as .gz, .xz or .bz2) or a dataset of the Hub, with the "
+        "columns source, target, src_lang and tgt_lang, or translation."
     ),
 ]
 DataLanguages = Annotated[str | None, typer.Option(help="Only sentences between these: en,de,fr.")]
@@ -122,7 +124,7 @@ def convert_deepspeed(
             checkpoint_dir,
             output_dir,
             base_config=base_config,
-            config_overrides=json.loads(config_overrides),
+            config_overrides=_json_object(config_overrides, "--config-overrides"),
             rules=rules,
             weights=weights,
             dtype=dtype,
@@ -225,11 +227,11 @@ def prune(
     overwrite: Overwrite = False,
 ) -> None:
     """A smaller model with the experts that matter for some languages."""
-    from . import ExpertStatistics, prune_experts
+    from . import prune_experts
 
     result = prune_experts(
         model,
-        None if statistics is None else ExpertStatistics.load(statistics),
+        _statistics(statistics),
         keep=_number_or_size(keep),
         criterion=criterion,
         scope=scope,
@@ -260,12 +262,13 @@ def expert_statistics(
     overwrite: Overwrite = False,
 ) -> None:
     """Count on real text which experts each language uses."""
-    from . import collect_expert_statistics
+    from . import collect_expert_statistics, load_model_and_tokenizer, open_parallel_text
 
+    rows = open_parallel_text(data, subset, split)
     statistics = collect_expert_statistics(
-        *_model_and_tokenizer(model, dtype, device),
-        _streamed_dataset(data, subset, split),
-        languages=None if languages is None else languages.split(","),
+        *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL"),
+        rows,
+        languages=_data_languages(languages),
         batch_size=batch_size,
         max_tokens=max_tokens,
     )
@@ -289,11 +292,11 @@ def merge(
     overwrite: Overwrite = False,
 ) -> None:
     """A smaller model in which experts that are alike have become one."""
-    from . import ExpertStatistics, merge_experts
+    from . import merge_experts
 
     result = merge_experts(
         model,
-        ExpertStatistics.load(statistics),
+        _statistics(statistics),
         keep=_number_or_size(keep),
         method=method,
         scope=scope,
@@ -358,20 +361,22 @@ def evaluate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if there is one.")] = False,
 ) -> None:
     """Translate a test set: BLEU, chrF, length ratio and language of each direction, and speed."""
-    from . import TranslationQuality, evaluate_translation
+    from . import TranslationQuality, evaluate_translation, load_model_and_tokenizer, open_parallel_text
 
     TranslationQuality.check_path(output, overwrite=overwrite)
+    rows = open_parallel_text(data, subset, split)
     quality = evaluate_translation(
-        *_model_and_tokenizer(model, dtype, device),
-        _streamed_dataset(data, subset, split),
-        languages=None if languages is None else languages.split(","),
+        *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL"),
+        rows,
+        languages=_data_languages(languages),
         max_sentences=max_sentences,
         batch_size=batch_size,
         num_beams=num_beams,
         max_new_tokens=max_new_tokens,
     )
     quality.save(output, overwrite=overwrite)
-    print(f"{quality}\n{quality.num_sentences:,} sentences in {len(quality.directions)} directions -> {output}")
+    print(f"{_table(quality)}\n\n{quality}")
+    print(f"{quality.num_sentences:,} sentences in {len(quality.directions)} directions -> {output}")
 
 
 @app.command()
@@ -387,13 +392,18 @@ def report(
     ] = None,
 ) -> None:
     """Add to the report and model card of a compression what it costs in quality and how languages use the experts."""
-    from . import ExpertStatistics, TranslationQuality, write_compression_report
+    from . import TranslationQuality, write_compression_report
 
     qualities = {"before": before, "after": after, "trained": trained}
+    loaded = {}
+    for name, file in qualities.items():
+        if file is not None:
+            with _naming(f"--{name}"):
+                loaded[name] = TranslationQuality.load(file)
     path = write_compression_report(
         model,
-        **{name: TranslationQuality.load(file) for name, file in qualities.items() if file is not None},
-        statistics=None if statistics is None else ExpertStatistics.load(statistics),
+        **loaded,
+        statistics=_statistics(statistics),
     )
     print(f"{path} and README.md beside it")
 
@@ -418,32 +428,66 @@ def _number_or_size(keep: str) -> float | int | str:
 
 
 def _languages(languages: str | None) -> list[Any] | None:
-    """`"en,de"` -> codes, `"en:de,en:fr"` -> pairs."""
+    """`"en, de"` -> codes, `"en:de, en:fr"` -> pairs."""
+    from . import parse_languages
+
     if languages is None:
         return None
-    return [tuple(item.split(":")) if ":" in item else item for item in languages.split(",")]
+    items = parse_languages(languages)
+    pairs = [tuple(code.strip() for code in item.split(":")) for item in items]
+    if any(len(pair) > 2 or not all(pair) for pair in pairs) or len({len(pair) for pair in pairs}) > 1:
+        raise ValueError(f"--languages ({languages!r}) must be codes, as en,de,fr, or directions, as en:de,en:fr")
+    return items if len(pairs[0]) == 1 else pairs
 
 
-def _model_and_tokenizer(folder: Path, dtype: str | None, device: str | None) -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoTokenizer
+def _data_languages(languages: str | None) -> list[str] | None:
+    """`"en, de"` -> codes."""
+    from . import parse_languages
 
-    from . import ZCodeM3ForConditionalGeneration
-
-    model: Any = ZCodeM3ForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+    return None if languages is None else parse_languages(languages)
 
 
-def _streamed_dataset(data: str, subset: str | None, split: str) -> Any:
-    from datasets import load_dataset
+@contextmanager
+def _naming(argument: str) -> Iterator[None]:
+    """Errors inside say which argument they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from error
 
-    if not Path(data).is_file():
-        return load_dataset(data, subset, split=split, streaming=True)
-    suffixes = {suffix for suffix in Path(data).suffixes}
-    if suffixes & {".csv", ".tsv"}:
-        # quoting=3 is csv.QUOTE_NONE: in tab-separated text quotes are text; "None" and "NA" are text in both
-        options: dict[str, Any] = {"delimiter": "\t", "quoting": 3} if ".tsv" in suffixes else {}
-        return load_dataset("csv", data_files=data, split="train", streaming=True, keep_default_na=False, **options)
-    kind = "parquet" if ".parquet" in suffixes else "json"
-    return load_dataset(kind, data_files=data, split="train", streaming=True)
+
+def _statistics(folder: Path | None) -> Any:
+    from . import ExpertStatistics
+
+    with _naming("--statistics"):
+        return None if folder is None else ExpertStatistics.load(folder)
+
+
+def _json_object(text: str, argument: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{argument} ({text[:80]!r}) is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{argument} ({text[:80]!r}) must be a JSON object, such as '{{\"d_model\": 512}}'")
+    return value
+
+
+def _table(quality: Any) -> str:
+    """The scores of each direction, a line each."""
+    header = ["direction", "sentences", "BLEU", "chrF", "length", "off target"]
+    rows = [
+        [
+            "-".join(pair),
+            str(scores.num_sentences),
+            f"{scores.bleu:.1f}",
+            f"{scores.chrf:.1f}",
+            f"{scores.length_ratio:.2f}",
+            "" if scores.off_target is None else f"{scores.off_target:.1%}",
+        ]
+        for pair, scores in quality.directions.items()
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in [header, *rows]
+    )

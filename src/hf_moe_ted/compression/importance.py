@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..models.configuration_zcode_m3 import Side
+from ..models.language_codes import find_language
 from .expert_statistics import SIDES, ExpertStatistics, LanguagePair, LayerStatistics, side_of
 
 Criterion = Callable[[LayerStatistics], Tensor]
@@ -98,8 +99,7 @@ def expert_importance(
     """
     if isinstance(criterion, str) and criterion not in CRITERIA:
         raise ValueError(f"criterion ({criterion!r}) must be 'random', a function, or one of {sorted(CRITERIA)}")
-    if scope not in SCOPES:
-        raise ValueError(f"scope ({scope!r}) must be one of {SCOPES}")
+    check_scope(scope)
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
     groups = {side: _groups(statistics, side, scope, languages) for side in SIDES}
     importance = {}
@@ -108,6 +108,28 @@ def expert_importance(
         num_experts = statistics.fingerprint.num_experts[layer]
         importance[layer] = torch.stack([_normalized(n, num_experts, criterion, layer) for n in numbers]).mean(dim=0)
     return importance
+
+
+def check_scope(scope: str) -> None:
+    """
+    Raises:
+        ValueError: an unknown scope.
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"scope ({scope!r}) must be one of {SCOPES}")
+
+
+def check_languages_of(
+    statistics: ExpertStatistics, scope: str, languages: Sequence[str] | Sequence[LanguagePair] | None
+) -> None:
+    """For criteria that use neither: what `expert_importance` raises for the two.
+
+    Raises:
+        ValueError: an unknown scope, or a language or pair without statistics.
+    """
+    check_scope(scope)
+    for side in SIDES:
+        _wanted_pairs(statistics, side, scope, languages)
 
 
 def _groups(
@@ -138,13 +160,14 @@ def _wanted_pairs(
         return list(range(len(pairs)))
     if isinstance(languages, str) or len({isinstance(language, str) for language in languages}) != 1:
         raise ValueError(f"languages ({languages!r}) must be a list of codes or a list of pairs, or None for all")
+    known = sorted({language for pair in pairs for language in pair})
     if not all(isinstance(language, str) for language in languages):
-        asked = {tuple(pair) for pair in languages}
+        asked = {tuple(find_language(code, known) or code for code in pair) for pair in languages}
         if missing := sorted(asked - {*pairs}):
             raise ValueError(f"the statistics have no sentences of these pairs of languages: {missing}")
         return [index for index, pair in enumerate(pairs) if pair in asked]
 
-    codes = {*map(str, languages)}
+    codes = {find_language(str(code), known) or str(code) for code in languages}
     if unknown := sorted(codes.difference(*pairs)):
         raise ValueError(f"the statistics have no sentences in {', '.join(unknown)}; collect statistics of them")
     own = 0 if side == "encoder" else 1
@@ -183,6 +206,8 @@ __all__ = [
     "SCOPES",
     "Criterion",
     "activity_confidence",
+    "check_languages_of",
+    "check_scope",
     "criterion_name",
     "expert_importance",
     "random_importance",

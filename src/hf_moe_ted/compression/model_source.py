@@ -28,8 +28,7 @@ from .compression_report import CompressionReport
 from .expert_statistics import SIDES, ExpertStatistics, ModelFingerprint, moe_layers
 from .model_card import derived_card
 from .report_folder import save_report
-
-ADAPTER_CONFIG = "adapter_config.json"
+from .whole_model import check_no_adapter
 
 
 @dataclass(frozen=True)
@@ -142,12 +141,8 @@ def set_num_experts(model: ZCodeM3ForConditionalGeneration) -> None:
 
 
 def _open_folder(folder: Path) -> ModelSource:
-    if (folder / ADAPTER_CONFIG).is_file():
-        raise ValueError(
-            f"{folder} has {ADAPTER_CONFIG}: an adapter of PEFT, which would be left out; merge it into the "
-            "weights with merge_and_unload() first, or remove its files"
-        )
     config = read_zcode_m3_config(folder, "model")
+    check_no_adapter(folder)
     save_others = copy_tokenizer_and_generation_config(folder)
     return ModelSource(folder, config, open_pretrained_tensors(folder), save_others, derived_card([str(folder)]))
 

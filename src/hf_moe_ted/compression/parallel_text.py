@@ -7,9 +7,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..models.language_codes import find_language, resolve_language
 from .expert_statistics import LanguagePair
 
 MAX_WAITING_BUCKETS = 64
+MAX_WAITING_CHARACTERS = 2**26
 TEXT_COLUMNS = ("source", "target", "src_lang", "tgt_lang")
 
 
@@ -19,6 +21,10 @@ class Sentence:
 
     source: str
     target: str
+
+    @property
+    def num_characters(self) -> int:
+        return len(self.source) + len(self.target)
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ def read_sentences(
         ValueError: a row of another form.
     """
     for index, row in enumerate(dataset):
-        in_row = _sentences_of_row(row, index)
+        in_row = sentences_of_row(row, f"row {index} of the dataset")
         if progress.total is not None:
             progress.total += len(in_row) - 1
         for pair, sentence in in_row:
@@ -66,7 +72,12 @@ def read_sentences(
                 progress.update(1)
 
 
-def _sentences_of_row(row: Mapping[str, Any], index: int) -> list[tuple[LanguagePair, Sentence]]:
+def sentences_of_row(row: Any, where: str) -> list[tuple[LanguagePair, Sentence]]:
+    """The sentences of a row, one in each direction between its languages.
+
+    Raises:
+        ValueError: a row of another form; `where` names it.
+    """
     if isinstance(row, Mapping) and isinstance(texts := row.get("translation"), Mapping):
         if all(isinstance(text, str) for text in texts.values()):
             return [
@@ -78,9 +89,38 @@ def _sentences_of_row(row: Mapping[str, Any], index: int) -> list[tuple[Language
     elif isinstance(row, Mapping) and all(isinstance(row.get(column), str) for column in TEXT_COLUMNS):
         return [((row["src_lang"], row["tgt_lang"]), Sentence(row["source"], row["target"]))]
     raise ValueError(
-        f"row {index} of the dataset must have the strings {', '.join(TEXT_COLUMNS)}, or 'translation' with a "
+        f"{where} must have the strings {', '.join(TEXT_COLUMNS)}, or 'translation' with a "
         f"string for each language, got {repr(row)[:300]}"
     )
+
+
+def in_known_languages(
+    sentences: Iterable[tuple[LanguagePair, Sentence]],
+    known: Sequence[str],
+    languages: Sequence[str] | None,
+    progress: Any,
+) -> Iterator[tuple[LanguagePair, Sentence]]:
+    """The sentences between `languages`, with the codes that a tokenizer has for what their rows say.
+
+    Args:
+        sentences: of `read_sentences`.
+        known: languages of the tokenizer.
+        languages: some of `known`, or `None` for all.
+        progress: bar over the sentences; those that are skipped are done.
+
+    Raises:
+        ValueError: a sentence that is not to be skipped is in a language that the tokenizer does not have.
+    """
+    meant: dict[str, str | None] = {}
+    for codes, sentence in sentences:
+        for code in codes:
+            if code not in meant:
+                meant[code] = find_language(code, known)
+        if languages is not None and not all(meant[code] in languages for code in codes):
+            progress.update(1)
+            continue
+        source, target = (meant[code] or resolve_language(code, known) for code in codes)
+        yield (source, target), sentence
 
 
 def check_languages(counted: Iterable[LanguagePair], languages: Sequence[str] | None) -> None:
@@ -107,17 +147,20 @@ def buckets(
 ) -> Iterator[tuple[LanguagePair, list[Sentence]]]:
     """`bucket_size` sentences of one pair at a time.
 
-    Less at the end, and of the pair with most of them when `MAX_WAITING_BUCKETS` times as many wait of all pairs.
+    Less at the end, and of the pair with most of them when `MAX_WAITING_BUCKETS` times as many wait of all pairs, or
+    `MAX_WAITING_CHARACTERS` of text.
     """
     waiting: dict[LanguagePair, list[Sentence]] = {}
-    num_waiting = 0
+    num_waiting = num_characters = 0
     for pair, sentence in sentences:
         waiting.setdefault(pair, []).append(sentence)
         num_waiting += 1
-        is_too_much = num_waiting >= bucket_size * MAX_WAITING_BUCKETS
+        num_characters += sentence.num_characters
+        is_too_much = num_waiting >= bucket_size * MAX_WAITING_BUCKETS or num_characters >= MAX_WAITING_CHARACTERS
         if len(waiting[pair]) >= bucket_size or is_too_much:
             fullest = max(waiting, key=lambda pair: len(waiting[pair])) if is_too_much else pair
             num_waiting -= len(waiting[fullest])
+            num_characters -= sum(sentence.num_characters for sentence in waiting[fullest])
             yield fullest, waiting.pop(fullest)
     yield from waiting.items()
 
@@ -179,7 +222,9 @@ __all__ = [
     "check_languages",
     "encode",
     "first_tokens",
+    "in_known_languages",
     "languages_restored",
     "progress_over",
     "read_sentences",
+    "sentences_of_row",
 ]

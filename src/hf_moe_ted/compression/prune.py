@@ -9,17 +9,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from ..checkpoint.lazy_tensors import LazyTensors, check_all
 from ..checkpoint.model_folder import meta_model
 from ..checkpoint.safetensors_io import check_output_dir
 from ..checkpoint.upcycling import DENSE_OF_STACKED
 from ..models.configuration_zcode_m3 import ZCodeM3Config
+from ..models.language_codes import language_ids, resolve_language
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..models.moe_layer import ZCodeM3DenseFFN, ZCodeM3MoELayer
 from .compression_report import PruningReport, num_bytes, num_parameters
 from .expert_statistics import SIDES, ExpertStatistics, LanguagePair, moe_layers, side_of
-from .importance import Criterion, criterion_name, expert_importance, random_importance
+from .importance import (
+    Criterion,
+    check_languages_of,
+    check_scope,
+    criterion_name,
+    expert_importance,
+    random_importance,
+)
 from .model_source import ModelSource, set_num_experts
 from .pruning_plan import KeptExperts, PruningPlan
 
@@ -172,9 +181,32 @@ def _importance(
         )
     if statistics is not None:
         statistics.fingerprint.require_equal(source.fingerprint(), f"the statistics and {source.path}")
-    if statistics is None or criterion == "random":
+    if criterion == "random":
+        if statistics is None:
+            check_scope(scope)
+            _check_known_to_tokenizer(source, languages)
+        else:
+            check_languages_of(statistics, scope, languages)
         return random_importance(layers, seed)
+    assert statistics is not None
     return expert_importance(statistics, criterion, scope=scope, languages=languages)
+
+
+def _check_known_to_tokenizer(source: ModelSource, languages: Sequence[str] | Sequence[LanguagePair] | None) -> None:
+    """What can be said about languages without statistics: that the model's tokenizer has them."""
+    if languages is None:
+        return
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+    except (OSError, ValueError):
+        raise ValueError(
+            f"languages ({languages}) cannot be checked: {source.path} has no tokenizer; "
+            "give statistics, or no languages"
+        ) from None
+    known = list(language_ids(tokenizer))
+    for item in languages:
+        for code in (item,) if isinstance(item, str) else item:
+            resolve_language(code, known, name="languages")
 
 
 def _min_experts(config: ZCodeM3Config, min_experts: int | None) -> int:

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 from transformers import NllbMoeConfig
 
@@ -23,6 +22,7 @@ from .model_card import derived_card
 from .model_source import ModelSource
 from .quantized_experts import ExpertQuantizationConfig, ExpertQuantizer
 from .report_folder import save_report
+from .whole_model import load_whole_model
 
 MAX_GROUP_SIZE = 128  # of the default; smaller groups are more exact, their scales take more room
 
@@ -108,21 +108,10 @@ def _open(
     fields = read_json_object(config_path(folder, "model"), "config")
     if fields.get("model_type") != NllbMoeConfig.model_type:
         ModelSource.open(folder, allow_merged=True)
-    model = _load(folder)
+    model = load_whole_model(folder)
     for name, weight in model.named_parameters():
         check_weight(name, weight, str(folder))
     return model, folder
-
-
-def _load(folder: Path) -> ZCodeM3ForConditionalGeneration:
-    """The model of a folder of ZCodeM3 or NLLB-MoE, none of whose weights is drawn at random."""
-    try:
-        model, info = ZCodeM3ForConditionalGeneration.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder} cannot be loaded: {error}") from error
-    if problems := {kind: sorted(map(str, names)) for kind, names in info.items() if names}:
-        raise ValueError(f"{folder} does not hold the weights of its config: {problems}")
-    return model
 
 
 def _experts_of(model: nn.Module) -> list[ZCodeM3Experts]:

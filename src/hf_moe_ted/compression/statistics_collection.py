@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..models.language_codes import language_ids, resolve_language
 from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
 from ..models.moe_layer import ZCodeM3MoELayer
 from ..models.router import Routing
@@ -24,6 +25,7 @@ from .parallel_text import (
     check_languages,
     encode,
     first_tokens,
+    in_known_languages,
     languages_restored,
     progress_over,
     read_sentences,
@@ -61,7 +63,8 @@ def collect_expert_statistics(
         tokenizer: its tokenizer, with `src_lang` and `tgt_lang`; they are left as they were.
         dataset: rows with the strings `source`, `target`, `src_lang` and `tgt_lang`, or the translation rows of
             *datasets*, `{"translation": {"en": "...", "de": "..."}}`, which count for every ordered pair of their
-            languages. Texts longer than the model takes are truncated.
+            languages. Texts longer than the model takes are truncated. Languages are codes in any form that means one
+            of the tokenizer's (`zh-CN` for `zh`); the statistics have the tokenizer's.
         languages: skip sentences whose source or target language is none of these; by default there are none to skip.
         batch_size: sentences per batch.
         max_tokens: stop counting a language pair once its sources and targets have this many tokens together.
@@ -82,6 +85,10 @@ def collect_expert_statistics(
     if isinstance(languages, str):
         raise ValueError(f"languages ({languages!r}) must be a list of codes, such as ['en', 'de']")
 
+    known = list(language_ids(tokenizer))
+    if languages is not None:
+        languages = [resolve_language(code, known, name="languages") for code in languages]
+
     recorders = {name: _LayerRecorder(layer) for name, layer in layers.items()}
     totals = _Totals()
     with (
@@ -90,7 +97,8 @@ def collect_expert_statistics(
         _recording(recorders.values()),
         progress_over(dataset, "Collecting expert statistics") as progress,
     ):
-        for pair, sentences in buckets(read_sentences(dataset, languages, progress), batch_size * BATCHES_PER_BUCKET):
+        all_sentences = in_known_languages(read_sentences(dataset, None, progress), known, languages, progress)
+        for pair, sentences in buckets(all_sentences, batch_size * BATCHES_PER_BUCKET):
             num_tokens = totals.num_tokens[pair]
             if max_tokens is None or num_tokens < max_tokens:
                 encoded = encode(tokenizer, pair, sentences, model.config.max_position_embeddings)

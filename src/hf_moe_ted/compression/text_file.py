@@ -1,0 +1,201 @@
+"""Rows of parallel text on disk or on the Hub, checked as they are read, so that errors name the file and the line.
+
+Files are read line by line. No line is longer than `MAX_LINE_BYTES`, so that what a compressed file unfolds to, or a
+file without line ends, does not fill the memory.
+"""
+
+import bz2
+import csv
+import gzip
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..checkpoint.json_file import parse_json_object
+from .parallel_text import sentences_of_row
+
+MAX_LINE_BYTES = 2**20
+
+Row = Mapping[str, Any]
+
+_KINDS = {".jsonl": "json", ".json": "json", ".ndjson": "json", "": "json"}
+_KINDS |= {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+_OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+_ON_HUB = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_FORMATS = "a jsonl, csv, tsv or parquet file (the text ones maybe with .gz, .xz or .bz2)"
+
+
+class ParallelTextFile:
+    """The rows of a file, read again with each iteration.
+
+    A row has the strings `source`, `target`, `src_lang` and `tgt_lang`, or in JSON `translation`, a string for each
+    language. The first line of csv and tsv names the columns; in tsv, quotes are text.
+
+    Args:
+        path: of the file; the end of its name says what it is.
+        argument: what messages call it.
+
+    Raises:
+        ValueError: no regular file, or of another kind; when iterated, a line that cannot be read as a row.
+    """
+
+    def __init__(self, path: Path, argument: str):
+        if not path.is_file():
+            raise ValueError(f"{argument} ({path}) is no file, but a folder, a pipe or a device; give {_FORMATS}")
+        suffixes = [suffix.lower() for suffix in path.suffixes]
+        self.path, self.argument = path, argument
+        self._opener = _OPENERS[suffixes.pop()] if suffixes and suffixes[-1] in _OPENERS else open
+        suffix = suffixes[-1] if suffixes else ""
+        if suffix not in _KINDS or (_KINDS[suffix] == "parquet" and self._opener is not open):
+            raise ValueError(f"{argument} ({path}) ends in {path.suffix!r}; give {_FORMATS}")
+        self.kind = _KINDS[suffix]
+
+    def __iter__(self) -> Iterator[Row]:
+        rows = {"json": self._json, "csv": self._csv, "tsv": self._tsv, "parquet": self._parquet}[self.kind]()
+        for place, row in rows:
+            where = f"{'row' if self.kind == 'parquet' else 'line'} {place} of {self.path}"
+            for _, sentence in sentences_of_row(row, where):
+                if not _is_text(sentence.source + sentence.target):
+                    raise ValueError(f"{where} has half of a surrogate pair, which is no character; correct the line")
+            yield row
+
+    def _lines(self) -> Iterator[tuple[int, str]]:
+        """Number from 1, and text without its end, of each line; those that are blank are left out."""
+        try:
+            with self._opener(self.path, "rb") as file:
+                yield from self._decoded(file)
+        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            raise ValueError(f"{self.argument} ({self.path}) cannot be read: {error}; it may be cut off") from error
+
+    def _decoded(self, file: BinaryIO) -> Iterator[tuple[int, str]]:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            where = f"line {number} of {self.path}"
+            if len(line) > MAX_LINE_BYTES:
+                raise ValueError(f"{where} has more than {MAX_LINE_BYTES:,} bytes; a row is one sentence on one line")
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where} is not UTF-8 ({error.reason}); convert the file, or decompress it") from None
+            if "\0" in text:
+                raise ValueError(f"{where} has a NUL byte, so it is no text; give {_FORMATS}")
+            if text := text.rstrip("\r\n"):
+                yield number, text
+
+    def _json(self) -> Iterator[tuple[int, Row]]:
+        for number, line in self._lines():
+            if line.strip():
+                yield number, parse_json_object(line, f"line {number} of {self.path}")
+
+    def _tsv(self) -> Iterator[tuple[int, Row]]:
+        yield from self._with_header((number, line.split("\t")) for number, line in self._lines())
+
+    def _csv(self) -> Iterator[tuple[int, Row]]:
+        last = 0
+
+        def lines() -> Iterator[str]:
+            nonlocal last
+            for last, line in self._lines():  # noqa: B007  # read below
+                yield line + "\n"
+
+        def cells() -> Iterator[tuple[int, list[str]]]:
+            reader = csv.reader(lines(), strict=True)
+            try:
+                for row in reader:
+                    yield last, row
+            except csv.Error as error:
+                raise ValueError(f"line {last} of {self.path} is not csv: {error}; is a quote not closed?") from error
+
+        yield from self._with_header(cells())
+
+    def _with_header(self, rows: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[int, Row]]:
+        columns: list[str] | None = None
+        for number, cells in rows:
+            if columns is None:
+                columns = cells
+                if len({*columns}) < len(columns):
+                    raise ValueError(f"line {number} of {self.path} names a column twice: {cells}"[:300])
+            elif len(cells) != len(columns):
+                raise ValueError(
+                    f"line {number} of {self.path} has {len(cells)} columns, the first line has {len(columns)}"
+                )
+            else:
+                yield number, dict(zip(columns, cells, strict=True))
+
+    def _parquet(self) -> Iterator[tuple[int, Row]]:
+        import pyarrow
+        from pyarrow import parquet
+
+        number = 0
+        try:
+            with parquet.ParquetFile(self.path) as file:
+                for batch in file.iter_batches(batch_size=1000):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield number, row
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{self.argument} ({self.path}) cannot be read as parquet: {error}") from error
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def open_parallel_text(data: str, subset: str | None = None, split: str = "validation", argument: str = "DATA") -> Any:
+    """Rows of a file, or of a dataset of the Hub or a folder of one, which is streamed.
+
+    Args:
+        data: path of a file or a folder, or the id of a dataset.
+        subset, split: of a dataset.
+        argument: what messages call `data`.
+
+    Raises:
+        ValueError: there is no such file, and it is no id, or no dataset can be loaded; see [`ParallelTextFile`].
+    """
+    path = Path(data)
+    if path.is_dir():
+        return _StreamedDataset(data, subset, split, argument)
+    if path.exists() or path.is_symlink():
+        if subset is not None:
+            raise ValueError(f"--subset ({subset}) is for datasets of the Hub, {argument} ({data}) is a file")
+        return ParallelTextFile(path, argument)
+    is_named_as_file = {suffix.lower() for suffix in path.suffixes} & {*_KINDS, *_OPENERS, ".txt", ".zip", ".zst"}
+    if is_named_as_file or not _ON_HUB.fullmatch(data):
+        raise ValueError(f"{argument} ({data}) does not exist; give {_FORMATS}, or the id of a dataset of the Hub")
+    return _StreamedDataset(data, subset, split, argument)
+
+
+class _StreamedDataset:
+    """Rows of a dataset; what is wrong with it is a `ValueError`, whatever it is to *datasets*."""
+
+    def __init__(self, data: str, subset: str | None, split: str, argument: str):
+        self._name = f"{argument} ({data})"
+        from datasets import load_dataset
+
+        self._rows = self._guarded(lambda: load_dataset(data, subset, split=split, streaming=True))
+
+    def __iter__(self) -> Iterator[Row]:
+        rows = self._guarded(lambda: iter(self._rows))
+        end = object()
+        while (row := self._guarded(lambda: next(rows, end))) is not end:
+            yield row
+
+    def _guarded(self, do: Callable[[], Any]) -> Any:
+        try:
+            return do()
+        except Exception as error:  # of a server, of a format, of a script: there is no class that they share
+            message = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ValueError(
+                f"{self._name} is no file, and cannot be loaded as a dataset of the Hub: {message}"
+            ) from error
+
+
+__all__ = ["MAX_LINE_BYTES", "ParallelTextFile", "open_parallel_text"]

@@ -1,0 +1,92 @@
+"""A model from a folder, all of whose weights are in it: nothing is drawn at random and nothing comes from the Hub."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..checkpoint.config_file import config_path
+from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
+
+ADAPTER_CONFIG = "adapter_config.json"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_whole_model(
+    folder: Path, dtype: str = "auto", argument: str = "model", *, may_have_adapter: bool = False
+) -> ZCodeM3ForConditionalGeneration:
+    """The model of a folder of ZCodeM3 or NLLB-MoE.
+
+    Args:
+        folder: with config and weights.
+        dtype: one of `DTYPES`.
+        argument: what messages call the folder.
+        may_have_adapter: whether an adapter of PEFT in the folder is put on the model.
+
+    Raises:
+        ValueError: no such folder, another `dtype`, an adapter, weights that are missing, unknown or of another shape,
+            or that cannot be read.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype ({dtype!r}) must be one of {', '.join(DTYPES)}")
+    config_path(folder, argument)
+    check_no_adapter(folder, may_have_adapter=may_have_adapter)
+    try:
+        model, info = ZCodeM3ForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # of safetensors, pickle, transformers: there is no class that they share
+        message = " ".join(str(error).split())[:600] or type(error).__name__
+        raise ValueError(f"{argument} ({folder}) cannot be loaded: {message}") from error
+    if problems := {kind: sorted(map(str, names)) for kind, names in info.items() if names}:
+        raise ValueError(f"{argument} ({folder}) does not hold the weights of its config: {problems}")
+    return model
+
+
+def check_no_adapter(folder: Path, *, may_have_adapter: bool = False) -> None:
+    """
+    Raises:
+        ValueError: the folder has an adapter of PEFT.
+    """
+    if (folder / ADAPTER_CONFIG).is_file() and not may_have_adapter:
+        raise ValueError(
+            f"{folder} has {ADAPTER_CONFIG}: an adapter of PEFT, which would be left out; merge it into the "
+            "weights with merge_and_unload() first, or remove its files"
+        )
+
+
+def load_model_and_tokenizer(
+    folder: str | os.PathLike[str], dtype: str = "auto", device: str | None = None, argument: str = "model"
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A translation model and its tokenizer from a local folder, on a device.
+
+    `from_pretrained` looks a name that is no folder up on the Hub, and draws weights that are missing at random; here
+    both are errors.
+
+    Args:
+        folder: with config, weights and tokenizer of a ZCodeM3 or NLLB-MoE model.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: that of the config.
+        device: such as `"cuda:1"`; by default a GPU if there is one.
+        argument: what messages call the folder.
+
+    Raises:
+        ValueError: no such folder, a file that is missing or damaged, or a device that is not there.
+    """
+    folder = Path(folder)
+    model: nn.Module = load_whole_model(folder, dtype, argument, may_have_adapter=True)
+    if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
+        raise ValueError(f"{argument} ({folder}) has no tokenizer; save it there with tokenizer.save_pretrained")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"the tokenizer of {argument} ({folder}) cannot be loaded: {error}") from error
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.to(torch.device(device)), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        message = str(error).splitlines()[0]
+        raise ValueError(f"device ({device!r}) cannot be used: {message}") from error
+
+
+__all__ = ["check_no_adapter", "load_model_and_tokenizer", "load_whole_model"]
