@@ -1,6 +1,8 @@
 """What a compression leaves in its folder for a reader, for every operation, and what is added to it later."""
 
+import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,8 @@ from hf_moe_ted import (
     write_compression_report,
 )
 from hf_moe_ted.compression.compression_report import report_from_dict
+from hf_moe_ted.compression.markdown_text import as_code
+from hf_moe_ted.compression.report_pictures import PICTURES
 
 MakeQuality = Any
 OPERATIONS = ("prune", "merge", "aggregate", "quantize")
@@ -213,3 +217,42 @@ def test_bad_input(
         path.write_text(broken)
         with pytest.raises(ValueError, match=r"compression_report.json is (corrupted|no compression report)"):
             write_compression_report(folder)
+
+
+def test_names_are_no_markup(source: Path, statistics: ExpertStatistics, make_quality: MakeQuality) -> None:
+    hostile = "<script>a(1)</script>|`b`\n$x_{$ ![c](d) \x1b[31m"
+    full = source.rename(source.with_name("m`x` <img src=q>|$y$\n---\nz: ]("))
+    (full / "README.md").unlink()
+    names = {"de": hostile, "fr": "a|b"}
+    pairs = tuple((names.get(a, a), names.get(b, b)) for a, b in statistics.pairs)
+    renamed = dataclasses.replace(statistics, pairs=pairs)
+    folder = full.with_name("small")
+    result = prune_experts(full, renamed, keep=2, languages=[("en", hostile)], output_dir=folder)
+    qualities = [make_quality({("en", hostile): 5.0, ("en", "a|b"): 6.0}, model=hostile, device=hostile)] * 2
+    write_compression_report(folder, before=qualities[0], after=qualities[1], statistics=renamed)
+    assert {*pictures_of(folder)} == {*PICTURES}  # in which $ begins no formula
+    assert ModelCard.load(folder / "README.md").data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "translation",
+    }
+    for name in ("report.md", "README.md"):
+        text = (folder / name).read_text()
+        for wrong in ("<script", "<img", "a|b", "\x1b", "![c]", "$x", "$y", "`b`", "\nz:", "]("):
+            assert wrong not in re.sub(r"\]\((report\.md|compression_report/\w+\.png)\)", "", text), wrong
+        tables = [line for line in text.splitlines() if line.startswith("|")]
+        assert len({line.count("|") for line in tables if "en-" in line}) == 1
+    assert "\x1b" not in str(result.report) and len(str(result.report).splitlines()) == len(result.report.lines())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("demo_8.x-y/z", "`demo_8.x-y/z`"),
+        ("a`b", "<code>a&#96;b</code>"),
+        ("a<b>|c&d", "<code>a&#60;b>&#124;c&#38;d</code>"),
+        ("a\nb", "`a b`"),
+        ("x" * 400, f"<code>{'x' * 299}…</code>"),
+    ],
+)
+def test_code(name: str, expected: str) -> None:
+    assert as_code(name) == expected

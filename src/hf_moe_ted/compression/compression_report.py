@@ -51,7 +51,8 @@ class CompressionReport:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        return "\n".join([*self.lines(), *(f"warning: {warning}" for warning in self.warnings)])
+        lines = [*self.lines(), *(f"warning: {warning}" for warning in self.warnings)]
+        return "\n".join("".join(c if c.isprintable() else " " for c in line) for line in lines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,10 @@ class FewerExpertsReport(CompressionReport):
     num_experts_after: dict[str, int]
 
     def lines(self) -> list[str]:
-        return [*super().lines(), "experts of the MoE layers: " + ", ".join(map(str, self.num_experts_after.values()))]
+        counts = zip(self.num_experts_after.values(), self.num_experts_before.values(), strict=True)
+        each = [f"{after} of {before}" for after, before in counts]
+        listed = f"{each[0]} in each" if len({*each}) == 1 else ", ".join(each)
+        return [*super().lines(), f"experts of the MoE layers: {listed}"]
 
     def layers(self) -> dict[str, dict[str, str]]:
         return {

@@ -7,6 +7,7 @@ from statistics import fmean
 
 from .compression_report import AggregationReport, CompressionReport, FewerExpertsReport, PruningReport
 from .expert_statistics import SIDES, LanguagePair
+from .markdown_text import as_code, as_text
 from .model_card import display_name
 from .report_pictures import PICTURES, has_matplotlib, short_name
 from .translation_quality import DirectionQuality, TranslationQuality
@@ -65,10 +66,10 @@ def card_section(contents: ReportContents) -> str:
 def _overview(contents: ReportContents) -> list[str]:
     report = contents.report
     sources = report.checkpoints if isinstance(report, AggregationReport) else (report.source,)
-    names = ", ".join(f"`{display_name(source)}`" for source in sources)
+    names = ", ".join(as_code(display_name(source)) for source in sources)
     parts = [f"Made of {names} by `{report.operation}` of hf_moe_ted.", _sizes_and_means(contents)]
     if warnings := [*report.warnings, *_quality_warnings(contents.qualities)]:
-        parts.append("\n".join(f"- **{warning}**" for warning in warnings))
+        parts.append("\n".join(f"- **{as_text(warning)}**" for warning in warnings))
     if not contents.qualities:
         return [*parts, _HOW_TO_MEASURE]
     pairs = _by_loss(contents.qualities)[:NUM_WORST]
@@ -172,7 +173,7 @@ def _all_directions(contents: ReportContents) -> list[str]:
         return []
     after = qualities["after"]
     labels = " → ".join(_COLUMN[label] for label in qualities)
-    tokenizers = ", ".join(sorted({direction.bleu_tokenizer for direction in after.directions.values()}))
+    tokenizers = ", ".join(sorted({as_text(direction.bleu_tokenizer) for direction in after.directions.values()}))
     floors = [d.reference_off_target for d in after.directions.values() if d.reference_off_target is not None]
     how = [
         f"- {labels}. BLEU (tokenizers: {tokenizers}) and chrF are sacreBLEU's; the length ratio counts characters; "
@@ -180,8 +181,8 @@ def _all_directions(contents: ReportContents) -> list[str]:
         + (f", which is also said of {_percent(fmean(floors))} of the references." if floors else "."),
         f"- {after.num_sentences:,} sentences, beams: {after.num_beams}, at most {after.max_new_tokens} new tokens.",
         *(
-            f"- {_COLUMN[label]}: `{display_name(quality.model)}`, {quality.dtype}, batches of {quality.batch_size}, "
-            f"{quality.device}"
+            f"- {_COLUMN[label]}: {as_code(display_name(quality.model))}, {as_text(quality.dtype)}, batches of "
+            f"{quality.batch_size}, {as_text(quality.device)}"
             for label, quality in qualities.items()
         ),
     ]
@@ -229,7 +230,10 @@ def _details(contents: ReportContents) -> list[str]:
         name: [display_name(str(path)) for path in value] if name == "checkpoints" else value
         for name, value in contents.report.arguments.items()
     }
-    parts = ["## Arguments", "\n".join(f"- `{name}`: {value}" for name, value in arguments.items())]
+    parts = [
+        "## Arguments",
+        "\n".join(f"- {as_code(name)}: {as_text(str(value))}" for name, value in arguments.items()),
+    ]
     if not has_matplotlib():
         parts.append(
             "Pictures were not drawn, as matplotlib was not installed: `pip install 'hf-moe-ted[viz]'`, then "
@@ -254,7 +258,8 @@ def _percent(share: float | None) -> str:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table; rows may be shorter than the header."""
     filled = [[*row, *[""] * (len(header) - len(row))] for row in rows]
-    lines = [header, ["---"] * len(header), *filled]
+    escaped = [[as_text(cell) for cell in row] for row in filled]
+    lines = [header, ["---"] * len(header), *escaped]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

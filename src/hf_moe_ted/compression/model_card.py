@@ -7,6 +7,8 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from .markdown_text import as_text
+
 CARD_NAME = "README.md"
 
 _BEGIN = "<!-- compression report of hf_moe_ted: begin -->"
@@ -59,7 +61,7 @@ def derived_card(sources: Sequence[str], relation: str | None = None) -> ModelCa
         card.text = _LINKS.sub("", card.text.replace(_BEGIN, "").replace(_END, ""))
     else:
         metadata = ModelCardData(library_name="transformers", pipeline_tag="translation")
-        card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n# Made of {display_name(sources[0])}\n")
+        card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n# Made of {as_text(display_name(sources[0]))}\n")
     if ids := [identity for identity in map(hub_id, sources) if identity is not None]:
         card.data.base_model = ids[0] if len(ids) == 1 else ids
         card.data.base_model_relation = relation

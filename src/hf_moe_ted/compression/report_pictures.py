@@ -8,6 +8,7 @@ from typing import Any
 
 from .compression_report import CompressionReport, FewerExpertsReport, PruningReport
 from .expert_statistics import SIDES, ExpertStatistics, side_of
+from .markdown_text import printable
 from .routing_similarity import routed_shares, routing_similarity
 from .translation_quality import TranslationQuality
 
@@ -21,6 +22,7 @@ PICTURES = {
 }
 
 MAX_PANELS_PER_ROW = 6
+MAX_LABEL = 24
 _DPI = 100
 
 
@@ -58,6 +60,12 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def _label(name: str) -> str:
+    """A name on one line, of a length that leaves room for the picture."""
+    line = printable(name)
+    return line if len(line) <= MAX_LABEL else f"{line[: MAX_LABEL - 1]}…"
+
+
 def _png(figure: Any) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=_DPI)
@@ -77,7 +85,7 @@ def _quality(qualities: Mapping[str, TranslationQuality]) -> bytes:
         for (label, of_label), marker in zip(values.items(), "osD", strict=False):
             axis.scatter(of_label, range(len(pairs)), s=14, marker=marker, label=label, zorder=2)
         axis.set(title=title, ylim=(len(pairs) - 0.5, -0.5))
-    axes[0].set_yticks(range(len(pairs)), ["-".join(pair) for pair in pairs], fontsize=7)
+    axes[0].set_yticks(range(len(pairs)), [_label("-".join(pair)) for pair in pairs], fontsize=7, parse_math=False)
     axes[1].axvline(1.0, color="gray", linewidth=0.8)
     axes[1].legend(fontsize=8)
     return _png(figure)
@@ -109,7 +117,7 @@ def _routing_by_language(report: CompressionReport, statistics: ExpertStatistics
         # each with its own scale: shares are small where there are many experts
         axis.imshow(shares_LE.numpy(), aspect="auto", cmap="viridis", vmin=0.0, interpolation="nearest")
         axis.set_title(f"{short_name(layer)}, 0 to {shares_LE.max().item():.0%}", fontsize=8, pad=10)
-        axis.set_yticks(range(len(languages)), languages, fontsize=6)
+        axis.set_yticks(range(len(languages)), [*map(_label, languages)], fontsize=6, parse_math=False)
         axis.tick_params(axis="x", labelsize=6)
         if layer in kept:
             heights = [1.02] * len(kept[layer])
@@ -135,12 +143,12 @@ def _language_similarity(statistics: ExpertStatistics) -> bytes:
     figure = _figure(1.0 + size * len(sides), size)
     axes = figure.subplots(1, len(sides), squeeze=False)[0]
     for axis, side in zip(axes, sides, strict=True):
-        similarity_LL, languages = similarities[side], list(statistics.languages(side))
+        similarity_LL, languages = similarities[side], [*map(_label, statistics.languages(side))]
         assert similarity_LL is not None
         image = axis.imshow(similarity_LL.numpy(), cmap="viridis", vmax=1.0, interpolation="nearest")
         axis.set_title(f"{side}, {'source' if side == 'encoder' else 'target'} languages", fontsize=9)
-        axis.set_xticks(range(len(languages)), languages, fontsize=6, rotation=90)
-        axis.set_yticks(range(len(languages)), languages, fontsize=6)
+        axis.set_xticks(range(len(languages)), languages, fontsize=6, rotation=90, parse_math=False)
+        axis.set_yticks(range(len(languages)), languages, fontsize=6, parse_math=False)
         figure.colorbar(image, ax=axis, fraction=0.046)
     return _png(figure)
 

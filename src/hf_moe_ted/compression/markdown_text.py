@@ -1,0 +1,31 @@
+"""Names of others in Markdown: languages, folders and models say what they are called, and nothing more.
+
+In a table, in a line of text or in code, whatever a name has in it: HTML, pipes, back-ticks, math, line ends.
+"""
+
+import re
+
+MAX_CHARACTERS = 300
+
+_SPECIAL = re.compile(r"[&<|`*~$\\]|(?<=\])[(\[]|!(?=\[)")
+_PLAIN_CODE = re.compile(r"[\w ./:+@=,~-]+")
+
+
+def printable(text: str) -> str:
+    """The text on one line, without control characters, and not longer than `MAX_CHARACTERS`."""
+    line = "".join(character if character.isprintable() else " " for character in text)
+    return line if len(line) <= MAX_CHARACTERS else f"{line[: MAX_CHARACTERS - 1]}…"
+
+
+def as_text(text: str) -> str:
+    """Markdown that reads as the text, in a table, too."""
+    return _SPECIAL.sub(lambda found: f"&#{ord(found[0])};", printable(text))
+
+
+def as_code(text: str) -> str:
+    """Markdown that reads as the text in the type of code."""
+    line = printable(text)
+    return f"`{line}`" if _PLAIN_CODE.fullmatch(line) else f"<code>{as_text(line)}</code>"
+
+
+__all__ = ["as_code", "as_text", "printable"]
