@@ -66,6 +66,42 @@ def test_four_bits_by_hand() -> None:
     assert dequantize_weight(packed, scale, 4).tolist() == [[7.0, -7.0, 3.0, 0.0, 70.0, -30.0, 10.0, 10.0]]
 
 
+def test_weights_are_divided_by_the_scale_that_is_stored() -> None:
+    weight = torch.tensor([[300.0, 254.0, 1.1875, -3.5625]], dtype=torch.bfloat16)
+    packed, scale = quantize_weight(weight, 8, None)
+    assert scale.tolist() == [[2.359375]]  # 300 / 127 is 2.362205
+    assert packed.tolist() == [[round(value / 2.359375) for value in (300.0, 254.0, 1.1875, -3.5625)]]
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 256, generator=generator).bfloat16()
+    packed, scale = quantize_weight(weight, 8, None)
+    exact_scale = weight.float().abs().amax(dim=-1, keepdim=True) / 127
+    by_stored = (weight.double() / scale.double()).round().clamp(-127, 127)
+    assert torch.equal(packed.double(), by_stored)
+    assert not torch.equal(packed.double(), (weight.float() / exact_scale).round().double())
+    # the error is the least that integers with this scale can have
+    error = (dequantize_weight(packed, scale.double(), 8) - weight.double()).abs()
+    for step in (-1, 1):
+        other = (packed.double() + step).clamp(-127, 127)
+        assert (error <= (other * scale.double() - weight.double()).abs() + 1e-12).all()
+
+
+@pytest.mark.parametrize(("bits", "largest"), [(8, 127), (4, 7)])
+def test_integers_are_cut_where_the_scale_was_rounded_down(bits: int, largest: int) -> None:
+    """Without the cut, 8 bits would wrap around to -128, and 4 bits would take a bit of their neighbour."""
+    for numerator in range(1, 4000):
+        weight = torch.tensor([[numerator / 7.0, -numerator / 7.0, 0.0, numerator / 14.0]], dtype=torch.bfloat16)
+        packed, scale = quantize_weight(weight, bits, None)
+        again = dequantize_weight(packed, scale.float(), bits)
+        assert (again.sign() * weight.float().sign() >= 0).all()
+        assert again.abs().max() == largest * scale.float().item()
+    # a scale in float16 among its subnormal numbers is rounded by up to a half
+    weight = torch.tensor([[1.0, -1.0, 0.25, 0.0]]).mul(2.0**-24 * 1.4 * largest).half()
+    packed, scale = quantize_weight(weight, bits, None)
+    assert scale.item() == 2.0**-24 and (weight.float() / scale.float()).abs().max() > 1.3 * largest
+    assert dequantize_weight(packed, scale.float(), bits).tolist()[0][:2] == [largest * 2.0**-24, -largest * 2.0**-24]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("bits", "group_size"), CASES)
 def test_error_is_half_a_step(bits: int, group_size: int | None, dtype: torch.dtype) -> None:

@@ -13,12 +13,10 @@ from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration
 from hf_moe_ted.compression import quantized_experts
 from hf_moe_ted.compression.quantize import quantize_experts
 from hf_moe_ted.compression.quantized_experts import QuantizedExperts
-from hf_moe_ted.kernels.int8_linear import has_exact_int8_products
+from hf_moe_ted.kernels.int8_linear import PackedInt8Weights, has_exact_int8_products
 
 MakeModel = Callable[..., ZCodeM3ForConditionalGeneration]
 EXPERTS = "model.encoder.layers.1.ffn.experts"
-
-needs_int8 = pytest.mark.skipif(not has_exact_int8_products(), reason="needs a processor with exact int8 products")
 
 
 def tokens() -> Tensor:
@@ -40,7 +38,28 @@ def exact_output(experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> 
     return (outputs * factor.scatter_add(1, ids, weights.double())[:, :-1, None]).sum(dim=1)
 
 
-@needs_int8
+@pytest.fixture(params=["processor", "reference"], autouse=True)
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Integer products of the processor, where it has exact ones, and everywhere those of `reference_products`."""
+    if request.param == "processor":
+        if not has_exact_int8_products():
+            pytest.skip("needs a processor with exact int8 products")
+    else:
+        monkeypatch.setattr(quantized_experts, "has_exact_int8_products", lambda: True)
+        monkeypatch.setattr(PackedInt8Weights, "linear", reference_products)
+    return request.param
+
+
+def reference_products(
+    _: Any, inputs_RI: Tensor, key: Any, weight_OI: Tensor, scale_O: Tensor, bias_O: Tensor
+) -> Tensor:
+    """What `PackedInt8Weights.linear` computes, in float64: each row rounded to 8 bits with a scale of its own."""
+    rows_RI = inputs_RI.double()
+    step_R1 = (rows_RI.abs().amax(dim=-1, keepdim=True) / 127).clamp(min=1e-30)
+    sums_RO = (rows_RI / step_R1).round() @ weight_OI.double().T
+    return (sums_RO * step_R1 * scale_O.double() + bias_O.double()).float()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_tokens", [1, 16, 128])
 @torch.no_grad()
@@ -66,7 +85,6 @@ def test_relative_error_is_under_two_percent(num_tokens: int, dtype: torch.dtype
     assert output[(ids == 8).all(dim=1)].count_nonzero() == 0
 
 
-@needs_int8
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_model(dtype: torch.dtype, make_model: MakeModel, tmp_path: Path) -> None:
     capacity = {"eval_capacity_factor": 0.8, "min_capacity": 0, "token_drop_policy": "position"}
@@ -88,7 +106,6 @@ def test_model(dtype: torch.dtype, make_model: MakeModel, tmp_path: Path) -> Non
     assert torch.equal(again, on_integers)
 
 
-@needs_int8
 @torch.no_grad()
 def test_a_token_does_not_depend_on_its_batch(make_model: MakeModel) -> None:
     quantized = quantize_experts(make_model())
@@ -101,7 +118,6 @@ def test_a_token_does_not_depend_on_its_batch(make_model: MakeModel) -> None:
     assert torch.equal(together, alone)
 
 
-@needs_int8
 def test_changed_weights_count(make_model: MakeModel) -> None:
     model, other = make_model(), make_model()
     with torch.no_grad():
@@ -113,7 +129,6 @@ def test_changed_weights_count(make_model: MakeModel) -> None:
     assert torch.equal(logits_of(quantized), logits_of(expected))
 
 
-@needs_int8
 def test_generates(make_model: MakeModel) -> None:
     model = make_model()
     quantized = quantize_experts(model)
