@@ -22,7 +22,11 @@ def main() -> None:
     parser.add_argument("--max_shard_size", default="5GB")
     parser.add_argument("--ignore_expert_output_bias", action="store_true", help="Megatron-DeepSpeed until early 2023")
     parser.add_argument("--overwrite", action="store_true", help="replace output_dir if it is not empty")
-    print(convert_deepspeed_checkpoint(**vars(parser.parse_args())))
+    arguments = parser.parse_args()
+    try:
+        print(convert_deepspeed_checkpoint(**vars(arguments)))
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"Error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,11 @@ def main() -> None:
     parser.add_argument("--dtype", help="of the weights: float32, bfloat16 or float16; default: as in the source")
     parser.add_argument("--max_shard_size", default="5GB")
     parser.add_argument("--overwrite", action="store_true", help="replace output_dir if it is not empty")
-    print(convert_nllb_moe_checkpoint(**vars(parser.parse_args())))
+    arguments = parser.parse_args()
+    try:
+        print(convert_nllb_moe_checkpoint(**vars(arguments)))
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"Error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The main job of the library on real text, on a laptop without a GPU, in a few minutes.
 
 Loads the shipped model; translates sentences; evaluates the test split; fine-tunes on a language the model has never
-seen; drops the least-used half of the experts; checks and evaluates the smaller model. Results go to `demo_out/`; those
+seen; drops the least-used half of the experts; checks and evaluates the smaller model. Scores are printed as they are
+measured. Results go to `demo_out/`, after each part to `report.json`, so that a demo that is stopped leaves them; those
 of the smaller model, with pictures, are in its folder: `demo_out/pruned_model/report.md`.
 """
 
@@ -9,7 +10,6 @@ import argparse
 import json
 import time
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ SENTENCES = (
     "The file could not be saved because the disk is full",
 )
 console = Console(width=110)
-evaluate = partial(evaluate_translation, batch_size=50)
 
 
 def main() -> None:
@@ -61,14 +60,17 @@ def main() -> None:
 
     console.rule("1. Translate")
     report["translations"] = show_translations(model, tokenizer)
+    keep_so_far(report, arguments.output_dir)
 
     console.rule("2. Evaluate on the test split")
     test = first_rows(load_directions("test", known_languages), arguments.max_test_samples)
     full = evaluate(model, tokenizer, test, description="All experts")
     report["full_model"] = summary(model, full) | {"size_mb": size_mb(arguments.checkpoint)}
+    keep_so_far(report, arguments.output_dir)
 
     console.rule(f"3. Fine-tune on a new language, {NEW_LANGUAGE}")
     report |= fine_tune(arguments)
+    keep_so_far(report, arguments.output_dir)
 
     console.rule("4. Drop the least-used half of the experts")
     folder = arguments.output_dir / "pruned_model"
@@ -84,8 +86,22 @@ def main() -> None:
     write_compression_report(folder, before=full, after=small)
 
     report["seconds"] = round(time.perf_counter() - start, 1)
-    (arguments.output_dir / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    keep_so_far(report, arguments.output_dir)
     print_report(report, arguments.output_dir)
+
+
+def evaluate(model: Any, tokenizer: Any, test: Any, description: str) -> TranslationQuality:
+    """Translate the test sentences, and print the scores at once."""
+    quality = evaluate_translation(model, tokenizer, test, batch_size=50, description=description)
+    console.print(f"{description}: {quality}")
+    return quality
+
+
+def keep_so_far(report: dict[str, Any], output_dir: Path) -> None:
+    """Write what there is of the report, as a whole file, so that a demo that is stopped leaves its results."""
+    temporary = output_dir / ".report.json.incomplete"
+    temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(output_dir / "report.json")
 
 
 def summary(model: Any, quality: TranslationQuality) -> dict[str, Any]:
