@@ -138,6 +138,7 @@ def _run(recipe: dict[str, Any], overrides: list[str], variant: str, of_variant:
         argv += [f"--{name}", *map(str, values)]
     parser = HfArgumentParser([ModelArguments, DataArguments, MultitaskTrainingArguments])
     model, data, training = parser.parse_args_into_dataclasses([*argv, *overrides])
+    training.dataloader_pin_memory &= torch.cuda.is_available()  # without a GPU it does nothing but warn
     training.output_dir = os.path.join(training.output_dir or "runs/multitask", variant, f"seed_{seed}")
     return Run(variant, seed, model, data, training)
 

@@ -90,6 +90,7 @@ def training_arguments(run: TrainingRun, plugin: TedPlugin) -> Seq2SeqTrainingAr
     return Seq2SeqTrainingArguments(
         run.output_dir,
         parallelism_config=plugin,
+        dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),  # else several processes on CPUs do not find one another
         max_steps=run.max_steps,
         per_device_train_batch_size=run.batch_size // num_batches,

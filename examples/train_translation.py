@@ -104,6 +104,7 @@ def main() -> None:
     # its backward can give NaN on Hopper since torch 2.11: https://github.com/pytorch/pytorch/issues/196678
     torch.backends.cuda.enable_cudnn_sdp(False)
     model_args, data_args, training_args = parse_arguments(sys.argv[1:])
+    training_args.dataloader_pin_memory &= torch.cuda.is_available()  # without a GPU it does nothing but warn
     output_dir = Path(training_args.output_dir)
     set_seed(training_args.seed)
 
