@@ -19,8 +19,9 @@ from ..optim.tiled_adamw import TiledAdamW
 from .activation_checkpoint import communication_aware_context_fn
 from .checkpoint import atomic_folder
 from .gradient_norm import clip_grad_norm_
+from .layout_check import check_is_sharded
 from .parallelize import prepare_for_training
-from .random_state import load_random_state, saved_random_state
+from .random_state import load_generators, load_random_state, saved_random_state
 from .ted_config import TedConfig
 from .training_state import load_training_state, save_training_state
 
@@ -165,6 +166,8 @@ class TedAcceleratorMixin(Accelerator):
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> nn.Module:
+        if not evaluation_mode:
+            check_is_sharded(model, self.parallelism_config)
         if not getattr(model, "is_distributed_loading_by_transformers", False):
             return super().prepare_model(model, device_placement, evaluation_mode)
         prepare_for_training(model)
@@ -215,11 +218,15 @@ class TedAcceleratorMixin(Accelerator):
     ) -> None:
         if input_dir is None:
             raise ValueError("input_dir is None: name the folder that save_state has written")
+        loaded = []
         for index, (model, optimizer) in enumerate(self._sharded()):
             extra = load_training_state(os.path.join(input_dir, f"{TRAINING_STATE}_{index}"), model, optimizer)
             load_random_state(model, extra)
+            loaded.append((model, extra))
         with self._without_models():
             super().load_state(input_dir, load_kwargs, **kwargs)
+        for model, extra in loaded[:1]:  # the parent took the generators of the process of the same number
+            load_generators(model, extra)
         self.step = 0  # micro-batches of an accumulation, which may have been others, and whose gradients are not saved
 
     def _save_training_state(self, folder: str | os.PathLike[str]) -> None:

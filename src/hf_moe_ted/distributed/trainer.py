@@ -11,18 +11,30 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
-from .accelerate_plugin import TRAINING_STATE
+from .accelerate_plugin import TRAINING_STATE, TedPlugin
 from .activation_checkpoint import communication_aware_context_fn
 from .checkpoint import load_weights, save_pretrained
 from .gradient_norm import clip_grad_norm_
+from .layout_check import check_is_sharded
 from .parallelize import prepare_for_training
-from .random_state import load_random_state, saved_random_state
+from .random_state import load_generators, load_random_state, saved_random_state
+from .samplers import for_data_parallel_ranks, set_epoch
 from .training_state import load_training_state, save_training_state
+from .whole_state import (
+    check_whole_state,
+    groups_of_trainer,
+    is_described,
+    load_whole_state,
+    mark_described,
+    save_description,
+    saved_generators,
+)
 
 
 class TedTrainerMixin(Trainer):
@@ -31,10 +43,11 @@ class TedTrainerMixin(Trainer):
     - Optimizer and scheduler are saved as shards, and a checkpoint resumes on any layout and world size, one process
       included. A checkpoint folder appears when all is in it.
     - The gradient norm takes one collective.
-    - Ranks of a tensor-parallel group give each prediction once.
+    - Ranks of a tensor-parallel group draw the same batches, and give each token, and each prediction, once.
     """
 
     _staging_dir: str | None = None
+    _resumed: dict[str, Any] | None = None  # `extra` of the training state that was loaded
 
     def __init__(
         self,
@@ -46,12 +59,10 @@ class TedTrainerMixin(Trainer):
     ):
         if optimizer_cls_and_kwargs is not None and any(kwargs.get("optimizers", ())):
             raise ValueError("give only one of optimizers and optimizer_cls_and_kwargs")
-        is_sharded = getattr(model, "is_distributed_loading_by_transformers", False)
-        if is_sharded:
-            prepare_for_training(model)
-            _keep_collectives_of_transformers(model, args)
+        if model is not None:
+            _check_and_prepare(model, args)
         # the parent refuses to write checkpoints of a sharded model that it could not read again
-        is_refused = is_sharded and args is not None and not args.save_only_model
+        is_refused = args is not None and not args.save_only_model
         if is_refused:
             args.save_only_model = True
         try:
@@ -61,6 +72,11 @@ class TedTrainerMixin(Trainer):
                 args.save_only_model = False
         if optimizer_cls_and_kwargs is not None:  # which Seq2SeqTrainer does not take
             self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        model = super().call_model_init(trial)
+        _check_and_prepare(model, self.args)
+        return model
 
     # ---- checkpoints ----
 
@@ -124,6 +140,12 @@ class TedTrainerMixin(Trainer):
             super()._load_best_model()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if not self.is_distributed_loading_by_transformers:
+            self._save_whole_state(output_dir)
+            return
         save_training_state(
             os.path.join(output_dir, TRAINING_STATE),
             self._sharded_model,
@@ -133,13 +155,55 @@ class TedTrainerMixin(Trainer):
             extra=saved_random_state(self._sharded_model),
         )
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        if not self.is_distributed_loading_by_transformers:  # else it is in the training state, by data-parallel rank
+            super()._save_rng_state(output_dir)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        folder = os.path.join(checkpoint or "", TRAINING_STATE)
-        if checkpoint is None or not os.path.isdir(folder):
-            super()._load_optimizer_and_scheduler(checkpoint)  # of a plain Trainer, on one process
+        """
+        Raises:
+            ValueError: the checkpoint has no optimizer, scheduler or random state, or those of another model.
+        """
+        if checkpoint is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
             return
-        extra = load_training_state(folder, self._sharded_model, self._plain_optimizer, self.lr_scheduler)
-        load_random_state(self._sharded_model, extra)
+        folder = os.path.join(checkpoint, TRAINING_STATE)
+        if os.path.isdir(folder) and not is_described(folder):
+            self._resumed = load_training_state(folder, self._sharded_model, self._plain_optimizer, self.lr_scheduler)
+            load_random_state(self._sharded_model, self._resumed)
+            return
+        has_scaler = getattr(self.accelerator, "scaler", None) is not None
+        description = check_whole_state(checkpoint, folder, has_scaler=has_scaler)
+        self._resumed = {"generators": saved_generators(checkpoint)}
+        if not self.is_distributed_loading_by_transformers:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        if description is None:
+            groups = groups_of_trainer(self._sharded_model, self.get_decay_parameter_names(self._sharded_model))
+            known: dict[str, Any] = {}
+        else:
+            groups, known = description["parameters"], {"optimizer_class": description["optimizer_class"]}
+        load_whole_state(checkpoint, self._sharded_model, self._plain_optimizer, self.lr_scheduler, groups, **known)
+
+    def _save_whole_state(self, output_dir: str) -> None:
+        """As the parent, so that a plain Trainer can go on from it, and what a sharded model would need besides."""
+        handle = self._plain_optimizer.register_state_dict_post_hook(mark_described)
+        try:
+            super()._save_optimizer_and_scheduler(output_dir)
+        finally:
+            handle.remove()
+        if self.args.should_save:
+            num_processes = self.args.world_size
+            files = [f"rng_state_{process}.pth" for process in range(num_processes)]
+            files = [OPTIMIZER_NAME, SCHEDULER_NAME, *(files if num_processes > 1 else ["rng_state.pth"])]
+            save_description(os.path.join(output_dir, TRAINING_STATE), self.model, self._plain_optimizer, files)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """What the data-parallel rank of this process had, in whatever layout and number of processes."""
+        if self._resumed is None:
+            super()._load_rng_state(checkpoint)
+        elif checkpoint is not None:
+            load_generators(self._sharded_model, self._resumed)
 
     @property
     def _sharded_model(self) -> Any:
@@ -149,7 +213,68 @@ class TedTrainerMixin(Trainer):
     def _plain_optimizer(self) -> Any:
         return getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
 
+    # ---- batches ----
+
+    @property
+    def _has_layout(self) -> bool:
+        """Whether the run may go on in another layout, so that its order of data must not depend on this one."""
+        return self.is_distributed_loading_by_transformers or isinstance(self.args.parallelism_config, TedPlugin)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if not self._has_layout:
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        num_batches = self.args.world_size // self.get_tp_size()
+        return for_data_parallel_ranks(
+            sampler,
+            seed=seed,
+            batch_size=self.get_total_train_batch_size(self.args),
+            data_parallel_size=num_batches,
+            data_parallel_rank=self._data_parallel_rank,
+        )
+
+    def get_train_dataloader(self) -> Any:
+        """As the parent; workers of ranks that share a batch have the same seeds."""
+        loader = super().get_train_dataloader()
+        source = getattr(loader, "base_dataloader", loader)
+        init = getattr(source, "worker_init_fn", None)
+        if self._has_layout and isinstance(init, functools.partial) and "rank" in init.keywords:
+            keywords = {**init.keywords, "rank": self._data_parallel_rank}
+            source.worker_init_fn = functools.partial(init.func, *init.args, **keywords)
+        return loader
+
+    @property
+    def _data_parallel_rank(self) -> int:
+        return int(self.args.process_index // self.get_tp_size())
+
+    def _run_epoch(self, *args: Any, epoch: Any, train_dataloader: Any, **kwargs: Any) -> None:
+        if self._has_layout:
+            set_epoch(train_dataloader, epoch)
+            load_generators(self._sharded_model, {})  # ranks that share a batch make it alike, however they are seeded
+        super()._run_epoch(*args, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+
     # ---- training ----
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """The parent divides by the ranks that share a batch, whether it has added up theirs or not."""
+        num_items = super()._get_num_items_in_batch(batch_samples, device)
+        is_own = self.is_distributed_loading_by_transformers and not self.args.average_tokens_across_devices
+        return (num_items * self.get_tp_size()).round() if is_own and torch.is_tensor(num_items) else num_items
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        if self.is_distributed_loading_by_transformers:  # the parent counts those of each process
+            self.state.num_input_tokens_seen = (
+                before + (self.state.num_input_tokens_seen - before) // self.get_tp_size()
+            )
+
+    def store_flos(self) -> None:
+        before = self.state.total_flos
+        super().store_flos()
+        if self.is_distributed_loading_by_transformers:
+            self.state.total_flos = before + (self.state.total_flos - before) / self.get_tp_size()
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         if not self.is_distributed_loading_by_transformers:
@@ -209,6 +334,13 @@ class TedTrainer(TedTrainerMixin, Trainer):
 
 class TedSeq2SeqTrainer(TedTrainerMixin, Seq2SeqTrainer):
     """[`Seq2SeqTrainer`] for sharded models, and unchanged for others."""
+
+
+def _check_and_prepare(model: Any, args: Any) -> None:
+    check_is_sharded(model, getattr(args, "parallelism_config", None))
+    if getattr(model, "is_distributed_loading_by_transformers", False):
+        prepare_for_training(model)
+        _keep_collectives_of_transformers(model, args)
 
 
 def _keep_collectives_of_transformers(model: Any, args: Any) -> None:

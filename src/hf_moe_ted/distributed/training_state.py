@@ -75,7 +75,7 @@ def save_training_state(
     with together():
         optimizer = _unwrap(optimizer)
         model_tensors = named_tensors(model)
-        names = _group_names(model_tensors, optimizer)
+        names = group_names(model_tensors, optimizer)
         tensors, scalars = _optimizer_state(names, optimizer)
         if weights:
             tensors |= {f"weights.{name}": tensor for name, tensor in model_tensors.items()}
@@ -87,7 +87,7 @@ def save_training_state(
             ],
             "dtypes": {name: parameter.dtype for name, parameter in _parameters(names, optimizer)},
             "scalars": scalars,
-            "scheduler": None if scheduler is None else _by_name(scheduler.state_dict(), names),
+            "scheduler": None if scheduler is None else scheduler_by_name(scheduler.state_dict(), names),
             "extra": dict(extra or {}),
         }
         encoded = _encode(rest)
@@ -123,7 +123,7 @@ def load_training_state(
                 f"{folder} has the state of {rest['optimizer_class']}, the optimizer is {type(optimizer).__name__}"
             )
         model_tensors = named_tensors(model)
-        names = _group_names(model_tensors, optimizer)
+        names = group_names(model_tensors, optimizer)
         options = {name: group["options"] for group in rest["groups"] for name in group["parameters"]}
         _check_same_names(options, [name for group in names for name in group], f"the optimizer in {folder}")
         for name, parameter in _parameters(names, optimizer):
@@ -139,7 +139,7 @@ def load_training_state(
         if scheduler is not None:
             if rest["scheduler"] is None:
                 raise ValueError(f"{folder} has no state of a scheduler")
-            scheduler_state = _by_group(rest["scheduler"], names)
+            scheduler_state = scheduler_by_group(rest["scheduler"], names)
     tensors = {f"optimizer.{name}.{key}": value for name, state in states.items() for key, value in state.items()}
     _run_dcp(dcp.load, tensors | weights, storage_reader=dcp.FileSystemReader(folder), planner_class=_RegionLoadPlanner)
     for group, group_options in zip(optimizer.param_groups, per_group, strict=True):
@@ -231,7 +231,7 @@ def _unwrap(optimizer: Optimizer) -> Optimizer:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-def _group_names(model_tensors: Mapping[str, Tensor], optimizer: Optimizer) -> list[list[str]]:
+def group_names(model_tensors: Mapping[str, Tensor], optimizer: Optimizer) -> list[list[str]]:
     """The names of the parameters, one list per param group."""
     name_of_id = {id(tensor): name for name, tensor in model_tensors.items()}
     for number, group in enumerate(optimizer.param_groups):
@@ -373,7 +373,7 @@ def _move_steps(optimizer: Optimizer) -> None:
                 state.update({key: v.to(parameter.device) for key, v in state.items() if isinstance(v, Tensor)})
 
 
-def _by_name(state: Mapping[str, Any], names: list[list[str]]) -> dict[str, Any]:
+def scheduler_by_name(state: Mapping[str, Any], names: list[list[str]]) -> dict[str, Any]:
     """A scheduler's state with what it keeps per param group by the names of the parameters."""
 
     def spread(values: list[Any]) -> dict[str, Any]:
@@ -382,8 +382,8 @@ def _by_name(state: Mapping[str, Any], names: list[list[str]]) -> dict[str, Any]
     return _map_per_group(state, spread)
 
 
-def _by_group(state: Mapping[str, Any], names: list[list[str]]) -> dict[str, Any]:
-    """The reverse of `_by_name`, for other groups."""
+def scheduler_by_group(state: Mapping[str, Any], names: list[list[str]]) -> dict[str, Any]:
+    """The reverse of `scheduler_by_name`, for other groups."""
 
     def collect(values: Mapping[str, Any]) -> list[Any]:
         # nothing is scheduled in a group without parameters, but it has a place in the list
