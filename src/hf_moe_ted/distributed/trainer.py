@@ -20,6 +20,7 @@ from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
 from .accelerate_plugin import TRAINING_STATE, TedPlugin
 from .activation_checkpoint import communication_aware_context_fn
 from .checkpoint import load_weights, save_pretrained
+from .counts import CountsOnceMixin
 from .gradient_norm import clip_grad_norm_
 from .layout_check import check_is_sharded
 from .parallelize import prepare_for_training
@@ -37,7 +38,7 @@ from .whole_state import (
 )
 
 
-class TedTrainerMixin(Trainer):
+class TedTrainerMixin(CountsOnceMixin):
     """What a [`Trainer`] lacks for a model that `from_pretrained(distributed_config=...)` has sharded.
 
     - Optimizer and scheduler are saved as shards, and a checkpoint resumes on any layout and world size, one process
@@ -62,7 +63,10 @@ class TedTrainerMixin(Trainer):
         if model is not None:
             _check_and_prepare(model, args)
         # the parent refuses to write checkpoints of a sharded model that it could not read again
-        is_refused = args is not None and not args.save_only_model
+        is_sharded = getattr(model, "is_distributed_loading_by_transformers", False)
+        plugin = getattr(args, "parallelism_config", None)
+        may_be_sharded = is_sharded or (model is None and isinstance(plugin, TedPlugin))  # model_init makes it later
+        is_refused = may_be_sharded and args is not None and not args.save_only_model
         if is_refused:
             args.save_only_model = True
         try:
@@ -255,26 +259,6 @@ class TedTrainerMixin(Trainer):
         super()._run_epoch(*args, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
     # ---- training ----
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """The parent divides by the ranks that share a batch, whether it has added up theirs or not."""
-        num_items = super()._get_num_items_in_batch(batch_samples, device)
-        is_own = self.is_distributed_loading_by_transformers and not self.args.average_tokens_across_devices
-        return (num_items * self.get_tp_size()).round() if is_own and torch.is_tensor(num_items) else num_items
-
-    def _track_num_input_tokens(self, inputs: Any) -> None:
-        before = self.state.num_input_tokens_seen
-        super()._track_num_input_tokens(inputs)
-        if self.is_distributed_loading_by_transformers:  # the parent counts those of each process
-            self.state.num_input_tokens_seen = (
-                before + (self.state.num_input_tokens_seen - before) // self.get_tp_size()
-            )
-
-    def store_flos(self) -> None:
-        before = self.state.total_flos
-        super().store_flos()
-        if self.is_distributed_loading_by_transformers:
-            self.state.total_flos = before + (self.state.total_flos - before) / self.get_tp_size()
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         if not self.is_distributed_loading_by_transformers:
