@@ -10,7 +10,7 @@ from transformers import Trainer
 class CountsOnceMixin(Trainer):
     """[`Trainer`] adds up what all processes have seen; those of a tensor-parallel group have seen the same."""
 
-    _num_evaluated = 0
+    _num_evaluated: int | None = None
 
     @property
     def _ranks_per_batch(self) -> int:
@@ -46,9 +46,9 @@ class CountsOnceMixin(Trainer):
         self._correct_steps_per_second(output.metrics)
         return output
 
-    def _correct_steps_per_second(self, metrics: dict[str, float]) -> None:
+    def _correct_steps_per_second(self, metrics: dict[str, float] | None) -> None:
         """Those of an evaluation, for which the parent takes as many batches at once as there are processes."""
-        if self._ranks_per_batch == 1:
+        if self._ranks_per_batch == 1 or metrics is None or self._num_evaluated is None:
             return
         num_batches = self.args.world_size // self._ranks_per_batch
         for name in [name for name in metrics if name.endswith("_steps_per_second")]:

@@ -200,7 +200,9 @@ class TedTrainerMixin(CountsOnceMixin):
             num_processes = self.args.world_size
             files = [f"rng_state_{process}.pth" for process in range(num_processes)]
             files = [OPTIMIZER_NAME, SCHEDULER_NAME, *(files if num_processes > 1 else ["rng_state.pth"])]
-            save_description(os.path.join(output_dir, TRAINING_STATE), self.model, self._plain_optimizer, files)
+            save_description(
+                os.path.join(output_dir, TRAINING_STATE), self._sharded_model, self._plain_optimizer, files
+            )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """What the data-parallel rank of this process had, in whatever layout and number of processes."""
@@ -252,11 +254,11 @@ class TedTrainerMixin(CountsOnceMixin):
     def _data_parallel_rank(self) -> int:
         return int(self.args.process_index // self.get_tp_size())
 
-    def _run_epoch(self, *args: Any, epoch: Any, train_dataloader: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, model: Any, epoch: Any, train_dataloader: Any, *args: Any, **kwargs: Any) -> None:
         if self._has_layout:
             set_epoch(train_dataloader, epoch)
             load_generators(self._sharded_model, {})  # ranks that share a batch make it alike, however they are seeded
-        super()._run_epoch(*args, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+        super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
     # ---- training ----
 

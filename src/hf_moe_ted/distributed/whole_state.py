@@ -144,9 +144,9 @@ def load_whole_state(
             )
         key_of: dict[str, Any] = {}
         options: dict[str, dict[str, Any]] = {}
-        for group, names in zip(saved["param_groups"], whole_groups, strict=True):
-            key_of.update(zip(names, group["params"], strict=True))
-            options.update({name: {k: v for k, v in group.items() if k != "params"} for name in names})
+        for group, whole_names in zip(saved["param_groups"], whole_groups, strict=True):
+            key_of.update(zip(whole_names, group["params"], strict=True))
+            options.update({name: {k: v for k, v in group.items() if k != "params"} for name in whole_names})
         present = optimizer.state_dict()
         names = group_names(named_tensors(model), optimizer)
         unknown = sorted({name for group in names for name in group} ^ {*key_of})
