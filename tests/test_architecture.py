@@ -55,7 +55,7 @@ RULES = {
     "kernels": Rule(packages=("torch", "triton")),
     "distributed": Rule(
         parts=("models", "kernels", "checkpoint", "optim"),
-        packages=("torch", "transformers", "accelerate", "safetensors", "tqdm"),
+        packages=("numpy", "torch", "transformers", "accelerate", "safetensors", "tqdm"),
     ),
     "optim": Rule(packages=("torch",)),
     "checkpoint": Rule(parts=("models",)),
