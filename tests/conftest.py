@@ -1,5 +1,6 @@
 import os
 
+import pytest
 import torch
 
 # The tests' tensors are tiny: a second thread costs more than it gives, and far more on a machine that is busy.
@@ -9,3 +10,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # and so in the processes that tests start
 # Triton kernels run in its interpreter where there is no GPU; it is chosen when they are defined.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def nllb_tokenizer():
+    """A tokenizer of NLLB with its 202 languages and letters for tokens."""
+    from transformers import NllbTokenizer
+
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    return NllbTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[])

@@ -60,9 +60,9 @@ RULES = {
     "optim": Rule(packages=("torch",)),
     "checkpoint": Rule(parts=("models",)),
     "compression": Rule(parts=("models", "checkpoint", "kernels", "metrics")),
-    "data": Rule(parts=("models.tokenization_zcode_m3",)),
+    "data": Rule(parts=("models.language_codes", "models.tokenization_zcode_m3")),
     "training": Rule(parts=("models", "data"), packages=("numpy", "torch", "transformers", "accelerate", "matplotlib")),
-    "metrics": Rule(parts=("models.tokenization_zcode_m3",)),
+    "metrics": Rule(parts=("models.language_codes", "models.tokenization_zcode_m3")),
     "testing": Rule(parts=("models", "distributed")),
     "_auto_registration": Rule(parts=("models", "compression"), packages=("transformers",)),
     "__init__": Rule(

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .distributed.ted_config import TedConfig
     from .distributed.trainer import TedSeq2SeqTrainer, TedTrainer
     from .models.configuration_zcode_m3 import ZCodeM3Config
+    from .models.language_codes import parse_languages, resolve_language
     from .models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration, ZCodeM3Model, ZCodeM3PreTrainedModel
     from .models.pipeline_translation import ZCodeM3TranslationPipeline
     from .models.tokenization_zcode_m3 import ZCodeM3Tokenizer
@@ -97,9 +98,11 @@ _MODULE_OF_NAME = {
     "initialize_checkpoint": "checkpoint.initialization",
     "inspect_deepspeed_checkpoint": "checkpoint.deepspeed_reader",
     "merge_experts": "compression.merge",
+    "parse_languages": "models.language_codes",
     "prune_experts": "compression.prune",
     "quantize_experts": "compression.quantize",
     "read_deepspeed_state_dict": "checkpoint.deepspeed_reader",
+    "resolve_language": "models.language_codes",
     "score_translations": "compression.translation_scores",
     "token_lengths": "data.batch_sampler",
     "upcycle_dense_checkpoint": "checkpoint.upcycling",
@@ -155,9 +158,11 @@ __all__ = [
     "initialize_checkpoint",
     "inspect_deepspeed_checkpoint",
     "merge_experts",
+    "parse_languages",
     "prune_experts",
     "quantize_experts",
     "read_deepspeed_state_dict",
+    "resolve_language",
     "score_translations",
     "token_lengths",
     "upcycle_dense_checkpoint",

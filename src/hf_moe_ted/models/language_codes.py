@@ -1,0 +1,238 @@
+"""Codes of languages: what people type -> the language that a tokenizer has.
+
+`zh-CN`, `zh_CN`, `zho_Hans`, `cmn` and `ZH` are one language in several forms: a code of ISO 639 (two or three
+letters), perhaps with a script (`Hans`), a region (`CN`) or a variant (`valencia`) after `-` or `_`, in any case. A
+tokenizer has some of these languages, in forms of its own. This is the one place that knows how forms belong together.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+# A line per language: the code that stands for it here, then the other ones. A macrolanguage (`ara`) is the same as the
+# member that is meant without further words (`arb`), as in NLLB and FLORES-200, whose languages are all here.
+_CODES = """
+aa aar|ab abk|ace|acm|acq|aeb|af afr|ajp|ak aka|am amh|an arg|ang|apc|ar ara arb|arc|ars|ary|arz|as asm|ast|av ava
+awa|ay aym ayr|az aze azj|azb|ba bak|ban|bar|bcl|be bel|bem|bg bul|bh bih|bho|bi bis|bjn|bm bam|bn ben|bo bod tib
+bpy|br bre|bs bos|bug|ca cat|cbk|ce che|ceb|ch cha|chr|cjk|ckb|co cos|cr cre|crh|cs ces cze|csb|cu chu|cv chv
+cy cym wel|da dan|de deu ger|dik din|diq|dsb|dv div|dyu|dz dzo|ee ewe|el ell gre|en eng|eo epo|es spa|et est ekk
+eu eus baq|ext|fa fas per pes|ff ful fuv|fi fin|fj fij|fo fao|fon|fr fra fre|frr|fur|fy fry|ga gle|gan|gcf|gcr|gd gla
+gl glg|gn grn gug|gom|grc|gsw|gu guj|guw|gv glv|ha hau|hak|haw|hbo|he heb iw|hi hin|hif|hil|hmn|hne|ho hmo|hr hrv|hsb
+ht hat|hu hun|hy hye arm|hz her|ia ina|id ind in|ie ile|ig ibo|ii iii|ik ipk|ilo|io ido|is isl ice|it ita|iu iku
+ja jpn|jv jav jw|ka kat geo|kab|kac|kam|kbp|kea|kg kon|ki kik|kj kua|kk kaz|kl kal|km khm|kmb|kn kan|ko kor
+kr kau knc|ks kas|ku kur kmr|kv kom|kw cor|ky kir|la lat|lb ltz|lg lug|li lim|lij|lmo|ln lin|lo lao|lt lit|ltg|lu lub
+lua|luo|lus|lv lav lvs|lzh|mag|mai|mg mlg plt|mh mah|mi mri mao|min|mk mkd mac|ml mal|mn mon khk|mni|mos|mr mar
+ms msa may zsm|mt mlt|mwl|my mya bur|na nau|nan|nap|nb nob no nor|nd nde|nds|ne nep npi|new|ng ndo|nl nld dut|nn nno
+nr nbl|nso ns|nus|nv nav|ny nya|oc oci|oj oji|om orm gaz|or ori ory|os oss|pa pan|pag|pam|pap|pcm|pi pli|pl pol|pms
+pnb|prs|ps pus pbt|pt por|qu que quy|rm roh|rn run|ro ron rum mo|rom|ru rus|rw kin|sa san|sah|sat|sc srd|scn|sco
+sd snd|sdh|se sme|sg sag|sh hbs|shn|si sin|sk slk slo|sl slv|sm smo|sn sna|so som|sq sqi alb als|sr srp|ss ssw
+st sot|su sun|sv swe|sw swa swh|szl|ta tam|taq|te tel|tet|tg tgk|th tha|ti tir|tk tuk|tl tgl fil|tn tsn|to ton|tpi
+tr tur|ts tso|tt tat|tum|tw twi|ty tah|tyv|tzm|udm|ug uig|uk ukr|umb|ur urd|uz uzb uzn|uzs|ve ven|vec|vi vie|vo vol
+wa wln|war|wo wol|wuu|xal|xh xho|yi yid ydd ji|yo yor|yue|za zha|zh zho chi cmn|zu zul|zxx
+"""
+_LANGUAGE_OF = {code: line.split()[0] for line in re.split(r"[|\n]", _CODES.strip()) for code in line.split()}
+
+# what people type for a language: the code of a country, or a name
+_MISTAKES = {
+    **{"br": "pt", "chinese": "zh", "cn": "zh", "cz": "cs", "dk": "da", "ee": "et", "english": "en", "french": "fr"},
+    **{"german": "de", "gr": "el", "greek": "el", "ir": "fa", "japanese": "ja", "jp": "ja", "korean": "ko", "kr": "ko"},
+    **{"portuguese": "pt", "se": "sv", "si": "sl", "spanish": "es", "tw": "zh", "ua": "uk", "us": "en", "vn": "vi"},
+}
+
+_SCRIPT_OF_CHINESE = {"CN": "Hans", "MY": "Hans", "SG": "Hans", "HK": "Hant", "MO": "Hant", "TW": "Hant"}
+_HAN = ("Hani", "Hans", "Hant")
+
+# scripts without spaces between words, and the languages that are written in them where no script is named
+_SCRIPT_WITHOUT_SPACES = {
+    **dict.fromkeys(("gan", "hak", "lzh", "nan", "wuu", "yue", "zh"), "Hani"),
+    **{"bo": "Tibt", "dz": "Tibt", "ja": "Jpan", "km": "Khmr", "lo": "Laoo", "my": "Mymr", "shn": "Mymr", "th": "Thai"},
+}
+_BLEU_TOKENIZER = {
+    **dict.fromkeys(_HAN, "zh"),
+    **dict.fromkeys(("Hira", "Jpan", "Kana", "Khmr", "Laoo", "Mymr", "Thai", "Tibt"), "char"),
+}
+
+_LANGUAGE_TOKEN = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}|[a-z]{2}_[A-Z]{2}")  # of NLLB and mBART: eng_Latn, en_XX
+_MAX_LISTED = 30
+
+
+class LanguageCode(NamedTuple):
+    """A language in a form that does not depend on how it was typed.
+
+    Attributes:
+        language: ISO 639-1 where there is such a code, otherwise ISO 639-3.
+        script: ISO 15924, `Hans`.
+        region: ISO 3166, `BR`, or three digits.
+        variant: what else was named, in small letters.
+    """
+
+    language: str
+    script: str | None = None
+    region: str | None = None
+    variant: str | None = None
+
+
+def parse_language(code: str) -> LanguageCode:
+    """What a code means: `zh_CN` -> `zh`, `Hans`, `CN`.
+
+    Raises:
+        ValueError: it is no code of a language that is known here; the error lists near ones.
+    """
+    parsed = _parsed(code) if isinstance(code, str) else None
+    if parsed is None:
+        raise ValueError(_unknown("language", code, list(dict.fromkeys(_LANGUAGE_OF.values())), is_listed=False))
+    return parsed
+
+
+def resolve_language(code: str, languages: Iterable[str], *, name: str = "language") -> str:
+    """The one of `languages` that a code means.
+
+    The very same string comes first, so that languages may have names of any kind. Then the language must be the same,
+    and script, region and variant where both name one: `pt-BR` is `pt` where there is no closer one, but not `pt_PT`.
+
+    Args:
+        code: as people type it: `zh-CN`, `zh_CN`, `zho_Hans`, `cmn`, `ZH`.
+        languages: of a tokenizer or a model.
+        name: what errors call the code, such as `src_lang`.
+
+    Raises:
+        ValueError: none of `languages` is meant, or several are (`zh` of `zho_Hans` and `zho_Hant`); the error lists
+            near ones.
+    """
+    languages = list(dict.fromkeys(languages))
+    if code in languages:
+        return code
+    found = _closest(code, languages) if isinstance(code, str) else []
+    if len(found) > 1:
+        raise ValueError(f"ambiguous {name} {code!r}: it may be {', '.join(found)}; name one of them")
+    if not found:
+        raise ValueError(_unknown(name, code, languages))
+    return found[0]
+
+
+def find_language(code: str, languages: Iterable[str]) -> str | None:
+    """As `resolve_language`, but `None` where none is meant.
+
+    Raises:
+        ValueError: several are meant.
+    """
+    languages = list(languages)
+    if code not in languages and not _closest(code, languages):
+        return None
+    return resolve_language(code, languages)
+
+
+def parse_languages(text: str) -> list[str]:
+    """The codes of a list that was typed, `"en, de"` -> `["en", "de"]`, each once.
+
+    Raises:
+        ValueError: there is none, or an empty one between two commas.
+    """
+    codes = [code.strip() for code in text.split(",")]
+    if not all(codes):
+        raise ValueError(f"languages ({text!r}) must be codes with commas between them, such as 'en,de'")
+    return list(dict.fromkeys(codes))
+
+
+def sacrebleu_tokenizer(code: str) -> str:
+    """The tokenizer of sacreBLEU for a language: `zh`, `char` where words are not parted by spaces, otherwise `13a`.
+
+    Raises:
+        ValueError: see `parse_language`.
+    """
+    parsed = parse_language(code)
+    return _BLEU_TOKENIZER.get(parsed.script or _SCRIPT_WITHOUT_SPACES.get(parsed.language, ""), "13a")
+
+
+def language_ids(tokenizer: Any) -> dict[str, int]:
+    """The languages of a tokenizer for translation, and the ids of their tokens.
+
+    Those of `lang_code_to_id` (`ZCodeM3Tokenizer`, `M2M100Tokenizer`), otherwise the tokens that look like the
+    languages of NLLB and mBART (`eng_Latn`, `en_XX`), whatever other special tokens there are.
+
+    Raises:
+        ValueError: the tokenizer has no languages.
+    """
+    ids: Mapping[str, int] = getattr(tokenizer, "lang_code_to_id", None) or {}
+    if not ids and hasattr(tokenizer, "added_tokens_decoder"):
+        tokens = ((str(token), token_id) for token_id, token in sorted(tokenizer.added_tokens_decoder.items()))
+        ids = {token: token_id for token, token_id in tokens if _LANGUAGE_TOKEN.fullmatch(token)}
+    if not ids:
+        raise ValueError(f"{type(tokenizer).__name__} has no languages: use a tokenizer for translation")
+    return dict(ids)
+
+
+def _parsed(code: str) -> LanguageCode | None:
+    """What a code means, `None` where that is not known."""
+    first, *others = re.split(r"[-_]", code.strip())
+    language = _LANGUAGE_OF.get(first.lower())
+    script, region, variants = None, None, []
+    for number, part in enumerate(others):
+        if number == 0 and language == "zh" and part.lower() in _LANGUAGE_OF and len(part) == 3:
+            language = _LANGUAGE_OF[part.lower()]  # zh-yue
+        elif re.fullmatch(r"[A-Za-z]{4}", part) and script is None:
+            script = part.title()
+        elif re.fullmatch(r"[A-Za-z]{2}|\d{3}", part) and region is None:
+            region = part.upper()
+        elif re.fullmatch(r"[A-Za-z0-9]{4,8}", part):
+            variants.append(part.lower())
+        else:
+            return None
+    if language is None:
+        return None
+    if language == "zh" and region is not None and script is None:
+        script = _SCRIPT_OF_CHINESE.get(region)
+    return LanguageCode(language, script, None if region == "XX" else region, "-".join(variants) or None)
+
+
+def _closest(code: str, languages: list[str]) -> list[str]:
+    """Those that a code may mean: one, several that are equally close, or none."""
+    form = code.strip().replace("-", "_").lower()
+    if same := [language for language in languages if language.replace("-", "_").lower() == form]:
+        return same
+    wanted = _parsed(code)
+    distances = {}
+    for language in languages if wanted is not None else []:
+        has = _parsed(language)
+        if has is None or has.language != wanted.language:  # type: ignore[union-attr]
+            continue
+        pairs = list(zip(wanted[1:], has[1:], strict=True))  # type: ignore[index]
+        if all(a is None or b is None or a == b for a, b in pairs):
+            # shared parts first; a part that was not asked for counts against it
+            distances[language] = (-sum(a is not None and a == b for a, b in pairs), sum(a != b for a, b in pairs))
+    return [language for language, distance in distances.items() if distance == min(distances.values())]
+
+
+def _unknown(name: str, code: Any, languages: list[str], *, is_listed: bool = True) -> str:
+    """The text of an error, with the languages that may have been meant."""
+    near = _near(str(code), languages)
+    hint = f", did you mean {' or '.join(near)}?" if near else ""
+    listed = [*languages[:_MAX_LISTED], *(["..."] if len(languages) > _MAX_LISTED else [])]
+    known = f"; known: {', '.join(listed) or 'none'}" if is_listed or not near else ""
+    return f"unknown {name} {code!r}{hint}{known}"
+
+
+def _near(code: str, languages: list[str]) -> list[str]:
+    """Up to three of `languages` that look like a code, or that people confuse with it."""
+    parsed = {language: _parsed(language) for language in languages}
+    first = re.split(r"[-_]", code.strip().lower())[0]
+    meant = {_MISTAKES.get(first), _LANGUAGE_OF.get(first)} - {None}
+    near = [language for language, has in parsed.items() if has is not None and has.language in meant]
+    spellings: dict[str, str] = {language.lower(): language for language in languages}
+    for alias, canonical in _LANGUAGE_OF.items():
+        for language in (language for language, has in parsed.items() if has is not None and has.language == canonical):
+            spellings.setdefault(alias, language)
+    close = difflib.get_close_matches(code.strip().lower(), spellings, n=6, cutoff=0.6)
+    return list(dict.fromkeys([*near, *(spellings[spelling] for spelling in close)]))[:3]
+
+
+__all__ = [
+    "LanguageCode",
+    "find_language",
+    "language_ids",
+    "parse_language",
+    "parse_languages",
+    "resolve_language",
+    "sacrebleu_tokenizer",
+]
