@@ -74,8 +74,9 @@ class TranslationQuality:
 
     @property
     def sentences_per_s(self) -> float:
-        """Over all directions, from text to text."""
-        return self.num_sentences / sum(direction.seconds for direction in self.directions.values())
+        """Over all directions, from text to text; 0 if there was nothing but blank sources to translate."""
+        seconds = sum(direction.seconds for direction in self.directions.values())
+        return self.num_sentences / seconds if seconds else 0.0
 
     def groups(self) -> dict[str, list[LanguagePair]]:
         """All directions, and if one language is in all of them, those from it and those into it."""
