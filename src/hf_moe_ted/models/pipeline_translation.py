@@ -8,6 +8,8 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, Pipeline, PreTrainedModel
 from transformers.utils import logging
 
+from .nllb_moe import MODEL_TYPE as NLLB_MOE
+
 logger = logging.get_logger(__name__)
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -48,6 +50,11 @@ class ZCodeM3TranslationPipeline(Pipeline):
     _load_tokenizer: Any = True
 
     def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        if model.config.model_type == NLLB_MOE:
+            raise ValueError(
+                f"{type(model).__name__} of transformers sends all tokens to two experts and cannot translate; "
+                "load the checkpoint with ZCodeM3ForConditionalGeneration.from_pretrained"
+            )
         max_new_tokens = min(DEFAULT_MAX_NEW_TOKENS, _max_positions(model))
         self._default_generation_config = GenerationConfig(max_new_tokens=max_new_tokens)
         super().__init__(model, *args, **kwargs)
