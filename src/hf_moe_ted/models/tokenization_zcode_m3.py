@@ -18,6 +18,7 @@ from transformers import BatchEncoding
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from .language_codes import resolve_language
+from .remote_code import save_code
 
 LANGUAGE_TOKEN = re.compile(r"__(\S+)__")
 
@@ -336,6 +337,15 @@ class ZCodeM3Tokenizer(TokenizersBackend):
         inputs = self(raw_inputs, return_tensors=return_tensors, src_lang=src_lang, **extra_kwargs)
         inputs["forced_bos_token_id"] = self.get_lang_id(tgt_lang)
         return inputs
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        """As [`~PreTrainedTokenizerBase.save_pretrained`], with the code that `auto_map` names."""
+        auto_map = getattr(self, "_auto_map", None) or self.init_kwargs.get("auto_map") or {}
+        if not os.path.isfile(save_directory):
+            classes = auto_map.get("AutoTokenizer") or []
+            save_code([classes] if isinstance(classes, str) else classes, save_directory)
+        with self._turn.lock:  # the backend as it is between two calls
+            return super().save_pretrained(save_directory, *args, **kwargs)
 
     # Training
 
