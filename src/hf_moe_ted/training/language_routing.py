@@ -8,7 +8,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.utils import reduce
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from ..models.language_codes import language_ids
 from ..models.router import Routing
 from .router_callback import RouterCallback, sparse_routers
 
@@ -65,17 +66,15 @@ languages together do, 0 to 1, mean over the layers of a side |
     matplotlib is installed.
 
     Args:
-        tokenizer: with `lang_code_to_id`, as [`ZCodeM3Tokenizer`] has.
+        tokenizer: one for translation: [`ZCodeM3Tokenizer`], `NllbTokenizer`, `M2M100Tokenizer`.
 
     Raises:
-        ValueError: a tokenizer without language tags.
+        ValueError: a tokenizer without languages.
     """
 
     def __init__(self, tokenizer: Any):
         super().__init__()
-        ids = getattr(tokenizer, "lang_code_to_id", None)
-        if not ids:
-            raise ValueError(f"{type(tokenizer).__name__} has no language tags (lang_code_to_id)")
+        ids = language_ids(tokenizer)
         self.languages = list(ids)
         # int64[vocab_size], the number of the language that a token is the tag of, G for other tokens
         self._language_of_token = torch.full((max(len(tokenizer), *ids.values()) + 1,), len(ids))
@@ -87,11 +86,9 @@ languages together do, 0 to 1, mean over the layers of a side |
         self._counts = {}
         handles = [model.register_forward_pre_hook(self._read_languages, with_kwargs=True)]
         for layer, router in sparse_routers(model).items():
-            zeros_GE = torch.zeros(
-                len(self.languages), cast(int, router.num_experts), dtype=torch.float64, device=args.device
-            )
+            zeros_GE = torch.zeros(len(self.languages), router.num_experts, dtype=torch.float64, device=args.device)
             self._counts[layer] = _Counts(zeros_GE, zeros_GE.clone())
-            handles.append(router.register_forward_hook(self._hook(layer)))
+            handles.append(router.module.register_forward_hook(self._hook(layer)))
         return handles
 
     def _read_languages(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
