@@ -171,10 +171,10 @@ class _Translator:
 
     def translate(self, pair: LanguagePair, sources: Sequence[str], progress: Any) -> _Translations:
         """The translations in the order of the sources; that of a blank one is empty."""
-        texts = [index for index, source in enumerate(sources) if source.strip()]
-        progress.update(len(sources) - len(texts))
+        not_blank = [index for index, source in enumerate(sources) if source.strip()]
+        progress.update(len(sources) - len(not_blank))
         # the longest first, so that what does not fit in memory fails at once
-        order = sorted(texts, key=lambda index: len(sources[index]), reverse=True)
+        order = sorted(not_blank, key=lambda index: len(sources[index]), reverse=True)
         batches = [order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size)]
         if batches and not self._is_warm:
             self._translate_batch(pair, [sources[index] for index in batches[0]])

@@ -21,7 +21,7 @@ def save_code(references: Iterable[str | None], folder: str | os.PathLike[str]) 
     if not files:
         return
     os.makedirs(folder, exist_ok=True)
-    for path in {Path(needed) for file in files for needed in (file, *get_relative_import_files(file))}:
+    for path in {*files, *(Path(needed) for file in files for needed in get_relative_import_files(file))}:
         shutil.copyfile(path, Path(folder) / path.name)
 
 

@@ -109,6 +109,7 @@ class ZCodeM3Tokenizer(TokenizersBackend):
     _tokenizer: Any
     _src_lang: str | None = None
     _tgt_lang: str | None = None
+    _lang_ids: dict[str, int] | None = None
 
     def __init__(
         self,
@@ -158,17 +159,19 @@ class ZCodeM3Tokenizer(TokenizersBackend):
     @property
     def lang_code_to_id(self) -> dict[str, int]:
         """The id of each language's tag, in the order of the ids."""
-        if self.__dict__.get("_lang_ids") is None:  # of the backend, which loses no token that it has once had
+        ids = self._lang_ids
+        if ids is None:  # of the backend, which loses no token that it has once had
             named = {str(token) for token in self._special_tokens_map.values()}
             tokens = [(i, str(t)) for i, t in sorted(self.added_tokens_decoder.items()) if t.special]
             found = [(i, LANGUAGE_TOKEN.fullmatch(token)) for i, token in tokens if token not in named]
-            self._lang_ids = {match[1]: i for i, match in found if match}
-        return dict(self._lang_ids)
+            ids = self._lang_ids = {match[1]: i for i, match in found if match}
+        return dict(ids)
 
-    def _add_tokens(self, new_tokens: list[str | AddedToken], special_tokens: bool = False) -> int:
+    def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
         with self._turn.lock:
-            self._lang_ids: dict[str, int] | None = None
-            return super()._add_tokens(new_tokens, special_tokens=special_tokens)
+            num_added = super()._add_tokens(new_tokens, special_tokens=special_tokens)
+            self._lang_ids = None
+        return num_added
 
     # Special tokens beside the named ones. The base class replaces the list in `add_special_tokens` and when
     # `extra_special_tokens` is set; the tags of the languages stay in it, for they stay special.
