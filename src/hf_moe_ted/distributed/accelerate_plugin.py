@@ -17,11 +17,12 @@ from transformers.utils import logging
 
 from ..optim.tiled_adamw import TiledAdamW
 from .activation_checkpoint import communication_aware_context_fn
-from .checkpoint import atomic_folder
+from .checkpoint import atomic_folder, save_pretrained, whole_state_dict
 from .gradient_norm import clip_grad_norm_
 from .layout_check import check_is_sharded
 from .parallelize import prepare_for_training
 from .random_state import load_generators, load_random_state, saved_random_state
+from .shared_batches import SharedBatchesMixin
 from .ted_config import TedConfig
 from .training_state import load_training_state, save_training_state
 
@@ -156,7 +157,7 @@ class TedPlugin(ParallelismConfig):
         return {**self.__dict__, "device_mesh": None}
 
 
-class TedAcceleratorMixin(Accelerator):
+class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
     """What an [`Accelerator`] lacks for models that `from_pretrained(distributed_config=...)` has sharded.
 
     It would wrap them in DistributedDataParallel and save rank 0's shards only. A state that is saved here loads on any
@@ -168,17 +169,11 @@ class TedAcceleratorMixin(Accelerator):
     ) -> nn.Module:
         if not evaluation_mode:
             check_is_sharded(model, self.parallelism_config)
-        if not getattr(model, "is_distributed_loading_by_transformers", False):
+        if not _is_sharded(model):
             return super().prepare_model(model, device_placement, evaluation_mode)
         prepare_for_training(model)
         # for evaluation the parent does mixed precision and compilation, which is needed, and wraps nothing
         return super().prepare_model(model, device_placement=False, evaluation_mode=True)
-
-    def prepare_data_loader(self, *args: Any, **kwargs: Any) -> Any:
-        if self.parallelism_config.tp_size > 1 and self.dataloader_config.dispatch_batches is None:
-            # it would send one batch of an IterableDataset to all data-parallel ranks
-            self.dataloader_config.dispatch_batches = False
-        return super().prepare_data_loader(*args, **kwargs)
 
     @contextlib.contextmanager
     def no_sync(self, model: Any) -> Iterator[None]:
@@ -200,6 +195,27 @@ class TedAcceleratorMixin(Accelerator):
             return super().clip_grad_norm_(parameters, max_norm, norm_type)
         self.unscale_gradients()
         return clip_grad_norm_(parameters, max_norm)
+
+    def get_state_dict(self, model: Any, unwrap: bool = True) -> dict[str, Tensor]:
+        """Of a sharded model: whole tensors on the CPU of rank 0, which has to hold all; nothing on other ranks."""
+        if not _is_sharded(model):
+            return super().get_state_dict(model, unwrap)
+        return whole_state_dict(model)
+
+    def save_model(
+        self,
+        model: nn.Module,
+        save_directory: str | os.PathLike[str],
+        max_shard_size: int | str = "10GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        """Of a sharded model: an ordinary folder, as its `save_pretrained` writes it, one tensor at a time."""
+        if not _is_sharded(model):
+            super().save_model(model, save_directory, max_shard_size, safe_serialization)
+            return
+        if not safe_serialization:
+            raise ValueError("safe_serialization (False) cannot be given for a sharded model; it has safetensors only")
+        save_pretrained(self.unwrap_model(model), save_directory, max_shard_size=max_shard_size)
 
     def save_state(self, output_dir: str | None = None, safe_serialization: bool = True, **kwargs: Any) -> str:
         if output_dir is None:  # Accelerate names the folder, a new one each time
@@ -254,6 +270,10 @@ class TedAcceleratorMixin(Accelerator):
             yield
         finally:
             self._models, self._optimizers = models, optimizers
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return bool(getattr(model, "is_distributed_loading_by_transformers", False))
 
 
 def layout_of(world_size: int, tp: int, ep: int, etp: int | None, dp: int | None) -> tuple[int, int, int, int]:

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import recursively_apply
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Sampler
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -18,8 +17,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
 from .accelerate_plugin import TRAINING_STATE, TedPlugin
-from .activation_checkpoint import communication_aware_context_fn
-from .checkpoint import load_weights, save_pretrained
+from .activation_checkpoint import CommunicationAwareContextFn
+from .checkpoint import has_weights, load_weights, save_pretrained
 from .counts import CountsOnceMixin
 from .gradient_norm import clip_grad_norm_
 from .layout_check import check_is_sharded
@@ -27,6 +26,7 @@ from .parallelize import prepare_for_training
 from .random_state import load_generators, load_random_state, saved_random_state
 from .samplers import for_data_parallel_ranks, set_epoch
 from .training_state import load_training_state, save_training_state
+from .weight_names import has_other_names
 from .whole_state import (
     check_whole_state,
     groups_of_trainer,
@@ -132,16 +132,26 @@ class TedTrainerMixin(CountsOnceMixin):
             torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_distributed_loading_by_transformers:
+        if self._reads_weights_itself(resume_from_checkpoint):
             load_weights(self._sharded_model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if self.is_distributed_loading_by_transformers:
-            load_weights(self._sharded_model, self.state.best_model_checkpoint)  # type: ignore[arg-type]
+        best: str = self.state.best_model_checkpoint  # type: ignore[assignment]  # called where there is one
+        if self._reads_weights_itself(best):
+            load_weights(self._sharded_model, best)
         else:
             super()._load_best_model()
+
+    def _reads_weights_itself(self, checkpoint: str) -> bool:
+        """The parent cannot for a sharded model, and keeps the experts of one whose checkpoints have other names.
+
+        https://github.com/huggingface/transformers/issues/48805
+        """
+        if self.is_distributed_loading_by_transformers:
+            return True
+        return has_other_names(self._sharded_model) and has_weights(checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -296,22 +306,14 @@ class TedTrainerMixin(CountsOnceMixin):
         last batch.
         """
         is_sharded = getattr(self.model, "is_distributed_loading_by_transformers", False)
-        return self._gather_once if is_sharded else self._gather_function
+        if not is_sharded:
+            return self._gather_function
+        use_objects = self.args.eval_use_gather_object
+        return functools.partial(self.accelerator.gather_for_metrics, use_gather_object=use_objects)
 
     @gather_function.setter
     def gather_function(self, function: Callable[[Any], Any]) -> None:
         self._gather_function = function
-
-    def _gather_once(self, data: Any) -> Any:
-        tp_size = self.get_tp_size()
-        state = self.accelerator.gradient_state
-        end = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
-
-        def once(gathered: Tensor) -> Tensor:
-            by_rank = gathered.unflatten(0, (self.args.world_size // tp_size, tp_size, -1))
-            return by_rank[:, 0].flatten(0, 1)[:end]
-
-        return recursively_apply(once, self.accelerator.gather(data))
 
 
 class TedTrainer(TedTrainerMixin, Trainer):
@@ -333,8 +335,8 @@ def _keep_collectives_of_transformers(model: Any, args: Any) -> None:
     """A model whose dense layers transformers splits runs collectives that are not ours."""
     kwargs = getattr(args, "activation_checkpointing_kwargs", None) or {}
     is_ours = isinstance(model, ZCodeM3PreTrainedModel) or model._tp_size == 1
-    if not is_ours and kwargs.get("context_fn") is communication_aware_context_fn:
-        every = functools.partial(communication_aware_context_fn, every_collective=True)
+    if not is_ours and isinstance(kwargs.get("context_fn"), CommunicationAwareContextFn):
+        every = CommunicationAwareContextFn(every_collective=True)
         args.activation_checkpointing_kwargs = {**kwargs, "context_fn": every}
 
 
