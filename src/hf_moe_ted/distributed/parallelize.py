@@ -21,7 +21,7 @@ from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 from .mesh import inherit_timeout
 from .random_state import synchronize_random_state
 from .ted_config import TedConfig
-from .tensor_parallel import STYLES, vocab_parallel_cross_entropy
+from .tensor_parallel import STYLES, join_logits_without_loss, vocab_parallel_cross_entropy
 
 # Layers whose parameters ZeRO-1 and 2 gather, and whose gradients they reduce, at once. They stay gathered anyway; each
 # unit costs the host about two milliseconds a step, which is more than a small layer computes.
@@ -48,7 +48,9 @@ def parallelize(model: PreTrainedModel, config: TedConfig, meshes: Any) -> PreTr
     if sizes.tp_size > 1:
         plan = source._expand_parallel_plan(tensor_parallel_plan(model))
         apply_tensor_parallelism(model, meshes.get_mesh("tp"), plan)
-        source.cross_entropy = vocab_parallel_cross_entropy
+        if hasattr(source, "lm_head"):
+            source.cross_entropy = vocab_parallel_cross_entropy
+            join_logits_without_loss(model)
     if sizes.ep_size > 1 and source.ep_plan:
         ep_plan = dict(source.ep_plan)
         config._validate_resolved_ep_plan(ep_plan)
