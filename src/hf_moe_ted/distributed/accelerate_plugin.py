@@ -22,6 +22,7 @@ from .gradient_norm import clip_grad_norm_
 from .layout_check import check_is_sharded
 from .parallelize import prepare_for_training
 from .random_state import load_generators, load_random_state, saved_random_state
+from .refusals import check_accelerator
 from .shared_batches import SharedBatchesMixin
 from .ted_config import TedConfig
 from .training_state import load_training_state, save_training_state
@@ -144,10 +145,7 @@ class TedPlugin(ParallelismConfig):
                 f"data_parallel_size {self.dp_shard_size}), the Accelerator has {accelerator.num_processes}; on CPUs "
                 "pass use_cpu=True to TrainingArguments or cpu=True to the Accelerator"
             )
-        if self.total_size > 1 and accelerator.mixed_precision not in ("no", "bf16"):
-            raise ValueError(
-                f"mixed_precision ({accelerator.mixed_precision!r}) must be 'no' or 'bf16' with a sharded model"
-            )
+        check_accelerator(accelerator)
         if not isinstance(accelerator, TedAcceleratorMixin):
             # it is being made, and offers no other way to change how it prepares and saves a model
             accelerator.__class__ = type("TedAccelerator", (TedAcceleratorMixin, type(accelerator)), {})

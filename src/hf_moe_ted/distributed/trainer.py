@@ -24,6 +24,7 @@ from .gradient_norm import clip_grad_norm_
 from .layout_check import check_is_sharded
 from .parallelize import prepare_for_training
 from .random_state import load_generators, load_random_state, saved_random_state
+from .refusals import check_training_arguments
 from .samplers import for_data_parallel_ranks, set_epoch
 from .training_state import load_training_state, save_training_state
 from .weight_names import has_other_names
@@ -62,6 +63,7 @@ class TedTrainerMixin(CountsOnceMixin):
             raise ValueError("give only one of optimizers and optimizer_cls_and_kwargs")
         if model is not None:
             _check_and_prepare(model, args)
+        self._has_optimizer = optimizer_cls_and_kwargs is not None
         # the parent refuses to write checkpoints of a sharded model that it could not read again
         is_sharded = getattr(model, "is_distributed_loading_by_transformers", False)
         plugin = getattr(args, "parallelism_config", None)
@@ -81,6 +83,20 @@ class TedTrainerMixin(CountsOnceMixin):
         model = super().call_model_init(trial)
         _check_and_prepare(model, self.args)
         return model
+
+    def _validate_args(self) -> None:
+        super()._validate_args()
+        has_optimizer = self._has_optimizer or self.optimizer is not None
+        check_training_arguments(self.args, self.model, has_optimizer=has_optimizer)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's, for a model that is not sharded."""
+        if self.is_distributed_loading_by_transformers:
+            raise ValueError(
+                "hyperparameter_search cannot be called for a sharded model: each trial would share out new groups of "
+                "ranks; start a run per trial"
+            )
+        return super().hyperparameter_search(*args, **kwargs)
 
     # ---- checkpoints ----
 
