@@ -21,8 +21,8 @@ TP2_EP2 = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
 WAYS_TO_SAVE = ("save_model", "save_function", "state_dict", "sharded state_dict", "positional")
 REFUSED = {
     "pickled": "safe_serialization (False) cannot be given for a sharded model",
-    "another state dict": "state_dict has {'lm_head.weight': (3,)}, which are no tensors of the model",
-    "an empty state dict": "state_dict has nothing, which are no tensors of the model",
+    "another state dict": "state_dict has {'lm_head.weight': (3,)} (shapes by name), which are no tensors of the model",
+    "an empty state dict": "state_dict has nothing (shapes by name), which are no tensors of the model",
     "variant": "{'variant': 'fp16'} cannot be given for a sharded model",
     "push_to_hub": "{'push_to_hub': True} cannot be given for a sharded model",
     "join_uneven_inputs": "join_uneven_inputs is for DistributedDataParallel",

@@ -63,6 +63,27 @@ def test_one_process(folder: Path, name: str) -> None:
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), expected.parameters(), strict=True))
 
 
+def test_a_key_mapping_of_the_user(folder: Path, tmp_path: Path) -> None:
+    """Which is reversed where the model is saved by itself, as on one process."""
+    tensors = load_file(write_whole(folder / "mixtral", tmp_path) / "model.safetensors")
+    save_file(
+        {name.replace("model.norm", "model.last_norm"): t for name, t in tensors.items()},
+        tmp_path / "model.safetensors",
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, key_mapping={r"model\.last_norm": "model.norm"})
+    before = [parameter.clone() for parameter in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    load_weights(model, tmp_path)
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+
+
+def write_whole(source: Path, folder: Path) -> Path:
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("left_out", "message"),
     [

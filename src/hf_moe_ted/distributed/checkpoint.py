@@ -231,9 +231,9 @@ def _tensors_of_model(state_dict: Mapping[str, Tensor], model: nn.Module) -> dic
     own, state = named_tensors(model), model.state_dict()
     wrong = [name for name, tensor in state_dict.items() if name not in state or tensor.shape != state[name].shape]
     if wrong or (rank() == 0 and not state_dict):
-        shapes = {name: (*state_dict[name].shape,) for name in wrong}
+        shapes = {name: (*getattr(state_dict[name], "shape", ()),) for name in wrong}
         raise ValueError(
-            f"state_dict has {shapes or 'nothing'}, which are no tensors of the model; give what "
+            f"state_dict has {shapes or 'nothing'} (shapes by name), which are no tensors of the model; give what "
             "accelerator.get_state_dict(model) or model.state_dict() returns, or leave it out"
         )
     return {name: tensor for name, tensor in state_dict.items() if name in own}

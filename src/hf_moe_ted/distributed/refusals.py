@@ -59,7 +59,7 @@ def check_accelerator(accelerator: Accelerator) -> None:
     uses_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if accelerator.distributed_type in others or uses_fsdp:
         raise ValueError(
-            f"TedPlugin shards a model itself and does not go with FSDP, DeepSpeed or Megatron of "
+            "TedPlugin shards a model itself and does not go with FSDP, DeepSpeed or Megatron of "
             "Accelerate; leave them, --use_fsdp and --use_deepspeed out"
         )
     backend = accelerator.state.dynamo_plugin.backend

@@ -49,7 +49,13 @@ def has_other_names(model: nn.Module) -> bool:
 
 
 def _mapping(model: nn.Module) -> list[Any]:
-    return get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else []
+    """What transformers has for the class, and the `key_mapping` that `from_pretrained` got."""
+    if not isinstance(model, PreTrainedModel):
+        return []
+    known = get_model_conversion_mapping(model)
+    of_class = {repr(entry) for entry in known}
+    given = getattr(model, "_weight_conversions", None) or []
+    return [*(entry for entry in given if repr(entry) not in of_class), *known]
 
 
 __all__ = ["converted_tensors", "has_other_names"]
