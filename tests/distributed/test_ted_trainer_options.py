@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from ted_cases import model_class, write_models
@@ -143,6 +144,9 @@ def run_on_ranks(folder: str, runs: str) -> tuple[dict[str, dict[str, float]], d
     trainer = trainer_of(f"{folder}/additive", runs, TP2_EP2, {})
     attempts |= {name: lambda n=name, a=args: getattr(trainer.model, n)(*a) for name, args in METHODS.items()}
     attempts["hyperparameter_search"] = trainer.hyperparameter_search
+    adapted = peft.get_peft_model(trainer.model, peft.LoraConfig(target_modules=["q_proj"]))
+    attempts["adapters"] = lambda: TedSeq2SeqTrainer(adapted, trainer.args)
+    attempts["adapters, Accelerator"] = lambda: trainer.accelerator.prepare(adapted)
     messages = {}
     for name, attempt in attempts.items():
         try:
@@ -183,6 +187,12 @@ def test_options_have_an_effect(launched: tuple[dict[str, dict[str, float]], lis
 def test_refused_when_the_trainer_is_made(launched: tuple[Any, list[Any]], name: str) -> None:
     for _, messages in launched[1]:
         assert REFUSED[name][1] in messages[name]
+
+
+@pytest.mark.parametrize("name", ["adapters", "adapters, Accelerator"])
+def test_models_with_adapters_are_refused(launched: tuple[Any, list[Any]], name: str) -> None:
+    for _, messages in launched[1]:
+        assert "is sharded and has adapters; adapters (PEFT) train on whole models" in messages[name]
 
 
 @pytest.mark.parametrize("name", [*METHODS, "hyperparameter_search"])

@@ -87,7 +87,7 @@ class TedTrainerMixin(CountsOnceMixin):
     def _validate_args(self) -> None:
         super()._validate_args()
         has_optimizer = self._has_optimizer or self.optimizer is not None
-        check_training_arguments(self.args, self.model, has_optimizer=has_optimizer)
+        check_training_arguments(self.args, self._sharded_model, has_optimizer=has_optimizer)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent's, for a model that is not sharded."""
