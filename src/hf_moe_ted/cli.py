@@ -260,8 +260,9 @@ def expert_statistics(
     overwrite: Overwrite = False,
 ) -> None:
     """Count on real text which experts each language uses."""
-    from . import collect_expert_statistics
+    from . import ExpertStatistics, collect_expert_statistics
 
+    ExpertStatistics.check_folder(output_dir, overwrite=overwrite)
     statistics = collect_expert_statistics(
         *_model_and_tokenizer(model, dtype, device),
         _streamed_dataset(data, subset, split),

@@ -1,13 +1,6 @@
-"""New folders appear whole or not at all."""
+"""Safetensors, written shard by shard."""
 
-import itertools
-import os
-import stat
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,97 +8,7 @@ from safetensors.torch import load_file
 
 from hf_moe_ted.checkpoint.lazy_tensors import LazyTensors
 from hf_moe_ted.checkpoint.safetensors_file import create_safetensors_file
-from hf_moe_ted.checkpoint.safetensors_io import new_folder, write_pretrained_tensors
-
-
-def test_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
-    output_dir = tmp_path / "above" / "new"
-    with new_folder(output_dir) as folder:
-        (folder / "file").write_text("text")
-        assert not output_dir.exists()
-        assert folder.parent == output_dir.parent  # on the same disk, so that renaming moves no bytes
-    assert (output_dir / "file").read_text() == "text"
-    assert [path.name for path in output_dir.parent.iterdir()] == ["new"]
-
-
-def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "new") as folder:
-        write_pretrained_tensors(LazyTensors({"a": torch.empty(2, device="meta")}, lambda _: torch.ones(2)), folder)
-    (tmp_path / "usual").mkdir()
-    (tmp_path / "usual" / "file").touch()
-    for ours, usual in (("new", "usual"), ("new/model.safetensors", "usual/file")):
-        modes = [stat.S_IMODE((tmp_path / path).stat().st_mode) for path in (ours, usual)]
-        assert modes[0] == modes[1]
-
-
-def test_error_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> None:
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "precious.txt").write_text("text")
-    for name, overwrite in (("new", False), ("old", True)):
-        with pytest.raises(OSError, match="disk full"), new_folder(tmp_path / name, overwrite=overwrite) as folder:
-            (folder / "half").write_text("half")
-            raise OSError("disk full")
-    assert [path.name for path in tmp_path.iterdir()] == ["old"]
-    assert [path.name for path in (tmp_path / "old").iterdir()] == ["precious.txt"]
-
-
-def test_killed_process_leaves_no_folder_of_that_name(tmp_path: Path) -> None:
-    code = (
-        "import os, pathlib, sys\n"
-        "from hf_moe_ted.checkpoint.safetensors_io import new_folder\n"
-        "with new_folder(pathlib.Path(sys.argv[1])) as folder:\n"
-        "    (folder / 'model.safetensors').write_text('half')\n"
-        "    os._exit(9)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "new")], check=False)
-    assert done.returncode == 9
-    assert not (tmp_path / "new").exists()
-    with new_folder(tmp_path / "new") as folder:
-        assert list(folder.iterdir()) == []  # and a rerun starts over
-
-
-def test_killed_at_any_system_call_leaves_the_old_or_the_new_folder(tmp_path: Path) -> None:
-    """A process that dies at its n-th flush, renaming or removal, for all n."""
-    folder, previous = tmp_path / "folder", tmp_path / ".folder.previous"
-    seen = set()
-    for number in range(50):
-        with new_folder(folder, overwrite=True) as temporary:
-            (temporary / "file").write_text("old")
-        pid = os.fork()
-        if pid == 0:
-            calls = itertools.count()
-
-            def dying(function: Callable[..., Any], calls: Any = calls, last: int = number) -> Callable[..., Any]:
-                return lambda *args, **kwargs: function(*args, **kwargs) if next(calls) < last else os._exit(9)
-
-            for name in ("fsync", "rename", "unlink", "rmdir"):
-                setattr(os, name, dying(getattr(os, name)))
-            with new_folder(folder, overwrite=True) as temporary:
-                (temporary / "file").write_text("new")
-            os._exit(0)
-        _, status = os.waitpid(pid, 0)
-        aside = not folder.exists()
-        seen.add("aside" if aside else (folder / "file").read_text())
-        assert not aside or (previous / "file").read_text() == "old"
-        if status == 0:
-            break
-    assert status == 0 and not previous.exists()
-    assert seen == {"old", "new", "aside"}
-
-
-def test_file_in_the_way(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"output_dir \(.*file\) is a file"), new_folder(tmp_path / "file"):
-        pass
-    with pytest.raises(ValueError, match=r"cannot be created"), new_folder(tmp_path / "file" / "new"):
-        pass
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_folder_that_may_not_be_written_to(tmp_path: Path) -> None:
-    (tmp_path / "closed").mkdir(mode=0o500)
-    with pytest.raises(ValueError, match=r"cannot be created"), new_folder(tmp_path / "closed" / "new"):
-        pass
+from hf_moe_ted.checkpoint.safetensors_io import write_pretrained_tensors
 
 
 def test_only_one_shard_is_in_memory(tmp_path: Path) -> None:

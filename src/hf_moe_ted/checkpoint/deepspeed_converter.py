@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..models.configuration_zcode_m3 import ZCodeM3Config
+from ..storage.output import check_output_dir
 from .conversion_report import ConversionReport
 from .conversion_rules import RuleSet
 from .deepspeed_reader import read_deepspeed_state_dict
 from .lazy_tensors import LazyTensors
 from .m2m100 import m2m100_config_fields
 from .model_folder import copy_tokenizer_and_generation_config, parse_dtype, write_model_folder
-from .safetensors_io import check_output_dir
 
 _ROUTER = re.compile(r"model\.(encoder|decoder)\.layers\.(\d+)\.ffn\.router\.weight")
 # What DeepSpeed's gate does for k = 1, 2, and 3 or more (sharded_moe.py), in fields of the config
@@ -80,7 +80,7 @@ def convert_deepspeed_checkpoint(
     start = time.perf_counter()
     checkpoint_dir, output_dir = Path(checkpoint_dir), Path(output_dir)
     dtype = parse_dtype(dtype)
-    check_output_dir(output_dir, overwrite=overwrite)
+    check_output_dir(output_dir, overwrite=overwrite, sources=[checkpoint_dir, base_config, tokenizer])
     rule_set = RuleSet.load(rules)
     fields = _base_fields(base_config)
     overrides = dict(config_overrides or {})

@@ -12,10 +12,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..models.configuration_zcode_m3 import ZCodeM3Config
+from ..storage.output import check_output_dir, new_folder
+from ..storage.output_kinds import DEEPSPEED_EXPORT
 from .conversion_rules import RuleSet
 from .lazy_tensors import LazyTensors
 from .model_folder import meta_model, parse_dtype
-from .safetensors_io import check_output_dir, check_tensors, new_folder, open_pretrained_tensors
+from .safetensors_io import check_tensors, open_pretrained_tensors
 
 TAG = "global_step0"
 
@@ -57,7 +59,7 @@ def export_deepspeed_checkpoint(
     """
     output_dir = Path(output_dir)
     dtype = parse_dtype(dtype)
-    check_output_dir(output_dir, overwrite=overwrite)
+    check_output_dir(output_dir, overwrite=overwrite, kind=DEEPSPEED_EXPORT, sources=[model_or_folder])
     rule_set = RuleSet.load(rules)
     config, ours = _with_tied_copies(model_or_folder)
     num_experts = [spec.shape[0] for name, spec in ours.specs.items() if name.endswith(".ffn.experts.up_proj")]
@@ -84,7 +86,7 @@ def export_deepspeed_checkpoint(
         "param_shapes": None,
         "shared_params": None,
     }
-    with new_folder(output_dir, overwrite=overwrite) as folder:
+    with new_folder(output_dir, overwrite=overwrite, kind=DEEPSPEED_EXPORT) as folder:
         _write_files(folder, theirs, _files(theirs), shard_dims, tensor_parallel_size, dtype, main)
         (folder / "latest").write_text(TAG)
     return output_dir
@@ -173,7 +175,9 @@ def _write_files(
                 shards[name] = shard.to(dtype) if dtype is not None and shard.is_floating_point() else shard
             prefix = "" if file is None else f"layer_{file[0]}_expert_{file[1]}_"
             content = {**main, "module": shards} if file is None else shards
-            torch.save(content, folder / TAG / f"{prefix}mp_rank_{rank:02d}_model_states.pt")
+            # to a file of Python, whose errors say what is wrong; torch's own say "file write failed"
+            with (folder / TAG / f"{prefix}mp_rank_{rank:02d}_model_states.pt").open("wb") as file_object:
+                torch.save(content, file_object)
 
 
 __all__ = ["export_deepspeed_checkpoint"]

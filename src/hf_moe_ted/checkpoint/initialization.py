@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from ..models.configuration_zcode_m3 import ZCodeM3Config
+from ..storage.output import check_output_dir
 from .conversion_report import ConversionReport
 from .lazy_tensors import LazyTensors
 from .model_folder import copy_tokenizer_and_generation_config, meta_model, parse_dtype, write_model_folder
 from .named_seed import named_seed
-from .safetensors_io import check_output_dir
 
 
 def initialize_checkpoint(
@@ -62,7 +62,7 @@ def initialize_checkpoint(
     parsed_dtype = parse_dtype(dtype)
     if parsed_dtype is None:
         raise ValueError("dtype (None) must be that of the weights, such as float32 or bfloat16")
-    check_output_dir(output_dir, overwrite=overwrite)
+    check_output_dir(output_dir, overwrite=overwrite, sources=[config, tokenizer])
     source, parsed_config = _read_config(config)
     return write_model_folder(
         _random_tensors(parsed_config, seed, parsed_dtype),

@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 
 from ..models.configuration_zcode_m3 import Side, ZCodeM3Config
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
+from ..storage.output import check_output_dir
 from .conversion_report import ConversionReport
 from .lazy_tensors import LazyTensors
 from .m2m100 import MODEL_TYPE as M2M100
@@ -29,7 +30,7 @@ from .model_folder import (
     write_model_folder,
 )
 from .named_seed import named_seed
-from .safetensors_io import check_output_dir, check_tensors, open_pretrained_tensors
+from .safetensors_io import check_tensors, open_pretrained_tensors
 
 _SIDES: tuple[Side, ...] = ("encoder", "decoder")
 _ARGUMENTS = ("num_experts", "encoder_sparse_step", "decoder_sparse_step")
@@ -120,7 +121,7 @@ def upcycle_dense_checkpoint(
     start = time.perf_counter()
     source, output_dir = Path(source), Path(output_dir)
     dtype = parse_dtype(dtype)
-    check_output_dir(output_dir, overwrite=overwrite)
+    check_output_dir(output_dir, overwrite=overwrite, sources=[source])
     if not 0 <= noise_std < math.inf:
         raise ValueError(f"noise_std ({noise_std}) must be a finite number that is not negative; 0 for equal experts")
     dense = _open_source(source)

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 from ..optim.tiled_adamw import TiledAdamW
+from ..storage.output_kinds import ACCELERATOR_STATE
 from .activation_checkpoint import communication_aware_context_fn
 from .checkpoint import atomic_folder, save_pretrained, whole_state_dict
 from .gradient_norm import clip_grad_norm_
@@ -221,7 +222,7 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
                 location = super().save_state(None, safe_serialization, **kwargs)
             self._save_training_state(location)
             return location
-        with atomic_folder(output_dir) as staged:
+        with atomic_folder(output_dir, kind=ACCELERATOR_STATE) as staged:
             with self._without_models():
                 super().save_state(str(staged), safe_serialization, **kwargs)
             self._save_training_state(staged)

@@ -7,7 +7,6 @@ time.
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,7 +22,9 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..checkpoint.lazy_tensors import LazyTensors
-from ..checkpoint.safetensors_io import check_tensors, new_folder, take_place, write_pretrained_tensors
+from ..checkpoint.safetensors_io import check_tensors, write_pretrained_tensors
+from ..storage.output import files_into, new_folder
+from ..storage.output_kinds import MODEL, OutputKind
 from .sharding import local_shape, local_tensor, regions, regions_at, sources
 from .weight_names import converted_tensors
 
@@ -46,7 +47,7 @@ def save_pretrained(
     give back to them (experts of Mixtral one by one, if its first checkpoint had them so).
 
     A new folder appears whole or not at all. In one that has other files in it, those stay, and the new files take
-    their places one after another when all are written.
+    their places one after another when all are written, `config.json` last: without it nothing is loaded.
 
     Args:
         model: the same on every rank, sharded or not.
@@ -71,21 +72,16 @@ def save_pretrained(
         _check_sources(tensors)
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__.removeprefix("FSDP")]  # FSDP2 makes a class of a model's
-    with atomic_folder(folder, keep_others=True) as temporary:
+    with atomic_folder(folder, kind=MODEL, stale=_WEIGHT_FILE) as temporary:
         if rank() > 0:
             _send_what_is_asked_for(tensors)
         else:
-            written = _collect_and_write(tensors, temporary, max_shard_size)
+            _collect_and_write(tensors, temporary, max_shard_size)
             model.config.save_pretrained(temporary)
             if model.can_generate():
                 model.generation_config.save_pretrained(temporary)
             if processing_class is not None:
                 processing_class.save_pretrained(temporary)
-    with together():
-        if rank() == 0:
-            for path in Path(folder).iterdir():
-                if _WEIGHT_FILE.fullmatch(path.name) and path.name not in written:
-                    path.unlink()  # of an earlier save with other shards
 
 
 def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -123,31 +119,32 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def atomic_folder(folder: str | os.PathLike[str], *, keep_others: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    folder: str | os.PathLike[str], *, kind: OutputKind, stale: re.Pattern[str] | None = None
+) -> Iterator[Path]:
     """A temporary folder, the same on all ranks, that takes the place of `folder` if all ranks leave the block well.
 
     Everything is flushed to disk before. If a rank raises an error in the block, all raise one after it, and nothing
-    has changed. If a process is killed, `folder` is what it was; only between the two renames that replace a folder is
-    it aside as `.{name}.previous`. What a killed process leaves has a name that starts with a dot.
+    has changed. See [`new_folder`] for what a killed process leaves, which the next one to write there tidies up.
 
     Args:
         folder: absent, or a folder that is replaced.
-        keep_others: leave files that are in `folder` where they are, and put the new ones beside or over them, one
-            after another, if there are any.
+        kind: what is written; nothing else is replaced.
+        stale: with this, files that are in `folder` stay, and the new ones are put beside or over them, one after
+            another; those of an earlier version that have such names are removed.
 
     Raises:
-        ValueError: on all ranks: `folder` is a file, or cannot be created.
+        ValueError: on all ranks: `folder` is a file, cannot be created, or has something else in it.
         RuntimeError: on all ranks but those where the error is.
     """
-    folder = Path(os.path.abspath(folder))
-    complete = folder.with_name(f".{folder.name}.complete")
+    folder = Path(os.path.realpath(folder))
     with ExitStack() as stack:
         shared: list[Path | None] = [None]
         with together():
             if rank() == 0:
-                if folder.exists() and not folder.is_dir():
-                    raise ValueError(f"{folder} is a file; choose a folder")
-                shared = [stack.enter_context(new_folder(complete, overwrite=True))]
+                is_merged = stale is not None and folder.is_dir() and any(folder.iterdir())
+                new = new_folder(folder, overwrite=True, kind=kind)
+                shared = [stack.enter_context(files_into(folder, last=kind.last, stale=stale) if is_merged else new)]
         if dist.is_initialized():
             dist.broadcast_object_list(shared, src=0)
         temporary = shared[0]
@@ -155,9 +152,7 @@ def atomic_folder(folder: str | os.PathLike[str], *, keep_others: bool = False) 
         with together():
             yield temporary
         with together():
-            if rank() == 0:
-                stack.close()
-                _move(complete, folder, keep_others=keep_others)
+            stack.close()
 
 
 @contextmanager
@@ -246,13 +241,12 @@ def _check_sources(tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name} is on other ranks only, so that rank 0 cannot write it")
 
 
-def _collect_and_write(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: int | str) -> set[str]:
-    """Rank 0's part; the names of the files."""
+def _collect_and_write(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: int | str) -> None:
+    """Rank 0's part."""
     try:
-        paths = write_pretrained_tensors(_collected(tensors), folder, max_shard_size=max_shard_size)
+        write_pretrained_tensors(_collected(tensors), folder, max_shard_size=max_shard_size)
     finally:
         _tell(None)  # after an error, too: the others wait for the next name
-    return {path.name for path in paths}
 
 
 def _collected(tensors: Mapping[str, Tensor]) -> LazyTensors:
@@ -370,19 +364,6 @@ def _weight_files(folder: Path) -> dict[str, Path]:
     except (SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"the weights in {folder} cannot be read: {error!r}") from error
     return {name: folder / file_name for name, file_name in weight_map.items()}
-
-
-def _move(complete: Path, folder: Path, *, keep_others: bool) -> None:
-    if keep_others and folder.is_dir() and any(folder.iterdir()):
-        for path in sorted(complete.rglob("*")):
-            target = folder / path.relative_to(complete)
-            if path.is_dir():
-                target.mkdir(exist_ok=True)
-            else:
-                path.replace(target)
-        shutil.rmtree(complete)
-    else:
-        take_place(complete, folder)
 
 
 __all__ = [

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,9 +15,11 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
+from ..storage.output import tidy_up_checkpoints
+from ..storage.output_kinds import TRAINER_CHECKPOINT
 from .accelerate_plugin import TRAINING_STATE, TedPlugin
 from .activation_checkpoint import CommunicationAwareContextFn
-from .checkpoint import has_weights, load_weights, save_pretrained
+from .checkpoint import atomic_folder, has_weights, load_weights, save_pretrained
 from .counts import CountsOnceMixin
 from .gradient_norm import clip_grad_norm_
 from .layout_check import check_is_sharded
@@ -106,25 +107,26 @@ class TedTrainerMixin(CountsOnceMixin):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As the parent, into a folder beside, which gets the name of the checkpoint when all is in it."""
         run_dir = super()._get_output_dir(trial)
-        if self.args.push_to_hub:  # which uploads the folder in the background, under its name
+        # the first uploads the folder in the background, under its name, the second has one on the disk of each node
+        if self.args.push_to_hub or self.args.save_on_each_node:
             super()._save_checkpoint(model, trial)
             return
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._staging_dir = os.path.join(run_dir, f".{name}.incomplete")
-        staged, final = os.path.join(self._staging_dir, name), os.path.join(run_dir, name)
+        final = os.path.join(run_dir, name)
         if self.args.should_save:
-            shutil.rmtree(self._staging_dir, ignore_errors=True)
-        _barrier()
+            tidy_up_checkpoints(run_dir, name)
         try:
-            super()._save_checkpoint(model, trial)
-            if self.state.best_model_checkpoint == staged:
-                self.state.best_model_checkpoint = final
-            _barrier()
-            if self.args.should_save:
-                self.state.save_to_json(os.path.join(staged, TRAINER_STATE_NAME))
-                shutil.rmtree(final, ignore_errors=True)  # of a run that is repeated
-                os.rename(staged, final)
-                os.rmdir(self._staging_dir)
+            with atomic_folder(final, kind=TRAINER_CHECKPOINT) as staged:
+                self._staging_dir, inner = str(staged), staged / name
+                super()._save_checkpoint(model, trial)
+                if self.state.best_model_checkpoint == str(inner):
+                    self.state.best_model_checkpoint = final
+                _barrier()
+                if self.args.should_save:
+                    self.state.save_to_json(str(inner / TRAINER_STATE_NAME))
+                    for path in inner.iterdir():
+                        path.rename(staged / path.name)
+                    inner.rmdir()
         finally:
             self._staging_dir = None
         if self.args.should_save:

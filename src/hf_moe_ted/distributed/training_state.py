@@ -38,6 +38,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
+from ..storage.output_kinds import TRAINING_STATE
 from .checkpoint import atomic_folder, named_tensors, rank, together
 from .sharding import Region, regions
 
@@ -91,7 +92,7 @@ def save_training_state(
             "extra": dict(extra or {}),
         }
         encoded = _encode(rest)
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, kind=TRAINING_STATE) as temporary:
         _run_dcp(dcp.save, tensors, storage_writer=dcp.FileSystemWriter(temporary), planner_class=_RegionSavePlanner)
         if rank() == 0:
             (temporary / _FILE).write_bytes(encoded)
