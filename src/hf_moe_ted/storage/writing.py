@@ -322,24 +322,33 @@ def explained(target: Path) -> Iterator[None]:
     """An error of the system, whoever tells it, becomes an OSError that says where it was and what to do."""
     try:
         yield
-    except Exception as error:
-        number = error.errno if isinstance(error, OSError) else _os_error_in(error)
-        where = str(getattr(error, "filename", None) or target)
+    except Exception as raised:
+        error = _error_of_system(raised)
+        if error is None or "cannot be written" in str(error.strerror):  # it is explained already
+            raise
+        number = error.errno
+        where = str(error.filename or target)
         is_in_target = where.startswith(str(target)) or f"{os.sep}.{label_of(target)}." in where
-        if number not in _FIXES or not (is_in_target or Path(where) in target.parents):  # or it is told already
+        if number not in _FIXES or not (is_in_target or Path(where) in target.parents):
             raise
         problem = f"{target} cannot be written: {os.strerror(number)}" + ("" if where == str(target) else f" ({where})")
-        raise OSError(number, f"{problem}; {_FIXES[number]}") from error
+        raise OSError(number, f"{problem}; {_FIXES[number]}") from raised
 
 
 def _host() -> str:
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
-def _os_error_in(error: Exception) -> int | None:
-    """The number of the system's error that libraries in Rust put into their messages."""
-    match = re.search(r"\(os error (\d+)\)", str(error))
-    return None if match is None else int(match[1])
+def _error_of_system(raised: BaseException) -> OSError | None:
+    """The error of the system that an exception is about, `None` for none or one of those that say so already."""
+    if isinstance(raised, OSError):
+        return raised
+    error: BaseException | None = None if isinstance(raised, ValueError) else raised
+    while error is not None and not isinstance(error, OSError):
+        if match := re.search(r"\(os error (\d+)\)", str(error)):  # of libraries in Rust
+            return OSError(int(match[1]), os.strerror(int(match[1])))
+        error = error.__cause__ or error.__context__  # torch.save fails again when it closes a file that is cut
+    return error
 
 
 __all__ = [
