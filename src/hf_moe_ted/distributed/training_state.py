@@ -41,6 +41,7 @@ from tqdm.auto import tqdm
 from ..storage.output_kinds import TRAINING_STATE
 from .checkpoint import atomic_folder, named_tensors, rank, together
 from .sharding import Region, regions
+from .state_metadata import SafeReader, check_archive
 
 _FILE = "training_state.pt"
 # of a param group: not the parameters, and not how a step is computed, which the device decides
@@ -142,7 +143,7 @@ def load_training_state(
                 raise ValueError(f"{folder} has no state of a scheduler")
             scheduler_state = scheduler_by_group(rest["scheduler"], names)
     tensors = {f"optimizer.{name}.{key}": value for name, state in states.items() for key, value in state.items()}
-    _run_dcp(dcp.load, tensors | weights, storage_reader=dcp.FileSystemReader(folder), planner_class=_RegionLoadPlanner)
+    _run_dcp(dcp.load, tensors | weights, storage_reader=SafeReader(folder), planner_class=_RegionLoadPlanner)
     for group, group_options in zip(optimizer.param_groups, per_group, strict=True):
         _set_options(group, group_options)
     for name, parameter in _parameters(names, optimizer):
@@ -274,11 +275,29 @@ def _open(folder: Path) -> tuple[dict[str, Any], dict[str, TensorStorageMetadata
         ValueError: it is not there, or cannot be read.
     """
     try:
-        rest: dict[str, Any] = torch.load(folder / _FILE, map_location="cpu", weights_only=True)
-        specs = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    except (OSError, EOFError, pickle.UnpicklingError, RuntimeError) as error:
-        raise ValueError(f"{folder} has no training state that can be read: {error!r}") from error
+        with (folder / _FILE).open("rb") as file:
+            check_archive(file, folder / _FILE)
+            rest: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        specs = SafeReader(folder).read_metadata().state_dict_metadata
+        _check_rest(rest)
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(f"{folder} has no training state that can be read: {error}") from error
     return rest, {name: spec for name, spec in specs.items() if isinstance(spec, TensorStorageMetadata)}
+
+
+def _check_rest(rest: Any) -> None:
+    """
+    Raises:
+        KeyError, TypeError: it is not what `save_training_state` writes.
+    """
+    kinds: dict[str, type | tuple[type, ...]] = {"optimizer_class": str, "groups": list, "extra": dict}
+    kinds |= {"dtypes": dict, "scalars": dict, "scheduler": (dict, type(None))}
+    for key, kind in kinds.items():
+        if not isinstance(rest[key], kind):
+            raise TypeError(f"{key} is of the type {type(rest[key]).__name__}")
+    for group in rest["groups"]:
+        if not isinstance(group["options"], dict) or not all(isinstance(name, str) for name in group["parameters"]):
+            raise TypeError("a group of parameters is damaged")
 
 
 def _encode(rest: dict[str, Any]) -> bytes:
