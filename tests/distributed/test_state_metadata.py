@@ -135,6 +135,21 @@ def test_compressed_archives(state: tuple[Path, nn.Module, torch.optim.Optimizer
         load_training_state(folder, model, optimizer)
 
 
+def test_compressed_chunk(state: tuple[Path, nn.Module, torch.optim.Optimizer]) -> None:
+    folder, model, optimizer = state
+    metadata = dcp.FileSystemReader(folder).read_metadata()
+    info = metadata.storage_data[MetadataIndex("weights.weight", torch.Size([0, 0]))]
+    path = folder / "weights"
+    path.write_bytes((folder / info.relative_path).read_bytes()[info.offset : info.offset + info.length])
+    compressed(path)
+    with (folder / info.relative_path).open("ab") as file:
+        info.offset, info.length = file.tell(), path.stat().st_size
+        file.write(path.read_bytes())
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(RuntimeError, match="has something compressed in it"):
+        load_training_state(folder, model, optimizer)
+
+
 def test_wrong_types_beside_the_tensors(state: tuple[Path, nn.Module, torch.optim.Optimizer]) -> None:
     folder, model, optimizer = state
     rest = torch.load(folder / "training_state.pt")

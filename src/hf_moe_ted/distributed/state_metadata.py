@@ -106,9 +106,35 @@ class SafeReader(FileSystemReader):
 
     def _slice_file(self, file: IO[bytes], info: Any) -> IO[bytes]:
         """The part of a file that holds one chunk."""
-        part = super()._slice_file(file, info)
-        check_archive(part, Path(self.path) / info.relative_path)
-        return part
+        part = _Part(file, info.offset, info.length)
+        check_archive(io.BufferedReader(part), Path(self.path) / info.relative_path)
+        return super()._slice_file(file, info)
+
+
+class _Part(io.RawIOBase):
+    """A part of a file as one; that of torch cannot be read from its end, where archives have their list."""
+
+    def __init__(self, file: IO[bytes], start: int, size: int):
+        self._file, self._start, self._size, self._position = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = (0, self._position, self._size)[whence] + offset
+        if self._position < 0:
+            raise OSError(f"the position {self._position} is before the beginning")
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._position)
+        data = self._file.read(max(0, min(len(buffer), self._size - self._position)))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
 
 def check_archive(file: IO[bytes], path: Path) -> None:
