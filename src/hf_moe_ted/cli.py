@@ -4,6 +4,8 @@ What a subcommand does is imported in it, so that `--help` and wrong arguments n
 """
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +20,7 @@ app.add_typer(export, name="export")
 OutputDir = Annotated[Path, typer.Argument(help="The new folder; it appears when everything is in it.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as in the source.")]
 MaxShardSize = Annotated[str, typer.Option(help="Size of one weight file, such as 5GB or 500MB.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is not empty.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of the same kind.")]
 Rules = Annotated[str, typer.Option(help="m2m100, fairseq, zcode_m3, megatron, or a YAML file.")]
 Tag = Annotated[str | None, typer.Option(help="Which checkpoint of the folder; default: the last one.")]
 Tokenizer = Annotated[Path | None, typer.Option(help="Folder of a tokenizer to be saved along.")]
@@ -356,7 +358,7 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(help="Where a translation that has not ended is cut.")] = 128,
     dtype: Dtype = None,
     device: Device = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if there is one.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output file.")] = False,
 ) -> None:
     """Translate a test set: BLEU, chrF, length ratio and language of each direction, and speed."""
     from . import TranslationQuality, evaluate_translation
@@ -402,10 +404,22 @@ def report(
 def run() -> None:
     """Run the command; an error that names what is wrong ends it without a stack trace."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            _flush_output()
     except (ValueError, OSError) as error:
         typer.secho(f"Error: {error}", fg="red", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # Python flushes it once more
         raise SystemExit(1) from None
+
+
+def _flush_output() -> None:
+    """A full disk behind `> file` is an error, too."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        raise OSError(error.errno, f"the output cannot be printed: {error.strerror}; choose another file") from None
 
 
 def _number_or_size(keep: str) -> float | int | str:

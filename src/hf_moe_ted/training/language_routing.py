@@ -4,8 +4,8 @@ Shape letters: B sentences, L tokens of a sentence, T = B * L, K experts per tok
 """
 
 import importlib.util
+import io
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ..models.language_codes import language_ids
 from ..models.router import Routing
+from ..storage.output import write_file
 from .router_callback import RouterCallback, sparse_routers
 
 logger = logging.get_logger(__name__)
@@ -178,12 +179,9 @@ languages together do, 0 to 1, mean over the layers of a side |
         languages = [language for language, is_used in zip(self.languages, is_used_G.tolist(), strict=True) if is_used]
         shares = {layer: expert_shares(counts_GE[is_used_G]) for layer, counts_GE in pictured.items()}
         folder = Path(args.output_dir or ".") / "routing"
-        folder.mkdir(parents=True, exist_ok=True)
         numbers = {layer: shares_GE.tolist() for layer, shares_GE in shares.items()}
         text = json.dumps({"step": state.global_step, "languages": languages, "expert_shares": numbers})
-        staged = folder / f".step_{state.global_step}.json"
-        staged.write_text(text + "\n")
-        os.replace(staged, folder / f"step_{state.global_step}.json")
+        write_file(folder / f"step_{state.global_step}.json", text + "\n")
         draw_expert_shares(shares, languages, folder / f"step_{state.global_step}.png")
 
 
@@ -228,9 +226,9 @@ def draw_expert_shares(shares: dict[str, Tensor], languages: list[str], path: Pa
     bar = figure.colorbar(image, ax=axes.tolist())
     bar.set_label("share of tokens", fontsize=7)
     bar.ax.tick_params(labelsize=6)
-    staged = path.with_name(f".{path.name}")
-    figure.savefig(staged, dpi=120, format="png")
-    os.replace(staged, path)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write_file(path, picture.getvalue())
 
 
 __all__ = [
