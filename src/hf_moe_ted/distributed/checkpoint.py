@@ -120,7 +120,7 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def atomic_folder(
-    folder: str | os.PathLike[str], *, kind: OutputKind, stale: re.Pattern[str] | None = None
+    folder: str | os.PathLike[str], *, kind: OutputKind = MODEL, stale: re.Pattern[str] | None = None
 ) -> Iterator[Path]:
     """A temporary folder, the same on all ranks, that takes the place of `folder` if all ranks leave the block well.
 
