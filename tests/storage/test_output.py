@@ -135,6 +135,9 @@ def test_sources_stay(tmp_path: Path) -> None:
         check_output_dir(source, overwrite=True, sources=[tmp_path / "same"])
     with pytest.raises(ValueError, match="is in the folder that is read"):
         check_output_dir(source / "pruned", sources=[source])
+    check_output_dir(source / "pruned", also_read=[source])
+    with pytest.raises(ValueError, match="holds what is read"):
+        check_output_dir(source, overwrite=True, also_read=[source / "config.json"])
     for link in ("same", "dangling"):
         with pytest.raises(ValueError, match="is a link"):
             check_output_dir(tmp_path / link, overwrite=True)

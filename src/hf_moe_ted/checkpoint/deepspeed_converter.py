@@ -80,7 +80,7 @@ def convert_deepspeed_checkpoint(
     start = time.perf_counter()
     checkpoint_dir, output_dir = Path(checkpoint_dir), Path(output_dir)
     dtype = parse_dtype(dtype)
-    check_output_dir(output_dir, overwrite=overwrite, sources=[checkpoint_dir, base_config, tokenizer])
+    check_output_dir(output_dir, overwrite=overwrite, sources=[checkpoint_dir], also_read=[base_config, tokenizer])
     rule_set = RuleSet.load(rules)
     fields = _base_fields(base_config)
     overrides = dict(config_overrides or {})

@@ -62,7 +62,7 @@ def initialize_checkpoint(
     parsed_dtype = parse_dtype(dtype)
     if parsed_dtype is None:
         raise ValueError("dtype (None) must be that of the weights, such as float32 or bfloat16")
-    check_output_dir(output_dir, overwrite=overwrite, sources=[config, tokenizer])
+    check_output_dir(output_dir, overwrite=overwrite, also_read=[config, tokenizer])
     source, parsed_config = _read_config(config)
     return write_model_folder(
         _random_tensors(parsed_config, seed, parsed_dtype),

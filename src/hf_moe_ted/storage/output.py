@@ -20,7 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 def check_output_dir(
-    output_dir: Source, *, overwrite: bool = False, kind: OutputKind = MODEL, sources: Sequence[Any] = ()
+    output_dir: Source,
+    *,
+    overwrite: bool = False,
+    kind: OutputKind = MODEL,
+    sources: Sequence[Any] = (),
+    also_read: Sequence[Any] = (),
 ) -> None:
     """Raise if `output_dir` cannot become a new folder, before there is any work for it.
 
@@ -29,6 +34,7 @@ def check_output_dir(
         overwrite: whether to replace one that is not empty: an earlier output of this kind, and nothing else.
         kind: what will be in it.
         sources: what is read for it: files, folders, and objects that know theirs (`name_or_path`).
+        also_read: the same for folders of which only some files are read, so that `output_dir` may be in them.
 
     Raises:
         ValueError: it is a file, a link, holds a source or is in one; it has something in it and not `overwrite`, or
@@ -37,8 +43,10 @@ def check_output_dir(
     """
     target = absolute(output_dir)
     with explained(target):
-        _check_names(target, output_dir, sources)
+        _check_names(target, output_dir)
     with writing(target, tidy=False) as place:
+        if overwrite or not _has_content(target):  # or that is told first
+            _check_sources(target, output_dir, sources, also_read)
         _check_content(target, output_dir, overwrite, kind, place.has_leftovers)
 
 
@@ -55,7 +63,7 @@ def new_folder(output_dir: Source, *, overwrite: bool = False, kind: OutputKind 
     """
     target = absolute(output_dir)
     with explained(target):
-        _check_names(target, output_dir, ())
+        _check_names(target, output_dir)
     with writing(target) as place:
         _check_content(target, output_dir, overwrite, kind, place.has_leftovers)
         temporary = place.temporary_name()
@@ -170,20 +178,25 @@ def write_file(path: Source, content: str | bytes) -> None:
             remove(temporary)
 
 
-def _check_names(target: Path, output_dir: Source, sources: Sequence[Any]) -> None:
+def _check_names(target: Path, output_dir: Source) -> None:
     """Raise if the target is no place for a folder, whatever is in it."""
     if target.is_symlink():
         raise ValueError(f"output_dir ({output_dir}) is a link; give the folder that it leads to, or another one")
     if target.exists() and not target.is_dir():
         raise ValueError(f"output_dir ({output_dir}) is a file; choose a folder")
-    for source in sources:
+
+
+def _check_sources(target: Path, output_dir: Source, sources: Sequence[Any], also_read: Sequence[Any]) -> None:
+    """Raise if the target holds what is read, or is in a folder that is read as a whole."""
+    for position, source in enumerate((*sources, *also_read)):
         path = getattr(source, "name_or_path", source)
         if not isinstance(path, str | os.PathLike) or not os.fspath(path):
             continue
         real = Path(os.path.realpath(path))
         if target == real or target in real.parents or _is_same(target, real):
             raise ValueError(f"output_dir ({output_dir}) holds what is read ({path}); choose another folder")
-        if path is source and real in target.parents and real.is_dir():
+        is_whole = position < len(sources) and path is source
+        if is_whole and real in target.parents and real.is_dir():
             raise ValueError(f"output_dir ({output_dir}) is in the folder that is read ({path}); choose another one")
 
 
@@ -193,7 +206,7 @@ def _is_same(target: Path, source: Path) -> bool:
 
 def _check_content(target: Path, output_dir: Source, overwrite: bool, kind: OutputKind, has_leftovers: bool) -> None:
     """Raise if something is in the target and may not be replaced."""
-    if not target.is_dir() or all(is_ours(target, name) for name in os.listdir(target)):
+    if not _has_content(target):
         return
     if not overwrite:
         raise ValueError(f"output_dir ({output_dir}) is not empty; choose another one or overwrite it (--overwrite)")
@@ -203,6 +216,10 @@ def _check_content(target: Path, output_dir: Source, overwrite: bool, kind: Outp
             f"output_dir ({output_dir}) is not replaced: {reason}, so it is not only an earlier output ({kind.what}); "
             "choose another folder, or remove it yourself"
         )
+
+
+def _has_content(target: Path) -> bool:
+    return target.is_dir() and not all(is_ours(target, name) for name in os.listdir(target))
 
 
 def _is_below_ours(target: Path, path: Path) -> bool:
