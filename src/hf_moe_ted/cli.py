@@ -410,7 +410,7 @@ def run() -> None:
             _flush_output()
     except (ValueError, OSError) as error:
         typer.secho(f"Error: {error}", fg="red", err=True)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # Python flushes it once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it once more
         raise SystemExit(1) from None
 
 

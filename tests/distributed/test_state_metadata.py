@@ -108,14 +108,14 @@ def test_metadata_that_disagree_with_the_files(
     state: tuple[Path, nn.Module, torch.optim.Optimizer], change: Callable[[Any], None], message: str
 ) -> None:
     folder, model, optimizer = state
-    before = model.weight.detach().clone()  # type: ignore[operator, union-attr]
+    before = model.weight.detach().clone()
     metadata = dcp.FileSystemReader(folder).read_metadata()
     assert MetadataIndex("weights.weight", torch.Size([0, 0])) in metadata.storage_data
     change(metadata)
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(ValueError, match=message):
         load_training_state(folder, model, optimizer)
-    assert torch.equal(model.weight, before)  # type: ignore[arg-type]
+    assert torch.equal(model.weight, before)
 
 
 def compressed(path: Path) -> None:

@@ -335,7 +335,12 @@ def test_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inode = target.stat().st_ino
     order = []
     replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (order.append(Path(b).name), replace(a, b)))
+
+    def record(source: Path, destination: Path) -> None:
+        order.append(destination.name)
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", record)
     for text, overwrite in (("one", False), ("two", True)):
         with new_folder(target, overwrite=overwrite) as folder:
             assert folder.is_relative_to(target)
@@ -354,7 +359,13 @@ def test_killed_in_a_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def die_at_second_file() -> None:
         calls = itertools.count()
         replace = os.replace
-        os.replace = lambda a, b: replace(a, b) if next(calls) < 1 else os._exit(9)  # type: ignore[assignment]
+
+        def dying(source: Path, destination: Path) -> None:
+            if next(calls) > 0:
+                os._exit(9)
+            replace(source, destination)
+
+        os.replace = dying  # type: ignore[assignment]
         with new_folder(target, overwrite=True) as folder:
             make_model(folder, "new")
 

@@ -12,7 +12,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -46,11 +46,17 @@ _OPCODES = re.findall(
 )
 
 
+_LOADERS: dict[int, Any] = pickle._Unpickler.dispatch
+
+
 # The one in Python: the one in C makes room for as many objects as the file claims to have.
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
+class _Unpickler(pickle._Unpickler):
     """Reads the structures that dataclasses of metadata are pickled as, and refuses all else."""
 
-    dispatch = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _OPCODES}  # type: ignore[attr-defined]
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Any]] = {
+        getattr(pickle, name)[0]: _LOADERS[getattr(pickle, name)[0]] for name in _OPCODES
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _CLASSES:
@@ -64,7 +70,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
         is_state = isinstance(state, dict) or isinstance(target, TensorProperties)  # which has a __setstate__
         if not is_state or callable(target):
             raise pickle.UnpicklingError("it changes something else than an object of metadata")
-        super().load_build()
+        _LOADERS[pickle.BUILD[0]](self)
 
     def _check_tuple(self) -> None:
         """A deep one would overflow the stack of the interpreter when it is hashed."""
