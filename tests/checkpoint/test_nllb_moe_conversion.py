@@ -301,7 +301,7 @@ def test_pickled_code_is_refused(nllb_moe: Path, tmp_path: Path) -> None:
 
     (nllb_moe / "model.safetensors").unlink()
     torch.save({"model.shared.weight": Evil()}, nllb_moe / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model.bin cannot be read"):
+    with pytest.raises(ValueError, match=r"pytorch_model.bin names getattr, .*nothing in the file was executed"):
         convert_nllb_moe_checkpoint(nllb_moe, tmp_path / "ours")
     assert not (tmp_path / "executed").exists()
 

@@ -1,6 +1,5 @@
 """DeepSpeed-MoE checkpoints -> ZCodeM3 checkpoints."""
 
-import json
 import os
 import re
 import time
@@ -14,10 +13,12 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..storage.output import check_output_dir
+from .config_file import config_errors
 from .conversion_report import ConversionReport
 from .conversion_rules import RuleSet
 from .deepspeed_reader import read_deepspeed_state_dict
-from .lazy_tensors import LazyTensors
+from .json_file import read_json_object
+from .lazy_tensors import LazyTensors, checked_weights
 from .m2m100 import m2m100_config_fields
 from .model_folder import copy_tokenizer_and_generation_config, parse_dtype, write_model_folder
 
@@ -83,6 +84,8 @@ def convert_deepspeed_checkpoint(
     check_output_dir(output_dir, overwrite=overwrite, sources=[checkpoint_dir], also_read=[base_config, tokenizer])
     rule_set = RuleSet.load(rules)
     fields = _base_fields(base_config)
+    if not isinstance(config_overrides or {}, Mapping):
+        raise ValueError(f"config_overrides ({config_overrides!r}) must be a dict of fields of ZCodeM3Config")
     overrides = dict(config_overrides or {})
     state = read_deepspeed_state_dict(
         checkpoint_dir,
@@ -90,7 +93,7 @@ def convert_deepspeed_checkpoint(
         weights=weights,
         tensor_parallel_rules=(*tensor_parallel_rules, *rule_set.tensor_parallel),
     )
-    tensors = rule_set.apply(state, num_heads=fields.get("encoder_attention_heads"))
+    tensors = rule_set.apply(checked_weights(state), num_heads=fields.get("encoder_attention_heads"))
     if ignore_expert_output_bias:
         tensors = _without_expert_output_bias(tensors)
     config, warnings = _config(fields, overrides, tensors)
@@ -118,11 +121,15 @@ def _base_fields(base_config: PreTrainedConfig | Mapping[str, Any] | str | os.Pa
         path = Path(base_config)
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
-            raise ValueError(f"base_config ({base_config}) must be a config, a dict or a folder with config.json")
-        fields = json.loads(path.read_text(encoding="utf-8"))
+            raise ValueError(
+                f"base_config ({base_config}) must be a config, a dict or a folder with config.json; "
+                "`hf download` makes one of a Hub id"
+            )
+        fields = read_json_object(path, "base_config")
     model_type = fields.get("model_type", ZCodeM3Config.model_type)
     if model_type == "m2m_100":
-        return m2m100_config_fields(fields)
+        with config_errors("base_config"):
+            return m2m100_config_fields(fields)
     if model_type != ZCodeM3Config.model_type:
         raise ValueError(f"base_config has model_type {model_type!r}; it must be 'm2m_100' or 'zcode_m3'")
     return fields
@@ -140,10 +147,14 @@ def _config(fields: dict[str, Any], overrides: dict[str, Any], tensors: LazyTens
             'k, pass config_overrides={"num_experts_per_tok": k}'
         )
     top_k = overrides.get("num_experts_per_tok", 1)
-    gate = _GATES[min(max(int(top_k), 1), len(_GATES)) - 1]
-    return ZCodeM3Config(
-        **{**fields, **_sparse_fields(tensors), "num_experts_per_tok": top_k, **gate, **overrides}
-    ), warnings
+    if not isinstance(top_k, int) or isinstance(top_k, bool):
+        raise ValueError(f"config_overrides: num_experts_per_tok ({top_k!r}) must be a number of experts")
+    gate = _GATES[min(max(top_k, 1), len(_GATES)) - 1]
+    with config_errors("base_config and config_overrides do not fit the checkpoint"):
+        config = ZCodeM3Config(
+            **{**fields, **_sparse_fields(tensors), "num_experts_per_tok": top_k, **gate, **overrides}
+        )
+    return config, warnings
 
 
 def _sparse_fields(tensors: LazyTensors) -> dict[str, Any]:

@@ -1,18 +1,16 @@
 """The files of a DeepSpeed checkpoint: which there are, and how one is opened without executing anything in it."""
 
-import pickle
 import re
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .lazy_tensors import MAX_MAPPED_BYTES, prefault
+from .torch_file import UnreadableFileError, check_checksums, load_torch_file
 
 MAX_MAPPED_FILES = 16
 
@@ -65,27 +63,11 @@ def load_file(path: Path) -> Any:
     """The content of a file of `torch.save`, its tensors mapped from disk and not read.
 
     Raises:
-        ValueError: the file is missing or unreadable, is a renamed one of another rank, or names something outside
-            `ALLOWED_CLASSES`.
+        UnreadableFileError: the file is missing or unreadable, is a renamed one of another rank, or names something
+            outside `ALLOWED_CLASSES`.
     """
     _check_original_name(path)
-    stand_ins: list[Any] = [(_StandIn, name) for name in ALLOWED_CLASSES]
-    try:
-        with torch.serialization.safe_globals(stand_ins):
-            # PyTorch before 1.6 did not write zip archives, and only those can be mapped.
-            return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"(?:GLOBAL|unrecognized function|Unsupported class) (<.*?>|[\w.]+)", str(error))
-        if refused is None:
-            raise ValueError(f"{path} cannot be read, it may be truncated or damaged: {error}") from error
-        raise ValueError(
-            f"{path} names {refused[1]}, which no DeepSpeed checkpoint needs; nothing in the file was executed. If you "
-            "trust it, load it yourself and save it again without that object"
-        ) from error
-    except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"{path} cannot be read, it may be truncated or damaged: {error}") from error
+    return load_torch_file(path, [(_StandIn, name) for name in ALLOWED_CLASSES])
 
 
 def _check_original_name(path: Path) -> None:
@@ -104,11 +86,13 @@ def _check_original_name(path: Path) -> None:
     for kind in _KINDS:
         written, found = kind.fullmatch(original), kind.fullmatch(path.name)
         if written is not None and (found is None or written.groupdict() != found.groupdict()):
-            raise ValueError(f"{path} was written as {original} and is no longer called that; give it its name back")
+            raise UnreadableFileError(
+                f"{path} was written as {original} and is no longer called that; give it its name back"
+            )
 
 
 class FilePool:
-    """Files mapped while tensors are read from them.
+    """Files mapped while tensors are read from them, each compared with its checksums once, before the first tensor.
 
     At most `MAX_MAPPED_FILES` stay mapped, and all are unmapped after `MAX_MAPPED_BYTES`, because pages that were
     read stay resident until then.
@@ -117,6 +101,7 @@ class FilePool:
     def __init__(self) -> None:
         self._contents: OrderedDict[Path, Any] = OrderedDict()
         self._num_bytes_read = 0
+        self._checked: set[Path] = set()
 
     def view(self, path: Path, select: Callable[[Any], Tensor]) -> Tensor:
         """A tensor of a file in mapped memory, to look at and drop.
@@ -126,13 +111,17 @@ class FilePool:
             select: takes the tensor from its content.
 
         Raises:
-            ValueError: as `load_file`; or the file has changed, so that the tensor is no longer there.
+            ValueError: as `load_file` and `check_checksums`; or the file has changed, so that the tensor is no longer
+                there.
         """
         if self._num_bytes_read > MAX_MAPPED_BYTES:
             self.close()
         if path not in self._contents:
             while len(self._contents) >= MAX_MAPPED_FILES:
                 self._contents.popitem(last=False)
+            if path not in self._checked:
+                check_checksums(path)
+                self._checked.add(path)
             self._contents[path] = load_file(path)
         self._contents.move_to_end(path)
         try:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .deepspeed_checks import check_contents
 from .deepspeed_contents import Contents, meta, parse_expert_name, read_contents
-from .deepspeed_files import FilePool, find_files
+from .deepspeed_files import FilePool, find_files, list_names
 from .deepspeed_shards import Shards, open_shards
 from .lazy_tensors import LazyTensors
 
@@ -65,7 +65,7 @@ def read_deepspeed_state_dict(
     if problems:
         raise ValueError("\n  ".join([f"{contents.files.folder} cannot be read:", *problems]))
     merger = _Merger(contents, open_shards(contents, FilePool(), masters=masters), rules)
-    return LazyTensors(merger.specs, merger.read, read_into=merger.read_into)
+    return LazyTensors(merger.specs, merger.read, read_into=merger.read_into, where=merger.where)
 
 
 def _compile_rules(rules: Sequence[TensorParallelRule]) -> list[tuple[re.Pattern[str], int | None]]:
@@ -132,6 +132,11 @@ class _Merger:
             self._shards.read_into(name, self._stages[name][0][0], out)
         else:
             out.copy_(self.read(name))
+
+    def where(self, name: str) -> str:
+        """The files of a tensor's weights."""
+        paths = dict.fromkeys(shard.path for shard in self._contents.shards.get(name, {}).values())
+        return list_names(list(paths) or [self._contents.files.folder])
 
     def _read_stage(self, name: str, ranks: list[int]) -> Tensor:
         rule = self._rule(name)

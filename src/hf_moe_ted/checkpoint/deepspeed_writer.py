@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..storage.output import check_output_dir, new_folder
 from ..storage.output_kinds import DEEPSPEED_EXPORT
+from .config_file import read_zcode_m3_config
 from .conversion_rules import RuleSet
-from .lazy_tensors import LazyTensors
+from .lazy_tensors import LazyTensors, check_rounded, checked_weights
 from .model_folder import meta_model, parse_dtype
 from .safetensors_io import check_tensors, open_pretrained_tensors
 
@@ -101,12 +102,14 @@ def _with_tied_copies(model_or_folder: PreTrainedModel | str | os.PathLike[str])
             {name: tensor.to("meta") for name, tensor in state.items()},
             lambda name: state[name].detach().cpu().clone(),
             lambda name, index: state[name][index].detach().cpu().clone(),
+            where=lambda _: f"the model in memory ({type(model_or_folder).__name__})",
         )
+        tensors = checked_weights(tensors)
     else:
         folder = Path(model_or_folder)
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"model_or_folder ({folder}) must be a model or a folder with config.json")
-        config = ZCodeM3Config.from_pretrained(folder)
+        config = read_zcode_m3_config(folder, "model_or_folder")
+        if getattr(config, "quantization_config", None):
+            raise ValueError(f"{folder} has a quantization_config; export the weights before they are quantized")
         tensors = open_pretrained_tensors(folder)
     if not isinstance(config, ZCodeM3Config):
         raise ValueError(f"model_or_folder ({type(config).__name__}) must be a ZCodeM3 model")
@@ -172,7 +175,8 @@ def _write_files(
             for name, tensor in whole.items():
                 dim = shard_dims[name]
                 shard = tensor if dim is None else tensor.chunk(tensor_parallel_size, dim)[rank].clone()
-                shards[name] = shard.to(dtype) if dtype is not None and shard.is_floating_point() else shard
+                shards[name] = shard if dtype is None else shard.to(dtype)
+                check_rounded(name, shard, shards[name])
             prefix = "" if file is None else f"layer_{file[0]}_expert_{file[1]}_"
             content = {**main, "module": shards} if file is None else shards
             # to a file of Python, whose errors say what is wrong; torch's own say "file write failed"

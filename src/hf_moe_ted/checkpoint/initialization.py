@@ -1,7 +1,6 @@
 """The checkpoint that training from scratch starts from, written without the model in memory."""
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -9,15 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..storage.output import check_output_dir
+from .config_file import zcode_m3_config
 from .conversion_report import ConversionReport
+from .json_file import read_json_object
 from .lazy_tensors import LazyTensors
-from .model_folder import copy_tokenizer_and_generation_config, meta_model, parse_dtype, write_model_folder
+from .model_folder import (
+    copy_tokenizer_and_generation_config,
+    meta_model,
+    parse_dtype,
+    read_generation_config,
+    write_model_folder,
+)
 from .named_seed import named_seed
 
 
@@ -87,12 +93,7 @@ def _read_config(config: ZCodeM3Config | Mapping[str, Any] | str | os.PathLike[s
         path = source / "config.json" if source.is_dir() else source
         if not path.is_file():
             raise ValueError(f"config ({config}) must be a JSON file or a folder with config.json")
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"config ({path}) is not JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise ValueError(f"config ({path}) must be a JSON object, fields by name")
+        fields = read_json_object(path, "config")
     model_type = fields.get("model_type", ZCodeM3Config.model_type)
     if model_type != ZCodeM3Config.model_type:
         raise ValueError(f"config ({source}) has model_type {model_type!r}; it must be {ZCodeM3Config.model_type!r}")
@@ -100,10 +101,7 @@ def _read_config(config: ZCodeM3Config | Mapping[str, Any] | str | os.PathLike[s
     unknown = sorted({*fields} - known - {*ZCodeM3Config.attribute_map})
     if unknown:
         raise ValueError(f"config ({source}) has {', '.join(unknown)}, which ZCodeM3Config has not; correct the name")
-    try:
-        return source, ZCodeM3Config.from_dict(fields)
-    except (StrictDataclassError, ValueError) as error:
-        raise ValueError(f"config ({source}): {error}") from error
+    return source, zcode_m3_config(fields, f"config ({source})")
 
 
 def _random_tensors(config: ZCodeM3Config, seed: int, dtype: torch.dtype) -> LazyTensors:
@@ -153,9 +151,8 @@ def _others(config: ZCodeM3Config, source: Path, tokenizer: Any) -> list[Callabl
         others.append(tokenizer.save_pretrained)
     elif source.is_dir():
         others.append(copy_tokenizer_and_generation_config(source))
-    if (source / "generation_config.json").is_file():
-        return [*others, GenerationConfig.from_pretrained(source).save_pretrained]
-    return [*others, GenerationConfig.from_model_config(config).save_pretrained]
+    generation_config = read_generation_config(source) or GenerationConfig.from_model_config(config)
+    return [*others, generation_config.save_pretrained]
 
 
 def _load_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:

@@ -2,7 +2,6 @@
 
 import ctypes
 import mmap
-import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,7 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .torch_file import UnreadableFileError, check_checksums, check_is_file, load_torch_file
+
 MAX_MAPPED_BYTES = 256 * 2**20
+
+_CHUNK_NUMEL = 2**22
 
 _MADV_POPULATE_READ = 22  # Linux 5.14; the module mmap does not name it yet
 
@@ -24,6 +27,7 @@ class LazyTensors(Mapping[str, Tensor]):
         read: reads one tensor. The caller owns the result: nothing else refers to its memory.
         read_row: reads one index of the first dimension, if that is cheaper than to read the tensor.
         read_into: reads one tensor into another of its shape and dtype, if that spares a copy.
+        where: the file that a tensor is in, for messages.
     """
 
     def __init__(
@@ -32,8 +36,10 @@ class LazyTensors(Mapping[str, Tensor]):
         read: Callable[[str], Tensor],
         read_row: Callable[[str, int], Tensor] | None = None,
         read_into: Callable[[str, Tensor], None] | None = None,
+        where: Callable[[str], object] | None = None,
     ):
         self.specs = dict(specs)
+        self.where = where or (lambda name: "the checkpoint")
         self._read = read
         self._read_row = read_row
         self._read_into = read_into
@@ -64,14 +70,107 @@ class LazyTensors(Mapping[str, Tensor]):
         return name in self.specs
 
 
+def checked_weights(tensors: LazyTensors) -> LazyTensors:
+    """The same tensors, each of which is refused as it is read unless it can be a weight: see [`check_weight`].
+
+    Everything that is read to be written goes through here, so that no command spreads what is broken.
+    """
+
+    def read(name: str) -> Tensor:
+        tensor = tensors[name]
+        check_weight(name, tensor, tensors.where(name))
+        return tensor
+
+    def read_row(name: str, index: int) -> Tensor:
+        row = tensors.row(name, index)
+        check_weight(name, row, tensors.where(name), row=index)
+        return row
+
+    def read_into(name: str, out: Tensor) -> None:
+        tensors.into(name, out)
+        check_weight(name, out, tensors.where(name))
+
+    return LazyTensors(tensors.specs, read, read_row, read_into, tensors.where)
+
+
+def check_all(tensors: LazyTensors) -> None:
+    """Read every tensor once, one at a time, so that [`checked_weights`] has seen all of them.
+
+    Raises:
+        ValueError: as `check_weight`.
+    """
+    for name in tensors:
+        tensors[name]
+
+
+def check_weight(name: str, tensor: Tensor, where: object, *, row: int | None = None) -> None:
+    """Check that all of a tensor are finite floating-point numbers.
+
+    Args:
+        name: of the tensor, for the message.
+        tensor: of any shape and dtype; it is read once.
+        where: the file that it is from, for the message.
+        row: if it is only this row of the tensor.
+
+    Raises:
+        ValueError: with the place of the first number that is NaN or infinite, or with the dtype.
+    """
+    if not tensor.is_floating_point():
+        raise ValueError(
+            f"{name} in {where} is {tensor.dtype}, and weights are floating-point numbers; give the model as it was "
+            "before it was quantized or converted"
+        )
+    first = _first_not_finite(tensor)
+    if first is not None:
+        index = first if row is None else [row, *first]
+        expert = f" (expert {index[0]})" if ".experts." in name and len(index) > 1 else ""
+        raise ValueError(
+            f"{name} in {where} has numbers that are NaN or infinite, the first at {index}{expert}; the file is "
+            "damaged, or the model diverged in training: use an earlier checkpoint"
+        )
+
+
+def check_rounded(name: str, source: Tensor, rounded: Tensor) -> None:
+    """Check that every finite number is still one in another dtype.
+
+    Args:
+        name: of the tensor, for the message.
+        source: of any dtype.
+        rounded: the same numbers in the other dtype.
+
+    Raises:
+        ValueError: with a number that is too large.
+    """
+    index = _first_not_finite(rounded) if rounded.is_floating_point() else None
+    if index is not None and _first_not_finite(source) is None:
+        raise ValueError(
+            f"{name} has {source[tuple(index)].item():.3g} at {index}, which {rounded.dtype} cannot hold; choose "
+            "another dtype, such as bfloat16 or float32"
+        )
+
+
+def _first_not_finite(tensor: Tensor) -> list[int] | None:
+    """The index of the first number that is NaN or infinite, read in parts that bound the memory."""
+    start = 0
+    for part in tensor.reshape(-1).split(_CHUNK_NUMEL):
+        part = part.float() if part.itemsize == 1 else part  # few operations know 8 bits
+        if not part.sum().isfinite():  # a sum can be too large, too
+            bad = part.isfinite().logical_not_()
+            if bad.any():
+                flat = start + int(bad.to(torch.uint8).argmax())
+                return [int(i) for i in torch.unravel_index(torch.tensor(flat), tensor.shape)]
+        start += part.numel()
+    return None
+
+
 class TensorFile:
     """A file of tensors, memory-mapped while it is read.
 
     Pages of a mapped file that were read stay resident, so the file is unmapped after every `MAX_MAPPED_BYTES`.
 
     Args:
-        path: a `.safetensors` file, or one of `torch.save` with a flat dict of tensors. The latter is opened with
-            `weights_only=True`: nothing in it is executed.
+        path: a `.safetensors` file, or one of `torch.save` with a flat dict of tensors. In the latter nothing is
+            executed, and it is compared with its checksums before the first tensor is read.
 
     Raises:
         ValueError: the file is missing, truncated, or holds something else.
@@ -79,12 +178,16 @@ class TensorFile:
 
     def __init__(self, path: Path):
         self.path = path
+        self._is_checked = path.suffix == ".safetensors"  # which has no checksums
         self.specs = {name: tensor.to("meta") for name, tensor in self._map().items()}
         self._mapped: Mapping[str, Tensor] = {}
         self._num_bytes_read = 0
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """A copy of one tensor, or of one index of its first dimension, contiguous."""
+        if not self._is_checked:
+            check_checksums(self.path)
+            self._is_checked = True
         if not self._mapped or self._num_bytes_read > MAX_MAPPED_BYTES:
             self._mapped = {}
             self._mapped, self._num_bytes_read = self._map(), 0
@@ -99,17 +202,20 @@ class TensorFile:
         self._mapped = {}
 
     def _map(self) -> Mapping[str, Tensor]:
-        try:
-            if self.path.suffix == ".safetensors":
+        if self.path.suffix == ".safetensors":
+            check_is_file(self.path)
+            try:
                 with safe_open(self.path, framework="pt") as file:
                     return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            content = torch.load(self.path, map_location="cpu", mmap=True, weights_only=True)
-        except FileNotFoundError:
-            raise ValueError(f"{self.path} does not exist") from None
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            raise ValueError(f"{self.path} cannot be read, it may be truncated or no checkpoint: {error}") from error
-        if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-            raise ValueError(f"{self.path} is not a dict of tensors by name")
+            except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
+                raise UnreadableFileError(
+                    f"{self.path} cannot be read, it may be truncated or no checkpoint: {error}"
+                ) from error
+        content = load_torch_file(self.path)
+        if not isinstance(content, Mapping) or not all(
+            isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+        ):
+            raise UnreadableFileError(f"{self.path} is not a dict of tensors by name")
         return content
 
 

@@ -12,7 +12,9 @@ from transformers import GenerationConfig
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..storage.output import new_folder
+from .config_file import config_errors
 from .conversion_report import ConversionReport
+from .json_file import read_json_object
 from .lazy_tensors import LazyTensors
 from .safetensors_io import check_tensors, write_pretrained_tensors
 
@@ -39,9 +41,16 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def meta_model(config: ZCodeM3Config) -> ZCodeM3ForConditionalGeneration:
-    """The model of a config without memory for its weights."""
-    with torch.device("meta"):
-        return ZCodeM3ForConditionalGeneration(config)
+    """The model of a config without memory for its weights.
+
+    Raises:
+        ValueError: its sizes are too large to be counted.
+    """
+    try:
+        with torch.device("meta"):
+            return ZCodeM3ForConditionalGeneration(config)
+    except (RuntimeError, OverflowError) as error:  # more numbers than can be counted
+        raise ValueError(f"the config describes no model: {error}") from error
 
 
 def drop_tied_copies(tensors: LazyTensors, tied: Mapping[str, str]) -> LazyTensors:
@@ -139,12 +148,31 @@ def write_model_folder(
     )
 
 
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """The generation config of a folder, `None` without one.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    fields = read_json_object(path, "generation config")
+    with config_errors(path):
+        return GenerationConfig.from_dict(fields)
+
+
 def copy_tokenizer_and_generation_config(source: Path) -> Callable[[Path], None]:
-    """For `save_others`: what `source` has of them."""
+    """For `save_others`: what `source` has of them.
+
+    Raises:
+        ValueError: the generation config is damaged.
+    """
+    generation_config = read_generation_config(source)
 
     def save(folder: Path) -> None:
-        if (source / "generation_config.json").is_file():
-            GenerationConfig.from_pretrained(source).save_pretrained(folder)
+        if generation_config is not None:
+            generation_config.save_pretrained(folder)
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)

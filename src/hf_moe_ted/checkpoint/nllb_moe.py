@@ -1,6 +1,5 @@
 """NLLB-MoE checkpoints (https://huggingface.co/papers/2207.04672) -> ZCodeM3 checkpoints."""
 
-import json
 import os
 import time
 from pathlib import Path
@@ -10,9 +9,11 @@ from torch import Tensor
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from ..models.configuration_zcode_m3 import ZCodeM3Config
-from ..models.nllb_moe import MODEL_TYPE, weight_conversions
+from ..models.nllb_moe import MODEL_TYPE, config_fields, weight_conversions
 from ..storage.output import check_output_dir
+from .config_file import config_errors, config_path
 from .conversion_report import ConversionReport
+from .json_file import read_json_object
 from .lazy_tensors import LazyTensors
 from .model_folder import copy_tokenizer_and_generation_config, parse_dtype, write_model_folder
 from .safetensors_io import open_pretrained_tensors
@@ -64,13 +65,13 @@ def convert_nllb_moe_checkpoint(
 
 
 def _read_config(source: Path) -> ZCodeM3Config:
-    path = source / "config.json"
-    if not path.is_file():
-        raise ValueError(f"source ({source}) must be a folder with config.json; `hf download` makes one of a Hub id")
-    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    path = config_path(source, "source")
+    fields = read_json_object(path, "config")
+    model_type = fields.get("model_type")
     if model_type != MODEL_TYPE:
         raise ValueError(f"{path} has model_type {model_type!r}, an NLLB-MoE checkpoint has {MODEL_TYPE!r}")
-    return ZCodeM3Config.from_pretrained(source)
+    with config_errors(path):
+        return ZCodeM3Config.from_dict(config_fields(fields))
 
 
 def _renamed(tensors: LazyTensors) -> LazyTensors:

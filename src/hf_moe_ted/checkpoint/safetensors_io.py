@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -10,20 +10,23 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from .lazy_tensors import LazyTensors, TensorFile
+from .json_file import read_json_object
+from .lazy_tensors import LazyTensors, TensorFile, check_rounded, checked_weights
 from .safetensors_file import create_safetensors_file
+from .torch_file import shorten
 
 
 def open_pretrained_tensors(folder: Path) -> LazyTensors:
     """The tensors of a folder of `save_pretrained`: safetensors or else bin, in one file or in shards with an index.
+
+    What is no weight, an integer or a number that is not finite, is refused as it is read: see [`checked_weights`].
 
     Raises:
         ValueError: there is no checkpoint, a shard is missing or unreadable, or the index disagrees with the shards.
     """
     for name, index_name in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
         if (folder / name).is_file():
-            file = TensorFile(folder / name)
-            return LazyTensors(file.specs, file.read, file.read)
+            return _open_file(folder / name)
         if (folder / index_name).is_file():
             return _open_shards(folder / index_name)
     raise ValueError(
@@ -31,11 +34,13 @@ def open_pretrained_tensors(folder: Path) -> LazyTensors:
     )
 
 
+def _open_file(path: Path) -> LazyTensors:
+    file = TensorFile(path)
+    return checked_weights(LazyTensors(file.specs, file.read, file.read, where=lambda _: path))
+
+
 def _open_shards(index: Path) -> LazyTensors:
-    try:
-        file_of_tensor: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{index} is not the index of a sharded checkpoint: {error!r}") from error
+    file_of_tensor = _read_weight_map(index)
     files = {name: TensorFile(index.parent / name) for name in sorted(set(file_of_tensor.values()))}
     for name, file in file_of_tensor.items():
         if name not in files[file].specs:
@@ -49,7 +54,21 @@ def _open_shards(index: Path) -> LazyTensors:
         current[:] = [file]
         return file.read(name, index)
 
-    return LazyTensors({name: files[file].specs[name] for name, file in file_of_tensor.items()}, read, read)
+    specs = {name: files[file].specs[name] for name, file in file_of_tensor.items()}
+    return checked_weights(LazyTensors(specs, read, read, where=lambda name: files[file_of_tensor[name]].path))
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file in the folder of the index. A file may be a link to elsewhere, as `hf download` makes them."""
+    weight_map = read_json_object(index, "index").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} is not the index of a sharded checkpoint: it has no files by tensor (weight_map)")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file:
+            raise ValueError(f"{index} says that {name} is in {shorten(file)}, which is not the name of a file")
+        if PurePath(file).is_absolute() or ".." in PurePath(file).parts:
+            raise ValueError(f"{index} says that {name} is in {file}, which leaves the folder; nothing there is read")
+    return weight_map
 
 
 def write_pretrained_tensors(
@@ -67,7 +86,7 @@ def write_pretrained_tensors(
         The files, flushed to disk; the index is the last one if there is more than one shard.
 
     Raises:
-        ValueError: for a `max_shard_size` that is no size.
+        ValueError: for a `max_shard_size` that is no size, or a number that `dtype` cannot hold.
         OSError: the disk is full, or what else the system says.
     """
     specs = {name: spec.to(dtype) if spec.is_floating_point() else spec for name, spec in tensors.specs.items()}
@@ -81,7 +100,9 @@ def write_pretrained_tensors(
                 if specs[name].dtype == tensors.specs[name].dtype:
                     tensors.into(name, shard[name])
                 else:
-                    shard[name].copy_(tensors[name])
+                    tensor = tensors[name]
+                    shard[name].copy_(tensor)
+                    check_rounded(name, tensor, shard[name])
                 progress.update(shard[name].nbytes)
             del shard
     if plan.is_sharded:
@@ -92,10 +113,11 @@ def write_pretrained_tensors(
 
 
 def check_tensors(specs: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
-    """Compare names and shapes with those of a model.
+    """Compare names, shapes and kinds of dtype with those of a model.
 
     Raises:
-        ValueError: with all names that are missing, unknown or of another shape.
+        ValueError: with all names that are missing, unknown, of another shape, or not floating-point where the model
+            is.
     """
     problems = [f"missing: {name}" for name in expected if name not in specs]
     problems += [f"unknown: {name}" for name in specs if name not in expected]
@@ -103,6 +125,11 @@ def check_tensors(specs: Mapping[str, Tensor], expected: Mapping[str, Tensor], s
         f"{name} has the shape {tuple(specs[name].shape)}, the config asks for {tuple(expected[name].shape)}"
         for name in expected
         if name in specs and specs[name].shape != expected[name].shape
+    ]
+    problems += [
+        f"{name} is {specs[name].dtype}, and weights are floating-point numbers"
+        for name in expected
+        if name in specs and expected[name].is_floating_point() and not specs[name].is_floating_point()
     ]
     if problems:
         raise ValueError(f"{source} does not hold the model that its config describes\n  " + "\n  ".join(problems))

@@ -1,24 +1,23 @@
 """Dense checkpoints -> ZCodeM3 with copied experts: Sparse Upcycling (https://huggingface.co/papers/2212.05055)."""
 
 import dataclasses
-import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import GenerationConfig
 
 from ..models.configuration_zcode_m3 import Side, ZCodeM3Config
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..storage.output import check_output_dir
+from .config_file import config_errors, config_path
 from .conversion_report import ConversionReport
+from .json_file import read_json_object
 from .lazy_tensors import LazyTensors
 from .m2m100 import MODEL_TYPE as M2M100
 from .m2m100 import m2m100_config_fields, m2m100_name
@@ -124,6 +123,8 @@ def upcycle_dense_checkpoint(
     check_output_dir(output_dir, overwrite=overwrite, sources=[source])
     if not 0 <= noise_std < math.inf:
         raise ValueError(f"noise_std ({noise_std}) must be a finite number that is not negative; 0 for equal experts")
+    if not isinstance(config_overrides or {}, Mapping):
+        raise ValueError(f"config_overrides ({config_overrides!r}) must be a dict of fields of ZCodeM3Config")
     dense = _open_source(source)
     steps = {"encoder_sparse_step": encoder_sparse_step, "decoder_sparse_step": decoder_sparse_step}
     config = _sparse_config(dense.config, num_experts, steps, dict(config_overrides or {}))
@@ -157,10 +158,8 @@ class _Source:
 
 
 def _open_source(folder: Path) -> _Source:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"source ({folder}) must be a folder with config.json; `hf download` makes one of a Hub id")
-    fields = json.loads(path.read_text(encoding="utf-8"))
+    path = config_path(folder, "source")
+    fields = read_json_object(path, "config")
     model_type = fields.get("model_type")
     if model_type not in (M2M100, ZCodeM3Config.model_type):
         raise ValueError(
@@ -178,9 +177,9 @@ def _open_source(folder: Path) -> _Source:
             if fields.get(name)
         ]
         name_in_source = m2m100_name
-        with _errors_of(path):
+        with config_errors(path):
             fields = m2m100_config_fields(fields) | {"encoder_sparse_step": 0, "decoder_sparse_step": 0}
-    with _errors_of(path):
+    with config_errors(path):
         config = ZCodeM3Config.from_dict(fields)
         model = meta_model(config)
     return _Source(config, _dense_tensors(folder, model, name_in_source), tuple(warnings))
@@ -203,15 +202,6 @@ def _dense_tensors(
 def _untied(model: ZCodeM3ForConditionalGeneration) -> dict[str, Tensor]:
     """What is stored of a model on the meta device."""
     return {name: spec for name, spec in model.state_dict().items() if name not in model.all_tied_weights_keys}
-
-
-@contextmanager
-def _errors_of(origin: object) -> Iterator[None]:
-    """Fields of a wrong type or value as a `ValueError` that says where they come from."""
-    try:
-        yield
-    except (StrictDataclassError, ValueError) as error:
-        raise ValueError(f"{origin}: {error}") from error
 
 
 def _sparse_config(
@@ -252,7 +242,7 @@ def _sparse_config(
 
 
 def _config(fields: dict[str, Any]) -> ZCodeM3Config:
-    with _errors_of("num_experts, sparse steps and config_overrides do not fit the source"):
+    with config_errors("num_experts, sparse steps and config_overrides do not fit the source"):
         return ZCodeM3Config.from_dict(fields)
 
 
@@ -350,12 +340,11 @@ def _generator(seed: int, name: str) -> torch.Generator:
 def _legacy_generation_config(source: Path) -> Callable[[Path], None]:
     """Old versions of transformers stored options of generation in the config; the new one does not have them."""
 
-    def save(folder: Path) -> None:
-        if not (source / "generation_config.json").is_file():
-            fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
-            GenerationConfig.from_model_config(fields).save_pretrained(folder)
-
-    return save
+    if (source / "generation_config.json").is_file():
+        return lambda folder: None
+    with config_errors(source / "config.json"):
+        fields: Any = read_json_object(source / "config.json", "config")
+        return GenerationConfig.from_model_config(fields).save_pretrained
 
 
 __all__ = ["upcycle_dense_checkpoint"]

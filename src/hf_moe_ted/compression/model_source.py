@@ -1,7 +1,6 @@
 """What is to be compressed: a model in memory, or a folder whose weights are read one by one."""
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Callable
@@ -11,11 +10,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..checkpoint.lazy_tensors import LazyTensors
+from ..checkpoint.config_file import read_zcode_m3_config
+from ..checkpoint.lazy_tensors import LazyTensors, checked_weights
 from ..checkpoint.model_folder import (
     copy_tokenizer_and_generation_config,
     drop_tied_copies,
@@ -52,11 +51,18 @@ class ModelSource:
     model: ZCodeM3ForConditionalGeneration | None = None
 
     @classmethod
-    def open(cls, model_or_folder: ZCodeM3ForConditionalGeneration | str | os.PathLike[str]) -> "ModelSource":
-        """
+    def open(
+        cls, model_or_folder: ZCodeM3ForConditionalGeneration | str | os.PathLike[str], *, allow_merged: bool = False
+    ) -> "ModelSource":
+        """Config and weights, which are checked: names, shapes and dtypes at once, numbers as they are read.
+
+        Args:
+            model_or_folder: a model in memory, or a folder of one.
+            allow_merged: whether it may have an `expert_map`.
+
         Raises:
             ValueError: something else, a model whose weights are not all here, or weights that are not those of the
-                config.
+                config; when a weight is read: it has NaN or infinite numbers.
         """
         if isinstance(model_or_folder, str | os.PathLike):
             source = _open_folder(Path(model_or_folder))
@@ -69,7 +75,7 @@ class ModelSource:
             )
         if getattr(source.config, "quantization_config", None):
             raise ValueError(f"{source.path} has a quantization_config; compress the weights before they are quantized")
-        if source.config.expert_map is not None:
+        if source.config.expert_map is not None and not allow_merged:
             raise ValueError(
                 f"{source.path} has an expert_map: its experts were merged, or pruned with renormalize=False; compress "
                 "the model that it was made of"
@@ -131,19 +137,7 @@ def set_num_experts(model: ZCodeM3ForConditionalGeneration) -> None:
 
 
 def _open_folder(folder: Path) -> ModelSource:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} must be a folder with config.json; `hf download` makes one of a Hub id")
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    if fields.get("model_type") != ZCodeM3Config.model_type:
-        raise ValueError(
-            f"{path} has model_type {fields.get('model_type')!r} and must have {ZCodeM3Config.model_type!r}; "
-            "`hf-moe-ted convert` makes ZCodeM3 models of others"
-        )
-    try:
-        config = ZCodeM3Config.from_dict(fields)
-    except (StrictDataclassError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    config = read_zcode_m3_config(folder, "model")
     save_others = copy_tokenizer_and_generation_config(folder)
     return ModelSource(folder, config, open_pretrained_tensors(folder), save_others, derived_card([str(folder)]))
 
@@ -154,19 +148,20 @@ def _open_model(model: ZCodeM3ForConditionalGeneration) -> ModelSource:
         if isinstance(weight, DTensor) or weight.is_meta:
             raise ValueError(f"{name} is not all in the memory of this process; save the model and give the folder")
     tied = model.all_tied_weights_keys
+    path = Path(type(model).__name__)
     tensors = LazyTensors(
         {name: weight.to("meta") for name, weight in weights.items() if name not in tied},
         lambda name: weights[name].cpu().clone(),
         lambda name, index: weights[name][index].cpu().clone(),
+        where=lambda _: f"the model in memory ({path})",
     )
 
     def save_generation_config(folder: Path) -> None:
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
 
-    path = Path(type(model).__name__)
     card = derived_card([model.name_or_path or str(path)])
-    return ModelSource(path, model.config, tensors, save_generation_config, card, model)
+    return ModelSource(path, model.config, checked_weights(tensors), save_generation_config, card, model)
 
 
 __all__ = ["ModelSource", "set_num_experts"]

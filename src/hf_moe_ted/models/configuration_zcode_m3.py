@@ -19,6 +19,8 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "second_expert_policy": ("all", "sampling", "random"),
     "normalize_router_weights": (None, "before_dropping", "after_dropping"),
 }
+# far more than any model has: a config of others may be damaged, and must not take all memory
+_MAX_LAYERS, _MAX_EXPERTS, _MAX_SIZE = 1_000, 100_000, 2**24
 _PROBABILITIES = (
     "dropout",
     "attention_dropout",
@@ -238,11 +240,11 @@ class ZCodeM3Config(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Check that dimensions, token ids and sparse layers fit together."""
         for name in ("vocab_size", "max_position_embeddings", "d_model", "encoder_layers", "decoder_layers"):
-            _require_positive(name, getattr(self, name))
+            _require_size(name, getattr(self, name), _MAX_LAYERS if name.endswith("layers") else _MAX_SIZE)
         for side in ("encoder", "decoder"):
-            _require_positive(f"{side}_ffn_dim", getattr(self, f"{side}_ffn_dim"))
+            _require_size(f"{side}_ffn_dim", getattr(self, f"{side}_ffn_dim"))
             heads = getattr(self, f"{side}_attention_heads")
-            _require_positive(f"{side}_attention_heads", heads)
+            _require_size(f"{side}_attention_heads", heads)
             if self.d_model % heads:
                 raise ValueError(f"d_model ({self.d_model}) must be divisible by {side}_attention_heads ({heads})")
             self._validate_sparse_layers(side)
@@ -311,9 +313,9 @@ class ZCodeM3Config(PreTrainedConfig):
                 f"num_experts ({counts}) lists {len(counts)} layers, but the model has {num_sparse} sparse layers: "
                 f"encoder {self.sparse_layers('encoder')}, decoder {self.sparse_layers('decoder')}"
             )
-        _require_positive("num_experts_per_tok", self.num_experts_per_tok)
+        _require_size("num_experts_per_tok", self.num_experts_per_tok, _MAX_EXPERTS)
         for count in counts if num_sparse else []:
-            _require_positive("num_experts", count)
+            _require_size("num_experts", count, _MAX_EXPERTS)
             if self.expert_map is None and count < self.num_experts_per_tok:
                 raise ValueError(
                     f"num_experts_per_tok ({self.num_experts_per_tok}) is more than the experts of a layer ({count})"
@@ -342,9 +344,11 @@ class ZCodeM3Config(PreTrainedConfig):
                 )
 
 
-def _require_positive(name: str, value: int) -> None:
+def _require_size(name: str, value: int, most: int = _MAX_SIZE) -> None:
     if value < 1:
         raise ValueError(f"{name} ({value}) must be at least 1")
+    if value > most:
+        raise ValueError(f"{name} ({value}) must be at most {most}")
 
 
 __all__ = ["ZCodeM3Config"]

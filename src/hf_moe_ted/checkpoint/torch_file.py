@@ -1,0 +1,228 @@
+"""Files of `torch.save`, opened without executing anything in them and checked before they are believed.
+
+A file is given by others and may be damaged or made to do harm: its archive has to be as `torch.save` writes it and to
+fit its checksums, and what it takes to open it is bounded by its size.
+"""
+
+import pickle
+import pickletools
+import re
+import reprlib
+import stat
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+MAX_PICKLE_BYTES = 256 * 2**20
+MAX_PICKLE_OPERATIONS = 5_000_000  # a tensor takes about 40
+MAX_NESTING = 64
+
+_CHUNK_BYTES = 2**22
+_ZIP_MAGIC = b"PK\x03\x04"
+_NUM_LEGACY_PICKLES = 5  # before the numbers: magic, protocol, system, content, keys
+# `torch.load(weights_only=True)` allows them, but they take any amount of memory, and no checkpoint has them
+_ALLOCATING = re.compile(r"(__builtin__|builtins)\.bytearray|torch\.(cuda\.)?(sparse\.)?\w*Tensor")
+
+
+class UnreadableFileError(ValueError):
+    """A file that is missing, damaged or something else than its name says. The message names it."""
+
+
+def check_is_file(path: Path) -> None:
+    """Raise unless `path` is a file: opening a pipe waits for ever, and a device never ends.
+
+    Raises:
+        UnreadableFileError: there is nothing, or something else.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise UnreadableFileError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        raise UnreadableFileError(f"{path} cannot be read: {error}") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise UnreadableFileError(f"{path} cannot be read: it is {kind}, not a file")
+
+
+def load_torch_file(path: Path, stand_ins: Iterable[Any] = ()) -> Any:
+    """The content of a file of `torch.save`; its tensors are mapped from disk and not read.
+
+    The checksum of the pickle, which has names, shapes and all that is no tensor, is checked; see [`check_checksums`]
+    for the tensors. Files of PyTorch before 1.6 have no checksums, and their tensors are read at once.
+
+    Args:
+        path: the file.
+        stand_ins: pairs of a class and the full name of the class in the file that it takes the place of.
+
+    Raises:
+        UnreadableFileError: the file is missing, unreadable, damaged, names a class that is not allowed, or holds a
+            tensor that is larger than its memory.
+    """
+    check_is_file(path)
+    try:
+        is_archive = _check_pickles(path)
+        with torch.serialization.safe_globals(list(stand_ins)):
+            content = torch.load(path, map_location="cpu", mmap=is_archive, weights_only=True)
+        _check_content(path, content)
+    except UnreadableFileError:
+        raise
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"(?:GLOBAL|unrecognized function|Unsupported class) (<.*?>|[\w.]+)", str(error))
+        if refused is not None:
+            raise _refused(path, refused[1]) from error
+        raise _damaged(path, error) from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise _damaged(path, error) from error
+    return content
+
+
+def check_checksums(path: Path) -> None:
+    """Read a file once and compare all of it with the CRC-32 of its archive, where it has them.
+
+    There are none in files of PyTorch before 1.6, and under `torch.serialization.set_crc32_options(False)` all are 0.
+
+    Raises:
+        UnreadableFileError: a bit is not what was written, or the file cannot be read.
+    """
+    check_is_file(path)
+    if not _is_archive(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = _entries(path, archive)
+            if any(entry.CRC for entry in entries):
+                for entry in entries:
+                    _read_through(archive, entry)
+    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read_through(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+    with archive.open(entry) as file:  # compares the checksum at the end
+        while file.read(_CHUNK_BYTES):
+            pass
+
+
+def _is_archive(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+
+
+def _entries(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """What is in an archive, none of it compressed: then nothing is larger than the file."""
+    entries = archive.infolist()
+    packed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise UnreadableFileError(
+            f"{path} has compressed entries such as {packed[0].filename}, which torch.save never writes; load the file "
+            "where it comes from and save it again"
+        )
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise UnreadableFileError(f"{path} cannot be read, it may be truncated or damaged: its entries overlap")
+    return entries
+
+
+def _check_pickles(path: Path) -> bool:
+    """Look through the pickles of a file without running them; returns whether it is an archive.
+
+    Raises:
+        UnreadableFileError: they are damaged, too long, or allocate what is not in the file.
+    """
+    if not _is_archive(path):
+        with path.open("rb") as file:
+            for _ in range(_NUM_LEGACY_PICKLES):
+                _check_operations(path, file)
+        return False
+    with zipfile.ZipFile(path) as archive:
+        pickles = [entry for entry in _entries(path, archive) if entry.filename.split("/", 1)[-1] == "data.pkl"]
+        if len(pickles) != 1:
+            raise UnreadableFileError(f"{path} cannot be read: it is an archive, but not of torch.save")
+        if pickles[0].file_size > MAX_PICKLE_BYTES:
+            raise UnreadableFileError(
+                f"{path} has {pickles[0].file_size:,} bytes beside its tensors, more than {MAX_PICKLE_BYTES:,}; "
+                "this is no checkpoint of weights"
+            )
+        if not any(entry.CRC for entry in archive.infolist()):
+            pickles[0].CRC = None  # type: ignore[assignment]  # zipfile checks nothing then
+        _check_operations(path, archive.read(pickles[0]))
+    return True
+
+
+def _check_operations(path: Path, file: IO[bytes] | bytes) -> None:
+    for number, (operation, argument, _) in enumerate(pickletools.genops(file)):
+        if number >= MAX_PICKLE_OPERATIONS:
+            raise UnreadableFileError(
+                f"{path} cannot be read: its pickle has more than {MAX_PICKLE_OPERATIONS:,} operations, far more than "
+                "weights need"
+            )
+        if operation.name == "GLOBAL" and _ALLOCATING.fullmatch(name := str(argument).replace(" ", ".")):
+            raise _refused(path, name)
+
+
+def _check_content(path: Path, content: Any) -> None:
+    """Every tensor is dense and within its memory, and nothing is nested without end."""
+    num_bytes = path.stat().st_size
+    seen: set[int] = set()
+    level: list[Any] = [content]
+    for _ in range(MAX_NESTING):
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, Tensor):
+                _check_tensor(path, value, num_bytes)
+            elif isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
+                seen.add(id(value))
+                below += value.values() if isinstance(value, Mapping) else value
+        level = below
+        if not level:
+            return
+    raise UnreadableFileError(f"{path} cannot be read: it is nested more than {MAX_NESTING} deep; it is damaged")
+
+
+def _check_tensor(path: Path, tensor: Tensor, num_bytes: int) -> None:
+    kind = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
+        raise UnreadableFileError(f"{path} holds a tensor ({kind}) that is not a plain, dense one; save it as one")
+    if not tensor.nbytes <= tensor.untyped_storage().nbytes() <= num_bytes:
+        raise UnreadableFileError(
+            f"{path} holds a tensor ({kind}) of {tensor.nbytes:,} bytes, but not so many numbers; it is damaged, or "
+            "the tensor was expanded: save it with .contiguous()"
+        )
+
+
+def _refused(path: Path, name: str) -> UnreadableFileError:
+    return UnreadableFileError(
+        f"{path} names {name}, which no checkpoint of weights needs; nothing in the file was executed. If you trust "
+        "it, load it yourself and save it again without that object"
+    )
+
+
+def _damaged(path: Path, error: Exception) -> UnreadableFileError:
+    return UnreadableFileError(f"{path} cannot be read, it may be truncated or damaged: {shorten(error)}")
+
+
+def shorten(value: object, max_chars: int = 300) -> str:
+    """A value of a file for a message, the start of a long one."""
+    text = value if isinstance(value, str) else str(value) if isinstance(value, Exception) else _repr(value)
+    text = " ".join(text.split())
+    return text if len(text) <= max_chars else text[:max_chars] + "..."
+
+
+def _repr(value: object) -> str:
+    """As `repr`, but of the first items of a collection only: those of others may share parts without end."""
+    if isinstance(value, Mapping | Sequence) and not isinstance(value, str | bytes):
+        return reprlib.repr(value)
+    return repr(value)
+
+
+__all__ = [
+    "UnreadableFileError",
+    "check_checksums",
+    "check_is_file",
+    "load_torch_file",
+    "shorten",
+]
