@@ -18,6 +18,7 @@ from .config_file import read_zcode_m3_config
 from .conversion_rules import RuleSet
 from .lazy_tensors import LazyTensors, check_rounded, checked_weights
 from .model_folder import meta_model, parse_dtype
+from .patterns import Pattern
 from .safetensors_io import check_tensors, open_pretrained_tensors
 
 TAG = "global_step0"
@@ -137,7 +138,7 @@ def _shard_dim(name: str, spec: Tensor, rules: RuleSet, size: int) -> int | None
     """The dimension in which tensor-parallel ranks share a tensor, `None` if each has all of it."""
     if size == 1:
         return None
-    dim = next((dim for pattern, dim in rules.tensor_parallel if re.search(pattern, name)), None)
+    dim = next((dim for text, dim in rules.tensor_parallel if Pattern(text, rules.name).search(name)), None)
     if dim is not None and spec.shape[dim] % size:
         raise ValueError(
             f"{name}: dimension {dim} of shape {tuple(spec.shape)} must be divisible by tensor_parallel_size ({size})"
