@@ -1,14 +1,16 @@
 """Safetensors, written shard by shard."""
 
+import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hf_moe_ted.checkpoint.lazy_tensors import LazyTensors
 from hf_moe_ted.checkpoint.safetensors_file import create_safetensors_file
-from hf_moe_ted.checkpoint.safetensors_io import write_pretrained_tensors
+from hf_moe_ted.checkpoint.safetensors_io import check_tensors, open_pretrained_tensors, write_pretrained_tensors
 
 
 def test_only_one_shard_is_in_memory(tmp_path: Path) -> None:
@@ -60,3 +62,75 @@ def test_dtype_that_safetensors_lacks(tmp_path: Path) -> None:
 def test_full_disk_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"No space left|File too large"):
         create_safetensors_file(tmp_path / "file", {"a": torch.empty(2**55, device="meta")})
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ([1], "must be a JSON object"),
+        ({}, "has no files by tensor"),
+        ({"weight_map": None}, "has no files by tensor"),
+        ({"weight_map": ["a"]}, "has no files by tensor"),
+        ({"weight_map": {}}, "has no files by tensor"),
+        ({"weight_map": {"a": 1}}, "says that a is in 1, which is not the name of a file"),
+        ({"weight_map": {"a": ["x"]}}, "which is not the name of a file"),
+        ({"weight_map": {"a": None}}, "says that a is in None"),
+        ({"weight_map": {"a": ""}}, "which is not the name of a file"),
+        ({"weight_map": {"a": "../outside.safetensors"}}, r"is in \.\./outside\.safetensors, which leaves the folder"),
+        ({"weight_map": {"a": "b/../../outside.safetensors"}}, "leaves the folder"),
+        ({"weight_map": {"a": "{outside}"}}, "leaves the folder"),
+        ({"weight_map": {"a": "pipe.safetensors"}}, "pipe, socket or device"),
+        ({"weight_map": {"a": "a\0b"}}, "cannot be read"),
+        ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors does not exist"),
+        ({"weight_map": {"b": "shard.safetensors"}}, "says that b is in shard.safetensors, but it is not there"),
+    ],
+)
+def test_damaged_index(index: object, message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe.safetensors")
+    for path in (tmp_path / "outside.safetensors", folder / "shard.safetensors"):
+        save_file({"a": torch.ones(2)}, path)
+    text = json.dumps(index).replace("{outside}", str(tmp_path / "outside.safetensors"))
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (folder / f"{name}.index.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"{tmp_path}.*{message}"):
+            open_pretrained_tensors(folder)
+        (folder / f"{name}.index.json").unlink()
+
+
+def test_links_of_a_download_are_followed(tmp_path: Path) -> None:
+    """`hf download` makes a folder of links to files that are called by their hashes."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "model").mkdir()
+    save_file({"a": torch.ones(2)}, tmp_path / "blobs" / "1f2e")
+    (tmp_path / "model" / "shard.safetensors").symlink_to("../blobs/1f2e")
+    (tmp_path / "model" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "shard.safetensors"}}')
+    assert open_pretrained_tensors(tmp_path / "model")["a"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}',
+        '{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,8]}}',
+        '{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}',
+        '{"a":{"dtype":"F99","shape":[2],"data_offsets":[0,8]}}',
+        "[1]",
+        "[" * 100_000,
+        "",
+    ],
+)
+def test_damaged_header(header: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    for length in (len(header), 2**62):
+        path.write_bytes(length.to_bytes(8, "little") + header.encode() + b"\0" * 12)
+        with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
+            open_pretrained_tensors(tmp_path)
+
+
+def test_integers_in_place_of_weights_are_named() -> None:
+    specs = {"a": torch.ones(2, dtype=torch.int8), "b": torch.ones(2, dtype=torch.bool), "c": torch.ones(2).half()}
+    with pytest.raises(ValueError, match=r"(?s)a is torch.int8, and weights are.*b is torch.bool") as error:
+        check_tensors(specs, {name: torch.ones(2) for name in specs}, "folder")
+    assert "c is" not in str(error.value)

@@ -299,9 +299,9 @@ def _build(source: _Source, tensors: LazyTensors, num_heads: int | None, device:
     try:
         return source.rule.apply(parts, num_heads)[source.part]
     except (RuntimeError, IndexError) as error:
-        names, shapes = source.names[0][0], [tuple(part.shape) for part in parts]
+        shapes = [tuple(part.shape) for part in parts]
         raise ValueError(
-            f"{names}: the shapes {shapes} do not fit the rule for {source.rule.source[0].text}: {error}"
+            f"{source.names[0][0]}: the shapes {shapes} do not fit the rule for {source.rule.source[0].text}: {error}"
         ) from error
 
 

@@ -164,7 +164,8 @@ def _count(name: str, value: Any, most: int = MAX_RANKS) -> int:
     """
     count = 0 if value is None else value
     if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= most:
-        raise ValueError(f"{name} is {shorten(value, 80)}, which must be a number from 0 to {most:,}")
+        shown = shorten(repr(value) if isinstance(value, str) else value, 80)
+        raise ValueError(f"{name} is {shown}, which must be a number from 0 to {most:,}")
     return count
 
 
