@@ -3,7 +3,6 @@
 What a subcommand does is imported in it, so that `--help` and wrong arguments need not wait for torch.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -124,7 +123,7 @@ def convert_deepspeed(
             checkpoint_dir,
             output_dir,
             base_config=base_config,
-            config_overrides=json.loads(config_overrides),
+            config_overrides=config_overrides,
             rules=rules,
             weights=weights,
             dtype=dtype,

@@ -149,7 +149,7 @@ class RuleSet:
                 raise ValueError(f"{path}: {key} must be a list, but is {shorten(entries)}")
         rules = tuple(_parse_rule(entry, str(path)) for entry in content["rules"])
         tensor_parallel = tuple(check_shard_rule(pair, str(path)) for pair in content.get("tensor_parallel", ()))
-        return cls(path.stem, rules, tensor_parallel)
+        return cls(path.stem if path == shipped else str(path), rules, tensor_parallel)
 
     def inverse(self) -> "RuleSet":
         """The rules of the other direction; what a rule leaves out, its inverse cannot bring back."""

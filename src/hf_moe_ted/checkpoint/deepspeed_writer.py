@@ -17,7 +17,7 @@ from ..storage.output_kinds import DEEPSPEED_EXPORT
 from .config_file import read_zcode_m3_config
 from .conversion_rules import RuleSet
 from .lazy_tensors import LazyTensors, check_rounded, checked_weights
-from .model_folder import meta_model, parse_dtype
+from .model_folder import drop_tied_copies, meta_model, parse_dtype
 from .patterns import Pattern
 from .safetensors_io import check_tensors, open_pretrained_tensors
 
@@ -105,19 +105,20 @@ def _with_tied_copies(model_or_folder: PreTrainedModel | str | os.PathLike[str])
             lambda name, index: state[name][index].detach().cpu().clone(),
             where=lambda _: f"the model in memory ({type(model_or_folder).__name__})",
         )
-        tensors = checked_weights(tensors)
+        tensors, source = checked_weights(tensors), "the model"
     else:
         folder = Path(model_or_folder)
         config = read_zcode_m3_config(folder, "model_or_folder")
         if getattr(config, "quantization_config", None):
             raise ValueError(f"{folder} has a quantization_config; export the weights before they are quantized")
-        tensors = open_pretrained_tensors(folder)
+        tensors, source = open_pretrained_tensors(folder), str(folder)
     if not isinstance(config, ZCodeM3Config):
         raise ValueError(f"model_or_folder ({type(config).__name__}) must be a ZCodeM3 model")
     model = meta_model(config)
     tied: Mapping[str, str] = model.all_tied_weights_keys
-    originals = {name: name if name in tensors else tied.get(name, name) for name in model.state_dict()}
-    check_tensors(tensors.specs, {name: model.state_dict()[name] for name in set(originals.values())}, "the model")
+    tensors = drop_tied_copies(tensors, tied)
+    originals = {name: tied.get(name, name) for name in model.state_dict()}
+    check_tensors(tensors.specs, {name: model.state_dict()[name] for name in set(originals.values())}, source)
     return config, LazyTensors(
         {name: tensors.specs[original] for name, original in originals.items()},
         lambda name: tensors[originals[name]],
