@@ -54,14 +54,17 @@ RULES = {
     ),
     "kernels": Rule(packages=("torch", "triton")),
     "distributed": Rule(
-        parts=("models", "kernels", "checkpoint", "optim"),
-        packages=("torch", "transformers", "accelerate", "safetensors", "tqdm"),
+        parts=("models", "kernels", "checkpoint", "storage", "optim"),
+        packages=("numpy", "torch", "transformers", "accelerate", "safetensors", "tqdm"),
     ),
     "optim": Rule(packages=("torch",)),
-    "checkpoint": Rule(parts=("models",)),
-    "compression": Rule(parts=("models", "checkpoint", "kernels", "metrics")),
+    "storage": Rule(packages=()),
+    "checkpoint": Rule(parts=("models", "storage")),
+    "compression": Rule(parts=("models", "checkpoint", "storage", "kernels", "metrics")),
     "data": Rule(parts=("models.language_codes", "models.tokenization_zcode_m3")),
-    "training": Rule(parts=("models", "data"), packages=("numpy", "torch", "transformers", "accelerate", "matplotlib")),
+    "training": Rule(
+        parts=("models", "data", "storage"), packages=("numpy", "torch", "transformers", "accelerate", "matplotlib")
+    ),
     "metrics": Rule(parts=("models.language_codes", "models.tokenization_zcode_m3")),
     "testing": Rule(parts=("models", "distributed")),
     "_auto_registration": Rule(parts=("models", "compression"), packages=("transformers",)),

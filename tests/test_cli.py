@@ -165,6 +165,50 @@ def test_help(arguments: tuple[str, ...]) -> None:
     assert "convert" in done.stdout + done.stderr
 
 
+def test_full_disk_behind_the_output() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([COMMAND, "--help"], check=False, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: [Errno 28]") and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_overwriting_deletes_nothing_else(tmp_path: Path) -> None:
+    """A folder that holds the source, and more."""
+    model = initialized(tmp_path / "runs" / "model")
+    (tmp_path / "runs" / "thesis.txt").write_text("thesis")
+    options = ["--keep", "0.5", "--criterion", "random", "--min-experts", "1", "--overwrite"]
+    before = sorted(tmp_path.rglob("*"))
+    for target, message in ((tmp_path / "runs", "holds what is read"), (model, "holds what is read")):
+        done = CliRunner().invoke(app, ["prune", str(model), "--output", str(target), *options])
+        assert message in str(done.exception) and isinstance(done.exception, ValueError)
+    other = tmp_path / "runs"
+    export = ["export", "deepspeed", str(model), str(other / "thesis.txt"), "--rules", "zcode_m3", "--overwrite"]
+    assert "is a file" in str(CliRunner().invoke(app, export).exception)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_file_limit_is_one_line(tmp_path: Path) -> None:
+    model = initialized(tmp_path / "model")
+    limit = "trap '' XFSZ; ulimit -f 20; exec \"$@\""
+    for command in (
+        ["export", "deepspeed", model, tmp_path / "new", "--rules", "zcode_m3"],
+        ["quantize", model, "--output", tmp_path / "new"],
+    ):
+        done = subprocess.run(
+            ["bash", "-c", limit, "bash", COMMAND, *map(str, command)], check=False, capture_output=True, text=True
+        )
+        assert done.returncode == 1
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("Error: [Errno 27]") and "new cannot be written: File too large; the system" in last
+        assert "Traceback" not in done.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def initialized(folder: Path) -> Path:
+    ZCodeM3ForConditionalGeneration(tiny_config()).save_pretrained(folder)
+    return folder
+
+
 def test_help_does_not_wait_for_torch() -> None:
     code = "import sys, hf_moe_ted.cli; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout.strip() == b"False"

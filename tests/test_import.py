@@ -77,6 +77,21 @@ def test_takes_little_longer_than_transformers() -> None:
     assert seconds("hf_moe_ted") < seconds("transformers") + 0.3
 
 
+def test_source_tree_that_is_not_installed() -> None:
+    script = """
+        import importlib.metadata
+        found = importlib.metadata.version
+        def version(name):
+            if name == "hf-moe-ted":
+                raise importlib.metadata.PackageNotFoundError(name)
+            return found(name)
+        importlib.metadata.version = version
+        import hf_moe_ted
+        print(hf_moe_ted.__version__, hf_moe_ted.TedConfig.__name__)
+    """
+    assert python(script).split() == ["0+unknown", "TedConfig"]
+
+
 @pytest.mark.parametrize("name", hf_moe_ted.__all__)
 def test_public_name(name: str) -> None:
     value = getattr(hf_moe_ted, name)

@@ -1,7 +1,7 @@
 """Multilingual Mixture-of-Experts sequence-to-sequence models for Hugging Face Transformers."""
 
 import importlib
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from ._auto_registration import register_auto_classes
@@ -49,7 +49,10 @@ if TYPE_CHECKING:
     from .training.multitask_trainer import MultitaskSeq2SeqTrainer, MultitaskTrainerMixin, MultitaskTrainingArguments
     from .training.router_statistics import RouterStatisticsCallback
 
-__version__ = version("hf-moe-ted")
+try:
+    __version__ = version("hf-moe-ted")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0+unknown"
 
 _MODULE_OF_NAME = {
     "AggregationReport": "compression.compression_report",

@@ -12,6 +12,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 
 def _register_config() -> None:
@@ -65,13 +66,47 @@ def _register_models() -> None:
                 importlib.import_module(name)  # comes back here when it is loaded
             return  # if not loaded by now, it is being imported further up the stack
 
-    from transformers import AutoModel, AutoModelForSeq2SeqLM
+    from transformers import AutoModel, AutoModelForPreTraining, AutoModelForSeq2SeqLM, NllbMoeConfig
 
     from .models.configuration_zcode_m3 import ZCodeM3Config
     from .models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration, ZCodeM3Model
 
-    AutoModel.register(ZCodeM3Config, ZCodeM3Model, exist_ok=True)
-    AutoModelForSeq2SeqLM.register(ZCodeM3Config, ZCodeM3ForConditionalGeneration, exist_ok=True)
+    for auto_class, model_class in (
+        (AutoModel, ZCodeM3Model),
+        (AutoModelForPreTraining, ZCodeM3ForConditionalGeneration),
+        (AutoModelForSeq2SeqLM, ZCodeM3ForConditionalGeneration),
+    ):
+        auto_class.register(ZCodeM3Config, model_class, exist_ok=True)
+        auto_class.register(NllbMoeConfig, _for_nllb_moe(model_class), exist_ok=True)
+
+
+def _for_nllb_moe(model_class: Any) -> type:
+    """What the Auto classes call for an NLLB-MoE checkpoint, instead of transformers' own class: `model_class`.
+
+    transformers' `NllbMoeExperts` takes the one-hot mask of its router for numbers of experts, so that all tokens go to
+    the first two experts and no translation is right. Who imports `NllbMoeForConditionalGeneration` still gets it.
+    """
+    from .models.configuration_zcode_m3 import ZCodeM3Config
+    from .models.nllb_moe import config_fields
+
+    def converted(config: Any) -> ZCodeM3Config:
+        if isinstance(config, ZCodeM3Config):
+            return config
+        ours = ZCodeM3Config.from_dict(config_fields(config.to_dict()))
+        ours._attn_implementation = config._attn_implementation  # what the Auto class took of its arguments
+        ours._experts_implementation = config._experts_implementation
+        return ours
+
+    class ForNllbMoe:
+        @classmethod
+        def from_pretrained(cls, name_or_path: Any, *args: Any, config: Any, **kwargs: Any) -> Any:
+            return model_class.from_pretrained(name_or_path, *args, config=converted(config), **kwargs)
+
+        @classmethod
+        def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+            return model_class._from_config(converted(config), **kwargs)
+
+    return ForNllbMoe
 
 
 _AFTER_IMPORT: dict[str, Callable[[], None]] = {
@@ -117,7 +152,7 @@ class _AfterImportFinder(MetaPathFinder):
 
 
 def register_auto_classes() -> None:
-    """Make `AutoConfig`, `AutoTokenizer`, `AutoModel` and `AutoModelForSeq2SeqLM` know ZCodeM3."""
+    """Make the Auto classes know ZCodeM3, and give it for checkpoints of NLLB-MoE, too."""
     _loaded.update(name for name in _AFTER_IMPORT if name in sys.modules)
     waiting = {name: then for name, then in _AFTER_IMPORT.items() if name not in _loaded}
     sys.meta_path.insert(0, _AfterImportFinder(waiting))

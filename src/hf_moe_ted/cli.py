@@ -3,7 +3,8 @@
 What a subcommand does is imported in it, so that `--help` and wrong arguments need not wait for torch.
 """
 
-import json
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ app.add_typer(export, name="export")
 OutputDir = Annotated[Path, typer.Argument(help="The new folder; it appears when everything is in it.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as in the source.")]
 MaxShardSize = Annotated[str, typer.Option(help="Size of one weight file, such as 5GB or 500MB.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is not empty.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of the same kind.")]
 Rules = Annotated[str, typer.Option(help="m2m100, fairseq, zcode_m3, megatron, or a YAML file.")]
 Tag = Annotated[str | None, typer.Option(help="Which checkpoint of the folder; default: the last one.")]
 Tokenizer = Annotated[Path | None, typer.Option(help="Folder of a tokenizer to be saved along.")]
@@ -124,7 +125,7 @@ def convert_deepspeed(
             checkpoint_dir,
             output_dir,
             base_config=base_config,
-            config_overrides=_json_object(config_overrides, "--config-overrides"),
+            config_overrides=config_overrides,
             rules=rules,
             weights=weights,
             dtype=dtype,
@@ -262,8 +263,9 @@ def expert_statistics(
     overwrite: Overwrite = False,
 ) -> None:
     """Count on real text which experts each language uses."""
-    from . import collect_expert_statistics, load_model_and_tokenizer, open_parallel_text
+    from . import ExpertStatistics, collect_expert_statistics, load_model_and_tokenizer, open_parallel_text
 
+    ExpertStatistics.check_folder(output_dir, overwrite=overwrite)
     rows = open_parallel_text(data, subset, split)
     statistics = collect_expert_statistics(
         *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL"),
@@ -358,7 +360,7 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(help="Where a translation that has not ended is cut.")] = 128,
     dtype: Dtype = None,
     device: Device = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file if there is one.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output file.")] = False,
 ) -> None:
     """Translate a test set: BLEU, chrF, length ratio and language of each direction, and speed."""
     from . import TranslationQuality, evaluate_translation, load_model_and_tokenizer, open_parallel_text
@@ -411,10 +413,22 @@ def report(
 def run() -> None:
     """Run the command; an error that names what is wrong ends it without a stack trace."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            _flush_output()
     except (ValueError, OSError) as error:
         typer.secho(f"Error: {error}", fg="red", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it once more
         raise SystemExit(1) from None
+
+
+def _flush_output() -> None:
+    """A full disk behind `> file` is an error, too."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        raise OSError(error.errno, f"the output cannot be printed: {error.strerror}; choose another file") from None
 
 
 def _number_or_size(keep: str) -> float | int | str:
@@ -461,16 +475,6 @@ def _statistics(folder: Path | None) -> Any:
 
     with _naming("--statistics"):
         return None if folder is None else ExpertStatistics.load(folder)
-
-
-def _json_object(text: str, argument: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{argument} ({text[:80]!r}) is no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{argument} ({text[:80]!r}) must be a JSON object, such as '{{\"d_model\": 512}}'")
-    return value
 
 
 def _table(quality: Any) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 from hf_moe_ted import ZCodeM3ForConditionalGeneration
 from hf_moe_ted.checkpoint.conversion_rules import RULES_DIR, NamePattern, RuleSet
 from hf_moe_ted.checkpoint.lazy_tensors import LazyTensors
+from hf_moe_ted.checkpoint.patterns import Pattern
 from hf_moe_ted.testing import tiny_config
 
 SHIPPED = sorted(path.stem for path in RULES_DIR.glob("*.yaml"))
@@ -176,12 +177,50 @@ def test_experts_of_different_shapes_are_named(tmp_path: Path) -> None:
         ("rules:\n  - {source: a, target: b, colour: red}", "must have source and target, or ignore"),
         ("rules:\n  - {source: [a, b], target: c}", "must have one source and one target"),
         ("rules:\n  - {source: [a, b], target: c, concatenate: first}", "must be the number of a dimension"),
+        ("rules: null", "rules must be a list"),
+        ("rules: []\ntensor_parallel: 5", "tensor_parallel must be a list"),
+        ("rules: []\ntensor_parallel: [5]", "has 5 in tensor_parallel; give pairs"),
+        ("rules: []\ntensor_parallel: [[a, b]]", "the dimension must be an integer"),
+        ("rules: []\ntensor_parallel: [['(', 0]]", "is no regular expression"),
+        ("rules: [null]", "must have source and target, or ignore"),
+        ("rules: [{ignore: null}]", "ignore must be a name"),
+        ("rules: [{source: 5, target: a}]", "must be names or lists of names"),
+        ("rules: [{source: [5], target: a}]", "must be names or lists of names"),
+        ("rules: [{source: a, target: {b: c}}]", "must be names or lists of names"),
+        ("rules: [{source: a, target: b, transpose: 1.5}]", "transpose must be true or false"),
+        ("rules: [{source: '{1a}', target: b}]", "is no regular expression"),
         ('rules:\n  - {source: "a.{layer", target: b}', "has a brace that belongs to no placeholder"),
     ],
 )
 def test_rules_that_make_no_sense(text: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"(?s)\.yaml.*{message}"):
         rule_set(tmp_path, text)
+
+
+def test_patterns_that_take_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_moe_ted.checkpoint.patterns.MATCH_S", 0.2)
+    rules = rule_set(tmp_path, "rules: [{ignore: a}]\ntensor_parallel: [['^(a|aa)+(b|bb)+$', 0]]")
+    pattern = Pattern(rules.tensor_parallel[0][0], rules.name)
+    assert pattern.search("aab") and not pattern.search("aac")
+    with pytest.raises(ValueError, match=r"mine\.yaml.* takes more than 0 s to match 'aaa"):
+        pattern.search("a" * 200)
+
+
+def test_a_million_missing_experts_are_not_listed(tmp_path: Path) -> None:
+    rules = rule_set(tmp_path, 'rules:\n  - {source: "e.{expert}", target: "up"}')
+    with pytest.raises(ValueError, match=r"experts \[0, 1, .* 19\] and more are missing beside e\.9999999999"):
+        rules.apply(lazy({"e.9999999999": torch.ones(2)}))
+
+
+@pytest.mark.parametrize(
+    "rule", ["transpose: true", "concatenate: 7", "concatenate: 0, interleave_heads: true", "split: 7"]
+)
+def test_operations_that_the_shapes_do_not_fit(rule: str, tmp_path: Path) -> None:
+    sides = {"transpose": ("a", "c"), "split": ("a", "[c, d]")}.get(rule.split(":")[0], ("[a, b]", "c"))
+    rules = rule_set(tmp_path, f"rules: [{{source: {sides[0]}, target: {sides[1]}, {rule}}}]")
+    tensors = {name: torch.ones(3) for name in "ab" if name in sides[0]}
+    with pytest.raises(ValueError, match=r"a: the shapes \[\(3,\).* do not fit the rule for a"):
+        rules.apply(lazy(tensors), num_heads=2)
 
 
 def test_unknown_rules_name_those_there_are() -> None:

@@ -1,11 +1,13 @@
 """Checkpoints written by DeepSpeed, as they are, rewritten to other layouts, and damaged."""
 
 import argparse
+import os
 import pickle
 import random
 import re
 import shutil
 import sys
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
@@ -533,6 +535,89 @@ def test_resized_tensors(name: str, copy_of: Callable[[str], Path]) -> None:
         path.write_bytes(good)
 
 
+def test_flipped_bits_in_weights_and_masters(copy_of: Callable[[str], Path]) -> None:
+    folder = copy_of(ZERO2)
+    for pattern, weights in (
+        ("mp_rank_00*", "model"),
+        ("layer_0_expert_1_*", "model"),
+        ("bf16_zero_pp_rank_1_*", "master"),
+    ):
+        path = next(tag_of(folder).glob(pattern))
+        content = path.read_bytes()
+        with zipfile.ZipFile(path) as archive:
+            entry = next(entry for entry in archive.infolist() if entry.filename.endswith("data/0"))
+        damaged = bytearray(content)
+        damaged[entry.header_offset + 300] ^= 0x40  # the header and its padding are at most 128 bytes
+        path.write_bytes(damaged)
+        with pytest.raises(
+            ValueError, match=rf"{path.name} cannot be read, it may be truncated or damaged: Bad CRC-32"
+        ):
+            read(folder, weights)
+        path.write_bytes(content)
+    assert_same(read(folder, "master"), undamaged(ZERO2, "master"))
+
+
+def laughs(depth: int) -> Any:
+    content: Any = {"k": torch.zeros(1)}
+    for _ in range(depth):
+        content = {"a": content, "b": content}
+    return content
+
+
+BOMBS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (lambda main: main.update(checkpoint_parallel_dimensions={"tp_degree": 10**8}), "tp_degree is 100000000"),
+    (lambda main: main.update(checkpoint_parallel_dimensions={"tp_degree": -1}), "tp_degree is -1"),
+    (lambda main: main.update(checkpoint_parallel_dimensions={"tp_degree": "2"}), "tp_degree is '2'"),
+    (lambda main: main.update(checkpoint_parallel_dimensions={"tp_degree": 2**16, "pp_degree": 2**16}), "any cluster"),
+    (lambda main: main.update(mp_world_size=10**12), "mp_world_size is"),
+    (lambda main: main.update(dp_world_size=[2]), r"dp_world_size is \[2\]"),
+    (lambda main: main.update(module=laughs(40)), "one dict of weights in two places"),
+    (lambda main: main.update(module={"a" * 2000: torch.ones(1)}), "at most 1,000 characters"),
+    (lambda main: main.update(module={7: torch.ones(1)}), "a weight of the name 7"),
+    (lambda main: main.update(num_experts=laughs(60)), r"lists \{'a': \{.*experts"),
+    (
+        lambda main: main.update(ds_autoep_layers=[{"module_path": "blocks.0.mlp", "num_experts": 10**12}]),
+        "num_experts is 1000000000000",
+    ),
+    (lambda main: main.update(param_shapes=[{"emb.weight": (10**12, 10**12)}]), "is not a main file"),
+    (lambda main: main.update(param_shapes=[{"emb.weight": 5}]), "is not a main file"),
+    (lambda main: main.update(buffer_names=5), "is not a main file"),
+    (lambda main: main.update(optimizer={"param_groups": [{"moe": True}, 5]}), "is not a main file"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BOMBS)
+def test_small_files_that_ask_for_much_are_refused(
+    change: Callable[[dict[str, Any]], Any], message: str, copy_of: Callable[[str], Path]
+) -> None:
+    folder = copy_of(PLAIN)
+    path = tag_of(folder) / "mp_rank_00_model_states.pt"
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=rf"(?s)mp_rank_00_model_states\.pt.*{message}") as error:
+        read(folder)
+    assert len(str(error.value)) < 5000
+    assert re.search(message, "".join(inspect_deepspeed_checkpoint(folder).problems), re.DOTALL)
+
+
+@pytest.mark.parametrize("file", ["mp_rank_{}_model_states.pt", "zero_pp_rank_{}_mp_rank_00_optim_states.pt"])
+def test_ranks_that_no_cluster_has(file: str, copy_of: Callable[[str], Path]) -> None:
+    folder = copy_of(PLAIN)
+    torch.save({}, tag_of(folder) / file.format(99_999_999))
+    with pytest.raises(ValueError, match=r"rank_99999999.* is of a rank of 131,072 or more"):
+        read(folder)
+
+
+def test_pipes_are_not_opened(copy_of: Callable[[str], Path]) -> None:
+    folder = copy_of(PLAIN)
+    for file in ("mp_rank_00_model_states.pt", "layer_0_expert_1_mp_rank_00_model_states.pt"):
+        (tag_of(folder) / file).unlink()
+        os.mkfifo(tag_of(folder) / file)
+        with pytest.raises(ValueError, match=rf"{file} cannot be read: it is a pipe"):
+            read(folder)
+
+
 # Safety
 
 
@@ -678,6 +763,17 @@ def test_parallel_sizes(name: str, sizes: tuple[int, ...]) -> None:
         found.expert_data_parallel_size,
     )
     assert bool(found.problems) == (name in LOST)
+
+
+def test_masters_are_in_files_of_an_optimizer(copy_of: Callable[[str], Path]) -> None:
+    folder = copy_of(PLAIN)
+    assert inspect_deepspeed_checkpoint(folder).has_masters
+    for path in tag_of(folder).glob("expp_*"):
+        torch.save({"optimizer": None}, path)  # as DeepSpeed wrote it under ZeRO
+    assert not inspect_deepspeed_checkpoint(folder).has_masters
+    for path in tag_of(folder).glob("expp_*"):
+        path.unlink()
+    assert "fp32 masters: no" in str(inspect_deepspeed_checkpoint(folder))
 
 
 def test_layout_collects_problems(copy_of: Callable[[str], Path], tmp_path: Path) -> None:

@@ -151,3 +151,29 @@ def test_bad_input(tmp_path: Path) -> None:
     refuse(r"tokenizer \(nowhere\)", tokenizer="nowhere")
     refuse("must be a tokenizer or a folder with one", tokenizer=tmp_path)
     refuse(r"tokens, more than vocab_size \(96\)", tokenizer=ZCodeM3Tokenizer(languages=["en", "de"]))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"encoder_layers": 10**9},
+        {"decoder_layers": 1001},
+        {"num_experts": 10**9},
+        {"num_experts_per_tok": 10**9},
+        {"d_model": 10**9},
+        {"decoder_ffn_dim": 10**12},
+        {"vocab_size": 10**30},
+        {"max_position_embeddings": 2**63},
+    ],
+)
+def test_sizes_that_no_model_has(fields: dict[str, Any], tmp_path: Path) -> None:
+    name = next(iter(fields))
+    with pytest.raises(ValueError, match=rf"config \(.*{name} \(\d+\) must be at most \d+"):
+        initialize_checkpoint(fields, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_sizes_whose_product_cannot_be_counted(tmp_path: Path) -> None:
+    fields = {"d_model": 2**24, "encoder_ffn_dim": 2**24, "num_experts": 100_000, "encoder_layers": 2}
+    with pytest.raises(ValueError, match="the config describes no model"):
+        initialize_checkpoint(fields, tmp_path / "new")

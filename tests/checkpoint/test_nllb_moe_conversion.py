@@ -317,8 +317,11 @@ def test_existing_folder_is_replaced_only_if_asked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ours\) is not empty"):
         convert_nllb_moe_checkpoint(GOLDENS[0], tmp_path / "ours")
     assert (tmp_path / "ours" / "precious.txt").read_text() == "text"
-    convert_nllb_moe_checkpoint(GOLDENS[0], tmp_path / "ours", overwrite=True)
-    assert not (tmp_path / "ours" / "precious.txt").exists()
+    with pytest.raises(ValueError, match=r"ours\) is not replaced: there is precious\.txt"):
+        convert_nllb_moe_checkpoint(GOLDENS[0], tmp_path / "ours", overwrite=True)
+    (tmp_path / "ours" / "precious.txt").unlink()
+    for golden in (GOLDENS[1], GOLDENS[0]):
+        convert_nllb_moe_checkpoint(golden, tmp_path / "ours", overwrite=True)
     assert_same_weights(tmp_path / "ours", weights(GOLDENS[0]))
 
 

@@ -1,111 +1,16 @@
-"""New folders appear whole or not at all."""
+"""Safetensors, written shard by shard."""
 
-import itertools
+import json
 import os
-import stat
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hf_moe_ted.checkpoint.lazy_tensors import LazyTensors
 from hf_moe_ted.checkpoint.safetensors_file import create_safetensors_file
-from hf_moe_ted.checkpoint.safetensors_io import new_folder, write_pretrained_tensors
-
-
-def test_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
-    output_dir = tmp_path / "above" / "new"
-    with new_folder(output_dir) as folder:
-        (folder / "file").write_text("text")
-        assert not output_dir.exists()
-        assert folder.parent == output_dir.parent  # on the same disk, so that renaming moves no bytes
-    assert (output_dir / "file").read_text() == "text"
-    assert [path.name for path in output_dir.parent.iterdir()] == ["new"]
-
-
-def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "new") as folder:
-        write_pretrained_tensors(LazyTensors({"a": torch.empty(2, device="meta")}, lambda _: torch.ones(2)), folder)
-    (tmp_path / "usual").mkdir()
-    (tmp_path / "usual" / "file").touch()
-    for ours, usual in (("new", "usual"), ("new/model.safetensors", "usual/file")):
-        modes = [stat.S_IMODE((tmp_path / path).stat().st_mode) for path in (ours, usual)]
-        assert modes[0] == modes[1]
-
-
-def test_error_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> None:
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "precious.txt").write_text("text")
-    for name, overwrite in (("new", False), ("old", True)):
-        with pytest.raises(OSError, match="disk full"), new_folder(tmp_path / name, overwrite=overwrite) as folder:
-            (folder / "half").write_text("half")
-            raise OSError("disk full")
-    assert [path.name for path in tmp_path.iterdir()] == ["old"]
-    assert [path.name for path in (tmp_path / "old").iterdir()] == ["precious.txt"]
-
-
-def test_killed_process_leaves_no_folder_of_that_name(tmp_path: Path) -> None:
-    code = (
-        "import os, pathlib, sys\n"
-        "from hf_moe_ted.checkpoint.safetensors_io import new_folder\n"
-        "with new_folder(pathlib.Path(sys.argv[1])) as folder:\n"
-        "    (folder / 'model.safetensors').write_text('half')\n"
-        "    os._exit(9)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "new")], check=False)
-    assert done.returncode == 9
-    assert not (tmp_path / "new").exists()
-    with new_folder(tmp_path / "new") as folder:
-        assert list(folder.iterdir()) == []  # and a rerun starts over
-
-
-def test_killed_at_any_system_call_leaves_the_old_or_the_new_folder(tmp_path: Path) -> None:
-    """A process that dies at its n-th flush, renaming or removal, for all n."""
-    folder, previous = tmp_path / "folder", tmp_path / ".folder.previous"
-    seen = set()
-    for number in range(50):
-        with new_folder(folder, overwrite=True) as temporary:
-            (temporary / "file").write_text("old")
-        pid = os.fork()
-        if pid == 0:
-            calls = itertools.count()
-
-            def dying(function: Callable[..., Any], calls: Any = calls, last: int = number) -> Callable[..., Any]:
-                return lambda *args, **kwargs: function(*args, **kwargs) if next(calls) < last else os._exit(9)
-
-            for name in ("fsync", "rename", "unlink", "rmdir"):
-                setattr(os, name, dying(getattr(os, name)))
-            with new_folder(folder, overwrite=True) as temporary:
-                (temporary / "file").write_text("new")
-            os._exit(0)
-        _, status = os.waitpid(pid, 0)
-        aside = not folder.exists()
-        seen.add("aside" if aside else (folder / "file").read_text())
-        assert not aside or (previous / "file").read_text() == "old"
-        if status == 0:
-            break
-    assert status == 0 and not previous.exists()
-    assert seen == {"old", "new", "aside"}
-
-
-def test_file_in_the_way(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"output_dir \(.*file\) is a file"), new_folder(tmp_path / "file"):
-        pass
-    with pytest.raises(ValueError, match=r"cannot be created"), new_folder(tmp_path / "file" / "new"):
-        pass
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_folder_that_may_not_be_written_to(tmp_path: Path) -> None:
-    (tmp_path / "closed").mkdir(mode=0o500)
-    with pytest.raises(ValueError, match=r"cannot be created"), new_folder(tmp_path / "closed" / "new"):
-        pass
+from hf_moe_ted.checkpoint.safetensors_io import check_tensors, open_pretrained_tensors, write_pretrained_tensors
 
 
 def test_only_one_shard_is_in_memory(tmp_path: Path) -> None:
@@ -157,3 +62,75 @@ def test_dtype_that_safetensors_lacks(tmp_path: Path) -> None:
 def test_full_disk_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"No space left|File too large"):
         create_safetensors_file(tmp_path / "file", {"a": torch.empty(2**55, device="meta")})
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ([1], "must be a JSON object"),
+        ({}, "has no files by tensor"),
+        ({"weight_map": None}, "has no files by tensor"),
+        ({"weight_map": ["a"]}, "has no files by tensor"),
+        ({"weight_map": {}}, "has no files by tensor"),
+        ({"weight_map": {"a": 1}}, "says that a is in 1, which is not the name of a file"),
+        ({"weight_map": {"a": ["x"]}}, "which is not the name of a file"),
+        ({"weight_map": {"a": None}}, "says that a is in None"),
+        ({"weight_map": {"a": ""}}, "which is not the name of a file"),
+        ({"weight_map": {"a": "../outside.safetensors"}}, r"is in \.\./outside\.safetensors, which leaves the folder"),
+        ({"weight_map": {"a": "b/../../outside.safetensors"}}, "leaves the folder"),
+        ({"weight_map": {"a": "{outside}"}}, "leaves the folder"),
+        ({"weight_map": {"a": "pipe.safetensors"}}, "pipe, socket or device"),
+        ({"weight_map": {"a": "a\0b"}}, "cannot be read"),
+        ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors does not exist"),
+        ({"weight_map": {"b": "shard.safetensors"}}, "says that b is in shard.safetensors, but it is not there"),
+    ],
+)
+def test_damaged_index(index: object, message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe.safetensors")
+    for path in (tmp_path / "outside.safetensors", folder / "shard.safetensors"):
+        save_file({"a": torch.ones(2)}, path)
+    text = json.dumps(index).replace("{outside}", str(tmp_path / "outside.safetensors"))
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (folder / f"{name}.index.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"{tmp_path}.*{message}"):
+            open_pretrained_tensors(folder)
+        (folder / f"{name}.index.json").unlink()
+
+
+def test_links_of_a_download_are_followed(tmp_path: Path) -> None:
+    """`hf download` makes a folder of links to files that are called by their hashes."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "model").mkdir()
+    save_file({"a": torch.ones(2)}, tmp_path / "blobs" / "1f2e")
+    (tmp_path / "model" / "shard.safetensors").symlink_to("../blobs/1f2e")
+    (tmp_path / "model" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "shard.safetensors"}}')
+    assert open_pretrained_tensors(tmp_path / "model")["a"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}',
+        '{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,8]}}',
+        '{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}',
+        '{"a":{"dtype":"F99","shape":[2],"data_offsets":[0,8]}}',
+        "[1]",
+        "[" * 100_000,
+        "",
+    ],
+)
+def test_damaged_header(header: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    for length in (len(header), 2**62):
+        path.write_bytes(length.to_bytes(8, "little") + header.encode() + b"\0" * 12)
+        with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
+            open_pretrained_tensors(tmp_path)
+
+
+def test_integers_in_place_of_weights_are_named() -> None:
+    specs = {"a": torch.ones(2, dtype=torch.int8), "b": torch.ones(2, dtype=torch.bool), "c": torch.ones(2).half()}
+    with pytest.raises(ValueError, match=r"(?s)a is torch.int8, and weights are.*b is torch.bool") as error:
+        check_tensors(specs, {name: torch.ones(2) for name in specs}, "folder")
+    assert "c is" not in str(error.value)

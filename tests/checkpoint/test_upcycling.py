@@ -592,9 +592,12 @@ def test_wrong_folders_are_named(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"moe\) is not empty"):
         upcycle_dense_checkpoint(source, tmp_path / "moe", num_experts=4)
     assert (tmp_path / "moe" / "precious.txt").read_text() == "text"
-    report = upcycle_dense_checkpoint(source, tmp_path / "moe", num_experts=4, overwrite=True)
-    assert isinstance(report, ConversionReport)
-    assert not (tmp_path / "moe" / "precious.txt").exists()
+    with pytest.raises(ValueError, match=r"moe\) is not replaced: there is precious\.txt"):
+        upcycle_dense_checkpoint(source, tmp_path / "moe", num_experts=4, overwrite=True)
+    (tmp_path / "moe" / "precious.txt").unlink()
+    for num_experts in (2, 4):
+        report = upcycle_dense_checkpoint(source, tmp_path / "moe", num_experts=num_experts, overwrite=True)
+        assert isinstance(report, ConversionReport)
     assert load(tmp_path / "moe").config.num_experts == 4
 
 

@@ -1,5 +1,6 @@
 """Translations in batches against one at a time, scores against sacreBLEU, what is counted, and bad input."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hf_moe_ted import (
     evaluate_translation,
     score_translations,
 )
+from hf_moe_ted.compression import translation_evaluation
 from hf_moe_ted.metrics.language_detection import LanguageDetector
 
 Rows = list[dict[str, str]]
@@ -111,6 +113,71 @@ def test_tokenizer_of_nllb(make_model: Callable[..., Any]) -> None:
     rows[0]["tgt_lang"] = "fra_Latn"
     with pytest.raises(ValueError, match="the tokenizer does not know the languages fra_Latn; it knows eng_Latn, deu"):
         evaluate_translation(model, tokenizer, rows)
+
+
+def test_blank_sources_have_empty_translations(demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the pipeline, and the others are translated as without them."""
+    made: list[str] = []
+    score = translation_evaluation.score_translations
+
+    def recorded(sources: Any, translations: Any, references: Any, **kwargs: Any) -> Any:
+        made.extend(translations)
+        return score(sources, translations, references, **kwargs)
+
+    monkeypatch.setattr(translation_evaluation, "score_translations", recorded)
+    blank = [ROWS[0] | {"source": source} for source in ("", " \n", "\u3000")]
+    quality = evaluate_translation(*demo, [blank[0], ROWS[0], *blank[1:]], max_new_tokens=20)
+    assert made[0] == made[2] == made[3] == "" and made[1]
+    assert (quality.num_sentences, quality.directions["en", "de"].num_cut) == (4, 0)
+    made.clear()
+    all_blank = evaluate_translation(*demo, blank, batch_size=2)
+    assert (all_blank.num_sentences, all_blank.sentences_per_s) == (3, 0.0)
+    assert made == [""] * 3
+
+
+def test_generation_config_of_the_model_does_not_change_the_form(demo: tuple[Any, Any]) -> None:
+    model, tokenizer = demo
+    expected = evaluate_translation(model, tokenizer, ROWS[:3], num_beams=2, max_new_tokens=9)
+    before = copy.deepcopy(model.generation_config)
+    model.generation_config.update(num_return_sequences=2, num_beams=3, do_sample=True, return_dict_in_generate=True)
+    try:
+        found = evaluate_translation(model, tokenizer, ROWS[:3], num_beams=2, max_new_tokens=9)
+    finally:
+        model.generation_config = before
+    assert vars(found.directions["en", "de"]) | {"seconds": 0} == vars(expected.directions["en", "de"]) | {"seconds": 0}
+
+
+def test_typed_codes_are_the_languages_of_the_tokenizer(demo: tuple[Any, Any]) -> None:
+    rows = [{"source": "Copy", "target": "复制", "src_lang": "eng_Latn", "tgt_lang": code} for code in ("zh-CN", "ZH")]
+    quality = evaluate_translation(*demo, [*rows, ROWS[0]], languages=["EN", "cmn"], max_new_tokens=4)
+    assert list(quality.directions) == [("en", "zh")] and quality.num_sentences == 2
+    assert quality.directions["en", "zh"].bleu_tokenizer == "zh"
+
+
+def test_languages_are_checked_before_the_first_translation(
+    demo: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(demo[0]), "generate", lambda *args, **kwargs: pytest.fail("translated"))
+    rows = [*ROWS, ROWS[0] | {"tgt_lang": "xx"}, *ROWS, ROWS[0] | {"src_lang": "yy"}]
+    for dataset in (rows, iter(rows)):
+        with pytest.raises(ValueError, match="does not know the languages xx, yy; it knows en, ar"):
+            evaluate_translation(*demo, dataset, batch_size=1)
+    with pytest.raises(ValueError, match="unknown languages 'xx', the tokenizer knows: en, ar"):
+        evaluate_translation(*demo, rows, languages=["en", "xx"])
+
+
+@pytest.mark.parametrize("code", ["zh", "ZH", "zh-CN", "zh_CN", "zh-Hant", "zho_Hans", "cmn"])
+def test_scores_of_chinese_by_any_code(code: str) -> None:
+    text, references = ["今天天气很好我们去公园散步"], ["今天天气非常好我们去公园走走"]
+    expected = sacrebleu.corpus_bleu(text, [references], tokenize="zh").score
+    scores = score_translations(text, text, references, tgt_lang=code)
+    assert (scores.bleu_tokenizer, scores.bleu, scores.off_target) == ("zh", pytest.approx(expected), 0.0)
+
+
+@pytest.mark.parametrize("code", ["xx", "zhh", "Chinese", "jp", ""])
+def test_scores_of_an_unknown_language(code: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown language '{code}'"):
+        score_translations(["a"], ["a"], ["a"], tgt_lang=code)
 
 
 def test_scores() -> None:

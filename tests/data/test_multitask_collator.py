@@ -40,6 +40,18 @@ def test_tags_of_another_tokenizer() -> None:
     assert batch["labels"][0].tolist() == expected["labels"]
 
 
+def test_languages_of_another_tokenizer(nllb_tokenizer: Any) -> None:
+    """One that it does not have would be `<unk>` there; other special tokens are no languages."""
+    nllb_tokenizer.add_special_tokens({"additional_special_tokens": ["<term>"]})
+    collator = DataCollatorForMultitaskSeq2Seq(nllb_tokenizer)
+    batch = collator([{**PAIR, "src_lang": "en", "tgt_lang": "zh-TW"}])
+    tags = nllb_tokenizer.convert_tokens_to_ids(["eng_Latn", "zho_Hant"])
+    assert [batch["input_ids"][0, 0], batch["labels"][0, 0]] == tags
+    for wrong in ("deu_Lat", "<term>", "zh"):
+        with pytest.raises(ValueError, match=r"unknown language|ambiguous language 'zh'"):
+            collator([{**PAIR, "src_lang": "eng_Latn", "tgt_lang": wrong}])
+
+
 def test_denoising_reads_noise_and_writes_the_text(tokenizer: Any) -> None:
     noise = DenoisingNoise(mask_ratio=0.5)
     collator = DataCollatorForMultitaskSeq2Seq(tokenizer, noise=noise)

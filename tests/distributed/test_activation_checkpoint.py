@@ -1,7 +1,9 @@
 """Communication-aware checkpointing changes nothing but what is kept. Its collectives: test_collective_bytes.py."""
 
-import functools
+import copy
 import math
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +12,10 @@ import torch.distributed as dist
 from ted_cases import CONFIGS, SEED, CollectiveCounter, parts_of, write_models
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import Seq2SeqTrainingArguments
 
 from hf_moe_ted import TedPlugin, ZCodeM3ForConditionalGeneration, communication_aware_context_fn
+from hf_moe_ted.distributed.activation_checkpoint import CommunicationAwareContextFn
 from hf_moe_ted.distributed.collectives import SumOverGroup
 from hf_moe_ted.testing import run_distributed_test
 
@@ -107,7 +111,7 @@ def run_layer(every_collective: bool) -> tuple[list[str], int]:
         return Noted.apply(ForeignSum.apply(x), "behind", calls).sin()
 
     x = torch.ones(3, requires_grad=True)
-    context_fn = functools.partial(communication_aware_context_fn, every_collective=every_collective)
+    context_fn = CommunicationAwareContextFn(every_collective)
     output = checkpoint(layer, x, use_reentrant=False, context_fn=context_fn)
     with CollectiveCounter() as counter:
         output.sum().backward()
@@ -130,3 +134,20 @@ def test_what_the_plugin_gives() -> None:
         "context_fn": communication_aware_context_fn,
     }
     assert full.activation_checkpointing_kwargs == {"use_reentrant": False}
+
+
+@pytest.mark.parametrize("every_collective", [False, True])
+def test_arguments_as_json_pickled_and_copied(tmp_path: Path, every_collective: bool) -> None:
+    """As TensorBoard, checkpoints and sweeps have them."""
+    kwargs = {"use_reentrant": False, "context_fn": CommunicationAwareContextFn(every_collective)}
+    args = Seq2SeqTrainingArguments(
+        str(tmp_path), use_cpu=True, parallelism_config=TedPlugin(), activation_checkpointing_kwargs=kwargs
+    )
+    assert '"context_fn": "communication_aware_context_fn' in args.to_json_string()
+    assert isinstance(args.to_sanitized_dict(), dict)
+    for again in (copy.deepcopy(args), pickle.loads(pickle.dumps(args))):
+        context_fn = again.activation_checkpointing_kwargs["context_fn"]
+        assert context_fn.every_collective is every_collective
+        first, second = context_fn()
+        with first, second:
+            pass

@@ -11,6 +11,7 @@ from ted_cases import parts_of, relative_errors, write_models
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils.checkpoint import checkpoint
 
 from hf_moe_ted import TedPlugin, ZCodeM3ForConditionalGeneration
 from hf_moe_ted.distributed.expert_parallel import inner_placement, ted_config_of
@@ -119,6 +120,57 @@ def test_as_a_loop_over_all_experts(launched: tuple[Path, list], case: tuple[str
 def test_other_capacities_on_other_ranks_are_refused(launched: tuple[Path, list]) -> None:
     for results in launched[1]:
         assert "needs batches of the same shape on all data-parallel ranks" in results["other capacities"]
+
+
+MASKED = [name for name in LAYOUTS if name.startswith("tp4") and "chunks" not in name]
+
+
+def masks_of(folder: str) -> dict[str, list[Tensor]]:
+    """Which activations were dropped, in forward and as it is recomputed in backward; and what is drawn behind."""
+    seen: dict[str, list[Tensor]] = {}
+    for name in MASKED:
+        plugin = TedPlugin(**LAYOUTS[name])
+        model = ZCodeM3ForConditionalGeneration.from_pretrained(
+            f"{folder}/top1",
+            distributed_config=plugin.distributed_config,
+            experts_implementation="eager",
+            activation_function="sigmoid",
+            capacity_factor=2.0,
+        ).train()
+        experts: Any = model.model.encoder.layers[1].ffn.experts
+        experts.act_fn.dropout = 0.5  # also after the model was made
+        experts.max_tokens_per_expert = 16 if plugin.distributed_config.pad_expert_input_to_capacity else None
+        masks: list[Tensor] = []
+        experts.act_fn.register_forward_hook(lambda module, args, out, to=masks: to.append((out != 0).flatten()))
+        torch.manual_seed(0)
+        ids = torch.arange(32).remainder(NUM_EXPERTS).unsqueeze(1)  # each rank gets as many rows as the others
+        hidden = torch.ones(32, WIDTH, requires_grad=True)
+        output = checkpoint(experts, hidden, ids, torch.ones(32, 1), use_reentrant=False)
+        behind = torch.rand(4)
+        output.sum().backward()
+        assert len(masks) % 2 == 0
+        half = len(masks) // 2
+        seen[name] = [torch.cat(masks[:half]), torch.cat(masks[half:]), behind]
+    return seen
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Tensor]]]:
+    folder = tmp_path_factory.mktemp("masks")
+    write_models(folder, {"top1"})
+    return run_distributed_test(masks_of, 4, str(folder))
+
+
+@pytest.mark.parametrize("layout", MASKED)
+def test_masks_agree_where_ranks_have_the_same_tokens_only(masked: list, layout: str) -> None:
+    by_rank = [result[layout] for result in masked]
+    etp_size = LAYOUTS[layout].get("expert_tensor_parallel_size", 4)
+    for rank, (mask, again, behind) in enumerate(by_rank):
+        assert mask.numel() and torch.equal(mask, again)
+        assert torch.equal(behind, by_rank[0][2])
+        for other, (others, _, _) in enumerate(by_rank):
+            shares_tokens = rank // etp_size == other // etp_size
+            assert torch.equal(mask, others) == shares_tokens, (rank, other)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
 """Ranks that share a batch draw the same random numbers, and others do not, whatever seeds the user sets."""
 
+import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed as accelerate_set_seed
 from ted_cases import write_models
 from torch import Tensor
@@ -162,3 +166,51 @@ def test_captured_forwards_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
     expected = [torch.nn.functional.dropout(torch.ones(100), 0.5) for _ in range(2)]
     assert all(map(torch.equal, captured, expected)) and not any(map(torch.equal, seeded, captured))
     assert state.num_forwards == 2
+
+
+def state_after_draws(num_draws: int) -> tuple[Any, ...]:
+    set_seed(3)
+    for draw in (random.random, np.random.rand, lambda: torch.rand(())):
+        for _ in range(num_draws):
+            draw()
+    return generators()
+
+
+def generators() -> tuple[Any, ...]:
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+def save_and_load(folder: str) -> dict[str, tuple[Any, ...]]:
+    """The generators of this rank when a state is saved with two data-parallel ranks, and after it is loaded."""
+    found = {}
+    for name, layout in (("dp2", {"expert_parallel_size": 2}), ("tp2", {"tensor_parallel_size": 2})):
+        AcceleratorState._reset_state(reset_partial_state=True)  # else it is the layout of the first one
+        plugin = TedPlugin(**layout)
+        accelerator = Accelerator(cpu=True, parallelism_config=plugin)
+        load = ZCodeM3ForConditionalGeneration.from_pretrained
+        model = load(f"{folder}/top1", distributed_config=plugin.distributed_config)
+        optimizer_class, options = plugin.tiled_adamw(lr=1e-3)
+        accelerator.prepare(model, optimizer_class(model.parameters(), **options))
+        if name == "dp2":
+            found["saved"] = state_after_draws(1 + dist.get_rank())
+            accelerator.save_state(f"{folder}/state")
+        state_after_draws(5 + dist.get_rank())
+        accelerator.load_state(f"{folder}/state")
+        found[name] = generators()
+    state_after_draws(1 + dist.get_rank())
+    random_state.load_generators(model, {})  # as earlier versions saved it
+    found["earlier version"] = generators()
+    saved = random_state.saved_random_state(model)["generators"]
+    random_state.load_generators(torch.nn.Linear(2, 2), {"generators": [*saved, *saved]})
+    assert len(saved) == 1 and generators() == found["earlier version"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return found
+
+
+def test_accelerator_loads_the_generators_of_the_data_parallel_rank(tmp_path: Path) -> None:
+    write_models(tmp_path, {"top1"})
+    first, second = run_distributed_test(save_and_load, 2, str(tmp_path))
+    assert first["saved"] != second["saved"]
+    assert (first["dp2"], second["dp2"]) == (first["saved"], second["saved"])
+    assert first["tp2"] == second["tp2"] == first["saved"]
+    assert first["earlier version"] == second["earlier version"] == first["saved"]

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from hf_moe_ted.distributed import sharding
 from hf_moe_ted.distributed.sharding import local_shape, regions, regions_at, sources
 from hf_moe_ted.testing import run_distributed_test
 
@@ -177,3 +178,15 @@ def test_regions_are_what_torch_puts_on_ranks() -> None:
     assert {most for most, _ in results} & {6, 9}  # strided shards of two dims were among the random ones
     counts = list(itertools.chain.from_iterable(counts for _, counts in results))
     assert {0, 1, 2} <= {*counts}  # empty shards, rectangles, and gate and up
+
+
+@pytest.mark.parametrize("intervals", [[(0, 7)], [(2, 5), (9, 10), (12, 20)], [(0, 1), (3, 4)], []])
+@pytest.mark.parametrize("num_chunks", [1, 2, 3, 5])
+def test_chunks_of_intervals_are_those_of_their_elements(intervals: list[tuple[int, int]], num_chunks: int) -> None:
+    elements = [index for start, stop in intervals for index in range(start, stop)]
+    size = -(-len(elements) // num_chunks)
+    for chunk in range(num_chunks):
+        found = sharding._chunk(intervals, num_chunks, chunk)
+        assert all(start < stop for start, stop in found)
+        expected = elements[chunk * size : (chunk + 1) * size]
+        assert [index for start, stop in found for index in range(start, stop)] == expected

@@ -196,8 +196,8 @@ def messages(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dic
         ("another model's weights", "encoder.layers.0.ffn.fc1.weight"),
         ("no weights", "has neither model.safetensors nor model.safetensors.index.json"),
         ("a model that cannot be divided", "encoder_attention_heads (2) must be divisible by tensor_parallel_size (4)"),
-        ("an argument", "['variant'] cannot be given for a sharded model"),
-        ("a state dict", "['state_dict'] cannot be given for a sharded model"),
+        ("an argument", "{'variant': 'fp16'} cannot be given for a sharded model"),
+        ("a state dict", "state_dict has {'a': ()} (shapes by name), which are no tensors of the model"),
     ],
 )
 def test_what_does_not_fit(messages: list[dict[str, str]], name: str, message: str) -> None:

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from ted_cases import CONFIGS, parts_of, relative_errors, write_models
+from ted_cases import CONFIGS, Parts, parts_of, relative_errors, write_models
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -97,7 +97,22 @@ def run_blocks(folder: str) -> dict[str, Any]:
     results["logits with gradients"] = type(outputs.logits).__name__, outputs.logits.full_tensor().detach()
     with torch.no_grad():
         results["logits"] = model(input_ids=ids, labels=ids).logits
+    for return_dict in (True, False):
+        model.zero_grad()
+        results[f"outside, {return_dict}"] = loss_outside(model, return_dict=return_dict)
     return results
+
+
+def loss_outside(model: Any, *, return_dict: bool) -> tuple[float, Parts]:
+    """A loss of logits that the model gives without labels, and the gradients of head and encoder."""
+    ids = torch.arange(5, 25).view(2, 10)
+    outputs = model(input_ids=ids, decoder_input_ids=ids, return_dict=return_dict)
+    logits = outputs.logits if return_dict else outputs[0]
+    assert type(logits) is Tensor
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+    loss.backward()
+    weights = (model.lm_head, model.model.encoder.layers[0].self_attn.q_proj)
+    return loss.item(), parts_of({str(index): module.weight.grad for index, module in enumerate(weights)})
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +135,20 @@ def test_cross_entropy(launched: tuple[Any, list], name: str) -> None:
         tolerance = 1e-2 if whole.dtype == torch.bfloat16 else 1e-6
         own = whole.grad.chunk(WORLD, dim=-1)[rank]
         torch.testing.assert_close(gradient, own, rtol=tolerance, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["smoothed", "in chunks"])
+def test_smoothing_has_its_gradient(launched: tuple[Any, list], name: str) -> None:
+    """Of a word that is not the label: its probability less the smoothed target, which is 1e-3 here."""
+    whole, labels = loss_inputs(name)
+    smoothing = LOSSES[name][1]
+    target = smoothing / VOCAB
+    counted = (labels != -100).unsqueeze(-1)
+    others = counted & (torch.arange(VOCAB) != labels.unsqueeze(-1))
+    found = torch.cat([results["losses"][name][1].view(*labels.shape, -1) for results in launched[1]], dim=-1) / 3
+    smoothed_away = (whole.detach().softmax(dim=-1) - found)[others]
+    torch.testing.assert_close(smoothed_away, torch.full_like(smoothed_away, target), rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(found.sum(dim=-1), torch.zeros(labels.shape), rtol=0.0, atol=1e-6)
 
 
 def test_cross_entropy_of_whole_logits() -> None:
@@ -153,6 +182,17 @@ def test_logits_stay_split_where_gradients_are_computed(launched: tuple[Any, lis
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
         assert type(results["logits"]) is Tensor
         torch.testing.assert_close(results["logits"], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_a_loss_outside_the_model(launched: tuple[Any, list], return_dict: bool) -> None:
+    model, by_rank = launched
+    model.zero_grad()
+    expected, parts = loss_outside(model, return_dict=return_dict)
+    found = [results[f"outside, {return_dict}"] for results in by_rank]
+    assert [loss for loss, _ in found] == pytest.approx([expected] * WORLD, rel=1e-5)
+    whole = {name: gradients[0][1] for name, gradients in parts.items()}
+    assert max(relative_errors([gradients for _, gradients in found], whole).values()) < 1e-5
 
 
 def test_plan_has_every_dense_layer() -> None:

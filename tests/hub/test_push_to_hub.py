@@ -1,7 +1,7 @@
 """Sharing on the Hub: models, tokenizers and pipelines that are pushed and loaded, with the package and without it.
 
-Without the package they come as remote code: the classes are registered with `register_for_auto_class` before they are
-saved, which copies their files to the checkpoint, and are loaded with `trust_remote_code=True`.
+Without the package they come as remote code: a pipeline is saved with it, for models and tokenizers the classes are
+registered with `register_for_auto_class` before they are saved. It is loaded with `trust_remote_code=True`.
 """
 
 import json
@@ -18,12 +18,14 @@ CODE = {
         "attention_backends",
         "configuration_zcode_m3",
         "experts",
+        "language_codes",
         "losses",
         "modeling_zcode_m3",
         "moe_layer",
         "nllb_moe",
         "pipeline_translation",
         "positions",
+        "remote_code",
         "router",
         "tokenization_zcode_m3",
     )
@@ -130,10 +132,10 @@ print(json.dumps([translate(model, tokenizer, translator), translate(other, toke
     assert {"config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json"} <= files.keys()
     shards = [name for name in files if name.endswith(".safetensors")]
     assert len(shards) > 2 and all(files[name].lfs_oid is not None for name in shards)
-    # without registration no code is shared but that of the pipeline, which is no task of transformers
+    # models and tokenizers come without code if nobody asks for it, pipelines with it
     assert not any(name.endswith(".py") for name in files)
     assert "auto_map" not in json.loads(files["config.json"].data)
-    assert {name for name in local_hub.files(f"{USER}/whole") if name.endswith(".py")} == {"pipeline_translation.py"}
+    assert {name for name in local_hub.files(f"{USER}/whole") if name.endswith(".py")} == CODE
 
     loaded = output_of(
         local_hub.env(),

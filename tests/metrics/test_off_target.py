@@ -50,6 +50,7 @@ def test_codes():
     labels = LanguageIdentifier.from_model_file(MODEL_FILE).labels
     assert all(detector_code(label) == label for label in labels if label != "nb")
     codes = {"zho_Hant": "zh", "pt_BR": "pt", "pt-BR": "pt", "arb_Arab": "ar", "nob_Latn": "no", "vec_Latn": "vec"}
+    codes |= {"ZH": "zh", "cmn": "zh", "iw": "he", "fil": "tl", "zh-yue": "yue", "kik_Latn": "kik", "ckb_Arab": "sdh"}
     assert {code: detector_code(code) for code in codes} == codes
     assert detector_code("tlh") is None and detector_code("ceb_Latn") is None and detector_code("<mask>") is None
 

@@ -7,8 +7,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForPreTraining,
+    AutoModelForSeq2SeqLM,
+    NllbMoeForConditionalGeneration,
+    pipeline,
+)
 
-from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration
+from hf_moe_ted import (
+    ZCodeM3Config,
+    ZCodeM3ForConditionalGeneration,
+    ZCodeM3Model,
+    ZCodeM3Tokenizer,
+    ZCodeM3TranslationPipeline,
+)
 from hf_moe_ted.testing import tiny_config
 
 GOLDENS = sorted((Path(__file__).parents[1] / "fixtures" / "nllb_moe").glob("*/golden.pt"))
@@ -98,6 +112,52 @@ def test_loaded_checkpoint_is_saved_under_our_names(nllb_moe: Path, tmp_path: Pa
     assert again.keys() == first.keys()
     assert all(torch.equal(again[name], first[name]) for name in first)
     assert json.loads((tmp_path / "again" / "config.json").read_text())["model_type"] == "zcode_m3"
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "model_class"),
+    [
+        (AutoModel, ZCodeM3Model),
+        (AutoModelForPreTraining, ZCodeM3ForConditionalGeneration),
+        (AutoModelForSeq2SeqLM, ZCodeM3ForConditionalGeneration),
+    ],
+)
+def test_auto_classes_give_the_class_that_routes(
+    nllb_moe: Path, ours: ZCodeM3ForConditionalGeneration, auto_class, model_class
+) -> None:
+    """And not transformers' own, whose experts are not those that the router chose."""
+    config = AutoConfig.from_pretrained(nllb_moe, dropout=0.3)
+    options = {"dtype": torch.float64, "attn_implementation": "eager", "experts_implementation": "eager"}
+    for loaded in (
+        auto_class.from_pretrained(nllb_moe, dropout=0.3, **options),
+        auto_class.from_pretrained(nllb_moe, config=config, **options),
+        auto_class.from_config(config, **options),
+    ):
+        assert type(loaded) is model_class and loaded.dtype == torch.float64
+        assert (loaded.config.num_experts_per_tok, loaded.config.dropout) == (2, 0.3)
+        assert loaded.config._attn_implementation == loaded.config._experts_implementation == "eager"
+    loaded, info = auto_class.from_pretrained(nllb_moe, output_loading_info=True)
+    assert not any(info.values()), info
+    inputs = {"input_ids": torch.randint(3, 96, (2, 7)), "decoder_input_ids": torch.randint(3, 96, (2, 5))}
+    expected = ours.model if model_class is ZCodeM3Model else ours
+    torch.testing.assert_close(loaded(**inputs)[0], expected(**inputs)[0], rtol=1e-6, atol=1e-6)
+
+
+def test_pipeline_loads_the_class_that_routes(nllb_moe: Path) -> None:
+    ZCodeM3Tokenizer(languages=["en", "de"]).save_pretrained(nllb_moe)
+    translator = pipeline("zcode-m3-translation", model=str(nllb_moe), device="cpu")
+    assert type(translator.model) is ZCodeM3ForConditionalGeneration
+    # where ours cannot be loaded, `pipeline` goes on with the class that the config names
+    (nllb_moe / "config.json").write_text(json.dumps(NLLB_CONFIG | {"num_experts": 5}))
+    with pytest.raises(ValueError, match=r"load the checkpoint with ZCodeM3ForCond|Could not load model"):
+        pipeline("zcode-m3-translation", model=str(nllb_moe), device="cpu")
+
+
+def test_own_class_of_transformers_is_given_to_who_asks_for_it(nllb_moe: Path) -> None:
+    model = NllbMoeForConditionalGeneration.from_pretrained(nllb_moe)
+    assert type(model) is NllbMoeForConditionalGeneration
+    with pytest.raises(ValueError, match="load the checkpoint with ZCodeM3ForConditionalGeneration"):
+        ZCodeM3TranslationPipeline(model=model, tokenizer=ZCodeM3Tokenizer(languages=["en"]))
 
 
 def test_missing_expert_is_refused(nllb_moe: Path) -> None:

@@ -1,17 +1,20 @@
 """The translation pipeline: the same translations as `generate()`, its errors, and every way to build and save it."""
 
+import copy
 import json
 import logging
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import (
     AutoModelForSeq2SeqLM,
+    AutoTokenizer,
     M2M100Config,
     M2M100ForConditionalGeneration,
     NllbTokenizer,
@@ -20,7 +23,13 @@ from transformers import (
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer, ZCodeM3TranslationPipeline
+from hf_moe_ted import (
+    ZCodeM3Config,
+    ZCodeM3ForConditionalGeneration,
+    ZCodeM3Tokenizer,
+    ZCodeM3TranslationPipeline,
+    quantize_experts,
+)
 
 TASK = "zcode-m3-translation"
 SENTENCES = ["Hello", "Good night, see you tomorrow!", "नमस्ते", "a"]
@@ -189,8 +198,69 @@ def test_nllb_tokenizer() -> None:
         model.generate(**inputs, forced_bos_token_id=german, max_new_tokens=4), skip_special_tokens=True
     )
     assert translator(["Hello", "world"], tgt_lang="deu_Latn", batch_size=2)[0] == {"translation_text": expected[0]}
-    with pytest.raises(ValueError, match="unknown tgt_lang 'de', the tokenizer knows: eng_Latn, deu_Latn"):
-        translator("Hello", tgt_lang="de")
+    assert translator("Hello", tgt_lang="de") == [{"translation_text": expected[0]}]
+    with pytest.raises(ValueError, match="unknown tgt_lang 'fr', the tokenizer knows: eng_Latn, deu_Latn"):
+        translator("Hello", tgt_lang="fr")
+    assert (tokenizer.src_lang, tokenizer.tgt_lang) == ("eng_Latn", None)
+
+
+def test_nllb_tokenizer_with_other_special_tokens(nllb_tokenizer: NllbTokenizer) -> None:
+    nllb_tokenizer.add_special_tokens({"additional_special_tokens": ["<term>"]})
+    torch.manual_seed(0)
+    model = ZCodeM3ForConditionalGeneration(ZCodeM3Config(vocab_size=len(nllb_tokenizer), num_experts=2, **SIZES))
+    translator = ZCodeM3TranslationPipeline(model=model.eval(), tokenizer=nllb_tokenizer, device="cpu")
+    assert len(translator.languages) == 202 and "<term>" not in translator.languages
+    inputs = translator.preprocess("open", src_lang="fra_Latn", tgt_lang="zh-TW")
+    ids = nllb_tokenizer.convert_tokens_to_ids(["fra_Latn", "zho_Hant"])
+    assert [inputs["input_ids"][0, 0].item(), inputs["forced_bos_token_id"]] == ids
+    assert nllb_tokenizer.src_lang == "eng_Latn"
+    for code, message in (
+        ("deu_Lat", "did you mean deu_Latn"),
+        ("<term>", "unknown"),
+        ("zh", "ambiguous tgt_lang 'zh'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            translator("open", src_lang="en", tgt_lang=code)
+
+
+def test_threads_that_share_a_tokenizer_of_transformers(
+    model: ZCodeM3ForConditionalGeneration, nllb_tokenizer: NllbTokenizer
+) -> None:
+    translators = [
+        ZCodeM3TranslationPipeline(model=model, tokenizer=nllb_tokenizer, src_lang=code, tgt_lang="deu_Latn")
+        for code in ("eng_Latn", "fra_Latn", "spa_Latn")
+    ]
+
+    def sources(translator: ZCodeM3TranslationPipeline) -> set[int]:
+        return {
+            translator.preprocess("open", **translator._preprocess_params)["input_ids"][0, 0].item() for _ in range(99)
+        }
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(3) as threads:
+            found = list(threads.map(sources, translators))
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == [{nllb_tokenizer.convert_tokens_to_ids(code)} for code in ("eng_Latn", "fra_Latn", "spa_Latn")]
+
+
+def test_typed_codes(translator: ZCodeM3TranslationPipeline) -> None:
+    expected = translator("Hello", src_lang="hi", tgt_lang="de")
+    assert translator("Hello", src_lang="hin_Deva", tgt_lang="DE") == expected
+    assert translator("Hello", src_lang="hi-IN", tgt_lang="ger") == expected
+
+
+def test_sequences_of_the_generation_config(translator: ZCodeM3TranslationPipeline) -> None:
+    beams = {"num_beams": 3, "num_return_sequences": 2}
+    expected = translator(SENTENCES, batch_size=3, **beams)
+    model = copy.deepcopy(translator.model)
+    model.generation_config.update(**beams, return_dict_in_generate=True)
+    other = ZCodeM3TranslationPipeline(
+        model=model, tokenizer=translator.tokenizer, device="cpu", src_lang="en", tgt_lang="de", max_new_tokens=6
+    )
+    assert other(SENTENCES, batch_size=3) == expected and len(expected[0]) == 2
 
 
 def test_save_and_load(translator: ZCodeM3TranslationPipeline, tmp_path: Path) -> None:
@@ -227,17 +297,43 @@ def _saved(translator: ZCodeM3TranslationPipeline, folder: Path) -> Path:
     return folder
 
 
-def test_remote_code_without_the_package(
-    translator: ZCodeM3TranslationPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+CODE_OF_AUTO_CLASSES = {
+    "AutoConfig": "configuration_zcode_m3.ZCodeM3Config",
+    "AutoModelForSeq2SeqLM": "modeling_zcode_m3.ZCodeM3ForConditionalGeneration",
+}
+
+
+def test_saved_code_stays_with_what_is_loaded(translator: ZCodeM3TranslationPipeline, tmp_path: Path) -> None:
+    """A model that was saved with its code is saved with it again, by itself and without a registration."""
+    folder, again = _saved(translator, tmp_path / "first"), tmp_path / "again"
+    code = {path.name for path in folder.glob("*.py")}
+    assert {"modeling_zcode_m3.py", "tokenization_zcode_m3.py", "language_codes.py", "pipeline_translation.py"} <= code
+    AutoModelForSeq2SeqLM.from_pretrained(folder).save_pretrained(again)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(again)
+    assert {path.name for path in again.glob("*.py")} == code
+    assert json.loads((again / "config.json").read_text())["auto_map"] == CODE_OF_AUTO_CLASSES
+    tokenizer_config = json.loads((again / "tokenizer_config.json").read_text())
+    assert tokenizer_config["auto_map"] == {"AutoTokenizer": ["tokenization_zcode_m3.ZCodeM3Tokenizer", None]}
+
+
+def test_languages_of_the_pipeline_are_saved(translator: ZCodeM3TranslationPipeline, tmp_path: Path) -> None:
+    before = translator.tokenizer.src_lang, translator.tokenizer.tgt_lang
+    translator.save_pretrained(tmp_path)
+    assert (translator.tokenizer.src_lang, translator.tokenizer.tgt_lang) == before == (None, None)
+    loaded = pipeline(TASK, model=str(tmp_path), max_new_tokens=6)
+    assert loaded("Hello") == translator("Hello")
+
+
+def test_quantized_model_says_that_it_needs_the_package(
+    translator: ZCodeM3TranslationPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    auto_classes = {
-        ZCodeM3Config: "AutoConfig",
-        ZCodeM3ForConditionalGeneration: "AutoModelForSeq2SeqLM",
-        ZCodeM3Tokenizer: "AutoTokenizer",
-    }
-    for cls, auto_class in auto_classes.items():
-        monkeypatch.setattr(cls, "_auto_class", None)
-        cls.register_for_auto_class(auto_class)
+    quantized = quantize_experts(translator.model, bits=8, group_size=None)
+    with caplog.at_level(logging.WARNING):
+        ZCodeM3TranslationPipeline(model=quantized, tokenizer=translator.tokenizer).save_pretrained(tmp_path)
+    assert any("this model is quantized" in record.message for record in caplog.records)
+
+
+def test_remote_code_without_the_package(translator: ZCodeM3TranslationPipeline, tmp_path: Path) -> None:
     translator.save_pretrained(tmp_path / "model")
     script = """
 import json, sys

@@ -1,10 +1,12 @@
 """The tokenizer: what it encodes, its languages, training, and every way to save and load it."""
 
+import copy
 import os
 import pickle
 import subprocess
 import sys
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,119 @@ def test_languages_of_one_call(tokenizer: ZCodeM3Tokenizer) -> None:
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("a")) == ["__en__", "a", "</s>"]
 
 
+ENCODERS = {
+    "call": lambda tokenizer, **kwargs: tokenizer("a", **kwargs)["input_ids"],
+    "batch": lambda tokenizer, **kwargs: tokenizer(["a"], **kwargs)["input_ids"][0],
+    "encode": lambda tokenizer, **kwargs: tokenizer.encode("a", **kwargs),
+    "encode padded": lambda tokenizer, **kwargs: tokenizer.encode(
+        "a", padding="max_length", truncation=True, max_length=3, **kwargs
+    ),
+    "tokenize": lambda tokenizer, **kwargs: tokenizer.convert_tokens_to_ids(
+        tokenizer.tokenize("a", add_special_tokens=True, **kwargs)
+    ),
+}
+
+
+@pytest.mark.parametrize("encode", ENCODERS.values(), ids=ENCODERS)
+def test_every_method_that_encodes_takes_languages(tokenizer: ZCodeM3Tokenizer, encode) -> None:
+    expected = {lang: [tokenizer.get_lang_id(lang), *tokenizer("a").input_ids[1:]] for lang in LANGUAGES}
+    assert {lang: encode(tokenizer, src_lang=lang) for lang in LANGUAGES} == expected
+    assert encode(tokenizer, src_lang="ZH", tgt_lang="deu_Latn") == expected["zh-Hant"]
+    assert encode(tokenizer) == expected["en"] and tokenizer.src_lang == "en"
+    for wrong in ({"src_lang": "xx"}, {"tgt_lang": "xx"}, {"lang": "de"}, {"source_lang": "de"}):
+        with pytest.raises(ValueError, match=r"xx|no argument here"):
+            encode(tokenizer, **wrong)
+    assert encode(tokenizer) == expected["en"]
+
+
+def test_target_text_is_an_argument_of_calls_only(tokenizer: ZCodeM3Tokenizer) -> None:
+    with pytest.raises(ValueError, match="text_target: no argument here"):
+        tokenizer.encode("a", text_target="b")
+
+
+def test_threads_get_what_they_ask_for(tokenizer: ZCodeM3Tokenizer) -> None:
+    """Each its language, and its truncation, for the backend holds one of both at a time."""
+    interval = sys.getswitchinterval()
+
+    def wrong_answers(lang: str) -> list[str]:
+        max_length, other = LANGUAGES.index(lang) + 3, LANGUAGES[LANGUAGES.index(lang) - 1]
+        source, target = tokenizer.get_lang_token(lang), tokenizer.get_lang_token(other)
+        wrong = []
+        for _ in range(200):
+            kwargs = {"src_lang": lang, "truncation": True, "max_length": max_length}
+            called = tokenizer("abcdefgh", text_target="abcdefgh", tgt_lang=other, **kwargs)
+            encoded = tokenizer.encode("abcdefgh", **kwargs)
+            for ids, tag in ((called["input_ids"], source), (called["labels"], target), (encoded, source)):
+                tokens = tokenizer.convert_ids_to_tokens(ids)
+                if (tokens[0], len(tokens)) != (tag, max_length):
+                    wrong.append(f"{tag} {max_length}: {tokens}")
+            if tokenizer.src_lang != "en" or tokenizer.num_special_tokens_to_add() != 2:
+                wrong.append(f"attributes in {lang}")
+        return wrong
+
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(len(LANGUAGES)) as threads:
+            assert [wrong for found in threads.map(wrong_answers, LANGUAGES) for wrong in found] == []
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_process_forked_while_a_thread_encodes(tokenizer: ZCodeM3Tokenizer) -> None:
+    """As a worker of a DataLoader is: the turn of the thread is not there."""
+    with tokenizer._encoding("de", None):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                # another thread than the one that held the lock
+                ids = ThreadPoolExecutor(1).submit(tokenizer.encode, "a").result(timeout=20)
+                status = int(ids[0] != tokenizer.get_lang_id("en"))
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda tokenizer: pickle.loads(pickle.dumps(tokenizer))])
+def test_copies_have_languages_of_their_own(tokenizer: ZCodeM3Tokenizer, copied) -> None:
+    other = copied(tokenizer)
+    assert_same(other, tokenizer)
+    other.src_lang = "hi"
+    assert other.encode("a")[0] == other.get_lang_id("hi") and tokenizer.encode("a")[0] == tokenizer.get_lang_id("en")
+    assert other.add_languages(["uk"]) == 1 and "uk" not in tokenizer.languages
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda tokenizer: tokenizer.add_special_tokens({"additional_special_tokens": ["<term>"]}),
+        lambda tokenizer: tokenizer.add_special_tokens({"extra_special_tokens": ["<term>"]}),
+        lambda tokenizer: tokenizer.add_special_tokens(
+            {"extra_special_tokens": ["<term>"]}, replace_extra_special_tokens=False
+        ),
+        lambda tokenizer: [setattr(tokenizer, "extra_special_tokens", ["<term>"]), tokenizer.add_tokens(["<term>"])],
+    ],
+)
+def test_other_special_tokens_leave_the_languages(tokenizer: ZCodeM3Tokenizer, tmp_path: Path, add) -> None:
+    before, ids = tokenizer.lang_code_to_id, tokenizer.all_special_ids
+    add(tokenizer)
+    term = tokenizer.convert_tokens_to_ids("<term>")
+    assert tokenizer.lang_code_to_id == before
+    assert tokenizer.all_special_ids == [*ids, term]
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("a")) == ["__en__", "a", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("a"), skip_special_tokens=True) == ["a"]
+    tokenizer.save_pretrained(tmp_path)
+    assert_same(ZCodeM3Tokenizer.from_pretrained(tmp_path), tokenizer)
+    assert ZCodeM3Tokenizer.from_pretrained(tmp_path, extra_special_tokens=["<2>"]).lang_code_to_id == before
+
+
+def test_named_special_tokens_are_no_languages() -> None:
+    tokenizer = ZCodeM3Tokenizer(languages=["en"], mask_token="__mask__")
+    assert tokenizer.add_special_tokens({"cls_token": "__cls__"}) == 1
+    assert tokenizer.languages == ["en"]
+
+
 def test_padding_and_collator(tokenizer: ZCodeM3Tokenizer) -> None:
     batch = tokenizer(["a", "Hello world"], padding=True, return_tensors="pt", padding_side="left")
     assert batch["input_ids"][0, 0] == tokenizer.pad_token_id == 1
@@ -130,6 +245,7 @@ def test_translation_inputs(tokenizer: ZCodeM3Tokenizer) -> None:
         lambda tokenizer: setattr(tokenizer, "src_lang", "xx"),
         lambda tokenizer: setattr(tokenizer, "tgt_lang", "xx"),
         lambda tokenizer: tokenizer("a", src_lang="xx"),
+        lambda tokenizer: tokenizer.encode("a", src_lang="xx"),
         lambda tokenizer: tokenizer(text_target="a", tgt_lang="xx"),
         lambda tokenizer: tokenizer.get_lang_id("xx"),
         lambda tokenizer: tokenizer.get_lang_token("xx"),

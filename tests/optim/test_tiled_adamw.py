@@ -351,16 +351,61 @@ def test_other_hooks_of_loading_see_the_states() -> None:
         assert_equal([loaded["exp_avg"]], [2 * state["exp_avg"]])
 
 
-def test_masters_win_until_they_are_reset() -> None:
+def write_in_place(param: Tensor, value: Tensor) -> None:
+    with torch.no_grad():
+        param.copy_(value)
+
+
+def write_as_loading_does(param: Tensor, value: Tensor) -> None:
+    nn.ParameterList([param]).load_state_dict({"0": value})
+
+
+def give_other_memory(param: Tensor, value: Tensor) -> None:
+    param.data = value.clone()
+
+
+@pytest.mark.parametrize("write", [write_in_place, write_as_loading_does, give_other_memory])
+@pytest.mark.parametrize("is_loaded", [False, True], ids=["after a step", "after load_state_dict"])
+def test_a_step_goes_on_from_weights_that_were_written(write: Callable[..., None], is_loaded: bool) -> None:
     optimizer = TiledAdamW(params := parameters(torch.bfloat16), lr=0.0)
     trained = train(optimizer, 1)
-    for is_reset in (False, True):
-        with torch.no_grad():
-            params[0].fill_(3.0)
-        if is_reset:
-            optimizer.reset_masters()
+    if is_loaded:
+        optimizer.load_state_dict(optimizer.state_dict())
+    kept = optimizer.state[params[1]]["master"].clone()
+    written = torch.full_like(params[0], 3.0)
+    write(params[0], written)
+    for _ in range(2):
         optimizer.step()
-        assert_equal([params[0]], [torch.full_like(params[0], 3.0) if is_reset else trained[0]])
+        assert_equal([params[0], optimizer.state[params[0]]["master"]], [written, written.float()])
+        assert_equal([params[1], optimizer.state[params[1]]["master"]], [trained[1], kept])
+
+
+@pytest.mark.parametrize("weights_first", [True, False])
+def test_masters_of_the_same_checkpoint_are_kept_in_any_order(weights_first: bool) -> None:
+    optimizer = TiledAdamW(params := parameters(torch.bfloat16), lr=1e-2)
+    weights, states = train(optimizer, 2), copy.deepcopy(optimizer.state_dict())
+    masters = [optimizer.state[param]["master"].clone() for param in params]
+    assert any(not torch.equal(master, weight.float()) for master, weight in zip(masters, weights, strict=True))
+    train(optimizer, 1)
+    if not weights_first:
+        optimizer.load_state_dict(states)
+    for param, weight in zip(params, weights, strict=True):
+        write_in_place(param, weight)
+    if weights_first:
+        optimizer.load_state_dict(states)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    assert_equal([optimizer.state[param]["master"] for param in params], masters)
+
+
+def test_masters_can_be_reset_after_what_a_step_cannot_see() -> None:
+    optimizer = TiledAdamW(params := parameters(torch.bfloat16), lr=0.0)
+    train(optimizer, 1)
+    params[0].data.fill_(3.0)
+    optimizer.reset_masters()
+    optimizer.step()
+    assert_equal([params[0]], [torch.full_like(params[0], 3.0)])
 
 
 # --- shards

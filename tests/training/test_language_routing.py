@@ -143,8 +143,37 @@ def test_information_of_known_tables() -> None:
     assert expert_shares(alike).tolist() == [[0.25, 0.75], [0.25, 0.75], [0.0, 0.0]]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj"], "modules_to_save": ["router"]},
+        {"target_modules": [], "target_parameters": ["ffn.router.weight"]},
+    ],
+)
+def test_routers_that_peft_trains(options: dict[str, Any], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    logs = []
+    for is_adapted in (False, True):
+        trainer = trainer_of(tmp_path)
+        if is_adapted:
+            model = peft.get_peft_model(trainer.model, peft.LoraConfig(r=2, **options))
+            trainer.model = trainer.model_wrapped = trainer.callback_handler.model = model
+        LanguageRoutingCallback(TOKENIZER).add_to(trainer)
+        trainer.train()
+        logs.append({k: v for k, v in trainer.state.log_history[0].items() if k.startswith("routing/")})
+    assert "routing/encoder/sw" in logs[0] and logs[1] == pytest.approx(logs[0])
+
+
+def test_languages_of_nllb_beside_other_special_tokens(nllb_tokenizer: Any) -> None:
+    nllb_tokenizer.add_special_tokens({"additional_special_tokens": ["<term>"]})
+    callback = LanguageRoutingCallback(nllb_tokenizer)
+    assert len(callback.languages) == 202
+    ids = torch.tensor([nllb_tokenizer("open").input_ids])
+    assert [callback.languages[number] for number in callback._languages_of(ids)] == ["eng_Latn"]
+
+
 def test_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no language tags \(lang_code_to_id\)"):
+    with pytest.raises(ValueError, match="ZCodeM3Tokenizer has no languages"):
         LanguageRoutingCallback(ZCodeM3Tokenizer())
     trainer = trainer_of(tmp_path, config={"encoder_sparse_step": 0, "decoder_sparse_step": 0})
     LanguageRoutingCallback(TOKENIZER).add_to(trainer)

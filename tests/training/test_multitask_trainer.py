@@ -76,6 +76,63 @@ def test_trains_and_evaluates(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
 
 
+ROWS_OF_ALL_LANGUAGES = MultitaskDataset(
+    [PAIRS[3], PAIRS[4] | {"src_lang": "de", "tgt_lang": "sw"}, PAIRS[5] | {"src_lang": "de", "tgt_lang": "en"}],
+    TEXTS[:1],
+)
+
+
+def predictor(folder: Path, **generation: Any) -> MultitaskSeq2SeqTrainer:
+    options = {"predict_with_generate": True, "generation_max_length": 8, "per_device_eval_batch_size": 3}
+    trainer = trainer_of(folder, config={"init_std": 0.5}, **options)
+    trainer.model.generation_config.update(**generation)
+    return trainer
+
+
+def generated(trainer: Any, **options: Any) -> list[list[int]]:
+    """The ids of each row without the start and the padding."""
+    ids = trainer.predict(ROWS_OF_ALL_LANGUAGES, **options).predictions
+    return [[token for token in row[1:].tolist() if token not in (-100, TOKENIZER.pad_token_id)] for row in ids]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 2}, {"do_sample": True, "max_new_tokens": 4, "max_length": None}]
+)
+def test_generates_in_the_language_of_each_row(options: dict[str, Any], tmp_path: Path) -> None:
+    """A batch may hold several, and those of denoising."""
+    trainer = predictor(tmp_path, forced_bos_token_id=TOKENIZER.get_lang_id("en"))
+    rows = generated(trainer, **options)
+    assert [row[0] for row in rows] == [TOKENIZER.get_lang_id(lang) for lang in ("de", "sw", "en", "sw")]
+    if "do_sample" not in options:
+        batch = trainer.data_collator([ROWS_OF_ALL_LANGUAGES[row] for row in range(4)])
+        for place, row in enumerate(rows):
+            inputs = {name: batch[name][place : place + 1] for name in ("input_ids", "attention_mask")}
+            expected = trainer.model.eval().generate(**inputs, forced_bos_token_id=row[0], max_length=8, **options)
+            assert row == [token for token in expected[0, 1:].tolist() if token != TOKENIZER.pad_token_id]
+
+
+def test_arguments_of_predict_come_before_the_language_of_the_row(tmp_path: Path) -> None:
+    german = TOKENIZER.get_lang_id("de")
+    assert [row[0] for row in generated(predictor(tmp_path), forced_bos_token_id=german)] == [german] * 4
+
+
+def test_one_prediction_per_row(tmp_path: Path) -> None:
+    trainer = predictor(tmp_path)
+    expected = generated(trainer, num_beams=2)
+    trainer.model.generation_config.update(num_return_sequences=2, num_beams=2, return_dict_in_generate=True)
+    assert generated(trainer, num_beams=2) == expected
+    with pytest.raises(ValueError, match=r"num_return_sequences \(2\) must be 1"):
+        generated(trainer, num_beams=2, num_return_sequences=2)
+
+
+def test_metrics_of_generated_text(tmp_path: Path) -> None:
+    seen: list[Any] = []
+    trainer = predictor(tmp_path)
+    trainer.compute_metrics = lambda prediction: seen.append(prediction.predictions) or {"rows": len(seen[0])}
+    assert trainer.evaluate(ROWS_OF_ALL_LANGUAGES)["eval_rows"] == 4
+    assert seen[0][:, 1].tolist() == [TOKENIZER.get_lang_id(lang) for lang in ("de", "sw", "en", "sw")]
+
+
 @pytest.mark.parametrize("is_streamed", [False, True])
 def test_resumes_in_the_middle_of_an_epoch_with_the_same_numbers(is_streamed: bool, tmp_path: Path) -> None:
     steps_per_epoch = len(trainer_of(tmp_path).get_train_dataloader())

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_moe_ted import RouterStatisticsCallback, ZCodeM3ForConditionalGeneration
 from hf_moe_ted.models.losses import load_balancing_loss, router_z_loss
 from hf_moe_ted.testing import tiny_config
+from hf_moe_ted.training.router_callback import sparse_routers
 
 LAYERS = ("encoder.1", "encoder.3", "decoder.1")
 # Nothing random, so that a second forward of the same batch has the same routings; no learning, so of any step.
@@ -154,3 +155,54 @@ def test_model_without_sparse_layers(tmp_path: Path) -> None:
     RouterStatisticsCallback().add_to(tested)
     with pytest.raises(ValueError, match=r"ZCodeM3ForConditionalGeneration has no sparse layer"):
         tested.train()
+
+
+def peft_model(model: Any, **options: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, **options))
+
+
+TRAINED_ROUTERS: dict[str, Any] = {
+    "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["router"]},
+    "target_parameters": {"target_modules": [], "target_parameters": ["ffn.router.weight"]},
+    "routers and experts": {"target_modules": [], "target_parameters": ["ffn.router.weight", "ffn.experts.up_proj"]},
+}
+
+
+@pytest.mark.parametrize("options", TRAINED_ROUTERS.values(), ids=TRAINED_ROUTERS)
+def test_routers_that_peft_trains_have_the_same_numbers(options: dict[str, Any], tmp_path: Path) -> None:
+    logs = []
+    for is_adapted in (False, True):
+        tested = trainer(tmp_path, SETTLED)
+        if is_adapted:
+            tested.model = tested.model_wrapped = tested.callback_handler.model = peft_model(tested.model, **options)
+        RouterStatisticsCallback().add_to(tested)
+        tested.train()
+        logs.append({name: value for name, value in training_logs(tested)[0].items() if name.startswith("router/")})
+    assert logs[0].keys() == logs[1].keys() and f"router/{LAYERS[0]}/entropy" in logs[0]
+    for name, value in logs[0].items():
+        assert logs[1][name] == pytest.approx(value), name
+
+
+def with_wrapped_layers(model: Any) -> Any:
+    for side in (model.model.encoder, model.model.decoder):
+        for place, layer in enumerate(side.layers):
+            side.layers[place] = torch.compile(layer, backend="eager")
+    return model
+
+
+WRAPPED: dict[str, Any] = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "compiled layers": with_wrapped_layers,
+    "as in DDP": lambda model: torch.nn.ModuleDict({"module": model}),
+    "base model": lambda model: peft_model(model, **TRAINED_ROUTERS["modules_to_save"]).get_base_model(),
+    "PEFT, compiled": lambda model: torch.compile(
+        peft_model(model, **TRAINED_ROUTERS["target_parameters"]), backend="eager"
+    ),
+}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED.values(), ids=WRAPPED)
+def test_routers_of_wrapped_models(wrapped: Any) -> None:
+    routers = sparse_routers(wrapped(ZCodeM3ForConditionalGeneration(tiny_config())))
+    assert sorted(routers) == sorted(LAYERS) and {router.num_experts for router in routers.values()} == {4}

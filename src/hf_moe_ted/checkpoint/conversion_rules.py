@@ -16,76 +16,24 @@ import difflib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from .lazy_tensors import LazyTensors
+from .patterns import PLACEHOLDER, NamePattern, Pattern
+from .torch_file import shorten
+from .yaml_file import read_yaml
 
 RULES_DIR = Path(__file__).parent / "rules"
 
-_PLACEHOLDER = re.compile(r"\{(\w+)(?::([^{}]+))?\}")
-_NUMBERS = ("layer", "expert")
 _NUM_NAMES_SHOWN = 20
-
-
-@dataclass(frozen=True)
-class NamePattern:
-    """A name with placeholders, see the module."""
-
-    text: str
-
-    def __post_init__(self) -> None:
-        pattern, position, seen = "", 0, set()
-        for placeholder in _PLACEHOLDER.finditer(self.text):
-            name, choices = placeholder[1], placeholder[2]
-            pattern += re.escape(self.text[position : placeholder.start()])
-            pattern += f"(?P={name})" if name in seen else f"(?P<{name}>{_choices_pattern(name, choices)})"
-            position = placeholder.end()
-            seen.add(name)
-        rest = self.text[position:]
-        if "{" in rest or "}" in rest:
-            raise ValueError(f"the pattern {self.text!r} has a brace that belongs to no placeholder such as {{layer}}")
-        object.__setattr__(self, "_regex", re.compile(pattern + re.escape(rest)))
-
-    @property
-    def placeholders(self) -> frozenset[str]:
-        return frozenset(match[1] for match in _PLACEHOLDER.finditer(self.text))
-
-    def match(self, name: str) -> dict[str, str] | None:
-        """What the placeholders stand for in `name`, `None` if it is not of this pattern."""
-        found: re.Match[str] | None = self._regex.fullmatch(name)  # type: ignore[attr-defined]
-        return None if found is None else found.groupdict()
-
-    def fill(self, values: Mapping[str, str]) -> str:
-        """The name for these values; a placeholder without one becomes its first choice.
-
-        Raises:
-            ValueError: a placeholder has neither.
-        """
-
-        def value(placeholder: re.Match[str]) -> str:
-            name, choices = placeholder[1], placeholder[2]
-            if name in values:
-                return values[name]
-            first = (choices or "*").split("|")[0]
-            if "*" in first:
-                raise ValueError(f"nothing says what {{{name}}} of {self.text!r} is: give it a first choice")
-            return first
-
-        return _PLACEHOLDER.sub(value, self.text)
-
-
-def _choices_pattern(name: str, choices: str | None) -> str:
-    if choices is None:
-        return r"\d+" if name in _NUMBERS else r"[^.]+"
-    wild = {"*": r"[^.]+", "**": r"[^.]+(?:\.[^.]+)*?"}
-    return "|".join(wild.get(choice, re.escape(choice)) for choice in choices.split("|"))
 
 
 @dataclass(frozen=True)
@@ -193,14 +141,15 @@ class RuleSet:
         if not path.is_file():
             known = ", ".join(sorted(file.stem for file in RULES_DIR.glob("*.yaml")))
             raise ValueError(f"rules ({name_or_path}) must be one of {known}, or a YAML file")
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
+        content = read_yaml(path, "rules")
         if not isinstance(content, dict) or not set(content) <= {"rules", "tensor_parallel"} or "rules" not in content:
             raise ValueError(f"{path} must have the key rules, a list, and may have tensor_parallel, another one")
+        for key, entries in content.items():
+            if not isinstance(entries, list):
+                raise ValueError(f"{path}: {key} must be a list, but is {shorten(entries)}")
         rules = tuple(_parse_rule(entry, str(path)) for entry in content["rules"])
-        return cls(path.stem, rules, tuple((regex, dim) for regex, dim in content.get("tensor_parallel", ())))
+        tensor_parallel = tuple(check_shard_rule(pair, str(path)) for pair in content.get("tensor_parallel", ()))
+        return cls(path.stem if path == shipped else str(path), rules, tensor_parallel)
 
     def inverse(self) -> "RuleSet":
         """The rules of the other direction; what a rule leaves out, its inverse cannot bring back."""
@@ -210,7 +159,7 @@ class RuleSet:
         """The set with placeholders replaced by names: `with_names(moe="ffn")` for the attribute of a MoE layer."""
 
         def filled(pattern: NamePattern) -> NamePattern:
-            return NamePattern(_PLACEHOLDER.sub(lambda found: names.get(found[1], found[0]), pattern.text))
+            return NamePattern(PLACEHOLDER.sub(lambda found: names.get(found[1], found[0]), pattern.text))
 
         rules = tuple(
             replace(rule, source=tuple(map(filled, rule.source)), target=tuple(map(filled, rule.target)))
@@ -249,7 +198,7 @@ class RuleSet:
     def _sources(self, tensors: LazyTensors) -> dict[str, _Source]:
         groups: dict[tuple[int, str], dict[int, dict[int, str]]] = {}
         values_of: dict[tuple[int, str], dict[str, str]] = {}
-        problems = []
+        problems: list[Callable[[], str]] = []
         for name in tensors:
             matches = [
                 (number, part, values)
@@ -258,7 +207,8 @@ class RuleSet:
                 if (values := pattern.match(name)) is not None
             ]
             if len(matches) != 1:
-                problems.append(self._match_problem(name, [self.rules[number] for number, _, _ in matches]))
+                matching = [self.rules[number] for number, _, _ in matches]
+                problems.append(partial(self._match_problem, name, matching))
                 continue
             number, part, values = matches[0]
             rule = self.rules[number]
@@ -270,10 +220,10 @@ class RuleSet:
             values_of[key] = values
             parts = groups.setdefault(key, {})
             if expert in parts.setdefault(part, {}):
-                problems.append(f"{parts[part][expert]} and {name} both become {key[1]}")
+                problems.append(f"{parts[part][expert]} and {name} both become {key[1]}".__str__)
             parts[part][expert] = name
         if problems:
-            shown = "\n  ".join(problems[:_NUM_NAMES_SHOWN])
+            shown = "\n  ".join(problem() for problem in problems[:_NUM_NAMES_SHOWN])
             more = f"\n  and {len(problems) - _NUM_NAMES_SHOWN} more" if len(problems) > _NUM_NAMES_SHOWN else ""
             raise ValueError(f"{len(problems)} tensors do not fit the rules {self.name}:\n  {shown}{more}")
         targets: dict[str, _Source] = {}
@@ -288,7 +238,7 @@ class RuleSet:
         if matching:
             return f"{name} matches {' and '.join(rule.source[0].text for rule in matching)}"
         patterns = [pattern.text for rule in self.rules for pattern in rule.source]
-        plain = {re.sub(r"\d+", "0", _PLACEHOLDER.sub("0", pattern)): pattern for pattern in patterns}
+        plain = {re.sub(r"\d+", "0", PLACEHOLDER.sub("0", pattern)): pattern for pattern in patterns}
         nearest = difflib.get_close_matches(re.sub(r"\d+", "0", name), list(plain), n=1, cutoff=0.0)
         return f"{name} matches no rule" + (f"; the nearest is {plain[nearest[0]]}" if nearest else "")
 
@@ -302,9 +252,11 @@ class RuleSet:
             if part not in parts:
                 raise ValueError(f"{pattern.fill({'expert': '{expert}', **values})} is missing, beside {some_name}")
             experts = parts[part]
-            missing = [expert for expert in range(max(experts) + 1) if expert not in experts]
-            if missing:
-                raise ValueError(f"experts {missing} are missing beside {experts[max(experts)]}")
+            if max(experts) >= len(experts):
+                missing = (expert for expert in range(max(experts)) if expert not in experts)
+                shown = list(islice(missing, _NUM_NAMES_SHOWN))
+                more = " and more" if max(experts) + 1 - len(experts) > len(shown) else ""
+                raise ValueError(f"experts {shown}{more} are missing beside {experts[max(experts)]}")
             names.append(tuple(experts[expert] for expert in range(len(experts))))
             _check_alike(names[-1], specs)
         if len({len(experts) for experts in names}) > 1:
@@ -344,7 +296,13 @@ def _build(source: _Source, tensors: LazyTensors, num_heads: int | None, device:
             parts.append(_stack(names, tensors, stacked))
     else:
         parts = [tensors[names[0]] for names in source.names]
-    return source.rule.apply(parts, num_heads)[source.part]
+    try:
+        return source.rule.apply(parts, num_heads)[source.part]
+    except (RuntimeError, IndexError) as error:
+        shapes = [tuple(part.shape) for part in parts]
+        raise ValueError(
+            f"{source.names[0][0]}: the shapes {shapes} do not fit the rule for {source.rule.source[0].text}: {error}"
+        ) from error
 
 
 def _stack(names: Sequence[str], tensors: LazyTensors, out: Tensor) -> Tensor:
@@ -354,24 +312,53 @@ def _stack(names: Sequence[str], tensors: LazyTensors, out: Tensor) -> Tensor:
     return out
 
 
+def check_shard_rule(pair: Any, origin: str) -> tuple[str, int | None]:
+    """A pair of a regular expression and a dimension, or `None` if every rank has all of the tensor.
+
+    Raises:
+        ValueError: it is something else; the message begins with `origin`.
+    """
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str):
+        raise ValueError(
+            f"{origin} has {shorten(pair)} in tensor_parallel; give pairs of a regular expression and a dimension or "
+            "None"
+        )
+    pattern, dim = pair
+    if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int)):
+        raise ValueError(f"{origin} has {shorten(pair)} in tensor_parallel; the dimension must be an integer or None")
+    Pattern(pattern, f"{origin}, tensor_parallel")
+    return pattern, dim
+
+
 def _parse_patterns(entry: Mapping[str, Any]) -> list[tuple[NamePattern, ...]]:
     """Sources and targets; a placeholder's choices, given once, hold for the whole rule."""
     texts = [entry.get(side) or [] for side in ("source", "target")]
     sides = [[side] if isinstance(side, str) else side for side in texts]
-    placeholders = [found for side in sides for text in side for found in _PLACEHOLDER.finditer(text)]
+    if not all(isinstance(side, list) and all(isinstance(text, str) for text in side) for side in sides):
+        raise ValueError("source and target must be names or lists of names")
+    placeholders = [found for side in sides for text in side for found in PLACEHOLDER.finditer(text)]
     choices = {found[1]: found[0] for found in placeholders if found[2]}
     return [
-        tuple(NamePattern(_PLACEHOLDER.sub(lambda found: choices.get(found[1], found[0]), text)) for text in side)
+        tuple(NamePattern(PLACEHOLDER.sub(lambda found: choices.get(found[1], found[0]), text)) for text in side)
         for side in sides
     ]
 
 
 def _parse_rule(entry: Any, path: str) -> Rule:
     """A rule of a YAML file. Raises a `ValueError` that shows the rule if it makes no sense."""
+    try:
+        return _rule_of(entry)
+    except ValueError as error:
+        raise ValueError(f"{path}: the rule {shorten(str(entry))}: {error}") from error
+
+
+def _rule_of(entry: Any) -> Rule:
     keys = {"source", "target", "ignore", "transpose", "concatenate", "split", "interleave_heads"}
     if not isinstance(entry, dict) or not set(entry) <= keys or ("ignore" in entry) == ("source" in entry):
-        raise ValueError(f"{path}: the rule {entry} must have source and target, or ignore; it may have {sorted(keys)}")
+        raise ValueError(f"it must have source and target, or ignore; it may have {sorted(keys)}")
     if "ignore" in entry:
+        if not isinstance(entry["ignore"], str):
+            raise ValueError(f"ignore must be a name, but is {entry['ignore']!r}")
         return Rule((NamePattern(entry["ignore"]),), ())
     source, target = _parse_patterns(entry)
     operations = [
@@ -382,13 +369,16 @@ def _parse_rule(entry: Any, path: str) -> Rule:
     fits["transpose"] = len(source) == len(target) == 1
     if len(operations) > 1 or not source or not target or not fits.get(str(operation), len(source) == 1):
         raise ValueError(
-            f"{path}: the rule {entry} must have one source and one target; several sources with concatenate, several "
-            "targets with split or as copies"
+            "it must have one source and one target; several sources with concatenate, several targets with split or "
+            "as copies"
         )
     dim = entry[operation] if operation in ("concatenate", "split") else 0
     if not isinstance(dim, int) or isinstance(dim, bool):
-        raise ValueError(f"{path}: {operation} of the rule {entry} must be the number of a dimension")
+        raise ValueError(f"{operation} must be the number of a dimension")
+    for name in ("transpose", "interleave_heads"):
+        if not isinstance(entry.get(name, False), bool):
+            raise ValueError(f"{name} must be true or false")
     return Rule(source, target, operation, dim, bool(entry.get("interleave_heads")))
 
 
-__all__ = ["NamePattern", "Rule", "RuleSet"]
+__all__ = ["NamePattern", "Rule", "RuleSet", "check_shard_rule"]

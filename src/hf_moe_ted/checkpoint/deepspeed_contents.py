@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .deepspeed_files import CheckpointFiles, FilePool, load_file
+from .deepspeed_files import MAX_RANKS, CheckpointFiles, FilePool, content_errors, load_file
+from .torch_file import UnreadableFileError, shorten
+
+MAX_EXPERTS = 2**20
+MAX_NAME_CHARS = 1_000
 
 _NATIVE_EXPERT = re.compile(
     r"(?P<module>.*?)\.?deepspeed_moe\.experts\.deepspeed_experts\.(?P<expert>\d+)\.(?P<param>.+)"
@@ -127,13 +131,42 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _flatten(path: Path, values: Mapping[Any, Any], keys: tuple[str, ...]) -> Iterator[tuple[str, Shard]]:
-    """The tensors of nested dicts; Megatron nests those of its language model."""
+def _flatten(
+    path: Path, values: Mapping[Any, Any], keys: tuple[str, ...], seen: set[int]
+) -> Iterator[tuple[str, Shard]]:
+    """The tensors of nested dicts; Megatron nests those of its language model. None is in two of them (`seen`)."""
+    if id(values) in seen:
+        raise UnreadableFileError(f"{path} has one dict of weights in two places ({'.'.join(keys)}); it is damaged")
+    seen.add(id(values))
     for key, value in values.items():
-        if isinstance(value, Tensor):
-            yield ".".join([*keys[1:], str(key)]), Shard(path, (*keys, key), meta(value.shape, value.dtype))
-        elif isinstance(value, Mapping):
-            yield from _flatten(path, value, (*keys, key))
+        if isinstance(value, Tensor | Mapping):
+            name = ".".join([*keys[1:], _checked_name(path, key)])
+            if isinstance(value, Tensor):
+                yield _checked_name(path, name), Shard(path, (*keys, key), meta(value.shape, value.dtype))
+            else:
+                yield from _flatten(path, value, (*keys, key), seen)
+
+
+def _checked_name(path: Path, name: Any) -> str:
+    if not isinstance(name, str) or len(name) > MAX_NAME_CHARS:
+        raise UnreadableFileError(
+            f"{path} has a weight of the name {shorten(name, 80)}; it must be a text of at most {MAX_NAME_CHARS:,} "
+            "characters"
+        )
+    return name
+
+
+def _count(name: str, value: Any, most: int = MAX_RANKS) -> int:
+    """A number of ranks or experts, 0 where the file does not say it.
+
+    Raises:
+        ValueError: it is no number, negative, or more than there can be.
+    """
+    count = 0 if value is None else value
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= most:
+        shown = shorten(repr(value) if isinstance(value, str) else value, 80)
+        raise ValueError(f"{name} is {shown}, which must be a number from 0 to {most:,}")
+    return count
 
 
 def read_main_file(path: Path) -> MainFile:
@@ -144,42 +177,58 @@ def read_main_file(path: Path) -> MainFile:
     """
     content = load_file(path)
     if not isinstance(content, Mapping) or not isinstance(content.get("module"), Mapping):
-        raise ValueError(f"{path} has no weights under 'module'; the DeepSpeed engine of a model with MoE writes them")
-    # Megatron's own state_dict leaves experts behind under ids local to the rank; the files of experts are right.
-    shards = {n: s for n, s in _flatten(path, content["module"], ("module",)) if "deepspeed_experts." not in n}
-    config = _mapping(content.get("ds_config"))
-    zero = _mapping(config.get("zero_optimization"))
-    degrees = _mapping(content.get("checkpoint_parallel_dimensions"))
-    shapes = content.get("param_shapes")
-    try:
+        raise UnreadableFileError(
+            f"{path} has no weights under 'module'; the DeepSpeed engine of a model with MoE writes them"
+        )
+    with content_errors(path, "a main file"):
+        # Megatron's own state_dict leaves experts behind under ids local to the rank; the files of experts are right.
+        module = _flatten(path, content["module"], ("module",), set())
+        shards = {name: shard for name, shard in module if "deepspeed_experts." not in name}
+        config = _mapping(content.get("ds_config"))
+        zero = _mapping(config.get("zero_optimization"))
+        degrees = _mapping(content.get("checkpoint_parallel_dimensions"))
+        shapes = content.get("param_shapes")
         return MainFile(
             path=path,
             shards=shards,
             num_experts=_read_num_experts(path, content, shards),
-            param_shapes=None if not shapes else {n: tuple(s) for group in shapes for n, s in group.items()},
+            param_shapes=None if not shapes else {str(n): _shape(s) for group in shapes for n, s in group.items()},
             optimizer_shapes=_read_optimizer_shapes(content.get("optimizer")),
             buffer_names=frozenset(content.get("buffer_names") or ()),
             shared_params=dict(content.get("shared_params") or {}),
-            tensor_parallel_size=int(degrees.get("tp_degree") or 0),
-            pipeline_parallel_size=int(degrees.get("pp_degree") or 0),
-            model_parallel_size=int(content.get("mp_world_size") or 0),
-            data_parallel_size=int(content.get("dp_world_size") or 0),
-            zero_stage=int(zero.get("stage") or 0),
+            tensor_parallel_size=_count("tp_degree", degrees.get("tp_degree")),
+            pipeline_parallel_size=_count("pp_degree", degrees.get("pp_degree")),
+            model_parallel_size=_count("mp_world_size", content.get("mp_world_size")),
+            data_parallel_size=_count("dp_world_size", content.get("dp_world_size")),
+            zero_stage=_count("the stage of ZeRO", zero.get("stage"), 3),
             is_data_before_expert=bool(config.get("use_data_before_expert_parallelism")),
-            deepspeed_version=str(content.get("ds_version") or ""),
+            deepspeed_version=shorten(str(content.get("ds_version") or ""), 80),
         )
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not as DeepSpeed writes it: {error!r}") from error
+
+
+def _shape(sizes: Any) -> tuple[int, ...]:
+    shape = tuple(map(int, sizes))
+    if any(size < 0 for size in shape):
+        raise ValueError(f"a parameter has the shape {shape}")
+    meta(shape)  # whose numbers can be counted
+    return shape
 
 
 def _read_num_experts(path: Path, content: Mapping[str, Any], shards: Mapping[str, Shard]) -> dict[str, int]:
-    gates = {match["module"]: s.spec.shape[0] for n, s in shards.items() if (match := _GATE.fullmatch(n))}
+    gates = {
+        match["module"]: _count(name, shard.spec.shape[0], MAX_EXPERTS)
+        for name, shard in shards.items()
+        if (match := _GATE.fullmatch(name))
+    }
     listed = content.get("num_experts")
     counts = [listed] * len(gates) if isinstance(listed, int) else listed
-    autoep = {layer["module_path"]: int(layer["num_experts"]) for layer in content.get("ds_autoep_layers") or ()}
+    autoep = {
+        _checked_name(path, layer["module_path"]): _count("num_experts", layer["num_experts"], MAX_EXPERTS)
+        for layer in content.get("ds_autoep_layers") or ()
+    }
     if gates and not autoep and counts is not None and list(gates.values()) != list(counts):
-        raise ValueError(
-            f"{path} lists {listed} experts (num_experts), but its gates have {list(gates.values())} "
+        raise UnreadableFileError(
+            f"{path} lists {shorten(listed)} experts (num_experts), but its gates have {list(gates.values())} "
             f"({', '.join(gates)}); the file is damaged"
         )
     return {**gates, **autoep}
@@ -285,27 +334,36 @@ def _set_parallel_sizes(contents: Contents) -> None:
         tp = len(same)
     num_ranks = 1 + max([*contents.files.mains, *(mp_rank for mp_rank, _ in contents.files.experts)])
     num_ranks = max(num_ranks, first.model_parallel_size)
-    contents.tensor_parallel_size = tp
-    contents.pipeline_parallel_size = first.pipeline_parallel_size or -(-num_ranks // tp)
+    stages = first.pipeline_parallel_size or -(-num_ranks // tp)
+    if tp * stages > MAX_RANKS:
+        contents.add(f"{first.path} is of {stages} pipeline stages of {tp} ranks each, more than any cluster has")
+        tp, stages = 1, num_ranks
+    contents.tensor_parallel_size, contents.pipeline_parallel_size = tp, stages
 
 
 def _add_expert_file(contents: Contents, mp_rank: int, path: Path) -> None:
     content = load_file(path)
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} is not a dict of tensors by name")
-    for name, tensor in content.items():
-        if not isinstance(tensor, Tensor):  # AutoEP under tensor parallelism adds a description
-            continue
-        if parse_expert_name(name) is None:
-            raise ValueError(f"{path} holds {name}, which is no expert's; the file is not from DeepSpeed, or damaged")
-        shards = contents.experts.setdefault(name, {})
-        if mp_rank not in shards:
-            shards[mp_rank] = Shard(path, (name,), meta(tensor.shape, tensor.dtype))
-        elif not torch.equal(load_file(shards[mp_rank].path)[name], tensor):
-            raise ValueError(
-                f"{name} is in {shards[mp_rank].path.name} and in {path.name} of {path.parent} with different values; "
-                "remove the file that is not from this run"
-            )
+        raise UnreadableFileError(f"{path} is not a dict of tensors by name")
+    with content_errors(path, "a file of experts"):
+        for name, tensor in content.items():
+            if isinstance(tensor, Tensor):  # AutoEP under tensor parallelism adds a description
+                _add_expert_tensor(contents, mp_rank, path, _checked_name(path, name), tensor)
+
+
+def _add_expert_tensor(contents: Contents, mp_rank: int, path: Path, name: str, tensor: Tensor) -> None:
+    if parse_expert_name(name) is None:
+        raise UnreadableFileError(
+            f"{path} holds {name}, which is no expert's; the file is not from DeepSpeed, or damaged"
+        )
+    shards = contents.experts.setdefault(name, {})
+    if mp_rank not in shards:
+        shards[mp_rank] = Shard(path, (name,), meta(tensor.shape, tensor.dtype))
+    elif not torch.equal(load_file(shards[mp_rank].path)[name], tensor):
+        raise UnreadableFileError(
+            f"{name} is in {shards[mp_rank].path.name} and in {path.name} of {path.parent} with different values; "
+            "remove the file that is not from this run"
+        )
 
 
 __all__ = [

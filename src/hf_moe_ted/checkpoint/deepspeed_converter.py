@@ -12,15 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..models.configuration_zcode_m3 import ZCodeM3Config
+from ..storage.output import check_output_dir
 from .config_file import config_errors
 from .conversion_report import ConversionReport
 from .conversion_rules import RuleSet
 from .deepspeed_reader import read_deepspeed_state_dict
-from .json_file import read_json_object
+from .json_file import parse_json_object, read_json_object
 from .lazy_tensors import LazyTensors, checked_weights
 from .m2m100 import m2m100_config_fields
 from .model_folder import copy_tokenizer_and_generation_config, parse_dtype, write_model_folder
-from .safetensors_io import check_output_dir
 
 _ROUTER = re.compile(r"model\.(encoder|decoder)\.layers\.(\d+)\.ffn\.router\.weight")
 # What DeepSpeed's gate does for k = 1, 2, and 3 or more (sharded_moe.py), in fields of the config
@@ -36,7 +36,7 @@ def convert_deepspeed_checkpoint(
     output_dir: str | os.PathLike[str],
     *,
     base_config: PreTrainedConfig | Mapping[str, Any] | str | os.PathLike[str],
-    config_overrides: Mapping[str, Any] | None = None,
+    config_overrides: Mapping[str, Any] | str | None = None,
     rules: str | os.PathLike[str] | RuleSet = "m2m100",
     weights: str = "model",
     dtype: torch.dtype | str | None = None,
@@ -59,7 +59,8 @@ def convert_deepspeed_checkpoint(
         output_dir: the new folder; it appears when everything is in it.
         base_config: of the dense model (`M2M100Config`) or a `ZCodeM3Config`: an object, a dict, or a folder with
             `config.json`.
-        config_overrides: fields of `ZCodeM3Config`, such as `{"num_experts_per_tok": 2, "capacity_factor": 1.25}`.
+        config_overrides: fields of `ZCodeM3Config`, such as `{"num_experts_per_tok": 2, "capacity_factor": 1.25}`, or
+            the same as JSON.
         rules: how the names of the checkpoint map to ours: `"m2m100"`, `"fairseq"`, `"zcode_m3"`, `"megatron"`, or a
             YAML file (docs/deepspeed.md).
         weights: `"model"` for the weights as the model computed with them, `"master"` for the float32 copies of the
@@ -81,9 +82,11 @@ def convert_deepspeed_checkpoint(
     start = time.perf_counter()
     checkpoint_dir, output_dir = Path(checkpoint_dir), Path(output_dir)
     dtype = parse_dtype(dtype)
-    check_output_dir(output_dir, overwrite=overwrite)
+    check_output_dir(output_dir, overwrite=overwrite, sources=[checkpoint_dir], also_read=[base_config, tokenizer])
     rule_set = RuleSet.load(rules)
     fields = _base_fields(base_config)
+    if isinstance(config_overrides, str):
+        config_overrides = parse_json_object(config_overrides, "config_overrides")
     if not isinstance(config_overrides or {}, Mapping):
         raise ValueError(f"config_overrides ({config_overrides!r}) must be a dict of fields of ZCodeM3Config")
     overrides = dict(config_overrides or {})
@@ -96,7 +99,9 @@ def convert_deepspeed_checkpoint(
     tensors = rule_set.apply(checked_weights(state), num_heads=fields.get("encoder_attention_heads"))
     if ignore_expert_output_bias:
         tensors = _without_expert_output_bias(tensors)
-    config, warnings = _config(fields, overrides, tensors)
+    origin = base_config if isinstance(base_config, (str, os.PathLike)) else type(base_config).__name__
+    with config_errors(f"base_config ({origin}) and config_overrides do not fit the checkpoint"):
+        config, warnings = _config(fields, overrides, tensors)
     return write_model_folder(
         tensors,
         config,
@@ -113,6 +118,7 @@ def convert_deepspeed_checkpoint(
 
 def _base_fields(base_config: PreTrainedConfig | Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Any]:
     """Fields of `ZCodeM3Config` from what the user gave. Raises a `ValueError` if it is no such config."""
+    path = None
     if isinstance(base_config, PreTrainedConfig):
         fields = base_config.to_dict()
     elif isinstance(base_config, Mapping):
@@ -128,10 +134,13 @@ def _base_fields(base_config: PreTrainedConfig | Mapping[str, Any] | str | os.Pa
         fields = read_json_object(path, "base_config")
     model_type = fields.get("model_type", ZCodeM3Config.model_type)
     if model_type == "m2m_100":
-        with config_errors("base_config"):
+        with config_errors(f"base_config ({path})" if path else "base_config"):
             return m2m100_config_fields(fields)
     if model_type != ZCodeM3Config.model_type:
-        raise ValueError(f"base_config has model_type {model_type!r}; it must be 'm2m_100' or 'zcode_m3'")
+        raise ValueError(
+            f"base_config has model_type {model_type!r}{f' in {path}' if path else ''}; it must be 'm2m_100' or "
+            "'zcode_m3'"
+        )
     return fields
 
 
@@ -150,11 +159,9 @@ def _config(fields: dict[str, Any], overrides: dict[str, Any], tensors: LazyTens
     if not isinstance(top_k, int) or isinstance(top_k, bool):
         raise ValueError(f"config_overrides: num_experts_per_tok ({top_k!r}) must be a number of experts")
     gate = _GATES[min(max(top_k, 1), len(_GATES)) - 1]
-    with config_errors("base_config and config_overrides do not fit the checkpoint"):
-        config = ZCodeM3Config(
-            **{**fields, **_sparse_fields(tensors), "num_experts_per_tok": top_k, **gate, **overrides}
-        )
-    return config, warnings
+    return ZCodeM3Config(
+        **{**fields, **_sparse_fields(tensors), "num_experts_per_tok": top_k, **gate, **overrides}
+    ), warnings
 
 
 def _sparse_fields(tensors: LazyTensors) -> dict[str, Any]:

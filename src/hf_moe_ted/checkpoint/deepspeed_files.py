@@ -2,18 +2,22 @@
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from .json_file import read_text
 from .lazy_tensors import MAX_MAPPED_BYTES, prefault
-from .torch_file import UnreadableFileError, check_checksums, load_torch_file
+from .torch_file import UnreadableFileError, check_checksums, load_torch_file, shorten
 
 MAX_MAPPED_FILES = 16
+MAX_RANKS = 2**17  # more than any cluster has
 
+_MAX_TAG_BYTES = 4096
 _MAIN = re.compile(r"mp_rank_(?P<mp>\d+)_model_states\.pt")
 # `layer_{L}_` is there since DeepSpeed 0.6; before, one file held an expert of every layer.
 _EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_(?P<mp>\d+)_model_states\.pt")
@@ -165,13 +169,15 @@ def find_files(checkpoint_dir: Path, tag: str | None) -> CheckpointFiles:
     """The files of a tag, by default the one that `latest` names.
 
     Raises:
-        ValueError: the folder, `latest` or the tag is missing, or there are two files for one rank.
+        ValueError: the folder, `latest` or the tag is missing, there are two files for one rank, or a rank is larger
+            than `MAX_RANKS`.
     """
     tag = _find_tag(checkpoint_dir, tag)
     folder = checkpoint_dir / tag
     paths = sorted(folder.iterdir(), key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
     files = CheckpointFiles(folder, tag, has_zero3=any(_ZERO3.fullmatch(path.name) for path in paths))
     for path in paths:
+        _check_ranks(path)
         if match := _EXPERT.fullmatch(path.name):
             files.experts.append((int(match["mp"]), path))
         elif match := _MAIN.fullmatch(path.name):
@@ -181,6 +187,13 @@ def find_files(checkpoint_dir: Path, tag: str | None) -> CheckpointFiles:
         elif match := _EXPERT_OPTIMIZER.fullmatch(path.name):
             _add(files.expert_optimizers, (int(match["mp"]), int(match["ep"])), path)
     return files
+
+
+def _check_ranks(path: Path) -> None:
+    for kind in (*_KINDS, _ZERO3):
+        match = kind.fullmatch(path.name)
+        if match and any(int(number) >= MAX_RANKS for number in match.groupdict().values()):
+            raise ValueError(f"{path} is of a rank of {MAX_RANKS:,} or more; remove the file, it is not from this run")
 
 
 def _add(paths: dict[Any, Path], rank: Any, path: Path) -> None:
@@ -202,7 +215,7 @@ def _find_tag(checkpoint_dir: Path, tag: str | None) -> str:
             if _has_weights(checkpoint_dir):
                 present = f"it is itself a tag: give {checkpoint_dir.parent} and tag={checkpoint_dir.name!r}"
             raise ValueError(f"checkpoint_dir ({checkpoint_dir}) has no file `latest`; give a tag ({present})")
-        tag = latest.read_text(encoding="utf-8", errors="replace").strip()
+        tag = read_text(latest, "latest", _MAX_TAG_BYTES).strip()
         if tag not in tags:
             raise ValueError(f"{latest} names the tag {tag!r}, but {checkpoint_dir} does not have it ({present})")
     if tag not in tags:
@@ -214,6 +227,27 @@ def _has_weights(folder: Path) -> bool:
     return any(folder.glob("*_model_states.pt")) or any(folder.glob("*_optim_states.pt"))
 
 
+@contextmanager
+def content_errors(path: Path, what: str) -> Iterator[None]:
+    """Whatever goes wrong while the content of a file is taken apart, as an error that names the file.
+
+    A damaged file can hold anything in any place, so that anything can go wrong.
+
+    Args:
+        path: the file.
+        what: what it should be.
+
+    Raises:
+        UnreadableFileError: always if the block fails.
+    """
+    try:
+        yield
+    except UnreadableFileError:
+        raise
+    except Exception as error:
+        raise UnreadableFileError(f"{path} is not {what} as DeepSpeed writes it: {shorten(repr(error))}") from error
+
+
 def list_names(names: Sequence[object], limit: int = 20) -> str:
     """Names for an error message, the first ones of many."""
     shown = ", ".join(map(str, names[:limit]))
@@ -222,8 +256,10 @@ def list_names(names: Sequence[object], limit: int = 20) -> str:
 
 __all__ = [
     "ALLOWED_CLASSES",
+    "MAX_RANKS",
     "CheckpointFiles",
     "FilePool",
+    "content_errors",
     "find_files",
     "list_names",
     "load_file",

@@ -6,20 +6,21 @@ https://github.com/deepspeedai/DeepSpeed/blob/master/deepspeed/runtime/engine.py
 """
 
 import os
-import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .conversion_rules import check_shard_rule
 from .deepspeed_checks import check_contents
 from .deepspeed_contents import Contents, meta, parse_expert_name, read_contents
-from .deepspeed_files import FilePool, find_files, list_names
+from .deepspeed_files import FilePool, find_files, list_names, load_file
 from .deepspeed_shards import Shards, open_shards
 from .lazy_tensors import LazyTensors
+from .patterns import Pattern
 
 TensorParallelRule = tuple[str, int | None]
 
@@ -68,21 +69,9 @@ def read_deepspeed_state_dict(
     return LazyTensors(merger.specs, merger.read, read_into=merger.read_into, where=merger.where)
 
 
-def _compile_rules(rules: Sequence[TensorParallelRule]) -> list[tuple[re.Pattern[str], int | None]]:
-    compiled = []
-    for rule in rules:
-        if not isinstance(rule, (tuple, list)) or len(rule) != 2 or not isinstance(rule[0], str):
-            raise ValueError(
-                f"tensor_parallel_rules has {rule!r}; give pairs of a regular expression and a dimension or None"
-            )
-        pattern, dim = rule
-        if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int)):
-            raise ValueError(f"tensor_parallel_rules has {rule!r}; the dimension must be an integer or None")
-        try:
-            compiled.append((re.compile(pattern), dim))
-        except re.error as error:
-            raise ValueError(f"tensor_parallel_rules has {rule!r}, which is no regular expression: {error}") from error
-    return compiled
+def _compile_rules(rules: Sequence[TensorParallelRule]) -> list[tuple[Pattern, int | None]]:
+    checked = [check_shard_rule(rule, "tensor_parallel_rules") for rule in rules]
+    return [(Pattern(pattern, "tensor_parallel_rules"), dim) for pattern, dim in checked]
 
 
 class _Merger:
@@ -97,7 +86,7 @@ class _Merger:
         ValueError: shards of one tensor do not fit together.
     """
 
-    def __init__(self, contents: Contents, shards: Shards, rules: list[tuple[re.Pattern[str], int | None]]):
+    def __init__(self, contents: Contents, shards: Shards, rules: list[tuple[Pattern, int | None]]):
         self._contents, self._shards, self._rules = contents, shards, rules
         self._stages: dict[str, list[list[int]]] = {}
         for name, by_rank in shards.specs.items():
@@ -159,7 +148,7 @@ class _Merger:
                 return True
         return False
 
-    def _rule(self, name: str) -> tuple[re.Pattern[str], int | None] | None:
+    def _rule(self, name: str) -> tuple[Pattern, int | None] | None:
         return next((rule for rule in self._rules if rule[0].search(name)), None)
 
     def _is_one_shape(self, name: str) -> bool:
@@ -176,7 +165,7 @@ class _Merger:
             shape = _concatenated_shape([part.shape for part in parts], rule[1])
             if shape is None:
                 raise ValueError(
-                    f"tensor_parallel_rules joins {name} along dimension {rule[1]} ({rule[0].pattern!r}), but its "
+                    f"tensor_parallel_rules joins {name} along dimension {rule[1]} ({rule[0].text!r}), but its "
                     f"shards have the shapes {[tuple(part.shape) for part in parts]}; correct the dimension or let the "
                     "regular expression leave it out"
                 )
@@ -236,7 +225,7 @@ class DeepSpeedLayout:
         num_tensors: tensors after merging.
         num_bytes: of the weights as stored, shards of all ranks.
         deepspeed_version: that wrote it; empty if it does not say.
-        has_masters: whether there are fp32 copies of the weights, or fp32 weights.
+        has_masters: whether the files of an optimizer are there, whose copies of the weights are fp32.
         problems: what is missing or does not fit.
     """
 
@@ -295,7 +284,6 @@ def inspect_deepspeed_checkpoint(checkpoint_dir: str | os.PathLike[str], *, tag:
     check_contents(contents)
     mains = list(contents.mains.values())
     shards = [shard for by_rank in contents.shards.values() for shard in by_rank.values()]
-    is_fp32 = bool(shards) and all(shard.spec.dtype == torch.float32 for shard in shards)
     data_parallel = max((main.data_parallel_size for main in mains), default=0) or None
     expert_parallel = _expert_parallel_size(contents)
     return DeepSpeedLayout(
@@ -312,9 +300,22 @@ def inspect_deepspeed_checkpoint(checkpoint_dir: str | os.PathLike[str], *, tag:
         num_tensors=len(contents.shards),
         num_bytes=sum(shard.spec.nbytes for shard in shards),
         deepspeed_version=next((main.deepspeed_version for main in mains), ""),
-        has_masters=bool(contents.files.zero) or is_fp32 or bool(contents.files.expert_optimizers),
+        has_masters=bool(contents.files.zero) or _has_optimizer(contents),
         problems=tuple(problem.text for problem in contents.problems),
     )
+
+
+def _has_optimizer(contents: Contents) -> bool:
+    """Whether a file `expp_rank` holds an optimizer's state: old versions write them empty, and an export none."""
+    for path in contents.files.expert_optimizers.values():
+        try:
+            content = load_file(path)
+        except ValueError as error:
+            contents.add(str(error))
+            return False
+        if isinstance(content, Mapping) and content.get("optimizer"):
+            return True
+    return False
 
 
 def _expert_parallel_size(contents: Contents) -> int | None:

@@ -12,11 +12,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..models.configuration_zcode_m3 import ZCodeM3Config
+from ..storage.output import check_output_dir, new_folder
+from ..storage.output_kinds import DEEPSPEED_EXPORT
 from .config_file import read_zcode_m3_config
 from .conversion_rules import RuleSet
 from .lazy_tensors import LazyTensors, check_rounded, checked_weights
-from .model_folder import meta_model, parse_dtype
-from .safetensors_io import check_output_dir, check_tensors, new_folder, open_pretrained_tensors
+from .model_folder import drop_tied_copies, meta_model, parse_dtype
+from .patterns import Pattern
+from .safetensors_io import check_tensors, open_pretrained_tensors
 
 TAG = "global_step0"
 
@@ -58,7 +61,7 @@ def export_deepspeed_checkpoint(
     """
     output_dir = Path(output_dir)
     dtype = parse_dtype(dtype)
-    check_output_dir(output_dir, overwrite=overwrite)
+    check_output_dir(output_dir, overwrite=overwrite, kind=DEEPSPEED_EXPORT, sources=[model_or_folder])
     rule_set = RuleSet.load(rules)
     config, ours = _with_tied_copies(model_or_folder)
     num_experts = [spec.shape[0] for name, spec in ours.specs.items() if name.endswith(".ffn.experts.up_proj")]
@@ -85,7 +88,7 @@ def export_deepspeed_checkpoint(
         "param_shapes": None,
         "shared_params": None,
     }
-    with new_folder(output_dir, overwrite=overwrite) as folder:
+    with new_folder(output_dir, overwrite=overwrite, kind=DEEPSPEED_EXPORT) as folder:
         _write_files(folder, theirs, _files(theirs), shard_dims, tensor_parallel_size, dtype, main)
         (folder / "latest").write_text(TAG)
     return output_dir
@@ -102,19 +105,20 @@ def _with_tied_copies(model_or_folder: PreTrainedModel | str | os.PathLike[str])
             lambda name, index: state[name][index].detach().cpu().clone(),
             where=lambda _: f"the model in memory ({type(model_or_folder).__name__})",
         )
-        tensors = checked_weights(tensors)
+        tensors, source = checked_weights(tensors), "the model"
     else:
         folder = Path(model_or_folder)
         config = read_zcode_m3_config(folder, "model_or_folder")
         if getattr(config, "quantization_config", None):
             raise ValueError(f"{folder} has a quantization_config; export the weights before they are quantized")
-        tensors = open_pretrained_tensors(folder)
+        tensors, source = open_pretrained_tensors(folder), str(folder)
     if not isinstance(config, ZCodeM3Config):
         raise ValueError(f"model_or_folder ({type(config).__name__}) must be a ZCodeM3 model")
     model = meta_model(config)
     tied: Mapping[str, str] = model.all_tied_weights_keys
-    originals = {name: name if name in tensors else tied.get(name, name) for name in model.state_dict()}
-    check_tensors(tensors.specs, {name: model.state_dict()[name] for name in set(originals.values())}, "the model")
+    tensors = drop_tied_copies(tensors, tied)
+    originals = {name: tied.get(name, name) for name in model.state_dict()}
+    check_tensors(tensors.specs, {name: model.state_dict()[name] for name in set(originals.values())}, source)
     return config, LazyTensors(
         {name: tensors.specs[original] for name, original in originals.items()},
         lambda name: tensors[originals[name]],
@@ -135,7 +139,7 @@ def _shard_dim(name: str, spec: Tensor, rules: RuleSet, size: int) -> int | None
     """The dimension in which tensor-parallel ranks share a tensor, `None` if each has all of it."""
     if size == 1:
         return None
-    dim = next((dim for pattern, dim in rules.tensor_parallel if re.search(pattern, name)), None)
+    dim = next((dim for text, dim in rules.tensor_parallel if Pattern(text, rules.name).search(name)), None)
     if dim is not None and spec.shape[dim] % size:
         raise ValueError(
             f"{name}: dimension {dim} of shape {tuple(spec.shape)} must be divisible by tensor_parallel_size ({size})"
@@ -177,7 +181,9 @@ def _write_files(
                 check_rounded(name, shard, shards[name])
             prefix = "" if file is None else f"layer_{file[0]}_expert_{file[1]}_"
             content = {**main, "module": shards} if file is None else shards
-            torch.save(content, folder / TAG / f"{prefix}mp_rank_{rank:02d}_model_states.pt")
+            # to a file of Python, whose errors say what is wrong; torch's own say "file write failed"
+            with (folder / TAG / f"{prefix}mp_rank_{rank:02d}_model_states.pt").open("wb") as file_object:
+                torch.save(content, file_object)
 
 
 __all__ = ["export_deepspeed_checkpoint"]

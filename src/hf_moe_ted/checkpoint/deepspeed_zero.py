@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .deepspeed_contents import Contents, Shard, parse_expert_name, replace_expert
-from .deepspeed_files import FilePool, list_names, load_file
+from .deepspeed_files import MAX_RANKS, FilePool, content_errors, list_names, load_file
+from .torch_file import UnreadableFileError, shorten
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -84,13 +85,15 @@ class _Partition:
 
 
 def _read_partition(path: Path) -> _Partition:
-    try:
-        state = load_file(path)["optimizer_state_dict"]
+    content = load_file(path)
+    with content_errors(path, "an optimizer file of ZeRO-1 or 2"):
+        state = content["optimizer_state_dict"]
         slices = state.get("param_slice_mappings")
         if slices is None:
-            raise ValueError(
-                f"{path} has no param_slice_mappings (DeepSpeed {state.get('ds_version', 'of an old version')}), so "
-                "which number belongs to which parameter cannot be known; use weights='model'"
+            version = shorten(str(state.get("ds_version", "of an old version")), 80)
+            raise UnreadableFileError(
+                f"{path} has no param_slice_mappings (DeepSpeed {version}), so which number belongs to which parameter "
+                "cannot be known; use weights='model'"
             )
         groups = state["base_optimizer_state"]["param_groups"]
         counts, masters = state["partition_count"], state["single_partition_of_fp32_groups"]
@@ -98,16 +101,31 @@ def _read_partition(path: Path) -> _Partition:
             path=path,
             expert_parallel_sizes=[_expert_parallel_size(path, group) for group in groups],
             partition_counts=[counts] * len(groups) if isinstance(counts, int) else [int(count) for count in counts],
-            slices=[{name: (int(s.start), int(s.numel)) for name, s in group.items()} for group in slices],
+            slices=[{str(name): (int(s.start), int(s.numel)) for name, s in group.items()} for group in slices],
         )
-        numels = [tensor.numel() for tensor in masters]
-    except (AttributeError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{path} is not an optimizer file of ZeRO-1 or 2 as DeepSpeed writes it: {error!r}") from error
-    lengths = {len(groups), len(partition.partition_counts), len(slices), len(numels)}
-    ends = [max((start + numel for start, numel in group.values()), default=0) for group in partition.slices]
-    if len(lengths) > 1 or any(end > numel for end, numel in zip(ends, numels, strict=True)):
-        raise ValueError(f"{path} has masters of other sizes than its param_slice_mappings says; the file is damaged")
+        numels = [_num_masters(tensor) for tensor in masters]
+        lengths = {len(groups), len(partition.partition_counts), len(slices), len(numels)}
+        if len(lengths) > 1 or any(map(_overlap_or_end, partition.slices, numels)):
+            raise UnreadableFileError(
+                f"{path} has masters of other sizes than its param_slice_mappings says; the file is damaged"
+            )
     return partition
+
+
+def _num_masters(tensor: Tensor) -> int:
+    if not tensor.is_floating_point():
+        raise ValueError(f"its masters are {tensor.dtype}")
+    return tensor.numel()
+
+
+def _overlap_or_end(slices: Mapping[str, tuple[int, int]], numel: int) -> bool:
+    """Whether slices of a flat tensor share numbers, or reach beyond it."""
+    end = 0
+    for start, length in sorted(slices.values()):
+        if start < end or length < 0:
+            return True
+        end = start + length
+    return end > numel
 
 
 def _expert_parallel_size(path: Path, group: Mapping[str, Any]) -> int:
@@ -115,7 +133,7 @@ def _expert_parallel_size(path: Path, group: Mapping[str, Any]) -> int:
         return 0
     match = _EXPERT_GROUP.search(str(group.get("name")))
     if match is None:
-        raise ValueError(
+        raise UnreadableFileError(
             f"{path} has a group of experts called {group.get('name')!r}, not ep_size_N, so their expert-parallel size "
             "cannot be known; use weights='model'"
         )
@@ -157,6 +175,11 @@ def _check_partitions(contents: Contents) -> None:
     num_replicas = max([main.data_parallel_size for main in contents.mains.values()], default=0)
     num_replicas = num_replicas or 1 + max(dp_rank for _, dp_rank in files.zero)
     mp_ranks = contents.tensor_parallel_size * contents.pipeline_parallel_size
+    if mp_ranks * num_replicas > MAX_RANKS:
+        raise ValueError(
+            f"{files.folder} was written by {num_replicas} data-parallel and {mp_ranks} model-parallel ranks, it says, "
+            "which are more than any cluster has; the main files are damaged"
+        )
     expected = {(mp_rank, dp_rank) for mp_rank in range(mp_ranks) for dp_rank in range(num_replicas)}
     missing = [f"zero_pp_rank_{dp}_mp_rank_{mp:02d}_optim_states.pt" for mp, dp in sorted(expected - files.zero.keys())]
     if missing:
@@ -261,14 +284,12 @@ def _read_unnamed_groups(path: Path) -> tuple[tuple[str, ...], list[list[int]], 
     state = state if isinstance(state, Mapping) else {}
     key = next((key for key in ("fp32_groups", "fp32_groups_flat") if state.get(key)), None)
     if key is None:
-        raise ValueError(f"{path} has no fp32 masters (fp32_groups or fp32_groups_flat); use weights='model'")
-    try:
+        raise UnreadableFileError(f"{path} has no fp32 masters (fp32_groups or fp32_groups_flat); use weights='model'")
+    with content_errors(path, "an optimizer file"):
         is_flat = key == "fp32_groups_flat"
         groups = [[group] if is_flat else list(group) for group in state[key]]
-        numels = [[int(tensor.numel()) for tensor in group] for group in groups]
+        numels = [[_num_masters(tensor) for tensor in group] for group in groups]
         sizes = [_expert_parallel_size(path, group) for group in state["optimizer_state_dict"]["param_groups"]]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not an optimizer file as DeepSpeed writes it: {error!r}") from error
     if len(sizes) != len(numels):
         raise ValueError(f"{path} has {len(numels)} groups of masters for {len(sizes)} groups of parameters")
     return ("optimizer", key), numels, is_flat, sizes

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from ..models.configuration_zcode_m3 import ZCodeM3Config
+from ..storage.output import check_output_dir
 from .config_file import zcode_m3_config
 from .conversion_report import ConversionReport
 from .json_file import read_json_object
@@ -24,7 +25,6 @@ from .model_folder import (
     write_model_folder,
 )
 from .named_seed import named_seed
-from .safetensors_io import check_output_dir
 
 
 def initialize_checkpoint(
@@ -68,7 +68,7 @@ def initialize_checkpoint(
     parsed_dtype = parse_dtype(dtype)
     if parsed_dtype is None:
         raise ValueError("dtype (None) must be that of the weights, such as float32 or bfloat16")
-    check_output_dir(output_dir, overwrite=overwrite)
+    check_output_dir(output_dir, overwrite=overwrite, also_read=[config, tokenizer])
     source, parsed_config = _read_config(config)
     return write_model_folder(
         _random_tensors(parsed_config, seed, parsed_dtype),

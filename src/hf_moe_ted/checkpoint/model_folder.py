@@ -11,11 +11,12 @@ from transformers import GenerationConfig
 
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
+from ..storage.output import new_folder
 from .config_file import config_errors
 from .conversion_report import ConversionReport
 from .json_file import read_json_object
 from .lazy_tensors import LazyTensors
-from .safetensors_io import check_tensors, new_folder, write_pretrained_tensors
+from .safetensors_io import check_tensors, write_pretrained_tensors
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -103,7 +104,7 @@ def write_model_folder(
         start: `time.perf_counter()` at the beginning.
         dtype: of floating-point tensors, as they are by default.
         max_shard_size: of a weight file, bytes or a string such as `"5GB"`.
-        overwrite: whether to replace an `output_dir` that is not empty.
+        overwrite: whether to replace an `output_dir` that is not empty and an earlier model of this package.
         save_others: called with the folder, to put a tokenizer or a generation config there.
         warnings: for the report.
 

@@ -10,12 +10,13 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.nllb_moe import MODEL_TYPE, config_fields, weight_conversions
+from ..storage.output import check_output_dir
 from .config_file import config_errors, config_path
 from .conversion_report import ConversionReport
 from .json_file import read_json_object
 from .lazy_tensors import LazyTensors
 from .model_folder import copy_tokenizer_and_generation_config, parse_dtype, write_model_folder
-from .safetensors_io import check_output_dir, open_pretrained_tensors
+from .safetensors_io import open_pretrained_tensors
 
 
 def convert_nllb_moe_checkpoint(
@@ -48,7 +49,7 @@ def convert_nllb_moe_checkpoint(
     start = time.perf_counter()
     source, output_dir = Path(source), Path(output_dir)
     dtype = parse_dtype(dtype)
-    check_output_dir(output_dir, overwrite=overwrite)
+    check_output_dir(output_dir, overwrite=overwrite, sources=[source])
     config = _read_config(source)
     return write_model_folder(
         _renamed(open_pretrained_tensors(source)),

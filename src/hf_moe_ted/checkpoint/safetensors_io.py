@@ -1,11 +1,7 @@
 """Folders of `from_pretrained`: their tensors, read lazily, and new ones, written shard by shard."""
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 
 import torch
@@ -114,75 +110,6 @@ def write_pretrained_tensors(
         paths.append(folder / SAFE_WEIGHTS_INDEX_NAME)
         paths[-1].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return paths
-
-
-def check_output_dir(output_dir: Path, *, overwrite: bool = False) -> None:
-    """Raise if `output_dir` cannot become a new folder.
-
-    Raises:
-        ValueError: it is a file, or a folder with something in it and not `overwrite`.
-    """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"output_dir ({output_dir}) is a file; choose a folder")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
-        raise ValueError(f"output_dir ({output_dir}) is not empty; choose another one or overwrite it (--overwrite)")
-
-
-@contextmanager
-def new_folder(output_dir: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `output_dir` that takes its place if the block ends without an error.
-
-    Everything is flushed to disk before it is renamed, and on an error the temporary folder is removed, so there is
-    never an `output_dir` with a part of the files. See [`take_place`] for what a killed process leaves of a folder that
-    it was to replace.
-
-    Raises:
-        ValueError: as `check_output_dir`, or the folder above cannot be written to.
-    """
-    check_output_dir(output_dir, overwrite=overwrite)
-    try:
-        output_dir.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.incomplete-", dir=output_dir.parent))
-    except OSError as error:
-        raise ValueError(f"output_dir ({output_dir}) cannot be created: {error}") from error
-    try:
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())  # mkdtemp lets only the owner in
-            _flush(path)
-        take_place(temporary, output_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def take_place(complete: Path, folder: Path) -> None:
-    """Rename a folder to the name of another one beside it, which is removed if it is there.
-
-    If a process is killed, `folder` is what it was or will be; only between the two renames that replace it is it aside
-    as `.{name}.previous`.
-    """
-    previous = folder.with_name(f".{folder.name}.previous")
-    if folder.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        folder.rename(previous)
-    complete.rename(folder)
-    _flush(folder.parent)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
-def _flush(path: Path) -> None:
-    """Make the system write a file, or the list of files of a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_tensors(specs: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:

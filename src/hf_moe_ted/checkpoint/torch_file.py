@@ -20,6 +20,7 @@ from torch import Tensor
 MAX_PICKLE_BYTES = 256 * 2**20
 MAX_PICKLE_OPERATIONS = 5_000_000  # a tensor takes about 40
 MAX_NESTING = 64
+MAX_EMPTY_SIZE = 2**24  # a dimension of a tensor without numbers, which no file bounds
 
 _CHUNK_BYTES = 2**22
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -187,6 +188,8 @@ def _check_tensor(path: Path, tensor: Tensor, num_bytes: int) -> None:
     kind = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
         raise UnreadableFileError(f"{path} holds a tensor ({kind}) that is not a plain, dense one; save it as one")
+    if not tensor.numel() and max(tensor.shape) > MAX_EMPTY_SIZE:
+        raise UnreadableFileError(f"{path} holds a tensor ({kind}) without numbers; it is damaged")
     if not tensor.nbytes <= tensor.untyped_storage().nbytes() <= num_bytes:
         raise UnreadableFileError(
             f"{path} holds a tensor ({kind}) of {tensor.nbytes:,} bytes, but not so many numbers; it is damaged, or "

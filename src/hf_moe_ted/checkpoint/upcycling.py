@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 from ..models.configuration_zcode_m3 import Side, ZCodeM3Config
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
+from ..storage.output import check_output_dir
 from .config_file import config_errors, config_path
 from .conversion_report import ConversionReport
 from .json_file import read_json_object
@@ -28,7 +29,7 @@ from .model_folder import (
     write_model_folder,
 )
 from .named_seed import named_seed
-from .safetensors_io import check_output_dir, check_tensors, open_pretrained_tensors
+from .safetensors_io import check_tensors, open_pretrained_tensors
 
 _SIDES: tuple[Side, ...] = ("encoder", "decoder")
 _ARGUMENTS = ("num_experts", "encoder_sparse_step", "decoder_sparse_step")
@@ -119,7 +120,7 @@ def upcycle_dense_checkpoint(
     start = time.perf_counter()
     source, output_dir = Path(source), Path(output_dir)
     dtype = parse_dtype(dtype)
-    check_output_dir(output_dir, overwrite=overwrite)
+    check_output_dir(output_dir, overwrite=overwrite, sources=[source])
     if not 0 <= noise_std < math.inf:
         raise ValueError(f"noise_std ({noise_std}) must be a finite number that is not negative; 0 for equal experts")
     if not isinstance(config_overrides or {}, Mapping):

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..checkpoint.lazy_tensors import LazyTensors
 from ..checkpoint.model_folder import TOKENIZER_FILES, meta_model
-from ..checkpoint.safetensors_io import check_output_dir
 from ..models.configuration_zcode_m3 import ZCodeM3Config
+from ..storage.output import check_output_dir
 from .compression_report import AggregationReport, num_bytes, num_parameters
 from .expert_statistics import SIDES, moe_layers
 from .model_card import derived_card
@@ -74,9 +74,9 @@ def aggregate_experts(
             differences being named; no MoE layer; `output_dir` is not empty.
     """
     output_dir = Path(output_dir)
-    check_output_dir(output_dir, overwrite=overwrite)
     if isinstance(checkpoints, str | os.PathLike) or len(checkpoints) < 2:
         raise ValueError(f"checkpoints ({checkpoints!r}) must be a list of at least two folders")
+    check_output_dir(output_dir, overwrite=overwrite, sources=checkpoints)
     folders = [Path(checkpoint) for checkpoint in checkpoints]
     sources = [ModelSource.open(folder) for folder in folders]
     problems = [p for other in sources[1:] for p in _differences(sources[0], other)]

@@ -17,8 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..checkpoint.safetensors_io import new_folder
 from ..models.configuration_zcode_m3 import Side, ZCodeM3Config
+from ..storage.output import check_output_dir, new_folder
+from ..storage.output_kinds import EXPERT_STATISTICS
 from .statistics_checks import COUNTS, check_fingerprint, check_layers, check_pairs
 
 LanguagePair = tuple[str, str]
@@ -179,22 +180,31 @@ class ExpertStatistics:
         layers = {layer: LayerStatistics(**{name: add(layer, name) for name in names}) for layer in self.layers}
         return ExpertStatistics(self.fingerprint, pairs, tuple(num_sentences), layers)
 
+    @staticmethod
+    def check_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """
+        Raises:
+            ValueError: `save` would not write there: it is a file, or not empty and not `overwrite`, or has something
+                else in it than expert statistics.
+        """
+        check_output_dir(folder, overwrite=overwrite, kind=EXPERT_STATISTICS)
+
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write `expert_statistics.safetensors` and `expert_statistics.json` to a new folder, both or none.
 
         Args:
             folder: appears when everything is in it.
-            overwrite: whether to replace a folder that is not empty.
+            overwrite: whether to replace a folder that is not empty, but for earlier statistics.
 
         Raises:
-            ValueError: `folder` is a file, or not empty.
+            ValueError: see `check_folder`.
         """
         tensors = {
             f"{layer}.{name}": tensor.contiguous()
             for layer, statistics in self.layers.items()
             for name, tensor in vars(statistics).items()
         }
-        with new_folder(Path(folder), overwrite=overwrite) as temporary:
+        with new_folder(folder, overwrite=overwrite, kind=EXPERT_STATISTICS) as temporary:
             save_file(tensors, temporary / TENSORS_NAME)
             metadata = {
                 "format": FORMAT,

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..checkpoint.lazy_tensors import LazyTensors, check_all
-from ..checkpoint.safetensors_io import check_output_dir
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
+from ..storage.output import check_output_dir
 from .compression_report import MergingReport, num_bytes, num_parameters
 from .expert_groups import ExpertGroups, assigned_to, clustered, neuron_order
 from .expert_statistics import ExpertStatistics, LanguagePair, moe_layers
@@ -109,7 +109,7 @@ def merge_experts(
         raise ValueError(f"min_experts ({min_experts}) must be at least 1")
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
-        check_output_dir(folder, overwrite=overwrite)
+        check_output_dir(folder, overwrite=overwrite, sources=[model_or_folder])
     source = ModelSource.open(model_or_folder)
     if folder is None and source.model is None:
         raise ValueError(f"output_dir is required to merge the experts of a folder ({source.path})")

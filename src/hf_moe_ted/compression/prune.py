@@ -13,12 +13,12 @@ from transformers import AutoTokenizer
 
 from ..checkpoint.lazy_tensors import LazyTensors, check_all
 from ..checkpoint.model_folder import meta_model
-from ..checkpoint.safetensors_io import check_output_dir
 from ..checkpoint.upcycling import DENSE_OF_STACKED
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.language_codes import language_ids, resolve_language
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..models.moe_layer import ZCodeM3DenseFFN, ZCodeM3MoELayer
+from ..storage.output import check_output_dir
 from .compression_report import PruningReport, num_bytes, num_parameters
 from .expert_statistics import SIDES, ExpertStatistics, LanguagePair, moe_layers, side_of
 from .importance import (
@@ -129,7 +129,7 @@ def prune_experts(
     """
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
-        check_output_dir(folder, overwrite=overwrite)
+        check_output_dir(folder, overwrite=overwrite, sources=[model_or_folder])
     source = ModelSource.open(model_or_folder)
     if folder is None and source.model is None:
         raise ValueError(f"output_dir is required to prune a folder ({source.path})")

@@ -14,9 +14,9 @@ from ..checkpoint.config_file import config_path
 from ..checkpoint.json_file import read_json_object
 from ..checkpoint.lazy_tensors import check_all, check_weight
 from ..checkpoint.model_folder import copy_tokenizer_and_generation_config
-from ..checkpoint.safetensors_io import check_output_dir, new_folder
 from ..models.experts import ZCodeM3Experts
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
+from ..storage.output import check_output_dir, new_folder
 from .compression_report import QuantizationReport, num_bytes, num_parameters
 from .model_card import derived_card
 from .model_source import ModelSource
@@ -71,7 +71,7 @@ def quantize_experts(
     """
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
-        check_output_dir(folder, overwrite=overwrite)
+        check_output_dir(folder, overwrite=overwrite, sources=[model_or_folder])
     model, source = _open(model_or_folder)
     card = derived_card([model.name_or_path or str(source)], relation="quantized")
     if bits == 4 and group_size is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from .atomic_file import write_atomically
+from ..storage.output import files_into
 from .compression_report import REPORT_NAME, AggregationReport, CompressionReport, FewerExpertsReport, report_from_dict
 from .expert_statistics import ExpertStatistics
 from .markdown_report import PICTURE_FOLDER, REPORT_MARKDOWN, ReportContents, card_section, full_report
@@ -31,7 +31,7 @@ def save_report(
 
     def save(folder: Path) -> None:
         (folder / CARD_NAME).write_text(str(card), encoding="utf-8")
-        _write(folder, report, {}, {}, statistics)
+        _write(folder, folder, report, {}, {}, statistics)
 
     return save
 
@@ -82,7 +82,9 @@ def write_compression_report(
     _check_qualities(qualities)
     if statistics is not None:
         _check_statistics(report, statistics)
-    _write(folder, report, {label: qualities[label] for label in given if label in qualities}, nearest, statistics)
+    qualities = {label: qualities[label] for label in given if label in qualities}
+    with files_into(folder) as staged:
+        _write(staged, folder, report, qualities, nearest, statistics)
     return folder / REPORT_MARKDOWN
 
 
@@ -122,28 +124,35 @@ def _check_statistics(report: CompressionReport, statistics: ExpertStatistics) -
 
 
 def _write(
+    staged: Path,
     folder: Path,
     report: CompressionReport,
     qualities: Mapping[str, TranslationQuality],
     nearest: Mapping[str, Mapping[str, tuple[str, float]]],
     statistics: ExpertStatistics | None,
 ) -> None:
+    """Write the files of a report into `staged`, for `folder`, whose card and pictures they go on with."""
     if statistics is not None:
         nearest = nearest_languages(statistics)
     fields = report.to_dict() | {
         "quality": {label: quality.to_dict() for label, quality in qualities.items()},
         "nearest_languages": nearest,
     }
-    pictures = folder / PICTURE_FOLDER
-    for name, content in draw_pictures(report, qualities, statistics).items():
-        write_atomically(pictures / name, content)
-    there = [name for name in PICTURES if (pictures / name).is_file()]
+    pictures = draw_pictures(report, qualities, statistics)
+    for name, content in pictures.items():
+        (staged / PICTURE_FOLDER).mkdir(exist_ok=True)
+        (staged / PICTURE_FOLDER / name).write_bytes(content)
+    there = [name for name in PICTURES if name in pictures or (folder / PICTURE_FOLDER / name).is_file()]
     contents = ReportContents(report, qualities, nearest, there)
-    write_atomically(folder / REPORT_NAME, json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
-    write_atomically(folder / REPORT_MARKDOWN, full_report(contents))
     card = folder / CARD_NAME
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    write_atomically(card, with_section(text, card_section(contents)))
+    texts = {
+        REPORT_NAME: json.dumps(fields, indent=1, ensure_ascii=False) + "\n",
+        REPORT_MARKDOWN: full_report(contents),
+        CARD_NAME: with_section(text, card_section(contents)),
+    }
+    for name, content_of_file in texts.items():
+        (staged / name).write_bytes(content_of_file.encode("utf-8"))
 
 
 __all__ = ["save_report", "write_compression_report"]

@@ -2,8 +2,8 @@
 
 import hashlib
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..metrics.language_detection import detector_code
+from ..models.language_codes import find_language, language_ids, resolve_language
 from .compression_report import num_bytes
 from .expert_statistics import LanguagePair
-from .parallel_text import Sentence, buckets, check_languages, languages_restored, progress_over, read_sentences
+from .parallel_text import Sentence, check_languages, languages_restored, progress_over, read_sentences
 from .statistics_collection import evaluation_mode
 from .translation_quality import DirectionQuality, TranslationQuality
 from .translation_scores import score_translations
@@ -39,16 +40,18 @@ def evaluate_translation(
     BLEU and chrF are sacreBLEU's. The length ratio shows what they hide: models whose experts were pruned tend to run
     on, as NLLB-MoE into English, by 16 % (the outputs released with https://huggingface.co/papers/2212.09811).
 
-    A batch holds sentences of one direction and of similar length. The dataset is streamed: sentences wait until there
-    are some batches of a direction; texts and translations stay in memory to the end. On a GPU the first batch runs
-    twice, so that what happens only once does not count as time.
+    All rows are read before the first is translated, so that what is wrong with one of them is known in time; texts
+    and translations stay in memory to the end. A batch holds sentences of one direction and of similar length. The
+    translation of a blank source is empty, as in [`ZCodeM3TranslationPipeline`]. On a GPU the first batch runs twice,
+    so that what happens only once does not count as time.
 
     Args:
         model: an encoder-decoder with `generate`; it translates as in evaluation and is left in the mode it was in.
         tokenizer: its tokenizer, a [`ZCodeM3Tokenizer`] or one for translation of transformers (`NllbTokenizer`).
         dataset: rows with the strings `source`, `target`, `src_lang` and `tgt_lang`, or the translation rows of
             *datasets*, `{"translation": {"en": "...", "de": "..."}}`, which count for every ordered pair of their
-            languages. Sources longer than the model takes are truncated.
+            languages. Sources longer than the model takes are truncated. Languages are codes in any form that means
+            one of the tokenizer's (`zh-CN` for `zh`); the directions of the result have the tokenizer's.
         languages: skip sentences whose source or target language is none of these; by default there are none to skip.
         max_sentences: as many of each direction, the first ones; by default all.
         batch_size: sentences per batch.
@@ -69,7 +72,8 @@ def evaluate_translation(
         raise ValueError(f"languages ({languages!r}) must be a list of codes, such as ['en', 'de']")
     detector_code("en")  # what is missing should be known before hours of translating
     translator = _Translator(model, tokenizer, batch_size, num_beams, max_new_tokens)
-    corpora: defaultdict[LanguagePair, _Corpus] = defaultdict(_Corpus)
+    if languages is not None:
+        languages = [resolve_language(code, translator.languages, name="languages") for code in languages]
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
@@ -78,10 +82,14 @@ def evaluate_translation(
         languages_restored(tokenizer),
         progress_over(dataset, description) as progress,
     ):
-        sentences = _first_ones(read_sentences(dataset, languages, progress), max_sentences, progress)
-        for pair, bucket in buckets(sentences, batch_size * BATCHES_PER_BUCKET):
-            corpora[pair].add(bucket, translator.translate(pair, [sentence.source for sentence in bucket], progress))
-    check_languages(corpora, languages)
+        sentences = _read(dataset, translator.languages, languages, max_sentences, progress)
+        check_languages(sentences, languages)
+        corpora = {pair: _Corpus() for pair in sentences}
+        for pair, of_pair in sentences.items():
+            for start in range(0, len(of_pair), batch_size * BATCHES_PER_BUCKET):
+                bucket = of_pair[start : start + batch_size * BATCHES_PER_BUCKET]
+                translations = translator.translate(pair, [sentence.source for sentence in bucket], progress)
+                corpora[pair].add(bucket, translations)
     return TranslationQuality(
         model=model.name_or_path or type(model).__name__,
         directions={pair: corpus.quality(pair, translator.languages) for pair, corpus in sorted(corpora.items())},
@@ -93,19 +101,43 @@ def evaluate_translation(
     )
 
 
-def _first_ones(
-    sentences: Iterable[tuple[LanguagePair, Sentence]], max_sentences: int | None, progress: Any
-) -> Iterator[tuple[LanguagePair, Sentence]]:
-    """The first `max_sentences` of each pair, which have references; the others are done."""
-    num_taken: Counter[LanguagePair] = Counter()
-    for pair, sentence in sentences:
-        if max_sentences is not None and num_taken[pair] >= max_sentences:
+def _read(
+    dataset: Any, known: list[str], languages: Sequence[str] | None, max_sentences: int | None, progress: Any
+) -> dict[LanguagePair, list[Sentence]]:
+    """The sentences of each direction.
+
+    Args:
+        dataset: see `evaluate_translation`.
+        known: the languages of the tokenizer.
+        languages: those of `known` that sentences must be in.
+        max_sentences: of each direction, the first ones; the others are done.
+        progress: bar over the sentences.
+
+    Raises:
+        ValueError: a row is of another form, has an unknown language or no reference.
+    """
+    sentences: defaultdict[LanguagePair, list[Sentence]] = defaultdict(list)
+    meant: dict[str, str | None] = {}
+    unknown = set()
+    for codes, sentence in read_sentences(dataset, None, progress):
+        for code in codes:
+            if code not in meant:
+                meant[code] = find_language(code, known)
+        source, target = (meant[code] for code in codes)
+        is_wanted = languages is None or (source in languages and target in languages)
+        if is_wanted and (source is None or target is None):
+            unknown |= {code for code in codes if meant[code] is None}
+        elif not is_wanted or len(sentences[source, target]) == max_sentences:  # type: ignore[index]
             progress.update(1)
-            continue
-        if not sentence.target.strip():
-            raise ValueError(f"a sentence from {pair[0]} to {pair[1]} has an empty target: {sentence.source[:100]!r}")
-        num_taken[pair] += 1
-        yield pair, sentence
+        elif not sentence.target.strip():
+            raise ValueError(f"a sentence from {source} to {target} has an empty target: {sentence.source[:100]!r}")
+        else:
+            sentences[source, target].append(sentence)  # type: ignore[index]
+    if unknown:
+        raise ValueError(
+            f"the tokenizer does not know the languages {', '.join(sorted(unknown))}; it knows {', '.join(known)}"
+        )
+    return {pair: of_pair for pair, of_pair in sentences.items() if of_pair}
 
 
 @dataclass
@@ -126,20 +158,25 @@ class _Translator:
         self._model, self._tokenizer, self._batch_size = model, tokenizer, batch_size
         num_positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
         self._max_source_tokens = min(num_positions, tokenizer.model_max_length)
-        self._generation = {"num_beams": num_beams, "max_new_tokens": min(max_new_tokens, num_positions)}
+        # one translation of a source, as a tensor, whatever the generation config of the model says
+        self._generation = {
+            "num_beams": num_beams,
+            "max_new_tokens": min(max_new_tokens, num_positions),
+            "num_return_sequences": 1,
+            "do_sample": False,
+            "return_dict_in_generate": False,
+        }
         self._is_warm = model.device.type != "cuda"
-        # as the tokenizers of ZCodeM3 and M2M100 have them, and that of NLLB
-        self.languages: list[str] = list(getattr(tokenizer, "lang_code_to_id", None) or tokenizer.extra_special_tokens)
+        self.languages = list(language_ids(tokenizer))
 
     def translate(self, pair: LanguagePair, sources: Sequence[str], progress: Any) -> _Translations:
-        if unknown := sorted({*pair} - {*self.languages}):
-            raise ValueError(
-                f"the tokenizer does not know the languages {', '.join(unknown)}; it knows {', '.join(self.languages)}"
-            )
+        """The translations in the order of the sources; that of a blank one is empty."""
+        not_blank = [index for index, source in enumerate(sources) if source.strip()]
+        progress.update(len(sources) - len(not_blank))
         # the longest first, so that what does not fit in memory fails at once
-        order = sorted(range(len(sources)), key=lambda index: len(sources[index]), reverse=True)
+        order = sorted(not_blank, key=lambda index: len(sources[index]), reverse=True)
         batches = [order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size)]
-        if not self._is_warm:
+        if batches and not self._is_warm:
             self._translate_batch(pair, [sources[index] for index in batches[0]])
             self._is_warm = True
         translations = _Translations([""] * len(sources), num_cut=0, seconds=0.0)
@@ -165,7 +202,7 @@ class _Translator:
             truncation=True,
             max_length=self._max_source_tokens,
         )
-        output_BL: Tensor = self._model.generate(**inputs.to(self._model.device), **self._generation, do_sample=False)
+        output_BL: Tensor = self._model.generate(**inputs.to(self._model.device), **self._generation)
         end = torch.as_tensor(self._model.generation_config.eos_token_id, device=output_BL.device)
         has_ended_B = torch.isin(output_BL[:, 1:], end).any(dim=1)  # the first token is often the end token, too
         return self._tokenizer.batch_decode(output_BL, skip_special_tokens=True), int((~has_ended_B).sum())

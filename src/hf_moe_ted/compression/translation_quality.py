@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from .atomic_file import write_atomically
+from ..storage.output import check_output_file, write_file
 from .expert_statistics import LanguagePair
 from .translation_scores import TranslationScores
 
@@ -74,8 +74,9 @@ class TranslationQuality:
 
     @property
     def sentences_per_s(self) -> float:
-        """Over all directions, from text to text."""
-        return self.num_sentences / sum(direction.seconds for direction in self.directions.values())
+        """Over all directions, from text to text; 0 if there was nothing but blank sources to translate."""
+        seconds = sum(direction.seconds for direction in self.directions.values())
+        return self.num_sentences / seconds if seconds else 0.0
 
     def groups(self) -> dict[str, list[LanguagePair]]:
         """All directions, and if one language is in all of them, those from it and those into it."""
@@ -135,13 +136,10 @@ class TranslationQuality:
     def check_path(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """
         Raises:
-            ValueError: `save` would not write there: it is a folder, or a file and not `overwrite`.
+            ValueError: `save` would not write there: it is a folder or a link, a file and not `overwrite`, or one that
+                `save` has not written.
         """
-        path = Path(path)
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder; name a file in it")
-        if path.exists() and not overwrite:
-            raise ValueError(f"{path} exists; choose another name or overwrite it (--overwrite)")
+        check_output_file(path, overwrite=overwrite, marker=f'"format": "{FORMAT}"'.encode())
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write it as one JSON file, which appears when it is complete.
@@ -151,7 +149,7 @@ class TranslationQuality:
         """
         self.check_path(path, overwrite=overwrite)
         fields = {"format": FORMAT, "format_version": FORMAT_VERSION, **self.to_dict()}
-        write_atomically(Path(path), json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
+        write_file(path, json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TranslationQuality":

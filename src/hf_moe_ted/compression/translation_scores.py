@@ -7,14 +7,7 @@ from typing import Any
 
 from ..metrics import metric_path
 from ..metrics.language_detection import detector_code
-
-# tokenizers of sacreBLEU for languages that are written without spaces between words, by ISO 639; others: 13a
-_BLEU_TOKENIZER = {
-    **dict.fromkeys(("zh", "zho", "yue"), "zh"),
-    **dict.fromkeys(
-        ("ja", "jpn", "th", "tha", "km", "khm", "lo", "lao", "my", "mya", "bo", "bod", "dz", "dzo"), "char"
-    ),
-}
+from ..models.language_codes import parse_language, sacrebleu_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +48,21 @@ def score_translations(
 
     Args:
         sources, translations, references: one of each per sentence, references not empty.
-        tgt_lang: the language they should be in, a code of ISO 639-1 or of NLLB.
+        tgt_lang: the language they should be in: a code of ISO 639 or NLLB in any form (`"zh"`, `"zh-CN"`, `"ZH"`,
+            `"zho_Hans"`), or a name of `languages`. It chooses sacreBLEU's tokenizer.
         languages: all that the model can answer in; those that py3langid knows are what it chooses from. By default it
             chooses from all that it knows, with more errors.
 
     Raises:
-        ValueError: no sentences, different numbers of them, or an empty reference; py3langid is not installed.
+        ValueError: no sentences, different numbers of them, or an empty reference; a `tgt_lang` that is no known
+            language and none of `languages`; py3langid is not installed.
     """
+    languages = None if languages is None else list(languages)
+    bleu_tokenizer = _bleu_tokenizer(tgt_lang, languages or ())
 
     def compute(name: str, predictions: Sequence[str], **options: Any) -> Any:
         return _metric(name).compute(predictions=predictions, references=references, **options)
 
-    bleu_tokenizer = _BLEU_TOKENIZER.get(tgt_lang.split("_")[0], "13a")
     off_target: dict[str, float] = {}
     if detector_code(tgt_lang) is not None:
         candidates = None
@@ -83,6 +79,16 @@ def score_translations(
         off_target=off_target.get("off_target_share"),
         reference_off_target=off_target.get("reference_off_target_share"),
     )
+
+
+def _bleu_tokenizer(tgt_lang: str, languages: Iterable[str]) -> str:
+    """That of the language; a language with a name of one's own is taken for one with spaces between words."""
+    if tgt_lang in languages:
+        try:
+            parse_language(tgt_lang)
+        except ValueError:
+            return "13a"
+    return sacrebleu_tokenizer(tgt_lang)
 
 
 @cache

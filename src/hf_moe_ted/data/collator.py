@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from transformers import BatchEncoding, DataCollatorForSeq2Seq
 
+from ..models.language_codes import language_ids, resolve_language
 from .denoising import DenoisingNoise
 from .multitask_rows import DENOISING, TRANSLATION, Example, examples_of_row
 
@@ -25,7 +26,8 @@ class _Affixes(NamedTuple):
 class DataCollatorForMultitaskSeq2Seq:
     """Encodes, noises and pads the examples of a [`MultitaskDataset`], or rows of the form that it takes.
 
-    Source and target get the tags of their languages where the tokenizer puts them (`src_lang`, `tgt_lang`). The source
+    Source and target get the tags of their languages where the tokenizer puts them (`src_lang`, `tgt_lang`); codes are
+    in any form that means one of its languages (`zh-CN` for `zh`). The source
     of denoising is the text with noise, cut to as many tokens as without, and the target is the text. Texts
     of more than `max_length` tokens are truncated, tags and the end of the sequence stay.
 
@@ -62,6 +64,7 @@ class DataCollatorForMultitaskSeq2Seq:
             raise ValueError(f"{type(self.tokenizer).__name__} has no src_lang and tgt_lang: it knows no language tags")
         self.max_length = self._checked_max_length()
         self._affixes: dict[tuple[str, bool], _Affixes] = {}
+        language_ids(self.tokenizer)  # raises what is wrong with it
         self._padding = DataCollatorForSeq2Seq(
             self.tokenizer,
             model=self.model,
@@ -177,6 +180,7 @@ class DataCollatorForMultitaskSeq2Seq:
 def _find_affixes(tokenizer: Any, lang: str, is_target: bool) -> _Affixes:
     """What the tokenizer puts around a source in a language, or around a target."""
     probe = "a"
+    lang = resolve_language(lang, language_ids(tokenizer), owner="this tokenizer")
     bare = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
     languages = tokenizer.src_lang, tokenizer.tgt_lang
     try:

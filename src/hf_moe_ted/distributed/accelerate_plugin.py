@@ -16,11 +16,15 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 from ..optim.tiled_adamw import TiledAdamW
+from ..storage.output_kinds import ACCELERATOR_STATE
 from .activation_checkpoint import communication_aware_context_fn
-from .checkpoint import atomic_folder
+from .checkpoint import atomic_folder, save_pretrained, whole_state_dict
 from .gradient_norm import clip_grad_norm_
+from .layout_check import check_is_sharded
 from .parallelize import prepare_for_training
-from .random_state import load_random_state, saved_random_state
+from .random_state import load_generators, load_random_state, saved_random_state
+from .refusals import check_accelerator
+from .shared_batches import SharedBatchesMixin
 from .ted_config import TedConfig
 from .training_state import load_training_state, save_training_state
 
@@ -142,10 +146,7 @@ class TedPlugin(ParallelismConfig):
                 f"data_parallel_size {self.dp_shard_size}), the Accelerator has {accelerator.num_processes}; on CPUs "
                 "pass use_cpu=True to TrainingArguments or cpu=True to the Accelerator"
             )
-        if self.total_size > 1 and accelerator.mixed_precision not in ("no", "bf16"):
-            raise ValueError(
-                f"mixed_precision ({accelerator.mixed_precision!r}) must be 'no' or 'bf16' with a sharded model"
-            )
+        check_accelerator(accelerator)
         if not isinstance(accelerator, TedAcceleratorMixin):
             # it is being made, and offers no other way to change how it prepares and saves a model
             accelerator.__class__ = type("TedAccelerator", (TedAcceleratorMixin, type(accelerator)), {})
@@ -155,7 +156,7 @@ class TedPlugin(ParallelismConfig):
         return {**self.__dict__, "device_mesh": None}
 
 
-class TedAcceleratorMixin(Accelerator):
+class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
     """What an [`Accelerator`] lacks for models that `from_pretrained(distributed_config=...)` has sharded.
 
     It would wrap them in DistributedDataParallel and save rank 0's shards only. A state that is saved here loads on any
@@ -165,17 +166,13 @@ class TedAcceleratorMixin(Accelerator):
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> nn.Module:
-        if not getattr(model, "is_distributed_loading_by_transformers", False):
+        if not evaluation_mode:
+            check_is_sharded(model, self.parallelism_config)
+        if not _is_sharded(model):
             return super().prepare_model(model, device_placement, evaluation_mode)
         prepare_for_training(model)
         # for evaluation the parent does mixed precision and compilation, which is needed, and wraps nothing
         return super().prepare_model(model, device_placement=False, evaluation_mode=True)
-
-    def prepare_data_loader(self, *args: Any, **kwargs: Any) -> Any:
-        if self.parallelism_config.tp_size > 1 and self.dataloader_config.dispatch_batches is None:
-            # it would send one batch of an IterableDataset to all data-parallel ranks
-            self.dataloader_config.dispatch_batches = False
-        return super().prepare_data_loader(*args, **kwargs)
 
     @contextlib.contextmanager
     def no_sync(self, model: Any) -> Iterator[None]:
@@ -198,13 +195,34 @@ class TedAcceleratorMixin(Accelerator):
         self.unscale_gradients()
         return clip_grad_norm_(parameters, max_norm)
 
+    def get_state_dict(self, model: Any, unwrap: bool = True) -> dict[str, Tensor]:
+        """Of a sharded model: whole tensors on the CPU of rank 0, which has to hold all; nothing on other ranks."""
+        if not _is_sharded(model):
+            return super().get_state_dict(model, unwrap)
+        return whole_state_dict(model)
+
+    def save_model(
+        self,
+        model: nn.Module,
+        save_directory: str | os.PathLike[str],
+        max_shard_size: int | str = "10GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        """Of a sharded model: an ordinary folder, as its `save_pretrained` writes it, one tensor at a time."""
+        if not _is_sharded(model):
+            super().save_model(model, save_directory, max_shard_size, safe_serialization)
+            return
+        if not safe_serialization:
+            raise ValueError("safe_serialization (False) cannot be given for a sharded model; it has safetensors only")
+        save_pretrained(self.unwrap_model(model), save_directory, max_shard_size=max_shard_size)
+
     def save_state(self, output_dir: str | None = None, safe_serialization: bool = True, **kwargs: Any) -> str:
         if output_dir is None:  # Accelerate names the folder, a new one each time
             with self._without_models():
                 location = super().save_state(None, safe_serialization, **kwargs)
             self._save_training_state(location)
             return location
-        with atomic_folder(output_dir) as staged:
+        with atomic_folder(output_dir, kind=ACCELERATOR_STATE) as staged:
             with self._without_models():
                 super().save_state(str(staged), safe_serialization, **kwargs)
             self._save_training_state(staged)
@@ -215,11 +233,15 @@ class TedAcceleratorMixin(Accelerator):
     ) -> None:
         if input_dir is None:
             raise ValueError("input_dir is None: name the folder that save_state has written")
+        loaded = []
         for index, (model, optimizer) in enumerate(self._sharded()):
             extra = load_training_state(os.path.join(input_dir, f"{TRAINING_STATE}_{index}"), model, optimizer)
             load_random_state(model, extra)
+            loaded.append((model, extra))
         with self._without_models():
             super().load_state(input_dir, load_kwargs, **kwargs)
+        for model, extra in loaded[:1]:  # the parent took the generators of the process of the same number
+            load_generators(model, extra)
         self.step = 0  # micro-batches of an accumulation, which may have been others, and whose gradients are not saved
 
     def _save_training_state(self, folder: str | os.PathLike[str]) -> None:
@@ -247,6 +269,10 @@ class TedAcceleratorMixin(Accelerator):
             yield
         finally:
             self._models, self._optimizers = models, optimizers
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return bool(getattr(model, "is_distributed_loading_by_transformers", False))
 
 
 def layout_of(world_size: int, tp: int, ep: int, etp: int | None, dp: int | None) -> tuple[int, int, int, int]:

@@ -7,8 +7,6 @@ time.
 import json
 import os
 import re
-import shutil
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,8 +22,11 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..checkpoint.lazy_tensors import LazyTensors
-from ..checkpoint.safetensors_io import check_tensors, new_folder, take_place, write_pretrained_tensors
+from ..checkpoint.safetensors_io import check_tensors, write_pretrained_tensors
+from ..storage.output import files_into, new_folder
+from ..storage.output_kinds import MODEL, OutputKind
 from .sharding import local_shape, local_tensor, regions, regions_at, sources
+from .weight_names import converted_tensors
 
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
@@ -36,6 +37,7 @@ def save_pretrained(
     *,
     processing_class: Any = None,
     max_shard_size: int | str = "5GB",
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a model as one ordinary folder, as its own `save_pretrained` does in a single process.
 
@@ -45,17 +47,19 @@ def save_pretrained(
     give back to them (experts of Mixtral one by one, if its first checkpoint had them so).
 
     A new folder appears whole or not at all. In one that has other files in it, those stay, and the new files take
-    their places one after another when all are written.
+    their places one after another when all are written, `config.json` last: without it nothing is loaded.
 
     Args:
         model: the same on every rank, sharded or not.
         folder: on a disk of rank 0.
         processing_class: a tokenizer, or what else has a `save_pretrained`, to go with the model.
         max_shard_size: of a weight file, bytes or a string such as `"5GB"`.
+        state_dict: what is written in place of the model's tensors, or of some of them: sharded on all ranks, or whole
+            on rank 0 ([`whole_state_dict`]).
 
     Raises:
-        ValueError: the model is quantized or has adapters, `max_shard_size` is no size, or rank 0 has no part in a
-            tensor.
+        ValueError: the model is quantized or has adapters, `max_shard_size` is no size, rank 0 has no part in a tensor,
+            or `state_dict` has tensors that the model has not.
         OSError: the disk is full, or what else the system says to rank 0; a RuntimeError on the others.
     """
     with together():
@@ -63,89 +67,84 @@ def save_pretrained(
             if getattr(model, attribute, None):
                 raise ValueError(f"the model {what}; it can only be saved by its own save_pretrained, unsharded")
         ignored = set(model._keys_to_ignore_on_save or ())
-        tensors = {name: tensor for name, tensor in named_tensors(model).items() if name not in ignored}
+        tensors = named_tensors(model) if state_dict is None else _tensors_of_model(state_dict, model)
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in ignored}
         _check_sources(tensors)
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__.removeprefix("FSDP")]  # FSDP2 makes a class of a model's
-    with atomic_folder(folder, keep_others=True) as temporary:
+    with atomic_folder(folder, kind=MODEL, stale=_WEIGHT_FILE) as temporary:
         if rank() > 0:
             _send_what_is_asked_for(tensors)
         else:
-            written = _collect_and_write(tensors, temporary, max_shard_size)
+            _collect_and_write(tensors, temporary, max_shard_size)
             model.config.save_pretrained(temporary)
             if model.can_generate():
                 model.generation_config.save_pretrained(temporary)
             if processing_class is not None:
                 processing_class.save_pretrained(temporary)
-    with together():
-        if rank() == 0:
-            for path in Path(folder).iterdir():
-                if _WEIGHT_FILE.fullmatch(path.name) and path.name not in written:
-                    path.unlink()  # of an earlier save with other shards
 
 
 def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Fill the parameters and persistent buffers of a model from a folder of `save_pretrained`.
 
-    Each rank reads its own regions. Values take the dtypes of the model.
+    Each rank reads its own regions. What has other names than in the model ([`converted_tensors`]) it reads whole, one
+    tensor of the model at a time. Values take the dtypes of the model.
 
     Args:
         model: sharded or not, not on the meta device.
-        folder: with safetensors that have the model's own names, readable by all ranks.
+        folder: with safetensors that have the model's own names, or those that transformers converts to them, readable
+            by all ranks.
 
     Raises:
         ValueError: on all ranks: there are no safetensors, or they do not hold the model; all names are given.
     """
     folder = Path(folder)
-    with together(), torch.no_grad():
-        tensors = named_tensors(model)
-        file_of_name = _weight_files(folder)
-        names_of_file: dict[Path, list[str]] = defaultdict(list)
-        for name, path in file_of_name.items():
-            if name in tensors or name not in getattr(model, "all_tied_weights_keys", ()):
-                names_of_file[path].append(name)
-        specs = {}
-        for path, names in names_of_file.items():
-            with safe_open(path, framework="pt") as file:
-                specs.update({name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names})
+    with together(), torch.no_grad(), _WeightFiles(folder) as files:
+        tensors, tied = named_tensors(model), getattr(model, "all_tied_weights_keys", ())
+        names = [name for name in files.names if name in tensors or name not in tied]
+        specs = dict(converted_tensors(model, tensors, names, files.spec))
         check_tensors(specs, tensors, str(folder))
+        own = [name for name in names if name in tensors]
         total = sum(region.local.nbytes for tensor in tensors.values() for region in regions(tensor))
         with tqdm(total=total, unit="B", unit_scale=True, desc="Reading weights", disable=rank() > 0) as progress:
-            for path, names in names_of_file.items():
-                with safe_open(path, framework="pt") as file:
-                    for name in names:
-                        for region in regions(tensors[name]):
-                            source = file.get_slice(name)[region.slices] if region.sizes else file.get_tensor(name)
-                            region.local.copy_(source)
-                            progress.update(region.local.nbytes)
+            for name in own:
+                for region in regions(tensors[name]):
+                    region.local.copy_(files.read(name, region.slices if region.sizes else None))
+                    progress.update(region.local.nbytes)
+            others = [name for name in names if name not in tensors]
+            for name, whole in converted_tensors(model, tensors, others, files.read):
+                for region in regions(tensors[name]):
+                    region.local.copy_(whole[region.slices])
+                    progress.update(region.local.nbytes)
 
 
 @contextmanager
-def atomic_folder(folder: str | os.PathLike[str], *, keep_others: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    folder: str | os.PathLike[str], *, kind: OutputKind = MODEL, stale: re.Pattern[str] | None = None
+) -> Iterator[Path]:
     """A temporary folder, the same on all ranks, that takes the place of `folder` if all ranks leave the block well.
 
     Everything is flushed to disk before. If a rank raises an error in the block, all raise one after it, and nothing
-    has changed. If a process is killed, `folder` is what it was; only between the two renames that replace a folder is
-    it aside as `.{name}.previous`. What a killed process leaves has a name that starts with a dot.
+    has changed. See [`new_folder`] for what a killed process leaves, which the next one to write there tidies up.
 
     Args:
         folder: absent, or a folder that is replaced.
-        keep_others: leave files that are in `folder` where they are, and put the new ones beside or over them, one
-            after another, if there are any.
+        kind: what is written; nothing else is replaced.
+        stale: with this, files that are in `folder` stay, and the new ones are put beside or over them, one after
+            another; those of an earlier version that have such names are removed.
 
     Raises:
-        ValueError: on all ranks: `folder` is a file, or cannot be created.
+        ValueError: on all ranks: `folder` is a file, cannot be created, or has something else in it.
         RuntimeError: on all ranks but those where the error is.
     """
-    folder = Path(os.path.abspath(folder))
-    complete = folder.with_name(f".{folder.name}.complete")
+    folder = Path(os.path.realpath(folder))
     with ExitStack() as stack:
         shared: list[Path | None] = [None]
         with together():
             if rank() == 0:
-                if folder.exists() and not folder.is_dir():
-                    raise ValueError(f"{folder} is a file; choose a folder")
-                shared = [stack.enter_context(new_folder(complete, overwrite=True))]
+                is_merged = stale is not None and folder.is_dir() and any(folder.iterdir())
+                new = new_folder(folder, overwrite=True, kind=kind)
+                shared = [stack.enter_context(files_into(folder, last=kind.last, stale=stale) if is_merged else new)]
         if dist.is_initialized():
             dist.broadcast_object_list(shared, src=0)
         temporary = shared[0]
@@ -153,9 +152,7 @@ def atomic_folder(folder: str | os.PathLike[str], *, keep_others: bool = False) 
         with together():
             yield temporary
         with together():
-            if rank() == 0:
-                stack.close()
-                _move(complete, folder, keep_others=keep_others)
+            stack.close()
 
 
 @contextmanager
@@ -202,6 +199,41 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name_of_id[id(tensor)] == name}
 
 
+def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """`state_dict` of a sharded model as one process has it; all ranks call it.
+
+    Returns:
+        On rank 0, by the names of `state_dict`, whole tensors on the CPU, tied weights as one tensor under each
+        of their names; on the other ranks nothing.
+    """
+    with together():
+        tensors = named_tensors(model)
+        _check_sources(tensors)
+    if rank() > 0:
+        _send_what_is_asked_for(tensors)
+        return {}
+    try:
+        collected = _collected(tensors)
+        whole_of_id = {id(tensor): collected[name] for name, tensor in tensors.items()}
+    finally:
+        _tell(None)
+    state = model.state_dict(keep_vars=True)
+    return {name: whole_of_id[id(tensor)] for name, tensor in state.items() if id(tensor) in whole_of_id}
+
+
+def _tensors_of_model(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Those of a state dict that are saved: tied weights once."""
+    own, state = named_tensors(model), model.state_dict()
+    wrong = [name for name, tensor in state_dict.items() if name not in state or tensor.shape != state[name].shape]
+    if wrong or (rank() == 0 and not state_dict):
+        shapes = {name: (*getattr(state_dict[name], "shape", ()),) for name in wrong}
+        raise ValueError(
+            f"state_dict has {shapes or 'nothing'} (shapes by name), which are no tensors of the model; give what "
+            "accelerator.get_state_dict(model) or model.state_dict() returns, or leave it out"
+        )
+    return {name: tensor for name, tensor in state_dict.items() if name in own}
+
+
 def _check_sources(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         regions(tensor)
@@ -209,8 +241,16 @@ def _check_sources(tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name} is on other ranks only, so that rank 0 cannot write it")
 
 
-def _collect_and_write(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: int | str) -> set[str]:
-    """Rank 0's part; the names of the files."""
+def _collect_and_write(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: int | str) -> None:
+    """Rank 0's part."""
+    try:
+        write_pretrained_tensors(_collected(tensors), folder, max_shard_size=max_shard_size)
+    finally:
+        _tell(None)  # after an error, too: the others wait for the next name
+
+
+def _collected(tensors: Mapping[str, Tensor]) -> LazyTensors:
+    """The whole tensors, on rank 0 and its CPU; a rank that does not read sends ([`_send_what_is_asked_for`])."""
 
     def read_into(name: str, out: Tensor) -> None:
         _tell(name)
@@ -224,18 +264,14 @@ def _collect_and_write(tensors: Mapping[str, Tensor], folder: Path, max_shard_si
         return out
 
     specs = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
-    try:
-        paths = write_pretrained_tensors(
-            LazyTensors(specs, read, read_into=read_into), folder, max_shard_size=max_shard_size
-        )
-    finally:
-        _tell(None)  # after an error, too: the others wait for the next name
-    return {path.name for path in paths}
+    return LazyTensors(specs, read, read_into=read_into)
 
 
 def _send_what_is_asked_for(tensors: Mapping[str, Tensor]) -> None:
     """The part of the other ranks."""
     while (name := _tell(None)) is not None:
+        if name not in tensors:  # rank 0 has it whole, in a state dict of its own
+            continue
         local = local_tensor(tensors[name])
         if rank() in sources(tensors[name], 0) and local.numel():
             _exchange(dist.isend, local.to(_message_device(local)), 0)
@@ -274,6 +310,43 @@ def _tell(name: str | None) -> str | None:
     return told[0]
 
 
+def has_weights(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder has what [`load_weights`] reads."""
+    return any(Path(folder, name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+
+
+class _WeightFiles:
+    """The tensors of a folder's safetensors; of files that are read one after another one is open."""
+
+    def __init__(self, folder: Path):
+        self._file_of_name = _weight_files(folder)
+        self.names = sorted(self._file_of_name, key=lambda name: str(self._file_of_name[name]))
+        self._stack = ExitStack()
+        self._path: Path | None = None
+        self._file: Any = None
+
+    def __enter__(self) -> "_WeightFiles":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def spec(self, name: str) -> Tensor:
+        """Its shape, on the meta device."""
+        return torch.empty(self._open(name).get_slice(name).get_shape(), device="meta")
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
+        file = self._open(name)
+        return file.get_tensor(name) if index is None else file.get_slice(name)[index]
+
+    def _open(self, name: str) -> Any:
+        path = self._file_of_name[name]
+        if path != self._path:
+            self._stack.close()
+            self._file, self._path = self._stack.enter_context(safe_open(path, framework="pt")), path
+        return self._file
+
+
 def _weight_files(folder: Path) -> dict[str, Path]:
     """The file of each tensor.
 
@@ -293,17 +366,13 @@ def _weight_files(folder: Path) -> dict[str, Path]:
     return {name: folder / file_name for name, file_name in weight_map.items()}
 
 
-def _move(complete: Path, folder: Path, *, keep_others: bool) -> None:
-    if keep_others and folder.is_dir() and any(folder.iterdir()):
-        for path in sorted(complete.rglob("*")):
-            target = folder / path.relative_to(complete)
-            if path.is_dir():
-                target.mkdir(exist_ok=True)
-            else:
-                path.replace(target)
-        shutil.rmtree(complete)
-    else:
-        take_place(complete, folder)
-
-
-__all__ = ["atomic_folder", "load_weights", "named_tensors", "rank", "save_pretrained", "together"]
+__all__ = [
+    "atomic_folder",
+    "has_weights",
+    "load_weights",
+    "named_tensors",
+    "rank",
+    "save_pretrained",
+    "together",
+    "whole_state_dict",
+]

@@ -35,6 +35,7 @@ from .collectives import (
 )
 from .local_shard import LocalShard
 from .mesh import expert_mesh, fold_mesh
+from .random_state import seed_generators
 
 if TYPE_CHECKING:
     from .ted_config import TedConfig
@@ -145,7 +146,6 @@ class TedExpertParallel(EPImplementation):
                 "none: leave pad_expert_input_to_capacity False"
             )
         self.num_batches = config.dp_size
-        self.draws_random_numbers = any(getattr(m, p, 0) for m in experts.modules() for p in ("dropout", "p"))
         is_exchanged = self.ep_group.size() > 1
         self.drops_duplicates = config.duplicate_token_dropping and is_exchanged and self.etp_group.size() > 1
         # the ranks that hold the same tokens and divide them between each other
@@ -153,6 +153,8 @@ class TedExpertParallel(EPImplementation):
             self.share_group: ProcessGroup = tp_mesh.get_group()
         else:
             self.share_group = fold_mesh(tp_mesh, self.etp_group.size())["fold"].get_group()
+        # ranks that split an expert compute the same rows, so that they draw the same; others of the group do not
+        self.part_of_group = tp_mesh.get_local_rank() // self.etp_group.size()
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """
@@ -321,14 +323,16 @@ class TedExpertParallel(EPImplementation):
 
     @contextlib.contextmanager
     def _random_numbers_apart(self) -> Iterator[None]:
-        """What experts draw depends on their number of rows, which may differ between ranks that share a batch.
+        """Ranks that share a batch have the rows of different tokens here, and draw other numbers for them.
 
-        Behind them all of these draw the same again.
+        Behind the experts all of them draw the same again, however many rows they had. Recomputation in backward draws
+        what forward drew, as all seeds come from the generator that it has put back.
         """
-        if not (self.experts.training and self.draws_random_numbers):
+        if not (self.experts.training and _draws_random_numbers(self.experts)):
             yield
             return
         seed = int(torch.randint(2**62, ()))
+        seed_generators(seed, self.part_of_group)
         yield
         torch.manual_seed(seed)
 
@@ -352,6 +356,10 @@ class TedExpertParallel(EPImplementation):
             yield
         finally:
             parameters.update(originals)
+
+
+def _draws_random_numbers(experts: nn.Module) -> bool:
+    return any(getattr(module, rate, 0) for module in experts.modules() for rate in ("dropout", "p"))
 
 
 EPImplementationInterface.register("ted", TedExpertParallel)

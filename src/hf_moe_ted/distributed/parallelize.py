@@ -20,8 +20,9 @@ from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 from .mesh import inherit_timeout
 from .random_state import synchronize_random_state
+from .refusals import refuse_methods
 from .ted_config import TedConfig
-from .tensor_parallel import STYLES, vocab_parallel_cross_entropy
+from .tensor_parallel import STYLES, join_logits_without_loss, vocab_parallel_cross_entropy
 
 # Layers whose parameters ZeRO-1 and 2 gather, and whose gradients they reduce, at once. They stay gathered anyway; each
 # unit costs the host about two milliseconds a step, which is more than a small layer computes.
@@ -48,7 +49,9 @@ def parallelize(model: PreTrainedModel, config: TedConfig, meshes: Any) -> PreTr
     if sizes.tp_size > 1:
         plan = source._expand_parallel_plan(tensor_parallel_plan(model))
         apply_tensor_parallelism(model, meshes.get_mesh("tp"), plan)
-        source.cross_entropy = vocab_parallel_cross_entropy
+        if hasattr(source, "lm_head"):
+            source.cross_entropy = vocab_parallel_cross_entropy
+            join_logits_without_loss(model)
     if sizes.ep_size > 1 and source.ep_plan:
         ep_plan = dict(source.ep_plan)
         config._validate_resolved_ep_plan(ep_plan)
@@ -129,12 +132,7 @@ def apply_zero(model: PreTrainedModel, config: TedConfig, meshes: Any) -> None:
     for unit in units:
         fully_shard(unit, mesh=mesh, ignored_params=alone, **options)
     _prefetch(units)
-    names = type(model).__module__, type(model).__name__, type(model).__qualname__
     fully_shard(model, mesh=mesh, ignored_params=alone, **options)
-    # FSDP2 makes a subclass; saving would take it for the model's own and copy its file as remote code
-    # (`custom_object_save` in transformers/dynamic_module_utils.py)
-    wrapped: Any = type(model)
-    wrapped.__module__, wrapped.__name__, wrapped.__qualname__ = names
     # generation calls the encoder without the model, whose hooks gather the embedding
     register_fsdp_forward_method(model, "generate")
     model_._is_fsdp_managed_module = True  # generation then keeps going until all ranks are done
@@ -192,9 +190,27 @@ def prepare_for_training(model: nn.Module) -> None:
         if isinstance(module, FSDPModule) and isinstance(config, TedConfig) and config.zero_stage < 3:
             module.set_reshard_after_forward(False, recurse=False)
     meshes = model_._mesh_manager
+    _name_as_whole(model)
+    refuse_methods(model)
     for axes in (("fsdp", "tp"), ("efsdp", "ep")):
         inherit_timeout(meshes.get_mesh(axes))
     synchronize_random_state(model, meshes.get_mesh("fsdp").get_local_rank(), meshes.get_mesh("tp").get_group())
+
+
+def _name_as_whole(model: nn.Module) -> None:
+    """FSDP2 makes a subclass, by whose name transformers would not know the model.
+
+    Saving would take it for the model's own and copy its file as remote code (`custom_object_save` in
+    transformers/dynamic_module_utils.py), and the Trainer's label smoothing would not shift labels (`compute_loss`).
+    """
+    wrapped: Any = type(model)
+    if isinstance(model, FSDPModule):
+        whole = next(cls for cls in wrapped.__mro__ if not issubclass(cls, FSDPModule))
+        wrapped.__module__, wrapped.__name__, wrapped.__qualname__ = (
+            whole.__module__,
+            whole.__name__,
+            whole.__qualname__,
+        )
 
 
 __all__ = [

@@ -3,9 +3,11 @@
 import contextlib
 import functools
 import hashlib
+import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -49,7 +51,7 @@ class RandomState:
         if self.base_seed is None:
             self.base_seed = _of_first_rank(torch.initial_seed(), None)
         self._saved.append(_generator_states())
-        _seed_generators(self.base_seed, self.num_forwards, self.data_parallel_rank)
+        seed_generators(self.base_seed, self.num_forwards, self.data_parallel_rank)
         self.num_forwards += 1
 
     def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -60,7 +62,7 @@ class RandomState:
     def during_generation(self) -> Iterator[None]:
         seed = _of_first_rank(int(torch.randint(2**62, ())), self.tensor_parallel_group)
         states = _generator_states()
-        _seed_generators(seed, self.data_parallel_rank)
+        seed_generators(seed, self.data_parallel_rank)
         self._is_generating = True
         try:
             yield
@@ -95,30 +97,91 @@ def synchronize_random_state(
 
 
 def saved_random_state(model: nn.Module) -> dict[str, Any]:
-    """For a checkpoint: the state of a model's [`RandomState`], nothing if it has none."""
+    """For a checkpoint: a model's [`RandomState`], and the generators of its data-parallel ranks. All ranks call it.
+
+    Returns:
+        The same on all ranks: `"generators"`, the states of Python's, NumPy's and torch's generators of the first rank
+        of each tensor-parallel group, in the order of the data-parallel ranks, and `"random_state"`, if the model has
+        one.
+    """
     state = getattr(model, "ted_random_state", None)
-    return {} if state is None else {"random_state": state.state_dict()}
+    by_process = [(_data_parallel_rank(model), _all_generator_states())]
+    if dist.is_initialized():
+        own, by_process = by_process[0], by_process * dist.get_world_size()
+        dist.all_gather_object(by_process, own)
+    by_rank = dict(reversed(by_process))
+    saved: dict[str, Any] = {"generators": [by_rank[rank] for rank in sorted(by_rank)]}
+    return saved if state is None else {**saved, "random_state": state.state_dict()}
 
 
 def load_random_state(model: nn.Module, saved: dict[str, Any]) -> None:
-    """Continue with what [`saved_random_state`] gave, if model and checkpoint have one."""
+    """Continue with the [`RandomState`] that [`saved_random_state`] gave, if model and checkpoint have one."""
     state = getattr(model, "ted_random_state", None)
     if state is not None and "random_state" in saved:
         state.load_state_dict(saved["random_state"])
+
+
+def load_generators(model: nn.Module, saved: dict[str, Any]) -> None:
+    """Give the generators of this process the states that its data-parallel rank had. All ranks call it.
+
+    What a collator or a sampler draws must agree between ranks that share a batch, in the layout that is now. A rank
+    that is behind those that were saved gets the state of one of them, as all have the same one when training starts.
+    Where a checkpoint has no generators, as those of earlier versions, ranks that share a batch get what the first of
+    them has.
+
+    Args:
+        model: tells the data-parallel rank, which is that of the process for a model that is not sharded.
+        saved: of [`saved_random_state`], in this layout or another one.
+    """
+    states = saved.get("generators")
+    if states:
+        _set_all_generator_states(states[_data_parallel_rank(model) % len(states)])
+        return
+    state = getattr(model, "ted_random_state", None)
+    if state is not None and state.tensor_parallel_group is not None:
+        _set_all_generator_states(_of_first_rank(_all_generator_states(), state.tensor_parallel_group))
 
 
 def _is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def _of_first_rank(seed: int, group: ProcessGroup | None) -> int:
-    """The seed of the first rank of a group, or of the job."""
-    shared = [seed]
+def _of_first_rank(value: Any, group: ProcessGroup | None) -> Any:
+    """The value of the first rank of a group, or of the job."""
+    shared = [value]
     dist.broadcast_object_list(shared, group=group, group_src=0)
     return shared[0]
 
 
-def _seed_generators(*parts: int) -> None:
+def _data_parallel_rank(model: nn.Module) -> int:
+    state = getattr(model, "ted_random_state", None)
+    if state is not None:
+        return int(state.data_parallel_rank)
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _all_generator_states() -> dict[str, Any]:
+    """Of Python, NumPy and torch, as numbers, strings, tensors, and tuples of them."""
+    algorithm, keys, *rest = np.random.get_state()
+    on_cpu, on_device = _generator_states()
+    return {
+        "python": random.getstate(),
+        "numpy": (algorithm, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "cpu": on_cpu,
+        "cuda": on_device,
+    }
+
+
+def _set_all_generator_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    algorithm, keys, *rest = states["numpy"]
+    np.random.set_state((algorithm, keys.numpy().astype(np.uint32), *rest))
+    has_device = states["cuda"] is not None and torch.cuda.is_available()
+    _restore_generators((states["cpu"], states["cuda"] if has_device else None))
+
+
+def seed_generators(*parts: int) -> None:
+    """Seed torch's generators, of all devices, with a hash of numbers."""
     digest = hashlib.sha256("-".join(map(str, parts)).encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -134,4 +197,11 @@ def _restore_generators(states: tuple[torch.Tensor, torch.Tensor | None]) -> Non
         torch.cuda.set_rng_state(states[1])
 
 
-__all__ = ["RandomState", "load_random_state", "saved_random_state", "synchronize_random_state"]
+__all__ = [
+    "RandomState",
+    "load_generators",
+    "load_random_state",
+    "saved_random_state",
+    "seed_generators",
+    "synchronize_random_state",
+]

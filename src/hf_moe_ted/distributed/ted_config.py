@@ -58,20 +58,33 @@ class TedConfig(DistributedConfig):
         if self.fsdp_cpu_offload and self.dp_size > 1:
             offload_parameters(model)
 
-    def save_pretrained(self, model: PreTrainedModel, save_directory: Any, **kwargs: Any) -> None:
-        """Write a sharded model as one ordinary folder; all ranks call it.
+    def save_pretrained(
+        self,
+        model: PreTrainedModel,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: Any = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        **kwargs: Any,
+    ) -> None:
+        """Write a sharded model as one ordinary folder; all ranks call it, and rank 0 writes.
+
+        `is_main_process` and `save_function`, as in the examples of Accelerate, may be given and change nothing.
 
         Raises:
             ValueError: an argument of [`PreTrainedModel.save_pretrained`] that a sharded model does not have.
         """
         from .checkpoint import save_pretrained
 
-        max_shard_size = kwargs.pop("max_shard_size", "5GB")
-        without_effect = ("is_main_process", "safe_serialization", "save_original_format", "state_dict", "push_to_hub")
-        wrong = {k: v for k, v in kwargs.items() if k not in without_effect or (k in without_effect[3:] and v)}
+        usual = {"safe_serialization": True, "distributed_checkpoint": False, "variant": None, "token": None}
+        without_effect = {"save_function", "save_original_format", "save_peft_format"}
+        wrong = {k: v for k, v in kwargs.items() if k not in without_effect and not (k in usual and v == usual[k])}
+        if push_to_hub:
+            wrong["push_to_hub"] = push_to_hub
         if wrong:
-            raise ValueError(f"{sorted(wrong)} cannot be given for a sharded model; save it, load and save it again")
-        save_pretrained(model, save_directory, max_shard_size=max_shard_size)
+            raise ValueError(f"{wrong} cannot be given for a sharded model; save it, load and save it again")
+        save_pretrained(model, save_directory, max_shard_size=max_shard_size, state_dict=state_dict)
 
     def _validate_resolved_ep_plan(self, ep_plan: dict[str, str]) -> None:
         # here transformers shows a configuration the plan of the model, the only place where it does: experts are

@@ -7,6 +7,7 @@ per projection in backward. Here the input of a block is copied to the group onc
 Shape letters: B batch, L length, N tokens, C tokens of one chunk, D model width, W words of this rank.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -129,7 +130,10 @@ class TedVocabEmbedding(_LocalStyle):
 
 
 class TedVocabHead(_LocalStyle):
-    """Head split by words. In training the logits stay where they are, a DTensor; else all ranks get all."""
+    """Head split by words. With gradients the logits stay where they are, a DTensor; else all ranks get all.
+
+    [`join_logits_without_loss`] brings those together that no loss in the model takes.
+    """
 
     def placement(self, param: str) -> Placement:
         return Shard(0)
@@ -142,9 +146,39 @@ class TedVocabHead(_LocalStyle):
         if torch.is_grad_enabled():
             stride = torch.empty(shape, device="meta").stride()
             return DTensor.from_local(output, mesh, [Shard(-1)], run_check=False, shape=shape, stride=stride)
-        group, words_first = mesh.get_group(), output.flatten(0, -2).t()
-        sizes = [output.shape[-1]] * mesh.size()
-        return JoinShares.apply(words_first, sizes, group).t().reshape(shape)
+        return _join_words(output, mesh.get_group())
+
+
+def join_logits_without_loss(model: nn.Module) -> None:
+    """Have the forward of a model whose head is a [`TedVocabHead`] give whole logits where it computes no loss.
+
+    A loss outside the model (`label_smoothing_factor` and `compute_loss_func` of the Trainer) takes ordinary tensors,
+    the same on all ranks of the group. With labels the loss is the model's, and its logits stay split.
+    """
+    parameters = inspect.signature(type(model).forward)
+
+    def join(module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> Any:
+        if parameters.bind_partial(module, *args, **kwargs).arguments.get("labels") is not None:
+            return outputs
+        if isinstance(outputs, tuple):
+            return tuple(_whole_logits(output) for output in outputs)
+        outputs["logits"] = _whole_logits(outputs["logits"])
+        return outputs
+
+    model.register_forward_hook(join, with_kwargs=True)
+
+
+def _whole_logits(output: Any) -> Any:
+    if not isinstance(output, DTensor):
+        return output
+    return _join_words(output.to_local(), output.device_mesh.get_group())
+
+
+def _join_words(logits_W: Tensor, group: ProcessGroup) -> Tensor:
+    """The logits of all words on all ranks of the group, which compute the same from them."""
+    words_first = logits_W.flatten(0, -2).t()
+    whole = JoinShares.apply(words_first, [logits_W.shape[-1]] * group.size(), group)
+    return whole.t().reshape(*logits_W.shape[:-1], -1)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -231,4 +265,4 @@ _REGISTRY.register("ted_untied_positions", TedUntiedPositions())
 _REGISTRY.register("ted_vocab_embedding", TedVocabEmbedding())
 _REGISTRY.register("ted_vocab_head", TedVocabHead())
 
-__all__ = ["vocab_parallel_cross_entropy"]
+__all__ = ["join_logits_without_loss", "vocab_parallel_cross_entropy"]

@@ -3,38 +3,54 @@
 import contextlib
 import functools
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import recursively_apply
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.data import Sampler
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
-from .accelerate_plugin import TRAINING_STATE
-from .activation_checkpoint import communication_aware_context_fn
-from .checkpoint import load_weights, save_pretrained
+from ..storage.output import tidy_up_checkpoints
+from ..storage.output_kinds import TRAINER_CHECKPOINT
+from .accelerate_plugin import TRAINING_STATE, TedPlugin
+from .activation_checkpoint import CommunicationAwareContextFn
+from .checkpoint import atomic_folder, has_weights, load_weights, save_pretrained
+from .counts import CountsOnceMixin
 from .gradient_norm import clip_grad_norm_
+from .layout_check import check_is_sharded
 from .parallelize import prepare_for_training
-from .random_state import load_random_state, saved_random_state
+from .random_state import load_generators, load_random_state, saved_random_state
+from .refusals import check_training_arguments
+from .samplers import for_data_parallel_ranks, set_epoch
 from .training_state import load_training_state, save_training_state
+from .weight_names import has_other_names
+from .whole_state import (
+    check_whole_state,
+    groups_of_trainer,
+    is_described,
+    load_whole_state,
+    mark_described,
+    save_description,
+    saved_generators,
+)
 
 
-class TedTrainerMixin(Trainer):
+class TedTrainerMixin(CountsOnceMixin):
     """What a [`Trainer`] lacks for a model that `from_pretrained(distributed_config=...)` has sharded.
 
     - Optimizer and scheduler are saved as shards, and a checkpoint resumes on any layout and world size, one process
       included. A checkpoint folder appears when all is in it.
     - The gradient norm takes one collective.
-    - Ranks of a tensor-parallel group give each prediction once.
+    - Ranks of a tensor-parallel group draw the same batches, and give each token, and each prediction, once.
     """
 
     _staging_dir: str | None = None
+    _resumed: dict[str, Any] | None = None  # `extra` of the training state that was loaded
 
     def __init__(
         self,
@@ -46,12 +62,14 @@ class TedTrainerMixin(Trainer):
     ):
         if optimizer_cls_and_kwargs is not None and any(kwargs.get("optimizers", ())):
             raise ValueError("give only one of optimizers and optimizer_cls_and_kwargs")
-        is_sharded = getattr(model, "is_distributed_loading_by_transformers", False)
-        if is_sharded:
-            prepare_for_training(model)
-            _keep_collectives_of_transformers(model, args)
+        if model is not None:
+            _check_and_prepare(model, args)
+        self._has_optimizer = optimizer_cls_and_kwargs is not None
         # the parent refuses to write checkpoints of a sharded model that it could not read again
-        is_refused = is_sharded and args is not None and not args.save_only_model
+        is_sharded = getattr(model, "is_distributed_loading_by_transformers", False)
+        plugin = getattr(args, "parallelism_config", None)
+        may_be_sharded = is_sharded or (model is None and isinstance(plugin, TedPlugin))  # model_init makes it later
+        is_refused = may_be_sharded and args is not None and not args.save_only_model
         if is_refused:
             args.save_only_model = True
         try:
@@ -62,6 +80,25 @@ class TedTrainerMixin(Trainer):
         if optimizer_cls_and_kwargs is not None:  # which Seq2SeqTrainer does not take
             self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
 
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        model = super().call_model_init(trial)
+        _check_and_prepare(model, self.args)
+        return model
+
+    def _validate_args(self) -> None:
+        super()._validate_args()
+        has_optimizer = self._has_optimizer or self.optimizer is not None
+        check_training_arguments(self.args, self._sharded_model, has_optimizer=has_optimizer)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's, for a model that is not sharded."""
+        if self.is_distributed_loading_by_transformers:
+            raise ValueError(
+                "hyperparameter_search cannot be called for a sharded model: each trial would share out new groups of "
+                "ranks; start a run per trial"
+            )
+        return super().hyperparameter_search(*args, **kwargs)
+
     # ---- checkpoints ----
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -70,25 +107,26 @@ class TedTrainerMixin(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As the parent, into a folder beside, which gets the name of the checkpoint when all is in it."""
         run_dir = super()._get_output_dir(trial)
-        if self.args.push_to_hub:  # which uploads the folder in the background, under its name
+        # the first uploads the folder in the background, under its name, the second has one on the disk of each node
+        if self.args.push_to_hub or self.args.save_on_each_node:
             super()._save_checkpoint(model, trial)
             return
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._staging_dir = os.path.join(run_dir, f".{name}.incomplete")
-        staged, final = os.path.join(self._staging_dir, name), os.path.join(run_dir, name)
+        final = os.path.join(run_dir, name)
         if self.args.should_save:
-            shutil.rmtree(self._staging_dir, ignore_errors=True)
-        _barrier()
+            tidy_up_checkpoints(run_dir, name)
         try:
-            super()._save_checkpoint(model, trial)
-            if self.state.best_model_checkpoint == staged:
-                self.state.best_model_checkpoint = final
-            _barrier()
-            if self.args.should_save:
-                self.state.save_to_json(os.path.join(staged, TRAINER_STATE_NAME))
-                shutil.rmtree(final, ignore_errors=True)  # of a run that is repeated
-                os.rename(staged, final)
-                os.rmdir(self._staging_dir)
+            with atomic_folder(final, kind=TRAINER_CHECKPOINT) as staged:
+                self._staging_dir, inner = str(staged), staged / name
+                super()._save_checkpoint(model, trial)
+                if self.state.best_model_checkpoint == str(inner):
+                    self.state.best_model_checkpoint = final
+                _barrier()
+                if self.args.should_save:
+                    self.state.save_to_json(str(inner / TRAINER_STATE_NAME))
+                    for path in inner.iterdir():
+                        path.rename(staged / path.name)
+                    inner.rmdir()
         finally:
             self._staging_dir = None
         if self.args.should_save:
@@ -112,18 +150,34 @@ class TedTrainerMixin(Trainer):
             torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_distributed_loading_by_transformers:
+        if self._reads_weights_itself(resume_from_checkpoint):
             load_weights(self._sharded_model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if self.is_distributed_loading_by_transformers:
-            load_weights(self._sharded_model, self.state.best_model_checkpoint)  # type: ignore[arg-type]
+        best: str = self.state.best_model_checkpoint  # type: ignore[assignment]  # called where there is one
+        if self._reads_weights_itself(best):
+            load_weights(self._sharded_model, best)
         else:
             super()._load_best_model()
 
+    def _reads_weights_itself(self, checkpoint: str) -> bool:
+        """The parent cannot for a sharded model, and keeps the experts of one whose checkpoints have other names.
+
+        https://github.com/huggingface/transformers/issues/48805
+        """
+        if self.is_distributed_loading_by_transformers:
+            return True
+        return has_other_names(self._sharded_model) and has_weights(checkpoint)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if not self.is_distributed_loading_by_transformers:
+            self._save_whole_state(output_dir)
+            return
         save_training_state(
             os.path.join(output_dir, TRAINING_STATE),
             self._sharded_model,
@@ -133,13 +187,57 @@ class TedTrainerMixin(Trainer):
             extra=saved_random_state(self._sharded_model),
         )
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        if not self.is_distributed_loading_by_transformers:  # else it is in the training state, by data-parallel rank
+            super()._save_rng_state(output_dir)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        folder = os.path.join(checkpoint or "", TRAINING_STATE)
-        if checkpoint is None or not os.path.isdir(folder):
-            super()._load_optimizer_and_scheduler(checkpoint)  # of a plain Trainer, on one process
+        """
+        Raises:
+            ValueError: the checkpoint has no optimizer, scheduler or random state, or those of another model.
+        """
+        if checkpoint is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
             return
-        extra = load_training_state(folder, self._sharded_model, self._plain_optimizer, self.lr_scheduler)
-        load_random_state(self._sharded_model, extra)
+        folder = os.path.join(checkpoint, TRAINING_STATE)
+        if os.path.isdir(folder) and not is_described(folder):
+            self._resumed = load_training_state(folder, self._sharded_model, self._plain_optimizer, self.lr_scheduler)
+            load_random_state(self._sharded_model, self._resumed)
+            return
+        has_scaler = getattr(self.accelerator, "scaler", None) is not None
+        description = check_whole_state(checkpoint, folder, has_scaler=has_scaler)
+        self._resumed = {"generators": saved_generators(checkpoint)}
+        if not self.is_distributed_loading_by_transformers:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        if description is None:
+            groups = groups_of_trainer(self._sharded_model, self.get_decay_parameter_names(self._sharded_model))
+            known: dict[str, Any] = {}
+        else:
+            groups, known = description["parameters"], {"optimizer_class": description["optimizer_class"]}
+        load_whole_state(checkpoint, self._sharded_model, self._plain_optimizer, self.lr_scheduler, groups, **known)
+
+    def _save_whole_state(self, output_dir: str) -> None:
+        """As the parent, so that a plain Trainer can go on from it, and what a sharded model would need besides."""
+        handle = self._plain_optimizer.register_state_dict_post_hook(mark_described)
+        try:
+            super()._save_optimizer_and_scheduler(output_dir)
+        finally:
+            handle.remove()
+        if self.args.should_save:
+            num_processes = self.args.world_size
+            files = [f"rng_state_{process}.pth" for process in range(num_processes)]
+            files = [OPTIMIZER_NAME, SCHEDULER_NAME, *(files if num_processes > 1 else ["rng_state.pth"])]
+            save_description(
+                os.path.join(output_dir, TRAINING_STATE), self._sharded_model, self._plain_optimizer, files
+            )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """What the data-parallel rank of this process had, in whatever layout and number of processes."""
+        if self._resumed is None:
+            super()._load_rng_state(checkpoint)
+        elif checkpoint is not None:
+            load_generators(self._sharded_model, self._resumed)
 
     @property
     def _sharded_model(self) -> Any:
@@ -148,6 +246,47 @@ class TedTrainerMixin(Trainer):
     @property
     def _plain_optimizer(self) -> Any:
         return getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
+
+    # ---- batches ----
+
+    @property
+    def _has_layout(self) -> bool:
+        """Whether the run may go on in another layout, so that its order of data must not depend on this one."""
+        return self.is_distributed_loading_by_transformers or isinstance(self.args.parallelism_config, TedPlugin)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if not self._has_layout:
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        num_batches = self.args.world_size // self.get_tp_size()
+        return for_data_parallel_ranks(
+            sampler,
+            seed=seed,
+            batch_size=self.get_total_train_batch_size(self.args),
+            data_parallel_size=num_batches,
+            data_parallel_rank=self._data_parallel_rank,
+        )
+
+    def get_train_dataloader(self) -> Any:
+        """As the parent; workers of ranks that share a batch have the same seeds."""
+        loader = super().get_train_dataloader()
+        source = getattr(loader, "base_dataloader", loader)
+        init = getattr(source, "worker_init_fn", None)
+        if self._has_layout and isinstance(init, functools.partial) and "rank" in init.keywords:
+            keywords = {**init.keywords, "rank": self._data_parallel_rank}
+            source.worker_init_fn = functools.partial(init.func, *init.args, **keywords)
+        return loader
+
+    @property
+    def _data_parallel_rank(self) -> int:
+        return int(self.args.process_index // self.get_tp_size())
+
+    def _run_epoch(self, model: Any, epoch: Any, train_dataloader: Any, *args: Any, **kwargs: Any) -> None:
+        if self._has_layout:
+            set_epoch(train_dataloader, epoch)
+            load_generators(self._sharded_model, {})  # ranks that share a batch make it alike, however they are seeded
+        super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
     # ---- training ----
 
@@ -185,22 +324,14 @@ class TedTrainerMixin(Trainer):
         last batch.
         """
         is_sharded = getattr(self.model, "is_distributed_loading_by_transformers", False)
-        return self._gather_once if is_sharded else self._gather_function
+        if not is_sharded:
+            return self._gather_function
+        use_objects = self.args.eval_use_gather_object
+        return functools.partial(self.accelerator.gather_for_metrics, use_gather_object=use_objects)
 
     @gather_function.setter
     def gather_function(self, function: Callable[[Any], Any]) -> None:
         self._gather_function = function
-
-    def _gather_once(self, data: Any) -> Any:
-        tp_size = self.get_tp_size()
-        state = self.accelerator.gradient_state
-        end = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
-
-        def once(gathered: Tensor) -> Tensor:
-            by_rank = gathered.unflatten(0, (self.args.world_size // tp_size, tp_size, -1))
-            return by_rank[:, 0].flatten(0, 1)[:end]
-
-        return recursively_apply(once, self.accelerator.gather(data))
 
 
 class TedTrainer(TedTrainerMixin, Trainer):
@@ -211,12 +342,19 @@ class TedSeq2SeqTrainer(TedTrainerMixin, Seq2SeqTrainer):
     """[`Seq2SeqTrainer`] for sharded models, and unchanged for others."""
 
 
+def _check_and_prepare(model: Any, args: Any) -> None:
+    check_is_sharded(model, getattr(args, "parallelism_config", None))
+    if getattr(model, "is_distributed_loading_by_transformers", False):
+        prepare_for_training(model)
+        _keep_collectives_of_transformers(model, args)
+
+
 def _keep_collectives_of_transformers(model: Any, args: Any) -> None:
     """A model whose dense layers transformers splits runs collectives that are not ours."""
     kwargs = getattr(args, "activation_checkpointing_kwargs", None) or {}
     is_ours = isinstance(model, ZCodeM3PreTrainedModel) or model._tp_size == 1
-    if not is_ours and kwargs.get("context_fn") is communication_aware_context_fn:
-        every = functools.partial(communication_aware_context_fn, every_collective=True)
+    if not is_ours and isinstance(kwargs.get("context_fn"), CommunicationAwareContextFn):
+        every = CommunicationAwareContextFn(every_collective=True)
         args.activation_checkpointing_kwargs = {**kwargs, "context_fn": every}
 
 

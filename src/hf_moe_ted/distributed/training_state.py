@@ -38,8 +38,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
+from ..storage.output_kinds import TRAINING_STATE
 from .checkpoint import atomic_folder, named_tensors, rank, together
 from .sharding import Region, regions
+from .state_metadata import SafeReader, check_archive
 
 _FILE = "training_state.pt"
 # of a param group: not the parameters, and not how a step is computed, which the device decides
@@ -75,7 +77,7 @@ def save_training_state(
     with together():
         optimizer = _unwrap(optimizer)
         model_tensors = named_tensors(model)
-        names = _group_names(model_tensors, optimizer)
+        names = group_names(model_tensors, optimizer)
         tensors, scalars = _optimizer_state(names, optimizer)
         if weights:
             tensors |= {f"weights.{name}": tensor for name, tensor in model_tensors.items()}
@@ -87,11 +89,11 @@ def save_training_state(
             ],
             "dtypes": {name: parameter.dtype for name, parameter in _parameters(names, optimizer)},
             "scalars": scalars,
-            "scheduler": None if scheduler is None else _by_name(scheduler.state_dict(), names),
+            "scheduler": None if scheduler is None else scheduler_by_name(scheduler.state_dict(), names),
             "extra": dict(extra or {}),
         }
         encoded = _encode(rest)
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, kind=TRAINING_STATE) as temporary:
         _run_dcp(dcp.save, tensors, storage_writer=dcp.FileSystemWriter(temporary), planner_class=_RegionSavePlanner)
         if rank() == 0:
             (temporary / _FILE).write_bytes(encoded)
@@ -123,7 +125,7 @@ def load_training_state(
                 f"{folder} has the state of {rest['optimizer_class']}, the optimizer is {type(optimizer).__name__}"
             )
         model_tensors = named_tensors(model)
-        names = _group_names(model_tensors, optimizer)
+        names = group_names(model_tensors, optimizer)
         options = {name: group["options"] for group in rest["groups"] for name in group["parameters"]}
         _check_same_names(options, [name for group in names for name in group], f"the optimizer in {folder}")
         for name, parameter in _parameters(names, optimizer):
@@ -139,9 +141,9 @@ def load_training_state(
         if scheduler is not None:
             if rest["scheduler"] is None:
                 raise ValueError(f"{folder} has no state of a scheduler")
-            scheduler_state = _by_group(rest["scheduler"], names)
+            scheduler_state = scheduler_by_group(rest["scheduler"], names)
     tensors = {f"optimizer.{name}.{key}": value for name, state in states.items() for key, value in state.items()}
-    _run_dcp(dcp.load, tensors | weights, storage_reader=dcp.FileSystemReader(folder), planner_class=_RegionLoadPlanner)
+    _run_dcp(dcp.load, tensors | weights, storage_reader=SafeReader(folder), planner_class=_RegionLoadPlanner)
     for group, group_options in zip(optimizer.param_groups, per_group, strict=True):
         _set_options(group, group_options)
     for name, parameter in _parameters(names, optimizer):
@@ -231,7 +233,7 @@ def _unwrap(optimizer: Optimizer) -> Optimizer:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-def _group_names(model_tensors: Mapping[str, Tensor], optimizer: Optimizer) -> list[list[str]]:
+def group_names(model_tensors: Mapping[str, Tensor], optimizer: Optimizer) -> list[list[str]]:
     """The names of the parameters, one list per param group."""
     name_of_id = {id(tensor): name for name, tensor in model_tensors.items()}
     for number, group in enumerate(optimizer.param_groups):
@@ -273,11 +275,29 @@ def _open(folder: Path) -> tuple[dict[str, Any], dict[str, TensorStorageMetadata
         ValueError: it is not there, or cannot be read.
     """
     try:
-        rest: dict[str, Any] = torch.load(folder / _FILE, map_location="cpu", weights_only=True)
-        specs = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    except (OSError, EOFError, pickle.UnpicklingError, RuntimeError) as error:
-        raise ValueError(f"{folder} has no training state that can be read: {error!r}") from error
+        with (folder / _FILE).open("rb") as file:
+            check_archive(file, folder / _FILE)
+            rest: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        specs = SafeReader(folder).read_metadata().state_dict_metadata
+        _check_rest(rest)
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(f"{folder} has no training state that can be read: {error}") from error
     return rest, {name: spec for name, spec in specs.items() if isinstance(spec, TensorStorageMetadata)}
+
+
+def _check_rest(rest: Any) -> None:
+    """
+    Raises:
+        KeyError, TypeError: it is not what `save_training_state` writes.
+    """
+    kinds: dict[str, type | tuple[type, ...]] = {"optimizer_class": str, "groups": list, "extra": dict}
+    kinds |= {"dtypes": dict, "scalars": dict, "scheduler": (dict, type(None))}
+    for key, kind in kinds.items():
+        if not isinstance(rest[key], kind):
+            raise TypeError(f"{key} is of the type {type(rest[key]).__name__}")
+    for group in rest["groups"]:
+        if not isinstance(group["options"], dict) or not all(isinstance(name, str) for name in group["parameters"]):
+            raise TypeError("a group of parameters is damaged")
 
 
 def _encode(rest: dict[str, Any]) -> bytes:
@@ -373,7 +393,7 @@ def _move_steps(optimizer: Optimizer) -> None:
                 state.update({key: v.to(parameter.device) for key, v in state.items() if isinstance(v, Tensor)})
 
 
-def _by_name(state: Mapping[str, Any], names: list[list[str]]) -> dict[str, Any]:
+def scheduler_by_name(state: Mapping[str, Any], names: list[list[str]]) -> dict[str, Any]:
     """A scheduler's state with what it keeps per param group by the names of the parameters."""
 
     def spread(values: list[Any]) -> dict[str, Any]:
@@ -382,8 +402,8 @@ def _by_name(state: Mapping[str, Any], names: list[list[str]]) -> dict[str, Any]
     return _map_per_group(state, spread)
 
 
-def _by_group(state: Mapping[str, Any], names: list[list[str]]) -> dict[str, Any]:
-    """The reverse of `_by_name`, for other groups."""
+def scheduler_by_group(state: Mapping[str, Any], names: list[list[str]]) -> dict[str, Any]:
+    """The reverse of `scheduler_by_name`, for other groups."""
 
     def collect(values: Mapping[str, Any]) -> list[Any]:
         # nothing is scheduled in a group without parameters, but it has a place in the list

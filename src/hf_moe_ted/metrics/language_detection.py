@@ -1,45 +1,37 @@
 """Which language a text is in, as py3langid guesses it from its bytes, offline."""
 
 import copy
-import re
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
+
+from ..models.language_codes import parse_language
 
 UNDETERMINED = "und"  # of ISO 639: text that is in no language, such as "42 %"
 
 _NO_LANGUAGE = "zxx"  # what the detector calls such text
 
-# codes of NLLB and FLORES-200, without their script -> those of the detector, where they are not the same
-_DETECTOR_CODE: dict[str, str] = dict(
-    re.findall(
-        r"(\w+):(\w+)",
-        """
-        afr:af als:sq amh:am arb:ar asm:as azj:az bak:ba bel:be ben:bn bos:bs bul:bg cat:ca ces:cs ckb:sdh cym:cy dan:da
-        deu:de dzo:dz ell:el eng:en epo:eo est:et eus:eu fao:fo fin:fi fra:fr gaz:om gla:gd gle:ga glg:gl grn:gug guj:gu
-        hat:ht hau:ha heb:he hin:hi hrv:hr hun:hu hye:hy ibo:ig ind:id isl:is ita:it jav:jv jpn:ja kan:kn kat:ka kaz:kk
-        khk:mn khm:km kin:rw kir:ky kmr:ku kor:ko lao:lo lin:ln lit:lt ltz:lb lug:lg lvs:lv mal:ml mar:mr mkd:mk mlt:mt
-        mya:my nld:nl nno:nn nob:no npi:ne oci:oc ory:or pan:pa pbt:ps pes:fa plt:mg pol:pl por:pt quy:qu ron:ro rus:ru
-        san:sa sin:si slk:sk slv:sl sna:sn som:so sot:st spa:es srp:sr swe:sv swh:sw tam:ta tat:tt tel:te tgk:tg tgl:tl
-        tha:th tuk:tk tur:tr uig:ug ukr:uk urd:ur uzn:uz vie:vi xho:xh yor:yo zho:zh zsm:ms zul:zu nb:no
-        """,
-    )
-)
+# codes of the detector where they are not those of `language_codes`
+_DETECTOR_CODE = {"ckb": "sdh", "ff": "fuv", "gn": "gug", "ki": "kik", "nb": "no"}
 
 
 def detector_code(language: str) -> str | None:
     """The detector's code of a language, `None` for one that it does not know.
 
     Args:
-        language: a code of ISO 639-1 (`"de"`), of NLLB (`"deu_Latn"`) or of the detector; a script or country after
-            `_` or `-` does not matter.
+        language: a code in any form that `language_codes` knows (`"de"`, `"deu_Latn"`, `"de-AT"`, `"DE"`); a script or
+            region does not matter.
 
     Raises:
         ValueError: py3langid is not installed.
     """
-    code = language.replace("-", "_").split("_")[0].lower()
+    labels = _identifier(None).labels
+    try:
+        code = parse_language(language).language
+    except ValueError:
+        return None
     code = _DETECTOR_CODE.get(code, code)
-    return code if code in _identifier(None).labels else None
+    return code if code in labels else None
 
 
 class LanguageDetector:

@@ -1,11 +1,13 @@
 """Configuration of ZCodeM3: every number of the architecture, validated."""
 
+import os
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .nllb_moe import MODEL_TYPE, config_fields
+from .remote_code import save_code
 
 Side = Literal["encoder", "decoder"]
 
@@ -195,6 +197,14 @@ class ZCodeM3Config(PreTrainedConfig):
         """As [`PreTrainedConfig.get_config_dict`]; the config of an NLLB-MoE checkpoint is read as one of ours."""
         fields, unused_kwargs = super().get_config_dict(*args, **kwargs)
         return config_fields(fields) if fields.get("model_type") == MODEL_TYPE else fields, unused_kwargs
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As [`PreTrainedConfig.save_pretrained`], with the code that `auto_map` and `custom_pipelines` name."""
+        pipelines = getattr(self, "custom_pipelines", None) or {}
+        references = [*(getattr(self, "auto_map", None) or {}).values(), *(item["impl"] for item in pipelines.values())]
+        if not os.path.isfile(save_directory):
+            save_code(references, save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """As [`PreTrainedConfig.to_dict`]; without `expert_map` if there is none."""

@@ -81,11 +81,14 @@ def parse_language(code: str) -> LanguageCode:
     """
     parsed = _parsed(code) if isinstance(code, str) else None
     if parsed is None:
-        raise ValueError(_unknown("language", code, list(dict.fromkeys(_LANGUAGE_OF.values())), is_listed=False))
+        near = _did_you_mean(code, list(dict.fromkeys(_LANGUAGE_OF.values())))
+        raise ValueError(f"unknown language {code!r}: it must be a code of ISO 639, such as de or deu_Latn{near}")
     return parsed
 
 
-def resolve_language(code: str, languages: Iterable[str], *, name: str = "language") -> str:
+def resolve_language(
+    code: str, languages: Iterable[str], *, name: str = "language", owner: str = "the tokenizer"
+) -> str:
     """The one of `languages` that a code means.
 
     The very same string comes first, so that languages may have names of any kind. Then the language must be the same,
@@ -95,6 +98,7 @@ def resolve_language(code: str, languages: Iterable[str], *, name: str = "langua
         code: as people type it: `zh-CN`, `zh_CN`, `zho_Hans`, `cmn`, `ZH`.
         languages: of a tokenizer or a model.
         name: what errors call the code, such as `src_lang`.
+        owner: what errors call that which has the languages.
 
     Raises:
         ValueError: none of `languages` is meant, or several are (`zh` of `zho_Hans` and `zho_Hant`); the error lists
@@ -107,7 +111,10 @@ def resolve_language(code: str, languages: Iterable[str], *, name: str = "langua
     if len(found) > 1:
         raise ValueError(f"ambiguous {name} {code!r}: it may be {', '.join(found)}; name one of them")
     if not found:
-        raise ValueError(_unknown(name, code, languages))
+        known = [*languages[:_MAX_LISTED], *(["..."] if len(languages) > _MAX_LISTED else [])]
+        raise ValueError(
+            f"unknown {name} {code!r}, {owner} knows: {', '.join(known) or 'none'}{_did_you_mean(code, languages)}"
+        )
     return found[0]
 
 
@@ -204,13 +211,10 @@ def _closest(code: str, languages: list[str]) -> list[str]:
     return [language for language, distance in distances.items() if distance == min(distances.values())]
 
 
-def _unknown(name: str, code: Any, languages: list[str], *, is_listed: bool = True) -> str:
-    """The text of an error, with the languages that may have been meant."""
+def _did_you_mean(code: Any, languages: list[str]) -> str:
+    """The end of an error: the languages that may have been meant."""
     near = _near(str(code), languages)
-    hint = f", did you mean {' or '.join(near)}?" if near else ""
-    listed = [*languages[:_MAX_LISTED], *(["..."] if len(languages) > _MAX_LISTED else [])]
-    known = f"; known: {', '.join(listed) or 'none'}" if is_listed or not near else ""
-    return f"unknown {name} {code!r}{hint}{known}"
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _near(code: str, languages: list[str]) -> list[str]:

@@ -1,24 +1,39 @@
 """Translation pipeline: sentences in, translations out. transformers 5 has none of its own any more."""
 
 import os
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, Pipeline, PreTrainedModel
 from transformers.utils import logging
 
+from .language_codes import language_ids, resolve_language
+from .nllb_moe import MODEL_TYPE as NLLB_MOE
+
 logger = logging.get_logger(__name__)
 
 DEFAULT_MAX_NEW_TOKENS = 256
+
+# Where the Auto classes find the code in a saved folder.
+MODEL_CODE = {
+    "AutoConfig": "configuration_zcode_m3.ZCodeM3Config",
+    "AutoModelForSeq2SeqLM": "modeling_zcode_m3.ZCodeM3ForConditionalGeneration",
+}
+TOKENIZER_CODE = {"AutoTokenizer": ["tokenization_zcode_m3.ZCodeM3Tokenizer", None]}
+
+_ENCODING = threading.RLock()
 
 
 class ZCodeM3TranslationPipeline(Pipeline):
     """
     Translates sentences with a multilingual encoder-decoder model.
 
-    The tokenizer is a [`ZCodeM3Tokenizer`] or one whose special tokens are its languages (`NllbTokenizer`);
-    languages are named as it names them.
+    The tokenizer is a [`ZCodeM3Tokenizer`] or one of transformers for translation (`NllbTokenizer`, `M2M100Tokenizer`).
+    Languages are named as it names them or in another form: `zh-CN`, `zho_Hans` and `ZH` are `zh` where there is no
+    closer one. Threads may share a pipeline.
 
     Example:
 
@@ -48,6 +63,11 @@ class ZCodeM3TranslationPipeline(Pipeline):
     _load_tokenizer: Any = True
 
     def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        if model.config.model_type == NLLB_MOE:
+            raise ValueError(
+                f"{type(model).__name__} of transformers sends all tokens to two experts and cannot translate; "
+                "load the checkpoint with ZCodeM3ForConditionalGeneration.from_pretrained"
+            )
         max_new_tokens = min(DEFAULT_MAX_NEW_TOKENS, _max_positions(model))
         self._default_generation_config = GenerationConfig(max_new_tokens=max_new_tokens)
         super().__init__(model, *args, **kwargs)
@@ -57,7 +77,7 @@ class ZCodeM3TranslationPipeline(Pipeline):
         """The languages of the tokenizer, by the names that `src_lang` and `tgt_lang` take."""
         if not hasattr(self.tokenizer, "_build_translation_inputs"):
             raise ValueError(f"{type(self.tokenizer).__name__} has no languages: use a ZCodeM3Tokenizer")
-        return list(getattr(self.tokenizer, "lang_code_to_id", None) or self.tokenizer.extra_special_tokens)
+        return list(language_ids(self.tokenizer))
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> list[Any] | Iterator[Any]:
         """
@@ -98,13 +118,15 @@ class ZCodeM3TranslationPipeline(Pipeline):
         return languages, generate_kwargs, {}
 
     def _checked(self, name: str, language: str | None) -> str:
-        """The language. Raises a `ValueError` when it is missing or unknown; `name` is `src_lang` or `tgt_lang`."""
+        """The language of the tokenizer that a code means; `name` is `src_lang` or `tgt_lang`.
+
+        Raises:
+            ValueError: it is missing, unknown or ambiguous.
+        """
         known = self.languages
         if language is None:
             raise ValueError(f"missing {name}: pass `{name}=`, one of: {', '.join(known)}")
-        if language not in known:
-            raise ValueError(f"unknown {name} {language!r}, the tokenizer knows: {', '.join(known)}")
-        return language
+        return resolve_language(language, known, name=name)
 
     def preprocess(self, input_: Any, **languages: Any) -> dict[str, Any]:
         """The inputs of the model for one sentence, with a batch axis: `input_ids` is (1, L)."""
@@ -114,7 +136,8 @@ class ZCodeM3TranslationPipeline(Pipeline):
             languages[name] = self._checked(name, languages.get(name, getattr(self.tokenizer, name, None)))
 
         def encode(**kwargs: Any) -> dict[str, Any]:
-            return self.tokenizer._build_translation_inputs(input_, return_tensors="pt", **languages, **kwargs)
+            with nullcontext() if _is_of_package(self.tokenizer) else _encoding(self.tokenizer):
+                return self.tokenizer._build_translation_inputs(input_, return_tensors="pt", **languages, **kwargs)
 
         inputs = encode(verbose=False)
         num_tokens = inputs["input_ids"].shape[1]
@@ -143,12 +166,46 @@ class ZCodeM3TranslationPipeline(Pipeline):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """
-        Saves model, tokenizer and the code of this pipeline, so that this finds it:
-        `pipeline("translation", model=save_directory, trust_remote_code=True)`.
+        Saves model, tokenizer and their code, so that people without this package translate with
+        `pipeline("translation", model=save_directory, trust_remote_code=True)`. `push_to_hub` does the same.
+
+        The languages of the pipeline become those of the saved tokenizer, and so of a pipeline that is loaded.
+        A model with experts quantized by this package still needs the package; there is a warning.
         """
         impl = {"impl": type(self), "pt": (AutoModelForSeq2SeqLM,), "type": "text"}
         self._registered_impl = {"translation": impl}
-        super().save_pretrained(save_directory, **kwargs)
+        if _is_of_package(self.model):
+            auto_map = getattr(self.model.config, "auto_map", None) or {}
+            self.model.config.auto_map = {**auto_map, **MODEL_CODE}
+        if _is_of_package(self.tokenizer):
+            self.tokenizer._auto_map = TOKENIZER_CODE
+        if getattr(self.model.config, "quantization_config", None) is not None:
+            logger.warning(
+                "this model is quantized: whoever loads it needs the package that reads its weights (hf_moe_ted for "
+                "experts that `quantize_experts` made); code in the folder does not do it"
+            )
+        with _encoding(self.tokenizer):
+            for name in ("src_lang", "tgt_lang"):  # which the pipeline has instead of the tokenizer
+                setattr(self.tokenizer, name, self._preprocess_params.get(name, getattr(self.tokenizer, name, None)))
+            super().save_pretrained(save_directory, **kwargs)
+
+
+@contextmanager
+def _encoding(tokenizer: Any) -> Iterator[None]:
+    """The tokenizers of transformers are set to the languages of a text: one thread at a time, and back afterwards."""
+    with _ENCODING:
+        languages = {name: getattr(tokenizer, name, None) for name in ("src_lang", "tgt_lang")}
+        try:
+            yield
+        finally:
+            for name, language in languages.items():
+                if getattr(tokenizer, name, None) != language:
+                    setattr(tokenizer, name, language)
+
+
+def _is_of_package(item: Any) -> bool:
+    """Whether its class is in the folder of this file, which is what can be saved as code."""
+    return type(item).__module__.rpartition(".")[0] == __name__.rpartition(".")[0]
 
 
 def _max_positions(model: PreTrainedModel) -> int:

@@ -4,14 +4,21 @@ A source is encoded as `__src__ tokens </s>` and a target (`text_target=`) as `_
 decoding from `</s>` with the id of the target tag as its `forced_bos_token_id`.
 """
 
+import copy
+import os
 import re
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import BatchEncoding
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+from .language_codes import resolve_language
+from .remote_code import save_code
 
 LANGUAGE_TOKEN = re.compile(r"__(\S+)__")
 
@@ -28,6 +35,19 @@ WORD_PATTERN = "|".join(
 )
 
 
+class _Turn:
+    """Whose turn it is to encode: the backend holds the tag, truncation and padding of one call at a time.
+
+    Attributes:
+        lock: of the thread that encodes.
+        languages: source and target language of the call that has the turn, `None` between calls.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.languages: tuple[str | None, str | None] | None = None
+
+
 def language_token(language: str) -> str:
     """The special token of a language: `en` -> `__en__`."""
     return f"__{language}__"
@@ -37,7 +57,12 @@ class ZCodeM3Tokenizer(TokenizersBackend):
     """
     Multilingual tokenizer (backed by the *tokenizers* library) for the ZCode M3 translation models.
 
-    Every special token of the form `__xx__` is a language tag; `xx` is the code used everywhere in the interface.
+    Every special token of the form `__xx__` is a language tag; `xx` is the code used everywhere in the interface. Other
+    forms of a code are understood where a language is named: `zh-CN`, `zho_Hans` and `ZH` are `zh` where there is no
+    closer one. Tags stay, whatever other special tokens are added or replaced.
+
+    Threads may share a tokenizer: each call has the languages, truncation and padding that it was given. They encode
+    one after another.
 
     Built without `tokenizer_file` and `tokenizer_object` it is a lossless byte-level BPE with no merges yet (one token
     per byte), to be trained with [`~ZCodeM3Tokenizer.train_new_from_iterator`]. Text is normalized to NFC and nothing
@@ -82,6 +107,9 @@ class ZCodeM3Tokenizer(TokenizersBackend):
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}
     model_input_names = ["input_ids", "attention_mask"]
     _tokenizer: Any
+    _src_lang: str | None = None
+    _tgt_lang: str | None = None
+    _lang_ids: dict[str, int] | None = None
 
     def __init__(
         self,
@@ -96,8 +124,6 @@ class ZCodeM3Tokenizer(TokenizersBackend):
         **kwargs: Any,
     ) -> None:
         languages = _checked_languages(languages or [])
-        self._src_lang: str | None = None
-        self._tgt_lang: str | None = None
         if kwargs.get("tokenizer_object") is None and kwargs.get("tokenizer_file") is None:
             special_tokens = [bos_token, pad_token, eos_token, unk_token, mask_token]
             special_tokens += [language_token(language) for language in languages]
@@ -114,8 +140,7 @@ class ZCodeM3Tokenizer(TokenizersBackend):
             **kwargs,
         )
 
-        loaded = [str(token) for _, token in sorted(self.added_tokens_decoder.items()) if token.special]
-        self.add_languages([match[1] for token in loaded if (match := LANGUAGE_TOKEN.fullmatch(token))] + languages)
+        self.add_languages([*self.languages, *languages])
         self.src_lang = src_lang
         self.tgt_lang = tgt_lang
 
@@ -134,9 +159,33 @@ class ZCodeM3Tokenizer(TokenizersBackend):
     @property
     def lang_code_to_id(self) -> dict[str, int]:
         """The id of each language's tag, in the order of the ids."""
-        matches = [match for token in self.extra_special_tokens if (match := LANGUAGE_TOKEN.fullmatch(token))]
-        ids = {match[1]: self._tokenizer.token_to_id(match[0]) for match in matches}
-        return dict(sorted(ids.items(), key=lambda item: item[1]))
+        ids = self._lang_ids
+        if ids is None:  # of the backend, which loses no token that it has once had
+            named = {str(token) for token in self._special_tokens_map.values()}
+            tokens = [(i, str(t)) for i, t in sorted(self.added_tokens_decoder.items()) if t.special]
+            found = [(i, LANGUAGE_TOKEN.fullmatch(token)) for i, token in tokens if token not in named]
+            ids = self._lang_ids = {match[1]: i for i, match in found if match}
+        return dict(ids)
+
+    def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
+        with self._turn.lock:
+            num_added = super()._add_tokens(new_tokens, special_tokens=special_tokens)
+            self._lang_ids = None
+        return num_added
+
+    # Special tokens beside the named ones. The base class replaces the list in `add_special_tokens` and when
+    # `extra_special_tokens` is set; the tags of the languages stay in it, for they stay special.
+
+    @property
+    def _extra_special_tokens(self) -> list[str | AddedToken]:
+        return self.__dict__["_extra_special_tokens"]
+
+    @_extra_special_tokens.setter
+    def _extra_special_tokens(self, tokens: list[str | AddedToken]) -> None:
+        names = {str(token) for token in tokens}
+        before = self.__dict__.get("_extra_special_tokens", [])
+        tags = [token for token in before if LANGUAGE_TOKEN.fullmatch(str(token)) and str(token) not in names]
+        self.__dict__["_extra_special_tokens"] = [*tags, *tokens]
 
     @property
     def languages(self) -> list[str]:
@@ -145,14 +194,15 @@ class ZCodeM3Tokenizer(TokenizersBackend):
 
     def get_lang_token(self, lang: str) -> str:
         """The tag of a language: `en` -> `__en__`."""
-        token = language_token(lang)
-        if token not in self.extra_special_tokens:
-            raise ValueError(f"unknown language {lang!r}, this tokenizer knows: {', '.join(self.languages) or 'none'}")
-        return token
+        return language_token(self._resolved(lang))
 
     def get_lang_id(self, lang: str) -> int:
         """The id of a language's tag; a target language's is the `forced_bos_token_id` of generation."""
-        return self._tokenizer.token_to_id(self.get_lang_token(lang))
+        return self.lang_code_to_id[self._resolved(lang)]
+
+    def _resolved(self, lang: str) -> str:
+        """The language of this tokenizer that a code means. Raises a `ValueError` if there is none."""
+        return resolve_language(lang, self.lang_code_to_id, owner="this tokenizer")
 
     def add_languages(self, languages: Iterable[str]) -> int:
         """
@@ -177,10 +227,8 @@ class ZCodeM3Tokenizer(TokenizersBackend):
 
     @src_lang.setter
     def src_lang(self, lang: str | None) -> None:
-        if lang is not None:
-            self.get_lang_token(lang)
-        self._src_lang = lang
-        self._switch_to_input_mode()
+        self._src_lang = None if lang is None else self._resolved(lang)
+        self.update_post_processor()
 
     @property
     def tgt_lang(self) -> str | None:
@@ -189,9 +237,7 @@ class ZCodeM3Tokenizer(TokenizersBackend):
 
     @tgt_lang.setter
     def tgt_lang(self, lang: str | None) -> None:
-        if lang is not None:
-            self.get_lang_token(lang)
-        self._tgt_lang = lang
+        self._tgt_lang = None if lang is None else self._resolved(lang)
 
     # Encoding
 
@@ -200,37 +246,79 @@ class ZCodeM3Tokenizer(TokenizersBackend):
     ) -> BatchEncoding:
         """
         Encodes texts as [`~PreTrainedTokenizerBase.__call__`] does. `src_lang` and `tgt_lang` replace the tokenizer's
-        languages for this call only.
+        languages for this call only, here and in `encode` and `tokenize`.
         """
-        languages = self._src_lang, self._tgt_lang
-        try:
-            if src_lang is not None:
-                self.src_lang = src_lang
-            if tgt_lang is not None:
-                self.tgt_lang = tgt_lang
+        with self._encoding(src_lang, tgt_lang):
             return super().__call__(*args, **kwargs)
-        finally:
-            self._src_lang, self._tgt_lang = languages
-            self._switch_to_input_mode()
+
+    def _encode_plus(
+        self, *args: Any, src_lang: str | None = None, tgt_lang: str | None = None, **kwargs: Any
+    ) -> BatchEncoding:
+        """What every method that encodes comes to; `encode` and `tokenize` come here without `__call__`."""
+        if wrong := sorted(name for name in kwargs if "lang" in name or name.startswith("text_target")):
+            raise ValueError(
+                f"{', '.join(wrong)}: no argument here; languages are `src_lang` and `tgt_lang`, and `text_target` is "
+                "one of a call, `tokenizer(text_target=...)`"
+            )
+        with self._turn.lock:
+            if self._turn.languages is not None:  # in `__call__`, for no other thread is here now
+                return super()._encode_plus(*args, **kwargs)
+            with self._encoding(src_lang, tgt_lang):
+                return super()._encode_plus(*args, **kwargs)
+
+    @contextmanager
+    def _encoding(self, src_lang: str | None, tgt_lang: str | None) -> Iterator[None]:
+        """The turn of a call in some languages; those of the tokenizer are in the backend before and after."""
+        source = self._src_lang if src_lang is None else self._resolved(src_lang)
+        target = self._tgt_lang if tgt_lang is None else self._resolved(tgt_lang)
+        turn = self._turn
+        with turn.lock:
+            turn.languages = source, target
+            try:
+                self._switch_to_input_mode()
+                yield
+            finally:
+                turn.languages = None
+                self._switch_to_input_mode()
+
+    @property
+    def _turn(self) -> _Turn:
+        """Of this process: a process that was forked while a thread encoded must not wait for that thread."""
+        return self.__dict__.setdefault("_turns", {}).setdefault(os.getpid(), _Turn())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_turns"}
+
+    def __copy__(self) -> "ZCodeM3Tokenizer":
+        return copy.deepcopy(self)  # two tokenizers with one backend would have one tag
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        """How many special tokens an encoded source has, its tag included."""
+        with self._turn.lock:
+            return super().num_special_tokens_to_add(pair)
 
     def update_post_processor(self) -> None:
         """Called by the base class when special tokens change: the tags of the sources come back."""
-        self._switch_to_input_mode()
+        with self._turn.lock:
+            self._switch_to_input_mode()
 
     def _switch_to_input_mode(self) -> None:
-        self._set_language_tag(self._src_lang)
+        languages = self._turn.languages
+        self._set_language_tag(self._src_lang if languages is None else languages[0])
 
     def _switch_to_target_mode(self) -> None:
-        if self._tgt_lang is None:
+        languages = self._turn.languages
+        target = self._tgt_lang if languages is None else languages[1]
+        if target is None:
             raise ValueError(
                 "`text_target` needs the language of the target: set `tokenizer.tgt_lang` or pass `tgt_lang=`, one of: "
                 f"{', '.join(self.languages) or 'none'}"
             )
-        self._set_language_tag(self._tgt_lang)
+        self._set_language_tag(target)
 
     def _set_language_tag(self, lang: str | None) -> None:
         """Makes the backend encode `text` as `__lang__ text </s>`, or as `text </s>` for `None`."""
-        prefix = [] if lang is None else [self.get_lang_token(lang)]
+        prefix = [] if lang is None else [language_token(lang)]
         suffix = [] if self.eos_token is None else [self.eos_token]
         self._tokenizer.post_processor = processors.TemplateProcessing(
             single=[*prefix, "$A", *suffix],
@@ -252,6 +340,15 @@ class ZCodeM3Tokenizer(TokenizersBackend):
         inputs = self(raw_inputs, return_tensors=return_tensors, src_lang=src_lang, **extra_kwargs)
         inputs["forced_bos_token_id"] = self.get_lang_id(tgt_lang)
         return inputs
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        """As [`~PreTrainedTokenizerBase.save_pretrained`], with the code that `auto_map` names."""
+        auto_map = getattr(self, "_auto_map", None) or self.init_kwargs.get("auto_map") or {}
+        if not os.path.isfile(save_directory):
+            classes = auto_map.get("AutoTokenizer") or []
+            save_code([classes] if isinstance(classes, str) else classes, save_directory)
+        with self._turn.lock:  # the backend as it is between two calls
+            return super().save_pretrained(save_directory, *args, **kwargs)
 
     # Training
 

@@ -47,8 +47,10 @@ class TiledAdamW(Optimizer):
 
     Parameters and gradients may be tensors or `DTensor`s (FSDP2, tensor and expert parallelism; each rank steps its own
     shard), float32 or of low precision, contiguous or not. Moments are float32, and a parameter of low precision has a
-    `master`, which is float32, too, and is what the optimizer steps. All of them have the parameter's own layout, so
-    that `torch.distributed.checkpoint` saves and reshards them by name. In float32, and not fused, results are bitwise
+    `master`, which is float32, too, and is what the optimizer steps. If something else has changed the parameter, such
+    as `load_state_dict` of the model, the next step starts from it: a master that does not round to its parameter is
+    made anew. All of them have the parameter's own layout, so that `torch.distributed.checkpoint` saves and reshards
+    them by name. In float32, and not fused, results are bitwise
     those that [`torch.optim.AdamW`] has by default, on CPU (`foreach=False`) and on CUDA (`foreach=True`).
 
     Besides parameters, gradients and states, a step needs 4 bytes per element of one tile: for the float32 copy of the
@@ -96,6 +98,7 @@ class TiledAdamW(Optimizer):
         self.fused = fused
         self.capturable = capturable
         self._cuts: dict[Tensor, _Cut] = {}
+        self._written: dict[Tensor, tuple[int, int]] = {}
         self._automatic_tile_numel: int | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -119,6 +122,7 @@ class TiledAdamW(Optimizer):
             "fused": self.fused,
             "capturable": self.capturable,
             "_cuts": {},
+            "_written": {},
             "_automatic_tile_numel": None,
         }
 
@@ -149,18 +153,21 @@ class TiledAdamW(Optimizer):
                     f"the gradient of a parameter of shape {tuple(param.shape)} is sparse; make it dense "
                     "(sparse=False of its embedding)"
                 )
+        self._follow_parameters(param for parameters in parameters_of_group for param in parameters)
         for group, parameters in zip(self.param_groups, parameters_of_group, strict=True):
             lr = self._learning_rate(group["lr"])
             self._count_updates(parameters)
             for batch in self._batches(tile for param in parameters for tile in self._tiles_of(param)):
                 update_tiles(batch, group, lr, fused=self.fused, capturable=self.capturable)
+            self._written.update({p: _version(p) for p in parameters if "master" in self.state[p]})
         return loss
 
     @torch.no_grad()
     def reset_masters(self) -> None:
-        """Make the masters anew from the parameters, after weights were loaded into a model that has trained.
+        """Make all masters anew from the parameters. The moments stay.
 
-        Without it masters win: the next step overwrites the parameters with the updated masters. The moments stay.
+        A step does it for parameters that it sees changed. It cannot see what was written through `param.data`, nor do
+        replays of a CUDA graph look; there, call this.
         """
         for param, state in self.state.items():
             if "master" in state:
@@ -169,9 +176,9 @@ class TiledAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As [`torch.optim.Optimizer.load_state_dict`], but states stay float32 whatever the parameter's dtype is.
 
-        The parameters stay as they are; they should be those of the same checkpoint. Masters that the checkpoint does
-        not have, such as one of [`torch.optim.AdamW`], are made from the parameters, and those of parameters that are
-        float32 now are left out.
+        The parameters stay as they are; they should be those of the same checkpoint, as masters that do not round to
+        them are made anew by the next step. Masters that the checkpoint does not have, such as one of
+        [`torch.optim.AdamW`], are made from the parameters, and those of parameters that are float32 now are left out.
 
         Raises:
             ValueError: the groups or the shapes or layouts of the states are others, or the states are not those of
@@ -192,6 +199,7 @@ class TiledAdamW(Optimizer):
 
         def put_states_in(_: Optimizer) -> None:
             self.state.update({p: state for p, state in zip(self._parameters(), restored, strict=True) if state})
+            self._written.clear()
 
         handles = [
             self.register_load_state_dict_pre_hook(take_states_out),
@@ -220,6 +228,24 @@ class TiledAdamW(Optimizer):
             return lr
         lr = lr.detach().reshape(())
         return lr.float() if self.capturable and lr.device.type != "cpu" else lr.cpu()
+
+    def _follow_parameters(self, parameters: Iterable[Tensor]) -> None:
+        """Where somebody else wrote to a parameter since the last step, its master is what was written.
+
+        Masters that round to their parameter are kept, as they know it better: weights and states may be loaded from
+        the same checkpoint in any order.
+        """
+        for param in parameters:
+            master = self.state[param].get("master") if param in self.state else None
+            if master is None or self._written.get(param) == _version(param):
+                continue
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise ValueError(
+                    f"a parameter of shape {tuple(param.shape)} was changed since the last step: a step must not be "
+                    "captured before one that is not; take one first"
+                )
+            if not torch.equal(_local(master).to(param.dtype), _local(param)):
+                master.copy_(param)
 
     def _count_updates(self, parameters: list[Tensor]) -> None:
         """One more for each parameter, all of which have gradients; those that are new get their states."""
@@ -293,6 +319,12 @@ class TiledAdamW(Optimizer):
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _version(param: Tensor) -> tuple[int, int]:
+    """Changes with what is written into a parameter, and when it gets other memory."""
+    local = _local(param)
+    return local.data_ptr(), local._version
 
 
 def _state_dtype(param: Tensor) -> torch.dtype:

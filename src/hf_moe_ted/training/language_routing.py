@@ -4,11 +4,11 @@ Shape letters: B sentences, L tokens of a sentence, T = B * L, K experts per tok
 """
 
 import importlib.util
+import io
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.utils import reduce
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from ..models.language_codes import language_ids
 from ..models.router import Routing
+from ..storage.output import write_file
 from .router_callback import RouterCallback, sparse_routers
 
 logger = logging.get_logger(__name__)
@@ -65,17 +67,15 @@ languages together do, 0 to 1, mean over the layers of a side |
     matplotlib is installed.
 
     Args:
-        tokenizer: with `lang_code_to_id`, as [`ZCodeM3Tokenizer`] has.
+        tokenizer: one for translation: [`ZCodeM3Tokenizer`], `NllbTokenizer`, `M2M100Tokenizer`.
 
     Raises:
-        ValueError: a tokenizer without language tags.
+        ValueError: a tokenizer without languages.
     """
 
     def __init__(self, tokenizer: Any):
         super().__init__()
-        ids = getattr(tokenizer, "lang_code_to_id", None)
-        if not ids:
-            raise ValueError(f"{type(tokenizer).__name__} has no language tags (lang_code_to_id)")
+        ids = language_ids(tokenizer)
         self.languages = list(ids)
         # int64[vocab_size], the number of the language that a token is the tag of, G for other tokens
         self._language_of_token = torch.full((max(len(tokenizer), *ids.values()) + 1,), len(ids))
@@ -87,11 +87,9 @@ languages together do, 0 to 1, mean over the layers of a side |
         self._counts = {}
         handles = [model.register_forward_pre_hook(self._read_languages, with_kwargs=True)]
         for layer, router in sparse_routers(model).items():
-            zeros_GE = torch.zeros(
-                len(self.languages), cast(int, router.num_experts), dtype=torch.float64, device=args.device
-            )
+            zeros_GE = torch.zeros(len(self.languages), router.num_experts, dtype=torch.float64, device=args.device)
             self._counts[layer] = _Counts(zeros_GE, zeros_GE.clone())
-            handles.append(router.register_forward_hook(self._hook(layer)))
+            handles.append(router.module.register_forward_hook(self._hook(layer)))
         return handles
 
     def _read_languages(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -181,12 +179,9 @@ languages together do, 0 to 1, mean over the layers of a side |
         languages = [language for language, is_used in zip(self.languages, is_used_G.tolist(), strict=True) if is_used]
         shares = {layer: expert_shares(counts_GE[is_used_G]) for layer, counts_GE in pictured.items()}
         folder = Path(args.output_dir or ".") / "routing"
-        folder.mkdir(parents=True, exist_ok=True)
         numbers = {layer: shares_GE.tolist() for layer, shares_GE in shares.items()}
         text = json.dumps({"step": state.global_step, "languages": languages, "expert_shares": numbers})
-        staged = folder / f".step_{state.global_step}.json"
-        staged.write_text(text + "\n")
-        os.replace(staged, folder / f"step_{state.global_step}.json")
+        write_file(folder / f"step_{state.global_step}.json", text + "\n")
         draw_expert_shares(shares, languages, folder / f"step_{state.global_step}.png")
 
 
@@ -231,9 +226,9 @@ def draw_expert_shares(shares: dict[str, Tensor], languages: list[str], path: Pa
     bar = figure.colorbar(image, ax=axes.tolist())
     bar.set_label("share of tokens", fontsize=7)
     bar.ax.tick_params(labelsize=6)
-    staged = path.with_name(f".{path.name}")
-    figure.savefig(staged, dpi=120, format="png")
-    os.replace(staged, path)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write_file(path, picture.getvalue())
 
 
 __all__ = [

@@ -5,15 +5,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.data_loader import prepare_data_loader
+from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+)
 
 from ..data.batch_sampler import TokenBudgetBatchSampler
 from ..data.collator import DataCollatorForMultitaskSeq2Seq
 from ..data.mixture import Mixture
 from ..data.multitask_dataset import MultitaskDataset
 from ..data.multitask_stream import MultitaskStream
+from ..models.language_codes import language_ids
 
 
 @dataclass
@@ -70,6 +79,25 @@ class MultitaskTrainingArguments(Seq2SeqTrainingArguments):
         return Mixture(self.sampling_temperature, self.temperature_warmup_epochs, weights)
 
 
+class ForcedFirstTokens(LogitsProcessor):
+    """What `forced_bos_token_id` is for a whole batch, for each of its rows.
+
+    Args:
+        token_ids_B: int64[B], the first token after the one that decoding starts from; -1 leaves the row free.
+    """
+
+    def __init__(self, token_ids_B: Tensor):
+        self.token_ids_B = token_ids_B
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores of B rows, each with its beams or samples one after another."""
+        if input_ids.shape[-1] != 1:
+            return scores
+        ids = self.token_ids_B.to(scores.device).repeat_interleave(scores.shape[0] // len(self.token_ids_B))
+        forced = torch.full_like(scores, -torch.inf).scatter(1, ids.clamp(min=0)[:, None], 0.0)
+        return torch.where((ids >= 0)[:, None], forced, scores)
+
+
 class MultitaskTrainerMixin(Trainer):
     """What a [`Trainer`] lacks for multitask training; for sharded models put it before [`TedSeq2SeqTrainer`].
 
@@ -80,6 +108,9 @@ class MultitaskTrainerMixin(Trainer):
     - `label_smoothing_factor` is that of models that smooth labels in their own loss (`config.label_smoothing`). The
       Trainer would take the labels away from the model, and with them the router losses, and compute float32
       probabilities of the whole vocabulary.
+    - With `predict_with_generate` each row is translated into the language of its labels, one translation per row,
+      whatever the generation config of the model says. `forced_bos_token_id` or `decoder_input_ids` among the
+      arguments of `evaluate` and `predict` come before it.
 
     ```python
     class TedMultitaskTrainer(MultitaskTrainerMixin, TedSeq2SeqTrainer):
@@ -145,6 +176,46 @@ class MultitaskTrainerMixin(Trainer):
             lengths=self.token_lengths,
         )
         return self.accelerator.prepare(DataLoader(dataset, batch_sampler=sampler, **workers))
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **gen_kwargs: Any,
+    ) -> tuple[Any, Any, Any]:
+        """As [`Seq2SeqTrainer.prediction_step`]; what is generated is in the language of the labels.
+
+        Raises:
+            ValueError: `num_return_sequences` above 1, which cannot be set beside one row of labels.
+        """
+        generates = self.args.predict_with_generate and isinstance(self, Seq2SeqTrainer) and not prediction_loss_only
+        if generates:
+            gen_kwargs = {**getattr(self, "_gen_kwargs", {}), **gen_kwargs}
+            if (num_sequences := gen_kwargs.get("num_return_sequences") or 1) != 1:
+                raise ValueError(f"num_return_sequences ({num_sequences}) must be 1: a row has one prediction")
+            gen_kwargs |= {"num_return_sequences": 1, "return_dict_in_generate": False}
+            first_tokens_B = self._tags_of(inputs.get("labels"))
+            if first_tokens_B is not None and not {"forced_bos_token_id", "decoder_input_ids"} & {
+                name for name, value in gen_kwargs.items() if value is not None
+            }:
+                processors = [*(gen_kwargs.get("logits_processor") or []), ForcedFirstTokens(first_tokens_B)]
+                gen_kwargs["logits_processor"] = LogitsProcessorList(processors)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **gen_kwargs)
+
+    def _tags_of(self, labels_BL: Tensor | None) -> Tensor | None:
+        """int64[B], the first language tag in each row of labels, -1 in a row without; `None` without languages."""
+        tokenizer: Any = getattr(self.data_collator, "tokenizer", None) or self.processing_class
+        try:
+            ids = list(language_ids(tokenizer).values())
+        except ValueError:
+            return None
+        if labels_BL is None:
+            return None
+        is_tag_BL = torch.isin(labels_BL, torch.tensor(ids, device=labels_BL.device))
+        first_B1 = is_tag_BL.int().argmax(dim=1, keepdim=True)
+        return torch.where(is_tag_BL.any(dim=1), labels_BL.gather(1, first_B1).squeeze(1), -1)
 
     @property
     def _is_multitask(self) -> bool:

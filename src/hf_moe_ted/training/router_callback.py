@@ -1,7 +1,7 @@
 """What callbacks that watch routers during training have in common."""
 
 import re
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -10,19 +10,33 @@ from ..models.router import ZCodeM3Router
 
 _Callback = TypeVar("_Callback", bound="RouterCallback")
 _ROUTER = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.ffn\.router$")
+_WRAPPER = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # around layers, by PyTorch
 
 
-def sparse_routers(model: nn.Module) -> dict[str, ZCodeM3Router]:
-    """The routers of a model by layer, `encoder.3`.
+class WatchedRouter(NamedTuple):
+    """A router in a model.
+
+    Attributes:
+        module: what the layer calls: the router, or what PEFT has put in its place. Both return what the router does.
+        num_experts: of the router.
+    """
+
+    module: nn.Module
+    num_experts: int
+
+
+def sparse_routers(model: nn.Module) -> dict[str, WatchedRouter]:
+    """The routers of a model by layer, `encoder.3`; the model may be wrapped, and the routers trained by PEFT.
 
     Raises:
         ValueError: the model has no sparse layer.
     """
-    routers = {
-        f"{found[1]}.{found[2]}": module
-        for name, module in model.named_modules()
-        if (found := _ROUTER.search(name)) and isinstance(module, ZCodeM3Router)
-    }
+    routers = {}
+    for name, module in model.named_modules():
+        found = _ROUTER.search(_WRAPPER.sub("", name))
+        inner = next((part for part in module.modules() if isinstance(part, ZCodeM3Router)), None) if found else None
+        if found and inner is not None:
+            routers[f"{found[1]}.{found[2]}"] = WatchedRouter(module, cast(int, inner.num_experts))
     if not routers:
         raise ValueError(f"{type(model).__name__} has no sparse layer whose router could be watched")
     return routers
@@ -64,4 +78,4 @@ class RouterCallback(TrainerCallback):
         self._handles = []
 
 
-__all__ = ["RouterCallback", "sparse_routers"]
+__all__ = ["RouterCallback", "WatchedRouter", "sparse_routers"]

@@ -110,7 +110,7 @@ class RouterStatisticsCallback(RouterCallback):
         self._watched: dict[str, _Watched] = {}
 
     def watch(self, model: nn.Module, args: TrainingArguments) -> list[Any]:
-        self._watched = {layer: _Watched(router) for layer, router in sparse_routers(model).items()}
+        self._watched = {layer: _Watched(router.module) for layer, router in sparse_routers(model).items()}
         return [watched.router.register_forward_hook(self._hook(watched)) for watched in self._watched.values()]
 
     @staticmethod

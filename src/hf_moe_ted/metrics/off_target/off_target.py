@@ -29,7 +29,7 @@ class OffTarget(translation_metric.TranslationMetric):
         Args:
             predictions: translations, one string per sentence.
             references: one string or a list of strings per sentence. They say how often the detector errs.
-            language: the target language; required. A code of ISO 639-1 ("de") or of NLLB ("deu_Latn").
+            language: the target language; required. A code of ISO 639 or NLLB in any form ("de", "deu_Latn", "de-AT").
             candidates: the languages that the detector chooses from, by default all that it knows. With those of the
                 model it errs much less, above all in short texts.
 

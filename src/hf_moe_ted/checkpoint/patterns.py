@@ -1,0 +1,112 @@
+"""Patterns of names: those with placeholders, and regular expressions of users.
+
+Either may be wrong or take for ever: `(a+)+b` does.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import regex
+
+MAX_PATTERN_CHARS = 2_000
+MATCH_S = 2.0  # for one name; usual ones take microseconds
+
+PLACEHOLDER = re.compile(r"\{(\w+)(?::([^{}]+))?\}")
+_NUMBERS = ("layer", "expert")
+
+
+class Pattern:
+    """A regular expression whose searches end.
+
+    Args:
+        text: as for the module `re`.
+        origin: where it is from, for messages.
+
+    Raises:
+        ValueError: it is no regular expression; when searching: it takes longer than `MATCH_S` seconds.
+    """
+
+    def __init__(self, text: str, origin: object):
+        self.text, self._origin = text, origin
+        if len(text) > MAX_PATTERN_CHARS:
+            raise ValueError(f"{origin}: a pattern has {len(text):,} characters, more than {MAX_PATTERN_CHARS:,}")
+        try:
+            self._compiled: Any = regex.compile(text)
+        except (regex.error, OverflowError, RecursionError, ValueError) as error:
+            raise ValueError(f"{origin}: {text!r} is no regular expression: {error}") from error
+
+    def search(self, name: str) -> Any:
+        """A match anywhere in `name`, or `None`."""
+        return self._run(self._compiled.search, name)
+
+    def fullmatch(self, name: str) -> Any:
+        """A match of all of `name`, or `None`."""
+        return self._run(self._compiled.fullmatch, name)
+
+    def _run(self, match: Any, name: str) -> Any:
+        try:
+            return match(name, timeout=MATCH_S)
+        except TimeoutError:
+            raise ValueError(
+                f"{self._origin}: {self.text!r} takes more than {MATCH_S:.0f} s to match {name[:200]!r}; repetitions "
+                "inside repetitions and many {name:**} do: make the pattern simpler"
+            ) from None
+
+
+@dataclass(frozen=True)
+class NamePattern:
+    """A name with placeholders, see the module `conversion_rules`."""
+
+    text: str
+
+    def __post_init__(self) -> None:
+        pattern, position, seen = "", 0, set()
+        for placeholder in PLACEHOLDER.finditer(self.text):
+            name, choices = placeholder[1], placeholder[2]
+            pattern += re.escape(self.text[position : placeholder.start()])
+            pattern += f"(?P={name})" if name in seen else f"(?P<{name}>{_choices_pattern(name, choices)})"
+            position = placeholder.end()
+            seen.add(name)
+        rest = self.text[position:]
+        if "{" in rest or "}" in rest:
+            raise ValueError(f"the pattern {self.text!r} has a brace that belongs to no placeholder such as {{layer}}")
+        object.__setattr__(self, "_pattern", Pattern(pattern + re.escape(rest), f"the pattern {self.text!r}"))
+
+    @property
+    def placeholders(self) -> frozenset[str]:
+        return frozenset(match[1] for match in PLACEHOLDER.finditer(self.text))
+
+    def match(self, name: str) -> dict[str, str] | None:
+        """What the placeholders stand for in `name`, `None` if it is not of this pattern."""
+        found = self._pattern.fullmatch(name)  # type: ignore[attr-defined]
+        return None if found is None else found.groupdict()
+
+    def fill(self, values: Mapping[str, str]) -> str:
+        """The name for these values; a placeholder without one becomes its first choice.
+
+        Raises:
+            ValueError: a placeholder has neither.
+        """
+
+        def value(placeholder: re.Match[str]) -> str:
+            name, choices = placeholder[1], placeholder[2]
+            if name in values:
+                return values[name]
+            first = (choices or "*").split("|")[0]
+            if "*" in first:
+                raise ValueError(f"nothing says what {{{name}}} of {self.text!r} is: give it a first choice")
+            return first
+
+        return PLACEHOLDER.sub(value, self.text)
+
+
+def _choices_pattern(name: str, choices: str | None) -> str:
+    if choices is None:
+        return r"\d+" if name in _NUMBERS else r"[^.]+"
+    wild = {"*": r"[^.]+", "**": r"[^.]+(?:\.[^.]+)*?"}
+    return "|".join(wild.get(choice, re.escape(choice)) for choice in choices.split("|"))
+
+
+__all__ = ["MATCH_S", "PLACEHOLDER", "NamePattern", "Pattern"]

@@ -1,0 +1,42 @@
+"""Whether a model and the layout that it is trained with belong together."""
+
+from typing import Any
+
+from torch import nn
+
+_SIZES = ("tp_size", "fsdp_size", "ep_size", "expert_tensor_parallel_size", "zero_stage")
+
+
+def check_is_sharded(model: nn.Module, parallelism_config: Any) -> None:
+    """A model that is not sharded would train as a whole copy on every rank, without a sign of it.
+
+    Args:
+        model: what a Trainer or an Accelerator gets. One without trainable parameters, such as a teacher, may be whole.
+        parallelism_config: a [`TedPlugin`]; nothing is checked for another one, for `None`, or for one process.
+
+    Raises:
+        ValueError: the plugin is for several processes, and the model is not sharded, or with another layout.
+    """
+    wanted = getattr(parallelism_config, "distributed_config", None)
+    if wanted is None or parallelism_config.total_size == 1:
+        return
+    if not getattr(model, "is_distributed_loading_by_transformers", False):
+        if any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                f"{type(model).__name__} is not sharded, and the TedPlugin is for {parallelism_config.total_size} "
+                f"processes (tensor_parallel_size {wanted.tp_size} x data_parallel_size {wanted.fsdp_size}): load it "
+                "with from_pretrained(folder, distributed_config=plugin.distributed_config)"
+            )
+        return
+    present: Any = getattr(model, "config", None)
+    present = getattr(present, "distributed_config", None)
+    for name in _SIZES:
+        has, wants = getattr(present, name, None), getattr(wanted, name)
+        if has is not None and has != wants:
+            raise ValueError(
+                f"{type(model).__name__} was loaded with {name} {has}, and the TedPlugin has {wants}: give the Trainer "
+                "or the Accelerator the plugin whose distributed_config the model was loaded with"
+            )
+
+
+__all__ = ["check_is_sharded"]

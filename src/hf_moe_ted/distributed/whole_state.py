@@ -1,0 +1,224 @@
+"""Optimizer, scheduler and random numbers of an ordinary Trainer's checkpoint: whether all is there; into shards."""
+
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
+from transformers.trainer_pt_utils import safe_globals
+
+from .checkpoint import named_tensors, together
+from .sharding import regions
+from .training_state import group_names, scheduler_by_group, scheduler_by_name
+
+_DESCRIPTION = "whole_state.json"
+_MARK = "has_description"  # which load_state_dict leaves alone
+
+
+def save_description(folder: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, files: list[str]) -> None:
+    """Write what a Trainer's own files leave out: which they are, and the names of the optimizer's parameters.
+
+    Args:
+        folder: the training state of the checkpoint, in which no sharded state is.
+        model, optimizer: not sharded.
+        files: names in the checkpoint, without which training cannot go on.
+    """
+    description = {
+        "files": files,
+        "optimizer_class": type(optimizer).__name__,
+        "parameters": group_names(named_tensors(model), optimizer),
+    }
+    os.makedirs(folder, exist_ok=True)
+    (Path(folder) / _DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
+
+
+def is_described(folder: str | os.PathLike[str]) -> bool:
+    """Whether a training state is that of a model that was not sharded."""
+    return (Path(folder) / _DESCRIPTION).is_file()
+
+
+def mark_described(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Post-hook of an optimizer's `state_dict`: without its description a checkpoint is not whole."""
+    return {**state, _MARK: True}
+
+
+def check_whole_state(
+    checkpoint: str | os.PathLike[str], state_folder: str | os.PathLike[str], *, has_scaler: bool = False
+) -> dict[str, Any] | None:
+    """Without one of these files a Trainer goes on with a new optimizer, schedule or stream of random numbers.
+
+    Args:
+        checkpoint: folder of a Trainer.
+        state_folder: where [`save_description`] has written in it, if it has.
+        has_scaler: whether gradients are scaled, as in float16.
+
+    Returns:
+        The description, `None` for a checkpoint of a Trainer that writes none.
+
+    Raises:
+        ValueError: optimizer, scheduler, scaler, random states or the description are missing, or cannot be read.
+    """
+    folder, description = Path(checkpoint), None
+    wanted = [OPTIMIZER_NAME, SCHEDULER_NAME] + ([SCALER_NAME] if has_scaler else [])
+    if is_described(state_folder):
+        description = _read_description(Path(state_folder) / _DESCRIPTION)
+        wanted += [name for name in description["files"] if name not in wanted]
+    missing = [name for name in wanted if not (folder / name).is_file()]
+    if not any(folder.glob("rng_state*.pth")) and "rng_state.pth" not in missing:
+        missing.append("rng_state.pth")
+    if description is None and OPTIMIZER_NAME not in missing and _MARK in _read(folder / OPTIMIZER_NAME):
+        missing.append(f"{Path(state_folder).name}/{_DESCRIPTION}")
+    if OPTIMIZER_NAME in missing and not Path(state_folder).is_dir():
+        missing.append(Path(state_folder).name)
+    if missing:
+        raise ValueError(
+            f"{folder} has no {', '.join(missing)}, and training cannot go on from it as it was: resume from a whole "
+            "checkpoint, or start anew from its weights, with from_pretrained and without resume_from_checkpoint"
+        )
+    return description
+
+
+def saved_generators(checkpoint: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The generators of the processes that wrote a Trainer's checkpoint, as `saved_random_state` has them.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    folder = Path(checkpoint)
+    alone = folder / "rng_state.pth"
+    paths = [alone] if alone.is_file() else _in_order([*folder.glob("rng_state_*.pth")])
+    found = []
+    for process, path in enumerate(paths):
+        try:
+            with safe_globals():
+                states = torch.load(path, map_location="cpu", weights_only=True)
+            algorithm, keys, *rest = states["numpy"]
+            on_device = states.get("cuda")
+            if isinstance(on_device, list):  # of all devices that the process saw; it used its own
+                on_device = on_device[process % len(on_device)]
+            keys = torch.from_numpy(np.asarray(keys).astype(np.int64))
+            numpy_state = (algorithm, keys, *rest)
+            found.append({"python": states["python"], "numpy": numpy_state, "cpu": states["cpu"], "cuda": on_device})
+        except Exception as error:  # of pickle, zip or contents
+            raise ValueError(f"{path} has no random state that can be read: {error!r}") from error
+    return found
+
+
+def load_whole_state(
+    checkpoint: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: Any,
+    whole_groups: list[list[str]],
+    optimizer_class: str | None = None,
+) -> None:
+    """Fill a sharded model's optimizer and scheduler with what a Trainer wrote of the same model in one piece.
+
+    Args:
+        checkpoint: folder with `optimizer.pt` and `scheduler.pt`, readable by all ranks.
+        model: sharded; it stays as it is.
+        whole_groups: names of the parameters in the groups that the whole model's optimizer had.
+        optimizer_class: its name, if it is known.
+
+    Raises:
+        ValueError: on all ranks: a file cannot be read, or it is of another model or optimizer.
+    """
+    folder = Path(checkpoint)
+    with together():
+        saved, schedule = _read(folder / OPTIMIZER_NAME), _read(folder / SCHEDULER_NAME)
+        present_class = type(optimizer).__name__
+        if optimizer_class not in (None, present_class):
+            raise ValueError(f"{folder} has the state of {optimizer_class}, the optimizer is {present_class}")
+        sizes = [len(group["params"]) for group in saved["param_groups"]]
+        if sizes != [len(group) for group in whole_groups]:
+            raise ValueError(
+                f"{folder / OPTIMIZER_NAME} has {sizes} parameters in its groups, and this model's groups have "
+                f"{[len(group) for group in whole_groups]}: resume it unsharded, on one process"
+            )
+        key_of: dict[str, Any] = {}
+        options: dict[str, dict[str, Any]] = {}
+        for group, whole_names in zip(saved["param_groups"], whole_groups, strict=True):
+            key_of.update(zip(whole_names, group["params"], strict=True))
+            options.update({name: {k: v for k, v in group.items() if k != "params"} for name in whole_names})
+        present = optimizer.state_dict()
+        names = group_names(named_tensors(model), optimizer)
+        unknown = sorted({name for group in names for name in group} ^ {*key_of})
+        if unknown:
+            raise ValueError(f"the optimizer in {folder} has other parameters than this one: {', '.join(unknown)}")
+        state: dict[Any, dict[str, Any]] = {}
+        for group, own_names, live in zip(present["param_groups"], names, optimizer.param_groups, strict=True):
+            group.update({k: v for k, v in options[own_names[0]].items() if k in group} if own_names else {})
+            for key, name, parameter in zip(group["params"], own_names, live["params"], strict=True):
+                whole = saved["state"].get(key_of[name], {})
+                state[key] = {
+                    entry: _own_part(value, parameter, f"{entry} of {name}") for entry, value in whole.items()
+                }
+        optimizer.load_state_dict({**present, "state": {key: entries for key, entries in state.items() if entries}})
+        scheduler.load_state_dict(scheduler_by_group(scheduler_by_name(schedule, whole_groups), names))
+
+
+def groups_of_trainer(model: nn.Module, decay: list[str]) -> list[list[str]]:
+    """Names of the parameters in the two groups that a Trainer makes, for checkpoints that do not say them.
+
+    Args:
+        decay: those with weight decay, the first group, by the names of `model.named_parameters()`.
+    """
+    canonical = {id(tensor): name for name, tensor in named_tensors(model).items()}  # shards, whatever is gathered
+    trained = [(name in decay, canonical[id(p)]) for name, p in model.named_parameters() if p.requires_grad]
+    return [[name for decays, name in trained if decays == wanted] for wanted in (True, False)]
+
+
+def _own_part(value: Any, parameter: Tensor, what: str) -> Any:
+    """Of a state of a whole parameter, what belongs to its local shard; counts of steps as they are."""
+    if not isinstance(value, Tensor) or value.ndim == 0 or not isinstance(parameter, DTensor):
+        return value
+    if value.shape != parameter.shape:
+        raise ValueError(
+            f"{what} has the shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}: it cannot be divided "
+            "between ranks; resume it unsharded, on one process"
+        )
+    own = torch.empty_like(parameter.detach(), dtype=value.dtype)
+    for region in regions(own):
+        region.local.copy_(value[region.slices])
+    return own
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        read: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of pickle, zip or the disk
+        raise ValueError(f"{path} cannot be read: {error!r}") from error
+    return read
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        names = [*description["files"], *itertools.chain(*description["parameters"])]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {error!r}") from error
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path} has no lists of names as files and parameters")
+    return description
+
+
+def _in_order(paths: list[Path]) -> list[Path]:
+    return sorted(paths, key=lambda path: (len(path.name), path.name))
+
+
+__all__ = [
+    "check_whole_state",
+    "groups_of_trainer",
+    "is_described",
+    "load_whole_state",
+    "mark_described",
+    "save_description",
+    "saved_generators",
+]

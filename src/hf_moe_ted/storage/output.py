@@ -1,0 +1,244 @@
+"""New folders and files: they appear whole or not at all, and replace only what is an earlier output of their kind."""
+
+import itertools
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .output_kinds import MODEL, TRAINER_CHECKPOINT, OutputKind
+from .writing import absolute, explained, flush, flush_all, is_ours, remove, tidy_up, writing
+
+CHECKPOINT_NAME = r"checkpoint-\d+"
+
+Source = str | os.PathLike[str]
+
+logger = logging.getLogger(__name__)
+
+
+def check_output_dir(
+    output_dir: Source,
+    *,
+    overwrite: bool = False,
+    kind: OutputKind = MODEL,
+    sources: Sequence[Any] = (),
+    also_read: Sequence[Any] = (),
+) -> None:
+    """Raise if `output_dir` cannot become a new folder, before there is any work for it.
+
+    Args:
+        output_dir: the new folder.
+        overwrite: whether to replace one that is not empty: an earlier output of this kind, and nothing else.
+        kind: what will be in it.
+        sources: what is read for it: files, folders, and objects that know theirs (`name_or_path`).
+        also_read: the same for folders of which only some files are read, so that `output_dir` may be in them.
+
+    Raises:
+        ValueError: it is a file, a link, holds a source or is in one; it has something in it and not `overwrite`, or
+            something that is not of this kind; another process writes there.
+        OSError: the system allows no writing there.
+    """
+    target = absolute(output_dir)
+    with explained(target):
+        _check_names(target, output_dir)
+    with writing(target, tidy=False) as place:
+        if overwrite or not _has_content(target):  # or that is told first
+            _check_sources(target, output_dir, sources, also_read)
+        _check_content(target, output_dir, overwrite, kind, place.has_leftovers)
+
+
+@contextmanager
+def new_folder(output_dir: Source, *, overwrite: bool = False, kind: OutputKind = MODEL) -> Iterator[Path]:
+    """A temporary folder that takes the place of `output_dir` if the block ends without an error.
+
+    Everything is flushed to disk before it is renamed, and on an error the temporary folder is removed, so there is
+    never an `output_dir` with a part of the files. A mount point cannot be renamed: there the files are renamed one
+    after another, `kind.last` at the end, so that what a killed process leaves cannot be loaded. See `writing` for what
+    it leaves besides.
+
+    Args, Raises: as `check_output_dir`, which tells before the work.
+    """
+    target = absolute(output_dir)
+    with explained(target):
+        _check_names(target, output_dir)
+    with writing(target) as place:
+        _check_content(target, output_dir, overwrite, kind, place.has_leftovers)
+        temporary = place.temporary_name()
+        try:
+            temporary.mkdir()
+            yield temporary
+            flush_all(temporary)
+            _check_content(target, output_dir, overwrite, kind, place.has_leftovers)  # others may write there, too
+            if place.folder == target:
+                old = [path for path in target.rglob("*") if path.is_file() and not _is_below_ours(target, path)]
+                _move_files(temporary, target, kind.last, old)
+            else:
+                place.take_place(temporary)
+        finally:
+            remove(temporary)
+
+
+@contextmanager
+def files_into(folder: Source, *, last: str | None = None, stale: re.Pattern[str] | None = None) -> Iterator[Path]:
+    """A temporary folder in `folder`, whose files take their places there if the block ends without an error.
+
+    Other files stay. All files are complete and flushed before the first of them is renamed.
+
+    Args:
+        folder: it is there.
+        last: the file without which the others are not loaded: it is removed before anything else is replaced.
+        stale: names of files of an earlier version, which are removed if the new one does not have them.
+
+    Raises:
+        ValueError: another process writes there.
+        OSError: the disk is full, or what else the system says.
+    """
+    target = Path(os.path.realpath(folder))
+    with writing(target, workplace=target) as place:
+        temporary = place.temporary_name()
+        try:
+            temporary.mkdir()
+            yield temporary
+            flush_all(temporary)
+            old = [path for path in target.iterdir() if stale is not None and stale.fullmatch(path.name)]
+            _move_files(temporary, target, last, old)
+        finally:
+            remove(temporary)
+
+
+def tidy_up_checkpoints(run_dir: Source, name: str) -> None:
+    """Prepare the folder of a training for the checkpoint `name`: remove what killed runs have left of any checkpoint.
+
+    A folder of that name that is not only a checkpoint gets another name, and one line says so: a repeated training
+    replaces its own checkpoints and nothing else.
+    """
+    if not os.path.isdir(run_dir):
+        return
+    tidy_up(Path(run_dir), CHECKPOINT_NAME)
+    folder = Path(run_dir, name)
+    paths = [*folder.rglob("*")] if folder.is_dir() and not folder.is_symlink() else []
+    if not paths or (reason := TRAINER_CHECKPOINT.why_not(folder, paths)) is None:
+        return
+    names = (Path(run_dir, f"replaced-{number}-{name}") for number in itertools.count(1))
+    aside = next(path for path in names if not os.path.lexists(path))
+    folder.rename(aside)
+    logger.warning("%s is not only a checkpoint (%s); it is called %s now", folder, reason, aside.name)
+
+
+def check_output_file(path: Source, *, overwrite: bool = False, marker: bytes) -> None:
+    """Raise if `path` cannot become a new file, before there is any work for it.
+
+    Args:
+        path: the new file.
+        overwrite: whether to replace a file that is there.
+        marker: what the first 1,000 bytes of such a file have in them; no other file is replaced.
+
+    Raises:
+        ValueError: it is a folder, a link or a device; it exists and not `overwrite`, or is not such a file.
+        OSError: the system allows no writing there.
+    """
+    target = absolute(path)
+    with explained(target):
+        if target.is_dir():
+            raise ValueError(f"{path} is a folder; name a file in it")
+        if target.is_symlink() or (target.exists() and not target.is_file()):
+            raise ValueError(f"{path} is a link or no ordinary file; choose another name")
+    with writing(target, workplace=target.parent, tidy=False):
+        pass  # it can be written to
+    if not target.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"{path} exists; choose another name or overwrite it (--overwrite)")
+    with target.open("rb") as file:
+        if marker not in file.read(1000):
+            raise ValueError(f"{path} was not written by an earlier run and is not replaced; choose another name")
+
+
+def write_file(path: Source, content: str | bytes) -> None:
+    """Write a file beside `path` and let it take its place; the folder above is made if it is not there.
+
+    Raises:
+        ValueError: another process writes there.
+        OSError: the disk is full, the folder cannot be written to, or what else the system says.
+    """
+    target = absolute(path)
+    encoded = content.encode("utf-8") if isinstance(content, str) else content
+    with writing(target, workplace=target.parent) as place:
+        temporary = place.temporary_name()
+        try:
+            with temporary.open("wb") as file:
+                file.write(encoded)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            remove(temporary)
+
+
+def _check_names(target: Path, output_dir: Source) -> None:
+    """Raise if the target is no place for a folder, whatever is in it."""
+    if target.is_symlink():
+        raise ValueError(f"output_dir ({output_dir}) is a link; give the folder that it leads to, or another one")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"output_dir ({output_dir}) is a file; choose a folder")
+
+
+def _check_sources(target: Path, output_dir: Source, sources: Sequence[Any], also_read: Sequence[Any]) -> None:
+    """Raise if the target holds what is read, or is in a folder that is read as a whole."""
+    for position, source in enumerate((*sources, *also_read)):
+        path = getattr(source, "name_or_path", source)
+        if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+            continue
+        real = Path(os.path.realpath(path))
+        if target == real or target in real.parents or _is_same(target, real):
+            raise ValueError(f"output_dir ({output_dir}) holds what is read ({path}); choose another folder")
+        is_whole = position < len(sources) and path is source
+        if is_whole and real in target.parents and real.is_dir():
+            raise ValueError(f"output_dir ({output_dir}) is in the folder that is read ({path}); choose another one")
+
+
+def _is_same(target: Path, source: Path) -> bool:
+    return target.exists() and any(path.exists() and target.samefile(path) for path in (source, *source.parents))
+
+
+def _check_content(target: Path, output_dir: Source, overwrite: bool, kind: OutputKind, has_leftovers: bool) -> None:
+    """Raise if something is in the target and may not be replaced."""
+    if not _has_content(target):
+        return
+    if not overwrite:
+        raise ValueError(f"output_dir ({output_dir}) is not empty; choose another one or overwrite it (--overwrite)")
+    files = (path for path in target.rglob("*") if not _is_below_ours(target, path))
+    if (reason := kind.why_not(target, files, is_partial=has_leftovers)) is not None:
+        raise ValueError(
+            f"output_dir ({output_dir}) is not replaced: {reason}, so it is not only an earlier output ({kind.what}); "
+            "choose another folder, or remove it yourself"
+        )
+
+
+def _has_content(target: Path) -> bool:
+    return target.is_dir() and not all(is_ours(target, name) for name in os.listdir(target))
+
+
+def _is_below_ours(target: Path, path: Path) -> bool:
+    return is_ours(target, path.relative_to(target).parts[0])
+
+
+def _move_files(source: Path, target: Path, last: str | None, old: Sequence[Path]) -> None:
+    """Rename the files of one folder into another, `last` at the end, and remove old ones that are not replaced."""
+    files = sorted(path.relative_to(source) for path in source.rglob("*") if not path.is_dir())
+    names = [*(name for name in files if str(name) != last), *(name for name in files if str(name) == last)]
+    if names and str(names[-1]) == last:
+        (target / names[-1]).unlink(missing_ok=True)
+    for path in old:
+        if path.relative_to(target) not in files:
+            path.unlink(missing_ok=True)
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source / name, target / name)
+    flush(target)
+
+
+__all__ = ["check_output_dir", "check_output_file", "files_into", "new_folder", "tidy_up_checkpoints", "write_file"]

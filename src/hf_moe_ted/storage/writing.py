@@ -1,0 +1,366 @@
+"""One writer for each place at a time, and what a writer that was killed has left.
+
+Beside what is written, `NAME`, there may be `.NAME.lock`, which a living writer holds, `.NAME.incomplete-*`, where it
+writes, and `.NAME.previous`, the folder that it replaces, between two renames. The system frees a lock when its process
+ends, however it ends, so whoever gets the lock knows that nobody writes there any more.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+LOCK_WAIT_S = 1.0  # for one who only looks whether there is a writer
+FOREIGN_LEFTOVER_S = 3600.0
+"""What another machine has left is removed when nothing in it has changed for so long: some file systems that machines
+share keep the locks of each machine to itself."""
+
+_MAX_LABEL_BYTES = 180  # of the 255 of a name in most file systems
+_LEFTOVER = re.compile(
+    r"\.(?P<label>.+)\.(?P<kind>lock|previous|incomplete)(?:-(?:(?P<host>[0-9a-f]{8})[0-9a-f]{8}|\w+))?"
+)
+_FIXES = {
+    errno.ENOSPC: "free some space on the disk, or choose another place",
+    errno.EDQUOT: "your quota is used up: free some space, or choose another place",
+    errno.EFBIG: "the system allows no larger file (ulimit -f): choose another place, or a smaller --max-shard-size",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "a part of the path is no folder; choose another place",
+}
+
+logger = logging.getLogger(__name__)
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """The path without links above its last part, and without `.` and `..`."""
+    path = Path(os.path.abspath(path))
+    return Path(os.path.realpath(path.parent)) / path.name
+
+
+def label_of(target: Path) -> str:
+    """What the hidden names beside `target` have of its name."""
+    if len(os.fsencode(target.name)) <= _MAX_LABEL_BYTES:
+        return target.name
+    return hashlib.sha256(os.fsencode(target.name)).hexdigest()[:32]
+
+
+def workplace_of(target: Path) -> Path:
+    """The folder for temporary names, from where a rename gets to `target`.
+
+    That is the folder above, or the target itself where only what is in it can change: a mount point, the working
+    directory of this process, or a folder of which the one above cannot be written to.
+    """
+    if not target.is_dir():
+        return target.parent
+    working_dir = Path.cwd()
+    is_fixed = _is_mount(target) or target in (working_dir, *working_dir.parents)
+    return target if is_fixed or not os.access(target.parent, os.W_OK | os.X_OK) else target.parent
+
+
+def is_ours(target: Path, name: str) -> bool:
+    """Whether an entry of a folder is what writers of `target` have there."""
+    match = _LEFTOVER.fullmatch(name)
+    return match is not None and match["label"] == label_of(target)
+
+
+@contextmanager
+def writing(target: Path, *, workplace: Path | None = None, tidy: bool = True) -> Iterator["Workplace"]:
+    """Hold the lock of `target`, and tidy up what a killed writer has left; SIGTERM ends the block as Ctrl-C does.
+
+    Args:
+        target: what is to be written, from `absolute`.
+        workplace: where the temporary names are, by default `workplace_of(target)`. It is made if it is not there, and
+            removed if nothing is in it at the end.
+        tidy: whether to remove temporary files of a killed writer.
+
+    Raises:
+        ValueError: a part of the path is a file; another process writes to `target`; or a killed one has left
+            `.NAME.previous`, and it cannot be told which of both is wanted.
+        OSError: the folder cannot be written to, or what else the system says, with what to do.
+    """
+    with explained(target):
+        folder = workplace or workplace_of(target)
+        missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+        if (file := next((path for path in (folder, *folder.parents) if path.is_file()), None)) is not None:
+            raise ValueError(f"{target} cannot be created: {file} is a file; choose another place")
+        try:
+            with _stoppable(target), _locked(target, folder) as lock:
+                yield Workplace(target, folder, lock, tidy=tidy)
+        finally:
+            for path in missing:  # the innermost first
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
+
+
+class Workplace:
+    """Where the writer of a target works.
+
+    Attributes:
+        target: what is written.
+        folder: for temporary names.
+        has_leftovers: whether a writer that was stopped had left temporary files there.
+    """
+
+    def __init__(self, target: Path, folder: Path, lock: int | None, *, tidy: bool):
+        self.target, self.folder, self._lock = target, folder, lock
+        self.previous = folder / f".{label_of(target)}.previous"
+        self.has_leftovers = False
+        if lock is not None:
+            self._take_back(_read_record(lock))
+            self._find_leftovers(tidy)
+            self._write_record({})
+
+    def temporary_name(self) -> Path:
+        """A new one, which tells this machine from others."""
+        return self.folder / f".{label_of(self.target)}.incomplete-{_host()}{os.urandom(4).hex()}"
+
+    def take_place(self, complete: Path) -> None:
+        """Rename a folder to the target, and then remove what was there.
+
+        If the process is killed, the target is what it was or will be; only between the two renames it is aside as
+        `.NAME.previous`, from where the next writer takes it back.
+        """
+        if self.target.is_dir() and any(self.target.iterdir()):
+            self._write_record({"swapped": complete.stat().st_ino})
+            os.rename(self.target, self.previous)
+        try:
+            os.rename(complete, self.target)
+        except BaseException:
+            if self.previous.exists():
+                os.rename(self.previous, self.target)
+            raise
+        flush(self.folder)
+        shutil.rmtree(self.previous, ignore_errors=True)
+
+    def _find_leftovers(self, tidy: bool) -> None:
+        for path in self.folder.iterdir():
+            match = _LEFTOVER.fullmatch(path.name)
+            if match is None or match["kind"] != "incomplete" or match["label"] != label_of(self.target):
+                continue
+            is_foreign = match["host"] is not None and match["host"] != _host()
+            if is_foreign and time.time() - _last_change(path) < FOREIGN_LEFTOVER_S:
+                logger.warning("%s is left: another machine may be writing there; remove it if not", path)
+                continue
+            self.has_leftovers = True
+            if tidy:
+                remove(path)
+                logger.warning("Removed %s, which a run that was stopped has left", path)
+
+    def _take_back(self, record: dict[str, Any]) -> None:
+        """Undo or end a replacement that was stopped between or behind its renames."""
+        if not os.path.lexists(self.previous):
+            return
+        is_empty = self.target.is_dir() and not any(self.target.iterdir())
+        if is_empty or not os.path.lexists(self.target):
+            os.rename(self.previous, self.target)
+            logger.warning("Put %s back to its place, from where a run that was stopped had moved it", self.target)
+        elif self.target.stat().st_ino == record.get("swapped"):
+            shutil.rmtree(self.previous)
+            logger.warning("Removed %s, which a run that was stopped has left", self.previous)
+        else:
+            raise ValueError(
+                f"a run that was stopped has left {self.previous}, which was {self.target} before; keep one of both "
+                "and remove or rename the other"
+            )
+
+    def _write_record(self, record: dict[str, Any]) -> None:
+        if self._lock is not None:
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, json.dumps({"host": platform.node(), "pid": os.getpid(), **record}).encode(), 0)
+
+
+def tidy_up(folder: Path, names: str) -> None:
+    """Tidy up what killed writers have left in a folder for targets there whose names match a regular expression.
+
+    What a living process writes stays.
+    """
+    labels = {match["label"] for name in os.listdir(folder) if (match := _LEFTOVER.fullmatch(name))}
+    for label in sorted(labels):
+        if re.fullmatch(names, label):
+            try:
+                with writing(folder / label, workplace=folder):
+                    pass
+            except (ValueError, OSError) as error:
+                logger.warning("%s", error)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Make the system write a file, or the list of files of a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_all(folder: Path) -> None:
+    """The same for all in a folder, with the usual permissions: some writers let only the owner in."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in [*folder.rglob("*"), folder]:
+        if not path.is_symlink():
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+            flush(path)
+
+
+@contextmanager
+def _locked(target: Path, folder: Path) -> Iterator[int | None]:
+    path = folder / f".{label_of(target)}.lock"
+    lock = _acquire(path, target)
+    try:
+        yield lock
+    finally:
+        if lock is not None:
+            path.unlink(missing_ok=True)  # while it is held: who opens it now finds that it is gone
+            os.close(lock)
+
+
+def _acquire(path: Path, target: Path) -> int | None:
+    """The descriptor of the lock, `None` where the file system has no locks."""
+    end = time.monotonic() + LOCK_WAIT_S
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)  # another run may just have removed it again
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_file_of(lock, path):
+                return lock
+        except BlockingIOError:
+            if time.monotonic() > end:
+                record = _read_record(lock)
+                os.close(lock)
+                raise ValueError(
+                    f"another process is writing to {target} (number {record.get('pid')} on {record.get('host')}); "
+                    "wait for it, or choose another place"
+                ) from None
+        except OSError:
+            os.close(lock)
+            path.unlink(missing_ok=True)
+            return None
+        os.close(lock)
+        time.sleep(0.02)
+
+
+def _is_file_of(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _read_record(lock: int) -> dict[str, Any]:
+    try:
+        record = json.loads(os.pread(lock, 4096, 0) or b"{}")
+    except ValueError:  # the writer was killed while it wrote it
+        record = {}
+    return record if isinstance(record, dict) else {}
+
+
+def _last_change(path: Path) -> float:
+    return max(p.lstat().st_mtime for p in (path, *path.rglob("*")))
+
+
+def _is_mount(folder: Path) -> bool:
+    if os.path.ismount(folder):
+        return True
+    try:  # a folder that is mounted to another place of the same file system
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    points = (re.sub(rb"\\(\d{3})", lambda m: bytes([int(m[1], 8)]), line.split(b" ")[4]) for line in lines)
+    return os.fsencode(folder) in points
+
+
+@contextmanager
+def _stoppable(target: Path) -> Iterator[None]:
+    """SIGTERM, where it would end the process at once, leaves the block by a SystemExit; one line tells of both."""
+    takes_signal = (
+        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
+
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)  # the second one must not disturb the removal
+        raise SystemExit(128 + number)
+
+    if takes_signal:
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if takes_signal:
+            logger.warning("Stopped while %s was written; the temporary files are removed", target)
+        raise
+    finally:
+        if takes_signal:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def explained(target: Path) -> Iterator[None]:
+    """An error of the system, whoever tells it, becomes an OSError that says where it was and what to do."""
+    try:
+        yield
+    except Exception as raised:
+        error = _error_of_system(raised)
+        if error is None or "cannot be written" in str(error.strerror):  # it is explained already
+            raise
+        number = error.errno
+        where = str(error.filename or target)
+        is_in_target = where.startswith(str(target)) or f"{os.sep}.{label_of(target)}." in where
+        if number not in _FIXES or not (is_in_target or Path(where) in target.parents):
+            raise
+        problem = f"{target} cannot be written: {os.strerror(number)}" + ("" if where == str(target) else f" ({where})")
+        raise OSError(number, f"{problem}; {_FIXES[number]}") from raised
+
+
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _error_of_system(raised: BaseException) -> OSError | None:
+    """The error of the system that an exception is about, `None` for none or one of those that say so already."""
+    if isinstance(raised, OSError):
+        return raised
+    error: BaseException | None = None if isinstance(raised, ValueError) else raised
+    while error is not None and not isinstance(error, OSError):
+        if match := re.search(r"\(os error (\d+)\)", str(error)):  # of libraries in Rust
+            return OSError(int(match[1]), os.strerror(int(match[1])))
+        error = error.__cause__ or error.__context__  # torch.save fails again when it closes a file that is cut
+    return error
+
+
+__all__ = [
+    "Workplace",
+    "absolute",
+    "explained",
+    "flush",
+    "flush_all",
+    "is_ours",
+    "label_of",
+    "remove",
+    "tidy_up",
+    "workplace_of",
+    "writing",
+]

@@ -1,0 +1,93 @@
+"""A whole model under a layout of several processes is refused, and a model that is sharded in another one."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+from accelerate.parallelism_config import ParallelismConfig
+from ted_cases import write_models
+from torch import nn
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+from hf_moe_ted import TedConfig, TedPlugin, TedSeq2SeqTrainer, TedTrainer, ZCodeM3ForConditionalGeneration
+from hf_moe_ted.distributed.layout_check import check_is_sharded
+from hf_moe_ted.testing import run_distributed_test
+
+DATA = [{"input_ids": [5, 6, 2], "labels": [7, 2]}] * 4
+
+
+def plugin_of(**sizes: int) -> Any:
+    config = TedConfig(**sizes)
+    return SimpleNamespace(distributed_config=config, total_size=config.tp_size * config.fsdp_size)
+
+
+def sharded(**sizes: int) -> nn.Module:
+    model: Any = nn.Linear(2, 2)
+    model.is_distributed_loading_by_transformers = True
+    model.config = SimpleNamespace(distributed_config=TedConfig(**sizes))
+    return model
+
+
+@pytest.mark.parametrize("config", [None, ParallelismConfig(), plugin_of(tp_size=1, fsdp_size=1)])
+def test_whole_models_are_right_without_a_layout(config: Any) -> None:
+    check_is_sharded(nn.Linear(2, 2), config)
+
+
+def test_whole_models_that_are_not_trained_are_right() -> None:
+    check_is_sharded(nn.Linear(2, 2).requires_grad_(False), plugin_of(tp_size=2, fsdp_size=1))
+
+
+def test_another_layout_is_named() -> None:
+    plugin = plugin_of(tp_size=2, fsdp_size=2, ep_size=2)
+    check_is_sharded(sharded(tp_size=2, fsdp_size=2, ep_size=2), plugin)
+    with pytest.raises(ValueError, match="loaded with ep_size 4, and the TedPlugin has 2"):
+        check_is_sharded(sharded(tp_size=2, fsdp_size=2, ep_size=4), plugin)
+    with pytest.raises(ValueError, match="loaded with zero_stage 3, and the TedPlugin has 1"):
+        check_is_sharded(sharded(tp_size=2, fsdp_size=2, ep_size=2, zero_stage=3), plugin)
+
+
+def refusals(folder: str, layout: dict[str, int]) -> dict[str, str]:
+    plugin = TedPlugin(**layout)
+    options: Any = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "max_steps": 1, "save_strategy": "no"}
+
+    def whole() -> Any:
+        return ZCodeM3ForConditionalGeneration.from_pretrained(f"{folder}/top1")
+
+    def arguments() -> Any:
+        return Seq2SeqTrainingArguments(f"{folder}/run", parallelism_config=plugin, **options)
+
+    attempts = {
+        "TedSeq2SeqTrainer": lambda: TedSeq2SeqTrainer(whole(), arguments(), train_dataset=DATA),
+        "model_init": lambda: TedTrainer(model_init=whole, args=arguments(), train_dataset=DATA),
+        "Seq2SeqTrainer": lambda: Seq2SeqTrainer(whole(), arguments(), train_dataset=DATA).train(),
+        "Accelerator": lambda: Accelerator(cpu=True, parallelism_config=plugin).prepare(whole()),
+    }
+    found = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except ValueError as error:
+            found[name] = str(error)
+    sharded_init = TedTrainer(
+        model_init=lambda: ZCodeM3ForConditionalGeneration.from_pretrained(
+            f"{folder}/top1", distributed_config=plugin.distributed_config
+        ),
+        args=arguments(),
+        train_dataset=DATA,
+    )
+    sharded_init.train()
+    found["steps of a sharded model_init"] = str(sharded_init.state.global_step)
+    return found
+
+
+@pytest.mark.parametrize("layout", [{"tensor_parallel_size": 2}, {"expert_parallel_size": 2}], ids=["tp2", "dp2"])
+def test_whole_models_are_refused(tmp_path: Path, layout: dict[str, int]) -> None:
+    write_models(tmp_path, {"top1"})
+    for found in run_distributed_test(refusals, 2, str(tmp_path), layout):
+        assert found.pop("steps of a sharded model_init") == "1"
+        assert {*found} == {"TedSeq2SeqTrainer", "model_init", "Seq2SeqTrainer", "Accelerator"}
+        for message in found.values():
+            assert "is not sharded, and the TedPlugin is for 2 processes" in message
+            assert "distributed_config=plugin.distributed_config" in message
