@@ -84,12 +84,12 @@ def convert_deepspeed_checkpoint(
     dtype = parse_dtype(dtype)
     check_output_dir(output_dir, overwrite=overwrite, sources=[checkpoint_dir], also_read=[base_config, tokenizer])
     rule_set = RuleSet.load(rules)
-    fields = _base_fields(base_config)
     if isinstance(config_overrides, str):
         config_overrides = parse_json_object(config_overrides, "config_overrides")
     if not isinstance(config_overrides or {}, Mapping):
         raise ValueError(f"config_overrides ({config_overrides!r}) must be a dict of fields of ZCodeM3Config")
     overrides = dict(config_overrides or {})
+    fields = _base_fields(base_config)
     state = read_deepspeed_state_dict(
         checkpoint_dir,
         tag=tag,
