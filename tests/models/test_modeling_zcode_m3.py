@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import M2M100Config, M2M100ForConditionalGeneration
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.initialization import no_init_weights
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -20,6 +22,7 @@ from transformers.models.m2m_100.modeling_m2m_100 import M2M100SinusoidalPositio
 from transformers.utils.logging import warning_once
 
 from hf_moe_ted import ZCodeM3ForConditionalGeneration, ZCodeM3Model
+from hf_moe_ted.models.configuration_zcode_m3 import ZCodeM3Config
 from hf_moe_ted.models.positions import ZCodeM3SinusoidalPositionalEmbedding, tokens_of
 from hf_moe_ted.models.router import Routing
 from hf_moe_ted.testing import tiny_config
@@ -233,10 +236,48 @@ def test_sinusoidal_positions_equal_m2m100(pad_token_id: int) -> None:
             tokens = tokens_of(config, ids, torch.empty(*ids.shape, config.d_model), None, num_past)
             torch.testing.assert_close(
                 positions(tokens.positions),
-                expected(ids, past_key_values_length=num_past),
+                expected(ids, None, num_past),
                 atol=1e-6,
                 rtol=0.0,
             )
+
+
+def _without_initialization(config: ZCodeM3Config) -> ZCodeM3ForConditionalGeneration:
+    with no_init_weights():
+        return ZCodeM3ForConditionalGeneration(config)
+
+
+def _moved_from_meta(config: ZCodeM3Config) -> ZCodeM3ForConditionalGeneration:
+    with torch.device("meta"):
+        return ZCodeM3ForConditionalGeneration(config).to_empty(device="cpu")
+
+
+def _on_meta(config: ZCodeM3Config) -> ZCodeM3ForConditionalGeneration:
+    with torch.device("meta"):
+        return ZCodeM3ForConditionalGeneration(config)
+
+
+def _empty(config: ZCodeM3Config) -> ZCodeM3ForConditionalGeneration:
+    with init_empty_weights():
+        return ZCodeM3ForConditionalGeneration(config)
+
+
+def _there_and_back(config: ZCodeM3Config) -> ZCodeM3ForConditionalGeneration:
+    return ZCodeM3ForConditionalGeneration(config).half().float()
+
+
+@pytest.mark.parametrize("make", [_without_initialization, _moved_from_meta, _on_meta, _empty, _there_and_back])
+def test_tables_that_no_checkpoint_holds_are_there(make: Any) -> None:
+    """Sinusoids and expert maps; memory that nobody wrote to is made visible."""
+    config = tiny_config(init_std=0.2, num_experts=[2, 4, 4], expert_map=[[0, 1, 1, 0], [0, 1, 2, 3], [3, 4, 1, 0, 2]])
+    expected = ZCodeM3ForConditionalGeneration(config).eval()
+    garbage = [torch.full(shape, float("nan")) for shape in ((66, 32), (66, 32), (4,), (5,))]
+    del garbage
+    model = make(config).eval()
+    model.load_state_dict(expected.state_dict(), assign=model.device.type == "meta")
+    model.tie_weights()
+    inputs = {"input_ids": _ids([9, 4]), "decoder_input_ids": _ids([5, 5])}
+    assert torch.equal(model(**inputs).logits, expected(**inputs).logits)
 
 
 def test_sinusoidal_positions_by_hand() -> None:
@@ -885,6 +926,79 @@ def test_cache_equals_no_cache_with_left_padded_decoder_inputs() -> None:
     torch.testing.assert_close(torch.cat(logits, dim=1)[real], expected[real], **CLOSE)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_cache_has_two_names(name: str) -> None:
+    """transformers 5.24 calls `cache` what was `past_key_values` before; what a call does depends on neither."""
+    model = _model()
+    source, target = _ids([9, 4, 7]), _ids([6, 6, 6], seed=1)
+    mask = _mask(source)
+    expected = model(input_ids=source, attention_mask=mask, decoder_input_ids=target).logits
+    encoded = model.get_encoder()(source, mask)
+    decoder_expected = model.get_decoder()(target, encoder_hidden_states=encoded.last_hidden_state).last_hidden_state
+    caches = [EncoderDecoderCache(*(DynamicCache(config=model.config) for _ in range(2))) for _ in range(3)]
+    for step in range(6):
+        token = target[:, step : step + 1]
+        inputs = {"encoder_outputs": encoded, "decoder_input_ids": token, "attention_mask": mask}
+        first = model(**inputs, **{name: caches[0]})
+        torch.testing.assert_close(first.logits[:, 0], expected[:, step], **CLOSE)
+        assert first.past_key_values is caches[0]
+        hidden = model.model(**inputs, **{name: caches[1]}).last_hidden_state
+        torch.testing.assert_close(model.lm_head(hidden)[:, 0], expected[:, step], **CLOSE)
+        states = encoded.last_hidden_state
+        hidden = model.get_decoder()(token, encoder_hidden_states=states, **{name: caches[2]}).last_hidden_state
+        torch.testing.assert_close(hidden[:, 0], decoder_expected[:, step], **CLOSE)
+    assert [cache.get_seq_length() for cache in caches] == [6, 6, 6]
+
+
+@torch.no_grad()
+def test_two_caches_are_refused() -> None:
+    model = _model()
+    inputs = {"input_ids": _ids([9]), "decoder_input_ids": _ids([4])}
+    cache = model(**inputs, use_cache=True).past_key_values
+    for module in (model, model.model):
+        with pytest.raises(ValueError, match="past_key_values and cache are two names of one argument"):
+            module(**inputs, past_key_values=cache, cache=copy.deepcopy(cache))
+
+
+def test_a_cache_under_activation_checkpointing_is_refused() -> None:
+    model = _model()
+    inputs = {"input_ids": _ids([9]), "decoder_input_ids": _ids([4])}
+    cache = model(**inputs, use_cache=True).past_key_values
+    model.train().activation_checkpointing_enable()
+    with pytest.raises(ValueError, match="a cache would be written twice under activation checkpointing"):
+        model(**inputs, past_key_values=cache)
+
+
+UNKNOWN = {
+    "labls": torch.ones(1, 4, dtype=torch.int64),
+    "attention_msk": torch.ones(1, 9),
+    "past_key_value": DynamicCache(),
+    "position_ids": torch.arange(9)[None],
+    "cu_seq_lens_q": torch.tensor([0, 9]),
+    "is_causal": True,
+    "head_mask": torch.ones(4, 4),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_unknown_arguments_are_refused(name: str) -> None:
+    model = _model()
+    ids = {"input_ids": _ids([9])}
+    encoded = model.get_encoder()(**ids)
+    calls = [
+        (model, {**ids, "decoder_input_ids": _ids([4])}),
+        (model, {"encoder_outputs": encoded, "decoder_input_ids": _ids([4])}),
+        (model.model, {**ids, "decoder_input_ids": _ids([4])}),
+        (model.get_encoder(), ids),
+        (model.get_decoder(), {**ids, "encoder_hidden_states": encoded.last_hidden_state}),
+    ]
+    for module, inputs in calls:
+        with pytest.raises(TypeError, match=f"{type(module).__name__}.forward does not know {name}"):
+            module(**inputs, **{name: UNKNOWN[name]})
+        module(**inputs, **{name: None}, output_attentions=None, output_hidden_states=True, return_dict=True)
+
+
 def test_no_cache_unless_used() -> None:
     inputs = {"input_ids": _ids([9]), "decoder_input_ids": _ids([4])}
     batch = _batch()
@@ -895,6 +1009,15 @@ def test_no_cache_unless_used() -> None:
         assert model(**inputs, use_cache=False).past_key_values is None
         assert model(**batch).past_key_values is None, "training needs no cache"
         assert type(model(**batch, use_cache=True).past_key_values) is EncoderDecoderCache
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("labls", "labels"), ("attention_msk", "attention_mask"), ("output_attention", "output_attentions")],
+)
+def test_what_a_mistyped_argument_may_have_meant(name: str, meant: str) -> None:
+    with pytest.raises(TypeError, match=rf"does not know {name} \(did you mean {meant}\?\)"):
+        _model()(**_batch(), **{name: True})
 
 
 TEN_TOKENS = {"max_new_tokens": 10, "min_new_tokens": 10}

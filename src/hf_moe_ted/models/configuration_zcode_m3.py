@@ -127,7 +127,7 @@ class ZCodeM3Config(PreTrainedConfig):
     """
 
     model_type = "zcode_m3"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # from 5.24 on transformers calls it the latter
     attribute_map = {
         "hidden_size": "d_model",
         "num_attention_heads": "encoder_attention_heads",

@@ -4,11 +4,13 @@ Its layers are M2M100's, so are the names of its weights; `ffn` is dense or spar
 runs in parallel.
 """
 
+import difflib
+import inspect
 import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -49,6 +51,22 @@ logger = logging.get_logger(__name__)
 
 register_checkpoint_conversion_mapping(ZCodeM3Config.model_type, weight_conversions(), overwrite=True)
 
+# transformers 5.24 renamed `past_key_values`, in arguments and in outputs
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(Seq2SeqMoEOutput)} else "past_key_values"
+
+# what `forward` passes on by `**kwargs`, and somebody reads: this file, or a decorator of transformers
+_PASSED_ON = {
+    "debug_io",
+    "debug_io_dir",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "output_routings",
+    "prune_layers",
+    "use_cache",
+}
+
 _EXPERT_KEY = re.compile(r"\.ffn\.(experts|router)\.")
 
 
@@ -69,6 +87,29 @@ def eager_attention_forward(
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def _refuse_unknown_arguments(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """
+    Raises:
+        TypeError: an argument of `forward` that nobody reads. Packed sequences (`position_ids`, `cu_seq_lens_q`) are
+            among these: a text begins at the first position of its row.
+    """
+    unknown = [name for name, value in kwargs.items() if name not in _PASSED_ON and value is not None]
+    if unknown:
+        known = {*inspect.signature(module.forward).parameters, *_PASSED_ON} - {"kwargs"}
+        alike = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
+        hint = f" (did you mean {', '.join(alike)}?)" if alike else ""
+        raise TypeError(
+            f"{type(module).__name__}.forward does not know {', '.join(unknown)}{hint}; leave it out. It takes "
+            f"{', '.join(sorted(known))}"
+        )
+
+
+def _the_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError("past_key_values and cache are two names of one argument, got two caches; pass one of them")
+    return past_key_values if cache is None else cache
 
 
 class ZCodeM3ScaledWordEmbedding(nn.Embedding):
@@ -112,7 +153,7 @@ class ZCodeM3Attention(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         key_value_states: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """
@@ -120,13 +161,13 @@ class ZCodeM3Attention(nn.Module):
             hidden_states: float[batch, length, d_model].
             attention_mask: mask in the form of the attention implementation, or `None`.
             key_value_states: float[batch, source_length, d_model], *optional*, for cross-attention.
-            past_key_values: cache, read and extended.
+            cache: past keys and values, read and extended.
 
         Returns:
             float[batch, length, d_model], and the attention weights if the implementation gives them.
         """
         query = self._split_heads(self.q_proj(hidden_states))
-        key, value = self._keys_and_values(hidden_states, key_value_states, past_key_values)
+        key, value = self._keys_and_values(hidden_states, key_value_states, cache)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -148,25 +189,22 @@ class ZCodeM3Attention(nn.Module):
         return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def _keys_and_values(
-        self, hidden_states: Tensor, key_value_states: Tensor | None, past_key_values: Cache | None
+        self, hidden_states: Tensor, key_value_states: Tensor | None, cache: Cache | None
     ) -> tuple[Tensor, Tensor]:
         is_cross_attention = key_value_states is not None
-        cache = past_key_values
-        if isinstance(past_key_values, EncoderDecoderCache):
-            is_updated = past_key_values.is_updated.get(self.layer_idx)
-            cache = (
-                past_key_values.cross_attention_cache if is_cross_attention else past_key_values.self_attention_cache
-            )
-            if is_cross_attention and is_updated:
-                layer: Any = cache.layers[self.layer_idx]
+        own_cache = cache
+        if isinstance(cache, EncoderDecoderCache):
+            own_cache = cache.cross_attention_cache if is_cross_attention else cache.self_attention_cache
+            if is_cross_attention and cache.is_updated.get(self.layer_idx):
+                layer: Any = own_cache.layers[self.layer_idx]
                 return layer.keys, layer.values
 
         states = hidden_states if key_value_states is None else key_value_states
         key, value = self._split_heads(self.k_proj(states)), self._split_heads(self.v_proj(states))
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-            if is_cross_attention and isinstance(past_key_values, EncoderDecoderCache):
-                past_key_values.is_updated[self.layer_idx] = True
+        if own_cache is not None:
+            key, value = own_cache.update(key, value, self.layer_idx)
+            if is_cross_attention and isinstance(cache, EncoderDecoderCache):
+                cache.is_updated[self.layer_idx] = True
         return key, value
 
 
@@ -215,20 +253,18 @@ class ZCodeM3DecoderLayer(GradientCheckpointingLayer):
         token_mask: Tensor | None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """As the encoder's; encoder_hidden_states float[batch, source_length, d_model]."""
-        attended, _ = self.self_attn(
-            self.self_attn_layer_norm(hidden_states), attention_mask, past_key_values=past_key_values, **kwargs
-        )
+        attended, _ = self.self_attn(self.self_attn_layer_norm(hidden_states), attention_mask, cache=cache, **kwargs)
         hidden_states = hidden_states + nn.functional.dropout(attended, p=self.dropout, training=self.training)
         if encoder_hidden_states is not None:
             attended, _ = self.encoder_attn(
                 self.encoder_attn_layer_norm(hidden_states),
                 encoder_attention_mask,
                 key_value_states=encoder_hidden_states,
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
             hidden_states = hidden_states + nn.functional.dropout(attended, p=self.dropout, training=self.training)
@@ -241,7 +277,7 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ZCodeM3EncoderLayer", "ZCodeM3DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -433,6 +469,7 @@ class ZCodeM3Encoder(ZCodeM3Stack):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> MoEModelOutput:
+        _refuse_unknown_arguments(self, kwargs)
         inputs_embeds = self._embed(input_ids, inputs_embeds)
         tokens = tokens_of(self.config, input_ids, inputs_embeds, attention_mask)
         hidden_states = self._add_positions(inputs_embeds, tokens)
@@ -471,22 +508,29 @@ class ZCodeM3Decoder(ZCodeM3Stack):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoEModelOutputWithPastAndCrossAttentions:
+        _refuse_unknown_arguments(self, kwargs)
+        cache = _the_cache(past_key_values, cache)
         inputs_embeds = self._embed(input_ids, inputs_embeds)
-        if use_cache and past_key_values is None:
-            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
-        num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if use_cache and cache is None:
+            cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "a cache would be written twice under activation checkpointing, which runs each layer again in "
+                "backward: leave the cache out, or call activation_checkpointing_disable()"
+            )
+        num_past = cache.get_seq_length() if cache is not None else 0
 
         tokens = tokens_of(self.config, input_ids, inputs_embeds, attention_mask, num_past)
         hidden_states = self._add_positions(inputs_embeds, tokens)
 
-        cache = past_key_values
         self_attention_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache,
+            self.config,
+            inputs_embeds,
+            attention_mask,
+            cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache,
         )
         self_attention_mask = self._add_untied_positions(self_attention_mask, tokens, is_causal=True)
         cross_attention_mask = create_bidirectional_mask(
@@ -503,11 +547,11 @@ class ZCodeM3Decoder(ZCodeM3Stack):
                 routed_mask,
                 encoder_hidden_states,
                 encoder_attention_mask=cross_attention_mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
         return MoEModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.layer_norm(hidden_states), past_key_values=past_key_values
+            last_hidden_state=self.layer_norm(hidden_states), **{CACHE_NAME: cache}
         )
 
 
@@ -567,6 +611,7 @@ class ZCodeM3Model(ZCodeM3PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> ZCodeM3ModelOutput:
         """
@@ -576,17 +621,24 @@ class ZCodeM3Model(ZCodeM3PreTrainedModel):
             decoder_input_ids: int64[batch, target_length], target tokens shifted right.
             decoder_attention_mask: int64 or bool[batch, past + target_length], 0 for padding.
             encoder_outputs: what the encoder returned, to not run it again.
-            past_key_values: `EncoderDecoderCache`, *optional*.
+            past_key_values, cache: `EncoderDecoderCache`, *optional*, under one of its names: transformers 5.24 calls
+                `cache` what was `past_key_values` before.
             inputs_embeds, decoder_inputs_embeds: float[batch, length, d_model], in place of the ids.
-            use_cache: whether to return `past_key_values`.
+            use_cache: whether to return the cache.
             kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `output_routings`.
 
         Raises:
-            ValueError: an empty batch, or more tokens than `max_position_embeddings`.
+            TypeError: an argument that the model does not know.
+            ValueError: an empty batch, more tokens than `max_position_embeddings`, or a cache under both names.
         """
+        _refuse_unknown_arguments(self, kwargs)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
-                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                return_dict=True,  # whatever the config says
+                **kwargs,
             )
         elif not hasattr(encoder_outputs, "last_hidden_state"):
             encoder_outputs = MoEModelOutput(
@@ -599,14 +651,15 @@ class ZCodeM3Model(ZCodeM3PreTrainedModel):
             attention_mask=decoder_attention_mask,
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=_the_cache(past_key_values, cache),
             inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         return ZCodeM3ModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
-            past_key_values=decoder_outputs.past_key_values,
+            **{CACHE_NAME: decoder_outputs.get(CACHE_NAME)},
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
@@ -663,6 +716,7 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
         output_router_logits: bool | None = None,
         output_routings: bool = False,
         num_items_in_batch: Tensor | int | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> ZCodeM3Output:
         """As [`ZCodeM3Model.forward`], and:
@@ -681,8 +735,9 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
             `router_aux_loss_coef` and `router_z_loss_coef` times the router losses of encoder and decoder.
 
         Raises:
-            ValueError: as [`ZCodeM3Model.forward`], or if no label counts.
+            TypeError, ValueError: as [`ZCodeM3Model.forward`], or if no label counts.
         """
+        _refuse_unknown_arguments(self, kwargs)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         if labels is not None and use_cache is None:
@@ -702,12 +757,13 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
+            cache=_the_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
             output_routings=output_routings or with_router_losses,
+            return_dict=True,
             **kwargs,
         )
         logits = self.lm_head(outputs.last_hidden_state)
@@ -721,7 +777,7 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
         return ZCodeM3Output(
             **losses,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             decoder_hidden_states=outputs.decoder_hidden_states,
             decoder_attentions=outputs.decoder_attentions,
             decoder_router_logits=outputs.decoder_router_logits,
