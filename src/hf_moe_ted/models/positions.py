@@ -5,6 +5,7 @@ Shape letters: B batch, L tokens of this call, Q queries, K keys, H heads, D mod
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,19 +75,28 @@ class ZCodeM3SinusoidalPositionalEmbedding(nn.Module):
         self.embedding_dim = config.d_model
         self.padding_idx: int = config.pad_token_id  # type: ignore[assignment]  # the config requires it
         self.num_rows = config.max_position_embeddings + self.padding_idx + 1
-        self.weights = nn.Buffer(torch.empty(self.num_rows, self.embedding_dim), persistent=False)
+        self.weights = nn.Buffer(self.table(), persistent=False)
 
-    def table(self) -> Tensor:
-        """float32[num_rows, D]."""
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        # no checkpoint holds the table: `to_empty` would leave memory as it is, `half().float()` a rounded table
+        super()._apply(fn, recurse)
+        if not self.weights.is_meta:
+            self.weights = self.table("cpu").to(self.weights)
+        return self
+
+    def table(self, device: str | None = None) -> Tensor:
+        """float32[num_rows, D], by default on the device of new tensors."""
         half_dim = self.embedding_dim // 2
-        frequencies = torch.exp(torch.arange(half_dim).float() * -(math.log(10000) / (half_dim - 1)))
-        angles = torch.arange(self.num_rows).float().unsqueeze(1) * frequencies
+        frequencies = torch.exp(torch.arange(half_dim, device=device).float() * -(math.log(10000) / (half_dim - 1)))
+        angles = torch.arange(self.num_rows, device=device).float().unsqueeze(1) * frequencies
         table = torch.cat([angles.sin(), angles.cos()], dim=1)
         table[self.padding_idx] = 0
         return table
 
     def forward(self, positions_BL: Tensor) -> Tensor:
         """float[B, L, D] of `Tokens.positions`, zeros for padding."""
+        if self.weights.is_meta and not positions_BL.is_meta:  # behind `load_state_dict(assign=True)`
+            self.weights = self.table("cpu").to(positions_BL.device)
         return nn.functional.embedding(positions_BL + self.padding_idx, self.weights)
 
 

@@ -7,6 +7,7 @@ otherwise), D model width.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +97,13 @@ class ZCodeM3Router(nn.Module):
         expert_of_row = None if expert_map is None else torch.tensor(self.expert_map)
         self.register_buffer("expert_of_row", expert_of_row, persistent=False)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        # no checkpoint holds the map: `to_empty` would leave memory as it is
+        super()._apply(fn, recurse)
+        if self.expert_of_row is not None and not self.expert_of_row.is_meta:
+            self.expert_of_row = torch.tensor(self.expert_map, device=self.expert_of_row.device)
+        return self
+
     def forward(self, hidden_states_TD: Tensor, token_mask_T: Tensor | None = None) -> tuple[Tensor, Routing]:
         """Route a batch of tokens.
 
@@ -106,6 +114,9 @@ class ZCodeM3Router(nn.Module):
         Returns:
             The logits float32[T, E], first so that `output_router_logits` finds them, and the [`Routing`].
         """
+        if self.expert_of_row is not None and self.expert_of_row.is_meta and not hidden_states_TD.is_meta:
+            # behind `load_state_dict(assign=True)`
+            self.expert_of_row = torch.tensor(self.expert_map, device=hidden_states_TD.device)
         logits_TE, probs_TK, choices_TK = self._choose(hidden_states_TD)
         expert_ids_TK = choices_TK if self.expert_of_row is None else self.expert_of_row[choices_TK]
         weights_TK = _normalize(probs_TK) if self.normalize_router_weights == "before_dropping" else probs_TK
