@@ -119,7 +119,9 @@ def test_generation_config_and_tokenizer(tmp_path: Path) -> None:
     for number, given in enumerate((tokenizer, tmp_path / "0")):
         initialize_checkpoint(config, tmp_path / str(number), tokenizer=given)
         assert ZCodeM3Tokenizer.from_pretrained(tmp_path / str(number)).languages == ["en", "de"]
-        assert GenerationConfig.from_pretrained(tmp_path / str(number)).decoder_start_token_id == 2
+        generation_config = GenerationConfig.from_pretrained(tmp_path / str(number))
+        assert generation_config.decoder_start_token_id == 2
+        assert generation_config.max_length == 64, "without it generation stops after 20 tokens"
 
     config.save_pretrained(tmp_path / "source")
     tokenizer.save_pretrained(tmp_path / "source")

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -873,6 +874,44 @@ def test_generation_config_is_saved_loaded_and_overridden(
     assert (of_own[:, 1] == 11).all()
     assert torch.equal(loaded.generate(**source, generation_config=own, num_beams=3, **TEN)[:, 1], of_own[:, 1])
     assert loaded.generation_config.to_dict() == before, "a call leaves no trace"
+
+
+def _generates(model: Model, source: Source, **options: Any) -> int:
+    """How many tokens, of a model that ends no sentence."""
+    model.generation_config.eos_token_id = None
+    return model.generate(**source, **options).shape[1]
+
+
+def test_generation_is_as_long_as_the_positions_by_default(model: Model, source: Source, tmp_path: Path) -> None:
+    """Of transformers it would be 20 tokens; M2M100 has a `max_length` in its generation config."""
+    assert model.generation_config.max_length == model.config.max_position_embeddings == 64
+    assert ZCodeM3Config(max_position_embeddings=1024).default_generation_length == 256
+    model.save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).max_length == 64
+    load = ZCodeM3ForConditionalGeneration.from_pretrained
+    loaded = load(tmp_path)
+    assert _generates(loaded, source) == 64
+    loaded.generation_config = GenerationConfig(num_beams=2, decoder_start_token_id=START, pad_token_id=1)
+    assert _generates(loaded, source) == 64
+    assert _generates(loaded, source, generation_config=GenerationConfig(num_beams=1)) == 64
+
+    (tmp_path / "generation_config.json").unlink()
+    assert load(tmp_path).generation_config.max_length == 64
+    GenerationConfig(num_beams=2, decoder_start_token_id=START).save_pretrained(tmp_path)
+    assert load(tmp_path).generation_config.max_length == 64
+    GenerationConfig(max_length=30, decoder_start_token_id=START).save_pretrained(tmp_path)
+    assert _generates(load(tmp_path), source) == 30
+    GenerationConfig(max_new_tokens=30, decoder_start_token_id=START).save_pretrained(tmp_path)
+    assert _generates(load(tmp_path), source) == 31
+
+
+def test_a_length_of_the_user_counts_and_warns_of_nothing(
+    model: Model, source: Source, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    assert _generates(model, source, max_new_tokens=7) == 8
+    assert _generates(model, source, max_length=7) == 7
+    assert not caplog.records
 
 
 def test_generation_leaves_the_model_as_it_was(model: Model, source: Source, greedy: Tensor) -> None:

@@ -740,6 +740,34 @@ def test_sequence_longer_than_the_positions() -> None:
             model(**inputs)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("position_embedding_type", ["sinusoidal", "learned", "tupe"])
+def test_padding_takes_no_position(position_embedding_type: str, side: str) -> None:
+    """`pad_to_multiple_of` may pad beyond the positions, on both sides of the model."""
+    model = _model(tie_word_embeddings=False, max_position_embeddings=20, position_embedding_type=position_embedding_type)
+    source, target = _ids([18, 19], side), _ids([19, 17], seed=1, padding=-100)
+    padding = ((0, 6) if side == "right" else (6, 0), (0, 5))
+    padded = {
+        "input_ids": nn.functional.pad(source, padding[0], value=PAD),
+        "labels": nn.functional.pad(target, padding[1], value=-100),
+    }
+    padded["attention_mask"] = _mask(padded["input_ids"])
+    short = {"input_ids": source, "labels": target, "attention_mask": _mask(source)}
+    expected, actual = model(**short), model(**padded)
+    torch.testing.assert_close(actual.loss, expected.loss, **CLOSE)
+    torch.testing.assert_close(actual.logits[:, :19], expected.logits, **CLOSE)
+    for inputs in (short, padded):
+        del inputs["labels"]
+    options: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "num_beams": 2}
+    assert torch.equal(model.generate(**padded, **options), model.generate(**short, **options))
+
+    prompt = _ids([6, 3], "left", seed=2)
+    longer = nn.functional.pad(prompt, (12, 0), value=PAD)
+    prompts = [{"decoder_input_ids": ids, "decoder_attention_mask": _mask(ids)} for ids in (prompt, longer)]
+    ends = [model.generate(**short, **inputs, **options)[:, -8:] for inputs in prompts]
+    assert torch.equal(*ends), "18 of prompt and padding, and 8 new ones: 26 of 20 positions, but 14 tokens"
+
+
 def test_sequence_that_outgrows_the_positions_in_the_cache() -> None:
     model = _model()
     short = _ids([4])

@@ -151,7 +151,10 @@ def _others(config: ZCodeM3Config, source: Path, tokenizer: Any) -> list[Callabl
         others.append(tokenizer.save_pretrained)
     elif source.is_dir():
         others.append(copy_tokenizer_and_generation_config(source))
-    generation_config = read_generation_config(source) or GenerationConfig.from_model_config(config)
+    generation_config = read_generation_config(source)
+    if generation_config is None:
+        generation_config = GenerationConfig.from_model_config(config)
+        generation_config.max_length = config.default_generation_length
     return [*others, generation_config.save_pretrained]
 
 

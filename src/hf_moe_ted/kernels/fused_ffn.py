@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import triton_ffn
 from .device_guard import on_device_of_first
-from .grouped_ffn import grouped_ffn_experts_forward, parameters_in_dtype_of_products
+from .grouped_ffn import can_group, grouped_ffn_experts_forward, parameters_in_dtype_of_products
 from .row_plan import RowPlan, plan_rows, plan_rows_op
 from .small_batch_ffn import MAX_SLOTS, MAX_SLOTS_COMPILED, small_batch_relu_experts, small_batch_relu_experts_op
 
@@ -365,15 +365,14 @@ def _num_multiprocessors(device: torch.device) -> int:
 
 
 def can_fuse(experts: Any, hidden_states: Tensor) -> bool:
-    """Whether the kernels can run these experts: ReLU without dropout, widths in steps of 8, a device with TMA."""
+    """Whether the kernels can run these experts: ReLU without dropout, what `can_group` takes, a device with TMA."""
     activation = experts.act_fn
     has_dropout = activation.training and getattr(activation, "dropout", 0.0) > 0.0
     is_relu = isinstance(getattr(activation, "activation", activation), torch.nn.ReLU)
-    _, inner_width, width = experts.up_proj.shape
     return (
         is_relu
         and not has_dropout
-        and inner_width % 8 == width % 8 == 0
+        and can_group(experts)
         and hidden_states.shape[0] > 0
         and _has_tma(hidden_states.device)
     )
@@ -389,7 +388,7 @@ def fused_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tens
     """Experts function under the contract of transformers, for experts without a gate and with biases.
 
     Runs `zcode_grouped` where the kernels cannot: another activation, dropout inside the experts, widths that are no
-    multiples of 8, CPUs, and GPUs before Hopper. Few slots without gradients take the kernels of small_batch_ffn.py.
+    multiples of 8, float64, CPUs, and GPUs before Hopper. Few slots without gradients take the kernels of small_batch_ffn.py.
 
     Args:
         experts: module with `up_proj` [E, F, D], `up_proj_bias` [E, F], `down_proj` [E, D, F], `down_proj_bias` [E, D],

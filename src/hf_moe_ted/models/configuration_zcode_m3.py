@@ -213,6 +213,11 @@ class ZCodeM3Config(PreTrainedConfig):
             fields.pop("expert_map", None)
         return fields
 
+    @property
+    def default_generation_length(self) -> int:
+        """`max_length` of a generation config that has none: 256 tokens, or as many as there are positions."""
+        return min(256, self.max_position_embeddings)
+
     def sparse_layers(self, side: Side) -> list[int]:
         """Indices of the sparse layers of `"encoder"` or `"decoder"`, ascending."""
         explicit = getattr(self, f"{side}_sparse_layers")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -66,6 +66,8 @@ _PASSED_ON = {
     "prune_layers",
     "use_cache",
 }
+
+_NEED_EVEN_WIDTHS = ("grouped_mm", "zcode_grouped", "zcode_fused")  # experts implementations on grouped products
 
 _EXPERT_KEY = re.compile(r"\.ffn\.(experts|router)\.")
 
@@ -289,15 +291,23 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        odd_widths = self._odd_widths()
+        if requested_experts in _NEED_EVEN_WIDTHS and odd_widths:
+            raise ValueError(
+                f"experts_implementation={requested_experts!r} needs widths that are multiples of 8, got {odd_widths}; "
+                "use 'zcode_cpu', 'batched_mm' or 'eager', which take any"
+            )
+        if requested_experts is None and odd_widths:
+            return "eager"
         if requested_experts is None and "zcode_fused" in EXPERTS_IMPLEMENTATIONS and torch.cuda.is_available():
             requested_experts = "zcode_fused"
         return super().get_correct_experts_implementation(requested_experts)
 
-    def _grouped_mm_can_dispatch(self) -> bool:
-        dims = {name: getattr(self.config, name) for name in ("d_model", "encoder_ffn_dim", "decoder_ffn_dim")}
-        if any(dim % 8 for dim in dims.values()):
-            raise ValueError(f"experts_implementation='grouped_mm' needs multiples of 8, got {dims}; use 'eager'")
-        return super()._grouped_mm_can_dispatch()
+    def _odd_widths(self) -> dict[str, int]:
+        """Widths of the experts whose rows are no multiples of 16 bytes in 16-bit numbers, by the names of their fields."""
+        sides = [side for side in ("encoder", "decoder") if self.config.sparse_layers(side)]
+        names = ["d_model", *(f"{side}_ffn_dim" for side in sides)] if sides else []
+        return {name: width for name in names if (width := getattr(self.config, name)) % 8}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -423,9 +433,10 @@ class ZCodeM3Stack(ZCodeM3PreTrainedModel):
         limit = self.config.max_position_embeddings
         # a compiled graph cannot branch on the length of a static cache, which is a tensor
         is_unknown = isinstance(tokens.total_length, Tensor) and is_torchdynamo_compiling()
-        if not is_unknown and tokens.total_length > limit:
+        # padding takes no position; a device is asked for the last one only where the padded length is too much
+        if not is_unknown and tokens.total_length > limit and tokens.positions.max() > limit:
             raise ValueError(
-                f"sequence of {int(tokens.total_length)} tokens is longer than max_position_embeddings ({limit}): "
+                f"sequence of {int(tokens.positions.max())} tokens is longer than max_position_embeddings ({limit}): "
                 "truncate it (truncation=True, max_length=...) or generate fewer tokens (max_new_tokens)"
             )
         if not isinstance(self.embed_positions, ZCodeM3UntiedPositions):
@@ -699,6 +710,28 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
         # tensor parallelism puts one in its place that leaves the logits split over ranks
         self.cross_entropy: Callable[[Tensor, Tensor, float], Tensor] = summed_cross_entropy
         self.post_init()
+        self._set_default_length(self.generation_config)
+
+    def _set_default_length(self, generation_config: GenerationConfig) -> None:
+        # without a length `generate` stops after 20 tokens
+        if generation_config.max_length is None and generation_config.max_new_tokens is None:
+            generation_config.max_length = self.config.default_generation_length
+
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """As [`GenerationMixin.adjust_generation_fn`], which loads the generation config; it has a length behind it."""
+        super().adjust_generation_fn(*args, **kwargs)
+        self._set_default_length(self.generation_config)
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        given = [kwargs] + [config.to_dict() for config in (generation_config, self.generation_config) if config]
+        if all(options.get(name) is None for options in given for name in ("max_length", "max_new_tokens")):
+            prepared.max_length = self.config.default_generation_length  # of transformers: 20
+        elif generation_config is None and kwargs.get("max_new_tokens") and kwargs.get("max_length") is None:
+            prepared.max_length = None  # the model's default, of which there would be a warning in each call
+        return prepared, model_kwargs
 
     @can_return_tuple
     def forward(
