@@ -914,6 +914,27 @@ def test_a_length_of_the_user_counts_and_warns_of_nothing(
     assert not caplog.records
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_damaged_router_is_named(value: float, source: Source) -> None:
+    model = ZCodeM3ForConditionalGeneration(tiny_config()).eval()
+    model.model.decoder.layers[1].ffn.router.weight.data[2, 3] = value
+    with pytest.raises(ValueError, match=r"NaN or infinity in model\.decoder\.layers\.1\.ffn\.router\.weight"):
+        model.generate(**source)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
+def test_the_first_router_with_logits_that_are_not_finite_is_named(options: dict, source: Source) -> None:
+    model = ZCodeM3ForConditionalGeneration(tiny_config()).eval()
+    model.model.encoder.layers[2].ffn.fc1.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"NaN or infinity in the logits of model\.encoder\.layers\.3\.ffn\.router"):
+        model.generate(**source, **TEN, **options)
+    assert not any(module._forward_hooks for name, module in model.named_modules() if name.endswith("router"))
+    model = ZCodeM3ForConditionalGeneration(tiny_config()).eval()
+    model.model.decoder.layer_norm.weight.data[0] = float("nan")
+    with pytest.raises(ValueError, match="logits became NaN in generation, though all routers are finite"):
+        model.generate(**source, **TEN, **options)
+
+
 def test_generation_leaves_the_model_as_it_was(model: Model, source: Source, greedy: Tensor) -> None:
     config, generation_config = model.config.to_dict(), model.generation_config.to_dict()
     weights = copy.deepcopy(model.state_dict())

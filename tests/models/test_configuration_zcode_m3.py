@@ -1,5 +1,6 @@
 """The configuration: every field, every contradiction by name and value, JSON, and what the model refuses to build."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -324,3 +325,63 @@ def test_model_accepts_every_option(field: str, value: Any) -> None:
 def test_model_refuses_an_unknown_activation_by_name() -> None:
     with pytest.raises(ValueError, match=r"activation_function \('rellu'\).*'relu'"):
         ZCodeM3ForConditionalGeneration(tiny_config(activation_function="rellu"))
+
+
+def test_jitter_that_is_given_acts_or_is_refused() -> None:
+    """`router_jitter_noise` alone is the switch of Switch Transformers and Mixtral."""
+    for noise in (0.01, 0.3):
+        config = tiny_config(router_jitter_noise=noise)
+        assert (config.router_noise_policy, config.router_jitter_noise) == ("jitter", noise)
+    for config in (tiny_config(), tiny_config(router_jitter_noise=0.0)):
+        assert config.router_noise_policy is None
+    assert tiny_config(router_noise_policy="jitter").router_jitter_noise == 0.01
+    with pytest.raises(
+        ValueError, match=r"router_jitter_noise \(0\.3\) does nothing with router_noise_policy='rsample'"
+    ):
+        tiny_config(router_jitter_noise=0.3, router_noise_policy="rsample")
+
+
+@pytest.mark.parametrize("policy", [None, "jitter", "rsample"])
+def test_jitter_survives_saving(policy: str | None, tmp_path: Path) -> None:
+    config = tiny_config(router_noise_policy=policy)
+    config.save_pretrained(tmp_path)
+    again = [
+        ZCodeM3Config.from_pretrained(tmp_path),
+        ZCodeM3Config.from_json_file(tmp_path / "config.json"),
+        ZCodeM3Config(**config.to_dict()),
+        copy.deepcopy(config),
+    ]
+    for other in again:
+        assert (other.router_noise_policy, other.router_jitter_noise) == (policy, 0.01)
+        assert other.to_dict() | {"transformers_version": None} == config.to_dict() | {"transformers_version": None}
+    if policy is None:
+        given = ZCodeM3Config.from_pretrained(tmp_path, router_jitter_noise=0.01)
+        assert given.router_noise_policy == "jitter"
+
+
+def test_options_of_from_pretrained_are_checked_together(tmp_path: Path) -> None:
+    tiny_config().save_pretrained(tmp_path)
+    config = ZCodeM3Config.from_pretrained(tmp_path, second_expert_policy="sampling", num_experts_per_tok=2)
+    assert (config.second_expert_policy, config.num_experts_per_tok) == ("sampling", 2)
+    with pytest.raises(ValueError, match="second_expert_policy='sampling' needs num_experts_per_tok=2, got 1"):
+        ZCodeM3Config.from_pretrained(tmp_path, second_expert_policy="sampling")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("router_jitter_noise", 1.5),
+        ("token_drop_policy", "no_such"),
+        ("second_expert_policy", "sampling"),
+        ("capacity_factor", -1.0),
+        ("router_dtype", "float8"),
+        ("dropout", 2.0),
+        ("router_aux_loss_coef", -1.0),
+    ],
+)
+def test_a_wrong_change_is_refused_and_leaves_no_trace(field: str, value: Any) -> None:
+    config = tiny_config()
+    before = config.to_dict()
+    with pytest.raises(ValueError, match=field):
+        setattr(config, field, value)
+    assert config.to_dict() == before

@@ -170,12 +170,87 @@ def test_default_implementation_is_grouped_mm_and_can_be_changed() -> None:
         model.set_experts_implementation("no_such")
 
 
-def test_grouped_mm_refuses_widths_that_its_kernel_cannot_read() -> None:
-    config = tiny_config(encoder_ffn_dim=60, experts_implementation="grouped_mm")
-    with pytest.raises(ValueError, match=r"multiples of 8.*'encoder_ffn_dim': 60"):
-        ZCodeM3ForConditionalGeneration(config)
+@pytest.mark.parametrize("implementation", ["grouped_mm", "zcode_grouped", "zcode_fused"])
+def test_grouped_products_refuse_widths_that_their_kernels_cannot_read(implementation: str) -> None:
+    for name in ("d_model", "encoder_ffn_dim", "decoder_ffn_dim"):
+        width = 36 if name == "d_model" else 60
+        message = (
+            rf"'{implementation}' needs widths that are multiples of 8, got {{'{name}': {width}}}; use 'zcode_cpu'"
+        )
+        config = tiny_config(**{name: width}, experts_implementation=implementation)
+        with pytest.raises(ValueError, match=message):
+            ZCodeM3ForConditionalGeneration(config)
+        model = ZCodeM3ForConditionalGeneration(tiny_config(**{name: width}))
+        with pytest.raises(ValueError, match=message):
+            model.set_experts_implementation(implementation)
+    ZCodeM3ForConditionalGeneration(tiny_config(encoder_ffn_dim=60, encoder_sparse_step=0)).set_experts_implementation(
+        implementation
+    )
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_default_implementation_takes_the_widths(has_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    of_even = ZCodeM3ForConditionalGeneration(tiny_config()).config._experts_implementation
+    assert of_even == ("zcode_fused" if has_gpu else "grouped_mm")
+    monkeypatch.undo()
     ids = torch.full((1, 5), 7)
-    for implementation in (None, "eager", "batched_mm"):
-        config = tiny_config(encoder_ffn_dim=60, experts_implementation=implementation)
-        logits = ZCodeM3ForConditionalGeneration(config)(input_ids=ids, decoder_input_ids=ids).logits
-        assert logits.isfinite().all()
+    for implementation in (None, "eager", "batched_mm", "zcode_cpu"):
+        config = tiny_config(encoder_ffn_dim=60, d_model=36, experts_implementation=implementation)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+            model = ZCodeM3ForConditionalGeneration(config)
+        assert model.config._experts_implementation == (implementation or "eager")
+        assert model(input_ids=ids, decoder_input_ids=ids).logits.isfinite().all()
+
+
+def test_default_implementation_takes_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.full((1, 5), 7)
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = ZCodeM3ForConditionalGeneration(tiny_config())
+        with pytest.raises(ValueError, match="'grouped_mm' needs at most float32, got"):
+            model.set_experts_implementation("grouped_mm")
+        assert model(input_ids=ids, decoder_input_ids=ids).logits.dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"d_model": 36, "ffn_dim": 66},
+        {"dtype": torch.float64},
+        {"num_experts": 1},
+        {"num_tokens": 0},
+        {"d_model": 36, "ffn_dim": 66, "num_tokens": 0},
+        {"activation_function": "gelu"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("implementation", ["zcode_grouped", "zcode_fused", "zcode_cpu"])
+def test_our_implementations_take_what_the_loop_takes(implementation: str, case: dict[str, Any]) -> None:
+    """Widths such as a tensor-parallel rank's share, dtypes such as `model.double()`'s, which no config foretells."""
+    sizes = {"d_model": D_MODEL, "ffn_dim": FFN_DIM, "num_experts": NUM_EXPERTS, "num_tokens": 9} | case
+    dtype, fields = case.get("dtype", torch.float32), {"d_model": sizes["d_model"]}
+    if "activation_function" in case:
+        fields["activation_function"] = case["activation_function"]
+    results = []
+    for name in ("eager", implementation):
+        torch.manual_seed(0)
+        config = tiny_config(**fields)
+        config._experts_implementation = name
+        experts = ZCodeM3Experts(config, sizes["num_experts"], sizes["ffn_dim"])
+        experts._is_expert_parallel = True
+        for parameter in experts.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        experts.to(dtype)
+        hidden = torch.randn(sizes["num_tokens"], sizes["d_model"], dtype=dtype, requires_grad=True)
+        ids = torch.randint(sizes["num_experts"] + 1, (sizes["num_tokens"], 2))
+        weights = torch.rand(ids.shape, dtype=dtype) * (ids < sizes["num_experts"])
+        output = experts(hidden, ids, weights)
+        output.sum().backward()
+        with torch.no_grad():
+            torch.testing.assert_close(experts(hidden, ids, weights), output, atol=1e-5, rtol=1e-5)
+        results.append([output, hidden.grad, *(parameter.grad for parameter in experts.parameters())])
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-5)

@@ -744,7 +744,9 @@ def test_sequence_longer_than_the_positions() -> None:
 @pytest.mark.parametrize("position_embedding_type", ["sinusoidal", "learned", "tupe"])
 def test_padding_takes_no_position(position_embedding_type: str, side: str) -> None:
     """`pad_to_multiple_of` may pad beyond the positions, on both sides of the model."""
-    model = _model(tie_word_embeddings=False, max_position_embeddings=20, position_embedding_type=position_embedding_type)
+    model = _model(
+        tie_word_embeddings=False, max_position_embeddings=20, position_embedding_type=position_embedding_type
+    )
     source, target = _ids([18, 19], side), _ids([19, 17], seed=1, padding=-100)
     padding = ((0, 6) if side == "right" else (6, 0), (0, 5))
     padded = {

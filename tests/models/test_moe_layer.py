@@ -339,3 +339,44 @@ def test_dense_feed_forward() -> None:
     expected = (hidden @ layer.fc1.weight.T + layer.fc1.bias).clamp(min=0) @ layer.fc2.weight.T + layer.fc2.bias
     torch.testing.assert_close(layer(hidden), expected)
     torch.testing.assert_close(layer(hidden, mask), expected)
+
+
+CHANGES: dict[str, Any] = {
+    "capacity_factor": 2.0,
+    "min_capacity": 1,
+    "token_drop_policy": "position",
+    "num_experts_per_tok": 2,
+    "router_noise_policy": "rsample",
+    "router_jitter_noise": 0.9,
+    "router_dtype": "bfloat16",
+    "normalize_router_weights": "before_dropping",
+    "moe_token_dropout": 0.5,
+    "gating_dropout": 0.99,
+    "activation_dropout": 0.5,
+}
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_a_change_of_the_config_acts(field: str) -> None:
+    """As if the layer had been made with it."""
+    fields: dict[str, Any] = {"activation_function": "gelu", "capacity_factor": 0.7, "min_capacity": 6}
+
+    def output(layer: ZCodeM3MoELayer) -> Tensor:
+        torch.manual_seed(1)
+        return layer(torch.randn(3, 9, 32))
+
+    def layer(**overrides: Any) -> ZCodeM3MoELayer:
+        torch.manual_seed(0)
+        config = tiny_config(**fields, **overrides)
+        layer = ZCodeM3MoELayer(config, 4, 24).train()
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, std=0.5)
+        return layer
+
+    changed = layer()
+    before = output(changed)
+    setattr(changed.router.config, field, CHANGES[field])
+    fields.pop(field, None)
+    expected = output(layer(**{field: CHANGES[field]}))
+    assert torch.equal(output(changed), expected)
+    assert not torch.equal(before, expected), "or this test could not fail"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..models.configuration_zcode_m3 import ZCodeM3Config
+from ..models.configuration_zcode_m3 import ZCodeM3Config, changed_fields
 from ..storage.output import check_output_dir
 from .config_file import config_errors
 from .conversion_report import ConversionReport
@@ -159,9 +159,8 @@ def _config(fields: dict[str, Any], overrides: dict[str, Any], tensors: LazyTens
     if not isinstance(top_k, int) or isinstance(top_k, bool):
         raise ValueError(f"config_overrides: num_experts_per_tok ({top_k!r}) must be a number of experts")
     gate = _GATES[min(max(top_k, 1), len(_GATES)) - 1]
-    return ZCodeM3Config(
-        **{**fields, **_sparse_fields(tensors), "num_experts_per_tok": top_k, **gate, **overrides}
-    ), warnings
+    found = {**fields, **_sparse_fields(tensors), "num_experts_per_tok": top_k, **gate}
+    return ZCodeM3Config(**changed_fields(found, overrides)), warnings
 
 
 def _sparse_fields(tensors: LazyTensors) -> dict[str, Any]:

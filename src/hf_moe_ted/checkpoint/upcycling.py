@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..models.configuration_zcode_m3 import Side, ZCodeM3Config
+from ..models.configuration_zcode_m3 import Side, ZCodeM3Config, changed_fields
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..storage.output import check_output_dir
 from .config_file import config_errors, config_path
@@ -216,7 +216,8 @@ def _sparse_config(
         raise ValueError(f"num_experts ({num_experts}) must be at least 2 in every layer: there is no choice among one")
 
     fields = {**source.to_dict(), **(_ROUTING if is_dense else {})}
-    fields |= {f"{side}_sparse_layers": None for side in _SIDES} | overrides | dict(steps)
+    fields |= {f"{side}_sparse_layers": None for side in _SIDES}
+    fields = changed_fields(fields, overrides) | dict(steps)
     requested = _config({**fields, "num_experts": max(counts)})
     new = {side: [i for i in requested.sparse_layers(side) if i not in was_sparse[side]] for side in _SIDES}
     num_new = sum(map(len, new.values()))

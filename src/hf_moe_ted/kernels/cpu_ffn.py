@@ -76,7 +76,7 @@ def run_expert_by_expert(
         return torch.zeros_like(hidden_TD)
     weighted_RD = torch.cat(outputs) * top_k_weights.flatten().index_select(0, slot_R).unsqueeze(-1)
     slots_RD = weighted_RD.new_zeros(num_tokens * top_k, hidden_TD.shape[1]).index_copy(0, slot_R, weighted_RD)
-    return slots_RD.view(num_tokens, top_k, -1).sum(dim=1).to(hidden_TD.dtype)
+    return slots_RD.view(num_tokens, top_k, hidden_TD.shape[1]).sum(dim=1).to(hidden_TD.dtype)
 
 
 def _linear(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -388,7 +388,8 @@ def fused_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tens
     """Experts function under the contract of transformers, for experts without a gate and with biases.
 
     Runs `zcode_grouped` where the kernels cannot: another activation, dropout inside the experts, widths that are no
-    multiples of 8, float64, CPUs, and GPUs before Hopper. Few slots without gradients take the kernels of small_batch_ffn.py.
+    multiples of 8, float64, CPUs, and GPUs before Hopper. Few slots without gradients take the kernels of
+    small_batch_ffn.py.
 
     Args:
         experts: module with `up_proj` [E, F, D], `up_proj_bias` [E, F], `down_proj` [E, D, F], `down_proj_bias` [E, D],

@@ -16,7 +16,6 @@ from torch import Tensor
 from .cpu_ffn import cpu_ffn_experts_forward
 from .permutation import CombineRows, SpreadTokens, sort_slots
 
-
 WIDTH_STEP = 8
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,6 +1,7 @@
 """Configuration of ZCodeM3: every number of the architecture, validated."""
 
 import os
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -29,6 +30,34 @@ _PROBABILITIES = (
     "gating_dropout",
     "label_smoothing",
 )
+# fields that modules read in each call, so that a change of `model.config` acts; it is checked when it is made
+_READ_IN_EACH_CALL = {
+    *_PROBABILITIES,
+    *_CHOICES,
+    "batch_prioritized_routing",
+    "capacity_factor",
+    "eval_capacity_factor",
+    "min_capacity",
+    "num_experts_per_tok",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
+    "router_z_loss_coef",
+} - {"position_embedding_type"}
+_DEFAULT_JITTER = 0.01
+_BY_JITTER = "by router_jitter_noise"  # the policy while none is given
+
+
+class FieldOfConfig:
+    """An attribute of a module that is a field of its `config`; what is set on the module itself goes first."""
+
+    def __init__(self, field: str | None = None):
+        self.field = field
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.field = self.field or name
+
+    def __get__(self, module: Any, owner: type) -> Any:
+        return self if module is None else getattr(module.config, self.field)  # type: ignore[arg-type]
 
 
 @strict
@@ -70,8 +99,8 @@ class ZCodeM3Config(PreTrainedConfig):
         router_noise_policy (`str`, *optional*): Exploration in training. `"jitter"` multiplies the router's input by
             uniform noise in `[1 - router_jitter_noise, 1 + router_jitter_noise]` (Switch Transformers,
             https://huggingface.co/papers/2101.03961); `"rsample"` samples the expert of top-1 routing with Gumbel
-            noise (DeepSpeed).
-        router_jitter_noise (`float`, defaults to 0.01): Half width of the jitter.
+            noise (DeepSpeed). By default `"jitter"` if `router_jitter_noise` is given, as in Switch and Mixtral.
+        router_jitter_noise (`float`, defaults to 0.01 with `"jitter"`): Half width of the jitter.
         capacity_factor (`float`, *optional*, defaults to 1.0): In training an expert takes at most
             `max(ceil(num_tokens * num_experts_per_tok / num_experts * capacity_factor), min_capacity)` tokens of a
             batch; the others skip it. `None` drops nothing.
@@ -161,8 +190,8 @@ class ZCodeM3Config(PreTrainedConfig):
     num_experts_per_tok: int = 1
     router_dtype: str = "float32"
     router_bias: bool = False
-    router_noise_policy: str | None = None
-    router_jitter_noise: float | int = 0.01
+    router_noise_policy: str | None = _BY_JITTER
+    router_jitter_noise: float | int | None = None
     capacity_factor: float | int | None = 1.0
     eval_capacity_factor: float | int | None = None
     min_capacity: int = 4
@@ -188,9 +217,47 @@ class ZCodeM3Config(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        self._resolve_jitter()
         # `@strict` runs these again, but wraps what they raise into an error that is no ValueError
         self.validate_architecture()
         self.validate_router()
+        object.__setattr__(self, "_is_complete", True)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """
+        Raises:
+            ValueError: a routing option that contradicts others; the config is then as it was.
+        """
+        before = dict(self.__dict__)
+        super().__setattr__(name, value)
+        if name not in _READ_IN_EACH_CALL or not before.get("_is_complete"):
+            return
+        try:
+            if name == "router_jitter_noise" and self.router_noise_policy is None:
+                self.__dict__["router_noise_policy"] = _BY_JITTER
+            self._resolve_jitter()
+            self._validate_routing_options()
+        except ValueError:
+            self.__dict__.update(before)
+            raise
+
+    def _resolve_jitter(self) -> None:
+        """A width that is given without a policy acts."""
+        if self.router_noise_policy == _BY_JITTER:
+            self.__dict__["router_noise_policy"] = "jitter" if self.router_jitter_noise else None
+        if self.router_jitter_noise is None:
+            self.__dict__["router_jitter_noise"] = _DEFAULT_JITTER
+        if self.router_jitter_noise != _DEFAULT_JITTER and self.router_noise_policy == "rsample":
+            raise ValueError(
+                f"router_jitter_noise ({self.router_jitter_noise}) does nothing with router_noise_policy='rsample'; "
+                "leave one of them out"
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As [`PreTrainedConfig.from_dict`]; fields among `kwargs` are checked together with the others."""
+        given = {name: kwargs.pop(name) for name in [*kwargs] if name in cls.__annotations__}
+        return super().from_dict(changed_fields(config_dict, given), **kwargs)
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -209,6 +276,7 @@ class ZCodeM3Config(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """As [`PreTrainedConfig.to_dict`]; without `expert_map` if there is none."""
         fields = super().to_dict()
+        fields.pop("_is_complete", None)
         if fields.get("expert_map") is None:
             fields.pop("expert_map", None)
         return fields
@@ -267,7 +335,11 @@ class ZCodeM3Config(PreTrainedConfig):
             )
 
     def validate_router(self) -> None:
-        """Check the routing options, one by one and against each other."""
+        """Check the routing options, one by one, against each other, and against the numbers of experts."""
+        self._validate_routing_options()
+        self._validate_num_experts()
+
+    def _validate_routing_options(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} ({getattr(self, name)!r}) must be one of {list(choices)}")
@@ -280,7 +352,7 @@ class ZCodeM3Config(PreTrainedConfig):
         for name in ("min_capacity", "router_aux_loss_coef", "router_z_loss_coef", "init_std"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must not be negative")
-        if not 0.0 <= self.router_jitter_noise < 1.0:
+        if self.router_jitter_noise is None or not 0.0 <= self.router_jitter_noise < 1.0:
             raise ValueError(f"router_jitter_noise ({self.router_jitter_noise}) must be at least 0 and less than 1")
         if self.router_noise_policy == "rsample" and self.num_experts_per_tok != 1:
             raise ValueError(
@@ -297,7 +369,6 @@ class ZCodeM3Config(PreTrainedConfig):
                 "batch_prioritized_routing sets the order in which experts fill; "
                 f"token_drop_policy must be 'position', got {self.token_drop_policy!r}"
             )
-        self._validate_num_experts()
 
     def _validate_sparse_layers(self, side: Side) -> None:
         step, layers = getattr(self, f"{side}_sparse_step"), getattr(self, f"{side}_sparse_layers")
@@ -349,6 +420,14 @@ class ZCodeM3Config(PreTrainedConfig):
                 )
 
 
+def changed_fields(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a config with changes; a `router_jitter_noise` among them acts, whatever no policy was stored."""
+    merged = {**fields, **changes}
+    if "router_jitter_noise" in changes and "router_noise_policy" not in changes:
+        merged["router_noise_policy"] = merged.get("router_noise_policy") or _BY_JITTER
+    return merged
+
+
 def _require_size(name: str, value: int, most: int = _MAX_SIZE) -> None:
     if value < 1:
         raise ValueError(f"{name} ({value}) must be at least 1")
@@ -356,4 +435,4 @@ def _require_size(name: str, value: int, most: int = _MAX_SIZE) -> None:
         raise ValueError(f"{name} ({value}) must be at most {most}")
 
 
-__all__ = ["ZCodeM3Config"]
+__all__ = ["FieldOfConfig", "ZCodeM3Config", "changed_fields"]

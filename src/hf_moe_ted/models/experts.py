@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
-from .configuration_zcode_m3 import ZCodeM3Config
+from .configuration_zcode_m3 import FieldOfConfig, ZCodeM3Config
 
 try:
     from hf_moe_ted.kernels.experts_implementations import EXPERTS_IMPLEMENTATIONS
@@ -22,12 +22,14 @@ for name, experts_function in EXPERTS_IMPLEMENTATIONS.items():
 class ActivationWithDropout(nn.Module):
     """Activation and dropout of a feed-forward: one module, so that every experts function runs both."""
 
+    dropout = FieldOfConfig("activation_dropout")
+
     def __init__(self, config: ZCodeM3Config):
         super().__init__()
         if config.activation_function not in ACT2FN:
             raise ValueError(f"activation_function ({config.activation_function!r}) must be one of {sorted(ACT2FN)}")
+        self.config = config
         self.activation = ACT2FN[config.activation_function]
-        self.dropout = config.activation_dropout
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return nn.functional.dropout(self.activation(hidden_states), p=self.dropout, training=self.training)
@@ -40,7 +42,8 @@ class ZCodeM3Experts(nn.Module):
     `experts_implementation` of `from_pretrained` or `model.set_experts_implementation` chooses how they run:
     `"zcode_fused"` (default with a CUDA device: Triton kernels on Hopper GPUs, else as the next), `"zcode_grouped"`,
     `"grouped_mm"` (default without), `"zcode_cpu"` (inference on CPUs), `"batched_mm"`, or `"eager"`, the loop below,
-    the reference for the others.
+    the reference for the others. The first three are refused where a width is no multiple of 8 or weights are made in
+    float64; there `"eager"` is the default.
 
     Parameters: `up_proj` [E, F, D], `up_proj_bias` [E, F], `down_proj` [E, D, F], `down_proj_bias` [E, D].
     """

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -33,7 +33,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_backends import warn_of_cudnn_backward
-from .configuration_zcode_m3 import Side, ZCodeM3Config
+from .configuration_zcode_m3 import FieldOfConfig, Side, ZCodeM3Config
 from .experts import EXPERTS_IMPLEMENTATIONS, ZCodeM3Experts
 from .losses import load_balancing_loss, router_z_loss, summed_cross_entropy
 from .moe_layer import ZCodeM3DenseFFN, ZCodeM3MoELayer
@@ -45,7 +45,7 @@ from .positions import (
     positional_embedding,
     tokens_of,
 )
-from .router import Routing, ZCodeM3Router
+from .router import Routing, ZCodeM3Router, refused_if_not_finite, require_finite_routers
 
 logger = logging.get_logger(__name__)
 
@@ -67,7 +67,7 @@ _PASSED_ON = {
     "use_cache",
 }
 
-_NEED_EVEN_WIDTHS = ("grouped_mm", "zcode_grouped", "zcode_fused")  # experts implementations on grouped products
+_ON_GROUPED_PRODUCTS = ("grouped_mm", "zcode_grouped", "zcode_fused")  # experts implementations
 
 _EXPERT_KEY = re.compile(r"\.ffn\.(experts|router)\.")
 
@@ -128,6 +128,8 @@ class ZCodeM3ScaledWordEmbedding(nn.Embedding):
 class ZCodeM3Attention(nn.Module):
     """Multi-head attention, self or cross."""
 
+    dropout = FieldOfConfig("attention_dropout")
+
     def __init__(
         self,
         config: ZCodeM3Config,
@@ -144,7 +146,6 @@ class ZCodeM3Attention(nn.Module):
         self.scaling = self.head_dim**-0.5
         if config.position_embedding_type == "tupe" and not is_cross_attention:
             self.scaling = (2 * self.head_dim) ** -0.5  # the scores of the positions are the other half
-        self.dropout = config.attention_dropout
         self.q_proj = nn.Linear(config.d_model, config.d_model)
         self.k_proj = nn.Linear(config.d_model, config.d_model)
         self.v_proj = nn.Linear(config.d_model, config.d_model)
@@ -219,9 +220,11 @@ def _feed_forward(config: ZCodeM3Config, side: Side, layer_idx: int) -> ZCodeM3D
 
 
 class ZCodeM3EncoderLayer(GradientCheckpointingLayer):
+    dropout = FieldOfConfig()
+
     def __init__(self, config: ZCodeM3Config, layer_idx: int):
         super().__init__()
-        self.dropout = config.dropout
+        self.config = config
         self.self_attn = ZCodeM3Attention(config, config.encoder_attention_heads, layer_idx)
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
         self.ffn = _feed_forward(config, "encoder", layer_idx)
@@ -238,9 +241,11 @@ class ZCodeM3EncoderLayer(GradientCheckpointingLayer):
 
 
 class ZCodeM3DecoderLayer(GradientCheckpointingLayer):
+    dropout = FieldOfConfig()
+
     def __init__(self, config: ZCodeM3Config, layer_idx: int):
         super().__init__()
-        self.dropout = config.dropout
+        self.config = config
         self.self_attn = ZCodeM3Attention(config, config.decoder_attention_heads, layer_idx, is_causal=True)
         self.self_attn_layer_norm = nn.LayerNorm(config.d_model)
         self.encoder_attn = ZCodeM3Attention(config, config.decoder_attention_heads, layer_idx, is_cross_attention=True)
@@ -291,23 +296,26 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        odd_widths = self._odd_widths()
-        if requested_experts in _NEED_EVEN_WIDTHS and odd_widths:
+        reason = self._why_no_grouped_products()
+        if reason and requested_experts in _ON_GROUPED_PRODUCTS:
             raise ValueError(
-                f"experts_implementation={requested_experts!r} needs widths that are multiples of 8, got {odd_widths}; "
-                "use 'zcode_cpu', 'batched_mm' or 'eager', which take any"
+                f"experts_implementation={requested_experts!r} needs {reason}; use 'zcode_cpu', 'batched_mm' or 'eager'"
             )
-        if requested_experts is None and odd_widths:
+        if reason and requested_experts is None:
             return "eager"
         if requested_experts is None and "zcode_fused" in EXPERTS_IMPLEMENTATIONS and torch.cuda.is_available():
             requested_experts = "zcode_fused"
         return super().get_correct_experts_implementation(requested_experts)
 
-    def _odd_widths(self) -> dict[str, int]:
-        """Widths of the experts whose rows are no multiples of 16 bytes in 16-bit numbers, by the names of their fields."""
+    def _why_no_grouped_products(self) -> str | None:
+        """What PyTorch's grouped products need and this model has not; `None` if it has all."""
         sides = [side for side in ("encoder", "decoder") if self.config.sparse_layers(side)]
         names = ["d_model", *(f"{side}_ffn_dim" for side in sides)] if sides else []
-        return {name: width for name in names if (width := getattr(self.config, name)) % 8}
+        odd_widths = {name: width for name in names if (width := getattr(self.config, name)) % 8}
+        if odd_widths:  # rows of 16-bit numbers must be multiples of 16 bytes
+            return f"widths that are multiples of 8, got {odd_widths}"
+        dtype = torch.get_default_dtype()  # that of the weights that are being made
+        return f"at most float32, got {dtype}" if names and dtype == torch.float64 else None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -684,6 +692,17 @@ class ZCodeM3Model(ZCodeM3PreTrainedModel):
         )
 
 
+class _NaNWatch(LogitsProcessor):
+    """Changes nothing and waits for nothing; `has_nan` is a bool scalar on the device of the scores."""
+
+    has_nan: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        has_nan = scores.isnan().any()
+        self.has_nan = has_nan if self.has_nan is None else self.has_nan | has_nan
+        return scores
+
+
 class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
     """ZCodeM3 with a language-modeling head that shares the embedding: translation and other text-to-text tasks.
 
@@ -721,6 +740,31 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
         """As [`GenerationMixin.adjust_generation_fn`], which loads the generation config; it has a length behind it."""
         super().adjust_generation_fn(*args, **kwargs)
         self._set_default_length(self.generation_config)
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: list[LogitsProcessor] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As [`GenerationMixin.generate`].
+
+        Raises:
+            ValueError: NaN or infinity in a router's weights, or logits that become NaN. It names the first router with
+                such logits, for which everything is computed once more.
+        """
+        require_finite_routers(self)
+        watch = _NaNWatch()
+        processors = LogitsProcessorList([*(logits_processor or []), watch])
+        output = super().generate(inputs, generation_config, processors, *args, **kwargs)  # type: ignore[arg-type]
+        if watch.has_nan is not None and watch.has_nan:
+            with refused_if_not_finite(self):
+                again = {name: value for name, value in kwargs.items() if name != "streamer"}
+                super().generate(inputs, generation_config, logits_processor, *args, **again)  # type: ignore[arg-type]
+            raise ValueError("logits became NaN in generation, though all routers are finite: weights may be damaged")
+        return output
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .configuration_zcode_m3 import ZCodeM3Config
+from .configuration_zcode_m3 import FieldOfConfig, ZCodeM3Config
 from .experts import ActivationWithDropout, ZCodeM3Experts
 from .router import ZCodeM3Router
 
@@ -26,9 +26,11 @@ class ZCodeM3DenseFFN(nn.Module):
 class ZCodeM3MoELayer(nn.Module):
     """Feed-forward of a sparse layer: a router and its experts, with `use_residual` beside a dense branch."""
 
+    output_masking = FieldOfConfig("moe_token_dropout")
+
     def __init__(self, config: ZCodeM3Config, num_experts: int, ffn_dim: int, expert_map: Sequence[int] | None = None):
         super().__init__()
-        self.output_masking = config.moe_token_dropout
+        self.config = config
         self.router = ZCodeM3Router(config, num_experts, expert_map)
         self.experts = ZCodeM3Experts(config, num_experts, ffn_dim)
         # the switch of transformers' experts functions that makes them skip ids of `num_experts` and above,

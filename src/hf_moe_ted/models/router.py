@@ -4,8 +4,9 @@ Shape letters: T tokens, K experts per token, E rows of the router (one per expe
 otherwise), D model width.
 """
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
-from .configuration_zcode_m3 import ZCodeM3Config
+from .configuration_zcode_m3 import FieldOfConfig, ZCodeM3Config
 
 try:
     from hf_moe_ted.kernels import fused_router
@@ -74,22 +75,23 @@ class ZCodeM3Router(nn.Module):
 
     expert_of_row: Tensor | None
 
+    top_k = FieldOfConfig("num_experts_per_tok")
+    noise_policy = FieldOfConfig("router_noise_policy")
+    jitter_noise = FieldOfConfig("router_jitter_noise")
+    capacity_factor = FieldOfConfig()
+    eval_capacity_factor = FieldOfConfig()
+    min_capacity = FieldOfConfig()
+    gating_dropout = FieldOfConfig()
+    token_drop_policy = FieldOfConfig()
+    batch_prioritized_routing = FieldOfConfig()
+    second_expert_policy = FieldOfConfig()
+    normalize_router_weights = FieldOfConfig()
+
     def __init__(self, config: ZCodeM3Config, num_experts: int, expert_map: Sequence[int] | None = None):
         super().__init__()
+        self.config = config
         self.num_experts = num_experts
         self.expert_map = None if expert_map is None else tuple(expert_map)
-        self.top_k = config.num_experts_per_tok
-        self.dtype = getattr(torch, config.router_dtype)
-        self.noise_policy = config.router_noise_policy
-        self.jitter_noise = config.router_jitter_noise
-        self.capacity_factor = config.capacity_factor
-        self.eval_capacity_factor = config.eval_capacity_factor
-        self.min_capacity = config.min_capacity
-        self.gating_dropout = config.gating_dropout
-        self.token_drop_policy = config.token_drop_policy
-        self.batch_prioritized_routing = config.batch_prioritized_routing
-        self.second_expert_policy = config.second_expert_policy
-        self.normalize_router_weights = config.normalize_router_weights
         num_rows = num_experts if expert_map is None else len(expert_map)
         self.weight = nn.Parameter(torch.empty(num_rows, config.d_model))
         self.bias = nn.Parameter(torch.empty(num_rows)) if config.router_bias else None
@@ -103,6 +105,11 @@ class ZCodeM3Router(nn.Module):
         if self.expert_of_row is not None and not self.expert_of_row.is_meta:
             self.expert_of_row = torch.tensor(self.expert_map, device=self.expert_of_row.device)
         return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which logits are computed."""
+        return getattr(torch, self.config.router_dtype)
 
     def forward(self, hidden_states_TD: Tensor, token_mask_T: Tensor | None = None) -> tuple[Tensor, Routing]:
         """Route a batch of tokens.
@@ -233,6 +240,55 @@ class ZCodeM3Router(nn.Module):
         if self.batch_prioritized_routing:
             return probs_TK.amax(dim=-1, keepdim=True).expand_as(probs_TK)
         return None
+
+
+def require_finite_routers(model: nn.Module) -> None:
+    """Look at the weights of all routers, and wait for their device once.
+
+    With NaN or infinity in a router's weights every token goes to some expert, and every text is garbage.
+
+    Raises:
+        ValueError: weights of a router are not finite; it names the router.
+    """
+    names, flags = [], []
+    for name, router in model.named_modules():
+        for kind, tensor in router.named_parameters(recurse=False) if isinstance(router, ZCodeM3Router) else ():
+            if tensor.device.type != "meta":  # else offloaded
+                whole: Any = tensor.detach()
+                whole = whole.full_tensor() if hasattr(whole, "full_tensor") else whole  # sharded
+                names.append(f"{name}.{kind}")
+                flags.append(whole.isfinite().all())
+    is_finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
+    wrong = [name for name, finite in zip(names, is_finite, strict=True) if not finite]
+    if wrong:
+        raise ValueError(f"NaN or infinity in {', '.join(wrong)}: the router is damaged; load an undamaged checkpoint")
+
+
+@contextlib.contextmanager
+def refused_if_not_finite(model: nn.Module) -> Iterator[None]:
+    """Look at the logits of each router in each call, and wait for their device each time.
+
+    Raises:
+        ValueError: logits of a router are not finite; it names the router.
+    """
+
+    def look(name: str, output: tuple[Tensor, Routing]) -> None:
+        if not output[0].isfinite().all():
+            raise ValueError(
+                f"NaN or infinity in the logits of {name}: weights before it are damaged, or numbers outgrow the dtype "
+                "of the model; load an undamaged checkpoint, or use bfloat16 or float32"
+            )
+
+    routers = [(name, module) for name, module in model.named_modules() if isinstance(module, ZCodeM3Router)]
+    hooks = [
+        router.register_forward_hook(lambda _module, _args, output, name=name: look(name, output))
+        for name, router in routers
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def expert_capacity(num_tokens: int | Tensor, num_experts: int, factor: float, min_capacity: int) -> Tensor:
