@@ -1199,3 +1199,49 @@ def test_evaluation_compiles_without_a_graph_break(overrides: dict) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, **CLOSE)
+
+
+STRUCTURE: dict[str, Any] = {
+    "num_experts": 8,
+    "encoder_sparse_step": 1,
+    "decoder_sparse_layers": [0],
+    "expert_map": [[0, 1, 2, 3, 0]] * 3,
+    "d_model": 64,
+    "encoder_layers": 3,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 128,
+    "activation_function": "gelu",
+    "scale_embedding": False,
+    "position_embedding_type": "learned",
+    "router_bias": True,
+    "use_residual": True,
+}
+
+
+@pytest.mark.parametrize("field", STRUCTURE)
+def test_a_change_of_the_config_that_layers_cannot_follow_is_refused(field: str) -> None:
+    model = _model()
+    before = getattr(model.config, field)
+    setattr(model.config, field, STRUCTURE[field])
+    message = r"model\.config was changed after the model was built"
+    with pytest.raises(ValueError, match=message):
+        model(**_batch())
+    with pytest.raises(ValueError, match=message):
+        model.generate(_ids([4]))
+    setattr(model.config, field, before)
+    assert model(**_batch()).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("dropout", 0.5), ("attention_dropout", 0.5), ("activation_dropout", 0.5), ("router_jitter_noise", 0.9)],
+)
+def test_a_change_of_the_config_acts_in_training(field: str, value: float) -> None:
+    """tests/models/test_moe_layer.py has the other options of routing."""
+    losses = []
+    for model in (_model(), _model(), _model(**{field: value})):
+        if len(losses) == 1:
+            setattr(model.config, field, value)
+        torch.manual_seed(0)
+        losses.append(model.train()(**_batch()).loss)
+    assert losses[0] != losses[1] == losses[2]

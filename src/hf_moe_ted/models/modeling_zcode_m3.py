@@ -69,6 +69,22 @@ _PASSED_ON = {
 
 _ON_GROUPED_PRODUCTS = ("grouped_mm", "zcode_grouped", "zcode_fused")  # experts implementations
 
+# fields of the config that cannot change behind the layers' back; the numbers of experts are compared with the layers
+_FIXED_FIELDS = (
+    "d_model",
+    "encoder_layers",
+    "decoder_layers",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+    "activation_function",
+    "scale_embedding",
+    "position_embedding_type",
+    "router_bias",
+    "use_residual",
+)
+
 _EXPERT_KEY = re.compile(r"\.ffn\.(experts|router)\.")
 
 
@@ -608,7 +624,28 @@ class ZCodeM3Model(ZCodeM3PreTrainedModel):
         self.shared: nn.Module = ZCodeM3ScaledWordEmbedding(config)
         self.encoder = ZCodeM3Encoder(config)
         self.decoder = ZCodeM3Decoder(config)
+        self._built_with = {name: getattr(config, name) for name in _FIXED_FIELDS}
         self.post_init()
+
+    def _refuse_changed_structure(self) -> None:
+        """
+        Raises:
+            ValueError: fields of the config that made the model's layers were changed since.
+        """
+        changed = [name for name, value in self._built_with.items() if getattr(self.config, name) != value]
+        sides: tuple[tuple[Side, ZCodeM3Stack], ...] = (("encoder", self.encoder), ("decoder", self.decoder))
+        for side, stack in sides if not changed else ():
+            routers = {i: layer.ffn.router for i, layer in enumerate(stack.layers) if hasattr(layer.ffn, "router")}
+            if {i: router.num_experts for i, router in routers.items()} != self.config.num_experts_per_layer(side):
+                changed.append(f"num_experts or the sparse layers of the {side}")
+            maps = {i: [*router.expert_map] for i, router in routers.items() if router.expert_map is not None}
+            if maps != self.config.expert_map_per_layer(side):
+                changed.append(f"expert_map of the {side}")
+        if changed:
+            raise ValueError(
+                f"model.config was changed after the model was built, in what layers are made of: {', '.join(changed)};"
+                " change it back, or build a new model of the config"
+            )
 
     def get_input_embeddings(self) -> nn.Module:
         return self.shared
@@ -652,6 +689,8 @@ class ZCodeM3Model(ZCodeM3PreTrainedModel):
         """
         _refuse_unknown_arguments(self, kwargs)
         if encoder_outputs is None:
+            if not is_torchdynamo_compiling():
+                self._refuse_changed_structure()
             encoder_outputs = self.encoder(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -753,8 +792,10 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: NaN or infinity in a router's weights, or logits that become NaN. It names the first router with
-                such logits, for which everything is computed once more.
+                such logits, for which everything is computed once more. Or the config was changed in what layers are
+                made of.
         """
+        self.model._refuse_changed_structure()
         require_finite_routers(self)
         watch = _NaNWatch()
         processors = LogitsProcessorList([*(logits_processor or []), watch])
