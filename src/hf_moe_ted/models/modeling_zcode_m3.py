@@ -585,9 +585,8 @@ class ZCodeM3Decoder(ZCodeM3Stack):
                 cache=cache,
                 **kwargs,
             )
-        return MoEModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.layer_norm(hidden_states), **{CACHE_NAME: cache}
-        )
+        returned: dict[str, Any] = {CACHE_NAME: cache}
+        return MoEModelOutputWithPastAndCrossAttentions(last_hidden_state=self.layer_norm(hidden_states), **returned)
 
 
 @dataclass
@@ -635,7 +634,8 @@ class ZCodeM3Model(ZCodeM3PreTrainedModel):
         changed = [name for name, value in self._built_with.items() if getattr(self.config, name) != value]
         sides: tuple[tuple[Side, ZCodeM3Stack], ...] = (("encoder", self.encoder), ("decoder", self.decoder))
         for side, stack in sides if not changed else ():
-            routers = {i: layer.ffn.router for i, layer in enumerate(stack.layers) if hasattr(layer.ffn, "router")}
+            ffns: list[Any] = [layer.ffn for layer in stack.layers]
+            routers = {i: ffn.router for i, ffn in enumerate(ffns) if hasattr(ffn, "router")}
             if {i: router.num_experts for i, router in routers.items()} != self.config.num_experts_per_layer(side):
                 changed.append(f"num_experts or the sparse layers of the {side}")
             maps = {i: [*router.expert_map] for i, router in routers.items() if router.expert_map is not None}
@@ -777,7 +777,7 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """As [`GenerationMixin.adjust_generation_fn`], which loads the generation config; it has a length behind it."""
-        super().adjust_generation_fn(*args, **kwargs)
+        super().adjust_generation_fn(*args, **kwargs)  # type: ignore[misc]  # the mixin has a protocol for `self`
         self._set_default_length(self.generation_config)
 
     def generate(
@@ -799,18 +799,20 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
         require_finite_routers(self)
         watch = _NaNWatch()
         processors = LogitsProcessorList([*(logits_processor or []), watch])
-        output = super().generate(inputs, generation_config, processors, *args, **kwargs)  # type: ignore[arg-type]
+        generate: Callable = super().generate  # type: ignore[misc]  # the mixin has a protocol for `self`
+        output = generate(inputs, generation_config, processors, *args, **kwargs)
         if watch.has_nan is not None and watch.has_nan:
             with refused_if_not_finite(self):
                 again = {name: value for name, value in kwargs.items() if name != "streamer"}
-                super().generate(inputs, generation_config, logits_processor, *args, **again)  # type: ignore[arg-type]
+                generate(inputs, generation_config, logits_processor, *args, **again)
             raise ValueError("logits became NaN in generation, though all routers are finite: weights may be damaged")
         return output
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
-        prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        prepare: Callable = super()._prepare_generation_config  # type: ignore[misc]
+        prepared, model_kwargs = prepare(generation_config, **kwargs)
         given = [kwargs] + [config.to_dict() for config in (generation_config, self.generation_config) if config]
         if all(options.get(name) is None for options in given for name in ("max_length", "max_new_tokens")):
             prepared.max_length = self.config.default_generation_length  # of transformers: 20
@@ -886,7 +888,7 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
         )
         logits = self.lm_head(outputs.last_hidden_state)
 
-        losses: dict[str, Tensor] = {}
+        losses: dict[str, Any] = {}
         if with_router_losses:
             for side, routings in (("encoder", outputs.encoder_routings), ("decoder", outputs.decoder_routings)):
                 losses[f"{side}_aux_loss"], losses[f"{side}_z_loss"] = self._router_losses(routings or (), logits)

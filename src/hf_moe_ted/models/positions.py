@@ -70,12 +70,14 @@ def tokens_of(
 class ZCodeM3SinusoidalPositionalEmbedding(nn.Module):
     """Sinusoidal positions in M2M100's layout: row `pad_token_id` is zero, the first token has the next row."""
 
+    weights: Tensor
+
     def __init__(self, config: ZCodeM3Config):
         super().__init__()
         self.embedding_dim = config.d_model
         self.padding_idx: int = config.pad_token_id  # type: ignore[assignment]  # the config requires it
         self.num_rows = config.max_position_embeddings + self.padding_idx + 1
-        self.weights = nn.Buffer(self.table(), persistent=False)
+        self.register_buffer("weights", self.table(), persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         # no checkpoint holds the table: `to_empty` would leave memory as it is, `half().float()` a rounded table
