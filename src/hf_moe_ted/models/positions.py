@@ -77,7 +77,7 @@ class ZCodeM3SinusoidalPositionalEmbedding(nn.Module):
         self.embedding_dim = config.d_model
         self.padding_idx: int = config.pad_token_id  # type: ignore[assignment]  # the config requires it
         self.num_rows = config.max_position_embeddings + self.padding_idx + 1
-        self.register_buffer("weights", self.table(), persistent=False)
+        self.register_buffer("weights", self.table().to(torch.get_default_dtype()), persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         # no checkpoint holds the table: `to_empty` would leave memory as it is, `half().float()` a rounded table
