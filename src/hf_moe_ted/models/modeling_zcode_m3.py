@@ -797,6 +797,7 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
         """
         self.model._refuse_changed_structure()
         require_finite_routers(self)
+        kwargs.pop("labels", None)  # of Seq2SeqTrainer's batches; transformers would give them to the encoder
         watch = _NaNWatch()
         processors = LogitsProcessorList([*(logits_processor or []), watch])
         generate: Callable = super().generate  # type: ignore[misc]  # the mixin has a protocol for `self`
