@@ -27,8 +27,10 @@ def test_equals_the_plain_function(vocab_size, label_smoothing, dtype):
     expected = torch.nn.functional.cross_entropy(plain, labels, reduction="none", label_smoothing=label_smoothing)
     (expected_gradient,) = torch.autograd.grad(expected, plain, cotangent.double())
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-4}
-    torch.testing.assert_close(gradient.double(), expected_gradient, **tolerance)
+    # One unit in the last place of what is stored, as Triton's interpreter truncates. With many words a gradient is as
+    # small as one word's share of the smoothing.
+    rtol = 1e-5 if dtype == torch.float32 else 2.0**-7
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=rtol, atol=1e-5 / vocab_size)
 
 
 def test_large_logits_do_not_overflow():
