@@ -4,8 +4,8 @@ import pytest
 import torch
 
 # The tests' tensors are tiny: a second thread costs more than it gives, and far more on a machine that is busy.
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # and so in the processes that tests start
+# This is a default: the tests' results must not depend on it. The processes that tests start inherit it.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 # Triton kernels run in its interpreter where there is no GPU; it is chosen when they are defined.
 if not torch.cuda.is_available():
@@ -19,3 +19,9 @@ def nllb_tokenizer():
 
     tokens = ["<s>", "<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
     return NllbTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[])
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Random numbers of a test do not depend on the tests that ran before it."""
+    torch.manual_seed(0)
