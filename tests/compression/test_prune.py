@@ -62,7 +62,8 @@ def masked(model: Any, kept_experts: dict[str, list[int]]) -> Any:
 
 
 @torch.no_grad()
-def assert_equal(pruned: Any, expected: Any, vocab_size: int = 272, tolerance: float = 1e-6) -> None:
+def assert_equal(pruned: Any, expected: Any, vocab_size: int = 272, tolerance: float = 1e-5) -> None:
+    """Logits of some units are sums of float32 numbers, which processors add up in orders of their own."""
     inputs = batch(vocab_size)
     outputs = []
     for model in (pruned, expected):
