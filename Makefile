@@ -2,20 +2,38 @@
 # make test     the tests
 # make quality  ruff and mypy
 #
+# And what CI runs besides:
+#
+# make test-portable  tests of numbers with the instructions that every processor of this architecture has
+# make test-newest    tests of what meets transformers, with its newest release, in the environment VENV-newest
+#
 # Each makes the environment it needs. PYTHON=python3.12 chooses the interpreter, VENV=DIR the environment.
 
 PYTHON ?= python3
 VENV ?= .venv
 VERSIONS := setup.cfg pyproject.toml constraints.txt
+NEWEST_TRANSFORMERS := 5.24.0
 
-.PHONY: demo test quality
+PARALLEL := --numprocesses auto --dist loadfile
+PORTABLE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
+
+.PHONY: demo test test-portable test-newest quality
 
 demo: $(VENV)/.installed_viz
 	$(VENV)/bin/python examples/demo.py
 
 test: $(VENV)/.installed_dev
-	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile --ignore tests/distributed
-	$(VENV)/bin/python -m pytest tests/distributed  # these start up to eight processes each
+	@# tests/distributed alone, as they start up to eight processes each; and whether or not the others passed
+	status=0; \
+	$(VENV)/bin/python -m pytest $(PARALLEL) --ignore tests/distributed || status=1; \
+	$(VENV)/bin/python -m pytest tests/distributed || status=1; \
+	exit $$status
+
+test-portable: $(VENV)/.installed_dev
+	$(PORTABLE) $(VENV)/bin/python -m pytest $(PARALLEL) tests/models tests/kernels tests/optim tests/compression
+
+test-newest: $(VENV)-newest/.installed_dev
+	$(VENV)-newest/bin/python -m pytest $(PARALLEL) tests/models tests/hf_contract tests/test_trainer.py
 
 quality: $(VENV)/.installed_dev
 	$(VENV)/bin/ruff check .
@@ -25,4 +43,10 @@ quality: $(VENV)/.installed_dev
 $(VENV)/.installed_%: $(VERSIONS)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+$(VENV)-newest/.installed_dev: $(VERSIONS) Makefile
+	$(PYTHON) -m venv $(VENV)-newest
+	sed 's/^transformers==.*/transformers==$(NEWEST_TRANSFORMERS)/' constraints.txt > $(VENV)-newest/constraints.txt
+	$(VENV)-newest/bin/python -m pip install --quiet --constraint $(VENV)-newest/constraints.txt --editable '.[dev]'
 	touch $@
