@@ -199,6 +199,15 @@ def test_capacity_of_training_and_of_evaluation() -> None:
     assert num_kept(train=True, min_capacity=6) == 6
 
 
+def test_max_tokens_per_expert() -> None:
+    router = _router(4, 8, num_experts_per_tok=2, capacity_factor=1.5, eval_capacity_factor=1.0, min_capacity=3)
+    assert router.max_tokens_per_expert(8) == 6  # ceil(8 * 2 / 4 * 1.5)
+    assert router.max_tokens_per_expert(3) == 3  # the minimum
+    assert router.max_tokens_per_expert(1) == 2  # there are no more slots
+    assert router.eval().max_tokens_per_expert(8) == 4
+    assert _router(4, 8, capacity_factor=None).max_tokens_per_expert(8) is None
+
+
 def test_forward_leaves_no_trace() -> None:
     router = _router(4, 8, capacity_factor=1.0, min_capacity=0, eval_capacity_factor=0.5)
     hidden = torch.randn(16, 8)
