@@ -122,6 +122,7 @@ def test_bad_input(dataset: Any, collator: Any) -> None:
         TokenBudgetBatchSampler(dataset, collator, 40)
     with pytest.raises(ValueError, match=r"examples_per_epoch \(0\) must be at least 1"):
         TokenBudgetBatchSampler(dataset, collator, BUDGET, examples_per_epoch=0)
+    assert len(TokenBudgetBatchSampler(dataset, collator, BUDGET, examples_per_epoch=1)) == 1
     with pytest.raises(ValueError, match=r"lengths has the shape \(3, 2\), it must be \(170, 2\)"):
         TokenBudgetBatchSampler(dataset, collator, BUDGET, lengths=np.ones((3, 2)))
     num = len(dataset)

@@ -25,6 +25,7 @@ def test_weights_are_those_of_tasks_and_the_temperature_acts_within() -> None:
 def test_temperature_rises_from_one() -> None:
     mixture = Mixture(5.0, temperature_warmup_epochs=4)
     assert [mixture.temperature_of(epoch) for epoch in (0, 1, 2, 3.5, 4, 9)] == [1, 2, 3, 4.5, 5, 5]
+    assert mixture.probabilities(TASKS, SIZES) == pytest.approx(np.array(SIZES) / 4000)
     assert mixture.probabilities(TASKS, SIZES, epoch=0) == pytest.approx(np.array(SIZES) / 4000)
     assert mixture.probabilities(TASKS, SIZES, epoch=4) == pytest.approx(Mixture(5.0).probabilities(TASKS, SIZES))
     assert Mixture(5.0).temperature_of(0) == 5.0
@@ -63,6 +64,7 @@ def test_tasks_and_weights_must_fit() -> None:
         Mixture(task_weights={"translation": 0.5, "denoising": 0.5}).probabilities(TASKS[:2], SIZES[:2])
     unused = Mixture(task_weights={"translation": 1.0, "denoising": 0.0})
     assert unused.probabilities(TASKS[:2], SIZES[:2]) == pytest.approx([0.9, 0.1])
+    assert unused.probabilities(TASKS[:1], SIZES[:1]).tolist() == [1.0]
 
 
 @pytest.mark.parametrize("total", [0, 1, 7, 1000])
@@ -105,3 +107,9 @@ def test_the_ends_of_temperatures() -> None:
 def test_bad_sizes(sizes: list) -> None:
     with pytest.raises(ValueError, match="sizes"):
         Mixture().probabilities(TASKS, sizes)
+
+
+def test_what_is_left_goes_to_the_largest_remainders() -> None:
+    # exactly 0.45, 5.6 and 2.95 of 9; and 0.4 and 5.6 of 6
+    assert apportion(np.array([0.45, 5.6, 2.95]) / 9, 9).tolist() == [0, 6, 3]
+    assert apportion(np.array([0.4, 5.6]) / 6, 6).tolist() == [0, 6]
