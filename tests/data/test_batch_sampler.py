@@ -100,6 +100,7 @@ def test_greedy_batches_are_those_of_a_slow_reference() -> None:
             ends.append(end)
             start = end
     assert batch_ends(lengths, 120) == ends
+    assert batch_ends(np.full((300, 2), 61), 120) == [*range(1, 301)]  # an example that is too long stands alone
 
 
 def test_lengths_are_those_of_the_tokenizer(dataset: Any, collator: Any, tokenizer: Any) -> None:
