@@ -58,8 +58,8 @@ def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
 @pytest.mark.parametrize("tile_numel", [1, 7, 32, 1000, None])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"weight_decay": 0.0}, {"lr": 0.1, "betas": (0.5, 0.7), "eps": 1e-3, "weight_decay": 0.3}],
-    ids=["defaults", "no-decay", "others"],
+    [{}, {"weight_decay": 0.0}, {"weight_decay": 1.0}, {"lr": 0.1, "betas": (0.5, 0.7), "eps": 1e-3}],
+    ids=["defaults", "no-decay", "most-decay", "others"],
 )
 def test_float32_is_bitwise_that_of_torch(tile_numel: int | None, options: dict[str, Any]) -> None:
     found = train(TiledAdamW(parameters(), tile_numel=tile_numel, **options), 4)
@@ -89,8 +89,9 @@ def test_groups_and_schedulers(lr: float | Tensor) -> None:
 @pytest.mark.parametrize("tile_numel", [4, 50, None])
 def test_tensors_that_are_not_contiguous_are_stepped_in_place(tile_numel: int | None) -> None:
     def run(make: Callable[..., torch.optim.Optimizer]) -> list[Tensor]:
-        bases = [random((12, 10), seed) for seed in range(3)]
+        bases = [*(random((12, 10), seed) for seed in range(3)), random((2, 9, 8), 3)]
         params = [nn.Parameter(bases[0].t()), nn.Parameter(bases[1][:, ::3]), nn.Parameter(bases[2])]
+        params.append(nn.Parameter(bases[3].transpose(0, 2)))  # such as experts' weights
         optimizer = make(params)
         for step in range(3):
             set_gradients(params, step)
