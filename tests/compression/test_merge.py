@@ -37,7 +37,8 @@ def inputs(vocab_size: int = 272) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def assert_equal(found: Any, expected: Any, tolerance: float = 1e-6) -> None:
+def assert_equal(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    """Logits of some units are sums of float32 numbers, which processors add up in orders of their own."""
     logits, generated = [], []
     for model in (found, expected):
         torch.manual_seed(3)
@@ -111,7 +112,7 @@ def test_however_experts_run(implementation: str, make_model: MakeModel, rows: A
     model = make_model(num_experts_per_tok=2)
     result = merge_experts(model, collect(model, rows), keep=2)
     result.model.set_experts_implementation(implementation)
-    assert_equal(result.model, spread(result.model, model, result.expert_map), tolerance=1e-5)
+    assert_equal(result.model, spread(result.model, model, result.expert_map))
 
 
 def test_weights_are_means_by_frequency(make_model: MakeModel, rows: Any) -> None:
@@ -155,7 +156,7 @@ def test_copies_merge_without_loss(make_model: MakeModel, rows: Any) -> None:
         statistics.layers[layer].num_routed[:, :, :3] += 1000
     result = merge_experts(model, statistics, keep=3, method="frequency")
     assert [*result.expert_map.values()] == [[0, 1, 2, 0, 1, 2]] * 3
-    assert_equal(result.model, model, tolerance=1e-5)
+    assert_equal(result.model, model)
 
 
 def test_experts_without_tokens(make_model: MakeModel, rows: Any) -> None:
