@@ -64,7 +64,7 @@ def test_golden_numbers(source: Path, tmp_path: Path) -> None:
     assert isinstance(model, ZCodeM3ForConditionalGeneration)
     assert not any(info.values()), info
     inputs = {name: golden[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
-    torch.testing.assert_close(model.eval()(**inputs).logits, golden["logits_padded_batch"], rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(model.eval()(**inputs).logits, golden["logits_padded_batch"], rtol=1e-5, atol=1e-5)
     first = golden["input_ids"][:1, golden["attention_mask"][0].bool()]
     for name, num_beams in (("greedy_first", 1), ("beam4_first", 4)):
         generated = model.generate(first, num_beams=num_beams, max_new_tokens=golden[name].shape[1] - 1)

@@ -196,7 +196,7 @@ def test_golden_numbers(path: Path) -> None:
     """Logits and encoder states to 1e-5, greedy and beam output identical."""
     golden = torch.load(path, weights_only=True)
     model = ZCodeM3ForConditionalGeneration.from_pretrained(path.parent).eval()
-    close = {"rtol": 0.0, "atol": 1e-5}
+    close = {"rtol": 1e-5, "atol": 1e-5}
     batch = {name: golden[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
     first = {name: tensor[:1, golden["attention_mask"][0].bool()] for name, tensor in batch.items() if "in" in name[:2]}
     output = model(**first, decoder_input_ids=batch["decoder_input_ids"][:1])
