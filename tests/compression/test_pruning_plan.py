@@ -99,6 +99,7 @@ def test_size_is_used_up() -> None:
     assert sum(counts(choose("11MB", per_layer="adaptive"))) == 10
     assert counts(choose("13MB", encoder_decoder_ratio=3.0)) == [5, 5, 2]
     assert counts(choose("40MB", encoder_decoder_ratio=3.0)) == [8, 8, 3]
+    assert choose("2MB", importance(e=[1, 3, 2])) == {ENCODER: [1]}  # one expert of the one layer there is
 
 
 @pytest.mark.parametrize(
@@ -124,6 +125,7 @@ def test_size_is_used_up() -> None:
         ("3.9MB", {}, r"less than the 4,000,000 bytes of the smallest model with min_experts \(1\)"),
         (2, {"per_layer": "some"}, r"per_layer \('some'\) must be one of"),
         (2, {"encoder_decoder_ratio": 0.0}, r"encoder_decoder_ratio \(0.0\) must be a positive number"),
+        (2, {"encoder_decoder_ratio": float("inf")}, r"encoder_decoder_ratio \(inf\) must be a positive number"),
         (
             2,
             {"encoder_decoder_ratio": 2.0, "layers": importance(e=[1, 2, 3])},
