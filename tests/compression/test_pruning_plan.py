@@ -106,7 +106,7 @@ def test_size_is_used_up() -> None:
     ("keep", "options", "message"),
     [
         (0.05, {}, r"keep \(0.05\) rounds to zero of the 8 experts of model.encoder.layers.1.ffn; keep more"),
-        (0.01, {"per_layer": "adaptive"}, r"keep \(0.01\) rounds to zero of the 24 experts of 3 layers"),
+        (0.01, {"per_layer": "adaptive"}, rf"to zero of the 24 experts of 3 layers \({ENCODER} to {DECODER}\)"),
         (1, {"min_experts": 2}, r"keep \(1\) leaves 1 of the 8 experts .* fewer than min_experts \(2\)"),
         (
             3,
