@@ -187,6 +187,8 @@ def test_layer_equals_dense_reference(
         assert parameter.grad is not None, name
         expected_gradient = parameters[name].grad.float()
         assert expected_gradient.abs().max() > 1e-3, f"{name}: nothing to compare"
+        # sums over tokens, rounded where they are largest
+        close["atol"] = max(1e-5, 1e-6 * expected_gradient.abs().max().item())
         torch.testing.assert_close(parameter.grad, expected_gradient, msg=lambda m, n=name: f"{n}: {m}", **close)
 
 
