@@ -90,6 +90,17 @@ def test_masked_tokens_have_no_gradient_and_no_token_no_loss(loss: str) -> None:
     assert logits.grad.count_nonzero() == 0
 
 
+@pytest.mark.parametrize("choices", [TOP_1, TOP_2, TOP_3])
+@pytest.mark.parametrize("mask", [None, torch.tensor([True, False, True, True])])
+def test_losses_of_several_layers_at_once(choices: torch.Tensor, mask: torch.Tensor | None) -> None:
+    logits, chosen = torch.stack([LOGITS, 2 * LOGITS.flip(0)]), torch.stack([choices, choices.flip(0)])
+    each = [load_balancing_loss(*layer, mask) for layer in zip(logits, chosen, strict=True)]
+    torch.testing.assert_close(load_balancing_loss(logits, chosen, mask), torch.stack(each))
+    torch.testing.assert_close(
+        router_z_loss(logits, mask), torch.stack([router_z_loss(layer, mask) for layer in logits])
+    )
+
+
 def test_losses_are_float32_scalars_for_half_logits() -> None:
     for value in (load_balancing_loss(LOGITS.bfloat16(), TOP_1), router_z_loss(LOGITS.bfloat16())):
         assert value.dtype == torch.float32
@@ -114,6 +125,7 @@ def test_cross_entropy_in_chunks_is_the_plain_one(
     loss = summed_cross_entropy(logits, labels, smoothing)
     (gradient,) = torch.autograd.grad(loss / 3, logits)
     assert (loss.dtype, gradient.dtype) == (torch.float32, dtype)
+    assert smoothing or torch.equal(summed_cross_entropy(logits, labels), loss)
 
     plain = logits.detach().double().requires_grad_()
     expected = torch.nn.functional.cross_entropy(plain[0], labels[0], reduction="sum", label_smoothing=smoothing)
