@@ -1,5 +1,6 @@
 """Each collective and its transpose, against autograd over the tensors of all ranks in one process."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -167,3 +168,28 @@ def test_plain_collectives() -> None:
 )
 def test_even_shares(num_rows: int, shares: list[int]) -> None:
     assert c.even_shares(num_rows, 4) == shares
+
+
+def test_kept_results_come_again_in_their_order() -> None:
+    calls: list[int] = []
+
+    def run(number: int) -> int:
+        calls.append(number)
+        return number
+
+    def of(*numbers: int) -> list[int]:
+        return [c.KeptResults.of(functools.partial(run, number)) for number in numbers]
+
+    outer, inner = c.KeptResults(), c.KeptResults()
+    with outer.keep():
+        assert of(1, 2) == [1, 2]
+        with inner.keep():
+            assert of(3) == [3]
+        assert of(4) == [4]
+    with inner.reuse():
+        assert of(-1) == [3]
+    for _ in range(2):
+        with outer.reuse():
+            assert of(-1, -1, -1) == [1, 2, 4]
+    assert calls == [1, 2, 3, 4]
+    assert of(5) == calls[-1:] == [5]
