@@ -47,6 +47,12 @@ def test_load_balancing_loss_ignores_masked_tokens() -> None:
     torch.testing.assert_close(load_balancing_loss(LOGITS, TOP_1, mask), torch.tensor(4 * (5 + 5) / (16 * 2)))
 
 
+def test_losses_of_one_token() -> None:
+    mask = torch.tensor([False, False, True, False])  # probabilities [1 1 4 2] / 8, the third expert
+    torch.testing.assert_close(load_balancing_loss(LOGITS, TOP_1, mask), torch.tensor(4 * 4 / 8))
+    torch.testing.assert_close(router_z_loss(LOGITS, mask), router_z_loss(LOGITS))  # that of each token is the same
+
+
 def test_load_balancing_loss_has_no_gradient_through_the_shares() -> None:
     logits = LOGITS.clone().requires_grad_()
     load_balancing_loss(logits, TOP_1).backward()
