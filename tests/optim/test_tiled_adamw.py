@@ -379,6 +379,8 @@ def test_a_step_goes_on_from_weights_that_were_written(write: Callable[..., None
         optimizer.step()
         assert_equal([params[0], optimizer.state[params[0]]["master"]], [written, written.float()])
         assert_equal([params[1], optimizer.state[params[1]]["master"]], [trained[1], kept])
+    optimizer.reset_masters()
+    assert not any(state["master"].requires_grad for state in optimizer.state.values())
 
 
 @pytest.mark.parametrize("weights_first", [True, False])
