@@ -47,19 +47,6 @@ _DEFAULT_JITTER = 0.01
 _BY_JITTER = "by router_jitter_noise"  # the policy while none is given
 
 
-class FieldOfConfig:
-    """An attribute of a module that is a field of its `config`; what is set on the module itself goes first."""
-
-    def __init__(self, field: str | None = None):
-        self.field = field
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.field = self.field or name
-
-    def __get__(self, module: Any, owner: type) -> Any:
-        return self if module is None else getattr(module.config, self.field)  # type: ignore[arg-type]
-
-
 @strict
 class ZCodeM3Config(PreTrainedConfig):
     r"""
@@ -435,4 +422,4 @@ def _require_size(name: str, value: int, most: int = _MAX_SIZE) -> None:
         raise ValueError(f"{name} ({value}) must be at most {most}")
 
 
-__all__ = ["FieldOfConfig", "ZCodeM3Config", "changed_fields"]
+__all__ = ["ZCodeM3Config", "changed_fields"]

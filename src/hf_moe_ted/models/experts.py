@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
-from .configuration_zcode_m3 import FieldOfConfig, ZCodeM3Config
+from .configuration_zcode_m3 import ZCodeM3Config
+from .field_of_config import FieldOfConfig
 
 try:
     from hf_moe_ted.kernels.experts_implementations import EXPERTS_IMPLEMENTATIONS

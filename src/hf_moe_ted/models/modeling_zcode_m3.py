@@ -33,8 +33,9 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_backends import warn_of_cudnn_backward
-from .configuration_zcode_m3 import FieldOfConfig, Side, ZCodeM3Config
+from .configuration_zcode_m3 import Side, ZCodeM3Config
 from .experts import EXPERTS_IMPLEMENTATIONS, ZCodeM3Experts
+from .field_of_config import FieldOfConfig
 from .losses import load_balancing_loss, router_z_loss, summed_cross_entropy
 from .moe_layer import ZCodeM3DenseFFN, ZCodeM3MoELayer
 from .nllb_moe import weight_conversions

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .configuration_zcode_m3 import FieldOfConfig, ZCodeM3Config
+from .configuration_zcode_m3 import ZCodeM3Config
 from .experts import ActivationWithDropout, ZCodeM3Experts
+from .field_of_config import FieldOfConfig
 from .router import ZCodeM3Router
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import maybe_autocast
 
-from .configuration_zcode_m3 import FieldOfConfig, ZCodeM3Config
+from .configuration_zcode_m3 import ZCodeM3Config
+from .field_of_config import FieldOfConfig
 
 try:
     from hf_moe_ted.kernels import fused_router

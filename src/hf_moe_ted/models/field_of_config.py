@@ -1,0 +1,26 @@
+"""Attributes of modules that follow their config."""
+
+from typing import Any
+
+import torch
+
+
+class FieldOfConfig:
+    """An attribute of a module that is a field of its `config`; what is set on the module itself goes first."""
+
+    def __init__(self, field: str | None = None):
+        self.field: Any = field
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.field = self.field or name
+
+    def __get__(self, module: Any, owner: type) -> Any:
+        if module is None:
+            return self
+        if torch.compiler.is_compiling():  # which does not know the other way
+            return getattr(module.config, self.field)
+        # not by the config's own lookup, which knows other names of fields and takes ten times as long
+        return object.__getattribute__(module.config, self.field)
+
+
+__all__ = ["FieldOfConfig"]
