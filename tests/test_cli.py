@@ -276,7 +276,15 @@ def test_languages_as_people_type_them(model_and_text: tuple[Path, Path], tmp_pa
 
 
 def test_config_overrides_are_a_json_object(tmp_path: Path) -> None:
-    base = ["convert", "deepspeed", tmp_path, tmp_path / "out", "--base-config", tmp_path, "--config-overrides"]
+    base = [
+        "convert",
+        "deepspeed",
+        tmp_path / "a",
+        tmp_path / "out",
+        "--base-config",
+        tmp_path / "b",
+        "--config-overrides",
+    ]
     assert "config_overrides is not JSON" in message_of(*base, "{a}")
     assert "config_overrides must be a JSON object, fields by name, but is [1]" in message_of(*base, "[1]")
     assert "config_overrides is not JSON" in message_of(*base, "[" * 100_000)

@@ -297,7 +297,7 @@ def test_two_processes_equal_one(how: Callable[..., ExpertStatistics], rows: Row
         (
             None,
             {"languages": ["en", "sw", "zu"]},
-            "unknown languages 'sw'; known: en, de, fr",
+            "unknown languages 'sw', the tokenizer knows: en, de, fr",
         ),
         (None, {"languages": "en"}, r"languages \('en'\) must be a list"),
         (None, {"batch_size": 0}, r"batch_size \(0\)"),

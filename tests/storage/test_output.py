@@ -303,8 +303,9 @@ def test_two_copies_of_which_one_may_be_good(tmp_path: Path) -> None:
 
 
 WAITING = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
 from hf_moe_ted.storage.output import new_folder
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 with new_folder(pathlib.Path(sys.argv[1])) as folder:
     (folder / "half").touch()
     print("ready", flush=True)

@@ -32,12 +32,14 @@ class CommunicationAwareContextFn(str):
     """
 
     every_collective: bool
+    __name__: str
 
     def __new__(cls, every_collective: bool = False) -> "CommunicationAwareContextFn":
         named = super().__new__(
             cls, f"communication_aware_context_fn{' of every collective' if every_collective else ''}"
         )
         named.every_collective = every_collective
+        named.__name__ = "communication_aware_context_fn"  # as of the function that it stands for
         return named
 
     def __call__(self, every_collective: bool | None = None) -> tuple[Any, Any]:

@@ -810,6 +810,13 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
             raise ValueError("logits became NaN in generation, though all routers are finite: weights may be damaged")
         return output
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As the parent, without the tokenizers of stop strings, which transformers hands on to `forward`."""
+        for name in ("tokenizer", "assistant_tokenizer"):
+            kwargs.pop(name, None)
+        prepare: Callable = super().prepare_inputs_for_generation  # type: ignore[misc]
+        return prepare(*args, **kwargs)
+
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
