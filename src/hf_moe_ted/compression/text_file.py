@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 
 _KINDS = {".jsonl": "json", ".json": "json", ".ndjson": "json", "": "json"}
 _KINDS |= {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
-_OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+_OPENERS: dict[str, Callable[[Path, str], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 _ON_HUB = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _FORMATS = "a jsonl, csv, tsv or parquet file (the text ones maybe with .gz, .xz or .bz2)"
 
@@ -47,7 +47,9 @@ class ParallelTextFile:
             raise ValueError(f"{argument} ({path}) is no file, but a folder, a pipe or a device; give {_FORMATS}")
         suffixes = [suffix.lower() for suffix in path.suffixes]
         self.path, self.argument = path, argument
-        self._opener = _OPENERS[suffixes.pop()] if suffixes and suffixes[-1] in _OPENERS else open
+        self._opener: Callable[[Path, str], Any] = (
+            _OPENERS[suffixes.pop()] if suffixes and suffixes[-1] in _OPENERS else open
+        )
         suffix = suffixes[-1] if suffixes else ""
         if suffix not in _KINDS or (_KINDS[suffix] == "parquet" and self._opener is not open):
             raise ValueError(f"{argument} ({path}) ends in {path.suffix!r}; give {_FORMATS}")

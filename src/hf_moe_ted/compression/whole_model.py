@@ -35,10 +35,11 @@ def load_whole_model(
     config_path(folder, argument)
     check_no_adapter(folder, may_have_adapter=may_have_adapter)
     try:
-        model, info = ZCodeM3ForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        loaded: Any = ZCodeM3ForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except Exception as error:  # of safetensors, pickle, transformers: there is no class that they share
         message = " ".join(str(error).split())[:600] or type(error).__name__
         raise ValueError(f"{argument} ({folder}) cannot be loaded: {message}") from error
+    model, info = loaded
     if problems := {kind: sorted(map(str, names)) for kind, names in info.items() if names}:
         raise ValueError(f"{argument} ({folder}) does not hold the weights of its config: {problems}")
     return model
