@@ -5,6 +5,7 @@ a second that `hf-moe-ted --help` and every process that imports the package wou
 once if the Auto classes are loaded already, and otherwise right after they are.
 """
 
+import copy
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -89,10 +90,12 @@ def _for_nllb_moe(model_class: Any) -> type:
     from .models.configuration_zcode_m3 import ZCodeM3Config
     from .models.nllb_moe import config_fields
 
-    def converted(config: Any) -> ZCodeM3Config:
+    def converted(config: Any, fields: dict[str, Any]) -> ZCodeM3Config:
         if isinstance(config, ZCodeM3Config):
-            return config
-        ours = ZCodeM3Config.from_dict(config_fields(config.to_dict()))
+            ours = copy.deepcopy(config)
+            ours.update(fields)
+            return ours
+        ours = ZCodeM3Config.from_dict(config_fields(config.to_dict()), **fields)
         ours._attn_implementation = config._attn_implementation  # what the Auto class took of its arguments
         ours._experts_implementation = config._experts_implementation
         return ours
@@ -100,11 +103,13 @@ def _for_nllb_moe(model_class: Any) -> type:
     class ForNllbMoe:
         @classmethod
         def from_pretrained(cls, name_or_path: Any, *args: Any, config: Any, **kwargs: Any) -> Any:
-            return model_class.from_pretrained(name_or_path, *args, config=converted(config), **kwargs)
+            # what NllbMoeConfig does not have comes here, such as `num_experts_per_tok=1`
+            fields = {name: kwargs.pop(name) for name in [*kwargs] if name in ZCodeM3Config.__annotations__}
+            return model_class.from_pretrained(name_or_path, *args, config=converted(config, fields), **kwargs)
 
         @classmethod
         def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-            return model_class._from_config(converted(config), **kwargs)
+            return model_class._from_config(converted(config, {}), **kwargs)
 
     return ForNllbMoe
 

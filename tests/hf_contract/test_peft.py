@@ -107,6 +107,28 @@ def test_only_the_adapter_is_trained(model: Model, batch: Batch, target: str) ->
 
 
 @sparse
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": [], "target_parameters": ["ffn.router.weight"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["router"]},
+    ],
+)
+def test_routers_are_trained(model: Model, forward_inputs: Batch, batch: Batch, options: dict[str, Any]) -> None:
+    """Their wrappers have not all of their attributes; the model must not ask for them."""
+    before = logits(model, forward_inputs)
+    adapter = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=RANK, **options))
+    assert torch.equal(logits(adapter, forward_inputs), before)
+    generated = [m.generate(input_ids=forward_inputs["input_ids"], max_new_tokens=3) for m in (model, adapter)]
+    assert torch.equal(*generated)
+    losses = fit(adapter, batch)
+    assert losses[-1] < losses[0]
+    adapter.get_base_model().config.num_experts = 50
+    with pytest.raises(ValueError, match="changed after the model was built"):
+        logits(adapter, forward_inputs)
+
+
+@sparse
 @targets
 def test_save_and_load(model: Model, forward_inputs: Batch, target: str, tmp_path: Path) -> None:
     adapter = adapted(model, target)

@@ -1207,6 +1207,7 @@ STRUCTURE: dict[str, Any] = {
     "decoder_sparse_layers": [0],
     "expert_map": [[0, 1, 2, 3, 0]] * 3,
     "d_model": 64,
+    "max_position_embeddings": 1000,
     "encoder_layers": 3,
     "decoder_attention_heads": 2,
     "encoder_ffn_dim": 128,

@@ -143,6 +143,14 @@ def test_auto_classes_give_the_class_that_routes(
     torch.testing.assert_close(loaded(**inputs)[0], expected(**inputs)[0], rtol=1e-6, atol=1e-6)
 
 
+def test_auto_classes_take_fields_that_nllb_moe_has_not(nllb_moe: Path) -> None:
+    fields = {"num_experts_per_tok": 1, "router_jitter_noise": 0.2, "dropout": 0.3}
+    config = AutoModelForSeq2SeqLM.from_pretrained(nllb_moe, **fields).config
+    assert {name: getattr(config, name) for name in fields} == fields and config.router_noise_policy == "jitter"
+    with pytest.raises(ValueError, match=r"config \(NllbMoeConfig\) must be a ZCodeM3Config"):
+        ZCodeM3ForConditionalGeneration.from_pretrained(nllb_moe, config=AutoConfig.from_pretrained(nllb_moe))
+
+
 def test_pipeline_loads_the_class_that_routes(nllb_moe: Path) -> None:
     ZCodeM3Tokenizer(languages=["en", "de"]).save_pretrained(nllb_moe)
     translator = pipeline("zcode-m3-translation", model=str(nllb_moe), device="cpu")

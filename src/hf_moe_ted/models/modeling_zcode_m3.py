@@ -307,6 +307,14 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
 
+    def __init__(self, config: ZCodeM3Config, *args: Any, **kwargs: Any):
+        if not hasattr(config, "sparse_layers"):
+            raise ValueError(
+                f"config ({type(config).__name__}) must be a ZCodeM3Config: leave it out, or load it with "
+                "ZCodeM3Config.from_pretrained, which reads configs of NLLB-MoE, too"
+            )
+        super().__init__(config, *args, **kwargs)
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         # transformers looks for the decorator in the source of the modeling file; ours stands in experts.py
@@ -625,6 +633,7 @@ class ZCodeM3Model(ZCodeM3PreTrainedModel):
         self.encoder = ZCodeM3Encoder(config)
         self.decoder = ZCodeM3Decoder(config)
         self._built_with = {name: getattr(config, name) for name in _FIXED_FIELDS}
+        self._num_positions = config.max_position_embeddings
         self.post_init()
 
     def _refuse_changed_structure(self) -> None:
@@ -633,10 +642,12 @@ class ZCodeM3Model(ZCodeM3PreTrainedModel):
             ValueError: fields of the config that made the model's layers were changed since.
         """
         changed = [name for name, value in self._built_with.items() if getattr(self.config, name) != value]
+        if self.config.max_position_embeddings > self._num_positions:  # fewer are a limit that is kept
+            changed.append("max_position_embeddings")
         sides: tuple[tuple[Side, ZCodeM3Stack], ...] = (("encoder", self.encoder), ("decoder", self.decoder))
         for side, stack in sides if not changed else ():
-            ffns: list[Any] = [layer.ffn for layer in stack.layers]
-            routers = {i: ffn.router for i, ffn in enumerate(ffns) if hasattr(ffn, "router")}
+            modules = {i: [*layer.ffn.modules()] for i, layer in enumerate(stack.layers)}  # PEFT wraps routers
+            routers = {i: m for i, of_layer in modules.items() for m in of_layer if isinstance(m, ZCodeM3Router)}
             if {i: router.num_experts for i, router in routers.items()} != self.config.num_experts_per_layer(side):
                 changed.append(f"num_experts or the sparse layers of the {side}")
             maps = {i: [*router.expert_map] for i, router in routers.items() if router.expert_map is not None}
