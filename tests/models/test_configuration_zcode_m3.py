@@ -198,8 +198,8 @@ def test_value_of_the_wrong_type_is_an_error_with_field_and_value(field: str, va
 
 def test_an_edited_config_is_checked_again_before_it_is_saved(tmp_path: Path) -> None:
     config = tiny_config()
-    config.num_experts_per_tok = 5
-    with pytest.raises(StrictDataclassError, match=r"num_experts_per_tok \(5\)"):
+    config.encoder_sparse_step = -1
+    with pytest.raises(StrictDataclassError, match=r"encoder_sparse_step \(-1\)"):
         config.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -368,15 +368,41 @@ def test_options_of_from_pretrained_are_checked_together(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"batch_prioritized_routing": True, "token_drop_policy": "position"},
+        {"second_expert_policy": "sampling", "num_experts_per_tok": 2},
+        {"num_experts_per_tok": 2, "second_expert_policy": "random"},
+        {"router_jitter_noise": 0.3},
+        {"router_jitter_noise": 0.3, "router_noise_policy": None},
+    ],
+)
+def test_update_checks_fields_together(fields: dict[str, Any]) -> None:
+    config, expected = tiny_config(), tiny_config(**fields)
+    config.update(fields)
+    assert config.to_dict() == expected.to_dict()
+    before = config.to_dict()
+    with pytest.raises(ValueError, match="gating_dropout"):
+        config.update({"dropout": 0.5, "gating_dropout": 1.5})
+    assert config.to_dict() == before
+    with pytest.raises(ValueError, match="router_z_loss_coef"):  # it still checks
+        config.router_z_loss_coef = -1.0
+
+
+@pytest.mark.parametrize(
     ("field", "value"),
     [
         ("router_jitter_noise", 1.5),
         ("token_drop_policy", "no_such"),
         ("second_expert_policy", "sampling"),
         ("capacity_factor", -1.0),
+        ("capacity_factor", math.inf),
+        ("num_experts_per_tok", 0),
+        ("num_experts_per_tok", 50),
         ("router_dtype", "float8"),
         ("dropout", 2.0),
         ("router_aux_loss_coef", -1.0),
+        ("router_aux_loss_coef", math.inf),
     ],
 )
 def test_a_wrong_change_is_refused_and_leaves_no_trace(field: str, value: Any) -> None:

@@ -1,5 +1,6 @@
 """Configuration of ZCodeM3: every number of the architecture, validated."""
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -215,16 +216,34 @@ class ZCodeM3Config(PreTrainedConfig):
         Raises:
             ValueError: a routing option that contradicts others; the config is then as it was.
         """
+        if name in _READ_IN_EACH_CALL and self.__dict__.get("_is_complete"):
+            self.update({name: value})
+        else:
+            super().__setattr__(name, value)
+
+    def update(self, config_dict: dict[str, Any]) -> None:
+        """As [`PreTrainedConfig.update`]; the fields are checked together, in whatever order they stand.
+
+        Raises:
+            ValueError: a routing option that contradicts others; the config is then as it was.
+        """
         before = dict(self.__dict__)
-        super().__setattr__(name, value)
-        if name not in _READ_IN_EACH_CALL or not before.get("_is_complete"):
+        if not before.get("_is_complete"):  # checked at its end
+            super().update(config_dict)
             return
+        self.__dict__["_is_complete"] = False
         try:
-            if name == "router_jitter_noise" and self.router_noise_policy is None:
+            super().update(config_dict)
+            is_width_alone = "router_jitter_noise" in config_dict and "router_noise_policy" not in config_dict
+            if is_width_alone and self.router_noise_policy is None:
                 self.__dict__["router_noise_policy"] = _BY_JITTER
             self._resolve_jitter()
             self._validate_routing_options()
-        except ValueError:
+            if "num_experts_per_tok" in config_dict:
+                self._validate_num_experts()
+            self.__dict__["_is_complete"] = True
+        except Exception:  # of the field's type, too
+            self.__dict__.clear()
             self.__dict__.update(before)
             raise
 
@@ -334,11 +353,13 @@ class ZCodeM3Config(PreTrainedConfig):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0 and less than 1")
         for name in ("capacity_factor", "eval_capacity_factor"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be positive, or None to drop no token")
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name} ({getattr(self, name)}) must be positive and finite, or None to drop no token"
+                )
         for name in ("min_capacity", "router_aux_loss_coef", "router_z_loss_coef", "init_std"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} ({getattr(self, name)}) must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} ({getattr(self, name)}) must not be negative, and finite")
         if self.router_jitter_noise is None or not 0.0 <= self.router_jitter_noise < 1.0:
             raise ValueError(f"router_jitter_noise ({self.router_jitter_noise}) must be at least 0 and less than 1")
         if self.router_noise_policy == "rsample" and self.num_experts_per_tok != 1:
