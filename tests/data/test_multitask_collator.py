@@ -1,5 +1,8 @@
 """Batches against the tokenizer called sentence by sentence."""
 
+import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -50,6 +53,35 @@ def test_languages_of_another_tokenizer(nllb_tokenizer: Any) -> None:
     for wrong in ("deu_Lat", "<term>", "zh"):
         with pytest.raises(ValueError, match=r"unknown language|ambiguous language 'zh'"):
             collator([{**PAIR, "src_lang": "eng_Latn", "tgt_lang": wrong}])
+
+
+def test_threads_share_a_tokenizer(tokenizer: Any, nllb_tokenizer: Any) -> None:
+    """A collator looks at the tags of each language; nobody else sees them, and the tokenizer keeps its own."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.src_lang = "en"
+    for shared, codes in ((tokenizer, ["de", "sw"]), (nllb_tokenizer, ["deu_Latn", "zho_Hans"])):
+        shared.src_lang = own = shared.src_lang
+        tags = dict(zip([own, *codes], shared.convert_tokens_to_ids(_tags(shared, [own, *codes])), strict=True))
+
+        def wrong(number: int, shared: Any = shared, codes: Any = codes, own: Any = own, tags: Any = tags) -> int:
+            lang = codes[number % len(codes)]
+            if shared is tokenizer and number % 3 == 0:  # calls of others; transformers' tokenizers have no turn
+                return int(shared("a")["input_ids"][0] != tags[own])
+            rows = [{**PAIR, "src_lang": lang, "tgt_lang": codes[0]}]
+            return int(DataCollatorForMultitaskSeq2Seq(shared)(rows)["input_ids"][0, 0] != tags[lang])
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            with ThreadPoolExecutor(8) as threads:
+                assert sum(threads.map(wrong, range(400))) == 0
+        finally:
+            sys.setswitchinterval(interval)
+        assert shared.src_lang == own
+
+
+def _tags(tokenizer: Any, codes: list[str]) -> list[str]:
+    return [tokenizer.get_lang_token(code) if hasattr(tokenizer, "get_lang_token") else code for code in codes]
 
 
 def test_denoising_reads_noise_and_writes_the_text(tokenizer: Any) -> None:

@@ -1,13 +1,12 @@
 """Parallel text to run a model on: rows -> sentences of one language pair -> batches of similar length."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..models.language_codes import find_language, resolve_language
+from ..models.language_codes import encode_in, find_language, resolve_language
 from .expert_statistics import LanguagePair
 
 MAX_WAITING_BUCKETS = 64
@@ -165,29 +164,23 @@ def buckets(
     yield from waiting.items()
 
 
-@contextmanager
-def languages_restored(tokenizer: Any) -> Iterator[None]:
-    """Afterwards the tokenizer has the languages that it had.
-
+def require_languages(tokenizer: Any) -> None:
+    """
     Raises:
-        ValueError: it has none.
+        ValueError: the tokenizer has no languages.
     """
     if not (hasattr(tokenizer, "src_lang") and hasattr(tokenizer, "tgt_lang")):
         raise ValueError(f"{type(tokenizer).__name__} has no src_lang and tgt_lang; it must be one for translation")
-    before = tokenizer.src_lang, tokenizer.tgt_lang
-    try:
-        yield
-    finally:
-        tokenizer.src_lang, tokenizer.tgt_lang = before
 
 
 def encode(tokenizer: Any, pair: LanguagePair, sentences: Sequence[Sentence], max_length: int) -> list[EncodedSentence]:
     """Sources with the tag of their language and targets with theirs, truncated to `max_length` tokens."""
-    # as attributes: not every tokenizer with languages takes them as arguments of a call
-    tokenizer.src_lang, tokenizer.tgt_lang = pair
-    encoded = tokenizer(
+    encoded = encode_in(
+        tokenizer,
         [sentence.source for sentence in sentences],
         text_target=[sentence.target for sentence in sentences],
+        src_lang=pair[0],
+        tgt_lang=pair[1],
         truncation=True,
         max_length=max_length,
     )
@@ -223,8 +216,8 @@ __all__ = [
     "encode",
     "first_tokens",
     "in_known_languages",
-    "languages_restored",
     "progress_over",
     "read_sentences",
+    "require_languages",
     "sentences_of_row",
 ]

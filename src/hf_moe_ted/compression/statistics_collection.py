@@ -26,9 +26,9 @@ from .parallel_text import (
     encode,
     first_tokens,
     in_known_languages,
-    languages_restored,
     progress_over,
     read_sentences,
+    require_languages,
 )
 
 BATCHES_PER_BUCKET = 16
@@ -85,6 +85,7 @@ def collect_expert_statistics(
     if isinstance(languages, str):
         raise ValueError(f"languages ({languages!r}) must be a list of codes, such as ['en', 'de']")
 
+    require_languages(tokenizer)
     known = list(language_ids(tokenizer))
     if languages is not None:
         languages = [resolve_language(code, known, name="languages") for code in languages]
@@ -93,7 +94,6 @@ def collect_expert_statistics(
     totals = _Totals()
     with (
         evaluation_mode(model),
-        languages_restored(tokenizer),
         _recording(recorders.values()),
         progress_over(dataset, "Collecting expert statistics") as progress,
     ):

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..metrics.language_detection import detector_code
-from ..models.language_codes import find_language, language_ids, resolve_language
+from ..models.language_codes import find_language, language_ids, languages_kept, resolve_language
 from .compression_report import num_bytes
 from .expert_statistics import LanguagePair
-from .parallel_text import Sentence, check_languages, languages_restored, progress_over, read_sentences
+from .parallel_text import Sentence, check_languages, progress_over, read_sentences, require_languages
 from .statistics_collection import evaluation_mode
 from .translation_quality import DirectionQuality, TranslationQuality
 from .translation_scores import score_translations
@@ -71,6 +71,7 @@ def evaluate_translation(
     if isinstance(languages, str):
         raise ValueError(f"languages ({languages!r}) must be a list of codes, such as ['en', 'de']")
     detector_code("en")  # what is missing should be known before hours of translating
+    require_languages(tokenizer)
     translator = _Translator(model, tokenizer, batch_size, num_beams, max_new_tokens)
     if languages is not None:
         languages = [resolve_language(code, translator.languages, name="languages") for code in languages]
@@ -79,7 +80,6 @@ def evaluate_translation(
         torch.cuda.reset_peak_memory_stats(model.device)
     with (
         evaluation_mode(model),
-        languages_restored(tokenizer),
         progress_over(dataset, description) as progress,
     ):
         sentences = _read(dataset, translator.languages, languages, max_sentences, progress)
@@ -193,15 +193,16 @@ class _Translator:
     @torch.inference_mode()
     def _translate_batch(self, pair: LanguagePair, sources: list[str]) -> tuple[list[str], int]:
         """Translations, and how many of them had not ended."""
-        inputs = self._tokenizer._build_translation_inputs(
-            sources,
-            return_tensors="pt",
-            src_lang=pair[0],
-            tgt_lang=pair[1],
-            padding=True,
-            truncation=True,
-            max_length=self._max_source_tokens,
-        )
+        with languages_kept(self._tokenizer):
+            inputs = self._tokenizer._build_translation_inputs(
+                sources,
+                return_tensors="pt",
+                src_lang=pair[0],
+                tgt_lang=pair[1],
+                padding=True,
+                truncation=True,
+                max_length=self._max_source_tokens,
+            )
         output_BL: Tensor = self._model.generate(**inputs.to(self._model.device), **self._generation)
         end = torch.as_tensor(self._model.generation_config.eos_token_id, device=output_BL.device)
         has_ended_B = torch.isin(output_BL[:, 1:], end).any(dim=1)  # the first token is often the end token, too

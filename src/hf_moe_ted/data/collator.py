@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from transformers import BatchEncoding, DataCollatorForSeq2Seq
 
-from ..models.language_codes import language_ids, resolve_language
+from ..models.language_codes import encode_in, language_ids, resolve_language
 from .denoising import DenoisingNoise
 from .multitask_rows import DENOISING, TRANSLATION, Example, examples_of_row
 
@@ -182,16 +182,10 @@ def _find_affixes(tokenizer: Any, lang: str, is_target: bool) -> _Affixes:
     probe = "a"
     lang = resolve_language(lang, language_ids(tokenizer), owner="this tokenizer")
     bare = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
-    languages = tokenizer.src_lang, tokenizer.tgt_lang
-    try:
-        if is_target:
-            tokenizer.tgt_lang = lang
-            ids = list(tokenizer(text_target=probe)["input_ids"])
-        else:
-            tokenizer.src_lang = lang
-            ids = list(tokenizer(probe)["input_ids"])
-    finally:
-        tokenizer.src_lang, tokenizer.tgt_lang = languages
+    if is_target:
+        ids = list(encode_in(tokenizer, text_target=probe, tgt_lang=lang)["input_ids"])
+    else:
+        ids = list(encode_in(tokenizer, probe, src_lang=lang)["input_ids"])
     start = next((place for place in range(len(ids)) if ids[place : place + len(bare)] == bare), None)
     if start is None:
         raise ValueError(f"{type(tokenizer).__name__} encodes {probe!r} as {bare} alone, but as {ids} in {lang!r}")

@@ -6,8 +6,11 @@ tokenizer has some of these languages, in forms of its own. This is the one plac
 """
 
 import difflib
+import inspect
 import re
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 # A line per language: the code that stands for it here, then the other ones. A macrolanguage (`ara`) is the same as the
@@ -41,7 +44,7 @@ _MISTAKES = {
 }
 
 _SCRIPT_OF_CHINESE = {"CN": "Hans", "MY": "Hans", "SG": "Hans", "HK": "Hant", "MO": "Hant", "TW": "Hant"}
-_HAN = ("Hani", "Hans", "Hant")
+_HAN = ("Hanb", "Hani", "Hans", "Hant")
 
 # scripts without spaces between words, and the languages that are written in them where no script is named
 _SCRIPT_WITHOUT_SPACES = {
@@ -50,11 +53,12 @@ _SCRIPT_WITHOUT_SPACES = {
 }
 _BLEU_TOKENIZER = {
     **dict.fromkeys(_HAN, "zh"),
-    **dict.fromkeys(("Hira", "Jpan", "Kana", "Khmr", "Laoo", "Mymr", "Thai", "Tibt"), "char"),
+    **dict.fromkeys(("Hira", "Hrkt", "Jpan", "Kana", "Khmr", "Laoo", "Mymr", "Thai", "Tibt"), "char"),
 }
 
 _LANGUAGE_TOKEN = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}|[a-z]{2}_[A-Z]{2}")  # of NLLB and mBART: eng_Latn, en_XX
 _MAX_LISTED = 30
+_ENCODING = threading.RLock()
 
 
 class LanguageCode(NamedTuple):
@@ -170,6 +174,43 @@ def language_ids(tokenizer: Any) -> dict[str, int]:
     return dict(ids)
 
 
+@contextmanager
+def languages_kept(tokenizer: Any) -> Iterator[None]:
+    """For what sets the languages of a tokenizer to encode a text: one thread at a time; they are put back afterwards.
+
+    A tokenizer whose calls take languages, such as `ZCodeM3Tokenizer`, needs none of it.
+    """
+    if calls_take_languages(tokenizer):
+        yield
+        return
+    with _ENCODING:
+        before = {name: getattr(tokenizer, name, None) for name in ("src_lang", "tgt_lang")}
+        try:
+            yield
+        finally:
+            for name, language in before.items():
+                if getattr(tokenizer, name, None) != language:
+                    setattr(tokenizer, name, language)
+
+
+def encode_in(
+    tokenizer: Any, *args: Any, src_lang: str | None = None, tgt_lang: str | None = None, **kwargs: Any
+) -> Any:
+    """`tokenizer(*args, **kwargs)` in languages of this call only; those that are `None` are the tokenizer's."""
+    languages = {name: lang for name, lang in (("src_lang", src_lang), ("tgt_lang", tgt_lang)) if lang is not None}
+    if calls_take_languages(tokenizer):
+        return tokenizer(*args, **languages, **kwargs)
+    with languages_kept(tokenizer):
+        for name, lang in languages.items():
+            setattr(tokenizer, name, lang)
+        return tokenizer(*args, **kwargs)
+
+
+def calls_take_languages(tokenizer: Any) -> bool:
+    """Whether `tokenizer(text, src_lang=...)` encodes in that language, whatever other threads do."""
+    return "src_lang" in inspect.signature(type(tokenizer).__call__).parameters
+
+
 def _parsed(code: str) -> LanguageCode | None:
     """What a code means, `None` where that is not known."""
     first, *others = re.split(r"[-_]", code.strip())
@@ -233,8 +274,11 @@ def _near(code: str, languages: list[str]) -> list[str]:
 
 __all__ = [
     "LanguageCode",
+    "calls_take_languages",
+    "encode_in",
     "find_language",
     "language_ids",
+    "languages_kept",
     "parse_language",
     "parse_languages",
     "resolve_language",

@@ -1,16 +1,15 @@
 """Translation pipeline: sentences in, translations out. transformers 5 has none of its own any more."""
 
+import copy
 import os
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, Pipeline, PreTrainedModel
 from transformers.utils import logging
 
-from .language_codes import language_ids, resolve_language
+from .language_codes import language_ids, languages_kept, resolve_language
 from .nllb_moe import MODEL_TYPE as NLLB_MOE
 
 logger = logging.get_logger(__name__)
@@ -23,8 +22,6 @@ MODEL_CODE = {
     "AutoModelForSeq2SeqLM": "modeling_zcode_m3.ZCodeM3ForConditionalGeneration",
 }
 TOKENIZER_CODE = {"AutoTokenizer": ["tokenization_zcode_m3.ZCodeM3Tokenizer", None]}
-
-_ENCODING = threading.RLock()
 
 
 class ZCodeM3TranslationPipeline(Pipeline):
@@ -136,7 +133,7 @@ class ZCodeM3TranslationPipeline(Pipeline):
             languages[name] = self._checked(name, languages.get(name, getattr(self.tokenizer, name, None)))
 
         def encode(**kwargs: Any) -> dict[str, Any]:
-            with nullcontext() if _is_of_package(self.tokenizer) else _encoding(self.tokenizer):
+            with languages_kept(self.tokenizer):
                 return self.tokenizer._build_translation_inputs(input_, return_tensors="pt", **languages, **kwargs)
 
         inputs = encode(verbose=False)
@@ -184,23 +181,13 @@ class ZCodeM3TranslationPipeline(Pipeline):
                 "this model is quantized: whoever loads it needs the package that reads its weights (hf_moe_ted for "
                 "experts that `quantize_experts` made); code in the folder does not do it"
             )
-        with _encoding(self.tokenizer):
-            for name in ("src_lang", "tgt_lang"):  # which the pipeline has instead of the tokenizer
-                setattr(self.tokenizer, name, self._preprocess_params.get(name, getattr(self.tokenizer, name, None)))
-            super().save_pretrained(save_directory, **kwargs)
-
-
-@contextmanager
-def _encoding(tokenizer: Any) -> Iterator[None]:
-    """The tokenizers of transformers are set to the languages of a text: one thread at a time, and back afterwards."""
-    with _ENCODING:
-        languages = {name: getattr(tokenizer, name, None) for name in ("src_lang", "tgt_lang")}
+        tokenizer, self.tokenizer = self.tokenizer, copy.deepcopy(self.tokenizer)
         try:
-            yield
+            for name in self._preprocess_params.keys() & {"src_lang", "tgt_lang"}:
+                setattr(self.tokenizer, name, self._preprocess_params[name])
+            super().save_pretrained(save_directory, **kwargs)
         finally:
-            for name, language in languages.items():
-                if getattr(tokenizer, name, None) != language:
-                    setattr(tokenizer, name, language)
+            self.tokenizer = tokenizer
 
 
 def _is_of_package(item: Any) -> bool:
