@@ -148,9 +148,12 @@ def test_truncation(
 
 def test_default_length_fits_the_positions(model: ZCodeM3ForConditionalGeneration) -> None:
     tokenizer = ZCodeM3Tokenizer(languages=["en", "de", "hi"])
-    translator = ZCodeM3TranslationPipeline(model=model, tokenizer=tokenizer, min_new_tokens=40)
-    expected = translate(translator, "Hello", "en", "de", max_new_tokens=40, min_new_tokens=40)
-    assert translator("Hello", src_lang="en", tgt_lang="de") == [{"translation_text": expected[0]}]
+    # as many tokens as positions: by the length that the model has, or, if it has none, that of the pipeline
+    for max_length, num_new in ((40, 39), (None, 40)):
+        model.generation_config.max_length = max_length
+        translator = ZCodeM3TranslationPipeline(model=model, tokenizer=tokenizer, min_new_tokens=num_new)
+        expected = translate(translator, "Hello", "en", "de", max_new_tokens=num_new, min_new_tokens=num_new)
+        assert translator("Hello", src_lang="en", tgt_lang="de") == [{"translation_text": expected[0]}]
 
 
 @pytest.mark.parametrize("sentence", [5, None, {"text": "a"}, ["a", None], [["a"]]])

@@ -44,7 +44,8 @@ class ZCodeM3TranslationPipeline(Pipeline):
 
     `src_lang` and `tgt_lang` are taken from the call, then from the pipeline, then from the tokenizer. Other keyword
     arguments, of the pipeline or of the call, go to `generate()`; what neither they nor the generation config of the
-    model set is as `generate()` has it, except `max_new_tokens` (256, or as many as the model has positions).
+    model set is as `generate()` has it. A [`ZCodeM3ForConditionalGeneration`] has a `max_length` of 256, or as many as
+    it has positions; for a model without one `max_new_tokens` is as many.
 
     A source longer than the model's positions or the tokenizer's `model_max_length` is truncated, with a warning.
     The translation of an empty or blank sentence is empty.
