@@ -266,8 +266,9 @@ def _there_and_back(config: ZCodeM3Config) -> ZCodeM3ForConditionalGeneration:
     return ZCodeM3ForConditionalGeneration(config).half().float()
 
 
+@pytest.mark.parametrize("moved", [False, True], ids=["", "moved"])
 @pytest.mark.parametrize("make", [_without_initialization, _moved_from_meta, _on_meta, _empty, _there_and_back])
-def test_tables_that_no_checkpoint_holds_are_there(make: Any) -> None:
+def test_tables_that_no_checkpoint_holds_are_there(make: Any, moved: bool) -> None:
     """Sinusoids and expert maps; memory that nobody wrote to is made visible."""
     config = tiny_config(init_std=0.2, num_experts=[2, 4, 4], expert_map=[[0, 1, 1, 0], [0, 1, 2, 3], [3, 4, 1, 0, 2]])
     expected = ZCodeM3ForConditionalGeneration(config).eval()
@@ -276,6 +277,8 @@ def test_tables_that_no_checkpoint_holds_are_there(make: Any) -> None:
     model = make(config).eval()
     model.load_state_dict(expected.state_dict(), assign=model.device.type == "meta")
     model.tie_weights()
+    if moved:  # all weights are there, so that the model can go to a device
+        model.to("cpu")
     inputs = {"input_ids": _ids([9, 4]), "decoder_input_ids": _ids([5, 5])}
     assert torch.equal(model(**inputs).logits, expected(**inputs).logits)
 

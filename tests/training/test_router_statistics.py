@@ -165,6 +165,8 @@ def peft_model(model: Any, **options: Any) -> Any:
 TRAINED_ROUTERS: dict[str, Any] = {
     "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["router"]},
     "target_parameters": {"target_modules": [], "target_parameters": ["ffn.router.weight"]},
+    "layers to save": {"target_modules": ["q_proj"], "modules_to_save": ["ffn"]},
+    "one layer to save": {"target_modules": ["q_proj"], "modules_to_save": ["layers.1"]},
     "routers and experts": {"target_modules": [], "target_parameters": ["ffn.router.weight", "ffn.experts.up_proj"]},
 }
 

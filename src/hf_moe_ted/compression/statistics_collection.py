@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..models.language_codes import language_ids, resolve_language
 from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
 from ..models.moe_layer import ZCodeM3MoELayer
-from ..models.router import Routing
+from ..models.router import Routing, modules_in_use
 from .expert_statistics import ExpertStatistics, LanguagePair, LayerStatistics, ModelFingerprint, side_of
 from .parallel_text import (
     EncodedSentence,
@@ -115,7 +115,7 @@ def collect_expert_statistics(
 def _named_moe_layers(model: nn.Module) -> dict[str, ZCodeM3MoELayer]:
     layers = {
         f"model.{found[0]}": module
-        for name, module in model.named_modules()
+        for name, module in modules_in_use(model)
         if (found := _MOE_LAYER.search(name)) and isinstance(module, ZCodeM3MoELayer)
     }
     if not layers:

@@ -807,7 +807,8 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
                 such logits, for which everything is computed once more. Or the config was changed in what layers are
                 made of.
         """
-        self.model._refuse_changed_structure()
+        if kwargs.get("encoder_outputs") is None:  # else within a call: early exit changes `num_hidden_layers`
+            self.model._refuse_changed_structure()
         require_finite_routers(self)
         kwargs.pop("labels", None)  # of Seq2SeqTrainer's batches; transformers would give them to the encoder
         watch = _NaNWatch()
@@ -838,6 +839,11 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
             prepared.max_length = self.config.default_generation_length  # of transformers: 20
         elif generation_config is None and kwargs.get("max_new_tokens") and kwargs.get("max_length") is None:
             prepared.max_length = None  # the model's default, of which there would be a warning in each call
+        prompt = kwargs.get("decoder_input_ids")
+        if prompt is not None and prepared.max_length == self.config.default_generation_length <= prompt.shape[-1]:
+            # a default, and not a limit that somebody has set
+            limit = self.config.max_position_embeddings
+            prepared.max_length = min(prompt.shape[-1] + prepared.max_length, limit)
         return prepared, model_kwargs
 
     @can_return_tuple

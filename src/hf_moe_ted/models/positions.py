@@ -81,7 +81,10 @@ class ZCodeM3SinusoidalPositionalEmbedding(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         # no checkpoint holds the table: `to_empty` would leave memory as it is, `half().float()` a rounded table
-        super()._apply(fn, recurse)
+        try:
+            super()._apply(fn, recurse)
+        except NotImplementedError:  # moved from the meta device, behind `load_state_dict(assign=True)`
+            self.weights = fn(self.table("cpu").to(self.weights.dtype))
         if not self.weights.is_meta:
             self.weights = self.table("cpu").to(self.weights)
         return self

@@ -102,6 +102,8 @@ class ZCodeM3Router(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         # no checkpoint holds the map: `to_empty` would leave memory as it is
+        if self.expert_of_row is not None and self.expert_of_row.is_meta and not self.weight.is_meta:
+            self.expert_of_row = torch.tensor(self.expert_map)  # behind `load_state_dict(assign=True)`
         super()._apply(fn, recurse)
         if self.expert_of_row is not None and not self.expert_of_row.is_meta:
             self.expert_of_row = torch.tensor(self.expert_map, device=self.expert_of_row.device)
@@ -241,6 +243,18 @@ class ZCodeM3Router(nn.Module):
         if self.batch_prioritized_routing:
             return probs_TK.amax(dim=-1, keepdim=True).expand_as(probs_TK)
         return None
+
+
+def modules_in_use(module: Any, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules`; of a module of which PEFT trains a copy (`modules_to_save`), the one that runs."""
+    copies = getattr(module, "modules_to_save", None)
+    if isinstance(copies, nn.ModuleDict) and hasattr(module, "original_module"):
+        active = [] if module.disable_adapters else [copies[adapter] for adapter in module.active_adapters]
+        yield from modules_in_use(active[0] if active else module.original_module, name)
+        return
+    yield name, module
+    for child_name, child in module.named_children():
+        yield from modules_in_use(child, f"{name}.{child_name}" if name else child_name)
 
 
 def require_finite_routers(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..models.router import ZCodeM3Router
+from ..models.router import ZCodeM3Router, modules_in_use
 
 _Callback = TypeVar("_Callback", bound="RouterCallback")
 _ROUTER = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.ffn\.router$")
@@ -32,7 +32,7 @@ def sparse_routers(model: nn.Module) -> dict[str, WatchedRouter]:
         ValueError: the model has no sparse layer.
     """
     routers = {}
-    for name, module in model.named_modules():
+    for name, module in modules_in_use(model):
         found = _ROUTER.search(_WRAPPER.sub("", name))
         inner = next((part for part in module.modules() if isinstance(part, ZCodeM3Router)), None) if found else None
         if found and inner is not None:
