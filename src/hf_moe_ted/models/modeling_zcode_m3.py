@@ -840,10 +840,10 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
         elif generation_config is None and kwargs.get("max_new_tokens") and kwargs.get("max_length") is None:
             prepared.max_length = None  # the model's default, of which there would be a warning in each call
         prompt = kwargs.get("decoder_input_ids")
-        if prompt is not None and prepared.max_length == self.config.default_generation_length <= prompt.shape[-1]:
-            # a default, and not a limit that somebody has set
-            limit = self.config.max_position_embeddings
-            prepared.max_length = min(prompt.shape[-1] + prepared.max_length, limit)
+        is_given = kwargs.get("max_length") or (generation_config and generation_config.max_length)
+        default = self.config.default_generation_length
+        if prompt is not None and not is_given and prepared.max_length == default <= prompt.shape[-1]:
+            prepared.max_length = min(prompt.shape[-1] + default, self.config.max_position_embeddings)
         return prepared, model_kwargs
 
     @can_return_tuple
