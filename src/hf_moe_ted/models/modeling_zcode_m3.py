@@ -646,7 +646,8 @@ class ZCodeM3Model(ZCodeM3PreTrainedModel):
             changed.append("max_position_embeddings")
         sides: tuple[tuple[Side, ZCodeM3Stack], ...] = (("encoder", self.encoder), ("decoder", self.decoder))
         for side, stack in sides if not changed else ():
-            modules = {i: [*layer.ffn.modules()] for i, layer in enumerate(stack.layers)}  # PEFT wraps routers
+            layers: Any = stack.layers
+            modules = {i: [*layer.ffn.modules()] for i, layer in enumerate(layers)}  # PEFT wraps routers
             routers = {i: m for i, of_layer in modules.items() for m in of_layer if isinstance(m, ZCodeM3Router)}
             if {i: router.num_experts for i, router in routers.items()} != self.config.num_experts_per_layer(side):
                 changed.append(f"num_experts or the sparse layers of the {side}")
