@@ -62,6 +62,7 @@ ON_TWO = {
     "tp2 by length from dp2": Run(TP2, "dp2 by length", LENGTHS),
     "tp2 by cost": Run(TP2, arguments=COSTS),
 }
+FROM_BEFORE = {"dp2 from before": Run(DP2, "before"), "tp2 from before": Run(TP2, "before")}
 BACK_ON_ONE = {"one from dp2": Run({}, "dp2"), "one by length from dp2": Run({}, "dp2 by length", LENGTHS)}
 
 
@@ -168,6 +169,20 @@ def run_all(folder: str, cases: dict[str, Run]) -> dict[str, Outcome]:
     return {name: run(folder, name, case) for name, case in cases.items()}
 
 
+def write_as_before(source: Path, target: Path) -> None:
+    """A run as earlier versions wrote it: generators in the Trainer's file of each process."""
+    shutil.copytree(source, target)
+    checkpoint = target / f"checkpoint-{SAVED_STEP}"
+    path = checkpoint / "training_state" / "training_state.pt"
+    state = torch.load(path, weights_only=True)
+    for process, generators in enumerate(state["extra"].pop("generators")):
+        algorithm, keys, *rest = generators["numpy"]
+        numpy_state = (algorithm, keys.numpy().astype(np.uint32), *rest)
+        own = {"python": generators["python"], "numpy": numpy_state, "cpu": generators["cpu"]}
+        torch.save(own, checkpoint / f"rng_state_{process}.pth")
+    torch.save(state, path)
+
+
 @dataclass(frozen=True)
 class Launched:
     folder: Path
@@ -182,6 +197,9 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     two = run_distributed_test(run_all, 2, str(folder), ON_TWO)
     outcomes |= {name: [outcome[name] for outcome in two] for name in ON_TWO}
     outcomes |= {name: [outcome] for name, outcome in run_all(str(folder), BACK_ON_ONE).items()}
+    write_as_before(folder / "dp2", folder / "before")
+    before = run_distributed_test(run_all, 2, str(folder), FROM_BEFORE)
+    outcomes |= {name: [outcome[name] for outcome in before] for name in FROM_BEFORE}
     return Launched(folder, outcomes)
 
 
@@ -191,6 +209,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
         ("dp2 from dp2", [("dp2", 0), ("dp2", 1)]),
         ("tp2 from dp2", [("dp2", 0), ("dp2", 0)]),
         ("dp2 from tp2", [("tp2", 0), ("tp2", 0)]),
+        ("dp2 from before", [("dp2", 0), ("dp2", 1)]),
+        ("tp2 from before", [("dp2", 0), ("dp2", 0)]),
         ("dp2 from ted", [("ted", 0), ("ted", 0)]),
         ("tp2 from plain", [("plain", 0), ("plain", 0)]),
         ("one from dp2", [("dp2", 0)]),

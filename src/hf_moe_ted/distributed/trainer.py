@@ -202,6 +202,8 @@ class TedTrainerMixin(CountsOnceMixin):
         folder = os.path.join(checkpoint, TRAINING_STATE)
         if os.path.isdir(folder) and not is_described(folder):
             self._resumed = load_training_state(folder, self._sharded_model, self._plain_optimizer, self.lr_scheduler)
+            if "generators" not in self._resumed:
+                self._resumed["generators"] = self._generators_by_process(checkpoint)
             load_random_state(self._sharded_model, self._resumed)
             return
         has_scaler = getattr(self.accelerator, "scaler", None) is not None
@@ -238,6 +240,12 @@ class TedTrainerMixin(CountsOnceMixin):
             super()._load_rng_state(checkpoint)
         elif checkpoint is not None:
             load_generators(self._sharded_model, self._resumed)
+
+    def _generators_by_process(self, checkpoint: str) -> list[dict[str, Any]]:
+        """Of a checkpoint of an earlier version, which has the Trainer's file of each process."""
+        found = saved_generators(checkpoint)
+        is_same_world = len(found) == self.args.world_size
+        return found[:: self.get_tp_size()] if is_same_world else found
 
     @property
     def _sharded_model(self) -> Any:
