@@ -1,15 +1,17 @@
 """Methods of an Accelerator with a sharded model: as on one process, or refused by name."""
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DataLoaderConfiguration, FullyShardedDataParallelPlugin
+from accelerate.utils import DataLoaderConfiguration, FullyShardedDataParallelPlugin, ProjectConfiguration
 from ted_cases import parts_of, relative_errors, write_models
 from torch.utils.data import DataLoader
 
@@ -52,8 +54,8 @@ def accelerator_of(layout: dict[str, int], **options: Any) -> Accelerator:
     return Accelerator(cpu=True, parallelism_config=TedPlugin(**layout), **options)
 
 
-def prepared(folder: str, layout: dict[str, int]) -> tuple[Any, Any, Any]:
-    accelerator = accelerator_of(layout)
+def prepared(folder: str, layout: dict[str, int], **options: Any) -> tuple[Any, Any, Any]:
+    accelerator = accelerator_of(layout, **options)
     plugin: Any = accelerator.parallelism_config
     model: Any = ZCodeM3ForConditionalGeneration.from_pretrained(folder, distributed_config=plugin.distributed_config)
     optimizer_class, options = plugin.tiled_adamw(lr=1e-2, eps=1e-3)
@@ -186,12 +188,16 @@ def test_inputs_are_split_between_data_parallel_ranks(launched: tuple[Path, Path
 
 
 def test_gradients_are_clipped_by_value(launched: tuple[Path, Path, list[dict[str, Any]]]) -> None:
-    model: Any = ZCodeM3ForConditionalGeneration.from_pretrained(launched[0]).train()
+    check_clipped(launched[0], launched[2])
+
+
+def check_clipped(folder: Path, by_rank: list[dict[str, Any]]) -> None:
+    model: Any = ZCodeM3ForConditionalGeneration.from_pretrained(folder).train()
     batch = torch.stack([row["input_ids"] for row in data()])
     model(input_ids=batch, labels=batch).loss.backward()
     torch.nn.utils.clip_grad_value_(model.parameters(), 1e-3)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    errors = relative_errors([found["clipped"] for found in launched[2]], gradients)
+    errors = relative_errors([found["clipped"] for found in by_rank], gradients)
     # relative to the clipped value, which is far below that of the gradients and their rounding
     assert {name: error for name, error in errors.items() if error > 1e-3 and "k_proj.bias" not in name} == {}
 
@@ -230,3 +236,135 @@ def test_one_process(launched: tuple[Path, Path, list[dict[str, Any]]]) -> None:
     found = run(str(launched[0]), "", {})
     assert found["gathered"]["tensors"] == [*range(NUM_SAMPLES)]
     assert found["split, padded True"] == [*range(5)]
+
+
+class Touch:
+    """What a stranger's file may be."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+class Holder(Counter):
+    def __init__(self, number: Any):
+        self.number = number
+
+
+def refusal(attempt: Any) -> str:
+    try:
+        attempt()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def state_of_objects(folder: str, saved: str, layout: dict[str, int]) -> dict[str, Any]:
+    accelerator, _, _ = prepared(folder, layout)
+    values = {"array": np.arange(3), "scalar": np.float64(2.0), "list": [("a", 1)]}
+    holder = Holder(values)
+    accelerator.register_for_checkpointing(holder)
+    accelerator.save_state(f"{saved}/objects")
+    holder.number = None
+    accelerator.load_state(f"{saved}/objects")
+    found: dict[str, Any] = {"same": repr(holder.number) == repr(values)}
+    holder.number = timedelta(days=3)
+    accelerator.save_state(f"{saved}/code")
+    holder.number = None
+    found["code"] = refusal(lambda: accelerator.load_state(f"{saved}/code"))
+    accelerator.load_state(f"{saved}/code", load_kwargs={"weights_only": False})
+    found["trusted"] = holder.number == timedelta(days=3)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        torch.save(Touch(Path(saved, "executed")), f"{saved}/code/custom_checkpoint_0.pkl")
+    accelerator.wait_for_everyone()
+    found["stranger"] = refusal(lambda: accelerator.load_state(f"{saved}/code"))
+    return found
+
+
+def states_in_folders(folder: str, saved: str, layout: dict[str, int]) -> dict[str, Any]:
+    """Automatic names, of which two are kept, and a folder with files of others."""
+    plan = ProjectConfiguration(f"{saved}/project", automatic_checkpoint_naming=True, total_limit=2)
+    accelerator, _, _ = prepared(folder, layout, project_config=plan)
+    saved_to = [accelerator.save_state(f"{saved}/not this") for _ in range(3)]
+    accelerator.load_state()
+    plan.iteration = 2
+    found: dict[str, Any] = {"saved to": saved_to, "there": refusal(accelerator.save_state)}
+    plan.automatic_checkpoint_naming = False
+    found["nameless"] = refusal(accelerator.load_state)
+    found["nowhere"] = refusal(lambda: accelerator.load_state(f"{saved}/nowhere"))
+    accelerator.register_save_state_pre_hook(
+        lambda models, weights, to: Path(to, "hook.txt").write_text("saved") if accelerator.is_main_process else None
+    )
+    accelerator.save_state(f"{saved}/shared")
+    if accelerator.is_main_process:
+        for name in ("notes.txt", "random_states_9.pkl"):
+            Path(saved, "shared", name).write_text("mine")
+    accelerator.save_state(f"{saved}/shared")
+    accelerator.load_state(f"{saved}/shared")
+    return found
+
+
+def run_with_files(folder: str, saved: str, layout: dict[str, int]) -> dict[str, Any]:
+    accelerator, model, _ = prepared(folder, layout)
+    found: dict[str, Any] = {"clipped": clipped(accelerator, model)}
+    found["norms"] = [float(norm_of(accelerator, model, kind)) for kind in (1.0, 2.0, float("inf"))]
+    return found | state_of_objects(folder, saved, layout) | states_in_folders(folder, saved, layout)
+
+
+def norm_of(accelerator: Accelerator, model: Any, kind: float) -> Any:
+    batch = torch.stack([row["input_ids"] for row in data()])
+    accelerator.backward(model(input_ids=batch, labels=batch).loss)
+    norm = accelerator.clip_grad_norm_(model.parameters(), 1e9, kind)
+    model.zero_grad()
+    return norm
+
+
+@pytest.fixture(scope="module", params=["tensor_parallel_size", "expert_parallel_size"])
+def with_files(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[dict[str, Any]]]:
+    folder, saved = (tmp_path_factory.mktemp(name) for name in ("models", "saved"))
+    write_models(folder, {"additive"})
+    model = folder / "additive"
+    return model, saved, run_distributed_test(run_with_files, 2, str(model), str(saved), {request.param: 2})
+
+
+def test_gradients_are_clipped_on_one_axis(with_files: tuple[Path, Path, list[dict[str, Any]]]) -> None:
+    """Some parameters are DTensors, others are not."""
+    check_clipped(with_files[0], with_files[2])
+    accelerator, model, _ = prepared(str(with_files[0]), {})
+    norms = [float(norm_of(accelerator, model, kind)) for kind in (1.0, 2.0, float("inf"))]
+    for found in with_files[2]:
+        assert found["norms"] == pytest.approx(norms, rel=1e-4)
+
+
+def test_states_of_objects_execute_nothing(with_files: tuple[Path, Path, list[dict[str, Any]]]) -> None:
+    _, saved, by_rank = with_files
+    for found in by_rank:
+        assert found["same"] and found["trusted"]
+        for name in ("code", "stranger"):
+            assert "custom_checkpoint_0.pkl is damaged, or cannot be read without running code" in found[name]
+    assert not (saved / "executed").exists()
+
+
+def test_states_with_automatic_names_are_whole(with_files: tuple[Path, Path, list[dict[str, Any]]]) -> None:
+    _, saved, by_rank = with_files
+    states = saved / "project" / "checkpoints"
+    assert sorted(path.name for path in states.iterdir()) == ["checkpoint_1", "checkpoint_2"]
+    assert {path.name for path in (states / "checkpoint_2").iterdir()} == {
+        "random_states_0.pkl",
+        "random_states_1.pkl",
+        "training_state_0",
+    }
+    for found in by_rank:
+        assert found["saved to"] == [str(states / f"checkpoint_{number}") for number in range(3)]
+        assert "checkpoint_2 exists: set accelerator.project_configuration.iteration" in found["there"]
+        assert found["nameless"].startswith("input_dir is None") and "nowhere (input_dir) is no" in found["nowhere"]
+
+
+def test_files_of_others_stay_beside_a_state(with_files: tuple[Path, Path, list[dict[str, Any]]]) -> None:
+    shared = with_files[1] / "shared"
+    assert (shared / "notes.txt").read_text() == "mine" and (shared / "hook.txt").read_text() == "saved"
+    assert not (shared / "random_states_9.pkl").exists()
+    assert not [path for path in shared.iterdir() if path.name.startswith(".")]

@@ -2,23 +2,28 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import load
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 from ..optim.tiled_adamw import TiledAdamW
+from ..storage.output import remove_folder
 from ..storage.output_kinds import ACCELERATOR_STATE
 from .activation_checkpoint import communication_aware_context_fn
-from .checkpoint import atomic_folder, save_pretrained, whole_state_dict
+from .checkpoint import atomic_folder, save_pretrained, together, whole_state_dict
 from .gradient_norm import clip_grad_norm_
 from .layout_check import check_is_sharded
 from .parallelize import prepare_for_training
@@ -31,6 +36,10 @@ from .training_state import load_training_state, save_training_state
 logger = logging.get_logger(__name__)
 
 TRAINING_STATE = "training_state"
+_NAMED_STATES = "checkpoints"  # in the folder of the project, as Accelerate has it
+_STATE_FILE = re.compile(
+    r"(random_states|custom_checkpoint)_\d+\.pkl|scaler\.pt|(scheduler|sampler|dl_state_dict)\S*\.bin"
+)
 
 
 class TedPlugin(ParallelismConfig):
@@ -195,6 +204,15 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
         self.unscale_gradients()
         return clip_grad_norm_(parameters, max_norm)
 
+    def clip_grad_value_(self, parameters: Iterable[Tensor] | Tensor, clip_value: float) -> None:
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        if not any(isinstance(param, DTensor) for param in parameters):
+            super().clip_grad_value_(parameters, clip_value)
+            return
+        self.unscale_gradients()
+        for param in parameters:  # torch takes only those of one mesh together
+            torch.nn.utils.clip_grad_value_(param, clip_value, foreach=False)
+
     def get_state_dict(self, model: Any, unwrap: bool = True) -> dict[str, Tensor]:
         """Of a sharded model: whole tensors on the CPU of rank 0, which has to hold all; nothing on other ranks."""
         if not _is_sharded(model):
@@ -217,22 +235,46 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
         save_pretrained(self.unwrap_model(model), save_directory, max_shard_size=max_shard_size)
 
     def save_state(self, output_dir: str | None = None, safe_serialization: bool = True, **kwargs: Any) -> str:
-        if output_dir is None:  # Accelerate names the folder, a new one each time
-            with self._without_models():
-                location = super().save_state(None, safe_serialization, **kwargs)
-            self._save_training_state(location)
-            return location
-        with atomic_folder(output_dir, kind=ACCELERATOR_STATE) as staged:
-            with self._without_models():
+        """As the parent's; the folder appears when all is in it, and older ones of `total_limit` are removed after it.
+
+        Files of others in the folder stay, such as those of hooks; then the new ones take their places one by one.
+
+        Raises:
+            ValueError: there is no `output_dir` and no automatic naming, or `checkpoint_N` is there already.
+        """
+        is_named = self.project_configuration.automatic_checkpoint_naming  # the parent takes no other name then, too
+        folder = self._next_state() if is_named else output_dir
+        if folder is None:
+            raise ValueError("output_dir is None: name a folder, or set automatic_checkpoint_naming")
+        stale = _STATE_FILE if _has_other_files(Path(folder)) else None
+        with atomic_folder(folder, kind=ACCELERATOR_STATE, stale=stale) as staged:
+            with self._without_models(), self._without_automatic_names():
                 super().save_state(str(staged), safe_serialization, **kwargs)
             self._save_training_state(staged)
-        return output_dir
+        limit = self.project_configuration.total_limit
+        if is_named and limit is not None:
+            with together():
+                for old in self._saved_states()[: -max(limit, 1)] if self.is_main_process else []:
+                    remove_folder(old)
+        return str(folder)
 
     def load_state(
         self, input_dir: str | None = None, load_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        if input_dir is None:
+        """As the parent's, in whatever layout; without `input_dir` the latest of automatic naming.
+
+        Raises:
+            ValueError: on all ranks: there is no such folder, it is no state of this model and optimizer, or the state
+                of a registered object could run code: `load_kwargs={"weights_only": False}` reads that of one's own.
+        """
+        saved = self._saved_states() if self.project_configuration.automatic_checkpoint_naming else []
+        if input_dir is None and not saved:
             raise ValueError("input_dir is None: name the folder that save_state has written")
+        input_dir = os.path.expanduser(saved[-1] if input_dir is None else input_dir)
+        if not os.path.isdir(input_dir):
+            raise ValueError(f"{input_dir} (input_dir) is no folder; name one that save_state has written")
+        if (load_kwargs or {}).get("weights_only", True):
+            self._check_objects(Path(input_dir))
         loaded = []
         for index, (model, optimizer) in enumerate(self._sharded()):
             extra = load_training_state(os.path.join(input_dir, f"{TRAINING_STATE}_{index}"), model, optimizer)
@@ -243,6 +285,36 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
         for model, extra in loaded[:1]:  # the parent took the generators of the process of the same number
             load_generators(model, extra)
         self.step = 0  # micro-batches of an accumulation, which may have been others, and whose gradients are not saved
+
+    def _saved_states(self) -> list[str]:
+        """Those of automatic naming, the latest one last."""
+        found = Path(self.project_dir, _NAMED_STATES).glob("checkpoint_*")
+        numbered = [path for path in found if path.is_dir() and path.name.removeprefix("checkpoint_").isdecimal()]
+        return sorted(map(str, numbered), key=lambda path: int(path.rpartition("_")[2]))
+
+    def _next_state(self) -> str:
+        folder = os.path.join(self.project_dir, _NAMED_STATES, f"checkpoint_{self.save_iteration}")
+        with together():
+            if os.path.exists(folder):
+                raise ValueError(
+                    f"{folder} exists: set accelerator.project_configuration.iteration to the number to go on with, or "
+                    "choose another project_dir"
+                )
+        return folder
+
+    def _check_objects(self, folder: Path) -> None:
+        """The parent reads the states of registered objects with whatever code they ask for."""
+        for path in [folder / f"custom_checkpoint_{index}.pkl" for index in range(len(self._custom_objects))]:
+            if not path.is_file():
+                continue  # which the parent tells
+            try:
+                with torch.serialization.safe_globals(_of_numpy()):
+                    load(path, map_location="cpu")
+            except Exception as error:  # of pickle, zip or contents
+                raise ValueError(
+                    f"{path} is damaged, or cannot be read without running code; nothing in it was executed. If you "
+                    "wrote it, give load_kwargs={'weights_only': False} to load_state"
+                ) from error
 
     def _save_training_state(self, folder: str | os.PathLike[str]) -> None:
         for index, (model, optimizer) in enumerate(self._sharded()):
@@ -270,9 +342,30 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
         finally:
             self._models, self._optimizers = models, optimizers
 
+    @contextlib.contextmanager
+    def _without_automatic_names(self) -> Iterator[None]:
+        configuration = self.project_configuration
+        before = configuration.automatic_checkpoint_naming
+        configuration.automatic_checkpoint_naming = False
+        try:
+            yield
+        finally:
+            configuration.automatic_checkpoint_naming = before
+
 
 def _is_sharded(model: nn.Module) -> bool:
     return bool(getattr(model, "is_distributed_loading_by_transformers", False))
+
+
+def _has_other_files(folder: Path) -> bool:
+    paths = [*folder.rglob("*")] if folder.is_dir() else []
+    return bool(paths) and ACCELERATOR_STATE.why_not(folder, paths) is not None
+
+
+def _of_numpy() -> list[Any]:
+    """What arrays and scalars of NumPy are pickled with; accelerate allows those of generators only."""
+    kinds = [getattr(np.dtypes, name) for name in dir(np.dtypes) if name.endswith("DType")]
+    return [*kinds, np.float64(0).__reduce__()[0]]
 
 
 def layout_of(world_size: int, tp: int, ep: int, etp: int | None, dp: int | None) -> tuple[int, int, int, int]:

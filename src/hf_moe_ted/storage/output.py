@@ -128,6 +128,19 @@ def tidy_up_checkpoints(run_dir: Source, name: str) -> None:
     logger.warning("%s is not only a checkpoint (%s); it is called %s now", folder, reason, aside.name)
 
 
+def remove_folder(folder: Source) -> None:
+    """Remove a folder of which nothing is under its name if the process is killed meanwhile.
+
+    What is left has a hidden name, and the next that writes there under the same name, or `tidy_up_checkpoints`,
+    removes it.
+    """
+    target = absolute(folder)
+    with writing(target, workplace=target.parent) as place:
+        aside = place.temporary_name()
+        os.rename(target, aside)
+        remove(aside)
+
+
 def check_output_file(path: Source, *, overwrite: bool = False, marker: bytes) -> None:
     """Raise if `path` cannot become a new file, before there is any work for it.
 
@@ -241,4 +254,12 @@ def _move_files(source: Path, target: Path, last: str | None, old: Sequence[Path
     flush(target)
 
 
-__all__ = ["check_output_dir", "check_output_file", "files_into", "new_folder", "tidy_up_checkpoints", "write_file"]
+__all__ = [
+    "check_output_dir",
+    "check_output_file",
+    "files_into",
+    "new_folder",
+    "remove_folder",
+    "tidy_up_checkpoints",
+    "write_file",
+]

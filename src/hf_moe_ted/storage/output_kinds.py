@@ -92,7 +92,7 @@ ACCELERATOR_STATE = OutputKind(
     rf"training_state_\d+/({_TRAINING_STATE_FILES})|random_states_\d+\.pkl|custom_checkpoint_\d+\.pkl|scaler\.pt|"
     r"(scheduler|sampler|dl_state_dict)(_\d+)?\.bin",
     "random_states_0.pkl",
-    last="random_states_0.pkl",
+    last="training_state_0/training_state.pt",
 )
 TRAINER_CHECKPOINT = OutputKind(
     "a checkpoint of a Trainer",
