@@ -1,8 +1,11 @@
 """One ordinary folder from any layout, into any other; what a failure leaves."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from transformers.distributed import DistributedConfig
 from hf_moe_ted import ZCodeM3ForConditionalGeneration
 from hf_moe_ted.checkpoint import safetensors_io
 from hf_moe_ted.distributed.checkpoint import atomic_folder, load_weights, named_tensors, save_pretrained
-from hf_moe_ted.testing import run_distributed_test
+from hf_moe_ted.testing import run_distributed_test, tiny_config
 
 
 class Tokenizer:
@@ -197,3 +200,36 @@ def test_wrong_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match="cannot be read"):
         load_weights(model, tmp_path)
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    """As they are where a model is loaded in one process, and nothing outside the folder is read."""
+    model = ZCodeM3ForConditionalGeneration(tiny_config(encoder_layers=2))
+    model.save_pretrained(tmp_path / "whole", max_shard_size="50KB")
+    index = json.loads((tmp_path / "whole" / "model.safetensors.index.json").read_text())
+    name, file_name = next(iter(index["weight_map"].items()))
+    shutil.copy(tmp_path / "whole" / file_name, tmp_path / "outside.safetensors")
+    tensors = load_file(tmp_path / "whole" / file_name)
+    elsewhere = {"weight_map": {**index["weight_map"], name: "../outside.safetensors"}}
+
+    def damaged(what: str, change: Any) -> str:
+        folder = tmp_path / what
+        shutil.copytree(tmp_path / "whole", folder)
+        change(folder)
+        with pytest.raises(ValueError) as raised:
+            load_weights(model, folder)
+        return str(raised.value)
+
+    def write_index(content: Any) -> Any:
+        return lambda folder: (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+    assert "must be a JSON object" in damaged("null", write_index(None))
+    assert "has no files by tensor" in damaged("no files", write_index({"weight_map": []}))
+    assert "leaves the folder" in damaged("elsewhere", write_index(elsewhere))
+    assert file_name in damaged("missing", lambda folder: (folder / file_name).unlink())
+    assert file_name in damaged("cut", lambda folder: os.truncate(folder / file_name, 100))
+    without = {key: value for key, value in tensors.items() if key != name}
+    assert name in damaged("without one", lambda folder: save_file(without, folder / file_name))
+    integers = {**tensors, name: tensors[name].to(torch.int8)}
+    message = damaged("integers", lambda folder: save_file(integers, folder / file_name))
+    assert f"{name} is torch.int8, and weights are floating-point numbers" in message

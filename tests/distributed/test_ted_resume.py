@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
 from hf_moe_ted import TedPlugin, TedSeq2SeqTrainer, ZCodeM3ForConditionalGeneration
+from hf_moe_ted.storage import output
 from hf_moe_ted.testing import run_distributed_test
 
 DP2, TP2 = {"expert_parallel_size": 2}, {"tensor_parallel_size": 2}
@@ -302,3 +303,23 @@ def test_adafactor_goes_on(launched: Launched, tmp_path: Path) -> None:
     whole = run(str(tmp_path), "first", options)
     resumed = run(str(tmp_path), "second", dataclasses.replace(options, resumes="first"))
     assert resumed.logs == whole.logs and resumed.num_updates == {NUM_STEPS}
+
+
+def test_old_checkpoints_are_whole_or_gone(launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.symlink(launched.folder / "additive", tmp_path / "additive")
+    options = Run(arguments={"save_steps": 1, "save_total_limit": 2})
+
+    def stop(path: Path) -> None:
+        if path.exists():  # a checkpoint, of which a part is gone
+            (path / "trainer_state.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(output, "remove", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(str(tmp_path), "run", options)
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert [name for name in names if not name.startswith(".")] == ["checkpoint-2", "checkpoint-3"]
+    assert any(name.startswith(".checkpoint-1.") for name in names)
+    run(str(tmp_path), "run", options)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-4", "checkpoint-5"]

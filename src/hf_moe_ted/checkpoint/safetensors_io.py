@@ -40,7 +40,7 @@ def _open_file(path: Path) -> LazyTensors:
 
 
 def _open_shards(index: Path) -> LazyTensors:
-    file_of_tensor = _read_weight_map(index)
+    file_of_tensor = read_weight_map(index)
     files = {name: TensorFile(index.parent / name) for name in sorted(set(file_of_tensor.values()))}
     for name, file in file_of_tensor.items():
         if name not in files[file].specs:
@@ -58,7 +58,7 @@ def _open_shards(index: Path) -> LazyTensors:
     return checked_weights(LazyTensors(specs, read, read, where=lambda name: files[file_of_tensor[name]].path))
 
 
-def _read_weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
     """Tensor -> file in the folder of the index. A file may be a link to elsewhere, as `hf download` makes them."""
     weight_map = read_json_object(index, "index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

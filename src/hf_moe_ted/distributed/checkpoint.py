@@ -4,7 +4,6 @@ All ranks call what is here. Rank 0 writes; it asks the ranks that hold parts of
 time.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -22,12 +21,15 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..checkpoint.lazy_tensors import LazyTensors
-from ..checkpoint.safetensors_io import check_tensors, write_pretrained_tensors
+from ..checkpoint.safetensors_io import check_tensors, read_weight_map, write_pretrained_tensors
 from ..storage.output import files_into, new_folder
 from ..storage.output_kinds import MODEL, OutputKind
 from .sharding import local_shape, local_tensor, regions, regions_at, sources
 from .weight_names import converted_tensors
 
+# dtypes by safetensors' names
+_INTEGERS = {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
+_INTEGERS |= {"BOOL": torch.bool, "U8": torch.uint8}
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -332,8 +334,17 @@ class _WeightFiles:
         self._stack.close()
 
     def spec(self, name: str) -> Tensor:
-        """Its shape, on the meta device."""
-        return torch.empty(self._open(name).get_slice(name).get_shape(), device="meta")
+        """Its shape and kind of dtype, on the meta device.
+
+        Raises:
+            ValueError: its file is missing or damaged, or does not have it.
+        """
+        path = self._file_of_name[name]
+        try:
+            found = self._open(name).get_slice(name)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}, which should have {name}, cannot be read: {error}") from error
+        return torch.empty(found.get_shape(), dtype=_INTEGERS.get(found.get_dtype()), device="meta")
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
         file = self._open(name)
@@ -354,16 +365,15 @@ def _weight_files(folder: Path) -> dict[str, Path]:
         ValueError: there are no safetensors, or they cannot be read.
     """
     index, single = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
-    try:
-        if single.is_file():
+    if single.is_file():
+        try:
             with safe_open(single, framework="pt") as file:
                 return dict.fromkeys(file.keys(), single)
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except FileNotFoundError:
-        raise ValueError(f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}") from None
-    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"the weights in {folder} cannot be read: {error!r}") from error
-    return {name: folder / file_name for name, file_name in weight_map.items()}
+        except SafetensorError as error:
+            raise ValueError(f"the weights in {folder} cannot be read: {error!r}") from error
+    if not index.is_file():
+        raise ValueError(f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
+    return {name: folder / file_name for name, file_name in read_weight_map(index).items()}
 
 
 __all__ = [

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
-from ..storage.output import tidy_up_checkpoints
+from ..storage.output import remove_folder, tidy_up_checkpoints
 from ..storage.output_kinds import TRAINER_CHECKPOINT
 from .accelerate_plugin import TRAINING_STATE, TedPlugin
 from .activation_checkpoint import CommunicationAwareContextFn
@@ -130,13 +131,18 @@ class TedTrainerMixin(CountsOnceMixin):
         finally:
             self._staging_dir = None
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=run_dir,
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            self._remove_old_checkpoints(run_dir)
         _barrier()
+
+    def _remove_old_checkpoints(self, run_dir: str) -> None:
+        """As `transformers.trainer_utils.rotate_checkpoints`, but that a kill leaves none of them in part."""
+        limit, found = self.args.save_total_limit or 0, sort_checkpoints(run_dir, use_mtime=True)
+        if limit <= 0:
+            return
+        best = self.state.best_model_checkpoint
+        kept = {found[-1]} | ({str(Path(best))} if best is not None else set())
+        for old in [path for path in found if path not in kept][: max(0, len(found) - max(limit, len(kept)))]:
+            remove_folder(old)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.is_distributed_loading_by_transformers:

@@ -13,7 +13,7 @@ _MODEL_FILES = (
     rf"merges\.txt|chat_template\.jinja|{_CODE}"
 )
 _REPORT_FILES = r"compression_report\.json|report\.md|README\.md|compression_report/[\w-]+\.(png|svg)"
-_TRAINING_STATE_FILES = r"training_state\.pt|\.metadata|__\d+_\d+\.distcp"
+_TRAINING_STATE_FILES = r"training_state\.pt|whole_state\.json|\.metadata|__\d+_\d+\.distcp"
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,9 @@ ACCELERATOR_STATE = OutputKind(
 TRAINER_CHECKPOINT = OutputKind(
     "a checkpoint of a Trainer",
     rf"{_MODEL_FILES}|training_state/({_TRAINING_STATE_FILES})|trainer_state\.json|training_args\.bin|"
-    r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|adapter_(config\.json|model\.safetensors)|README\.md|"
+    r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|([\w-]+/)?adapter_(config\.json|model\.(safetensors|bin))|"
+    r"README\.md|vocab\.txt|tokenizer\.model|(source|target)\.spm|latest|zero_to_fp32\.py|global_step\d+/.*|"
+    r"(pytorch_model_fsdp|optimizer)_\d+/.*|"
     r"pytorch_model(-\d{5}-of-\d{5})?\.bin(\.index\.json)?|spiece\.model|chat_templates/.*|"
     r"(processor|preprocessor|feature_extractor)_config\.json",
     "trainer_state.json",
