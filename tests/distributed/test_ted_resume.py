@@ -323,3 +323,19 @@ def test_old_checkpoints_are_whole_or_gone(launched: Launched, tmp_path: Path, m
     assert any(name.startswith(".checkpoint-1.") for name in names)
     run(str(tmp_path), "run", options)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-4", "checkpoint-5"]
+
+
+def test_an_optimizer_with_parameters_of_something_else_is_saved_and_goes_on(
+    launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as those of a loss; the model is not sharded."""
+    os.symlink(launched.folder / "additive", tmp_path / "additive")
+
+    def create_optimizer(self: TedSeq2SeqTrainer, *_: Any) -> Any:
+        other = torch.nn.Parameter(torch.ones(3))
+        self.optimizer = torch.optim.AdamW([*self.model.parameters(), other], lr=1e-2)
+        return self.optimizer
+
+    monkeypatch.setattr(TedSeq2SeqTrainer, "create_optimizer", create_optimizer)
+    whole = run(str(tmp_path), "first", Run())
+    assert run(str(tmp_path), "second", Run(resumes="first")).logs == whole.logs

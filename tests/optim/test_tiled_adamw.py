@@ -487,6 +487,28 @@ def test_shards(dtype: torch.dtype, tmp_path: Path) -> None:
         assert_equal(resumed, expected)
 
 
+def write_into_shards() -> list[bool]:
+    """Whether a step without learning rate leaves what was written, by `load_state_dict` and in place."""
+    model, optimizer = sharded_optimizer(torch.bfloat16)
+    sharded_steps(model, optimizer, 1)
+    before = {name: param.detach().clone() for name, param in model.items()}
+    sharded_steps(model, optimizer, 1, first=1)
+    optimizer.param_groups[0]["lr"] = 0.0
+    left = []
+    for factor in (1.0, 2.0):
+        model.load_state_dict(before)
+        with torch.no_grad():
+            for param in model.values():
+                param.mul_(factor)
+        sharded_steps(model, optimizer, 1)
+        left += [torch.equal(p.to_local(), factor * before[name].to_local()) for name, p in model.items()]
+    return left
+
+
+def test_a_step_goes_on_from_shards_that_were_written() -> None:
+    assert run_distributed_test(write_into_shards, 2) == [[True] * 2 * len(LAYOUTS)] * 2
+
+
 # --- the Hugging Face tools
 
 

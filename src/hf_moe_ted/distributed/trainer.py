@@ -218,7 +218,7 @@ class TedTrainerMixin(CountsOnceMixin):
         if not self.is_distributed_loading_by_transformers:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        if description is None:
+        if description is None or description["parameters"] is None:
             groups = groups_of_trainer(self._sharded_model, self.get_decay_parameter_names(self._sharded_model))
             known: dict[str, Any] = {}
         else:

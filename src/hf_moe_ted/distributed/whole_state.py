@@ -30,10 +30,14 @@ def save_description(folder: str | os.PathLike[str], model: nn.Module, optimizer
         model, optimizer: not sharded.
         files: names in the checkpoint, without which training cannot go on.
     """
+    tensors = named_tensors(model)
+    own = {id(tensor) for tensor in tensors.values()}
+    is_of_model = all(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
     description = {
         "files": files,
         "optimizer_class": type(optimizer).__name__,
-        "parameters": group_names(named_tensors(model), optimizer),
+        # with parameters of something else, such as a loss, a sharded model cannot go on, but a whole one can
+        "parameters": group_names(tensors, optimizer) if is_of_model else None,
     }
     os.makedirs(folder, exist_ok=True)
     (Path(folder) / _DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
@@ -201,7 +205,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _read_description(path: Path) -> dict[str, Any]:
     try:
         description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        names = [*description["files"], *itertools.chain(*description["parameters"])]
+        names = [*description["files"], *itertools.chain(*(description["parameters"] or ()))]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error!r}") from error
     if not all(isinstance(name, str) for name in names):

@@ -98,7 +98,7 @@ class TiledAdamW(Optimizer):
         self.fused = fused
         self.capturable = capturable
         self._cuts: dict[Tensor, _Cut] = {}
-        self._written: dict[Tensor, tuple[int, int]] = {}
+        self._written: dict[Tensor, tuple[int, int, int]] = {}
         self._automatic_tile_numel: int | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -321,10 +321,13 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _version(param: Tensor) -> tuple[int, int]:
-    """Changes with what is written into a parameter, and when it gets other memory."""
+def _version(param: Tensor) -> tuple[int, int, int]:
+    """Changes with what is written into a parameter, and when it gets other memory.
+
+    What is written into a DTensor, as by `load_state_dict`, is counted there and not in its local tensor.
+    """
     local = _local(param)
-    return local.data_ptr(), local._version
+    return local.data_ptr(), local._version, param._version
 
 
 def _state_dtype(param: Tensor) -> torch.dtype:
