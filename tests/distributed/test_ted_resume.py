@@ -7,7 +7,9 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -339,3 +341,17 @@ def test_an_optimizer_with_parameters_of_something_else_is_saved_and_goes_on(
     monkeypatch.setattr(TedSeq2SeqTrainer, "create_optimizer", create_optimizer)
     whole = run(str(tmp_path), "first", Run())
     assert run(str(tmp_path), "second", Run(resumes="first")).logs == whole.logs
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_what_could_unfold_to_gigabytes_is_refused(launched: Launched, tmp_path: Path, name: str) -> None:
+    os.symlink(launched.folder / "additive", tmp_path / "additive")
+    shutil.copytree(launched.folder / "plain", tmp_path / "damaged")
+    path = tmp_path / "damaged" / f"checkpoint-{SAVED_STEP}" / name
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry: archive.read(entry) for entry in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry, content in entries.items():
+            archive.writestr(entry, content)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} has something compressed in it"):
+        run(str(tmp_path), "again", Run(resumes="damaged"))

@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from .checkpoint import named_tensors, together
 from .sharding import regions
+from .state_metadata import check_archive
 from .training_state import group_names, scheduler_by_group, scheduler_by_name
 
 _DESCRIPTION = "whole_state.json"
@@ -86,6 +87,9 @@ def check_whole_state(
             f"{folder} has no {', '.join(missing)}, and training cannot go on from it as it was: resume from a whole "
             "checkpoint, or start anew from its weights, with from_pretrained and without resume_from_checkpoint"
         )
+    for path in [*(folder / name for name in wanted), *folder.glob("rng_state*.pth")]:
+        with path.open("rb") as file:
+            check_archive(file, path)
     return description
 
 
@@ -195,6 +199,8 @@ def _own_part(value: Any, parameter: Tensor, what: str) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        check_archive(file, path)
     try:
         read: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of pickle, zip or the disk
