@@ -1,3 +1,4 @@
+import contextvars
 import json
 import shutil
 import subprocess
@@ -10,7 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from hf_moe_ted import TranslationQuality, ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer, read_deepspeed_state_dict
+from hf_moe_ted import (
+    ExpertStatistics,
+    TranslationQuality,
+    ZCodeM3ForConditionalGeneration,
+    ZCodeM3Tokenizer,
+    read_deepspeed_state_dict,
+)
 from hf_moe_ted.cli import app
 from hf_moe_ted.testing import tiny_config
 
@@ -296,3 +303,14 @@ def test_evaluate_prints_a_table(model_and_text: tuple[Path, Path], tmp_path: Pa
     start = next(number for number, line in enumerate(lines) if "direction  " in line)
     assert lines[start].split()[-6:] == ["sentences", "BLEU", "chrF", "length", "off", "target"]
     assert [line.split()[:2] for line in lines[start + 1 : start + 3]] == [["de-en", "2"], ["en-de", "2"]]
+
+
+def test_the_second_of_two_runs_is_refused_before_its_work(tmp_path: Path) -> None:
+    """Before it looks for the model, which is not there."""
+    none, scores, statistics = tmp_path / "none", tmp_path / "scores.json", tmp_path / "statistics"
+    elsewhere = contextvars.Context().run  # as in another process
+    with TranslationQuality.keeping_path(scores), ExpertStatistics.keeping_folder(statistics):
+        for arguments in (["evaluate", none, none, "--output", scores], ["expert-statistics", none, none, statistics]):
+            assert "another process is writing to" in elsewhere(message_of, *arguments)
+        assert f"DATA ({none}) does not exist" in message_of("evaluate", none, none, "--output", scores)
+    assert list(tmp_path.iterdir()) == []

@@ -265,16 +265,16 @@ def expert_statistics(
     """Count on real text which experts each language uses."""
     from . import ExpertStatistics, collect_expert_statistics, load_model_and_tokenizer, open_parallel_text
 
-    ExpertStatistics.check_folder(output_dir, overwrite=overwrite)
-    rows = open_parallel_text(data, subset, split)
-    statistics = collect_expert_statistics(
-        *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL"),
-        rows,
-        languages=_data_languages(languages),
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-    )
-    statistics.save(output_dir, overwrite=overwrite)
+    with ExpertStatistics.keeping_folder(output_dir, overwrite=overwrite):
+        rows = open_parallel_text(data, subset, split)
+        statistics = collect_expert_statistics(
+            *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL"),
+            rows,
+            languages=_data_languages(languages),
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+        )
+        statistics.save(output_dir, overwrite=overwrite)
     print(f"{sum(statistics.num_sentences):,} sentences in {len(statistics.pairs)} directions -> {output_dir}")
 
 
@@ -365,18 +365,18 @@ def evaluate(
     """Translate a test set: BLEU, chrF, length ratio and language of each direction, and speed."""
     from . import TranslationQuality, evaluate_translation, load_model_and_tokenizer, open_parallel_text
 
-    TranslationQuality.check_path(output, overwrite=overwrite)
-    rows = open_parallel_text(data, subset, split)
-    quality = evaluate_translation(
-        *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL"),
-        rows,
-        languages=_data_languages(languages),
-        max_sentences=max_sentences,
-        batch_size=batch_size,
-        num_beams=num_beams,
-        max_new_tokens=max_new_tokens,
-    )
-    quality.save(output, overwrite=overwrite)
+    with TranslationQuality.keeping_path(output, overwrite=overwrite):
+        rows = open_parallel_text(data, subset, split)
+        quality = evaluate_translation(
+            *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL"),
+            rows,
+            languages=_data_languages(languages),
+            max_sentences=max_sentences,
+            batch_size=batch_size,
+            num_beams=num_beams,
+            max_new_tokens=max_new_tokens,
+        )
+        quality.save(output, overwrite=overwrite)
     print(f"{_table(quality)}\n\n{quality}")
     print(f"{quality.num_sentences:,} sentences in {len(quality.directions)} directions -> {output}")
 

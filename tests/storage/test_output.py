@@ -16,7 +16,14 @@ from typing import Any
 import pytest
 
 from hf_moe_ted.storage import writing as writing_module
-from hf_moe_ted.storage.output import check_output_dir, files_into, new_folder, tidy_up_checkpoints, write_file
+from hf_moe_ted.storage.output import (
+    check_output_dir,
+    check_output_file,
+    files_into,
+    new_folder,
+    tidy_up_checkpoints,
+    write_file,
+)
 from hf_moe_ted.storage.output_kinds import DEEPSPEED_EXPORT, EXPERT_STATISTICS, MODEL, TRAINER_CHECKPOINT
 
 CONFIG = '{"model_type": "zcode_m3"}'
@@ -321,7 +328,7 @@ def test_stopped_process_leaves_nothing(tmp_path: Path, number: int, status: int
         process.send_signal(number)
         _, printed = process.communicate()
     assert process.returncode == status
-    assert f"Stopped while {tmp_path / 'new'} was written" in printed
+    assert f"Stopped before {tmp_path / 'new'} was complete" in printed
     assert os.listdir(tmp_path) == []
 
 
@@ -440,3 +447,49 @@ def test_errors_say_what_to_do(tmp_path: Path, error: Exception, message: str) -
     with pytest.raises(OSError, match=message), new_folder(tmp_path / "new"):
         raise error
     assert os.listdir(tmp_path) == []
+
+
+# ---- places that are kept from the check on ----
+
+
+def test_a_place_that_is_checked_is_kept_to_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "above" / "new"
+
+    def refused(attempt: Callable[[], None]) -> bool:
+        def child() -> None:
+            writing_module._kept.set(None)  # as in a process that was not forked
+            try:
+                attempt()
+            except ValueError as error:
+                os._exit(0 if "another process is writing to" in str(error) else 2)
+            os._exit(1)
+
+        return in_a_child(child) == 0
+
+    with writing_module.keeping_places():
+        check_output_dir(target)
+        check_output_file(tmp_path / "scores.json", marker=b"scores")
+        assert refused(lambda: check_output_dir(target))
+        assert refused(lambda: check_output_file(tmp_path / "scores.json", marker=b"scores"))
+        with writing_module.keeping_places():  # a function that keeps places, called by another one
+            check_output_dir(target)
+        assert refused(lambda: check_output_dir(target))
+        with new_folder(target) as folder:
+            make_model(folder)
+        write_file(tmp_path / "scores.json", "scores")
+        assert refused(lambda: check_output_dir(target, overwrite=True))
+    assert names_in(tmp_path / "above") == ["new", "new/config.json", "new/model.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["above", "scores.json"]
+    check_output_dir(target, overwrite=True)
+
+
+def test_a_place_that_is_kept_in_vain_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="of the work"), writing_module.keeping_places():
+        check_output_dir(tmp_path / "above" / "new")
+        assert os.listdir(tmp_path / "above") == [".new.lock"]
+        raise ValueError("of the work")
+    assert os.listdir(tmp_path) == []
+    make_model(tmp_path / "full")
+    with pytest.raises(ValueError, match="is not empty"), writing_module.keeping_places():
+        check_output_dir(tmp_path / "full")
+    assert os.listdir(tmp_path) == ["full"]

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..models.configuration_zcode_m3 import ZCodeM3Config, changed_fields
 from ..storage.output import check_output_dir
+from ..storage.writing import keeping_places
 from .config_file import config_errors
 from .conversion_report import ConversionReport
 from .conversion_rules import RuleSet
@@ -31,6 +32,7 @@ _GATES: tuple[dict[str, Any], ...] = (
 )
 
 
+@keeping_places()
 def convert_deepspeed_checkpoint(
     checkpoint_dir: str | os.PathLike[str],
     output_dir: str | os.PathLike[str],

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..storage.output import check_output_dir, new_folder
 from ..storage.output_kinds import DEEPSPEED_EXPORT
+from ..storage.writing import keeping_places
 from .config_file import read_zcode_m3_config
 from .conversion_rules import RuleSet
 from .lazy_tensors import LazyTensors, check_rounded, checked_weights
@@ -26,6 +27,7 @@ TAG = "global_step0"
 _EXPERT = re.compile(r"(.*)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\..*")
 
 
+@keeping_places()
 def export_deepspeed_checkpoint(
     model_or_folder: PreTrainedModel | str | os.PathLike[str],
     output_dir: str | os.PathLike[str],

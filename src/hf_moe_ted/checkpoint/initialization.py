@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..storage.output import check_output_dir
+from ..storage.writing import keeping_places
 from .config_file import zcode_m3_config
 from .conversion_report import ConversionReport
 from .json_file import read_json_object
@@ -27,6 +28,7 @@ from .model_folder import (
 from .named_seed import named_seed
 
 
+@keeping_places()
 def initialize_checkpoint(
     config: ZCodeM3Config | Mapping[str, Any] | str | os.PathLike[str],
     output_dir: str | os.PathLike[str],

@@ -11,6 +11,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.nllb_moe import MODEL_TYPE, config_fields, weight_conversions
 from ..storage.output import check_output_dir
+from ..storage.writing import keeping_places
 from .config_file import config_errors, config_path
 from .conversion_report import ConversionReport
 from .json_file import read_json_object
@@ -19,6 +20,7 @@ from .model_folder import copy_tokenizer_and_generation_config, parse_dtype, wri
 from .safetensors_io import open_pretrained_tensors
 
 
+@keeping_places()
 def convert_nllb_moe_checkpoint(
     source: str | os.PathLike[str],
     output_dir: str | os.PathLike[str],

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from ..models.configuration_zcode_m3 import Side, ZCodeM3Config, changed_fields
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..storage.output import check_output_dir
+from ..storage.writing import keeping_places
 from .config_file import config_errors, config_path
 from .conversion_report import ConversionReport
 from .json_file import read_json_object
@@ -60,6 +61,7 @@ _COPIED = {f"residual.mlp.{name}": name for name in DENSE_OF_STACKED.values()}
 _NOISY = ("experts.up_proj", "experts.down_proj")
 
 
+@keeping_places()
 def upcycle_dense_checkpoint(
     source: str | os.PathLike[str],
     output_dir: str | os.PathLike[str],

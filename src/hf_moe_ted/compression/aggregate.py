@@ -15,6 +15,7 @@ from ..checkpoint.lazy_tensors import LazyTensors
 from ..checkpoint.model_folder import TOKENIZER_FILES, meta_model
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..storage.output import check_output_dir
+from ..storage.writing import keeping_places
 from .compression_report import AggregationReport, num_bytes, num_parameters
 from .expert_statistics import SIDES, moe_layers
 from .model_card import derived_card
@@ -40,6 +41,7 @@ _SPARSE = tuple(f"{side}_sparse_{kind}" for side in SIDES for kind in ("step", "
 _TOKENIZER_LANGUAGES = {"src_lang": None, "tgt_lang": None}
 
 
+@keeping_places()
 def aggregate_experts(
     checkpoints: Sequence[str | os.PathLike[str]],
     output_dir: str | os.PathLike[str],

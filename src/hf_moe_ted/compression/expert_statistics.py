@@ -7,7 +7,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from ..models.configuration_zcode_m3 import Side, ZCodeM3Config
 from ..storage.output import check_output_dir, new_folder
 from ..storage.output_kinds import EXPERT_STATISTICS
+from ..storage.writing import keeping_places
 from .statistics_checks import COUNTS, check_fingerprint, check_layers, check_pairs
 
 LanguagePair = tuple[str, str]
@@ -188,6 +190,18 @@ class ExpertStatistics:
                 else in it than expert statistics.
         """
         check_output_dir(folder, overwrite=overwrite, kind=EXPERT_STATISTICS)
+
+    @classmethod
+    @contextmanager
+    def keeping_folder(cls, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[None]:
+        """As `check_folder`, and no other process can write there to the end of the block, in which `save` does.
+
+        Raises:
+            ValueError: see `check_folder`; another process writes there.
+        """
+        with keeping_places():
+            cls.check_folder(folder, overwrite=overwrite)
+            yield
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write `expert_statistics.safetensors` and `expert_statistics.json` to a new folder, both or none.

@@ -15,6 +15,7 @@ from ..checkpoint.lazy_tensors import LazyTensors, check_all
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..storage.output import check_output_dir
+from ..storage.writing import keeping_places
 from .compression_report import MergingReport, num_bytes, num_parameters
 from .expert_groups import ExpertGroups, assigned_to, clustered, neuron_order
 from .expert_statistics import ExpertStatistics, LanguagePair, moe_layers
@@ -46,6 +47,7 @@ class MergingResult:
     output_dir: Path | None = None
 
 
+@keeping_places()
 def merge_experts(
     model_or_folder: ZCodeM3ForConditionalGeneration | str | os.PathLike[str],
     statistics: ExpertStatistics,

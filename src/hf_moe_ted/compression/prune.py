@@ -19,6 +19,7 @@ from ..models.language_codes import language_ids, resolve_language
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..models.moe_layer import ZCodeM3DenseFFN, ZCodeM3MoELayer
 from ..storage.output import check_output_dir
+from ..storage.writing import keeping_places
 from .compression_report import PruningReport, num_bytes, num_parameters
 from .expert_statistics import SIDES, ExpertStatistics, LanguagePair, moe_layers, side_of
 from .importance import (
@@ -54,6 +55,7 @@ class PruningResult:
     output_dir: Path | None = None
 
 
+@keeping_places()
 def prune_experts(
     model_or_folder: ZCodeM3ForConditionalGeneration | str | os.PathLike[str],
     statistics: ExpertStatistics | None,

@@ -17,6 +17,7 @@ from ..checkpoint.model_folder import copy_tokenizer_and_generation_config
 from ..models.experts import ZCodeM3Experts
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..storage.output import check_output_dir, new_folder
+from ..storage.writing import keeping_places
 from .compression_report import QuantizationReport, num_bytes, num_parameters
 from .model_card import derived_card
 from .model_source import ModelSource
@@ -29,6 +30,7 @@ MAX_GROUP_SIZE = 128  # of the default; smaller groups are more exact, their sca
 logger = logging.getLogger(__name__)
 
 
+@keeping_places()
 def quantize_experts(
     model_or_folder: ZCodeM3ForConditionalGeneration | str | os.PathLike[str],
     bits: int = 8,

@@ -3,13 +3,15 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from ..storage.output import check_output_file, write_file
+from ..storage.writing import keeping_places
 from .expert_statistics import LanguagePair
 from .translation_scores import TranslationScores
 
@@ -140,6 +142,18 @@ class TranslationQuality:
                 `save` has not written.
         """
         check_output_file(path, overwrite=overwrite, marker=f'"format": "{FORMAT}"'.encode())
+
+    @classmethod
+    @contextmanager
+    def keeping_path(cls, path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[None]:
+        """As `check_path`, and no other process can write there to the end of the block, in which `save` does.
+
+        Raises:
+            ValueError: see `check_path`; another process writes there.
+        """
+        with keeping_places():
+            cls.check_path(path, overwrite=overwrite)
+            yield
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write it as one JSON file, which appears when it is complete.

@@ -29,6 +29,8 @@ def check_output_dir(
 ) -> None:
     """Raise if `output_dir` cannot become a new folder, before there is any work for it.
 
+    In [`keeping_places`] no other process can write there from now on.
+
     Args:
         output_dir: the new folder.
         overwrite: whether to replace one that is not empty: an earlier output of this kind, and nothing else.
@@ -44,7 +46,7 @@ def check_output_dir(
     target = absolute(output_dir)
     with explained(target):
         _check_names(target, output_dir)
-    with writing(target, tidy=False) as place:
+    with writing(target, tidy=False, keep=True) as place:
         if overwrite or not _has_content(target):  # or that is told first
             _check_sources(target, output_dir, sources, also_read)
         _check_content(target, output_dir, overwrite, kind, place.has_leftovers)
@@ -142,7 +144,7 @@ def remove_folder(folder: Source) -> None:
 
 
 def check_output_file(path: Source, *, overwrite: bool = False, marker: bytes) -> None:
-    """Raise if `path` cannot become a new file, before there is any work for it.
+    """Raise if `path` cannot become a new file, before there is any work for it; keeps it as `check_output_dir` does.
 
     Args:
         path: the new file.
@@ -159,7 +161,7 @@ def check_output_file(path: Source, *, overwrite: bool = False, marker: bytes) -
             raise ValueError(f"{path} is a folder; name a file in it")
         if target.is_symlink() or (target.exists() and not target.is_file()):
             raise ValueError(f"{path} is a link or no ordinary file; choose another name")
-    with writing(target, workplace=target.parent, tidy=False):
+    with writing(target, workplace=target.parent, tidy=False, keep=True):
         pass  # it can be written to
     if not target.exists():
         return

@@ -18,7 +18,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,31 @@ _FIXES = {
 }
 
 logger = logging.getLogger(__name__)
+
+
+class _Kept(ExitStack):
+    """The places that are kept to the end of a block; `locks` has their descriptors by path."""
+
+    def __init__(self, above: "_Kept | None"):
+        super().__init__()
+        self.locks: dict[Path, int | None] = {} if above is None else dict(above.locks)
+
+
+_kept: ContextVar[_Kept | None] = ContextVar("kept", default=None)  # each thread has its own
+
+
+@contextmanager
+def keeping_places() -> Iterator[None]:
+    """Places that are checked in the block are kept to its end, so that who else wants one is refused before its work.
+
+    Also a decorator of functions that check a place, work, and then write there.
+    """
+    with _Kept(_kept.get()) as kept:
+        token = _kept.set(kept)
+        try:
+            yield
+        finally:
+            _kept.reset(token)
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
@@ -78,7 +104,9 @@ def is_ours(target: Path, name: str) -> bool:
 
 
 @contextmanager
-def writing(target: Path, *, workplace: Path | None = None, tidy: bool = True) -> Iterator["Workplace"]:
+def writing(
+    target: Path, *, workplace: Path | None = None, tidy: bool = True, keep: bool = False
+) -> Iterator["Workplace"]:
     """Hold the lock of `target`, and tidy up what a killed writer has left; SIGTERM ends the block as Ctrl-C does.
 
     Args:
@@ -86,6 +114,7 @@ def writing(target: Path, *, workplace: Path | None = None, tidy: bool = True) -
         workplace: where the temporary names are, by default `workplace_of(target)`. It is made if it is not there, and
             removed if nothing is in it at the end.
         tidy: whether to remove temporary files of a killed writer.
+        keep: whether to hold the lock to the end of the `keeping_places` that this is in, if it is in one.
 
     Raises:
         ValueError: a part of the path is a file; another process writes to `target`; or a killed one has left
@@ -97,13 +126,19 @@ def writing(target: Path, *, workplace: Path | None = None, tidy: bool = True) -
         missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
         if (file := next((path for path in (folder, *folder.parents) if path.is_file()), None)) is not None:
             raise ValueError(f"{target} cannot be created: {file} is a file; choose another place")
-        try:
-            with _stoppable(target), _locked(target, folder) as lock:
-                yield Workplace(target, folder, lock, tidy=tidy)
-        finally:
-            for path in missing:  # the innermost first
-                if path.is_dir() and not any(path.iterdir()):
-                    path.rmdir()
+        kept = _kept.get() if keep else None
+        with ExitStack() as own:
+            stack = own if kept is None else kept
+            stack.callback(_remove_empty, missing)
+            stack.enter_context(_stoppable(target))
+            lock = stack.enter_context(_locked(target, folder, kept))
+            yield Workplace(target, folder, lock, tidy=tidy)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for path in folders:  # the innermost first
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 class Workplace:
@@ -226,9 +261,15 @@ def flush_all(folder: Path) -> None:
 
 
 @contextmanager
-def _locked(target: Path, folder: Path) -> Iterator[int | None]:
+def _locked(target: Path, folder: Path, kept: _Kept | None) -> Iterator[int | None]:
+    """The descriptor of the lock, which `kept` remembers, or which is held already."""
     path = folder / f".{label_of(target)}.lock"
+    if (around := _kept.get()) is not None and path in around.locks:
+        yield around.locks[path]
+        return
     lock = _acquire(path, target)
+    if kept is not None:
+        kept.locks[path] = lock
     try:
         yield lock
     finally:
@@ -310,7 +351,7 @@ def _stoppable(target: Path) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, SystemExit):
         if takes_signal:
-            logger.warning("Stopped while %s was written; the temporary files are removed", target)
+            logger.warning("Stopped before %s was complete; the temporary files are removed", target)
         raise
     finally:
         if takes_signal:
@@ -358,6 +399,7 @@ __all__ = [
     "flush",
     "flush_all",
     "is_ours",
+    "keeping_places",
     "label_of",
     "remove",
     "tidy_up",
