@@ -152,6 +152,28 @@ def test_sources_stay(tmp_path: Path) -> None:
     check_output_dir(tmp_path / "runs" / "source-2", sources=[source, None, object(), {"d_model": 8}])
 
 
+def test_sources_of_links_stay(tmp_path: Path) -> None:
+    """A folder of links, as in the cache of the Hub."""
+    blobs, model = make_model(tmp_path / "blobs"), tmp_path / "model"
+    model.mkdir()
+    for path in blobs.iterdir():
+        (model / path.name).symlink_to(path)
+    for kept in ({"sources": [model]}, {"also_read": [model]}):
+        with pytest.raises(ValueError, match="holds what is read"):
+            check_output_dir(blobs, overwrite=True, **kept)
+    check_output_dir(tmp_path / "new", sources=[model])
+
+
+@pytest.mark.parametrize("name", [".new.previous", ".new.incomplete-0123456789abcdef"])
+def test_sources_that_a_killed_run_has_left_stay(tmp_path: Path, name: str) -> None:
+    """Somebody wants to save what there is; it is neither moved nor removed before it is read."""
+    left = make_model(tmp_path / name)
+    with pytest.raises(ValueError, match="give it another name first"):
+        check_output_dir(tmp_path / "new", sources=[left])
+    assert names_in(tmp_path) == [name, f"{name}/config.json", f"{name}/model.safetensors"]
+    check_output_dir(tmp_path / "other", sources=[left])
+
+
 def test_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It stays the same folder, so that the shell that is there sees what was written."""
     monkeypatch.chdir(tmp_path)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .output_kinds import MODEL, TRAINER_CHECKPOINT, OutputKind
-from .writing import absolute, explained, flush, flush_all, is_ours, remove, tidy_up, writing
+from .writing import absolute, explained, flush, flush_all, is_ours, remove, tidy_up, workplace_of, writing
 
 CHECKPOINT_NAME = r"checkpoint-\d+"
 
@@ -46,6 +46,7 @@ def check_output_dir(
     target = absolute(output_dir)
     with explained(target):
         _check_names(target, output_dir)
+    _check_no_leftover((*sources, *also_read), target)
     with writing(target, tidy=False, keep=True) as place:
         if overwrite or not _has_content(target):  # or that is told first
             _check_sources(target, output_dir, sources, also_read)
@@ -204,15 +205,36 @@ def _check_names(target: Path, output_dir: Source) -> None:
 def _check_sources(target: Path, output_dir: Source, sources: Sequence[Any], also_read: Sequence[Any]) -> None:
     """Raise if the target holds what is read, or is in a folder that is read as a whole."""
     for position, source in enumerate((*sources, *also_read)):
-        path = getattr(source, "name_or_path", source)
-        if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        if (path := _path_of(source)) is None:
             continue
         real = Path(os.path.realpath(path))
-        if target == real or target in real.parents or _is_same(target, real):
+        if any(target == file or target in file.parents or _is_same(target, file) for file in _with_links(real)):
             raise ValueError(f"output_dir ({output_dir}) holds what is read ({path}); choose another folder")
         is_whole = position < len(sources) and path is source
         if is_whole and real in target.parents and real.is_dir():
             raise ValueError(f"output_dir ({output_dir}) is in the folder that is read ({path}); choose another one")
+
+
+def _check_no_leftover(sources: Sequence[Any], target: Path) -> None:
+    """Raise if what is read is what the writer of the target would put back to its place, or remove."""
+    folder = workplace_of(target)
+    for path in map(_path_of, sources):
+        real = None if path is None else Path(os.path.realpath(path))
+        if real is not None and folder in real.parents and is_ours(target, real.relative_to(folder).parts[0]):
+            raise ValueError(f"{path} is what a run to {target} that was stopped has left; give it another name first")
+
+
+def _path_of(source: Any) -> Source | None:
+    path = getattr(source, "name_or_path", source)
+    return path if isinstance(path, str | os.PathLike) and os.fspath(path) else None
+
+
+def _with_links(source: Path) -> Iterator[Path]:
+    """The source, and where the links in its folder lead to."""
+    yield source
+    for path in source.rglob("*") if source.is_dir() else ():
+        if path.is_symlink():
+            yield Path(os.path.realpath(path))
 
 
 def _is_same(target: Path, source: Path) -> bool:
