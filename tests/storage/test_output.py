@@ -315,6 +315,45 @@ def test_killed_at_any_system_call_leaves_the_old_or_the_new_folder(tmp_path: Pa
     assert seen == {"old", "new", "aside"}
 
 
+@pytest.mark.parametrize("after", [False, True])
+def test_interrupted_at_any_system_call_leaves_the_old_or_the_new_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool
+) -> None:
+    """Ctrl-C before or after the n-th flush, renaming or removal, for all n: nothing is left beside it."""
+    folder = make_model(tmp_path / "folder")
+    seen = []
+    for number in range(50):
+        make_model(folder)
+        calls = itertools.count()
+
+        def interrupted(function: Callable[..., Any], calls: Any = calls, last: int = number) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                is_last = next(calls) == last
+                if is_last and not after:
+                    raise KeyboardInterrupt
+                result = function(*args, **kwargs)
+                if is_last and after:
+                    raise KeyboardInterrupt
+                return result
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("fsync", "rename", "unlink", "rmdir"):
+                patch.setattr(os, name, interrupted(getattr(os, name)))
+            try:
+                with new_folder(folder, overwrite=True) as temporary:
+                    make_model(temporary, "new")
+            except KeyboardInterrupt:
+                seen.append(text_of(folder))
+            else:
+                break
+        assert [name for name in os.listdir(tmp_path) if name != ".folder.lock"] == ["folder"]
+        check_output_dir(folder, overwrite=True)
+        assert os.listdir(tmp_path) == ["folder"]
+    assert set(seen) == {"old", "new"} and len(seen) > 5
+
+
 def test_the_only_good_copy_is_put_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_model(tmp_path / ".new.previous", "good")
     with pytest.raises(ValueError, match="is not empty"), caplog.at_level(logging.WARNING):

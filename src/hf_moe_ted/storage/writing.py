@@ -167,19 +167,26 @@ class Workplace:
         """Rename a folder to the target, and then remove what was there.
 
         If the process is killed, the target is what it was or will be; only between the two renames it is aside as
-        `.NAME.previous`, from where the next writer takes it back.
+        `.NAME.previous`, from where the next writer takes it back. Ctrl-C at any time leaves one of both.
         """
-        if self.target.is_dir() and any(self.target.iterdir()):
-            self._write_record({"swapped": complete.stat().st_ino})
-            os.rename(self.target, self.previous)
+        is_swap = self.target.is_dir() and any(self.target.iterdir())
+        new = complete.stat().st_ino
+        if is_swap:
+            self._write_record({"swapped": new})
         try:
+            if is_swap:
+                os.rename(self.target, self.previous)
             os.rename(complete, self.target)
-        except BaseException:
-            if self.previous.exists():
-                os.rename(self.previous, self.target)
-            raise
-        flush(self.folder)
-        shutil.rmtree(self.previous, ignore_errors=True)
+            flush(self.folder)
+        finally:
+            if is_swap and os.path.lexists(self.previous):
+                self._end_swap(new)
+
+    def _end_swap(self, new: int) -> None:
+        if not os.path.lexists(self.target):
+            os.rename(self.previous, self.target)
+        elif self.target.stat().st_ino == new:
+            remove(self.previous)
 
     def _find_leftovers(self, tidy: bool) -> None:
         for path in self.folder.iterdir():
@@ -234,9 +241,13 @@ def tidy_up(folder: Path, names: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder with all in it."""
+    """Remove a file or a folder with all in it, to the end if Ctrl-C comes meanwhile."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        try:
+            shutil.rmtree(path, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
     else:
         path.unlink(missing_ok=True)
 
@@ -274,8 +285,11 @@ def _locked(target: Path, folder: Path, kept: _Kept | None) -> Iterator[int | No
         yield lock
     finally:
         if lock is not None:
-            path.unlink(missing_ok=True)  # while it is held: who opens it now finds that it is gone
-            os.close(lock)
+            try:
+                if not os.path.lexists(folder / f".{label_of(target)}.previous"):  # of which the next one reads in it
+                    path.unlink(missing_ok=True)  # while it is held: who opens it now finds that it is gone
+            finally:
+                os.close(lock)
 
 
 def _acquire(path: Path, target: Path) -> int | None:
