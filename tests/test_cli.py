@@ -1,5 +1,6 @@
 import contextvars
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -261,6 +262,22 @@ def test_a_model_that_is_not_whole_is_not_evaluated(model_and_text: tuple[Path, 
     assert "cannot be loaded" in message_of("expert-statistics", full, text, tmp_path / "out")
 
 
+def test_files_that_are_no_weights_are_not_opened(model_and_text: tuple[Path, Path], tmp_path: Path) -> None:
+    full, text = model_and_text
+    weights, index = full / "model.safetensors", full / "model.safetensors.index.json"
+    weights.rename(tmp_path / "elsewhere.safetensors")
+    files = dict.fromkeys(load_file(tmp_path / "elsewhere.safetensors"), "../elsewhere.safetensors")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    options = {"evaluate": ["--output", tmp_path / "out"], "expert-statistics": [tmp_path / "out"]}
+    for command, output in options.items():
+        assert "leaves the folder; nothing there is read" in message_of(command, full, text, *output)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(files, "pipe.safetensors")}))
+    os.mkfifo(full / "pipe.safetensors")
+    for command, output in options.items():
+        assert "pipe.safetensors cannot be read: it is a pipe" in message_of(command, full, text, *output)
+    assert not (tmp_path / "out").exists()
+
+
 def test_languages_as_people_type_them(model_and_text: tuple[Path, Path], tmp_path: Path) -> None:
     full, text = model_and_text
     statistics, half = tmp_path / "statistics", tmp_path / "half"
@@ -283,15 +300,7 @@ def test_languages_as_people_type_them(model_and_text: tuple[Path, Path], tmp_pa
 
 
 def test_config_overrides_are_a_json_object(tmp_path: Path) -> None:
-    base = [
-        "convert",
-        "deepspeed",
-        tmp_path / "a",
-        tmp_path / "out",
-        "--base-config",
-        tmp_path / "b",
-        "--config-overrides",
-    ]
+    base = ["convert", "deepspeed", tmp_path / "in", tmp_path / "out", "--base-config", tmp_path, "--config-overrides"]
     assert "config_overrides is not JSON" in message_of(*base, "{a}")
     assert "config_overrides must be a JSON object, fields by name, but is [1]" in message_of(*base, "[1]")
     assert "config_overrides is not JSON" in message_of(*base, "[" * 100_000)

@@ -9,6 +9,8 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..checkpoint.config_file import config_path
+from ..checkpoint.safetensors_io import open_pretrained_tensors
+from ..checkpoint.torch_file import check_is_file
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -34,6 +36,8 @@ def load_whole_model(
         raise ValueError(f"dtype ({dtype!r}) must be one of {', '.join(DTYPES)}")
     config_path(folder, argument)
     check_no_adapter(folder, may_have_adapter=may_have_adapter)
+    if not (folder / ADAPTER_CONFIG).is_file():  # or the weights may be elsewhere
+        check_files(folder, argument)
     try:
         loaded: Any = ZCodeM3ForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except Exception as error:  # of safetensors, pickle, transformers: there is no class that they share
@@ -43,6 +47,22 @@ def load_whole_model(
     if problems := {kind: sorted(map(str, names)) for kind, names in info.items() if names}:
         raise ValueError(f"{argument} ({folder}) does not hold the weights of its config: {problems}")
     return model
+
+
+def check_files(folder: Path, argument: str = "model") -> None:
+    """Check what `from_pretrained` opens without a look: where the index leads to, and whether the files are weights.
+
+    Raises:
+        ValueError: a pipe, socket or device is in the folder, whose reading never ends; weights that are missing,
+            unreadable or made to do harm; see `open_pretrained_tensors`.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not path.is_dir():
+            check_is_file(path)
+    try:
+        open_pretrained_tensors(folder)
+    except ValueError as error:
+        raise ValueError(f"{argument} ({folder}) cannot be loaded: {error}") from error
 
 
 def check_no_adapter(folder: Path, *, may_have_adapter: bool = False) -> None:
