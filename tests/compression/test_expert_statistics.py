@@ -159,8 +159,9 @@ def _change_metadata(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path]
         (_flip_a_bit, f"{TENSORS} is corrupted"),
         (lambda folder: (folder / TENSORS).unlink(), f"{TENSORS} does not exist"),
         (lambda folder: (folder / METADATA).unlink(), f"{METADATA} does not exist"),
-        (lambda folder: (folder / METADATA).write_bytes(b'{"format": "hf_\xff'), f"{METADATA} is corrupted"),
-        (lambda folder: (folder / METADATA).write_text("[]"), f"{METADATA} is no file of expert statistics"),
+        (lambda folder: (folder / METADATA).write_bytes(b'{"format": "\xff'), rf"{METADATA}\) is not a text in UTF-8"),
+        (lambda folder: (folder / METADATA).write_text("[]"), rf"{METADATA}\) must be a JSON object"),
+        (lambda folder: (folder / METADATA).write_text("{}"), f"{METADATA} is no file of expert statistics"),
         (_change_metadata(lambda metadata: metadata.pop("pairs")), f"{METADATA} is corrupted: it has no pairs"),
         (_change_metadata(lambda metadata: metadata.update(format_version=2)), "format_version 2.* reads 1"),
         (
@@ -193,7 +194,7 @@ def _change_metadata(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path]
             r"num_experts_per_tok \('2'\) must be an integer",
         ),
         (_change_metadata(lambda metadata: metadata["fingerprint"].update(d_model=5.0)), r"d_model \(5.0\) must be"),
-        (lambda folder: (folder / METADATA).write_text("[" * 100_000), f"{METADATA} is corrupted"),
+        (lambda folder: (folder / METADATA).write_text("[" * 100_000), rf"{METADATA}\) is not JSON: maximum recursion"),
     ],
 )
 def test_corrupted_files(corrupt: Callable[[Path], None], message: str, tmp_path: Path) -> None:

@@ -183,6 +183,24 @@ def test_model_in_memory(make_model: Callable[..., Any], tmp_path: Path) -> None
     assert (card.data.base_model, card.data.base_model_relation) == ("org/model", "quantized")
 
 
+BROKEN: tuple[dict[str, Any], ...] = (
+    {"operation": []},
+    {"source": None},
+    {"arguments": []},
+    {"num_bytes_after": "x"},
+    {"num_parameters_before": 10**400},
+    {"warnings": [None]},
+    {"num_experts_before": {}, "num_experts_after": {}},
+    {"num_experts_after": {"x": 1}},
+    {"kept_experts": {}},
+    {"routed_share_kept": {"encoder": {"en": None}}},
+    {"quality": 1},
+    {"quality": {"before": {}}},
+    {"nearest_languages": {"encoder": {"en": ["de"]}}},
+    {"nearest_languages": {"encoder": {"en": [1, 0.5]}}},
+)
+
+
 def test_bad_input(
     source: Path,
     statistics: ExpertStatistics,
@@ -207,15 +225,16 @@ def test_bad_input(
             write_compression_report(folder, **arguments)
     assert files == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     path = folder / "compression_report.json"
+    fields = json.loads(path.read_text())
     for broken in (
         "{",
         "[]",
         "{}",
         '{"operation": "prune_experts"}',
-        json.dumps(json.loads(path.read_text()) | {"quality": 1}),
+        *(json.dumps(fields | change) for change in BROKEN),
     ):
         path.write_text(broken)
-        with pytest.raises(ValueError, match=r"compression_report.json is (corrupted|no compression report)"):
+        with pytest.raises(ValueError, match=r"compression_report.json\)? (is corrupted|is not JSON|must be a JSON)"):
             write_compression_report(folder)
 
 

@@ -1,6 +1,7 @@
 """Qualities by direction: means, files, and which ones can be compared."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,17 @@ def test_nothing_half_written(make_quality: MakeQuality, tmp_path: Path) -> None
     [
         (lambda fields: fields | {"format": "x"}, "is no file of translation quality"),
         (lambda fields: fields | {"format_version": 9}, "has format_version 9, this version of hf_moe_ted reads 1"),
-        (lambda fields: {**fields, "directions": [{"src_lang": "en"}]}, "is corrupted: KeyError"),
-        (lambda fields: {**fields, "seed": 1}, "is corrupted: TypeError"),
-        (lambda fields: [], "is no file of translation quality"),
+        (lambda fields: {**fields, "directions": [{"src_lang": "en"}]}, r"is corrupted: tgt_lang \(None\) must be str"),
+        (lambda fields: {**fields, "directions": []}, "is corrupted: there is no direction in it"),
+        (lambda fields: {**fields, "directions": 2 * fields["directions"]}, "is corrupted: .* en-de is there twice"),
+        (lambda fields: {**fields, "directions": None}, r"is corrupted: directions \(None\) must be list"),
+        (lambda fields: {**fields, "seed": 1}, "is corrupted: it has seed, which this version"),
+        (lambda fields: {**fields, "model": None}, r"is corrupted: model \(None\) must be str"),
+        (lambda fields: {**fields, "num_bytes": True}, r"is corrupted: num_bytes \(True\) must be int"),
+        (lambda fields: {**fields, "num_bytes": 10**30}, "is corrupted: num_bytes"),
+        (lambda fields: {**fields, "peak_memory_bytes": []}, r"is corrupted: peak_memory_bytes \(\[\]\) must be int"),
+        (lambda fields: [], "must be a JSON object"),
+        (lambda fields: math.nan, "is not JSON: NaN"),
     ],
 )
 def test_corrupted_files(make_quality: MakeQuality, tmp_path: Path, change: Any, message: str) -> None:
@@ -78,7 +87,7 @@ def test_corrupted_files(make_quality: MakeQuality, tmp_path: Path, change: Any,
     with pytest.raises(ValueError, match=message):
         TranslationQuality.load(path)
     path.write_text(text[:40])
-    with pytest.raises(ValueError, match="is corrupted"):
+    with pytest.raises(ValueError, match="is not JSON"):
         TranslationQuality.load(path)
 
 

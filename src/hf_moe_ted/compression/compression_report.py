@@ -7,6 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..checkpoint.torch_file import shorten
+from .typed_fields import from_fields
+
 REPORT_NAME = "compression_report.json"
 
 
@@ -205,19 +208,21 @@ def report_from_dict(fields: Mapping[str, Any]) -> CompressionReport:
     """What `to_dict` has made JSON of.
 
     Raises:
-        ValueError: an unknown operation, or fields that are not those of its report.
+        ValueError: an unknown operation, fields that are missing or of another type, or not of the same layers.
     """
-    if (operation := fields.get("operation")) not in _KINDS:
-        raise ValueError(f"operation ({operation!r}) must be one of {', '.join(_KINDS)}")
+    operation = fields.get("operation")
+    if not isinstance(operation, str) or operation not in _KINDS:
+        raise ValueError(f"operation ({shorten(operation, 80)}) must be one of {', '.join(_KINDS)}")
     kind = _KINDS[operation]
     names = {field.name for field in dataclasses.fields(kind)}
-    if missing := sorted(names - fields.keys()):
-        raise ValueError(f"a report of {operation} must have {', '.join(missing)}")
-    values: dict[str, Any] = {name: fields[name] for name in names}
-    for name, value in values.items():
-        if isinstance(value, list):
-            values[name] = tuple(value)
-    return kind(**values)
+    report: CompressionReport = from_fields(kind, {name: value for name, value in fields.items() if name in names})
+    try:
+        num_lines, num_layers = len(report.lines()), len(report.layers())
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"its fields are not of the same MoE layers: {error}") from error
+    if not (num_lines and num_layers):
+        raise ValueError("there is no MoE layer in it")
+    return report
 
 
 def num_parameters(weights: Mapping[str, Tensor]) -> int:

@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..checkpoint.json_file import read_json_object
+from ..checkpoint.torch_file import shorten
 from ..models.configuration_zcode_m3 import Side, ZCodeM3Config
 from ..storage.output import check_output_dir, new_folder
 from ..storage.output_kinds import EXPERT_STATISTICS
@@ -258,7 +260,7 @@ class ExpertStatistics:
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             problem = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(
-                f"{folder} does not hold complete expert statistics: {problem}; collect them again"
+                f"{folder} does not hold complete expert statistics: {shorten(problem, 600)}; collect them again"
             ) from error
         return statistics
 
@@ -296,15 +298,12 @@ def _layers_of(
 def _read_metadata(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; expert statistics are this file and {TENSORS_NAME}")
-    try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is corrupted: {error}") from error
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+    metadata = read_json_object(path, "expert statistics")
+    if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is no file of expert statistics")
     if metadata.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format_version {metadata.get('format_version')!r}, this version of hf_moe_ted reads "
+            f"{path} has format_version {shorten(metadata.get('format_version'))}, this version of hf_moe_ted reads "
             f"{FORMAT_VERSION}; collect the statistics again"
         )
     if missing := {"tensors_sha256", "fingerprint", "pairs", "num_sentences"} - metadata.keys():

@@ -227,7 +227,9 @@ def _languages(contents: ReportContents) -> list[str]:
 
 def _details(contents: ReportContents) -> list[str]:
     arguments = {
-        name: [display_name(str(path)) for path in value] if name == "checkpoints" else value
+        name: [display_name(str(path)) for path in value]
+        if name == "checkpoints" and isinstance(value, list | tuple)
+        else value
         for name, value in contents.report.arguments.items()
     }
     parts = [

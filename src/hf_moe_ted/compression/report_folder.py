@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from ..checkpoint.json_file import read_json_object
 from ..storage.output import files_into
 from .compression_report import REPORT_NAME, AggregationReport, CompressionReport, FewerExpertsReport, report_from_dict
 from .expert_statistics import ExpertStatistics
@@ -16,6 +17,7 @@ from .model_card import CARD_NAME, with_section
 from .report_pictures import PICTURES, draw_pictures
 from .routing_similarity import nearest_languages
 from .translation_quality import TranslationQuality
+from .typed_fields import of_type
 
 
 def save_report(
@@ -70,12 +72,12 @@ def write_compression_report(
     fields = _read(folder / REPORT_NAME)
     try:
         report = report_from_dict(fields)
-        qualities = {label: TranslationQuality.from_dict(q) for label, q in fields.get("quality", {}).items()}
-        nearest = {
-            side: {language: (other, overlap) for language, (other, overlap) in of_side.items()}
-            for side, of_side in fields.get("nearest_languages", {}).items()
-        }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        of_labels = of_type(dict[str, dict[str, Any]], fields.get("quality", {}), "quality")
+        qualities = {label: TranslationQuality.from_dict(quality) for label, quality in of_labels.items()}
+        nearest = of_type(
+            dict[str, dict[str, tuple[str, float]]], fields.get("nearest_languages", {}), "nearest_languages"
+        )
+    except ValueError as error:
         raise ValueError(f"{folder / REPORT_NAME} is corrupted: {error}") from error
     given = {"before": before, "after": after, "trained": trained}
     qualities |= {label: quality for label, quality in given.items() if quality is not None}
@@ -91,13 +93,7 @@ def write_compression_report(
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; output_dir must be the folder of a compressed model")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is corrupted: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} is no compression report")
-    return fields
+    return read_json_object(path, "compression report")
 
 
 def _check_qualities(qualities: Mapping[str, TranslationQuality]) -> None:

@@ -10,10 +10,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..checkpoint.json_file import read_json_object
+from ..checkpoint.torch_file import shorten
 from ..storage.output import check_output_file, write_file
 from ..storage.writing import keeping_places
 from .expert_statistics import LanguagePair
 from .translation_scores import TranslationScores
+from .typed_fields import from_fields, of_type
 
 FORMAT = "hf_moe_ted.translation_quality"
 FORMAT_VERSION = 1
@@ -130,9 +133,8 @@ class TranslationQuality:
                 reason = "is in one of them only" if None in hashes else "has other sentences"
                 problems.append(f"{'-'.join(pair)} {reason}")
         if problems:
-            raise ValueError(
-                f"the translations of {self.model} and {other.model} cannot be compared: {'; '.join(problems)}"
-            )
+            listed = shorten("; ".join(problems), 600)
+            raise ValueError(f"the translations of {self.model} and {other.model} cannot be compared: {listed}")
 
     @staticmethod
     def check_path(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -175,21 +177,18 @@ class TranslationQuality:
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"{path} does not exist; `hf-moe-ted evaluate` writes such a file")
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is corrupted: {error}") from error
-        if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+        fields = read_json_object(path, "quality")
+        if fields.pop("format", None) != FORMAT:
             raise ValueError(f"{path} is no file of translation quality; `hf-moe-ted evaluate` writes one")
         if (version := fields.pop("format_version", None)) != FORMAT_VERSION:
             raise ValueError(
-                f"{path} has format_version {version!r}, this version of hf_moe_ted reads {FORMAT_VERSION}; "
+                f"{path} has format_version {shorten(version)}, this version of hf_moe_ted reads {FORMAT_VERSION}; "
                 "evaluate the model again"
             )
         try:
             return cls.from_dict(fields)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is corrupted: {error!r}") from error
+        except ValueError as error:
+            raise ValueError(f"{path} is corrupted: {error}; evaluate the model again") from error
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -206,11 +205,19 @@ class TranslationQuality:
         """What `to_dict` has made.
 
         Raises:
-            KeyError, TypeError: fields are missing or unknown.
+            ValueError: fields are missing, unknown or of another type; there is no direction, or one of them twice.
         """
-        rows = [dict(row) for row in fields["directions"]]
-        directions = {(row.pop("src_lang"), row.pop("tgt_lang")): DirectionQuality(**row) for row in rows}
-        return cls(**{**fields, "directions": directions})
+        directions: dict[LanguagePair, DirectionQuality] = {}
+        for row in of_type(list[dict[str, Any]], fields.get("directions"), "directions"):
+            scores = {name: value for name, value in row.items() if name not in ("src_lang", "tgt_lang")}
+            source, target = (of_type(str, row.get(name), name) for name in ("src_lang", "tgt_lang"))
+            if (source, target) in directions:
+                raise ValueError(f"the direction {source}-{target} is there twice")
+            directions[source, target] = from_fields(DirectionQuality, scores)
+        if not directions:
+            raise ValueError("there is no direction in it")
+        rest = {name: value for name, value in fields.items() if name != "directions"}
+        return from_fields(cls, rest, directions=directions)
 
 
 __all__ = ["DirectionQuality", "MeanQuality", "TranslationQuality"]
