@@ -20,6 +20,7 @@ from hf_moe_ted import (
     read_deepspeed_state_dict,
 )
 from hf_moe_ted.cli import app
+from hf_moe_ted.cli import run as cli_run
 from hf_moe_ted.testing import tiny_config
 
 NLLB_MOE = Path(__file__).parent / "fixtures" / "nllb_moe" / "tiny_a"
@@ -323,3 +324,51 @@ def test_the_second_of_two_runs_is_refused_before_its_work(tmp_path: Path) -> No
             assert "another process is writing to" in elsewhere(message_of, *arguments)
         assert f"DATA ({none}) does not exist" in message_of("evaluate", none, none, "--output", scores)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_are_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that list what is wrong, and what a file calls its tensors."""
+    folder = initialized(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    named = {f"\x1b[2J\n{name}" if name.endswith("embed_tokens.weight") else name: w for name, w in weights.items()}
+    named = {name: weight for name, weight in named.items() if "final_layer_norm" not in name} | {
+        "a\x1b[2J": torch.ones(1)
+    }
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(sys, "argv", ["hf-moe-ted", "export", "deepspeed", str(folder), str(tmp_path / "new")])
+    monkeypatch.setattr(os, "dup2", lambda *_: 0)
+    with pytest.raises(SystemExit) as end:
+        cli_run()
+    printed = capfd.readouterr().err.splitlines()
+    assert end.value.code == 1
+    (error,) = [line for line in printed if "Error: " in line]
+    assert error == printed[-1] and "\x1b[2J" not in error
+    assert "final_layer_norm" in error
+
+
+def test_inspect_prints_no_control_characters(tmp_path: Path) -> None:
+    source = Path(__file__).parent / "fixtures" / "deepspeed" / "m2m_ep2_zero1_top2_fp32"
+    shutil.copytree(source, tmp_path / "copy")
+    for path in (tmp_path / "copy").glob("*/mp_rank_*_model_states.pt"):
+        content = torch.load(path, weights_only=True)
+        content["ds_version"] = "0.1\x1b[2J\r0.2"
+        torch.save(content, path)
+    printed = CliRunner().invoke(app, ["inspect", str(tmp_path / "copy")]).output
+    assert "0.1 [2J 0.2" in printed and "\x1b" not in printed and "\r" not in printed
+
+
+def test_a_file_that_is_no_config_or_a_folder_without_tokenizer(tmp_path: Path) -> None:
+    source = Path(__file__).parent / "fixtures" / "deepspeed" / "m2m_ep2_zero1_top2_fp32"
+    golden = torch.load(source / "expected.pt", weights_only=True)
+    base = golden["base_config"] | {"model_type": "m2m_100"}
+    (tmp_path / "base.json").write_text(json.dumps(base))
+    (tmp_path / "none.json").write_text(json.dumps({"decoder": {"type": "ByteLevel"}}))
+    (tmp_path / "empty").mkdir()
+    command = ["convert", "deepspeed", source, tmp_path / "new", "--config-overrides", '{"num_experts_per_tok": 2}']
+    message = message_of(*command, "--base-config", tmp_path / "none.json")
+    assert "none.json" in message or "the config describes no model" in message
+    message = message_of(*command, "--base-config", tmp_path / "base.json", "--tokenizer", tmp_path / "empty")
+    assert "must be a tokenizer or a folder with one: it has no tokenizer.json and no tokenizer_config.json" in message
+    assert not (tmp_path / "new").exists()

@@ -4,6 +4,7 @@ What a subcommand does is imported in it, so that `--help` and wrong arguments n
 """
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -418,9 +419,15 @@ def run() -> None:
         finally:
             _flush_output()
     except (ValueError, OSError) as error:
-        typer.secho(f"Error: {error}", fg="red", err=True)
+        typer.secho(f"Error: {_one_line(str(error))}", fg="red", err=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it once more
         raise SystemExit(1) from None
+
+
+def _one_line(message: str) -> str:
+    """A message without line ends and control characters, which names in files may have, too."""
+    line = re.sub(r"\s*\n\s*", "; ", re.sub(r":\s*\n\s*", ": ", message.strip()))
+    return "".join(character if character.isprintable() else " " for character in line)
 
 
 def _flush_output() -> None:

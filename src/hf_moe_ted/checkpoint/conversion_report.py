@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from .torch_file import printable
+
 
 @dataclass(frozen=True)
 class ConversionReport:
@@ -46,7 +48,7 @@ class ConversionReport:
             f"also written: {', '.join(self.other_files)}",
             *(f"warning: {warning}" for warning in self.warnings),
         ]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 __all__ = ["ConversionReport"]

@@ -21,7 +21,7 @@ from .deepspeed_reader import read_deepspeed_state_dict
 from .json_file import parse_json_object, read_json_object
 from .lazy_tensors import LazyTensors, checked_weights
 from .m2m100 import m2m100_config_fields
-from .model_folder import copy_tokenizer_and_generation_config, parse_dtype, write_model_folder
+from .model_folder import TOKENIZER_FILES, copy_tokenizer_and_generation_config, parse_dtype, write_model_folder
 
 _ROUTER = re.compile(r"model\.(encoder|decoder)\.layers\.(\d+)\.ffn\.router\.weight")
 # What DeepSpeed's gate does for k = 1, 2, and 3 or more (sharded_moe.py), in fields of the config
@@ -198,8 +198,11 @@ def _others(base_config: Any, tokenizer: Any) -> list[Callable[[Path], Any]]:
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         others.append(tokenizer.save_pretrained)
     elif tokenizer is not None:
+        message = f"tokenizer ({tokenizer}) must be a tokenizer or a folder with one"
         if not Path(tokenizer).is_dir():
-            raise ValueError(f"tokenizer ({tokenizer}) must be a tokenizer or a folder with one")
+            raise ValueError(message)
+        if not any(Path(tokenizer, name).is_file() for name in TOKENIZER_FILES):
+            raise ValueError(f"{message}: it has no {' and no '.join(TOKENIZER_FILES[:2])}")
         others.append(copy_tokenizer_and_generation_config(Path(tokenizer)))
     return others
 

@@ -21,6 +21,7 @@ from .deepspeed_files import FilePool, find_files, list_names, load_file
 from .deepspeed_shards import Shards, open_shards
 from .lazy_tensors import LazyTensors
 from .patterns import Pattern
+from .torch_file import printable
 
 TensorParallelRule = tuple[str, int | None]
 
@@ -264,7 +265,7 @@ class DeepSpeedLayout:
             *(f"  {module}: {num_experts} experts" for module, num_experts in self.num_experts.items()),
             *(f"problem: {problem}" for problem in self.problems),
         ]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def inspect_deepspeed_checkpoint(checkpoint_dir: str | os.PathLike[str], *, tag: str | None = None) -> DeepSpeedLayout:

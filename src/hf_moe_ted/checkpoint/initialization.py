@@ -26,6 +26,7 @@ from .model_folder import (
     write_model_folder,
 )
 from .named_seed import named_seed
+from .torch_file import shorten
 
 
 @keeping_places()
@@ -168,8 +169,8 @@ def _load_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
         raise ValueError(message)
     try:
         return AutoTokenizer.from_pretrained(tokenizer)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{message}: {error}") from error
+    except Exception as error:  # what is damaged may raise anything
+        raise ValueError(f"{message}: {shorten(error, 600)}") from error
 
 
 __all__ = ["initialize_checkpoint"]

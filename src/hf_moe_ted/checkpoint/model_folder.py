@@ -17,6 +17,7 @@ from .conversion_report import ConversionReport
 from .json_file import read_json_object
 from .lazy_tensors import LazyTensors
 from .safetensors_io import check_tensors, write_pretrained_tensors
+from .torch_file import shorten
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -49,8 +50,8 @@ def meta_model(config: ZCodeM3Config) -> ZCodeM3ForConditionalGeneration:
     try:
         with torch.device("meta"):
             return ZCodeM3ForConditionalGeneration(config)
-    except (RuntimeError, OverflowError) as error:  # more numbers than can be counted
-        raise ValueError(f"the config describes no model: {error}") from error
+    except Exception as error:  # more numbers than can be counted, or a field that only transformers looks at
+        raise ValueError(f"the config describes no model: {shorten(error, 600)}") from error
 
 
 def drop_tied_copies(tensors: LazyTensors, tied: Mapping[str, str]) -> LazyTensors:

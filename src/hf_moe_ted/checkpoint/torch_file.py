@@ -211,8 +211,13 @@ def _damaged(path: Path, error: Exception) -> UnreadableFileError:
 def shorten(value: object, max_chars: int = 300) -> str:
     """A value of a file for a message, the start of a long one."""
     text = value if isinstance(value, str) else str(value) if isinstance(value, Exception) else _repr(value)
-    text = " ".join(text.split())
+    text = " ".join(printable(text).split())
     return text if len(text) <= max_chars else text[:max_chars] + "..."
+
+
+def printable(line: str) -> str:
+    """The line without characters that move the cursor of a terminal, end the line, or cannot be printed."""
+    return "".join(character if character.isprintable() else " " for character in line)
 
 
 def _repr(value: object) -> str:
@@ -227,5 +232,6 @@ __all__ = [
     "check_checksums",
     "check_is_file",
     "load_torch_file",
+    "printable",
     "shorten",
 ]

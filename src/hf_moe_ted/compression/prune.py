@@ -200,7 +200,7 @@ def _check_known_to_tokenizer(source: ModelSource, languages: Sequence[str] | Se
         return
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
-    except (OSError, ValueError):
+    except Exception:  # what is damaged may raise anything
         raise ValueError(
             f"languages ({languages}) cannot be checked: {source.path} has no tokenizer; "
             "give statistics, or no languages"

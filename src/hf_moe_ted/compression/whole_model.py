@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..checkpoint.config_file import config_path
 from ..checkpoint.safetensors_io import open_pretrained_tensors
-from ..checkpoint.torch_file import check_is_file
+from ..checkpoint.torch_file import check_is_file, shorten
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -41,7 +41,7 @@ def load_whole_model(
     try:
         loaded: Any = ZCodeM3ForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except Exception as error:  # of safetensors, pickle, transformers: there is no class that they share
-        message = " ".join(str(error).split())[:600] or type(error).__name__
+        message = shorten(error, 600) or type(error).__name__
         raise ValueError(f"{argument} ({folder}) cannot be loaded: {message}") from error
     model, info = loaded
     if problems := {kind: sorted(map(str, names)) for kind, names in info.items() if names}:
@@ -101,7 +101,7 @@ def load_model_and_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise ValueError(f"the tokenizer of {argument} ({folder}) cannot be loaded: {error}") from error
+        raise ValueError(f"the tokenizer of {argument} ({folder}) cannot be loaded: {shorten(error, 600)}") from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return model.to(torch.device(device)), tokenizer
