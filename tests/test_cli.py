@@ -242,7 +242,10 @@ def test_paths_that_are_not_there_are_named_and_not_looked_up(
         assert "MODEL (gpt2) must be a folder" in message_of(command, "gpt2", text, *options)
         assert f"DATA ({none}) does not exist" in message_of(command, full, none, *options)
         assert "dtype ('float99') must be one of" in message_of(command, full, text, *options, "--dtype", "float99")
-        assert "device ('tpu9') cannot be used" in message_of(command, full, text, *options, "--device", "tpu9")
+        for device in ("tpu9", "meta"):
+            assert f"device ('{device}') cannot be used" in message_of(
+                command, full, text, *options, "--device", device
+            )
     for command in ("prune", "merge"):
         options = ["--keep", "0.5", "--output", out, "--statistics"]
         assert message_of(command, full, *options, none).startswith(f"--statistics: {none}")

@@ -22,7 +22,7 @@ from hf_moe_ted import (
     write_compression_report,
 )
 from hf_moe_ted.compression.compression_report import report_from_dict
-from hf_moe_ted.compression.markdown_text import as_code
+from hf_moe_ted.compression.markdown_text import as_code, as_text
 from hf_moe_ted.compression.report_pictures import PICTURES
 
 MakeQuality = Any
@@ -261,6 +261,12 @@ def test_names_are_no_markup(source: Path, statistics: ExpertStatistics, make_qu
         tables = [line for line in text.splitlines() if line.startswith("|")]
         assert len({line.count("|") for line in tables if "en-" in line}) == 1
     assert "\x1b" not in str(result.report) and len(str(result.report).splitlines()) == len(result.report.lines())
+
+
+def test_text() -> None:
+    assert as_text("m2m_100: a") == "m2m_100: a"
+    assert as_text("__init__") == "&#95;&#95;init&#95;&#95;"
+    assert as_text("_x_ https://x.y") == "&#95;x&#95; https&#58;//x.y"
 
 
 @pytest.mark.parametrize(

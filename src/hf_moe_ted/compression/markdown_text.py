@@ -7,7 +7,8 @@ import re
 
 MAX_CHARACTERS = 300
 
-_SPECIAL = re.compile(r"[&<|`*~$\\]|(?<=\])[(\[]|!(?=\[)")
+# an underscore within a word, and a colon without an address behind it, are nothing special
+_SPECIAL = re.compile(r"[&<|`*~$\\]|(?<=\])[(\[]|!(?=\[)|(?<![^\W_])_|_(?![^\W_])|:(?=//)")
 _PLAIN_CODE = re.compile(r"[\w ./:+@=,~-]+")
 
 

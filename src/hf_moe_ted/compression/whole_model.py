@@ -103,6 +103,8 @@ def load_model_and_tokenizer(
     except Exception as error:
         raise ValueError(f"the tokenizer of {argument} ({folder}) cannot be loaded: {shorten(error, 600)}") from error
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("meta"):
+        raise ValueError(f"device ({device!r}) cannot be used: its tensors have no numbers")
     try:
         return model.to(torch.device(device)), tokenizer
     except (RuntimeError, AssertionError) as error:
