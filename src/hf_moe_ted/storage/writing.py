@@ -286,10 +286,18 @@ def _locked(target: Path, folder: Path, kept: _Kept | None) -> Iterator[int | No
     finally:
         if lock is not None:
             try:
-                if not os.path.lexists(folder / f".{label_of(target)}.previous"):  # of which the next one reads in it
-                    path.unlink(missing_ok=True)  # while it is held: who opens it now finds that it is gone
+                _remove_lock(path, folder / f".{label_of(target)}.previous")
+            except BaseException:  # a signal meanwhile
+                _remove_lock(path, folder / f".{label_of(target)}.previous")
+                raise
             finally:
                 os.close(lock)
+
+
+def _remove_lock(path: Path, previous: Path) -> None:
+    """Remove a lock while it is held, so that who opens it now finds that it is gone."""
+    if not os.path.lexists(previous):  # of which the next writer reads in it
+        path.unlink(missing_ok=True)
 
 
 def _acquire(path: Path, target: Path) -> int | None:
