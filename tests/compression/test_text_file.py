@@ -14,6 +14,7 @@ import datasets
 import pytest
 
 from hf_moe_ted import open_parallel_text
+from hf_moe_ted.compression import text_file
 from hf_moe_ted.compression.text_file import MAX_LINE_BYTES
 
 COLUMNS = ("source", "target", "src_lang", "tgt_lang")
@@ -142,3 +143,14 @@ def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
         (tmp_path / name).write_text("")
         rows: list[Any] = list(open_parallel_text(str(tmp_path / name)))
         assert rows == []
+
+
+@pytest.mark.parametrize("line", [b"\n", b'{"source": "a", "target": "b", "src_lang": "en", "tgt_lang": "de"}\n'])
+def test_nothing_unfolds_without_end(line: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_file, "MIN_UNFOLDED_BYTES", 1000)
+    path = tmp_path / "text.jsonl.gz"
+    path.write_bytes(gzip.compress(line * 50_000))
+    with pytest.raises(ValueError, match=r"text\.jsonl\.gz\) unfolds to more than .* bytes, 100 times its size"):
+        list(open_parallel_text(str(path)))
+    path.write_bytes(gzip.compress(line * 2))
+    list(open_parallel_text(str(path)))

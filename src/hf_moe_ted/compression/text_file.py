@@ -1,7 +1,7 @@
 """Rows of parallel text on disk or on the Hub, checked as they are read, so that errors name the file and the line.
 
 Files are read line by line. No line is longer than `MAX_LINE_BYTES`, so that what a compressed file unfolds to, or a
-file without line ends, does not fill the memory.
+file without line ends, does not fill the memory; and nothing unfolds to `MAX_UNFOLDING` times its size.
 """
 
 import bz2
@@ -18,6 +18,9 @@ from ..checkpoint.json_file import parse_json_object
 from .parallel_text import sentences_of_row
 
 MAX_LINE_BYTES = 2**20
+MAX_UNFOLDING = 100  # times; text takes a third to a tenth when it is compressed
+LINE_BYTES = 50  # that each line counts more, as empty ones take time, too
+MIN_UNFOLDED_BYTES = 2**26  # less is no harm
 
 Row = Mapping[str, Any]
 
@@ -73,10 +76,17 @@ class ParallelTextFile:
             raise ValueError(f"{self.argument} ({self.path}) cannot be read: {error}; it may be cut off") from error
 
     def _decoded(self, file: BinaryIO) -> Iterator[tuple[int, str]]:
-        number = 0
+        number = num_bytes = 0
+        max_bytes = max(MIN_UNFOLDED_BYTES, MAX_UNFOLDING * self.path.stat().st_size)
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
             where = f"line {number} of {self.path}"
+            num_bytes += len(line) + LINE_BYTES
+            if num_bytes > max_bytes:
+                raise ValueError(
+                    f"{self.argument} ({self.path}) unfolds to more than {max_bytes:,} bytes, {MAX_UNFOLDING} times its "
+                    "size, which text does not; decompress it if you trust it"
+                )
             if len(line) > MAX_LINE_BYTES:
                 raise ValueError(f"{where} has more than {MAX_LINE_BYTES:,} bytes; a row is one sentence on one line")
             try:
