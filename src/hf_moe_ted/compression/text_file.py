@@ -84,8 +84,8 @@ class ParallelTextFile:
             num_bytes += len(line) + LINE_BYTES
             if num_bytes > max_bytes:
                 raise ValueError(
-                    f"{self.argument} ({self.path}) unfolds to more than {max_bytes:,} bytes, {MAX_UNFOLDING} times its "
-                    "size, which text does not; decompress it if you trust it"
+                    f"{self.argument} ({self.path}) unfolds to more than {max_bytes:,} bytes, {MAX_UNFOLDING} times "
+                    "its size, which text does not; decompress it if you trust it"
                 )
             if len(line) > MAX_LINE_BYTES:
                 raise ValueError(f"{where} has more than {MAX_LINE_BYTES:,} bytes; a row is one sentence on one line")
