@@ -36,7 +36,9 @@ def test_spread_and_combine_and_their_gradients(top_k):
     torch.testing.assert_close(spread, tokens[(slots // top_k).long()])
     values = torch.randn(len(slots), 24, device=DEVICE, dtype=torch.float64, requires_grad=True)
     combined = CombineRows.apply(values, weights, slots, rows)
-    torch.testing.assert_close(combined, (rows_of_tokens(values, rows) * weights[..., None]).sum(1))
+    # the kernel sums in float32, whatever the rows are
+    tolerances = {"rtol": 1e-6, "atol": 1e-6} if DEVICE == "cuda" else {}
+    torch.testing.assert_close(combined, (rows_of_tokens(values, rows) * weights[..., None]).sum(1), **tolerances)
     if DEVICE == "cpu":
         torch.autograd.gradcheck(lambda x: SpreadTokens.apply(x, slots, rows), (tokens,))
         torch.autograd.gradcheck(lambda x, w: CombineRows.apply(x, w, slots, rows), (values, weights))

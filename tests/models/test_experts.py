@@ -158,7 +158,7 @@ def test_default_implementation_is_grouped_mm_and_can_be_changed() -> None:
         return torch.zeros_like(hidden_states)
 
     model = ZCodeM3ForConditionalGeneration(tiny_config()).eval()
-    assert model.config._experts_implementation == "grouped_mm"
+    assert model.config._experts_implementation == ("zcode_fused" if torch.cuda.is_available() else "grouped_mm")
     ALL_EXPERTS_FUNCTIONS["counting"] = counting
     try:
         model.set_experts_implementation("counting")

@@ -99,7 +99,8 @@ def _tokens_of_rows(tokens_TD: Tensor, slot_R: Tensor, top_k: int) -> Tensor:
     if tokens_TD.shape[0] == 0:
         return tokens_TD.new_zeros(len(slot_R), tokens_TD.shape[1])
     gathered = tokens_TD.index_select(0, slot_R.clamp(min=0) // top_k)
-    return gathered.masked_fill_((slot_R < 0).unsqueeze(-1), 0.0)
+    # not in place: torch.compile of torch 2.11 loses the gradient of a Function that returns what it changed
+    return gathered.masked_fill((slot_R < 0).unsqueeze(-1), 0.0)
 
 
 def rows_of_tokens(rows_RD: Tensor, row_TK: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ def rows_of_tokens(rows_RD: Tensor, row_TK: Tensor) -> Tensor:
     if rows_RD.shape[0] == 0:
         return rows_RD.new_zeros(*row_TK.shape, rows_RD.shape[1])
     gathered = rows_RD.index_select(0, row_TK.flatten().clamp(min=0)).view(*row_TK.shape, -1)
-    return gathered.masked_fill_((row_TK < 0).unsqueeze(-1), 0.0)
+    return gathered.masked_fill((row_TK < 0).unsqueeze(-1), 0.0)
 
 
 __all__ = ["CombineRows", "SpreadTokens", "rows_of_tokens", "sort_slots"]
