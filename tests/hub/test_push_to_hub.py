@@ -18,6 +18,7 @@ CODE = {
         "attention_backends",
         "configuration_zcode_m3",
         "experts",
+        "field_of_config",
         "language_codes",
         "losses",
         "modeling_zcode_m3",
