@@ -103,6 +103,20 @@ def check_all(tensors: LazyTensors) -> None:
         tensors[name]
 
 
+def check_floating(specs: Mapping[str, Tensor], where: object) -> None:
+    """Check dtypes alone, of tensors that may have no memory.
+
+    Raises:
+        ValueError: with the first tensor that has no floating-point numbers.
+    """
+    for name, spec in specs.items():
+        if not spec.is_floating_point():
+            raise ValueError(
+                f"{name} in {where} is {spec.dtype}, and weights are floating-point numbers; give the model as it was "
+                "before it was quantized or converted"
+            )
+
+
 def check_weight(name: str, tensor: Tensor, where: object, *, row: int | None = None) -> None:
     """Check that all of a tensor are finite floating-point numbers.
 
@@ -115,11 +129,7 @@ def check_weight(name: str, tensor: Tensor, where: object, *, row: int | None = 
     Raises:
         ValueError: with the place of the first number that is NaN or infinite, or with the dtype.
     """
-    if not tensor.is_floating_point():
-        raise ValueError(
-            f"{name} in {where} is {tensor.dtype}, and weights are floating-point numbers; give the model as it was "
-            "before it was quantized or converted"
-        )
+    check_floating({name: tensor}, where)
     first = _first_not_finite(tensor)
     if first is not None:
         index = first if row is None else [row, *first]

@@ -9,6 +9,8 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..checkpoint.config_file import config_path
+from ..checkpoint.json_file import read_json_object
+from ..checkpoint.lazy_tensors import check_floating
 from ..checkpoint.safetensors_io import open_pretrained_tensors
 from ..checkpoint.torch_file import check_is_file, shorten
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
@@ -54,13 +56,15 @@ def check_files(folder: Path, argument: str = "model") -> None:
 
     Raises:
         ValueError: a pipe, socket or device is in the folder, whose reading never ends; weights that are missing,
-            unreadable or made to do harm; see `open_pretrained_tensors`.
+            unreadable, made to do harm (see `open_pretrained_tensors`), or integers though the model is not quantized.
     """
     for path in sorted(folder.iterdir()):
         if path.exists() and not path.is_dir():
             check_is_file(path)
     try:
-        open_pretrained_tensors(folder)
+        tensors = open_pretrained_tensors(folder)
+        if "quantization_config" not in read_json_object(config_path(folder, argument), argument):
+            check_floating(tensors.specs, folder)
     except ValueError as error:
         raise ValueError(f"{argument} ({folder}) cannot be loaded: {error}") from error
 
