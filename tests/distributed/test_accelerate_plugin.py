@@ -185,7 +185,7 @@ def do_others(models: str, states: str) -> Others:
     checkpoints = sorted(path.name for path in Path(states, "project", "checkpoints").iterdir())
     errors = {}
     attempts = {
-        "load without a folder": lambda: accelerator.load_state(),
+        "load without a folder": lambda: accelerator_of(plugin).load_state(),
         "load what is not there": lambda: accelerator.load_state(f"{states}/nothing"),
         "two models": lambda: (accelerator.prepare(again), accelerator.save_state(f"{states}/two")),
         "fewer processes": lambda: accelerator_of(smaller),
@@ -290,7 +290,7 @@ def test_named_checkpoints(launched: Launched) -> None:
     ("name", "message"),
     [
         ("load without a folder", "input_dir is None: name the folder that save_state has written"),
-        ("load what is not there", "has no training state that can be read"),
+        ("load what is not there", "(input_dir) is no folder; name one that save_state has written"),
         ("two models", "2 models and 1 optimizers are prepared"),
         (
             "fewer processes",
