@@ -149,7 +149,9 @@ class DataCollatorForMultitaskSeq2Seq:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        # by `encode_in` without a language, too: transformers' tokenizers put their tag back in each call
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        return encode_in(self.tokenizer, texts, **options)["input_ids"]
 
     @property
     def _mask_token(self) -> str:
@@ -181,7 +183,7 @@ def _find_affixes(tokenizer: Any, lang: str, is_target: bool) -> _Affixes:
     """What the tokenizer puts around a source in a language, or around a target."""
     probe = "a"
     lang = resolve_language(lang, language_ids(tokenizer), owner="this tokenizer")
-    bare = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
+    bare = list(encode_in(tokenizer, probe, add_special_tokens=False)["input_ids"])
     if is_target:
         ids = list(encode_in(tokenizer, text_target=probe, tgt_lang=lang)["input_ids"])
     else:
