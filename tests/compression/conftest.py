@@ -80,7 +80,7 @@ def make_quality() -> Callable[..., TranslationQuality]:
     return quality_of
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model() -> MakeModel:
     return tiny_model
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -52,9 +51,9 @@ DAMAGES: dict[str, tuple[str, Callable[[Tensor], Tensor | None], str]] = {
 
 
 @pytest.fixture(name="folder", scope="module")
-def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _folder(make_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "good"
-    tiny_model().save_pretrained(folder)
+    make_model().save_pretrained(folder)
     return folder
 
 
@@ -72,8 +71,8 @@ def test_damaged_weights_are_refused_by_name(command: str, damage: str, folder: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "good"]
 
 
-def test_model_in_memory_is_checked(tmp_path: Path) -> None:
-    model: ZCodeM3ForConditionalGeneration = tiny_model()
+def test_model_in_memory_is_checked(make_model: Callable[..., Any], tmp_path: Path) -> None:
+    model: ZCodeM3ForConditionalGeneration = make_model()
     with torch.no_grad():
         model.get_parameter(UP)[2, 1, 0] = float("nan")
     message = rf"{UP} in the model in memory \(ZCodeM3ForConditionalGeneration\) has .* \[2, 1, 0\] \(expert 2\)"
