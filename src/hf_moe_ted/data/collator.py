@@ -150,7 +150,7 @@ class DataCollatorForMultitaskSeq2Seq:
         if not texts:
             return []
         # by `encode_in` without a language, too: transformers' tokenizers put their tag back in each call
-        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        options: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         return encode_in(self.tokenizer, texts, **options)["input_ids"]
 
     @property
