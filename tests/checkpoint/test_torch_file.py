@@ -12,7 +12,8 @@ import torch
 
 from hf_moe_ted.checkpoint import torch_file
 from hf_moe_ted.checkpoint.lazy_tensors import TensorFile
-from hf_moe_ted.checkpoint.torch_file import UnreadableFileError, check_checksums, load_torch_file
+from hf_moe_ted.checkpoint.torch_file import check_checksums, load_torch_file
+from hf_moe_ted.storage.messages import UnreadableFileError
 
 
 @pytest.fixture(name="path")

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..models.configuration_zcode_m3 import ZCodeM3Config
+from ..storage.messages import shorten
 from .json_file import read_json_object
-from .torch_file import shorten
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from .torch_file import printable
+from ..storage.messages import printable
 
 
 @dataclass(frozen=True)

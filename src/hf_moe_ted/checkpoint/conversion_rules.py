@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..storage.messages import shorten
 from .lazy_tensors import LazyTensors
 from .patterns import PLACEHOLDER, NamePattern, Pattern
-from .torch_file import shorten
 from .yaml_file import read_yaml
 
 RULES_DIR = Path(__file__).parent / "rules"

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..storage.messages import UnreadableFileError, shorten
 from .deepspeed_files import MAX_RANKS, CheckpointFiles, FilePool, content_errors, load_file
-from .torch_file import UnreadableFileError, shorten
 
 MAX_EXPERTS = 2**20
 MAX_NAME_CHARS = 1_000

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..storage.messages import UnreadableFileError, shorten
 from .json_file import read_text
 from .lazy_tensors import MAX_MAPPED_BYTES, prefault
-from .torch_file import UnreadableFileError, check_checksums, load_torch_file, shorten
+from .torch_file import check_checksums, load_torch_file
 
 MAX_MAPPED_FILES = 16
 MAX_RANKS = 2**17  # more than any cluster has

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..storage.messages import printable
 from .conversion_rules import check_shard_rule
 from .deepspeed_checks import check_contents
 from .deepspeed_contents import Contents, meta, parse_expert_name, read_contents
@@ -21,7 +22,6 @@ from .deepspeed_files import FilePool, find_files, list_names, load_file
 from .deepspeed_shards import Shards, open_shards
 from .lazy_tensors import LazyTensors
 from .patterns import Pattern
-from .torch_file import printable
 
 TensorParallelRule = tuple[str, int | None]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from ..models.configuration_zcode_m3 import ZCodeM3Config
+from ..storage.messages import shorten
 from ..storage.output import check_output_dir
 from ..storage.writing import keeping_places
 from .config_file import zcode_m3_config
@@ -26,7 +27,6 @@ from .model_folder import (
     write_model_folder,
 )
 from .named_seed import named_seed
-from .torch_file import shorten
 
 
 @keeping_places()

@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .torch_file import UnreadableFileError, check_checksums, check_is_file, load_torch_file
+from ..storage.messages import UnreadableFileError, check_is_file
+from .torch_file import check_checksums, load_torch_file
 
 MAX_MAPPED_BYTES = 256 * 2**20
 

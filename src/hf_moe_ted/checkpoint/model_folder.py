@@ -11,13 +11,13 @@ from transformers import GenerationConfig
 
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
+from ..storage.messages import shorten
 from ..storage.output import new_folder
 from .config_file import config_errors
 from .conversion_report import ConversionReport
 from .json_file import read_json_object
 from .lazy_tensors import LazyTensors
 from .safetensors_io import check_tensors, write_pretrained_tensors
-from .torch_file import shorten
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -10,10 +10,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from ..storage.messages import shorten
 from .json_file import read_json_object
 from .lazy_tensors import LazyTensors, TensorFile, check_rounded, checked_weights
 from .safetensors_file import create_safetensors_file
-from .torch_file import shorten
 
 
 def open_pretrained_tensors(folder: Path) -> LazyTensors:

@@ -7,15 +7,15 @@ fit its checksums, and what it takes to open it is bounded by its size.
 import pickle
 import pickletools
 import re
-import reprlib
-import stat
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
+
+from ..storage.messages import UnreadableFileError, check_is_file, shorten
 
 MAX_PICKLE_BYTES = 256 * 2**20
 MAX_PICKLE_OPERATIONS = 5_000_000  # a tensor takes about 40
@@ -27,27 +27,6 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _NUM_LEGACY_PICKLES = 5  # before the numbers: magic, protocol, system, content, keys
 # `torch.load(weights_only=True)` allows them, but they take any amount of memory, and no checkpoint has them
 _ALLOCATING = re.compile(r"(__builtin__|builtins)\.bytearray|torch\.(cuda\.)?(sparse\.)?\w*Tensor")
-
-
-class UnreadableFileError(ValueError):
-    """A file that is missing, damaged or something else than its name says. The message names it."""
-
-
-def check_is_file(path: Path) -> None:
-    """Raise unless `path` is a file: opening a pipe waits for ever, and a device never ends.
-
-    Raises:
-        UnreadableFileError: there is nothing, or something else.
-    """
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        raise UnreadableFileError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:  # ValueError: a null byte
-        raise UnreadableFileError(f"{path} cannot be read: {error}") from error
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
-        raise UnreadableFileError(f"{path} cannot be read: it is {kind}, not a file")
 
 
 def load_torch_file(path: Path, stand_ins: Iterable[Any] = ()) -> Any:
@@ -208,30 +187,4 @@ def _damaged(path: Path, error: Exception) -> UnreadableFileError:
     return UnreadableFileError(f"{path} cannot be read, it may be truncated or damaged: {shorten(error)}")
 
 
-def shorten(value: object, max_chars: int = 300) -> str:
-    """A value of a file for a message, the start of a long one."""
-    text = value if isinstance(value, str) else str(value) if isinstance(value, Exception) else _repr(value)
-    text = " ".join(printable(text).split())
-    return text if len(text) <= max_chars else text[:max_chars] + "..."
-
-
-def printable(line: str) -> str:
-    """The line without characters that move the cursor of a terminal, end the line, or cannot be printed."""
-    return "".join(character if character.isprintable() else " " for character in line)
-
-
-def _repr(value: object) -> str:
-    """As `repr`, but of the first items of a collection only: those of others may share parts without end."""
-    if isinstance(value, Mapping | Sequence) and not isinstance(value, str | bytes):
-        return reprlib.repr(value)
-    return repr(value)
-
-
-__all__ = [
-    "UnreadableFileError",
-    "check_checksums",
-    "check_is_file",
-    "load_torch_file",
-    "printable",
-    "shorten",
-]
+__all__ = ["check_checksums", "load_torch_file"]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..checkpoint.torch_file import shorten
+from ..storage.messages import shorten
 from .typed_fields import from_fields
 
 REPORT_NAME = "compression_report.json"

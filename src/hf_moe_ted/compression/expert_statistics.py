@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..checkpoint.json_file import read_json_object
-from ..checkpoint.torch_file import shorten
 from ..models.configuration_zcode_m3 import Side, ZCodeM3Config
+from ..storage.messages import shorten
 from ..storage.output import check_output_dir, new_folder
 from ..storage.output_kinds import EXPERT_STATISTICS
 from ..storage.writing import keeping_places

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from ..checkpoint.json_file import read_json_object
-from ..checkpoint.torch_file import shorten
+from ..storage.messages import shorten
 from ..storage.output import check_output_file, write_file
 from ..storage.writing import keeping_places
 from .expert_statistics import LanguagePair
