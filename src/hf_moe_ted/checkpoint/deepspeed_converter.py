@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..models.configuration_zcode_m3 import ZCodeM3Config, changed_fields
+from ..models.layer_names import FFN_PATTERN
 from ..storage.output import check_output_dir
 from ..storage.writing import keeping_places
 from .config_file import config_errors
@@ -23,7 +24,7 @@ from .lazy_tensors import LazyTensors, checked_weights
 from .m2m100 import m2m100_config_fields
 from .model_folder import TOKENIZER_FILES, copy_tokenizer_and_generation_config, parse_dtype, write_model_folder
 
-_ROUTER = re.compile(r"model\.(encoder|decoder)\.layers\.(\d+)\.ffn\.router\.weight")
+_ROUTER = re.compile(rf"model\.{FFN_PATTERN}\.router\.weight")
 # What DeepSpeed's gate does for k = 1, 2, and 3 or more (sharded_moe.py), in fields of the config
 _GATES: tuple[dict[str, Any], ...] = (
     {"normalize_router_weights": None, "token_drop_policy": "random"},

@@ -239,3 +239,13 @@ def prefault(mapped: Tensor) -> None:
         start = mapped.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
         num_bytes = mapped.data_ptr() + mapped.nbytes - start
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(num_bytes), _MADV_POPULATE_READ)
+
+
+def num_parameters(weights: Mapping[str, Tensor]) -> int:
+    """Numbers in all tensors."""
+    return sum(weight.numel() for weight in weights.values())
+
+
+def num_bytes(weights: Mapping[str, Tensor]) -> int:
+    """Size of all tensors."""
+    return sum(weight.nbytes for weight in weights.values())

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..models.configuration_zcode_m3 import Side, ZCodeM3Config, changed_fields
+from ..models.configuration_zcode_m3 import ZCodeM3Config, changed_fields
+from ..models.layer_names import DENSE_OF_STACKED, SIDES
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..storage.output import check_output_dir
 from ..storage.writing import keeping_places
@@ -32,7 +33,6 @@ from .model_folder import (
 from .named_seed import named_seed
 from .safetensors_io import check_tensors, open_pretrained_tensors
 
-_SIDES: tuple[Side, ...] = ("encoder", "decoder")
 _ARGUMENTS = ("num_experts", "encoder_sparse_step", "decoder_sparse_step")
 _ROUTING = {"num_experts_per_tok": 2, "normalize_router_weights": "after_dropping"}
 
@@ -41,7 +41,7 @@ _FIXED = (
     "vocab_size",
     "max_position_embeddings",
     "d_model",
-    *(f"{side}_{name}" for side in _SIDES for name in ("layers", "attention_heads", "ffn_dim")),
+    *(f"{side}_{name}" for side in SIDES for name in ("layers", "attention_heads", "ffn_dim")),
     "activation_function",
     "scale_embedding",
     "position_embedding_type",
@@ -49,13 +49,6 @@ _FIXED = (
     "tie_word_embeddings",
 )
 
-# weights of a sparse feed-forward -> weights of the dense one that they start from
-DENSE_OF_STACKED = {
-    "experts.up_proj": "fc1.weight",
-    "experts.up_proj_bias": "fc1.bias",
-    "experts.down_proj": "fc2.weight",
-    "experts.down_proj_bias": "fc2.bias",
-}
 _COPIED = {f"residual.mlp.{name}": name for name in DENSE_OF_STACKED.values()}
 # biases are left without noise, as they are in every initialization
 _NOISY = ("experts.up_proj", "experts.down_proj")
@@ -210,7 +203,7 @@ def _sparse_config(
     source: ZCodeM3Config, num_experts: int | Sequence[int], steps: Mapping[str, int], overrides: dict[str, Any]
 ) -> ZCodeM3Config:
     """The config of the new model; sparse layers of the source stay, the others are chosen by its own rule."""
-    was_sparse = {side: source.num_experts_per_layer(side) for side in _SIDES}
+    was_sparse = {side: source.num_experts_per_layer(side) for side in SIDES}
     is_dense = not any(was_sparse.values())
     _check_overrides(source, overrides, is_dense)
     counts = list(num_experts) if isinstance(num_experts, Sequence) else [num_experts]
@@ -218,16 +211,16 @@ def _sparse_config(
         raise ValueError(f"num_experts ({num_experts}) must be at least 2 in every layer: there is no choice among one")
 
     fields = {**source.to_dict(), **(_ROUTING if is_dense else {})}
-    fields |= {f"{side}_sparse_layers": None for side in _SIDES}
+    fields |= {f"{side}_sparse_layers": None for side in SIDES}
     fields = changed_fields(fields, overrides) | dict(steps)
     requested = _config({**fields, "num_experts": max(counts)})
-    new = {side: [i for i in requested.sparse_layers(side) if i not in was_sparse[side]] for side in _SIDES}
+    new = {side: [i for i in requested.sparse_layers(side) if i not in was_sparse[side]] for side in SIDES}
     num_new = sum(map(len, new.values()))
     if not num_new:
         raise ValueError(
             ", ".join(f"{name} ({step})" for name, step in steps.items())
             + " choose no dense layer to make sparse: of "
-            + ", ".join(f"{getattr(source, f'{side}_layers')} {side} layers" for side in _SIDES)
+            + ", ".join(f"{getattr(source, f'{side}_layers')} {side} layers" for side in SIDES)
             + f", {sum(map(len, was_sparse.values()))} are sparse already; choose a step from 1 to the number of layers"
         )
     if isinstance(num_experts, Sequence) and len(counts) != num_new:
@@ -239,9 +232,9 @@ def _sparse_config(
         return _config({**fields, "num_experts": counts if isinstance(num_experts, Sequence) else num_experts})
 
     count = iter(counts if isinstance(num_experts, Sequence) else counts * num_new)
-    is_sparse = {side: was_sparse[side] | {i: next(count) for i in new[side]} for side in _SIDES}
-    fields |= {f"{side}_sparse_layers": sorted(is_sparse[side]) for side in _SIDES}
-    return _config({**fields, "num_experts": [is_sparse[side][i] for side in _SIDES for i in sorted(is_sparse[side])]})
+    is_sparse = {side: was_sparse[side] | {i: next(count) for i in new[side]} for side in SIDES}
+    fields |= {f"{side}_sparse_layers": sorted(is_sparse[side]) for side in SIDES}
+    return _config({**fields, "num_experts": [is_sparse[side][i] for side in SIDES for i in sorted(is_sparse[side])]})
 
 
 def _config(fields: dict[str, Any]) -> ZCodeM3Config:
@@ -267,7 +260,7 @@ def _check_overrides(source: ZCodeM3Config, overrides: Mapping[str, Any], is_den
 def _warnings(config: ZCodeM3Config) -> list[str]:
     """What makes the outputs of equal experts differ from the dense model's, or keeps the router from learning."""
     top_k, normalize = config.num_experts_per_tok, config.normalize_router_weights
-    counts = [count for side in _SIDES for count in config.num_experts_per_layer(side).values()]
+    counts = [count for side in SIDES for count in config.num_experts_per_layer(side).values()]
     differ = []
     if normalize is None and top_k < max(counts):
         differ.append("normalize_router_weights=None: the weights of a token's experts sum to less than 1")

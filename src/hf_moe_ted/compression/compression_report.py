@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from ..storage.messages import shorten
 from .typed_fields import from_fields
 
@@ -225,16 +223,6 @@ def report_from_dict(fields: Mapping[str, Any]) -> CompressionReport:
     return report
 
 
-def num_parameters(weights: Mapping[str, Tensor]) -> int:
-    """Numbers in all tensors."""
-    return sum(weight.numel() for weight in weights.values())
-
-
-def num_bytes(weights: Mapping[str, Tensor]) -> int:
-    """Size of all tensors."""
-    return sum(weight.nbytes for weight in weights.values())
-
-
 def _ranges(numbers: list[int]) -> str:
     """`[0, 1, 2, 5]` -> `"0-2, 5"`."""
     ranges: list[list[int]] = []
@@ -254,7 +242,5 @@ __all__ = [
     "MergingReport",
     "PruningReport",
     "QuantizationReport",
-    "num_bytes",
-    "num_parameters",
     "report_from_dict",
 ]

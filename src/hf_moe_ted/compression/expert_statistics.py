@@ -20,33 +20,18 @@ from torch import Tensor
 
 from ..checkpoint.json_file import read_json_object
 from ..models.configuration_zcode_m3 import Side, ZCodeM3Config
+from ..models.language_codes import LanguagePair
+from ..models.layer_names import moe_layers
 from ..storage.messages import shorten
 from ..storage.output import check_output_dir, new_folder
 from ..storage.output_kinds import EXPERT_STATISTICS
 from ..storage.writing import keeping_places
 from .statistics_checks import COUNTS, check_fingerprint, check_layers, check_pairs
 
-LanguagePair = tuple[str, str]
-
-SIDES: tuple[Side, ...] = ("encoder", "decoder")
 TENSORS_NAME = "expert_statistics.safetensors"
 METADATA_NAME = "expert_statistics.json"
 FORMAT = "hf_moe_ted.expert_statistics"
 FORMAT_VERSION = 1
-
-
-def moe_layers(config: ZCodeM3Config) -> dict[str, int]:
-    """Name of each MoE layer in [`ZCodeM3ForConditionalGeneration`] -> its experts; the encoder's come first."""
-    return {
-        f"model.{side}.layers.{layer}.ffn": num_experts
-        for side in SIDES
-        for layer, num_experts in config.num_experts_per_layer(side).items()
-    }
-
-
-def side_of(layer: str) -> Side:
-    """Whether the MoE layer of this name belongs to the encoder or the decoder."""
-    return "encoder" if layer.startswith("model.encoder.") else "decoder"
 
 
 @dataclass(frozen=True)
@@ -315,4 +300,4 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-__all__ = ["ExpertStatistics", "LanguagePair", "LayerStatistics", "ModelFingerprint", "moe_layers", "side_of"]
+__all__ = ["ExpertStatistics", "LayerStatistics", "ModelFingerprint"]

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ..models.configuration_zcode_m3 import Side
-from ..models.language_codes import find_language
-from .expert_statistics import SIDES, ExpertStatistics, LanguagePair, LayerStatistics, side_of
+from ..models.language_codes import LanguagePair, find_language
+from ..models.layer_names import SIDES, side_of
+from .expert_statistics import ExpertStatistics, LayerStatistics
 
 Criterion = Callable[[LayerStatistics], Tensor]
 """What the experts of a layer have done for some language pairs -> number[E], higher for experts to keep.

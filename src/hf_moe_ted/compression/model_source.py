@@ -23,9 +23,10 @@ from ..checkpoint.model_folder import (
 )
 from ..checkpoint.safetensors_io import check_tensors, open_pretrained_tensors
 from ..models.configuration_zcode_m3 import ZCodeM3Config
+from ..models.layer_names import SIDES, ffn_name, moe_layers
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from .compression_report import CompressionReport
-from .expert_statistics import SIDES, ExpertStatistics, ModelFingerprint, moe_layers
+from .expert_statistics import ExpertStatistics, ModelFingerprint
 from .model_card import derived_card
 from .report_folder import save_report
 from .whole_model import check_no_adapter
@@ -133,7 +134,7 @@ def set_num_experts(model: ZCodeM3ForConditionalGeneration) -> None:
     for side in SIDES:
         expert_map = model.config.expert_map_per_layer(side)
         for index, num_experts in model.config.num_experts_per_layer(side).items():
-            layer: Any = model.get_submodule(f"model.{side}.layers.{index}.ffn")
+            layer: Any = model.get_submodule(ffn_name(side, index))
             layer.router.num_experts = layer.experts.num_experts = num_experts
             if index in expert_map:
                 layer.router.expert_map = tuple(expert_map[index])

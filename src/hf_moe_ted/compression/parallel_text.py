@@ -6,8 +6,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..models.language_codes import encode_in, find_language, resolve_language
-from .expert_statistics import LanguagePair
+from ..models.language_codes import LanguagePair, encode_in, find_language, resolve_language
 
 MAX_WAITING_BUCKETS = 64
 MAX_WAITING_CHARACTERS = 2**26

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from ..checkpoint.lazy_tensors import LazyTensors, check_all
+from ..checkpoint.lazy_tensors import LazyTensors, check_all, num_bytes, num_parameters
 from ..checkpoint.model_folder import meta_model
-from ..checkpoint.upcycling import DENSE_OF_STACKED
 from ..models.configuration_zcode_m3 import ZCodeM3Config
-from ..models.language_codes import language_ids, resolve_language
+from ..models.language_codes import LanguagePair, language_ids, resolve_language
+from ..models.layer_names import DENSE_OF_STACKED, SIDES, ffn_name, moe_layers, side_of
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..models.moe_layer import ZCodeM3DenseFFN, ZCodeM3MoELayer
 from ..storage.output import check_output_dir
 from ..storage.writing import keeping_places
-from .compression_report import PruningReport, num_bytes, num_parameters
-from .expert_statistics import SIDES, ExpertStatistics, LanguagePair, moe_layers, side_of
+from .compression_report import PruningReport
+from .expert_statistics import ExpertStatistics
 from .importance import (
     Criterion,
     check_languages_of,
@@ -233,7 +233,7 @@ def _pruned_config(source: ZCodeM3Config, kept: KeptExperts, renormalize: bool) 
             config.expert_map = [_map_of(experts, num_experts[layer]) for layer, experts in kept.items()]
     counts: list[int] = []
     for side in SIDES:
-        layers = {index: len(kept[f"model.{side}.layers.{index}.ffn"]) for index in source.sparse_layers(side)}
+        layers = {index: len(kept[ffn_name(side, index)]) for index in source.sparse_layers(side)}
         sparse = {index: count for index, count in layers.items() if not (renormalize and _is_dense(source, count))}
         counts += sparse.values()
         if sparse.keys() != layers.keys():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from accelerate.utils import convert_file_size_to_int
 from torch import Tensor
 
-from .expert_statistics import side_of
+from ..models.layer_names import side_of
 
 PER_LAYER = ("equal", "adaptive")
 

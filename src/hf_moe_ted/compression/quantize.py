@@ -12,13 +12,13 @@ from transformers import NllbMoeConfig
 
 from ..checkpoint.config_file import config_path
 from ..checkpoint.json_file import read_json_object
-from ..checkpoint.lazy_tensors import check_all, check_weight
+from ..checkpoint.lazy_tensors import check_all, check_weight, num_bytes, num_parameters
 from ..checkpoint.model_folder import copy_tokenizer_and_generation_config
 from ..models.experts import ZCodeM3Experts
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..storage.output import check_output_dir, new_folder
 from ..storage.writing import keeping_places
-from .compression_report import QuantizationReport, num_bytes, num_parameters
+from .compression_report import QuantizationReport
 from .model_card import derived_card
 from .model_source import ModelSource
 from .quantized_experts import ExpertQuantizationConfig, ExpertQuantizer

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..models.layer_names import SIDES, side_of
 from .compression_report import CompressionReport, FewerExpertsReport, PruningReport
-from .expert_statistics import SIDES, ExpertStatistics, side_of
+from .expert_statistics import ExpertStatistics
 from .markdown_text import printable
 from .routing_similarity import routed_shares, routing_similarity
 from .translation_quality import TranslationQuality

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..models.configuration_zcode_m3 import Side
-from .expert_statistics import SIDES, ExpertStatistics, side_of
+from ..models.layer_names import SIDES, side_of
+from .expert_statistics import ExpertStatistics
 
 
 def routed_shares(statistics: ExpertStatistics, layer: str) -> Tensor:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.layer_names import FFN_PATTERN
+
 COUNTS = ("num_routed", "num_dropped")
 # of sums of probabilities, which are those of routers in 16 bits, too
 TOLERANCE = 0.02
 
-_LAYER = re.compile(r"model\.(encoder|decoder)\.layers\.\d+\.ffn")
+_LAYER = re.compile(rf"model\.{FFN_PATTERN}")
 
 
 def check_fingerprint(num_experts: Any, num_experts_per_tok: Any, d_model: Any, router_hash: Any) -> None:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..models.language_codes import language_ids, resolve_language
+from ..models.language_codes import LanguagePair, language_ids, resolve_language
+from ..models.layer_names import FFN_PATTERN, side_of
 from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
 from ..models.moe_layer import ZCodeM3MoELayer
 from ..models.router import Routing, modules_in_use
-from .expert_statistics import ExpertStatistics, LanguagePair, LayerStatistics, ModelFingerprint, side_of
+from .evaluation_mode import evaluation_mode
+from .expert_statistics import ExpertStatistics, LayerStatistics, ModelFingerprint
 from .parallel_text import (
     EncodedSentence,
     batches,
@@ -33,7 +35,7 @@ from .parallel_text import (
 
 BATCHES_PER_BUCKET = 16
 
-_MOE_LAYER = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.ffn$")
+_MOE_LAYER = re.compile(rf"{FFN_PATTERN}$")
 
 
 def collect_expert_statistics(
@@ -121,18 +123,6 @@ def _named_moe_layers(model: nn.Module) -> dict[str, ZCodeM3MoELayer]:
     if not layers:
         raise ValueError(f"{type(model).__name__} has no MoE layer whose experts could be counted")
     return layers
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """As `model.eval()`; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager
@@ -293,4 +283,4 @@ def _whole(weight: Any) -> Tensor:
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
-__all__ = ["collect_expert_statistics", "evaluation_mode"]
+__all__ = ["collect_expert_statistics"]

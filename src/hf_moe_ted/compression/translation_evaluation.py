@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checkpoint.lazy_tensors import num_bytes
 from ..metrics.language_detection import detector_code
-from ..models.language_codes import find_language, language_ids, languages_kept, resolve_language
-from .compression_report import num_bytes
-from .expert_statistics import LanguagePair
+from ..models.language_codes import LanguagePair, find_language, language_ids, languages_kept, resolve_language
+from .evaluation_mode import evaluation_mode
 from .parallel_text import Sentence, check_languages, progress_over, read_sentences, require_languages
-from .statistics_collection import evaluation_mode
 from .translation_quality import DirectionQuality, TranslationQuality
 from .translation_scores import score_translations
 

@@ -11,10 +11,10 @@ from statistics import fmean
 from typing import Any
 
 from ..checkpoint.json_file import read_json_object
+from ..models.language_codes import LanguagePair
 from ..storage.messages import shorten
 from ..storage.output import check_output_file, write_file
 from ..storage.writing import keeping_places
-from .expert_statistics import LanguagePair
 from .translation_scores import TranslationScores
 from .typed_fields import from_fields, of_type
 

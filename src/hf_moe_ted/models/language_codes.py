@@ -13,6 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+LanguagePair = tuple[str, str]
+"""Source and target language."""
+
 # A line per language: the code that stands for it here, then the other ones. A macrolanguage (`ara`) is the same as the
 # member that is meant without further words (`arb`), as in NLLB and FLORES-200, whose languages are all here.
 _CODES = """
@@ -274,6 +277,7 @@ def _near(code: str, languages: list[str]) -> list[str]:
 
 __all__ = [
     "LanguageCode",
+    "LanguagePair",
     "calls_take_languages",
     "encode_in",
     "find_language",

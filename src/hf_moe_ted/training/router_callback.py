@@ -6,10 +6,11 @@ from typing import Any, NamedTuple, TypeVar, cast
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..models.layer_names import FFN_PATTERN
 from ..models.router import ZCodeM3Router, modules_in_use
 
 _Callback = TypeVar("_Callback", bound="RouterCallback")
-_ROUTER = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.ffn\.router$")
+_ROUTER = re.compile(rf"{FFN_PATTERN}\.router$")
 _WRAPPER = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # around layers, by PyTorch
 
 
