@@ -13,7 +13,7 @@ import torch
 from hf_moe_ted.checkpoint import torch_file
 from hf_moe_ted.checkpoint.lazy_tensors import TensorFile
 from hf_moe_ted.checkpoint.torch_file import check_checksums, load_torch_file
-from hf_moe_ted.storage.messages import UnreadableFileError
+from hf_moe_ted.files.messages import UnreadableFileError
 
 
 @pytest.fixture(name="path")

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
 from hf_moe_ted import TedPlugin, TedSeq2SeqTrainer, ZCodeM3ForConditionalGeneration
-from hf_moe_ted.storage import output
+from hf_moe_ted.files import output
 from hf_moe_ted.testing import run_distributed_test
 
 DP2, TP2 = {"expert_parallel_size": 2}, {"tensor_parallel_size": 2}

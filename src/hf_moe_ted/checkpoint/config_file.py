@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..files.json_file import read_json_object
+from ..files.messages import shorten
 from ..models.configuration_zcode_m3 import ZCodeM3Config
-from ..storage.messages import shorten
-from .json_file import read_json_object
 
 
 @contextmanager

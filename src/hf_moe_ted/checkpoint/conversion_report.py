@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..storage.messages import printable
+from ..files.messages import printable
 
 
 @dataclass(frozen=True)

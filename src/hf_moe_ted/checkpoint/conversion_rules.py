@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..storage.messages import shorten
+from ..files.messages import shorten
+from ..files.yaml_file import read_yaml
 from .lazy_tensors import LazyTensors
 from .patterns import PLACEHOLDER, NamePattern, Pattern
-from .yaml_file import read_yaml
 
 RULES_DIR = Path(__file__).parent / "rules"
 

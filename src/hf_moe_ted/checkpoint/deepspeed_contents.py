@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..storage.messages import UnreadableFileError, shorten
+from ..files.messages import UnreadableFileError, shorten
 from .deepspeed_files import MAX_RANKS, CheckpointFiles, FilePool, content_errors, load_file
 
 MAX_EXPERTS = 2**20

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from ..files.json_file import parse_json_object, read_json_object
+from ..files.output import check_output_dir
+from ..files.writing import keeping_places
 from ..models.configuration_zcode_m3 import ZCodeM3Config, changed_fields
 from ..models.layer_names import FFN_PATTERN
-from ..storage.output import check_output_dir
-from ..storage.writing import keeping_places
 from .config_file import config_errors
 from .conversion_report import ConversionReport
 from .conversion_rules import RuleSet
 from .deepspeed_reader import read_deepspeed_state_dict
-from .json_file import parse_json_object, read_json_object
 from .lazy_tensors import LazyTensors, checked_weights
 from .m2m100 import m2m100_config_fields
 from .model_folder import TOKENIZER_FILES, copy_tokenizer_and_generation_config, parse_dtype, write_model_folder

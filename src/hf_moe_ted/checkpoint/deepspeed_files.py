@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..storage.messages import UnreadableFileError, shorten
-from .json_file import read_text
+from ..files.json_file import read_text
+from ..files.messages import UnreadableFileError, shorten
 from .lazy_tensors import MAX_MAPPED_BYTES, prefault
 from .torch_file import check_checksums, load_torch_file
 

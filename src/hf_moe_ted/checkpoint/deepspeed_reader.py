@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..storage.messages import printable
+from ..files.messages import printable
 from .conversion_rules import check_shard_rule
 from .deepspeed_checks import check_contents
 from .deepspeed_contents import Contents, meta, parse_expert_name, read_contents

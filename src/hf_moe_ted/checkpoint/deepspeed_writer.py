@@ -11,10 +11,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..files.output import check_output_dir, new_folder
+from ..files.output_kinds import DEEPSPEED_EXPORT
+from ..files.writing import keeping_places
 from ..models.configuration_zcode_m3 import ZCodeM3Config
-from ..storage.output import check_output_dir, new_folder
-from ..storage.output_kinds import DEEPSPEED_EXPORT
-from ..storage.writing import keeping_places
 from .config_file import read_zcode_m3_config
 from .conversion_rules import RuleSet
 from .lazy_tensors import LazyTensors, check_rounded, checked_weights

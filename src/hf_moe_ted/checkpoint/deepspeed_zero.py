@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..storage.messages import UnreadableFileError, shorten
+from ..files.messages import UnreadableFileError, shorten
 from .deepspeed_contents import Contents, Shard, parse_expert_name, replace_expert
 from .deepspeed_files import MAX_RANKS, FilePool, content_errors, list_names, load_file
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from ..files.json_file import read_json_object
+from ..files.messages import shorten
+from ..files.output import check_output_dir
+from ..files.writing import keeping_places
 from ..models.configuration_zcode_m3 import ZCodeM3Config
-from ..storage.messages import shorten
-from ..storage.output import check_output_dir
-from ..storage.writing import keeping_places
 from .config_file import zcode_m3_config
 from .conversion_report import ConversionReport
-from .json_file import read_json_object
 from .lazy_tensors import LazyTensors
 from .model_folder import (
     copy_tokenizer_and_generation_config,

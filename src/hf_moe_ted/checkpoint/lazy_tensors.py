@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..storage.messages import UnreadableFileError, check_is_file
+from ..files.messages import UnreadableFileError, check_is_file
 from .torch_file import check_checksums, load_torch_file
 
 MAX_MAPPED_BYTES = 256 * 2**20

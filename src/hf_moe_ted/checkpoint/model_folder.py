@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from ..files.json_file import read_json_object
+from ..files.messages import shorten
+from ..files.output import new_folder
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
-from ..storage.messages import shorten
-from ..storage.output import new_folder
 from .config_file import config_errors
 from .conversion_report import ConversionReport
-from .json_file import read_json_object
 from .lazy_tensors import LazyTensors
 from .safetensors_io import check_tensors, write_pretrained_tensors
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from ..files.json_file import read_json_object
+from ..files.output import check_output_dir
+from ..files.writing import keeping_places
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.nllb_moe import MODEL_TYPE, config_fields, weight_conversions
-from ..storage.output import check_output_dir
-from ..storage.writing import keeping_places
 from .config_file import config_errors, config_path
 from .conversion_report import ConversionReport
-from .json_file import read_json_object
 from .lazy_tensors import LazyTensors
 from .model_folder import copy_tokenizer_and_generation_config, parse_dtype, write_model_folder
 from .safetensors_io import open_pretrained_tensors

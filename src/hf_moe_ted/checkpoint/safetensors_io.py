@@ -10,8 +10,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from ..storage.messages import shorten
-from .json_file import read_json_object
+from ..files.json_file import read_json_object
+from ..files.messages import shorten
 from .lazy_tensors import LazyTensors, TensorFile, check_rounded, checked_weights
 from .safetensors_file import create_safetensors_file
 

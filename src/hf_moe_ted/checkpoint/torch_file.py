@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ..storage.messages import UnreadableFileError, check_is_file, shorten
+from ..files.messages import UnreadableFileError, check_is_file, shorten
 
 MAX_PICKLE_BYTES = 256 * 2**20
 MAX_PICKLE_OPERATIONS = 5_000_000  # a tensor takes about 40

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from ..files.json_file import read_json_object
+from ..files.output import check_output_dir
+from ..files.writing import keeping_places
 from ..models.configuration_zcode_m3 import ZCodeM3Config, changed_fields
 from ..models.layer_names import DENSE_OF_STACKED, SIDES
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
-from ..storage.output import check_output_dir
-from ..storage.writing import keeping_places
 from .config_file import config_errors, config_path
 from .conversion_report import ConversionReport
-from .json_file import read_json_object
 from .lazy_tensors import LazyTensors
 from .m2m100 import MODEL_TYPE as M2M100
 from .m2m100 import m2m100_config_fields, m2m100_name

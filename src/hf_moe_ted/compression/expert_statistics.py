@@ -18,14 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..checkpoint.json_file import read_json_object
+from ..files.json_file import read_json_object
+from ..files.messages import shorten
+from ..files.output import check_output_dir, new_folder
+from ..files.output_kinds import EXPERT_STATISTICS
+from ..files.writing import keeping_places
 from ..models.configuration_zcode_m3 import Side, ZCodeM3Config
 from ..models.language_codes import LanguagePair
 from ..models.layer_names import moe_layers
-from ..storage.messages import shorten
-from ..storage.output import check_output_dir, new_folder
-from ..storage.output_kinds import EXPERT_STATISTICS
-from ..storage.writing import keeping_places
 from .statistics_checks import COUNTS, check_fingerprint, check_layers, check_pairs
 
 TENSORS_NAME = "expert_statistics.safetensors"

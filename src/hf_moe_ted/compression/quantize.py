@@ -11,13 +11,13 @@ from torch import nn
 from transformers import NllbMoeConfig
 
 from ..checkpoint.config_file import config_path
-from ..checkpoint.json_file import read_json_object
 from ..checkpoint.lazy_tensors import check_all, check_weight, num_bytes, num_parameters
 from ..checkpoint.model_folder import copy_tokenizer_and_generation_config
+from ..files.json_file import read_json_object
+from ..files.output import check_output_dir, new_folder
+from ..files.writing import keeping_places
 from ..models.experts import ZCodeM3Experts
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
-from ..storage.output import check_output_dir, new_folder
-from ..storage.writing import keeping_places
 from .compression_report import QuantizationReport
 from .model_card import derived_card
 from .model_source import ModelSource

@@ -8,8 +8,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from ..checkpoint.json_file import read_json_object
-from ..storage.output import files_into
+from ..files.json_file import read_json_object
+from ..files.output import files_into
+from ..files.typed_fields import of_type
 from .compression_report import REPORT_NAME, AggregationReport, CompressionReport, FewerExpertsReport, report_from_dict
 from .expert_statistics import ExpertStatistics
 from .markdown_report import PICTURE_FOLDER, REPORT_MARKDOWN, ReportContents, card_section, full_report
@@ -17,7 +18,6 @@ from .model_card import CARD_NAME, with_section
 from .report_pictures import PICTURES, draw_pictures
 from .routing_similarity import nearest_languages
 from .translation_quality import TranslationQuality
-from .typed_fields import of_type
 
 
 def save_report(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..checkpoint.json_file import parse_json_object
+from ..files.json_file import parse_json_object
 from .parallel_text import sentences_of_row
 
 MAX_LINE_BYTES = 2**20

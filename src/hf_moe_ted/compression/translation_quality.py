@@ -10,13 +10,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..checkpoint.json_file import read_json_object
+from ..files.json_file import read_json_object
+from ..files.messages import shorten
+from ..files.output import check_output_file, write_file
+from ..files.typed_fields import from_fields, of_type
+from ..files.writing import keeping_places
 from ..models.language_codes import LanguagePair
-from ..storage.messages import shorten
-from ..storage.output import check_output_file, write_file
-from ..storage.writing import keeping_places
 from .translation_scores import TranslationScores
-from .typed_fields import from_fields, of_type
 
 FORMAT = "hf_moe_ted.translation_quality"
 FORMAT_VERSION = 1

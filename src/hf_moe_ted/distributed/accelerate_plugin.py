@@ -19,9 +19,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
+from ..files.output import remove_folder
+from ..files.output_kinds import ACCELERATOR_STATE
 from ..optim.tiled_adamw import TiledAdamW
-from ..storage.output import remove_folder
-from ..storage.output_kinds import ACCELERATOR_STATE
 from .activation_checkpoint import communication_aware_context_fn
 from .checkpoint import atomic_folder, save_pretrained, together, whole_state_dict
 from .gradient_norm import clip_grad_norm_

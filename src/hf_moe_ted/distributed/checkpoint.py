@@ -22,8 +22,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..checkpoint.lazy_tensors import LazyTensors
 from ..checkpoint.safetensors_io import check_tensors, read_weight_map, write_pretrained_tensors
-from ..storage.output import files_into, new_folder
-from ..storage.output_kinds import MODEL, OutputKind
+from ..files.output import files_into, new_folder
+from ..files.output_kinds import MODEL, OutputKind
 from .sharding import local_shape, local_tensor, regions, regions_at, sources
 from .weight_names import converted_tensors
 

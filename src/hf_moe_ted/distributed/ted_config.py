@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from . import expert_parallel, tensor_parallel  # noqa: F401  # they register the styles that the plans name
+from ..distributed import expert_parallel, tensor_parallel  # noqa: F401  # they register the styles that the plans name
 
 
 @dataclass(repr=False)

@@ -15,9 +15,9 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
+from ..files.output import remove_folder, tidy_up_checkpoints
+from ..files.output_kinds import TRAINER_CHECKPOINT
 from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
-from ..storage.output import remove_folder, tidy_up_checkpoints
-from ..storage.output_kinds import TRAINER_CHECKPOINT
 from .accelerate_plugin import TRAINING_STATE, TedPlugin
 from .activation_checkpoint import CommunicationAwareContextFn
 from .checkpoint import atomic_folder, has_weights, load_weights, save_pretrained

@@ -38,7 +38,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
-from ..storage.output_kinds import TRAINING_STATE
+from ..files.output_kinds import TRAINING_STATE
 from .checkpoint import atomic_folder, named_tensors, rank, together
 from .sharding import Region, regions
 from .state_metadata import SafeReader, check_archive

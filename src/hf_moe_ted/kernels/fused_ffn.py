@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import triton_ffn
+from ..kernels import triton_ffn
 from .device_guard import on_device_of_first
 from .grouped_ffn import can_group, grouped_ffn_experts_forward, parameters_in_dtype_of_products
 from .row_plan import RowPlan, plan_rows, plan_rows_op

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from . import triton_router
+from ..kernels import triton_router
 from .device_guard import on_device_of_first
 
 _MAX_EXPERTS = 512

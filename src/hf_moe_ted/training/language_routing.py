@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from ..files.output import write_file
 from ..models.language_codes import language_ids
 from ..models.router import Routing
-from ..storage.output import write_file
 from .router_callback import RouterCallback, sparse_routers
 
 logger = logging.get_logger(__name__)

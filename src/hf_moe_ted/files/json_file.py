@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..storage.messages import UnreadableFileError, check_is_file, shorten
+from .messages import UnreadableFileError, check_is_file, shorten
 
 MAX_JSON_BYTES = 32 * 2**20
 

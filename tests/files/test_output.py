@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from hf_moe_ted.storage import writing as writing_module
-from hf_moe_ted.storage.output import (
+from hf_moe_ted.files import writing as writing_module
+from hf_moe_ted.files.output import (
     check_output_dir,
     check_output_file,
     files_into,
@@ -24,7 +24,7 @@ from hf_moe_ted.storage.output import (
     tidy_up_checkpoints,
     write_file,
 )
-from hf_moe_ted.storage.output_kinds import DEEPSPEED_EXPORT, EXPERT_STATISTICS, MODEL, TRAINER_CHECKPOINT
+from hf_moe_ted.files.output_kinds import DEEPSPEED_EXPORT, EXPERT_STATISTICS, MODEL, TRAINER_CHECKPOINT
 
 CONFIG = '{"model_type": "zcode_m3"}'
 
@@ -372,7 +372,7 @@ def test_two_copies_of_which_one_may_be_good(tmp_path: Path) -> None:
 
 WAITING = """
 import pathlib, signal, sys, time
-from hf_moe_ted.storage.output import new_folder
+from hf_moe_ted.files.output import new_folder
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 with new_folder(pathlib.Path(sys.argv[1])) as folder:
     (folder / "half").touch()

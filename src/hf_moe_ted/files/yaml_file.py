@@ -5,8 +5,8 @@ from typing import Any
 
 import yaml
 
-from ..storage.messages import shorten
 from .json_file import read_text
+from .messages import shorten
 
 MAX_YAML_BYTES = 2**18
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from hf_moe_ted.checkpoint.json_file import MAX_JSON_BYTES, parse_json_object, read_json_object
-from hf_moe_ted.checkpoint.yaml_file import MAX_YAML_BYTES, read_yaml
+from hf_moe_ted.files.json_file import MAX_JSON_BYTES, parse_json_object, read_json_object
+from hf_moe_ted.files.yaml_file import MAX_YAML_BYTES, read_yaml
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from ..storage.messages import shorten
+from .messages import shorten
 
 MAX_NUMBER = 2**63
 
