@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from ._auto_registration import register_auto_classes
 
 if TYPE_CHECKING:
-    from .checkpoint.conversion_report import ConversionReport
     from .checkpoint.conversion_rules import RuleSet
     from .checkpoint.deepspeed_converter import convert_deepspeed_checkpoint
     from .checkpoint.deepspeed_reader import DeepSpeedLayout, inspect_deepspeed_checkpoint, read_deepspeed_state_dict
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from .compression.translation_evaluation import evaluate_translation
     from .compression.translation_quality import DirectionQuality, TranslationQuality
     from .compression.translation_scores import TranslationScores, score_translations
-    from .compression.whole_model import load_model_and_tokenizer
     from .data.batch_sampler import TokenBudgetBatchSampler, token_lengths
     from .data.collator import DataCollatorForMultitaskSeq2Seq
     from .data.denoising import DenoisingNoise
@@ -45,6 +43,8 @@ if TYPE_CHECKING:
     from .models.pipeline_translation import ZCodeM3TranslationPipeline
     from .models.tokenization_zcode_m3 import ZCodeM3Tokenizer
     from .optim.tiled_adamw import TiledAdamW
+    from .tensors.conversion_report import ConversionReport
+    from .tensors.whole_model import load_model_and_tokenizer
     from .training.language_routing import LanguageRoutingCallback
     from .training.multitask_trainer import MultitaskSeq2SeqTrainer, MultitaskTrainerMixin, MultitaskTrainingArguments
     from .training.router_statistics import RouterStatisticsCallback
@@ -56,7 +56,7 @@ except PackageNotFoundError:  # a source tree that is not installed
 
 _MODULE_OF_NAME = {
     "AggregationReport": "compression.compression_report",
-    "ConversionReport": "checkpoint.conversion_report",
+    "ConversionReport": "tensors.conversion_report",
     "DataCollatorForMultitaskSeq2Seq": "data.collator",
     "DeepSpeedLayout": "checkpoint.deepspeed_reader",
     "DenoisingNoise": "data.denoising",
@@ -102,7 +102,7 @@ _MODULE_OF_NAME = {
     "export_deepspeed_checkpoint": "checkpoint.deepspeed_writer",
     "initialize_checkpoint": "checkpoint.initialization",
     "inspect_deepspeed_checkpoint": "checkpoint.deepspeed_reader",
-    "load_model_and_tokenizer": "compression.whole_model",
+    "load_model_and_tokenizer": "tensors.whole_model",
     "merge_experts": "compression.merge",
     "open_parallel_text": "compression.text_file",
     "parse_languages": "models.language_codes",

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from hf_moe_ted import ZCodeM3ForConditionalGeneration
 from hf_moe_ted.checkpoint.conversion_rules import RULES_DIR, NamePattern, RuleSet
-from hf_moe_ted.checkpoint.lazy_tensors import LazyTensors
 from hf_moe_ted.checkpoint.patterns import Pattern
+from hf_moe_ted.tensors.lazy_tensors import LazyTensors
 from hf_moe_ted.testing import tiny_config
 
 SHIPPED = sorted(path.stem for path in RULES_DIR.glob("*.yaml"))

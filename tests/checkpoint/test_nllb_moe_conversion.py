@@ -26,7 +26,7 @@ from hf_moe_ted import (
     ZCodeM3TranslationPipeline,
     convert_nllb_moe_checkpoint,
 )
-from hf_moe_ted.checkpoint import lazy_tensors
+from hf_moe_ted.tensors import lazy_tensors
 
 REPOSITORY = Path(__file__).parents[2]
 GOLDENS = [REPOSITORY / "tests" / "fixtures" / "nllb_moe" / name for name in ("tiny_a", "tiny_b")]

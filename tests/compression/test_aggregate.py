@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from hf_moe_ted import ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer
-from hf_moe_ted.checkpoint import safetensors_io
 from hf_moe_ted.compression.aggregate import aggregate_experts
+from hf_moe_ted.tensors import safetensors_io
 
 MakeModel = Callable[..., ZCodeM3ForConditionalGeneration]
 Save = Callable[..., Path]

@@ -17,8 +17,8 @@ from hf_moe_ted import (
     prune_experts,
     upcycle_dense_checkpoint,
 )
-from hf_moe_ted.checkpoint.lazy_tensors import check_all
 from hf_moe_ted.compression.model_source import ModelSource
+from hf_moe_ted.tensors.lazy_tensors import check_all
 
 SHARED, UP = "model.shared.weight", "model.encoder.layers.1.ffn.experts.up_proj"
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from hf_moe_ted import ZCodeM3ForConditionalGeneration
-from hf_moe_ted.checkpoint import safetensors_io
 from hf_moe_ted.distributed.checkpoint import atomic_folder, load_weights, named_tensors, save_pretrained
+from hf_moe_ted.tensors import safetensors_io
 from hf_moe_ted.testing import run_distributed_test, tiny_config
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..files.messages import shorten
 from ..files.yaml_file import read_yaml
-from .lazy_tensors import LazyTensors
+from ..tensors.lazy_tensors import LazyTensors
 from .patterns import PLACEHOLDER, NamePattern, Pattern
 
 RULES_DIR = Path(__file__).parent / "rules"

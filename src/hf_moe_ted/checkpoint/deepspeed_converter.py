@@ -16,13 +16,18 @@ from ..files.output import check_output_dir
 from ..files.writing import keeping_places
 from ..models.configuration_zcode_m3 import ZCodeM3Config, changed_fields
 from ..models.layer_names import FFN_PATTERN
-from .config_file import config_errors
-from .conversion_report import ConversionReport
+from ..tensors.config_file import config_errors
+from ..tensors.conversion_report import ConversionReport
+from ..tensors.lazy_tensors import LazyTensors, checked_weights
+from ..tensors.model_folder import (
+    TOKENIZER_FILES,
+    copy_tokenizer_and_generation_config,
+    parse_dtype,
+    write_model_folder,
+)
 from .conversion_rules import RuleSet
 from .deepspeed_reader import read_deepspeed_state_dict
-from .lazy_tensors import LazyTensors, checked_weights
 from .m2m100 import m2m100_config_fields
-from .model_folder import TOKENIZER_FILES, copy_tokenizer_and_generation_config, parse_dtype, write_model_folder
 
 _ROUTER = re.compile(rf"model\.{FFN_PATTERN}\.router\.weight")
 # What DeepSpeed's gate does for k = 1, 2, and 3 or more (sharded_moe.py), in fields of the config

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from ..files.messages import printable
+from ..tensors.lazy_tensors import LazyTensors
 from .conversion_rules import check_shard_rule
 from .deepspeed_checks import check_contents
 from .deepspeed_contents import Contents, meta, parse_expert_name, read_contents
 from .deepspeed_files import FilePool, find_files, list_names, load_file
 from .deepspeed_shards import Shards, open_shards
-from .lazy_tensors import LazyTensors
 from .patterns import Pattern
 
 TensorParallelRule = tuple[str, int | None]

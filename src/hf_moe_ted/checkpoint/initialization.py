@@ -16,10 +16,10 @@ from ..files.messages import shorten
 from ..files.output import check_output_dir
 from ..files.writing import keeping_places
 from ..models.configuration_zcode_m3 import ZCodeM3Config
-from .config_file import zcode_m3_config
-from .conversion_report import ConversionReport
-from .lazy_tensors import LazyTensors
-from .model_folder import (
+from ..tensors.config_file import zcode_m3_config
+from ..tensors.conversion_report import ConversionReport
+from ..tensors.lazy_tensors import LazyTensors
+from ..tensors.model_folder import (
     copy_tokenizer_and_generation_config,
     meta_model,
     parse_dtype,

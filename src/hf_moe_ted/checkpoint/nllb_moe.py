@@ -13,11 +13,11 @@ from ..files.output import check_output_dir
 from ..files.writing import keeping_places
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.nllb_moe import MODEL_TYPE, config_fields, weight_conversions
-from .config_file import config_errors, config_path
-from .conversion_report import ConversionReport
-from .lazy_tensors import LazyTensors
-from .model_folder import copy_tokenizer_and_generation_config, parse_dtype, write_model_folder
-from .safetensors_io import open_pretrained_tensors
+from ..tensors.config_file import config_errors, config_path
+from ..tensors.conversion_report import ConversionReport
+from ..tensors.lazy_tensors import LazyTensors
+from ..tensors.model_folder import copy_tokenizer_and_generation_config, parse_dtype, write_model_folder
+from ..tensors.safetensors_io import open_pretrained_tensors
 
 
 @keeping_places()

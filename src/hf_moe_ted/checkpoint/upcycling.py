@@ -18,20 +18,20 @@ from ..files.writing import keeping_places
 from ..models.configuration_zcode_m3 import ZCodeM3Config, changed_fields
 from ..models.layer_names import DENSE_OF_STACKED, SIDES
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
-from .config_file import config_errors, config_path
-from .conversion_report import ConversionReport
-from .lazy_tensors import LazyTensors
-from .m2m100 import MODEL_TYPE as M2M100
-from .m2m100 import m2m100_config_fields, m2m100_name
-from .model_folder import (
+from ..tensors.config_file import config_errors, config_path
+from ..tensors.conversion_report import ConversionReport
+from ..tensors.lazy_tensors import LazyTensors
+from ..tensors.model_folder import (
     copy_tokenizer_and_generation_config,
     drop_tied_copies,
     meta_model,
     parse_dtype,
     write_model_folder,
 )
+from ..tensors.safetensors_io import check_tensors, open_pretrained_tensors
+from .m2m100 import MODEL_TYPE as M2M100
+from .m2m100 import m2m100_config_fields, m2m100_name
 from .named_seed import named_seed
-from .safetensors_io import check_tensors, open_pretrained_tensors
 
 _ARGUMENTS = ("num_experts", "encoder_sparse_step", "decoder_sparse_step")
 _ROUTING = {"num_experts_per_tok": 2, "normalize_router_weights": "after_dropping"}

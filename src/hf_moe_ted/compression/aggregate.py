@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.lazy_tensors import LazyTensors, num_bytes, num_parameters
-from ..checkpoint.model_folder import TOKENIZER_FILES, meta_model
 from ..files.output import check_output_dir
 from ..files.writing import keeping_places
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.layer_names import SIDES, moe_layers
+from ..tensors.lazy_tensors import LazyTensors, num_bytes, num_parameters
+from ..tensors.model_folder import TOKENIZER_FILES, meta_model
 from .compression_report import AggregationReport
 from .model_card import derived_card
 from .model_source import ModelSource

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..checkpoint.lazy_tensors import LazyTensors, check_all, num_bytes, num_parameters
 from ..files.output import check_output_dir
 from ..files.writing import keeping_places
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.language_codes import LanguagePair
 from ..models.layer_names import moe_layers
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
+from ..tensors.lazy_tensors import LazyTensors, check_all, num_bytes, num_parameters
 from .compression_report import MergingReport
 from .expert_groups import ExpertGroups, assigned_to, clustered, neuron_order
 from .expert_statistics import ExpertStatistics

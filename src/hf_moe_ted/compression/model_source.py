@@ -13,23 +13,23 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..checkpoint.config_file import read_zcode_m3_config
-from ..checkpoint.lazy_tensors import LazyTensors, checked_weights
-from ..checkpoint.model_folder import (
+from ..models.configuration_zcode_m3 import ZCodeM3Config
+from ..models.layer_names import SIDES, ffn_name, moe_layers
+from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
+from ..tensors.config_file import read_zcode_m3_config
+from ..tensors.lazy_tensors import LazyTensors, checked_weights
+from ..tensors.model_folder import (
     copy_tokenizer_and_generation_config,
     drop_tied_copies,
     meta_model,
     write_model_folder,
 )
-from ..checkpoint.safetensors_io import check_tensors, open_pretrained_tensors
-from ..models.configuration_zcode_m3 import ZCodeM3Config
-from ..models.layer_names import SIDES, ffn_name, moe_layers
-from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
+from ..tensors.safetensors_io import check_tensors, open_pretrained_tensors
+from ..tensors.whole_model import check_no_adapter
 from .compression_report import CompressionReport
 from .expert_statistics import ExpertStatistics, ModelFingerprint
 from .model_card import derived_card
 from .report_folder import save_report
-from .whole_model import check_no_adapter
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,20 @@ from typing import Any
 from torch import nn
 from transformers import NllbMoeConfig
 
-from ..checkpoint.config_file import config_path
-from ..checkpoint.lazy_tensors import check_all, check_weight, num_bytes, num_parameters
-from ..checkpoint.model_folder import copy_tokenizer_and_generation_config
 from ..files.json_file import read_json_object
 from ..files.output import check_output_dir, new_folder
 from ..files.writing import keeping_places
 from ..models.experts import ZCodeM3Experts
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
+from ..tensors.config_file import config_path
+from ..tensors.lazy_tensors import check_all, check_weight, num_bytes, num_parameters
+from ..tensors.model_folder import copy_tokenizer_and_generation_config
+from ..tensors.whole_model import load_whole_model
 from .compression_report import QuantizationReport
 from .model_card import derived_card
 from .model_source import ModelSource
 from .quantized_experts import ExpertQuantizationConfig, ExpertQuantizer
 from .report_folder import save_report
-from .whole_model import load_whole_model
 
 MAX_GROUP_SIZE = 128  # of the default; smaller groups are more exact, their scales take more room
 

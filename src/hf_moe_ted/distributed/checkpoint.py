@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..checkpoint.lazy_tensors import LazyTensors
-from ..checkpoint.safetensors_io import check_tensors, read_weight_map, write_pretrained_tensors
 from ..files.output import files_into, new_folder
 from ..files.output_kinds import MODEL, OutputKind
+from ..tensors.lazy_tensors import LazyTensors
+from ..tensors.safetensors_io import check_tensors, read_weight_map, write_pretrained_tensors
 from .sharding import local_shape, local_tensor, regions, regions_at, sources
 from .weight_names import converted_tensors
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_moe_ted.checkpoint.lazy_tensors import LazyTensors
-from hf_moe_ted.checkpoint.safetensors_file import create_safetensors_file
-from hf_moe_ted.checkpoint.safetensors_io import check_tensors, open_pretrained_tensors, write_pretrained_tensors
+from hf_moe_ted.tensors.lazy_tensors import LazyTensors
+from hf_moe_ted.tensors.safetensors_file import create_safetensors_file
+from hf_moe_ted.tensors.safetensors_io import check_tensors, open_pretrained_tensors, write_pretrained_tensors
 
 
 def test_only_one_shard_is_in_memory(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..checkpoint.config_file import config_path
-from ..checkpoint.lazy_tensors import check_floating
-from ..checkpoint.safetensors_io import open_pretrained_tensors
 from ..files.json_file import read_json_object
 from ..files.messages import check_is_file, shorten
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
+from .config_file import config_path
+from .lazy_tensors import check_floating
+from .safetensors_io import open_pretrained_tensors
 
 ADAPTER_CONFIG = "adapter_config.json"
 DTYPES = ("auto", "float32", "bfloat16", "float16")

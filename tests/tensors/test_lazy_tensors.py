@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_moe_ted.checkpoint.lazy_tensors import LazyTensors, check_all, check_weight, checked_weights
-from hf_moe_ted.checkpoint.safetensors_io import open_pretrained_tensors, write_pretrained_tensors
+from hf_moe_ted.tensors.lazy_tensors import LazyTensors, check_all, check_weight, checked_weights
+from hf_moe_ted.tensors.safetensors_io import open_pretrained_tensors, write_pretrained_tensors
 
 NAME = "layers.1.ffn.experts.up_proj"
 
@@ -25,7 +25,7 @@ def test_a_number_that_is_not_finite_is_named(bad: float, dtype: torch.dtype) ->
 
 
 def test_large_numbers_are_finite_and_parts_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_moe_ted.checkpoint.lazy_tensors._CHUNK_NUMEL", 7)
+    monkeypatch.setattr("hf_moe_ted.tensors.lazy_tensors._CHUNK_NUMEL", 7)
     check_weight(NAME, torch.full((9, 9), torch.finfo(torch.float32).max), "file")  # whose sum is not
     check_weight(NAME, torch.empty(0, 3), "file")
     check_weight(NAME, torch.tensor(1.0), "file")

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from hf_moe_ted.checkpoint import torch_file
-from hf_moe_ted.checkpoint.lazy_tensors import TensorFile
-from hf_moe_ted.checkpoint.torch_file import check_checksums, load_torch_file
 from hf_moe_ted.files.messages import UnreadableFileError
+from hf_moe_ted.tensors import torch_file
+from hf_moe_ted.tensors.lazy_tensors import TensorFile
+from hf_moe_ted.tensors.torch_file import check_checksums, load_torch_file
 
 
 @pytest.fixture(name="path")
@@ -50,7 +50,7 @@ def test_a_flipped_bit_in_any_entry_is_seen(path: Path) -> None:
 
 def test_a_file_is_compared_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Path] = []
-    monkeypatch.setattr("hf_moe_ted.checkpoint.lazy_tensors.check_checksums", calls.append)
+    monkeypatch.setattr("hf_moe_ted.tensors.lazy_tensors.check_checksums", calls.append)
     file = TensorFile(path)
     assert calls == []  # names and shapes need no numbers
     file.read("a"), file.read("b"), file.close(), file.read("a")
