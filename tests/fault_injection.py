@@ -178,7 +178,7 @@ def make_inputs(folder: Path, log: Path) -> None:
     expected = torch.load(folder / "deepspeed/expected.pt", weights_only=True)
     (folder / "deepspeed/expected.pt").unlink()
     (folder / "base.json").write_text(json.dumps(expected["base_config"]))
-    shutil.copy(Path(cli.__file__).parent / "checkpoint/rules/m2m100.yaml", folder / "rules.yaml")
+    shutil.copy(Path(cli.__file__).parent / "conversion/rules/m2m100.yaml", folder / "rules.yaml")
     shutil.copytree(FIXTURES / "nllb_moe/tiny_a", folder / "nllb", ignore=shutil.ignore_patterns("golden.pt"))
     torch.manual_seed(2)
     sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}

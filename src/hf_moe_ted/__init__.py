@@ -7,13 +7,6 @@ from typing import TYPE_CHECKING, Any
 from ._auto_registration import register_auto_classes
 
 if TYPE_CHECKING:
-    from .checkpoint.conversion_rules import RuleSet
-    from .checkpoint.deepspeed_converter import convert_deepspeed_checkpoint
-    from .checkpoint.deepspeed_reader import DeepSpeedLayout, inspect_deepspeed_checkpoint, read_deepspeed_state_dict
-    from .checkpoint.deepspeed_writer import export_deepspeed_checkpoint
-    from .checkpoint.initialization import initialize_checkpoint
-    from .checkpoint.nllb_moe import convert_nllb_moe_checkpoint
-    from .checkpoint.upcycling import upcycle_dense_checkpoint
     from .compression.aggregate import aggregate_experts
     from .compression.compression_report import AggregationReport, MergingReport, PruningReport, QuantizationReport
     from .compression.expert_statistics import ExpertStatistics, LayerStatistics
@@ -27,6 +20,13 @@ if TYPE_CHECKING:
     from .compression.translation_evaluation import evaluate_translation
     from .compression.translation_quality import DirectionQuality, TranslationQuality
     from .compression.translation_scores import TranslationScores, score_translations
+    from .conversion.conversion_rules import RuleSet
+    from .conversion.deepspeed.converter import convert_deepspeed_checkpoint
+    from .conversion.deepspeed.reader import DeepSpeedLayout, inspect_deepspeed_checkpoint, read_deepspeed_state_dict
+    from .conversion.deepspeed.writer import export_deepspeed_checkpoint
+    from .conversion.initialization import initialize_checkpoint
+    from .conversion.nllb_moe import convert_nllb_moe_checkpoint
+    from .conversion.upcycling import upcycle_dense_checkpoint
     from .data.batch_sampler import TokenBudgetBatchSampler, token_lengths
     from .data.collator import DataCollatorForMultitaskSeq2Seq
     from .data.denoising import DenoisingNoise
@@ -58,7 +58,7 @@ _MODULE_OF_NAME = {
     "AggregationReport": "compression.compression_report",
     "ConversionReport": "tensors.conversion_report",
     "DataCollatorForMultitaskSeq2Seq": "data.collator",
-    "DeepSpeedLayout": "checkpoint.deepspeed_reader",
+    "DeepSpeedLayout": "conversion.deepspeed.reader",
     "DenoisingNoise": "data.denoising",
     "DirectionQuality": "compression.translation_quality",
     "ExpertQuantizationConfig": "compression.quantized_experts",
@@ -77,7 +77,7 @@ _MODULE_OF_NAME = {
     "PruningResult": "compression.prune",
     "QuantizationReport": "compression.compression_report",
     "RouterStatisticsCallback": "training.router_statistics",
-    "RuleSet": "checkpoint.conversion_rules",
+    "RuleSet": "conversion.conversion_rules",
     "StreamSource": "data.multitask_stream",
     "TedConfig": "distributed.ted_config",
     "TedPlugin": "distributed.accelerate_plugin",
@@ -96,23 +96,23 @@ _MODULE_OF_NAME = {
     "aggregate_experts": "compression.aggregate",
     "collect_expert_statistics": "compression.statistics_collection",
     "communication_aware_context_fn": "distributed.activation_checkpoint",
-    "convert_deepspeed_checkpoint": "checkpoint.deepspeed_converter",
-    "convert_nllb_moe_checkpoint": "checkpoint.nllb_moe",
+    "convert_deepspeed_checkpoint": "conversion.deepspeed.converter",
+    "convert_nllb_moe_checkpoint": "conversion.nllb_moe",
     "evaluate_translation": "compression.translation_evaluation",
-    "export_deepspeed_checkpoint": "checkpoint.deepspeed_writer",
-    "initialize_checkpoint": "checkpoint.initialization",
-    "inspect_deepspeed_checkpoint": "checkpoint.deepspeed_reader",
+    "export_deepspeed_checkpoint": "conversion.deepspeed.writer",
+    "initialize_checkpoint": "conversion.initialization",
+    "inspect_deepspeed_checkpoint": "conversion.deepspeed.reader",
     "load_model_and_tokenizer": "tensors.whole_model",
     "merge_experts": "compression.merge",
     "open_parallel_text": "compression.text_file",
     "parse_languages": "models.language_codes",
     "prune_experts": "compression.prune",
     "quantize_experts": "compression.quantize",
-    "read_deepspeed_state_dict": "checkpoint.deepspeed_reader",
+    "read_deepspeed_state_dict": "conversion.deepspeed.reader",
     "resolve_language": "models.language_codes",
     "score_translations": "compression.translation_scores",
     "token_lengths": "data.batch_sampler",
-    "upcycle_dense_checkpoint": "checkpoint.upcycling",
+    "upcycle_dense_checkpoint": "conversion.upcycling",
     "write_compression_report": "compression.report_folder",
 }
 

@@ -221,7 +221,7 @@ def test_own_naming_in_a_yaml_file(tmp_path: Path) -> None:
 
 def test_deepspeed_is_not_needed() -> None:
     code = (
-        "import sys, hf_moe_ted.checkpoint.deepspeed_converter, hf_moe_ted.checkpoint.deepspeed_writer\n"
+        "import sys, hf_moe_ted.conversion.deepspeed.converter, hf_moe_ted.conversion.deepspeed.writer\n"
         "print('deepspeed' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files.messages import UnreadableFileError, shorten
-from .deepspeed_contents import Contents, Shard, parse_expert_name, replace_expert
-from .deepspeed_files import MAX_RANKS, FilePool, content_errors, list_names, load_file
+from ...files.messages import UnreadableFileError, shorten
+from .contents import Contents, Shard, parse_expert_name, replace_expert
+from .files import MAX_RANKS, FilePool, content_errors, list_names, load_file
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 

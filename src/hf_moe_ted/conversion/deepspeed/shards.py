@@ -5,9 +5,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from .deepspeed_contents import Contents, parse_expert_name
-from .deepspeed_files import FilePool, list_names
-from .deepspeed_zero import HALF_DTYPES, Fragment, Masters, find_masters_by_value, find_zero_masters, rounds_to
+from .contents import Contents, parse_expert_name
+from .files import FilePool, list_names
+from .zero import HALF_DTYPES, Fragment, Masters, find_masters_by_value, find_zero_masters, rounds_to
 
 
 class Shards(ABC):

@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files.messages import printable
-from ..tensors.lazy_tensors import LazyTensors
-from .conversion_rules import check_shard_rule
-from .deepspeed_checks import check_contents
-from .deepspeed_contents import Contents, meta, parse_expert_name, read_contents
-from .deepspeed_files import FilePool, find_files, list_names, load_file
-from .deepspeed_shards import Shards, open_shards
-from .patterns import Pattern
+from ...files.messages import printable
+from ...tensors.lazy_tensors import LazyTensors
+from ..conversion_rules import check_shard_rule
+from ..patterns import Pattern
+from .checks import check_contents
+from .contents import Contents, meta, parse_expert_name, read_contents
+from .files import FilePool, find_files, list_names, load_file
+from .shards import Shards, open_shards
 
 TensorParallelRule = tuple[str, int | None]
 

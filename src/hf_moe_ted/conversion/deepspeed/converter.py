@@ -11,23 +11,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..files.json_file import parse_json_object, read_json_object
-from ..files.output import check_output_dir
-from ..files.writing import keeping_places
-from ..models.configuration_zcode_m3 import ZCodeM3Config, changed_fields
-from ..models.layer_names import FFN_PATTERN
-from ..tensors.config_file import config_errors
-from ..tensors.conversion_report import ConversionReport
-from ..tensors.lazy_tensors import LazyTensors, checked_weights
-from ..tensors.model_folder import (
+from ...files.json_file import parse_json_object, read_json_object
+from ...files.output import check_output_dir
+from ...files.writing import keeping_places
+from ...models.configuration_zcode_m3 import ZCodeM3Config, changed_fields
+from ...models.layer_names import FFN_PATTERN
+from ...tensors.config_file import config_errors
+from ...tensors.conversion_report import ConversionReport
+from ...tensors.lazy_tensors import LazyTensors, checked_weights
+from ...tensors.model_folder import (
     TOKENIZER_FILES,
     copy_tokenizer_and_generation_config,
     parse_dtype,
     write_model_folder,
 )
-from .conversion_rules import RuleSet
-from .deepspeed_reader import read_deepspeed_state_dict
-from .m2m100 import m2m100_config_fields
+from ..conversion_rules import RuleSet
+from ..m2m100 import m2m100_config_fields
+from .reader import read_deepspeed_state_dict
 
 _ROUTER = re.compile(rf"model\.{FFN_PATTERN}\.router\.weight")
 # What DeepSpeed's gate does for k = 1, 2, and 3 or more (sharded_moe.py), in fields of the config

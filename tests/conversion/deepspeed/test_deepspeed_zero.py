@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_moe_ted.checkpoint.deepspeed_reader import inspect_deepspeed_checkpoint, read_deepspeed_state_dict
+from hf_moe_ted.conversion.deepspeed.reader import inspect_deepspeed_checkpoint, read_deepspeed_state_dict
 
 TP, PP, DP, NUM_EXPERTS = 2, 2, 2, 4
 RULES = [(r"q\.weight$", 0)]

@@ -11,16 +11,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..files.output import check_output_dir, new_folder
-from ..files.output_kinds import DEEPSPEED_EXPORT
-from ..files.writing import keeping_places
-from ..models.configuration_zcode_m3 import ZCodeM3Config
-from ..tensors.config_file import read_zcode_m3_config
-from ..tensors.lazy_tensors import LazyTensors, check_rounded, checked_weights
-from ..tensors.model_folder import drop_tied_copies, meta_model, parse_dtype
-from ..tensors.safetensors_io import check_tensors, open_pretrained_tensors
-from .conversion_rules import RuleSet
-from .patterns import Pattern
+from ...files.output import check_output_dir, new_folder
+from ...files.output_kinds import DEEPSPEED_EXPORT
+from ...files.writing import keeping_places
+from ...models.configuration_zcode_m3 import ZCodeM3Config
+from ...tensors.config_file import read_zcode_m3_config
+from ...tensors.lazy_tensors import LazyTensors, check_rounded, checked_weights
+from ...tensors.model_folder import drop_tied_copies, meta_model, parse_dtype
+from ...tensors.safetensors_io import check_tensors, open_pretrained_tensors
+from ..conversion_rules import RuleSet
+from ..patterns import Pattern
 
 TAG = "global_step0"
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files.messages import UnreadableFileError, shorten
-from .deepspeed_files import MAX_RANKS, CheckpointFiles, FilePool, content_errors, load_file
+from ...files.messages import UnreadableFileError, shorten
+from .files import MAX_RANKS, CheckpointFiles, FilePool, content_errors, load_file
 
 MAX_EXPERTS = 2**20
 MAX_NAME_CHARS = 1_000

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from hf_moe_ted import ZCodeM3ForConditionalGeneration
-from hf_moe_ted.checkpoint.conversion_rules import RULES_DIR, NamePattern, RuleSet
-from hf_moe_ted.checkpoint.patterns import Pattern
+from hf_moe_ted.conversion.conversion_rules import RULES_DIR, NamePattern, RuleSet
+from hf_moe_ted.conversion.patterns import Pattern
 from hf_moe_ted.tensors.lazy_tensors import LazyTensors
 from hf_moe_ted.testing import tiny_config
 
@@ -198,7 +198,7 @@ def test_rules_that_make_no_sense(text: str, message: str, tmp_path: Path) -> No
 
 
 def test_patterns_that_take_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_moe_ted.checkpoint.patterns.MATCH_S", 0.2)
+    monkeypatch.setattr("hf_moe_ted.conversion.patterns.MATCH_S", 0.2)
     rules = rule_set(tmp_path, "rules: [{ignore: a}]\ntensor_parallel: [['^(a|aa)+(b|bb)+$', 0]]")
     pattern = Pattern(rules.tensor_parallel[0][0], rules.name)
     assert pattern.search("aab") and not pattern.search("aac")

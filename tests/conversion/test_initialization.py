@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer
-from hf_moe_ted.checkpoint.initialization import initialize_checkpoint
+from hf_moe_ted.conversion.initialization import initialize_checkpoint
 from hf_moe_ted.testing import tiny_config
 
 PAD = 1

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..files.json_file import read_text
-from ..files.messages import UnreadableFileError, shorten
-from ..tensors.lazy_tensors import MAX_MAPPED_BYTES, prefault
-from ..tensors.torch_file import check_checksums, load_torch_file
+from ...files.json_file import read_text
+from ...files.messages import UnreadableFileError, shorten
+from ...tensors.lazy_tensors import MAX_MAPPED_BYTES, prefault
+from ...tensors.torch_file import check_checksums, load_torch_file
 
 MAX_MAPPED_FILES = 16
 MAX_RANKS = 2**17  # more than any cluster has

@@ -2,8 +2,8 @@
 
 from collections import Counter, defaultdict
 
-from .deepspeed_contents import Contents, MainFile, meta, parse_expert_name
-from .deepspeed_files import list_names
+from .contents import Contents, MainFile, meta, parse_expert_name
+from .files import list_names
 
 
 def check_contents(contents: Contents) -> None:

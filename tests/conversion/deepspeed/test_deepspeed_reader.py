@@ -20,10 +20,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_moe_ted.checkpoint import deepspeed_files
-from hf_moe_ted.checkpoint.deepspeed_contents import Shard
-from hf_moe_ted.checkpoint.deepspeed_files import FilePool, load_file
-from hf_moe_ted.checkpoint.deepspeed_reader import (
+from hf_moe_ted.conversion.deepspeed import files as deepspeed_files
+from hf_moe_ted.conversion.deepspeed.contents import Shard
+from hf_moe_ted.conversion.deepspeed.files import FilePool, load_file
+from hf_moe_ted.conversion.deepspeed.reader import (
     DeepSpeedLayout,
     inspect_deepspeed_checkpoint,
     read_deepspeed_state_dict,

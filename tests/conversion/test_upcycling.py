@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from hf_moe_ted import ConversionReport, ZCodeM3Config, ZCodeM3ForConditionalGeneration
-from hf_moe_ted.checkpoint.m2m100 import m2m100_config_fields
-from hf_moe_ted.checkpoint.upcycling import upcycle_dense_checkpoint
+from hf_moe_ted.conversion.m2m100 import m2m100_config_fields
+from hf_moe_ted.conversion.upcycling import upcycle_dense_checkpoint
 from hf_moe_ted.testing import tiny_config
 
 REPOSITORY = Path(__file__).parents[2]
