@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from .compression.quantized_experts import ExpertQuantizationConfig
     from .compression.report_folder import write_compression_report
     from .compression.statistics_collection import collect_expert_statistics
-    from .compression.text_file import open_parallel_text
-    from .compression.translation_evaluation import evaluate_translation
-    from .compression.translation_quality import DirectionQuality, TranslationQuality
-    from .compression.translation_scores import TranslationScores, score_translations
     from .conversion.conversion_rules import RuleSet
     from .conversion.deepspeed.converter import convert_deepspeed_checkpoint
     from .conversion.deepspeed.reader import DeepSpeedLayout, inspect_deepspeed_checkpoint, read_deepspeed_state_dict
@@ -37,6 +33,10 @@ if TYPE_CHECKING:
     from .distributed.activation_checkpoint import communication_aware_context_fn
     from .distributed.ted_config import TedConfig
     from .distributed.trainer import TedSeq2SeqTrainer, TedTrainer
+    from .evaluation.text_file import open_parallel_text
+    from .evaluation.translation_evaluation import evaluate_translation
+    from .evaluation.translation_quality import DirectionQuality, TranslationQuality
+    from .evaluation.translation_scores import TranslationScores, score_translations
     from .models.configuration_zcode_m3 import ZCodeM3Config
     from .models.language_codes import parse_languages, resolve_language
     from .models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration, ZCodeM3Model, ZCodeM3PreTrainedModel
@@ -60,7 +60,7 @@ _MODULE_OF_NAME = {
     "DataCollatorForMultitaskSeq2Seq": "data.collator",
     "DeepSpeedLayout": "conversion.deepspeed.reader",
     "DenoisingNoise": "data.denoising",
-    "DirectionQuality": "compression.translation_quality",
+    "DirectionQuality": "evaluation.translation_quality",
     "ExpertQuantizationConfig": "compression.quantized_experts",
     "ExpertStatistics": "compression.expert_statistics",
     "LanguageRoutingCallback": "training.language_routing",
@@ -85,8 +85,8 @@ _MODULE_OF_NAME = {
     "TedTrainer": "distributed.trainer",
     "TiledAdamW": "optim.tiled_adamw",
     "TokenBudgetBatchSampler": "data.batch_sampler",
-    "TranslationQuality": "compression.translation_quality",
-    "TranslationScores": "compression.translation_scores",
+    "TranslationQuality": "evaluation.translation_quality",
+    "TranslationScores": "evaluation.translation_scores",
     "ZCodeM3Config": "models.configuration_zcode_m3",
     "ZCodeM3ForConditionalGeneration": "models.modeling_zcode_m3",
     "ZCodeM3Model": "models.modeling_zcode_m3",
@@ -98,19 +98,19 @@ _MODULE_OF_NAME = {
     "communication_aware_context_fn": "distributed.activation_checkpoint",
     "convert_deepspeed_checkpoint": "conversion.deepspeed.converter",
     "convert_nllb_moe_checkpoint": "conversion.nllb_moe",
-    "evaluate_translation": "compression.translation_evaluation",
+    "evaluate_translation": "evaluation.translation_evaluation",
     "export_deepspeed_checkpoint": "conversion.deepspeed.writer",
     "initialize_checkpoint": "conversion.initialization",
     "inspect_deepspeed_checkpoint": "conversion.deepspeed.reader",
     "load_model_and_tokenizer": "tensors.whole_model",
     "merge_experts": "compression.merge",
-    "open_parallel_text": "compression.text_file",
+    "open_parallel_text": "evaluation.text_file",
     "parse_languages": "models.language_codes",
     "prune_experts": "compression.prune",
     "quantize_experts": "compression.quantize",
     "read_deepspeed_state_dict": "conversion.deepspeed.reader",
     "resolve_language": "models.language_codes",
-    "score_translations": "compression.translation_scores",
+    "score_translations": "evaluation.translation_scores",
     "token_lengths": "data.batch_sampler",
     "upcycle_dense_checkpoint": "conversion.upcycling",
     "write_compression_report": "compression.report_folder",

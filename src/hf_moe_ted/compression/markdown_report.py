@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
+from ..evaluation.translation_quality import DirectionQuality, TranslationQuality
 from ..models.language_codes import LanguagePair
 from ..models.layer_names import SIDES
 from .compression_report import AggregationReport, CompressionReport, FewerExpertsReport, PruningReport
 from .markdown_text import as_code, as_text
 from .model_card import display_name
 from .report_pictures import PICTURES, has_matplotlib, short_name
-from .translation_quality import DirectionQuality, TranslationQuality
 
 REPORT_MARKDOWN = "report.md"
 PICTURE_FOLDER = "compression_report"

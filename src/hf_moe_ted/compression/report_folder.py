@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from ..evaluation.translation_quality import TranslationQuality
 from ..files.json_file import read_json_object
 from ..files.output import files_into
 from ..files.typed_fields import of_type
@@ -17,7 +18,6 @@ from .markdown_report import PICTURE_FOLDER, REPORT_MARKDOWN, ReportContents, ca
 from .model_card import CARD_NAME, with_section
 from .report_pictures import PICTURES, draw_pictures
 from .routing_similarity import nearest_languages
-from .translation_quality import TranslationQuality
 
 
 def save_report(

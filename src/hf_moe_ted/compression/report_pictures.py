@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..evaluation.translation_quality import TranslationQuality
 from ..models.layer_names import SIDES, side_of
 from .compression_report import CompressionReport, FewerExpertsReport, PruningReport
 from .expert_statistics import ExpertStatistics
 from .markdown_text import printable
 from .routing_similarity import routed_shares, routing_similarity
-from .translation_quality import TranslationQuality
 
 # file name -> what it shows, in the order of the report
 PICTURES = {

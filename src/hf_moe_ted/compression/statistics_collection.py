@@ -13,14 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..models.language_codes import LanguagePair, language_ids, resolve_language
-from ..models.layer_names import FFN_PATTERN, side_of
-from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
-from ..models.moe_layer import ZCodeM3MoELayer
-from ..models.router import Routing, modules_in_use
-from .evaluation_mode import evaluation_mode
-from .expert_statistics import ExpertStatistics, LayerStatistics, ModelFingerprint
-from .parallel_text import (
+from ..evaluation.evaluation_mode import evaluation_mode
+from ..evaluation.parallel_text import (
     EncodedSentence,
     batches,
     buckets,
@@ -32,6 +26,12 @@ from .parallel_text import (
     read_sentences,
     require_languages,
 )
+from ..models.language_codes import LanguagePair, language_ids, resolve_language
+from ..models.layer_names import FFN_PATTERN, side_of
+from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
+from ..models.moe_layer import ZCodeM3MoELayer
+from ..models.router import Routing, modules_in_use
+from .expert_statistics import ExpertStatistics, LayerStatistics, ModelFingerprint
 
 BATCHES_PER_BUCKET = 16
 

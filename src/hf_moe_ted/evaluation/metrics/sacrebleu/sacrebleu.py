@@ -4,7 +4,7 @@ from typing import Any
 
 import sacrebleu
 
-from hf_moe_ted.metrics import translation_metric
+from hf_moe_ted.evaluation.metrics import translation_metric
 
 TOKENIZERS = ("13a", "intl", "char", "zh", "none")
 SMOOTH_METHODS = ("none", "floor", "add-k", "exp")

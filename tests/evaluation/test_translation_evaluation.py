@@ -16,8 +16,8 @@ from hf_moe_ted import (
     evaluate_translation,
     score_translations,
 )
-from hf_moe_ted.compression import translation_evaluation
-from hf_moe_ted.metrics.language_detection import LanguageDetector
+from hf_moe_ted.evaluation import translation_evaluation
+from hf_moe_ted.evaluation.language_detection import LanguageDetector
 
 Rows = list[dict[str, str]]
 DEMO = Path(__file__).parents[2] / "examples" / "checkpoints" / "zcode_m3_demo"

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..metrics.language_detection import detector_code
 from ..models.language_codes import LanguagePair, find_language, language_ids, languages_kept, resolve_language
 from ..tensors.lazy_tensors import num_bytes
 from .evaluation_mode import evaluation_mode
+from .language_detection import detector_code
 from .parallel_text import Sentence, check_languages, progress_over, read_sentences, require_languages
 from .translation_quality import DirectionQuality, TranslationQuality
 from .translation_scores import score_translations

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from ..metrics import metric_path
-from ..metrics.language_detection import detector_code
 from ..models.language_codes import parse_language, sacrebleu_tokenizer
+from .language_detection import detector_code
+from .metrics import metric_path
 
 
 @dataclass(frozen=True, kw_only=True)

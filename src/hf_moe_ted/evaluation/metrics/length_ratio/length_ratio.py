@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hf_moe_ted.metrics import translation_metric
+from hf_moe_ted.evaluation.metrics import translation_metric
 
 
 class LengthRatio(translation_metric.TranslationMetric):

@@ -4,7 +4,7 @@ from typing import Any
 
 import sacrebleu
 
-from hf_moe_ted.metrics import translation_metric
+from hf_moe_ted.evaluation.metrics import translation_metric
 
 
 class Chrf(translation_metric.TranslationMetric):

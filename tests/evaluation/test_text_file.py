@@ -14,8 +14,8 @@ import datasets
 import pytest
 
 from hf_moe_ted import open_parallel_text
-from hf_moe_ted.compression import text_file
-from hf_moe_ted.compression.text_file import MAX_LINE_BYTES
+from hf_moe_ted.evaluation import text_file
+from hf_moe_ted.evaluation.text_file import MAX_LINE_BYTES
 
 COLUMNS = ("source", "target", "src_lang", "tgt_lang")
 ROWS = [
