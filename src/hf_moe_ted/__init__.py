@@ -9,13 +9,11 @@ from ._auto_registration import register_auto_classes
 if TYPE_CHECKING:
     from .compression.aggregate import aggregate_experts
     from .compression.compression_report import AggregationReport, MergingReport, PruningReport, QuantizationReport
-    from .compression.expert_statistics import ExpertStatistics, LayerStatistics
     from .compression.merge import MergingResult, merge_experts
     from .compression.prune import PruningResult, prune_experts
     from .compression.quantize import quantize_experts
     from .compression.quantized_experts import ExpertQuantizationConfig
     from .compression.report_folder import write_compression_report
-    from .compression.statistics_collection import collect_expert_statistics
     from .conversion.conversion_rules import RuleSet
     from .conversion.deepspeed.converter import convert_deepspeed_checkpoint
     from .conversion.deepspeed.reader import DeepSpeedLayout, inspect_deepspeed_checkpoint, read_deepspeed_state_dict
@@ -43,11 +41,13 @@ if TYPE_CHECKING:
     from .models.pipeline_translation import ZCodeM3TranslationPipeline
     from .models.tokenization_zcode_m3 import ZCodeM3Tokenizer
     from .optim.tiled_adamw import TiledAdamW
+    from .routing.expert_statistics import ExpertStatistics, LayerStatistics
+    from .routing.language_routing import LanguageRoutingCallback
+    from .routing.router_statistics import RouterStatisticsCallback
+    from .routing.statistics_collection import collect_expert_statistics
     from .tensors.conversion_report import ConversionReport
     from .tensors.whole_model import load_model_and_tokenizer
-    from .training.language_routing import LanguageRoutingCallback
     from .training.multitask_trainer import MultitaskSeq2SeqTrainer, MultitaskTrainerMixin, MultitaskTrainingArguments
-    from .training.router_statistics import RouterStatisticsCallback
 
 try:
     __version__ = version("hf-moe-ted")
@@ -62,9 +62,9 @@ _MODULE_OF_NAME = {
     "DenoisingNoise": "data.denoising",
     "DirectionQuality": "evaluation.translation_quality",
     "ExpertQuantizationConfig": "compression.quantized_experts",
-    "ExpertStatistics": "compression.expert_statistics",
-    "LanguageRoutingCallback": "training.language_routing",
-    "LayerStatistics": "compression.expert_statistics",
+    "ExpertStatistics": "routing.expert_statistics",
+    "LanguageRoutingCallback": "routing.language_routing",
+    "LayerStatistics": "routing.expert_statistics",
     "MergingReport": "compression.compression_report",
     "MergingResult": "compression.merge",
     "Mixture": "data.mixture",
@@ -76,7 +76,7 @@ _MODULE_OF_NAME = {
     "PruningReport": "compression.compression_report",
     "PruningResult": "compression.prune",
     "QuantizationReport": "compression.compression_report",
-    "RouterStatisticsCallback": "training.router_statistics",
+    "RouterStatisticsCallback": "routing.router_statistics",
     "RuleSet": "conversion.conversion_rules",
     "StreamSource": "data.multitask_stream",
     "TedConfig": "distributed.ted_config",
@@ -94,7 +94,7 @@ _MODULE_OF_NAME = {
     "ZCodeM3Tokenizer": "models.tokenization_zcode_m3",
     "ZCodeM3TranslationPipeline": "models.pipeline_translation",
     "aggregate_experts": "compression.aggregate",
-    "collect_expert_statistics": "compression.statistics_collection",
+    "collect_expert_statistics": "routing.statistics_collection",
     "communication_aware_context_fn": "distributed.activation_checkpoint",
     "convert_deepspeed_checkpoint": "conversion.deepspeed.converter",
     "convert_nllb_moe_checkpoint": "conversion.nllb_moe",

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from hf_moe_ted.compression.expert_statistics import ExpertStatistics, LayerStatistics, ModelFingerprint
 from hf_moe_ted.compression.importance import (
     activity_confidence,
     expert_importance,
@@ -14,6 +13,7 @@ from hf_moe_ted.compression.importance import (
     reap,
     utilization,
 )
+from hf_moe_ted.routing.expert_statistics import ExpertStatistics, LayerStatistics, ModelFingerprint
 
 ENCODER, DECODER = "model.encoder.layers.1.ffn", "model.decoder.layers.1.ffn"
 PAIRS = (("en", "de"), ("de", "en"), ("en", "fr"))

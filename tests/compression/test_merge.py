@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM
 
 from hf_moe_ted import ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer, convert_nllb_moe_checkpoint
-from hf_moe_ted.compression.expert_statistics import ExpertStatistics, LayerStatistics, ModelFingerprint
 from hf_moe_ted.compression.merge import merge_experts
 from hf_moe_ted.compression.prune import prune_experts
-from hf_moe_ted.compression.statistics_collection import collect_expert_statistics
 from hf_moe_ted.models.layer_names import moe_layers
+from hf_moe_ted.routing.expert_statistics import ExpertStatistics, LayerStatistics, ModelFingerprint
+from hf_moe_ted.routing.statistics_collection import collect_expert_statistics
 from hf_moe_ted.tensors import safetensors_io
 
 MakeModel = Callable[..., ZCodeM3ForConditionalGeneration]

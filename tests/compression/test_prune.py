@@ -19,10 +19,10 @@ from hf_moe_ted import (
     convert_deepspeed_checkpoint,
     convert_nllb_moe_checkpoint,
 )
-from hf_moe_ted.compression.expert_statistics import ExpertStatistics
 from hf_moe_ted.compression.prune import PruningResult, prune_experts
-from hf_moe_ted.compression.statistics_collection import collect_expert_statistics
 from hf_moe_ted.models import router as router_module
+from hf_moe_ted.routing.expert_statistics import ExpertStatistics
+from hf_moe_ted.routing.statistics_collection import collect_expert_statistics
 from hf_moe_ted.tensors import safetensors_io
 from hf_moe_ted.tensors.lazy_tensors import TensorFile
 

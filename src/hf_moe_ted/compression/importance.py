@@ -9,7 +9,7 @@ from torch import Tensor
 from ..models.configuration_zcode_m3 import Side
 from ..models.language_codes import LanguagePair, find_language
 from ..models.layer_names import SIDES, side_of
-from .expert_statistics import ExpertStatistics, LayerStatistics
+from ..routing.expert_statistics import ExpertStatistics, LayerStatistics
 
 Criterion = Callable[[LayerStatistics], Tensor]
 """What the experts of a layer have done for some language pairs -> number[E], higher for experts to keep.

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.layer_names import SIDES, ffn_name, moe_layers
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
+from ..routing.expert_statistics import ExpertStatistics, ModelFingerprint
 from ..tensors.config_file import read_zcode_m3_config
 from ..tensors.lazy_tensors import LazyTensors, checked_weights
 from ..tensors.model_folder import (
@@ -27,7 +28,6 @@ from ..tensors.model_folder import (
 from ..tensors.safetensors_io import check_tensors, open_pretrained_tensors
 from ..tensors.whole_model import check_no_adapter
 from .compression_report import CompressionReport
-from .expert_statistics import ExpertStatistics, ModelFingerprint
 from .model_card import derived_card
 from .report_folder import save_report
 

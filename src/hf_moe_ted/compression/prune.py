@@ -18,10 +18,10 @@ from ..models.language_codes import LanguagePair, language_ids, resolve_language
 from ..models.layer_names import DENSE_OF_STACKED, SIDES, ffn_name, moe_layers, side_of
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..models.moe_layer import ZCodeM3DenseFFN, ZCodeM3MoELayer
+from ..routing.expert_statistics import ExpertStatistics
 from ..tensors.lazy_tensors import LazyTensors, check_all, num_bytes, num_parameters
 from ..tensors.model_folder import meta_model
 from .compression_report import PruningReport
-from .expert_statistics import ExpertStatistics
 from .importance import (
     Criterion,
     check_languages_of,

@@ -8,10 +8,10 @@ from typing import Any
 
 from ..evaluation.translation_quality import TranslationQuality
 from ..models.layer_names import SIDES, side_of
+from ..routing.expert_statistics import ExpertStatistics
+from ..routing.routing_similarity import routed_shares, routing_similarity
 from .compression_report import CompressionReport, FewerExpertsReport, PruningReport
-from .expert_statistics import ExpertStatistics
 from .markdown_text import printable
-from .routing_similarity import routed_shares, routing_similarity
 
 # file name -> what it shows, in the order of the report
 PICTURES = {

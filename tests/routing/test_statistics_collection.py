@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 from hf_moe_ted import ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer
-from hf_moe_ted.compression.expert_statistics import ExpertStatistics, LayerStatistics
-from hf_moe_ted.compression.statistics_collection import collect_expert_statistics
 from hf_moe_ted.evaluation import parallel_text
+from hf_moe_ted.routing.expert_statistics import ExpertStatistics, LayerStatistics
+from hf_moe_ted.routing.statistics_collection import collect_expert_statistics
 from hf_moe_ted.testing import run_distributed_test, tiny_config
 
 Rows = list[dict[str, str]]

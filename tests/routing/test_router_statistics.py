@@ -10,8 +10,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_moe_ted import RouterStatisticsCallback, ZCodeM3ForConditionalGeneration
 from hf_moe_ted.models.losses import load_balancing_loss, router_z_loss
+from hf_moe_ted.routing.router_callback import sparse_routers
 from hf_moe_ted.testing import tiny_config
-from hf_moe_ted.training.router_callback import sparse_routers
 
 LAYERS = ("encoder.1", "encoder.3", "decoder.1")
 # Nothing random, so that a second forward of the same batch has the same routings; no learning, so of any step.

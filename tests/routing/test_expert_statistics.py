@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from hf_moe_ted.compression import expert_statistics
-from hf_moe_ted.compression.expert_statistics import ExpertStatistics, LayerStatistics, ModelFingerprint
 from hf_moe_ted.models.layer_names import moe_layers
+from hf_moe_ted.routing import expert_statistics
+from hf_moe_ted.routing.expert_statistics import ExpertStatistics, LayerStatistics, ModelFingerprint
 from hf_moe_ted.testing import tiny_config
 
 LAYERS = {"model.encoder.layers.1.ffn": 2, "model.decoder.layers.1.ffn": 3}

@@ -10,8 +10,8 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_moe_ted import LanguageRoutingCallback, ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer
+from hf_moe_ted.routing.language_routing import distance_from_all, expert_shares, mutual_information_bits
 from hf_moe_ted.testing import tiny_config
-from hf_moe_ted.training.language_routing import distance_from_all, expert_shares, mutual_information_bits
 
 TOKENIZER = ZCodeM3Tokenizer(languages=["en", "de", "sw", "th"])
 DIRECTIONS = [("en", "de"), ("de", "en"), ("sw", "en"), ("en", "sw"), (None, "de"), ("sw", "de")]

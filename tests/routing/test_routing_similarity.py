@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_moe_ted import ExpertStatistics, LayerStatistics
-from hf_moe_ted.compression.expert_statistics import ModelFingerprint
-from hf_moe_ted.compression.routing_similarity import nearest_languages, routed_shares, routing_similarity
+from hf_moe_ted.routing.expert_statistics import ModelFingerprint
+from hf_moe_ted.routing.routing_similarity import nearest_languages, routed_shares, routing_similarity
 
 ENCODER, OTHER_ENCODER, DECODER = (
     f"model.{name}.ffn" for name in ("encoder.layers.1", "encoder.layers.3", "decoder.layers.1")
