@@ -8,12 +8,17 @@ from ._auto_registration import register_auto_classes
 
 if TYPE_CHECKING:
     from .compression.aggregate import aggregate_experts
-    from .compression.compression_report import AggregationReport, MergingReport, PruningReport, QuantizationReport
     from .compression.merge import MergingResult, merge_experts
     from .compression.prune import PruningResult, prune_experts
     from .compression.quantize import quantize_experts
     from .compression.quantized_experts import ExpertQuantizationConfig
-    from .compression.report_folder import write_compression_report
+    from .compression.report.compression_report import (
+        AggregationReport,
+        MergingReport,
+        PruningReport,
+        QuantizationReport,
+    )
+    from .compression.report.report_folder import write_compression_report
     from .conversion.conversion_rules import RuleSet
     from .conversion.deepspeed.converter import convert_deepspeed_checkpoint
     from .conversion.deepspeed.reader import DeepSpeedLayout, inspect_deepspeed_checkpoint, read_deepspeed_state_dict
@@ -55,7 +60,7 @@ except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
 _MODULE_OF_NAME = {
-    "AggregationReport": "compression.compression_report",
+    "AggregationReport": "compression.report.compression_report",
     "ConversionReport": "tensors.conversion_report",
     "DataCollatorForMultitaskSeq2Seq": "data.collator",
     "DeepSpeedLayout": "conversion.deepspeed.reader",
@@ -65,7 +70,7 @@ _MODULE_OF_NAME = {
     "ExpertStatistics": "routing.expert_statistics",
     "LanguageRoutingCallback": "routing.language_routing",
     "LayerStatistics": "routing.expert_statistics",
-    "MergingReport": "compression.compression_report",
+    "MergingReport": "compression.report.compression_report",
     "MergingResult": "compression.merge",
     "Mixture": "data.mixture",
     "MultitaskDataset": "data.multitask_dataset",
@@ -73,9 +78,9 @@ _MODULE_OF_NAME = {
     "MultitaskStream": "data.multitask_stream",
     "MultitaskTrainerMixin": "training.multitask_trainer",
     "MultitaskTrainingArguments": "training.multitask_trainer",
-    "PruningReport": "compression.compression_report",
+    "PruningReport": "compression.report.compression_report",
     "PruningResult": "compression.prune",
-    "QuantizationReport": "compression.compression_report",
+    "QuantizationReport": "compression.report.compression_report",
     "RouterStatisticsCallback": "routing.router_statistics",
     "RuleSet": "conversion.conversion_rules",
     "StreamSource": "data.multitask_stream",
@@ -113,7 +118,7 @@ _MODULE_OF_NAME = {
     "score_translations": "evaluation.translation_scores",
     "token_lengths": "data.batch_sampler",
     "upcycle_dense_checkpoint": "conversion.upcycling",
-    "write_compression_report": "compression.report_folder",
+    "write_compression_report": "compression.report.report_folder",
 }
 
 __all__ = [

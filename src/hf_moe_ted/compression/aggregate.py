@@ -17,9 +17,9 @@ from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.layer_names import SIDES, moe_layers
 from ..tensors.lazy_tensors import LazyTensors, num_bytes, num_parameters
 from ..tensors.model_folder import TOKENIZER_FILES, meta_model
-from .compression_report import AggregationReport
-from .model_card import derived_card
 from .model_source import ModelSource
+from .report.compression_report import AggregationReport
+from .report.model_card import derived_card
 
 # fields that say how a model was trained; those of the first checkpoint are taken
 _OF_TRAINING = (

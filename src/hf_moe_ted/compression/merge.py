@@ -19,11 +19,11 @@ from ..models.layer_names import moe_layers
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..routing.expert_statistics import ExpertStatistics
 from ..tensors.lazy_tensors import LazyTensors, check_all, num_bytes, num_parameters
-from .compression_report import MergingReport
 from .expert_groups import ExpertGroups, assigned_to, clustered, neuron_order
 from .importance import expert_importance
 from .model_source import ModelSource, set_num_experts
 from .pruning_plan import KeptExperts, PruningPlan
+from .report.compression_report import MergingReport
 
 METHODS = ("clustering", "frequency")
 

@@ -27,9 +27,9 @@ from ..tensors.model_folder import (
 )
 from ..tensors.safetensors_io import check_tensors, open_pretrained_tensors
 from ..tensors.whole_model import check_no_adapter
-from .compression_report import CompressionReport
-from .model_card import derived_card
-from .report_folder import save_report
+from .report.compression_report import CompressionReport
+from .report.model_card import derived_card
+from .report.report_folder import save_report
 
 
 @dataclass(frozen=True)

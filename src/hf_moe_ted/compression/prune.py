@@ -21,7 +21,6 @@ from ..models.moe_layer import ZCodeM3DenseFFN, ZCodeM3MoELayer
 from ..routing.expert_statistics import ExpertStatistics
 from ..tensors.lazy_tensors import LazyTensors, check_all, num_bytes, num_parameters
 from ..tensors.model_folder import meta_model
-from .compression_report import PruningReport
 from .importance import (
     Criterion,
     check_languages_of,
@@ -32,6 +31,7 @@ from .importance import (
 )
 from .model_source import ModelSource, set_num_experts
 from .pruning_plan import KeptExperts, PruningPlan
+from .report.compression_report import PruningReport
 
 # weights of a dense feed-forward -> those of experts, stacked
 _STACKED = {dense: stacked for stacked, dense in DENSE_OF_STACKED.items()}

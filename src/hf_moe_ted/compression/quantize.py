@@ -19,11 +19,11 @@ from ..tensors.config_file import config_path
 from ..tensors.lazy_tensors import check_all, check_weight, num_bytes, num_parameters
 from ..tensors.model_folder import copy_tokenizer_and_generation_config
 from ..tensors.whole_model import load_whole_model
-from .compression_report import QuantizationReport
-from .model_card import derived_card
 from .model_source import ModelSource
 from .quantized_experts import ExpertQuantizationConfig, ExpertQuantizer
-from .report_folder import save_report
+from .report.compression_report import QuantizationReport
+from .report.model_card import derived_card
+from .report.report_folder import save_report
 
 MAX_GROUP_SIZE = 128  # of the default; smaller groups are more exact, their scales take more room
 

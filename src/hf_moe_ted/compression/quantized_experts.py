@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from ..models.experts import ZCodeM3Experts
-    from .compression_report import CompressionReport
+    from .report.compression_report import CompressionReport
 
 METHOD = "zcode_experts"
 BITS = (8, 4)

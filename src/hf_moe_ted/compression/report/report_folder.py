@@ -8,12 +8,12 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from ..evaluation.translation_quality import TranslationQuality
-from ..files.json_file import read_json_object
-from ..files.output import files_into
-from ..files.typed_fields import of_type
-from ..routing.expert_statistics import ExpertStatistics
-from ..routing.routing_similarity import nearest_languages
+from ...evaluation.translation_quality import TranslationQuality
+from ...files.json_file import read_json_object
+from ...files.output import files_into
+from ...files.typed_fields import of_type
+from ...routing.expert_statistics import ExpertStatistics
+from ...routing.routing_similarity import nearest_languages
 from .compression_report import REPORT_NAME, AggregationReport, CompressionReport, FewerExpertsReport, report_from_dict
 from .markdown_report import PICTURE_FOLDER, REPORT_MARKDOWN, ReportContents, card_section, full_report
 from .model_card import CARD_NAME, with_section

@@ -21,9 +21,9 @@ from hf_moe_ted import (
     quantize_experts,
     write_compression_report,
 )
-from hf_moe_ted.compression.compression_report import report_from_dict
-from hf_moe_ted.compression.markdown_text import as_code, as_text
-from hf_moe_ted.compression.report_pictures import PICTURES
+from hf_moe_ted.compression.report.compression_report import report_from_dict
+from hf_moe_ted.compression.report.markdown_text import as_code, as_text
+from hf_moe_ted.compression.report.report_pictures import PICTURES
 
 MakeQuality = Any
 OPERATIONS = ("prune", "merge", "aggregate", "quantize")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_moe_ted.compression.model_card import derived_card, display_name, hub_id, with_section
+from hf_moe_ted.compression.report.model_card import derived_card, display_name, hub_id, with_section
 
 CARD = """\
 ---

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..evaluation.translation_quality import TranslationQuality
-from ..models.layer_names import SIDES, side_of
-from ..routing.expert_statistics import ExpertStatistics
-from ..routing.routing_similarity import routed_shares, routing_similarity
+from ...evaluation.translation_quality import TranslationQuality
+from ...models.layer_names import SIDES, side_of
+from ...routing.expert_statistics import ExpertStatistics
+from ...routing.routing_similarity import routed_shares, routing_similarity
 from .compression_report import CompressionReport, FewerExpertsReport, PruningReport
 from .markdown_text import printable
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..files.messages import shorten
-from ..files.typed_fields import from_fields
+from ...files.messages import shorten
+from ...files.typed_fields import from_fields
 
 REPORT_NAME = "compression_report.json"
 

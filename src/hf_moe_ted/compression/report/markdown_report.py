@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from ..evaluation.translation_quality import DirectionQuality, TranslationQuality
-from ..models.language_codes import LanguagePair
-from ..models.layer_names import SIDES
+from ...evaluation.translation_quality import DirectionQuality, TranslationQuality
+from ...models.language_codes import LanguagePair
+from ...models.layer_names import SIDES
 from .compression_report import AggregationReport, CompressionReport, FewerExpertsReport, PruningReport
 from .markdown_text import as_code, as_text
 from .model_card import display_name
