@@ -37,7 +37,7 @@ It translates.
     ],
 )
 def test_hub_id(source: str, identity: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.chdir(Path(__file__).parents[3])
     assert hub_id(source) == identity
     assert display_name(source) == (identity or Path(source).name)
 

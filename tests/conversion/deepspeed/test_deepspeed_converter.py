@@ -24,7 +24,7 @@ from hf_moe_ted import (
 )
 from hf_moe_ted.testing import tiny_config
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "deepspeed"
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "deepspeed"
 TOP1 = "m2m_ep1_zero0_top1_fp32"
 TOP2 = "m2m_ep2_zero1_top2_fp32"
 RESIDUAL = "m2m_ep2_zero2_top1_bf16_residual"

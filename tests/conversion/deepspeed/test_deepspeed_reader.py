@@ -29,7 +29,7 @@ from hf_moe_ted.conversion.deepspeed.reader import (
     read_deepspeed_state_dict,
 )
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "deepspeed"
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "deepspeed"
 NAMES = sorted(path.name for path in FIXTURES.iterdir())
 LOST = ["tiny_ep2_zero1_lost_residual", "tiny_tp2_ep1_zero1_bf16_lost_main_file"]
 PLAIN, TED = "causal_lm_e_top3_ep2", "causal_lm_f_ted_tp2_ep2_z0"

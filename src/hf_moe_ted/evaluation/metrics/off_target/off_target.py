@@ -3,7 +3,8 @@
 from collections import Counter
 from typing import Any
 
-from hf_moe_ted.metrics import language_detection, translation_metric
+from hf_moe_ted.evaluation import language_detection
+from hf_moe_ted.evaluation.metrics import translation_metric
 
 
 class OffTarget(translation_metric.TranslationMetric):

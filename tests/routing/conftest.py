@@ -1,0 +1,3 @@
+from translation_cases import make_model, make_quality, rows, tokenizer
+
+__all__ = ["make_model", "make_quality", "rows", "tokenizer"]
