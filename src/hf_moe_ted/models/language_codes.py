@@ -159,6 +159,16 @@ def sacrebleu_tokenizer(code: str) -> str:
     return _BLEU_TOKENIZER.get(parsed.script or _SCRIPT_WITHOUT_SPACES.get(parsed.language, ""), "13a")
 
 
+def has_spaces_between_sentences(code: str) -> bool:
+    """Whether sentences of a language stand apart: not in Chinese and Japanese. A code that is unknown is one that does."""
+    try:
+        parsed = parse_language(code)
+    except ValueError:
+        return True
+    script = parsed.script or _SCRIPT_WITHOUT_SPACES.get(parsed.language, "")
+    return script not in (*_HAN, "Hira", "Hrkt", "Jpan", "Kana")
+
+
 def language_ids(tokenizer: Any) -> dict[str, int]:
     """The languages of a tokenizer for translation, and the ids of their tokens.
 
@@ -281,6 +291,7 @@ __all__ = [
     "calls_take_languages",
     "encode_in",
     "find_language",
+    "has_spaces_between_sentences",
     "language_ids",
     "languages_kept",
     "parse_language",

@@ -1,0 +1,134 @@
+"""Text as sentences and what stands between them, so that translations can take the places of the sentences."""
+
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from ..models.language_codes import has_spaces_between_sentences, parse_language
+
+# Where a sentence that is too long may be cut: after a clause, then between words. The white space stays behind it.
+_CLAUSE = re.compile(r"(?<=[,;:،؛，；：、。！？])\s*(?=\S)|(?<=\s[–—-])\s+(?=\S)")
+_WORD = re.compile(r"(?<=\s)(?=\S)")
+
+CountTokens = Callable[[Sequence[str]], list[int]]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A text: `gaps[0]`, `sentences[0]`, `gaps[1]`, ..., `sentences[-1]`, `gaps[-1]`.
+
+    Attributes:
+        sentences: what is translated, without white space at its ends; none is empty.
+        gaps: white space and line ends; one more than there are sentences.
+    """
+
+    sentences: tuple[str, ...]
+    gaps: tuple[str, ...]
+
+    def join(self, translations: Sequence[str], tgt_lang: str | None = None) -> str:
+        """The text with translations in place of its sentences.
+
+        Args:
+            translations: one for each sentence.
+            tgt_lang: their language, if it may write other spaces: sentences of Chinese follow each other without
+                one, and are parted in languages that part words.
+        """
+        between = list(self.gaps)
+        if tgt_lang is not None and has_spaces_between_sentences(tgt_lang):
+            between[1:-1] = [gap or " " for gap in between[1:-1]]
+        return "".join([between[0], *chain.from_iterable(zip(translations, between[1:], strict=True))])
+
+
+def split_sentences(text: str, language: str | None) -> Segments:
+    """The sentences of a text. A line end always ends a sentence, too.
+
+    Args:
+        text: any number of lines.
+        language: a code of its language in any form (`"de"`, `"deu_Latn"`), by whose rules `sentencex` finds the ends
+            of sentences; `None` to take each line for one sentence.
+
+    Raises:
+        ValueError: sentencex is not installed.
+    """
+    lines = text.splitlines(keepends=True)
+    if language is None:
+        return _segments(lines)
+    try:
+        import sentencex
+    except ImportError as error:
+        raise ValueError(
+            "splitting text into sentences needs sentencex: `pip install sentencex`; or translate each line as one "
+            "sentence (split=False)"
+        ) from error
+    try:
+        code = parse_language(language).language
+    except ValueError:
+        code = "en"  # as sentencex does for languages that it has no rules for
+    return _segments(piece for line in lines for piece in (sentencex.segment(code, line) if line.strip() else [line]))
+
+
+def split_long(sentence: str, max_tokens: int, count_tokens: CountTokens) -> Segments:
+    """A sentence in parts that a model has positions for: cut at clauses, where they are too long between words, and
+    a word that is too long anywhere. Parts are about equally long, and nothing is left out.
+
+    Args:
+        sentence: of any length.
+        max_tokens: of a part.
+        count_tokens: tokens of each of some texts.
+    """
+    return _segments(_parts(sentence, max_tokens, count_tokens, [_CLAUSE, _WORD]))
+
+
+def _segments(pieces: Iterable[str]) -> Segments:
+    sentences: list[str] = []
+    gaps = [""]
+    for piece in pieces:
+        sentence = piece.strip()
+        if not sentence:
+            gaps[-1] += piece
+            continue
+        start = piece.index(sentence)
+        gaps[-1] += piece[:start]
+        sentences.append(sentence)
+        gaps.append(piece[start + len(sentence) :])
+    return Segments(tuple(sentences), tuple(gaps))
+
+
+def _parts(text: str, max_tokens: int, count_tokens: CountTokens, marks: list[re.Pattern[str]]) -> list[str]:
+    num_tokens = count_tokens([text])[0]
+    if num_tokens <= max_tokens or len(text) < 2:
+        return [text]
+    if not marks:
+        middle = _cut_near(text, len(text) // 2)
+        halves = [text[:middle], text[middle:]]
+        return [part for half in halves for part in _parts(half, max_tokens, count_tokens, [])]
+    pieces = _split_after(text, marks[0])
+    lengths = count_tokens(pieces)
+    target = num_tokens / math.ceil(num_tokens / max_tokens)
+    groups: list[str] = []
+    in_group = math.inf
+    for piece, length in zip(pieces, lengths, strict=True):
+        if in_group + length / 2 > target or in_group + length > max_tokens:
+            groups.append("")
+            in_group = 0
+        groups[-1] += piece
+        in_group += length
+    if len(groups) == 1:
+        return _parts(text, max_tokens, count_tokens, marks[1:])
+    return [part for group in groups for part in _parts(group, max_tokens, count_tokens, marks)]
+
+
+def _split_after(text: str, mark: re.Pattern[str]) -> list[str]:
+    ends = [match.end() for match in mark.finditer(text)]
+    return [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True) if start < end]
+
+
+def _cut_near(text: str, index: int) -> int:
+    """The first place from `index` on that parts no letter from its accents, or `index` if there is none."""
+    return next((i for i in range(index, len(text)) if not unicodedata.combining(text[i])), index)
+
+
+__all__ = ["Segments", "split_long", "split_sentences"]

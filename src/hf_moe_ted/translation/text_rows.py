@@ -1,0 +1,200 @@
+"""Texts in files: lines, or a column of TSV, CSV, JSON Lines or parquet; read and written row by row."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+LINES, TSV, CSV, JSON_LINES, PARQUET = "lines", "tsv", "csv", "json lines", "parquet"
+_KINDS = {".tsv": TSV, ".csv": CSV, ".jsonl": JSON_LINES, ".ndjson": JSON_LINES, ".parquet": PARQUET}
+COLUMNS = ("source", "text", "sentence")  # which are looked for if no column is named
+MAX_LINE_BYTES = 2**24
+PARQUET_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """
+    Attributes:
+        number: of the line, from 1; of the row, in parquet.
+        text: what is to be translated; `None` if there is an error.
+        fields: the columns of the row; of lines none.
+        end: the end of a line: a new line, with a carriage return before it or not, or nothing.
+        error: why the row cannot be read.
+    """
+
+    number: int
+    text: str | None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    end: str = "\n"
+    error: str | None = None
+
+
+def kind_of(path: Path | None) -> str:
+    """What a file is, by the end of its name; anything else is lines, as standard input and output are."""
+    return LINES if path is None else _KINDS.get(path.suffix.lower(), LINES)
+
+
+def read_rows(file: BinaryIO, kind: str, column: str | None = None) -> Iterator[TextRow]:
+    """The rows of a file, also those that are wrong.
+
+    Args:
+        file: opened for reading.
+        kind: of `kind_of`.
+        column: with the texts; by default the first of `COLUMNS` that there is.
+
+    Raises:
+        ValueError: the header has no such column, or the file is no parquet file.
+    """
+    if kind == LINES:
+        yield from _lines(file)
+    elif kind == PARQUET:
+        yield from _parquet(file, column)
+    elif kind == JSON_LINES:
+        for row in _lines(file):
+            if row.error is not None or row.text.strip():  # type: ignore[union-attr]
+                yield _of_json(row, column)
+    else:
+        yield from _table(file, "\t" if kind == TSV else ",", column)
+
+
+def _lines(file: BinaryIO) -> Iterator[TextRow]:
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            while line and not line.endswith(b"\n"):
+                line = file.readline(MAX_LINE_BYTES)
+            yield TextRow(number, None, error=f"it is longer than {MAX_LINE_BYTES:,} bytes")
+            continue
+        content = line.removesuffix(b"\n").removesuffix(b"\r")
+        end = line[len(content) :].decode()
+        try:
+            text = content.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            yield TextRow(number, None, end=end, error=f"it is not UTF-8 ({error.reason} at byte {error.start})")
+            continue
+        if "\0" in text:
+            yield TextRow(number, None, end=end, error="it has a NUL character, so it is no text")
+            continue
+        yield TextRow(number, text, end=end)
+
+
+def _of_json(row: TextRow, column: str | None) -> TextRow:
+    if row.error is not None:
+        return row
+    try:
+        fields = json.loads(row.text)  # type: ignore[arg-type]
+    except (ValueError, RecursionError) as error:
+        return TextRow(row.number, None, error=f"it is not JSON: {error}")
+    if not isinstance(fields, dict):
+        return TextRow(row.number, None, error="it is no JSON object")
+    return _of_fields(row.number, fields, column)
+
+
+def _of_fields(number: int, fields: Mapping[str, Any], column: str | None) -> TextRow:
+    name = column if column is not None else next((name for name in COLUMNS if name in fields), None)
+    if name is None or name not in fields:
+        wanted = repr(column) if column is not None else " or ".join(COLUMNS)
+        return TextRow(number, None, fields, error=f"it has no {wanted}, only {', '.join(fields) or 'nothing'}")
+    if not isinstance(fields[name], str):
+        return TextRow(number, None, fields, error=f"{name} is no text: {fields[name]!r:.80}")
+    return TextRow(number, fields[name], fields)
+
+
+def _table(file: BinaryIO, delimiter: str, column: str | None) -> Iterator[TextRow]:
+    """Rows below a header. A line that is not UTF-8 is one that is wrong."""
+    errors: dict[int, str] = {}
+
+    def decoded() -> Iterator[str]:
+        for row in _lines(file):
+            if row.error is not None:
+                errors[row.number] = row.error
+            yield (row.text or "") + (row.end or "\n")
+
+    lines = decoded()
+    if delimiter == "\t":
+        rows: Iterator[list[str]] = (line.rstrip("\r\n").split("\t") for line in lines)
+    else:
+        rows = csv.reader(lines, strict=True)
+    header = next(rows, [])
+    wanted = [column] if column is not None else list(COLUMNS)
+    if not any(name in header for name in wanted):
+        raise ValueError(
+            f"there is no column {' or '.join(wanted)}; the header has {', '.join(header) or 'none'}: name one of them "
+            "with column"
+        )
+    number = 1
+    while True:
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ValueError(f"row {number + 1} is no row of the table: {error}") from error
+        number += 1
+        if error := errors.pop(number, None):
+            yield TextRow(number, None, error=error)
+        elif len(cells) == len(header):
+            yield _of_fields(number, dict(zip(header, cells, strict=True)), column)
+        elif cells and any(cells):
+            yield TextRow(number, None, error=f"it has {len(cells)} cells, the header {len(header)}")
+
+
+def _parquet(file: BinaryIO, column: str | None) -> Iterator[TextRow]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        batches = ParquetFile(file).iter_batches(PARQUET_ROWS)
+        number = 0
+        for batch in batches:
+            for fields in batch.to_pylist():
+                number += 1
+                yield _of_fields(number, fields, column)
+    except ArrowException as error:
+        raise ValueError(f"it is no parquet file: {error}") from error
+
+
+def written(kind: str, rows: Sequence[Mapping[str, Any]], *, header: bool) -> str:
+    """Rows as they stand in a file of a kind; parquet files are made of JSON Lines at the end.
+
+    Args:
+        kind: of `kind_of`.
+        rows: columns by name, the same in all of them; of lines `translation` and `end`.
+        header: whether the names of the columns are the first row.
+    """
+    if kind == LINES:
+        return "".join(" ".join(row["translation"].splitlines()) + row["end"] for row in rows)
+    if kind in (JSON_LINES, PARQUET):
+        return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    table = [list(rows[0]), *cells] if header and rows else cells
+    if kind == TSV:
+        return "".join("\t".join(" ".join(cell.split("\t")) for cell in map(_one_line, row)) + "\n" for row in table)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(table)
+    return text.getvalue()
+
+
+def to_parquet(json_lines: Path, path: Path) -> None:
+    """A parquet file of the rows of a file of JSON Lines."""
+    import datasets
+
+    datasets.Dataset.from_json(str(json_lines), keep_in_memory=False).to_parquet(str(path))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return " | ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _one_line(cell: str) -> str:
+    return " ".join(cell.splitlines())
+
+
+__all__ = ["LINES", "PARQUET", "TextRow", "kind_of", "read_rows", "to_parquet", "written"]

@@ -1,0 +1,250 @@
+"""A file translated row by row: the output grows in order, and an interrupted run goes on where it was."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from .text_rows import LINES, PARQUET, TextRow, kind_of, read_rows, to_parquet, written
+from .text_translator import TextTranslator, TranslatedText
+
+ROWS_AT_ONCE = 512  # per process; sorted by length among each other
+
+
+@dataclass
+class FileTranslation:
+    """What came of a file.
+
+    Attributes:
+        num_rows: all of them.
+        num_resumed: those that an earlier run had translated.
+        errors: number of a row -> why it was not translated. Its translation is empty.
+        problems: number of a row -> what a reader should look at.
+    """
+
+    num_rows: int = 0
+    num_resumed: int = 0
+    errors: dict[int, str] = field(default_factory=dict)
+    problems: dict[int, tuple[str, ...]] = field(default_factory=dict)
+
+
+def translate_file(
+    translator: TextTranslator,
+    source: str | os.PathLike[str] | None,
+    output: str | os.PathLike[str] | None,
+    *,
+    src_lang: str,
+    tgt_lang: str,
+    column: str | None = None,
+    overwrite: bool = False,
+) -> FileTranslation:
+    """Translate lines, or a column of a table.
+
+    Files by the end of their names: `.tsv`, `.csv`, `.jsonl`, `.parquet`; anything else is lines of UTF-8. Of lines the
+    output has one for each, with its line end. A table gets the columns `translation`, `problems` and, if asked for,
+    `alternatives`; also if the source is lines. A row that cannot be read has an empty translation and an entry in
+    `errors`.
+
+    The output grows in `output.partial`, which takes its name when it is complete. If a run is interrupted, the same
+    call goes on with it. Under `torchrun` or `accelerate launch` processes share the rows, and the first one writes.
+
+    Args:
+        translator: how texts are translated.
+        source: file, `None` for standard input.
+        output: file, `None` for standard output.
+        src_lang, tgt_lang: see [`TextTranslator.translate`].
+        column: with the texts; by default `source`, `text` or `sentence`.
+        overwrite: replace `output`, and begin again if there is a partial one.
+
+    Raises:
+        ValueError: `output` exists; a partial one is of another source or other settings; the source has no such
+            column; an unknown language.
+    """
+    source, output = (None if path is None else Path(path) for path in (source, output))
+    run = _Run(translator, source, output, src_lang, tgt_lang, column, overwrite)
+    with run.opened() as rows:
+        run.translate(rows)
+    return run.result
+
+
+class _Run:
+    def __init__(
+        self,
+        translator: TextTranslator,
+        source: Path | None,
+        output: Path | None,
+        src_lang: str,
+        tgt_lang: str,
+        column: str | None,
+        overwrite: bool,
+    ):
+        self.translator, self.source, self.output = translator, source, output
+        self.src_lang, self.tgt_lang, self.column = src_lang, tgt_lang, column
+        self.result = FileTranslation()
+        self.kind = kind_of(output)
+        self.state = PartialState()
+        self.partial = None if output is None else output.with_name(f"{output.name}.partial")
+        self.record = None if output is None else output.with_name(f"{output.name}.partial.json")
+        self.num_bytes = 0
+        if output is not None and output.exists() and not overwrite:
+            raise ValueError(f"output ({output}) exists; choose another name, or overwrite it")
+        if output is not None and not output.parent.is_dir():
+            raise ValueError(f"output ({output}): the folder {output.parent} does not exist")
+        translator.translate([], src_lang, tgt_lang)  # unknown languages are found before anything is written
+        self._find_partial(overwrite)
+
+    def _settings(self) -> dict[str, Any]:
+        translator = self.translator
+        found = None if self.source is None else self.source.stat()
+        return {
+            "source": None if found is None else [str(self.source), found.st_size, found.st_mtime_ns],
+            "model": translator.model.name_or_path,
+            "languages": [self.src_lang, self.tgt_lang],
+            "column": self.column,
+            "options": [translator.num_beams, translator.num_sequences, translator.max_new_tokens, translator.split],
+        }
+
+    def _find_partial(self, overwrite: bool) -> None:
+        """How far an earlier run came."""
+        if self.record is None or self.partial is None or not self.record.exists():
+            return
+        if overwrite:
+            return
+        record = json.loads(self.record.read_text(encoding="utf-8"))
+        settings = self._settings()
+        if self.source is None or record["settings"] != settings:
+            differing = [name for name, value in settings.items() if record["settings"].get(name) != value]
+            raise ValueError(
+                f"{self.partial} was begun with another {' and '.join(differing) or 'input'}; give the same again to "
+                "go on with it, or overwrite it to begin again"
+            )
+        self.result.num_resumed, self.num_bytes = record["num_rows"], record["num_bytes"]
+        self.result.errors = {int(number): error for number, error in record["errors"].items()}
+        self.result.problems = {int(number): tuple(problems) for number, problems in record["problems"].items()}
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Iterator[TextRow]]:
+        with contextlib.ExitStack() as stack:
+            file: BinaryIO = sys.stdin.buffer if self.source is None else stack.enter_context(self.source.open("rb"))
+            yield read_rows(file, kind_of(self.source), self.column)
+
+    def translate(self, rows: Iterator[TextRow]) -> None:
+        start = time.perf_counter()
+        num_tokens = 0
+        self.result.num_rows = sum(1 for _ in islice(rows, self.result.num_resumed))
+        bar = tqdm(
+            desc="Translating", unit="row", total=self._total(), initial=self.result.num_rows,
+            disable=not self.state.is_main_process,
+        )  # fmt: skip
+        with bar, self._written() as write:
+            while chunk := list(islice(rows, ROWS_AT_ONCE * self.state.num_processes)):
+                translated, of_chunk = self._translated(chunk)
+                num_tokens += of_chunk
+                self._note(chunk, translated)
+                write(self._text(chunk, translated))
+                self.result.num_rows += len(chunk)
+                self._save_record()
+                bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - start):,.0f} tokens/s", refresh=False)
+                bar.update(len(chunk))
+
+    def _total(self) -> int | None:
+        if self.source is None or kind_of(self.source) == PARQUET:
+            return None
+        with self.source.open("rb") as file:
+            return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
+
+    def _translated(self, chunk: list[TextRow]) -> tuple[list[TranslatedText], int]:
+        """Of each row its translation, and the tokens of all; each process translates its share."""
+        num_tokens = 0
+
+        def count(_: int, of_batch: int) -> None:
+            nonlocal num_tokens
+            num_tokens += of_batch
+
+        # neighbours in length to different processes, so that they take about as long
+        order = sorted(range(len(chunk)), key=lambda index: len(chunk[index].text or ""))
+        mine = order[self.state.process_index :: self.state.num_processes]
+        texts = self.translator.translate(
+            [chunk[index].text or "" for index in mine], self.src_lang, self.tgt_lang, count
+        )
+        if self.state.num_processes == 1:
+            return [text for _, text in sorted(zip(mine, texts, strict=True), key=lambda pair: pair[0])], num_tokens
+        everyone = gather_object([(mine, texts, num_tokens)])
+        by_index = {index: text for share, of_share, _ in everyone for index, text in zip(share, of_share, strict=True)}
+        return [by_index[index] for index in range(len(chunk))], sum(tokens for *_, tokens in everyone)
+
+    def _note(self, chunk: list[TextRow], translated: list[TranslatedText]) -> None:
+        for row, text in zip(chunk, translated, strict=True):
+            if row.error is not None:
+                self.result.errors[row.number] = row.error
+            elif text.problems:
+                self.result.problems[row.number] = text.problems
+
+    def _text(self, chunk: list[TextRow], translated: list[TranslatedText]) -> str:
+        rows = [self._row(row, text) for row, text in zip(chunk, translated, strict=True)]
+        return written(self.kind, rows, header=self.result.num_rows == 0)
+
+    def _row(self, row: TextRow, text: TranslatedText) -> Mapping[str, Any]:
+        if self.kind == LINES:
+            return {"translation": text.text, "end": row.end}
+        fields = {"source": row.text} if kind_of(self.source) == LINES else dict(row.fields)
+        new: dict[str, Any] = {"translation": text.text}
+        if self.translator.num_sequences > 1:
+            new["alternatives"] = list(text.alternatives)
+        new["problems"] = [row.error] if row.error is not None else list(text.problems)
+        return {**fields, **new}
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[Any]:
+        """A function that appends text to the output, which gets its name at the end."""
+        if not self.state.is_main_process:
+            yield lambda text: None
+            return
+        if self.output is None or self.partial is None or self.record is None:
+            yield lambda text: (sys.stdout.write(text), sys.stdout.flush())
+            return
+        with self.partial.open("r+b" if self.num_bytes else "wb") as file:
+            file.truncate(self.num_bytes)  # what was written after the last record
+            file.seek(self.num_bytes)
+
+            def write(text: str) -> None:
+                self.num_bytes += file.write(text.encode("utf-8", errors="surrogateescape"))
+                file.flush()
+                os.fsync(file.fileno())
+
+            yield write
+        if self.kind == PARQUET:
+            complete = self.partial.with_name(f"{self.partial.name}.parquet")
+            to_parquet(self.partial, complete)
+            complete.replace(self.output)
+            self.partial.unlink()
+        else:
+            self.partial.replace(self.output)
+        self.record.unlink(missing_ok=True)
+
+    def _save_record(self) -> None:
+        if self.record is None or not self.state.is_main_process:
+            return
+        record = {
+            "settings": self._settings(),
+            "num_rows": self.result.num_rows,
+            "num_bytes": self.num_bytes,
+            "errors": self.result.errors,
+            "problems": self.result.problems,
+        }
+        temporary = self.record.with_name(f"{self.record.name}.tmp")
+        temporary.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+        temporary.replace(self.record)
+
+
+__all__ = ["FileTranslation", "translate_file"]
