@@ -10,7 +10,7 @@ from itertools import chain
 from ..models.language_codes import has_spaces_between_sentences, parse_language
 
 # Where a sentence that is too long may be cut: after a clause, then between words. The white space stays behind it.
-_CLAUSE = re.compile(r"(?<=[,;:،؛，；：、。！？])\s*(?=\S)|(?<=\s[–—-])\s+(?=\S)")
+_CLAUSE = re.compile(r"(?<=[,;:،؛，；：、。！？])\s*(?=\S)|(?<=\s[–—-])\s+(?=\S)")  # noqa: RUF001
 _WORD = re.compile(r"(?<=\s)(?=\S)")
 
 CountTokens = Callable[[Sequence[str]], list[int]]

@@ -1,0 +1,135 @@
+"""Whole texts: as if each sentence had been translated alone, in its place."""
+
+from typing import Any
+
+import pytest
+import torch
+from translation_cases import MakeModel
+
+from hf_moe_ted import ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer
+from hf_moe_ted.translation.text_translator import CUT, TextTranslator
+
+TEXT = "  One sentence. Another one!\r\n\r\n\tThe third, which is longer than the others?  Yes.\n"
+SENTENCES = ["One sentence.", "Another one!", "The third, which is longer than the others?", "Yes."]
+
+
+@pytest.fixture(scope="module")
+def model(make_model: MakeModel) -> ZCodeM3ForConditionalGeneration:
+    return make_model()
+
+
+def alone(model: Any, tokenizer: Any, sentence: str, src: str, tgt: str, **options: Any) -> str:
+    """The slow reference: one sentence, one call of generate."""
+    inputs = tokenizer(sentence, src_lang=src, return_tensors="pt")
+    output = model.generate(**inputs, forced_bos_token_id=tokenizer.lang_code_to_id[tgt], **options)
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("batch_tokens", [1, 60, 4096])
+def test_as_each_sentence_alone(model: Any, tokenizer: ZCodeM3Tokenizer, num_beams: int, batch_tokens: int) -> None:
+    translator = TextTranslator(model, tokenizer, num_beams=num_beams, batch_tokens=batch_tokens, max_new_tokens=12)
+    translated, blank = translator.translate([TEXT, " \n"], "en", "de")
+    each = [alone(model, tokenizer, s, "en", "de", num_beams=num_beams, max_new_tokens=12) for s in SENTENCES]
+    assert [sentence.source for sentence in translated.sentences] == SENTENCES
+    assert [sentence.text for sentence in translated.sentences] == each
+    assert translated.text == "  {} {}\r\n\r\n\t{}  {}\n".format(*each)
+    assert (blank.text, blank.sentences) == (" \n", ())
+
+
+def test_a_sentence_longer_than_the_positions_is_translated_in_parts(model: Any, tokenizer: ZCodeM3Tokenizer) -> None:
+    sentence = "this is the first clause, " * 20
+    translator = TextTranslator(model, tokenizer, num_beams=1, max_new_tokens=5)
+    [translated] = translator.translate([sentence], "en", "de")
+    parts = [part.source for part in translated.sentences]
+    assert " ".join(parts) == sentence.strip()
+    assert all(len(ids) <= 96 for ids in tokenizer(parts)["input_ids"])
+    assert [part.text for part in translated.sentences] == [
+        alone(model, tokenizer, part, "en", "de", max_new_tokens=5) for part in parts
+    ]
+
+
+def test_same_sentences_are_translated_once(model: Any, tokenizer: ZCodeM3Tokenizer) -> None:
+    calls: list[tuple[int, int]] = []
+    translator = TextTranslator(model, tokenizer, num_beams=1, max_new_tokens=4)
+    texts = translator.translate(["Yes. Yes.", "Yes.\nNo."], "en", "fr", lambda *counts: calls.append(counts))
+    assert sum(num_sentences for num_sentences, _ in calls) == 2
+    assert texts[0].sentences[0] == texts[0].sentences[1] == texts[1].sentences[0]
+
+
+def test_alternatives(model: Any, tokenizer: ZCodeM3Tokenizer) -> None:
+    translator = TextTranslator(model, tokenizer, num_beams=3, num_alternatives=2, max_new_tokens=8)
+    [text] = translator.translate(["One. Two."], "en", "de")
+    first, second = text.sentences
+    assert text.alternatives == tuple(f"{a} {b}" for a, b in zip(first.alternatives, second.alternatives, strict=True))
+    assert len(first.alternatives) == 2
+    assert len(first.scores) == 3
+    assert list(first.scores) == sorted(first.scores, reverse=True)
+
+
+def test_what_a_reader_should_look_at(model: Any, tokenizer: ZCodeM3Tokenizer) -> None:
+    translator = TextTranslator(model, tokenizer, num_beams=1, max_new_tokens=3)
+    [text] = translator.translate(["Save the file %s in the folder {name} of the disk"], "en", "de")
+    problems = text.sentences[0].problems
+    assert "not as often as in the source: %s {name}" in problems
+    assert CUT in problems
+    assert any("times as long as the source" in problem for problem in problems)
+    assert text.problems[0].startswith("'Save the file %s")
+
+
+def test_detected_language(model: Any, tokenizer: ZCodeM3Tokenizer) -> None:
+    translator = TextTranslator(model, tokenizer, num_beams=1, max_new_tokens=3)
+    texts = translator.translate(
+        ["alle Fenster schließen und den Rechner ausschalten", "fermer tous les onglets de la fenêtre", "42"],
+        "auto",
+        "en",
+    )
+    assert [text.src_lang for text in texts[:2]] == ["de", "fr"]
+
+
+def test_codes_that_people_type(model: Any, tokenizer: ZCodeM3Tokenizer) -> None:
+    translator = TextTranslator(model, tokenizer, num_beams=1, max_new_tokens=3)
+    [text] = translator.translate(["Yes."], "eng_Latn", "de-AT")
+    assert (text.src_lang, text.tgt_lang) == ("en", "de")
+
+
+def test_a_batch_that_does_not_fit_is_halved(
+    model: Any, tokenizer: ZCodeM3Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    translator = TextTranslator(model, tokenizer, num_beams=1, max_new_tokens=6)
+    expected = translator.translate([TEXT], "en", "de")
+    sizes: list[int] = []
+    generate = model.generate
+
+    def at_most_one(**kwargs: Any) -> Any:
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(**kwargs)
+
+    monkeypatch.setattr(model, "generate", at_most_one)
+    assert translator.translate([TEXT], "en", "de") == expected
+    assert sizes == [4, 2, 1, 1, 2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 0}, r"num_beams \(0\) must be at least 1"),
+        ({"batch_tokens": 0}, r"batch_tokens \(0\) must be at least 1"),
+        ({"num_beams": 2, "num_alternatives": 2}, r"num_alternatives \(2\) must be less than num_beams \(2\)"),
+    ],
+)
+def test_bad_options(model: Any, tokenizer: ZCodeM3Tokenizer, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TextTranslator(model, tokenizer, **options)
+
+
+def test_bad_input(model: Any, tokenizer: ZCodeM3Tokenizer) -> None:
+    translator = TextTranslator(model, tokenizer)
+    with pytest.raises(ValueError, match="unknown tgt_lang 'xx'"):
+        translator.translate(["Yes."], "en", "xx")
+    with pytest.raises(ValueError, match="a text to translate must be a string, got int at 1: 3"):
+        translator.translate(["Yes.", 3], "en", "de")  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="int must be a tokenizer for translation"):
+        TextTranslator(model, 3)  # type: ignore[arg-type]
