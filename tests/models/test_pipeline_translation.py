@@ -133,17 +133,57 @@ def test_blank_sentences(translator: ZCodeM3TranslationPipeline) -> None:
 
 
 @pytest.mark.parametrize("model_max_length", [None, 20])
-def test_truncation(
-    translator: ZCodeM3TranslationPipeline, model_max_length: int | None, caplog: pytest.LogCaptureFixture
+def test_long_sentences_are_translated_in_parts(
+    translator: ZCodeM3TranslationPipeline, model_max_length: int | None
 ) -> None:
     kept = model_max_length or translator.model.config.max_position_embeddings
     if model_max_length is not None:
         translator.tokenizer.model_max_length = model_max_length
-    with caplog.at_level(logging.WARNING):
-        assert translator("a" * 98) == translator("a" * (kept - 2))
-    assert [record.message for record in caplog.records if "tokens" in record.message] == [
-        f"source truncated: kept {kept} of 100 tokens of 'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa'..."
+    clauses = ["a" * (kept - 4) + ",", "b" * (kept - 4) + ";", "c" * (kept - 3)]
+    parts = [translator(clause)[0]["translation_text"] for clause in clauses]
+    assert translator(" ".join(clauses)) == [{"translation_text": " ".join(parts)}]
+
+
+TEXT = " One. Two!\r\n\r\n\tThree?  \n"
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_texts(translator: ZCodeM3TranslationPipeline, options: dict[str, int]) -> None:
+    each = [translator(sentence, **options) for sentence in ("One.", "Two!", "Three?")]
+    ranked = [[item["translation_text"] for item in of_sentence] for of_sentence in each]
+    whole = [{"translation_text": " {} {}\r\n\r\n\t{}  \n".format(*texts)} for texts in zip(*ranked, strict=True)]
+    assert translator(TEXT, **options) == whole
+    is_one = len(whole) == 1
+    assert translator([TEXT, "One.", " ", TEXT], **options) == [
+        whole[0] if is_one else whole,
+        each[0][0] if is_one else each[0],
+        {"translation_text": ""} if is_one else [{"translation_text": ""}] * 2,
+        whole[0] if is_one else whole,
     ]
+
+
+def test_text_as_one_sentence(translator: ZCodeM3TranslationPipeline) -> None:
+    assert translator("One. Two.", split=False) == [
+        {"translation_text": translate(translator, "One. Two.", "en", "de", max_new_tokens=6)[0]}
+    ]
+    assert translator("One. Two.", split=False) != translator("One. Two.")
+
+
+def test_without_sentencex(translator: ZCodeM3TranslationPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [translator(line, split=False)[0]["translation_text"] for line in ("One. Two.", "Three.")]
+    monkeypatch.setitem(sys.modules, "sentencex", None)
+    monkeypatch.setattr("hf_moe_ted.models.pipeline_translation.is_installed", lambda: False)
+    assert translator("One. Two.\nThree.") == [{"translation_text": "\n".join(lines)}]
+    with pytest.raises(ValueError, match="pip install sentencex"):
+        translator("One. Two.", split=True)
+
+
+def test_arguments_of_the_pipelines_of_transformers_4(translator: ZCodeM3TranslationPipeline) -> None:
+    expected = translator("Hello")
+    assert translator("Hello", truncation=True, clean_up_tokenization_spaces=False) == expected
+    for name in ("return_tensors", "return_text"):
+        with pytest.raises(ValueError, match=f"{name} .* leave it out"):
+            translator("Hello", **{name: True})
 
 
 def test_default_length_fits_the_positions(model: ZCodeM3ForConditionalGeneration) -> None:
@@ -213,7 +253,7 @@ def test_nllb_tokenizer_with_other_special_tokens(nllb_tokenizer: NllbTokenizer)
     model = ZCodeM3ForConditionalGeneration(ZCodeM3Config(vocab_size=len(nllb_tokenizer), num_experts=2, **SIZES))
     translator = ZCodeM3TranslationPipeline(model=model.eval(), tokenizer=nllb_tokenizer, device="cpu")
     assert len(translator.languages) == 202 and "<term>" not in translator.languages
-    inputs = translator.preprocess("open", src_lang="fra_Latn", tgt_lang="zh-TW")
+    [inputs] = translator.preprocess("open", src_lang="fra_Latn", tgt_lang="zh-TW")
     ids = nllb_tokenizer.convert_tokens_to_ids(["fra_Latn", "zho_Hant"])
     assert [inputs["input_ids"][0, 0].item(), inputs["forced_bos_token_id"]] == ids
     assert nllb_tokenizer.src_lang == "eng_Latn"
@@ -236,7 +276,9 @@ def test_threads_that_share_a_tokenizer_of_transformers(
 
     def sources(translator: ZCodeM3TranslationPipeline) -> set[int]:
         return {
-            translator.preprocess("open", **translator._preprocess_params)["input_ids"][0, 0].item() for _ in range(99)
+            inputs["input_ids"][0, 0].item()
+            for _ in range(99)
+            for inputs in translator.preprocess("open", **translator._preprocess_params)
         }
 
     interval = sys.getswitchinterval()

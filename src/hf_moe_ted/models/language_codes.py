@@ -160,7 +160,7 @@ def sacrebleu_tokenizer(code: str) -> str:
 
 
 def has_spaces_between_sentences(code: str) -> bool:
-    """Whether sentences of a language stand apart: not in Chinese and Japanese. A code that is unknown is one that does."""
+    """Whether sentences of a language stand apart, as they do except in Chinese and Japanese."""
     try:
         parsed = parse_language(code)
     except ValueError:

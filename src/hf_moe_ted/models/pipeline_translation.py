@@ -1,4 +1,4 @@
-"""Translation pipeline: sentences in, translations out. transformers 5 has none of its own any more."""
+"""Translation pipeline: texts in, translations out. transformers 5 has none of its own any more."""
 
 import copy
 import os
@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import AutoModelForSeq2SeqLM, GenerationConfig, Pipeline, PreTrainedModel
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
+from transformers.pipelines.base import ChunkPipeline
 from transformers.utils import logging
 
 from .language_codes import language_ids, languages_kept, resolve_language
 from .nllb_moe import MODEL_TYPE as NLLB_MOE
+from .segments import Segments, is_installed, split_long, split_sentences
 
 logger = logging.get_logger(__name__)
 
@@ -24,9 +26,9 @@ MODEL_CODE = {
 TOKENIZER_CODE = {"AutoTokenizer": ["tokenization_zcode_m3.ZCodeM3Tokenizer", None]}
 
 
-class ZCodeM3TranslationPipeline(Pipeline):
+class ZCodeM3TranslationPipeline(ChunkPipeline):
     """
-    Translates sentences with a multilingual encoder-decoder model.
+    Translates texts with a multilingual encoder-decoder model, sentence by sentence.
 
     The tokenizer is a [`ZCodeM3Tokenizer`] or one of transformers for translation (`NllbTokenizer`, `M2M100Tokenizer`).
     Languages are named as it names them or in another form: `zh-CN`, `zho_Hans` and `ZH` are `zh` where there is no
@@ -47,8 +49,9 @@ class ZCodeM3TranslationPipeline(Pipeline):
     model set is as `generate()` has it. A [`ZCodeM3ForConditionalGeneration`] has a `max_length` of 256, or as many as
     it has positions; for a model without one `max_new_tokens` is as many.
 
-    A source longer than the model's positions or the tokenizer's `model_max_length` is truncated, with a warning.
-    The translation of an empty or blank sentence is empty.
+    A text is split into sentences (by `sentencex`, if it is installed), and their translations stand in its white space
+    and lines. A sentence longer than the model's positions or the tokenizer's `model_max_length` is translated in
+    parts, so nothing of a text is left out. `split=False` takes each text as one sentence. A blank text stays empty.
     """
 
     model: Any
@@ -79,27 +82,31 @@ class ZCodeM3TranslationPipeline(Pipeline):
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> list[Any] | Iterator[Any]:
         """
-        Translates sentences.
+        Translates texts.
 
         Args:
             inputs (`str`, `list[str]`, dataset or generator of `str`):
-                The sentences.
+                The texts.
             src_lang (`str`, *optional*):
-                Language of the sentences.
+                Language of the texts.
             tgt_lang (`str`, *optional*):
                 Language to translate to.
             batch_size (`int`, *optional*, defaults to 1):
                 How many sentences are translated at once.
+            split (`bool`, *optional*):
+                Whether texts are split into sentences. By default they are, if `sentencex` is installed; without it
+                each line is a sentence. `False` for texts that are one sentence each.
             kwargs:
                 Arguments of `generate()`.
 
         Returns:
-            `list[dict[str, str]]`: one `{"translation_text": ...}` per sentence; with `num_return_sequences` above 1,
-            one list of them per sentence of a list. A dataset or a generator gives an iterator over one list per
-            sentence.
+            `list[dict[str, str]]`: one `{"translation_text": ...}` per text; with `num_return_sequences` above 1,
+            one list of them per text of a list, where each sentence has its first, second, ... sequence. A dataset or a
+            generator gives an iterator over one list per text.
 
         Raises:
-            ValueError: for a sentence that is not a string, an unknown language or a missing one.
+            ValueError: for a text that is not a string, an unknown language or a missing one, or `split=True` without
+                `sentencex`.
         """
         if isinstance(inputs, (list, tuple)) and len(inputs) == 0:
             return []
@@ -109,11 +116,23 @@ class ZCodeM3TranslationPipeline(Pipeline):
         return translations
 
     def _sanitize_parameters(
-        self, src_lang: str | None = None, tgt_lang: str | None = None, **generate_kwargs: Any
+        self,
+        src_lang: str | None = None,
+        tgt_lang: str | None = None,
+        split: bool | None = None,
+        truncation: Any = None,
+        clean_up_tokenization_spaces: bool | None = None,
+        **generate_kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        if truncation:
+            logger.warning_once("truncation has no effect: what the model has no positions for is translated in parts")
+        for name in generate_kwargs.keys() & {"return_tensors", "return_text"}:
+            raise ValueError(f"{name} is not an argument of this pipeline, which returns text; leave it out")
         named = {"src_lang": src_lang, "tgt_lang": tgt_lang}
         languages = {name: self._checked(name, lang) for name, lang in named.items() if lang is not None}
-        return languages, generate_kwargs, {}
+        splitting = {} if split is None else {"split": split}
+        cleaning = {"clean_up_tokenization_spaces": clean_up_tokenization_spaces}
+        return {**languages, **splitting}, generate_kwargs, {} if clean_up_tokenization_spaces is None else cleaning
 
     def _checked(self, name: str, language: str | None) -> str:
         """The language of the tokenizer that a code means; `name` is `src_lang` or `tgt_lang`.
@@ -126,28 +145,48 @@ class ZCodeM3TranslationPipeline(Pipeline):
             raise ValueError(f"missing {name}: pass `{name}=`, one of: {', '.join(known)}")
         return resolve_language(language, known, name=name)
 
-    def preprocess(self, input_: Any, **languages: Any) -> dict[str, Any]:
-        """The inputs of the model for one sentence, with a batch axis: `input_ids` is (1, L)."""
+    def preprocess(self, input_: Any, split: bool | None = None, **languages: Any) -> Iterator[dict[str, Any]]:
+        """The inputs of the model for each sentence of a text, with a batch axis: `input_ids` is (1, L).
+
+        `gaps` are what stands before the sentence and, of the last one, after it.
+        """
         if not isinstance(input_, str):
             raise ValueError(f"a sentence to translate must be a string, got {type(input_).__name__}: {input_!r}")
         for name in ("src_lang", "tgt_lang"):
             languages[name] = self._checked(name, languages.get(name, getattr(self.tokenizer, name, None)))
 
-        def encode(**kwargs: Any) -> dict[str, Any]:
+        def encode(text: str) -> dict[str, Any]:
             with languages_kept(self.tokenizer):
-                return self.tokenizer._build_translation_inputs(input_, return_tensors="pt", **languages, **kwargs)
+                return self.tokenizer._build_translation_inputs(text, return_tensors="pt", **languages, verbose=False)
 
-        inputs = encode(verbose=False)
-        num_tokens = inputs["input_ids"].shape[1]
+        text = self._segments(input_, split, languages["src_lang"])
         max_tokens = min(_max_positions(self.model), self.tokenizer.model_max_length)
-        if num_tokens > max_tokens:
-            logger.warning(f"source truncated: kept {max_tokens} of {num_tokens} tokens of {input_[:40]!r}...")
-            inputs = encode(truncation=True, max_length=max_tokens)
-        return {**inputs, "is_blank": torch.tensor([not input_.strip()])}
+        parts = [
+            split_long(sentence, max_tokens, lambda texts: [encode(text)["input_ids"].shape[1] for text in texts])
+            for sentence in text.sentences
+        ]
+        text = text.with_parts(parts)
+        sentences = text.sentences or ("",)
+        for index, sentence in enumerate(sentences):
+            is_last = index == len(sentences) - 1
+            gaps = [text.gaps[index], text.gaps[-1] if is_last and text.sentences else ""]
+            is_blank = torch.tensor([not sentence])
+            own = {"is_blank": is_blank, "is_last": is_last, "gaps": gaps, "tgt_lang": languages["tgt_lang"]}
+            yield {**encode(sentence), **own}
+
+    def _segments(self, text: str, split: bool | None, src_lang: str) -> Segments:
+        if split is False:
+            return Segments.whole(text)
+        if split is None and not is_installed():
+            logger.warning_once(
+                "sentencex is not installed, so each line is translated as one sentence: `pip install sentencex`"
+            )
+            return split_sentences(text, None)
+        return split_sentences(text, src_lang)
 
     def _forward(self, input_tensors: dict[str, Any], **generate_kwargs: Any) -> Any:
         """Translates B sentences: `output_ids` is (B, `num_return_sequences`, L), `is_blank` is (B,)."""
-        is_blank = input_tensors.pop("is_blank")
+        kept = {name: input_tensors.pop(name) for name in ("is_blank", "is_last", "gaps", "tgt_lang")}
         forced_bos_token_id = input_tensors.pop("forced_bos_token_id")
         if isinstance(forced_bos_token_id, list):  # one per sentence of the batch, all of the same target language
             forced_bos_token_id = forced_bos_token_id[0]
@@ -155,12 +194,22 @@ class ZCodeM3TranslationPipeline(Pipeline):
             generate_kwargs, forced_bos_token_id=forced_bos_token_id, return_dict_in_generate=False
         )
         output_ids = self.model.generate(**input_tensors, **generate_kwargs)
-        return {"output_ids": output_ids.unflatten(0, (is_blank.numel(), -1)), "is_blank": is_blank}
+        return {"output_ids": output_ids.unflatten(0, (kept["is_blank"].numel(), -1)), **kept}
 
     def postprocess(self, model_outputs: Any, **postprocess_parameters: Any) -> list[dict[str, str]]:
-        """The translations of one sentence, one per returned sequence."""
-        texts = self.tokenizer.batch_decode(model_outputs["output_ids"][0], skip_special_tokens=True)
-        return [{"translation_text": "" if model_outputs["is_blank"] else text} for text in texts]
+        """The translations of one text, one per returned sequence."""
+        if all(bool(output["is_blank"]) for output in model_outputs):
+            return [{"translation_text": ""} for _ in range(model_outputs[0]["output_ids"].shape[1])]
+        gaps = [*(output["gaps"][0] for output in model_outputs), model_outputs[-1]["gaps"][1]]
+        ranked = [
+            self.tokenizer.batch_decode(output["output_ids"][0], skip_special_tokens=True, **postprocess_parameters)
+            for output in model_outputs
+        ]
+        text = Segments(("",) * len(ranked), tuple(gaps))
+        return [
+            {"translation_text": text.join(translations, model_outputs[0]["tgt_lang"])}
+            for translations in zip(*ranked, strict=True)
+        ]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """

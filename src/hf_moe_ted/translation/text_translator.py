@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.language_detection import UNDETERMINED, LanguageDetector, detector_code
 from ..models.language_codes import find_language, language_ids, languages_kept, resolve_language
+from ..models.segments import Segments, split_long, split_sentences
 from .placeholders import lost_placeholders
-from .segments import Segments, split_long, split_sentences
 
 AUTO = "auto"
 

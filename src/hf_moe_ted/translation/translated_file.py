@@ -92,7 +92,7 @@ class _Run:
         self.src_lang, self.tgt_lang, self.column = src_lang, tgt_lang, column
         self.result = FileTranslation()
         self.kind = kind_of(output)
-        self.state = PartialState()
+        self.state = PartialState(cpu=translator.model.device.type == "cpu")
         self.partial = None if output is None else output.with_name(f"{output.name}.partial")
         self.record = None if output is None else output.with_name(f"{output.name}.partial.json")
         self.num_bytes = 0

@@ -5,9 +5,10 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import chain
 
-from ..models.language_codes import has_spaces_between_sentences, parse_language
+from .language_codes import has_spaces_between_sentences, parse_language
 
 # Where a sentence that is too long may be cut: after a clause, then between words. The white space stays behind it.
 _CLAUSE = re.compile(r"(?<=[,;:،؛，；：、。！？])\s*(?=\S)|(?<=\s[–—-])\s+(?=\S)")  # noqa: RUF001
@@ -28,6 +29,19 @@ class Segments:
     sentences: tuple[str, ...]
     gaps: tuple[str, ...]
 
+    @classmethod
+    def whole(cls, text: str) -> "Segments":
+        """The text as one sentence, however many lines it has."""
+        return _segments([text])
+
+    def with_parts(self, parts: Sequence["Segments"]) -> "Segments":
+        """The same text with each sentence in the parts that it has been split into."""
+        sentences = [sentence for of_sentence in parts for sentence in of_sentence.sentences]
+        gaps = [self.gaps[0]]
+        for of_sentence, gap in zip(parts, self.gaps[1:], strict=True):
+            gaps += [*of_sentence.gaps[1:-1], gap]
+        return Segments(tuple(sentences), tuple(gaps))
+
     def join(self, translations: Sequence[str], tgt_lang: str | None = None) -> str:
         """The text with translations in place of its sentences.
 
@@ -40,6 +54,11 @@ class Segments:
         if tgt_lang is not None and has_spaces_between_sentences(tgt_lang):
             between[1:-1] = [gap or " " for gap in between[1:-1]]
         return "".join([between[0], *chain.from_iterable(zip(translations, between[1:], strict=True))])
+
+
+def is_installed() -> bool:
+    """Whether `split_sentences` can find the ends of sentences."""
+    return find_spec("sentencex") is not None
 
 
 def split_sentences(text: str, language: str | None) -> Segments:
@@ -131,4 +150,4 @@ def _cut_near(text: str, index: int) -> int:
     return next((i for i in range(index, len(text)) if not unicodedata.combining(text[i])), index)
 
 
-__all__ = ["Segments", "split_long", "split_sentences"]
+__all__ = ["Segments", "is_installed", "split_long", "split_sentences"]

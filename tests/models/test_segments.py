@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from hf_moe_ted.translation.segments import split_long, split_sentences
+from hf_moe_ted.models.segments import split_long, split_sentences
 
 LETTERS = "ab ,;。\n\r\t é\u0301😀ก\u2028"
 
