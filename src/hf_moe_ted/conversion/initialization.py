@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from ..files.json_file import read_json_object
 from ..files.messages import shorten
+from ..files.named_seed import named_seed
 from ..files.output import check_output_dir
 from ..files.writing import keeping_places
 from ..models.configuration_zcode_m3 import ZCodeM3Config
@@ -26,7 +27,6 @@ from ..tensors.model_folder import (
     read_generation_config,
     write_model_folder,
 )
-from .named_seed import named_seed
 
 
 @keeping_places()

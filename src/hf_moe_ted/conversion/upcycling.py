@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..files.json_file import read_json_object
+from ..files.named_seed import named_seed
 from ..files.output import check_output_dir
 from ..files.writing import keeping_places
 from ..models.configuration_zcode_m3 import ZCodeM3Config, changed_fields
@@ -31,7 +32,6 @@ from ..tensors.model_folder import (
 from ..tensors.safetensors_io import check_tensors, open_pretrained_tensors
 from .m2m100 import MODEL_TYPE as M2M100
 from .m2m100 import m2m100_config_fields, m2m100_name
-from .named_seed import named_seed
 
 _ARGUMENTS = ("num_experts", "encoder_sparse_step", "decoder_sparse_step")
 _ROUTING = {"num_experts_per_tok": 2, "normalize_router_weights": "after_dropping"}
