@@ -16,7 +16,7 @@ import difflib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -112,6 +112,64 @@ class _Source:
     expert: int | None = None
 
 
+@dataclass
+class _Group:
+    """The tensors that a rule takes together, as they become the same targets.
+
+    Attributes:
+        rule: theirs.
+        values: what the placeholders stand for, but for `{expert}` where experts are stacked.
+        names: of the tensors of each of the rule's sources by expert, which is 0 where none are stacked.
+    """
+
+    rule: Rule
+    values: dict[str, str]
+    names: dict[int, dict[int, str]] = field(default_factory=dict)
+
+    def add(self, part: int, expert: int, name: str) -> str | None:
+        """Add a tensor; returns that which was in its place."""
+        experts = self.names.setdefault(part, {})
+        other = experts.get(expert)
+        experts[expert] = name
+        return other
+
+    def targets(self, specs: Mapping[str, Tensor]) -> Iterator[tuple[str, _Source]]:
+        """Names and sources of what the tensors become.
+
+        Raises:
+            ValueError: one is missing, or unlike the other experts.
+        """
+        rule = self.rule
+        names = tuple(self._experts(part, specs) for part in range(len(rule.source)))
+        if len({len(experts) for experts in names}) > 1:
+            raise ValueError(f"{names[0][-1]} and {names[1][-1]} have different numbers of experts")
+        is_stacked = "expert" in rule.source[0].placeholders and "expert" not in self.values
+        is_unstacked = "expert" in rule.target[0].placeholders and "expert" not in rule.source[0].placeholders
+        for part, pattern in enumerate(rule.target):
+            if not is_unstacked:
+                yield pattern.fill(self.values), _Source(rule, part, names, is_stacked)
+                continue
+            for expert in range(specs[names[0][0]].shape[0]):
+                filled = pattern.fill({**self.values, "expert": str(expert)})
+                yield filled, _Source(rule, part, names, expert=expert)
+
+    def _experts(self, part: int, specs: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """The tensors of one of the rule's sources, in the order of the experts."""
+        if part not in self.names:
+            some_name = next(name for experts in self.names.values() for name in experts.values())
+            missing = self.rule.source[part].fill({"expert": "{expert}", **self.values})
+            raise ValueError(f"{missing} is missing, beside {some_name}")
+        experts = self.names[part]
+        num_missing = max(experts) + 1 - len(experts)
+        if num_missing:
+            shown = list(islice((i for i in range(max(experts)) if i not in experts), _NUM_NAMES_SHOWN))
+            more = " and more" if num_missing > len(shown) else ""
+            raise ValueError(f"experts {shown}{more} are missing beside {experts[max(experts)]}")
+        names = tuple(experts[expert] for expert in range(len(experts)))
+        _check_alike(names, specs)
+        return names
+
+
 @dataclass(frozen=True)
 class RuleSet:
     """A table of rules.
@@ -178,7 +236,12 @@ class RuleSet:
             ValueError: a tensor matches no rule or several (with the nearest rules), two tensors would get one name, an
                 expert or a part is missing, experts differ in shape, or a tensor cannot be split.
         """
-        sources = self._sources(tensors)
+        sources: dict[str, _Source] = {}
+        for group in self._groups(tensors):
+            for target, source in group.targets(tensors.specs):
+                if target in sources:
+                    raise ValueError(f"{source.names[0][0]} and {sources[target].names[0][0]} both become {target}")
+                sources[target] = source
         on_meta = LazyTensors(tensors.specs, tensors.specs.__getitem__)
         specs = {target: _build(source, on_meta, num_heads, "meta") for target, source in sources.items()}
 
@@ -195,17 +258,16 @@ class RuleSet:
             specs, lambda target: _build(sources[target], tensors, num_heads, "cpu"), read_into=read_into
         )
 
-    def _sources(self, tensors: LazyTensors) -> dict[str, _Source]:
-        groups: dict[tuple[int, str], dict[int, dict[int, str]]] = {}
-        values_of: dict[tuple[int, str], dict[str, str]] = {}
-        problems: list[Callable[[], str]] = []
-        for name in tensors:
-            matches = [
-                (number, part, values)
-                for number, rule in enumerate(self.rules)
-                for part, pattern in enumerate(rule.source)
-                if (values := pattern.match(name)) is not None
-            ]
+    def _groups(self, names: Iterable[str]) -> Iterable[_Group]:
+        """The tensors by what they become.
+
+        Raises:
+            ValueError: with all that match no rule or more than one.
+        """
+        groups: dict[tuple[int, str], _Group] = {}
+        problems: list[Callable[[], str]] = []  # called for those that are shown
+        for name in names:
+            matches = self._matches(name)
             if len(matches) != 1:
                 matching = [self.rules[number] for number, _, _ in matches]
                 problems.append(partial(self._match_problem, name, matching))
@@ -216,23 +278,24 @@ class RuleSet:
                 continue
             is_stacked = "expert" in values and "expert" not in rule.target[0].placeholders
             expert = int(values.pop("expert")) if is_stacked else 0
-            key = (number, rule.target[0].fill({"expert": "{expert}", **values}))
-            values_of[key] = values
-            parts = groups.setdefault(key, {})
-            if expert in parts.setdefault(part, {}):
-                problems.append(f"{parts[part][expert]} and {name} both become {key[1]}".__str__)
-            parts[part][expert] = name
+            target = rule.target[0].fill({"expert": "{expert}", **values})
+            group = groups.setdefault((number, target), _Group(rule, values))
+            if (other := group.add(part, expert, name)) is not None:
+                problems.append(partial(str, f"{other} and {name} both become {target}"))
         if problems:
             shown = "\n  ".join(problem() for problem in problems[:_NUM_NAMES_SHOWN])
             more = f"\n  and {len(problems) - _NUM_NAMES_SHOWN} more" if len(problems) > _NUM_NAMES_SHOWN else ""
             raise ValueError(f"{len(problems)} tensors do not fit the rules {self.name}:\n  {shown}{more}")
-        targets: dict[str, _Source] = {}
-        for (number, _), parts in groups.items():
-            for target, source in self._targets(self.rules[number], parts, values_of[(number, _)], tensors.specs):
-                if target in targets:
-                    raise ValueError(f"{source.names[0][0]} and {targets[target].names[0][0]} both become {target}")
-                targets[target] = source
-        return targets
+        return groups.values()
+
+    def _matches(self, name: str) -> list[tuple[int, int, dict[str, str]]]:
+        """Of each pattern that a name matches: the rule's number, which of its sources, what placeholders stand for."""
+        return [
+            (number, part, values)
+            for number, rule in enumerate(self.rules)
+            for part, pattern in enumerate(rule.source)
+            if (values := pattern.match(name)) is not None
+        ]
 
     def _match_problem(self, name: str, matching: list[Rule]) -> str:
         if matching:
@@ -241,35 +304,6 @@ class RuleSet:
         plain = {re.sub(r"\d+", "0", PLACEHOLDER.sub("0", pattern)): pattern for pattern in patterns}
         nearest = difflib.get_close_matches(re.sub(r"\d+", "0", name), list(plain), n=1, cutoff=0.0)
         return f"{name} matches no rule" + (f"; the nearest is {plain[nearest[0]]}" if nearest else "")
-
-    def _targets(
-        self, rule: Rule, parts: dict[int, dict[int, str]], values: dict[str, str], specs: Mapping[str, Tensor]
-    ) -> Iterator[tuple[str, _Source]]:
-        """Names and sources of what one group of tensors becomes."""
-        some_name = next(iter(next(iter(parts.values())).values()))
-        names = []
-        for part, pattern in enumerate(rule.source):
-            if part not in parts:
-                raise ValueError(f"{pattern.fill({'expert': '{expert}', **values})} is missing, beside {some_name}")
-            experts = parts[part]
-            if max(experts) >= len(experts):
-                missing = (expert for expert in range(max(experts)) if expert not in experts)
-                shown = list(islice(missing, _NUM_NAMES_SHOWN))
-                more = " and more" if max(experts) + 1 - len(experts) > len(shown) else ""
-                raise ValueError(f"experts {shown}{more} are missing beside {experts[max(experts)]}")
-            names.append(tuple(experts[expert] for expert in range(len(experts))))
-            _check_alike(names[-1], specs)
-        if len({len(experts) for experts in names}) > 1:
-            raise ValueError(f"{names[0][-1]} and {names[1][-1]} have different numbers of experts")
-        is_stacked = "expert" in rule.source[0].placeholders and "expert" not in values
-        is_unstacked = "expert" in rule.target[0].placeholders and "expert" not in rule.source[0].placeholders
-        for part, pattern in enumerate(rule.target):
-            if not is_unstacked:
-                yield pattern.fill(values), _Source(rule, part, tuple(names), is_stacked)
-                continue
-            for expert in range(specs[names[0][0]].shape[0]):
-                filled = pattern.fill({**values, "expert": str(expert)})
-                yield filled, _Source(rule, part, tuple(names), expert=expert)
 
 
 def _check_alike(names: Sequence[str], specs: Mapping[str, Tensor]) -> None:

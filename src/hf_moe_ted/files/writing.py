@@ -231,13 +231,12 @@ def tidy_up(folder: Path, names: str) -> None:
     What a living process writes stays.
     """
     labels = {match["label"] for name in os.listdir(folder) if (match := _LEFTOVER.fullmatch(name))}
-    for label in sorted(labels):
-        if re.fullmatch(names, label):
-            try:
-                with writing(folder / label, workplace=folder):
-                    pass
-            except (ValueError, OSError) as error:
-                logger.warning("%s", error)
+    for label in sorted(label for label in labels if re.fullmatch(names, label)):
+        try:
+            with writing(folder / label, workplace=folder):
+                pass
+        except (ValueError, OSError) as error:
+            logger.warning("%s", error)
 
 
 def remove(path: Path) -> None:

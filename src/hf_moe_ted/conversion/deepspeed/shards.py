@@ -20,16 +20,12 @@ class Shards(ABC):
     specs: dict[str, dict[int, Tensor]]
 
     @abstractmethod
-    def read(self, name: str, mp_rank: int) -> Tensor:
-        """One shard, contiguous, in memory of its own.
+    def view(self, name: str, mp_rank: int) -> Tensor:
+        """One shard, to look at and drop: it may be in mapped memory.
 
         Raises:
             ValueError: the file cannot be read, or does not fit the others.
         """
-
-    def read_into(self, name: str, mp_rank: int, out: Tensor) -> None:
-        """Write one shard to a tensor of its shape and dtype."""
-        out.copy_(self.read(name, mp_rank))
 
 
 class WeightShards(Shards):
@@ -39,12 +35,8 @@ class WeightShards(Shards):
         self._shards, self._pool = contents.shards, pool
         self.specs = {name: {rank: s.spec for rank, s in ranks.items()} for name, ranks in self._shards.items()}
 
-    def read(self, name: str, mp_rank: int) -> Tensor:
-        # Files of before DeepSpeed 0.8 hold the storage of all experts for one of them; a copy is of the one only.
-        return self._shards[name][mp_rank].view(self._pool).clone(memory_format=torch.contiguous_format)
-
-    def read_into(self, name: str, mp_rank: int, out: Tensor) -> None:
-        out.copy_(self._shards[name][mp_rank].view(self._pool))
+    def view(self, name: str, mp_rank: int) -> Tensor:
+        return self._shards[name][mp_rank].view(self._pool)
 
 
 class MasterShards(Shards):
@@ -81,14 +73,14 @@ class MasterShards(Shards):
                 "use weights='model'"
             )
 
-    def read(self, name: str, mp_rank: int) -> Tensor:
+    def view(self, name: str, mp_rank: int) -> Tensor:
         if self._masters is None:  # reads all weights, therefore not before a tensor is asked for
             self._masters = find_masters_by_value(self._contents, self._pool)
         shard = self._shards.get(name, {}).get(mp_rank)
         fragments = self._masters.get(name, {}).get(mp_rank)
         if fragments is None:
             weight = self._shards[name][mp_rank].view(self._pool)
-            return weight.to(_as_master(weight).dtype, memory_format=torch.contiguous_format, copy=True)
+            return weight.to(_as_master(weight).dtype)
         spec = self.specs[name][mp_rank]
         master = self._join(fragments, spec)
         if shard is not None and not rounds_to(master, shard.view(self._pool)):
@@ -99,10 +91,9 @@ class MasterShards(Shards):
         return master
 
     def _join(self, fragments: list[Fragment], spec: Tensor) -> Tensor:
-        master, start = torch.empty(spec.numel(), dtype=spec.dtype), 0
-        for fragment in fragments:
-            master[start : start + fragment.numel] = fragment.view(self._pool)
-            start += fragment.numel
+        master = torch.empty(spec.numel(), dtype=spec.dtype)
+        for part, fragment in zip(master.split([fragment.numel for fragment in fragments]), fragments, strict=True):
+            part.copy_(fragment.view(self._pool))
         return master.view(spec.shape)
 
     def _add_tied(self, masters: Masters) -> None:
@@ -125,20 +116,23 @@ class MasterShards(Shards):
         for name, by_rank in self.specs.items():
             for mp_rank, spec in by_rank.items():
                 fragments = masters.get(name, {}).get(mp_rank)
-                is_trained = spec.is_floating_point() if trained is None else _without_expert(name) in trained
-                if fragments is None and (is_trained or mp_rank in self._contents.lost.get(name, {})):
-                    if trained is None and name in self._contents.mains[mp_rank].buffer_names:
-                        continue
+                if fragments is None and self._is_trained(name, mp_rank, trained):
                     raise ValueError(
                         f"the optimizer files of {folder} have no master of {name} (mp_rank {mp_rank}), which was "
                         "trained; the files are not from one run, use weights='model'"
                     )
-                numel = sum(fragment.numel for fragment in fragments or ())
-                if fragments is not None and numel != spec.numel():
+                if fragments is not None and (numel := sum(part.numel for part in fragments)) != spec.numel():
                     raise ValueError(
                         f"the optimizer files of {folder} have {numel} numbers of {name} (mp_rank {mp_rank}), which "
                         f"has {spec.numel()} of the shape {tuple(spec.shape)}; a file is missing or not from this run"
                     )
+
+    def _is_trained(self, name: str, mp_rank: int, trained: set[object] | None) -> bool:
+        is_lost = mp_rank in self._contents.lost.get(name, {})
+        if trained is not None:
+            return is_lost or _without_expert(name) in trained
+        may_be = is_lost or self.specs[name][mp_rank].is_floating_point()
+        return may_be and name not in self._contents.mains[mp_rank].buffer_names
 
     def _trained_names(self) -> set[object] | None:
         """What ZeRO trains, without the ids of experts, or `None` if the main files do not say."""

@@ -17,7 +17,7 @@ from ...files.writing import keeping_places
 from ...models.configuration_zcode_m3 import ZCodeM3Config
 from ...tensors.config_file import read_zcode_m3_config
 from ...tensors.lazy_tensors import LazyTensors, check_rounded, checked_weights
-from ...tensors.model_folder import drop_tied_copies, meta_model, parse_dtype
+from ...tensors.model_folder import drop_tied_copies, meta_model, parse_dtype, stored_specs
 from ...tensors.safetensors_io import check_tensors, open_pretrained_tensors
 from ..conversion_rules import RuleSet
 from ..patterns import Pattern
@@ -99,15 +99,8 @@ def export_deepspeed_checkpoint(
 def _with_tied_copies(model_or_folder: PreTrainedModel | str | os.PathLike[str]) -> tuple[ZCodeM3Config, LazyTensors]:
     """Config and tensors, tied ones under all of their names: a DeepSpeed model is loaded with all of them."""
     if isinstance(model_or_folder, PreTrainedModel):
-        state = model_or_folder.state_dict()
-        config = model_or_folder.config
-        tensors = LazyTensors(
-            {name: tensor.to("meta") for name, tensor in state.items()},
-            lambda name: state[name].detach().cpu().clone(),
-            lambda name, index: state[name][index].detach().cpu().clone(),
-            where=lambda _: f"the model in memory ({type(model_or_folder).__name__})",
-        )
-        tensors, source = checked_weights(tensors), "the model"
+        config, source = model_or_folder.config, "the model"
+        tensors = _in_memory(model_or_folder)
     else:
         folder = Path(model_or_folder)
         config = read_zcode_m3_config(folder, "model_or_folder")
@@ -119,13 +112,24 @@ def _with_tied_copies(model_or_folder: PreTrainedModel | str | os.PathLike[str])
     model = meta_model(config)
     tied: Mapping[str, str] = model.all_tied_weights_keys
     tensors = drop_tied_copies(tensors, tied)
+    check_tensors(tensors.specs, stored_specs(model), source)
     originals = {name: tied.get(name, name) for name in model.state_dict()}
-    check_tensors(tensors.specs, {name: model.state_dict()[name] for name in set(originals.values())}, source)
-    return config, LazyTensors(
-        {name: tensors.specs[original] for name, original in originals.items()},
-        lambda name: tensors[originals[name]],
-        lambda name, index: tensors.row(originals[name], index),
+    return config, tensors.under_names(originals)
+
+
+def _in_memory(model: PreTrainedModel) -> LazyTensors:
+    state = model.state_dict()
+
+    def read_into(name: str, out: Tensor) -> None:
+        out.copy_(state[name])
+
+    tensors = LazyTensors(
+        {name: tensor.to("meta") for name, tensor in state.items()},
+        read_row=lambda name, index: state[name][index].cpu().clone(),
+        read_into=read_into,
+        where=lambda _: f"the model in memory ({type(model).__name__})",
     )
+    return checked_weights(tensors)
 
 
 def _check_sizes(num_experts: Sequence[int], expert_parallel_size: int, tensor_parallel_size: int) -> None:
