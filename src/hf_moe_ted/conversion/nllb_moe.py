@@ -63,37 +63,40 @@ def _read_config(source: Path) -> ZCodeM3Config:
 
 def _renamed(tensors: LazyTensors) -> LazyTensors:
     """The tensors under our names, experts stacked."""
+    sources, stacked = _sources_by_target(tensors)
+
+    def read_into(target: str, out: Tensor) -> None:
+        if target not in stacked:
+            tensors.into(sources[target][0], out)
+            return
+        for expert, name in enumerate(sources[target]):
+            tensors.into(name, out[expert])
+
+    specs = {target: tensors.specs[names[0]] for target, names in sources.items()}
+    specs |= {target: specs[target].new_empty(len(sources[target]), *specs[target].shape) for target in stacked}
+    return LazyTensors(specs, read_into=read_into)
+
+
+def _sources_by_target(tensors: LazyTensors) -> tuple[dict[str, list[str]], set[str]]:
+    """The names of what becomes one of our tensors, and which of ours are stacked experts."""
     renamings = [rule for rule in weight_conversions() if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in weight_conversions() if isinstance(rule, WeightConverter)]
     sources: dict[str, list[str]] = {}
-    is_list: dict[str, bool] = {}
+    stacked = set()
     for source in tensors:
         if source.endswith("embed_positions.weights"):  # sinusoids, stored by old versions of transformers
             continue
         target, pattern = rename_source_key(source, renamings, converters)
         sources.setdefault(target, []).append(source)
-        is_list[target] = pattern is not None
+        if pattern is not None:
+            stacked.add(target)
     for target, names in sources.items():
         names.sort(key=dot_natural_key)
-        _check_sources(target, names, tensors.specs, is_list[target])
-
-    def read_into(target: str, out: Tensor) -> None:
-        names = sources[target]
-        if not is_list[target]:
-            tensors.into(names[0], out)
-            return
-        for expert, name in enumerate(names):
-            tensors.into(name, out[expert])
-
-    first = {target: tensors.specs[names[0]] for target, names in sources.items()}
-    specs = {
-        target: spec.new_empty(len(sources[target]), *spec.shape) if is_list[target] else spec
-        for target, spec in first.items()
-    }
-    return LazyTensors(specs, read_into=read_into)
+        _check_sources(target, names, tensors.specs, is_list=target in stacked)
+    return sources, stacked
 
 
-def _check_sources(target: str, names: list[str], specs: dict[str, Tensor], is_list: bool) -> None:
+def _check_sources(target: str, names: list[str], specs: dict[str, Tensor], *, is_list: bool) -> None:
     """Raise a `ValueError` unless `names` are one tensor, or equal tensors of experts 0, 1, 2, ..."""
     if not is_list:
         if len(names) > 1:

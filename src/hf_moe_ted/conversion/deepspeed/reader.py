@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...files.messages import printable
 from ...tensors.lazy_tensors import LazyTensors
-from ..conversion_rules import check_shard_rule
 from ..patterns import Pattern
+from ..rule import check_shard_rule
 from .checks import check_contents
 from .contents import Contents, meta, parse_expert_name, read_contents
 from .files import FilePool, find_files, list_names, load_file

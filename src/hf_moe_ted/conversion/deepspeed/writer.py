@@ -75,23 +75,9 @@ def export_deepspeed_checkpoint(
         )
     theirs = rule_set.inverse().apply(ours, num_heads=config.encoder_attention_heads)
     shard_dims = {name: _shard_dim(name, theirs.specs[name], rule_set, tensor_parallel_size) for name in theirs}
-    main = {
-        "optimizer": None,
-        "lr_scheduler": None,
-        "global_steps": 0,
-        "global_samples": 0,
-        "skipped_steps": 0,
-        "dp_world_size": expert_parallel_size,
-        "mp_world_size": tensor_parallel_size,
-        "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": tensor_parallel_size},
-        "num_experts": num_experts,
-        "ds_config": {},
-        "buffer_names": [],
-        "param_shapes": None,
-        "shared_params": None,
-    }
+    main = _without_weights(num_experts, expert_parallel_size, tensor_parallel_size)
     with new_folder(output_dir, overwrite=overwrite, kind=DEEPSPEED_EXPORT) as folder:
-        _write_files(folder, theirs, _files(theirs), shard_dims, tensor_parallel_size, dtype, main)
+        _write_files(folder, theirs, shard_dims, tensor_parallel_size, dtype, main)
         (folder / "latest").write_text(TAG)
     return output_dir
 
@@ -166,17 +152,35 @@ def _files(tensors: LazyTensors) -> dict[tuple[int, int] | None, list[str]]:
     return files
 
 
+def _without_weights(num_experts: list[int], expert_parallel_size: int, tensor_parallel_size: int) -> dict[str, Any]:
+    """What a main file holds besides weights."""
+    return {
+        "optimizer": None,
+        "lr_scheduler": None,
+        "global_steps": 0,
+        "global_samples": 0,
+        "skipped_steps": 0,
+        "dp_world_size": expert_parallel_size,
+        "mp_world_size": tensor_parallel_size,
+        "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": tensor_parallel_size},
+        "num_experts": num_experts,
+        "ds_config": {},
+        "buffer_names": [],
+        "param_shapes": None,
+        "shared_params": None,
+    }
+
+
 def _write_files(
     folder: Path,
     tensors: LazyTensors,
-    files: Mapping[tuple[int, int] | None, Sequence[str]],
     shard_dims: Mapping[str, int | None],
     tensor_parallel_size: int,
     dtype: torch.dtype | None,
     main: Mapping[str, Any],
 ) -> None:
     (folder / TAG).mkdir()
-    for file, names in tqdm(files.items(), desc="Writing DeepSpeed files", unit="file"):
+    for file, names in tqdm(_files(tensors).items(), desc="Writing DeepSpeed files", unit="file"):
         whole = {name: tensors[name] for name in names}
         for rank in range(tensor_parallel_size):
             shards = {}
