@@ -20,7 +20,7 @@ from ..models.layer_names import DENSE_OF_STACKED, SIDES, moe_layers
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..tensors.config_file import checked_overrides, config_errors, read_config_fields
 from ..tensors.conversion_report import ConversionReport
-from ..tensors.lazy_tensors import LazyTensors
+from ..tensors.lazy_tensors import LazyTensors, copy_rounded
 from ..tensors.model_folder import (
     copy_tokenizer_and_generation_config,
     drop_tied_copies,
@@ -296,7 +296,7 @@ def _sparse_tensors(
                 new.normal_(std=config.init_std, generator=_generator(seed, name))
             out.copy_(new)
         elif source == name or kind in _COPIED:
-            out.copy_(dense[source])
+            copy_rounded(name, dense[source], out)
         else:
             _fill_experts(out, dense[source], noise_std if kind in _NOISY else 0.0, seed, name)
 
@@ -310,12 +310,11 @@ def _sparse_tensors(
 def _fill_experts(experts: Tensor, weight: Tensor, noise_std: float, seed: int, name: str) -> None:
     """Fill `experts`, float[num_experts, *weight.shape], with copies of `weight`, each with its own noise."""
     for expert in range(len(experts)):
+        copy = weight
         if noise_std:
-            noise = torch.empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
-            noise.normal_(std=noise_std, generator=_generator(seed, f"{name}.{expert}"))
-            experts[expert] = noise.add_(weight)
-        else:
-            experts[expert] = weight
+            copy = torch.empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+            copy.normal_(std=noise_std, generator=_generator(seed, f"{name}.{expert}")).add_(weight)
+        copy_rounded(name, copy, experts[expert])
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -176,6 +176,13 @@ def check_rounded(name: str, source: Tensor, rounded: Tensor) -> None:
         )
 
 
+def copy_rounded(name: str, source: Tensor, out: Tensor) -> None:
+    """Write a tensor to another of its shape and any dtype; as `check_rounded` if that is another one."""
+    out.copy_(source)
+    if out.dtype != source.dtype:
+        check_rounded(name, source, out)
+
+
 def _first_not_finite(tensor: Tensor) -> list[int] | None:
     """The index of the first number that is NaN or infinite, read in parts that bound the memory."""
     start = 0

@@ -12,7 +12,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from ..files.json_file import read_json_object
 from ..files.messages import shorten
-from .lazy_tensors import LazyTensors, TensorFile, check_rounded, checked_weights
+from .lazy_tensors import LazyTensors, TensorFile, checked_weights, copy_rounded
 from .safetensors_file import create_safetensors_file
 
 
@@ -115,9 +115,7 @@ def _write_shard(path: Path, specs: Mapping[str, Tensor], tensors: LazyTensors, 
         if out.dtype == tensors.specs[name].dtype:
             tensors.into(name, out)
         else:
-            tensor = tensors[name]
-            out.copy_(tensor)
-            check_rounded(name, tensor, out)
+            copy_rounded(name, tensors[name], out)
         progress.update(out.nbytes)
 
 
