@@ -172,10 +172,8 @@ def write_file(path: Source, content: str | bytes) -> None:
     target = absolute(path)
     encoded = content.encode("utf-8") if isinstance(content, str) else content
     with writing(target, workplace=target.parent) as place, place.temporary_path() as temporary:
-        with temporary.open("wb") as file:
-            file.write(encoded)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_bytes(encoded)
+        flush(temporary)
         os.replace(temporary, target)
 
 

@@ -99,13 +99,13 @@ def model_folder_writer(
     Returns:
         `write_model_folder` of what is given here.
     """
-    start, path, parsed_dtype = time.perf_counter(), Path(output_dir), parse_dtype(dtype)
+    start, path, parsed = time.perf_counter(), Path(output_dir), parse_dtype(dtype)
     check_output_dir(path, overwrite=overwrite, sources=sources, also_read=also_read)
     return partial(
         write_model_folder,
         output_dir=path,
         start=start,
-        dtype=parsed_dtype,
+        dtype=parsed,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
     )

@@ -22,6 +22,7 @@ from .checks import check_contents
 from .contents import Contents, meta, parse_expert_name, read_contents
 from .files import FilePool, find_files, list_names, load_file
 from .shards import Shards, open_shards
+from .zero import is_equal
 
 TensorParallelRule = tuple[str, int | None]
 
@@ -111,7 +112,7 @@ class _Merger:
         for ranks in others:
             again = torch.empty_like(out)
             self._read_stage_into(name, ranks, again)
-            if not _is_equal(out, again):
+            if not is_equal(out, again):
                 raise ValueError(
                     f"{name} is in several pipeline stages of {self._contents.files.folder} with different values "
                     f"(mp_rank {', '.join(str(ranks[0]) for ranks in self._stages[name])}); use a checkpoint in which "
@@ -143,7 +144,7 @@ class _Merger:
         if len(ranks) == 1:
             return True
         first = self._shards.view(name, ranks[0])
-        return all(_is_equal(first, self._shards.view(name, mp_rank)) for mp_rank in ranks[1:])
+        return all(is_equal(first, self._shards.view(name, mp_rank)) for mp_rank in ranks[1:])
 
     def _rule(self, name: str) -> tuple[Pattern, int | None] | None:
         return next((rule for rule in self._rules if rule[0].search(name)), None)
@@ -195,14 +196,6 @@ def _needs_rules(contents: Contents, names: list[str]) -> ValueError:
         f"{', '.join(names)}; add tensor_parallel_rules that match them, such as (r'fc2\\.weight$', 1) to concatenate "
         "along dimension 1 or (r'layer_norm', None) to take the first shard"
     )
-
-
-def _is_equal(first: Tensor, second: Tensor) -> bool:
-    if torch.equal(first, second):
-        return True
-    if first.shape != second.shape or not first.is_floating_point():
-        return False
-    return torch.equal(first.isnan(), second.isnan()) and torch.equal(first.nan_to_num(), second.nan_to_num())
 
 
 @dataclass(frozen=True)

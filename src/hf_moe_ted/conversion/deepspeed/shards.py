@@ -1,7 +1,5 @@
 """The shards of a DeepSpeed checkpoint, read one at a time: the weights themselves or their fp32 masters."""
 
-from abc import ABC, abstractmethod
-
 import torch
 from torch import Tensor
 
@@ -10,32 +8,23 @@ from .files import FilePool, list_names
 from .zero import HALF_DTYPES, Fragment, Masters, find_masters_by_value, find_zero_masters, rounds_to
 
 
-class Shards(ABC):
-    """Tensors by name and model-parallel rank.
+class Shards:
+    """Tensors by name and model-parallel rank: the weights as the model computes with them.
 
     Attributes:
         specs: shapes and dtypes, on the meta device.
     """
 
-    specs: dict[str, dict[int, Tensor]]
+    def __init__(self, contents: Contents, pool: FilePool):
+        self._contents, self._shards, self._pool = contents, contents.shards, pool
+        self.specs = {name: {rank: s.spec for rank, s in ranks.items()} for name, ranks in self._shards.items()}
 
-    @abstractmethod
     def view(self, name: str, mp_rank: int) -> Tensor:
         """One shard, to look at and drop: it may be in mapped memory.
 
         Raises:
             ValueError: the file cannot be read, or does not fit the others.
         """
-
-
-class WeightShards(Shards):
-    """The weights as the model computes with them."""
-
-    def __init__(self, contents: Contents, pool: FilePool):
-        self._shards, self._pool = contents.shards, pool
-        self.specs = {name: {rank: s.spec for rank, s in ranks.items()} for name, ranks in self._shards.items()}
-
-    def view(self, name: str, mp_rank: int) -> Tensor:
         return self._shards[name][mp_rank].view(self._pool)
 
 
@@ -49,12 +38,8 @@ class MasterShards(Shards):
     """
 
     def __init__(self, contents: Contents, pool: FilePool):
-        self._contents, self._pool = contents, pool
-        self._shards = contents.shards
-        self.specs = {
-            name: {rank: _as_master(shard.spec) for rank, shard in ranks.items()}
-            for name, ranks in self._shards.items()
-        }
+        super().__init__(contents, pool)
+        self.specs = {name: {rank: _as_master(s) for rank, s in ranks.items()} for name, ranks in self.specs.items()}
         for name, lost in contents.lost.items():
             self.specs.setdefault(name, {}).update(lost)
         self._masters: Masters | None = None
@@ -79,7 +64,7 @@ class MasterShards(Shards):
         shard = self._shards.get(name, {}).get(mp_rank)
         fragments = self._masters.get(name, {}).get(mp_rank)
         if fragments is None:
-            weight = self._shards[name][mp_rank].view(self._pool)
+            weight = super().view(name, mp_rank)
             return weight.to(_as_master(weight).dtype)
         spec = self.specs[name][mp_rank]
         master = self._join(fragments, spec)
@@ -163,7 +148,7 @@ def open_shards(contents: Contents, pool: FilePool, *, masters: bool) -> Shards:
     is_zero = bool(contents.files.zero) or any(main.zero_stage for main in contents.mains.values())
     if masters and (is_half or is_zero):
         return MasterShards(contents, pool)
-    return WeightShards(contents, pool)  # fp32 without ZeRO: the weights are their own masters
+    return Shards(contents, pool)  # fp32 without ZeRO: the weights are their own masters
 
 
-__all__ = ["MasterShards", "Shards", "WeightShards", "open_shards"]
+__all__ = ["MasterShards", "Shards", "open_shards"]

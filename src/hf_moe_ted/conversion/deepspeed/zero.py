@@ -62,10 +62,16 @@ def rounds_to(master: Tensor, weight: Tensor) -> bool:
         master: float[...].
         weight: of any floating-point dtype, with as many numbers.
     """
-    rounded, weight = master.reshape(-1).to(weight.dtype), weight.reshape(-1)
-    if torch.equal(rounded, weight):
+    return is_equal(master.reshape(-1).to(weight.dtype), weight.reshape(-1))
+
+
+def is_equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same shape and numbers; NaN equals itself."""
+    if torch.equal(first, second):
         return True
-    return torch.equal(rounded.isnan(), weight.isnan()) and torch.equal(rounded.nan_to_num(), weight.nan_to_num())
+    if first.shape != second.shape or not first.is_floating_point():
+        return False
+    return torch.equal(first.isnan(), second.isnan()) and torch.equal(first.nan_to_num(), second.nan_to_num())
 
 
 @dataclass(frozen=True)
@@ -361,5 +367,6 @@ __all__ = [
     "Masters",
     "find_masters_by_value",
     "find_zero_masters",
+    "is_equal",
     "rounds_to",
 ]
