@@ -121,7 +121,8 @@ class _Merger:
 
     def where(self, name: str) -> str:
         """The files of a tensor's weights."""
-        paths = dict.fromkeys(shard.path for shard in self._contents.shards.get(name, {}).values())
+        by_rank = self._contents.experts.get(name) or self._contents.dense.get(name, {})
+        paths = dict.fromkeys(shard.path for shard in by_rank.values())
         return list_names(list(paths) or [self._contents.files.folder])
 
     def _read_stage_into(self, name: str, ranks: list[int], out: Tensor) -> None:

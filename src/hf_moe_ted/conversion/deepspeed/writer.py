@@ -119,10 +119,9 @@ def _in_memory(model: PreTrainedModel) -> LazyTensors:
 
 
 def _check_sizes(num_experts: Sequence[int], expert_parallel_size: int, tensor_parallel_size: int) -> None:
-    if tensor_parallel_size < 1:
-        raise ValueError(f"tensor_parallel_size ({tensor_parallel_size}) must be at least 1")
-    if expert_parallel_size < 1:
-        raise ValueError(f"expert_parallel_size ({expert_parallel_size}) must be at least 1")
+    for name, size in (("tensor_parallel_size", tensor_parallel_size), ("expert_parallel_size", expert_parallel_size)):
+        if size < 1:
+            raise ValueError(f"{name} ({size}) must be at least 1")
     if odd := [number for number in num_experts if number % expert_parallel_size]:
         raise ValueError(f"num_experts ({odd[0]}) must be divisible by expert_parallel_size ({expert_parallel_size})")
 
