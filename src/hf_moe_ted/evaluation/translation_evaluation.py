@@ -115,14 +115,17 @@ def _read(
         source, target = map(meaning, codes)
         if wanted is not None and not {source, target} <= wanted:
             progress.update(1)
-        elif source is None or target is None:
+            continue
+        if source is None or target is None:
             unknown |= {code for code in codes if meaning(code) is None}
-        elif len(sentences[source, target]) == max_sentences:
+            continue
+        of_pair = sentences[source, target]
+        if len(of_pair) == max_sentences:
             progress.update(1)
-        elif not sentence.target.strip():
+            continue
+        if not sentence.target.strip():
             raise ValueError(f"a sentence from {source} to {target} has an empty target: {sentence.source[:100]!r}")
-        else:
-            sentences[source, target].append(sentence)
+        of_pair.append(sentence)
     if unknown:
         raise ValueError(
             f"the tokenizer does not know the languages {', '.join(sorted(unknown))}; it knows {', '.join(known)}"
