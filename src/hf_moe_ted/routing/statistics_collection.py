@@ -19,14 +19,14 @@ from ..evaluation.parallel_text import (
     batches,
     buckets,
     check_languages,
+    choose_languages,
     encode,
     first_tokens,
     in_known_languages,
     progress_over,
     read_sentences,
-    require_languages,
 )
-from ..models.language_codes import LanguagePair, language_ids, resolve_language
+from ..models.language_codes import LanguagePair
 from ..models.layer_names import FFN_PATTERN, side_of
 from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
 from ..models.moe_layer import ZCodeM3MoELayer
@@ -84,13 +84,7 @@ def collect_expert_statistics(
         )
     if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
         raise ValueError(f"batch_size ({batch_size}) and max_tokens ({max_tokens}) must be at least 1")
-    if isinstance(languages, str):
-        raise ValueError(f"languages ({languages!r}) must be a list of codes, such as ['en', 'de']")
-
-    require_languages(tokenizer)
-    known = list(language_ids(tokenizer))
-    if languages is not None:
-        languages = [resolve_language(code, known, name="languages") for code in languages]
+    known, languages = choose_languages(tokenizer, languages)
 
     recorders = {name: _LayerRecorder(layer) for name, layer in layers.items()}
     totals = _Totals()
@@ -99,7 +93,7 @@ def collect_expert_statistics(
         _recording(recorders.values()),
         progress_over(dataset, "Collecting expert statistics") as progress,
     ):
-        all_sentences = in_known_languages(read_sentences(dataset, None, progress), known, languages, progress)
+        all_sentences = in_known_languages(read_sentences(dataset, progress), known, languages, progress)
         for pair, sentences in buckets(all_sentences, batch_size * BATCHES_PER_BUCKET):
             num_tokens = totals.num_tokens[pair]
             if max_tokens is None or num_tokens < max_tokens:
