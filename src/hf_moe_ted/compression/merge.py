@@ -19,7 +19,7 @@ from ..models.layer_names import moe_layers
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..routing.expert_statistics import ExpertStatistics
 from ..tensors.lazy_tensors import LazyTensors, check_all, num_bytes, num_parameters
-from .expert_groups import ExpertGroups, assigned_to, clustered, neuron_order
+from .expert_groups import ExpertGroups, assigned_to, clustered, neuron_order, require_scipy
 from .importance import expert_importance
 from .model_source import ModelSource, set_num_experts
 from .pruning_plan import KeptExperts, PruningPlan
@@ -105,12 +105,13 @@ def merge_experts(
         ValueError: before anything is written: no statistics, those of another model, or without one of `languages`;
             `keep` rounds to zero experts, leaves fewer than `min_experts` or is less than the smallest model; an
             unknown option; a folder that is no ZCodeM3 model or `output_dir` not empty; a model that is spread over
-            processes, merged or quantized.
+            processes, merged or quantized; SciPy is not installed (`pip install 'hf-moe-ted[merge]'`).
     """
     if method not in METHODS:
         raise ValueError(f"method ({method!r}) must be one of {METHODS}")
     if min_experts < 1:
         raise ValueError(f"min_experts ({min_experts}) must be at least 1")
+    require_scipy()
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
         check_output_dir(folder, overwrite=overwrite, sources=[model_or_folder])
