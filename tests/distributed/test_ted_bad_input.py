@@ -14,9 +14,9 @@ import torch
 from ted_cases import ADAMW, write_models
 
 from hf_moe_ted import TedConfig, TedPlugin, ZCodeM3ForConditionalGeneration
-from hf_moe_ted.distributed.accelerate_plugin import layout_of
 from hf_moe_ted.distributed.checkpoint import load_weights, save_pretrained
-from hf_moe_ted.distributed.ted_config import check_model
+from hf_moe_ted.distributed.layout import sizes_of_axes
+from hf_moe_ted.distributed.layout_check import check_model
 from hf_moe_ted.distributed.training_state import load_training_state, save_training_state
 from hf_moe_ted.testing import run_distributed_test, tiny_config
 
@@ -36,7 +36,7 @@ TP2_EP2 = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
     ],
 )
 def test_sizes_are_inferred(world_size: int, sizes: tuple[Any, ...], expected: tuple[int, ...]) -> None:
-    assert layout_of(world_size, *sizes) == expected
+    assert sizes_of_axes(world_size, *sizes) == expected
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_sizes_are_inferred(world_size: int, sizes: tuple[Any, ...], expected: t
 )
 def test_layouts_that_cannot_be(world_size: int, sizes: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError) as error:
-        layout_of(world_size, *sizes)
+        sizes_of_axes(world_size, *sizes)
     assert message in str(error.value)
 
 
@@ -122,17 +122,17 @@ def test_models_that_cannot_be_divided(sizes: dict[str, Any], layout: tuple[int,
     tp, ep, etp = layout
     ted = TedConfig(tp_size=tp, fsdp_size=8 // tp, ep_size=ep * etp, expert_tensor_parallel_size=etp)
     with pytest.raises(ValueError) as error:
-        check_model(tiny_config(**sizes), ted)
+        check_model(tiny_config(**sizes), ted.layout)
     assert message in str(error.value)
-    check_model(tiny_config(), ted)
+    check_model(tiny_config(), ted.layout)
 
 
 def test_padding_to_a_capacity_needs_one() -> None:
     ted = TedConfig(tp_size=1, fsdp_size=2, ep_size=2, pad_expert_input_to_capacity=True)
     message = r"pad_expert_input_to_capacity \(True\) needs a capacity to pad to, and capacity_factor is None: set a"
     with pytest.raises(ValueError, match=message):
-        check_model(tiny_config(capacity_factor=None), ted)
-    check_model(tiny_config(capacity_factor=1.0), ted)
+        check_model(tiny_config(capacity_factor=None), ted.layout)
+    check_model(tiny_config(capacity_factor=1.0), ted.layout)
 
 
 def sharded(folder: str, **layout: Any) -> tuple[Any, torch.optim.Optimizer]:

@@ -24,6 +24,7 @@ from ..files.output import files_into, new_folder
 from ..files.output_kinds import MODEL, OutputKind
 from ..tensors.lazy_tensors import LazyTensors
 from ..tensors.safetensors_io import check_tensors, read_weight_map, write_pretrained_tensors
+from .private_transformers import has_adapters, names_not_saved
 from .sharding import local_shape, local_tensor, regions, regions_at, sources
 from .weight_names import converted_tensors
 
@@ -65,10 +66,11 @@ def save_pretrained(
         OSError: the disk is full, or what else the system says to rank 0; a RuntimeError on the others.
     """
     with together():
-        for attribute, what in (("hf_quantizer", "is quantized"), ("_hf_peft_config_loaded", "has adapters")):
-            if getattr(model, attribute, None):
+        wrong = {"is quantized": getattr(model, "hf_quantizer", None), "has adapters": has_adapters(model)}
+        for what, is_wrong in wrong.items():
+            if is_wrong:
                 raise ValueError(f"the model {what}; it can only be saved by its own save_pretrained, unsharded")
-        ignored = set(model._keys_to_ignore_on_save or ())
+        ignored = names_not_saved(model)
         tensors = named_tensors(model) if state_dict is None else _tensors_of_model(state_dict, model)
         tensors = {name: tensor for name, tensor in tensors.items() if name not in ignored}
         _check_sources(tensors)

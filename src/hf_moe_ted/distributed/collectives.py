@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-_c10d = torch.ops._c10d_functional
-_wait = _c10d.wait_tensor
+from .private_torch import c10d
+
+_wait = c10d.wait_tensor
 _T = TypeVar("_T")
 
 
@@ -68,23 +69,23 @@ class KeptResults:
 
 def sum_over(x: Tensor, group: ProcessGroup) -> Tensor:
     """Sum of `x` over the group; not differentiable."""
-    return KeptResults.of(lambda: _wait(_c10d.all_reduce(x.contiguous(), "sum", group.group_name)))
+    return KeptResults.of(lambda: _wait(c10d.all_reduce(x.contiguous(), "sum", group.group_name)))
 
 
 def max_over(x: Tensor, group: ProcessGroup) -> Tensor:
     """Elementwise maximum of `x` over the group; not differentiable."""
-    return KeptResults.of(lambda: _wait(_c10d.all_reduce(x.contiguous(), "max", group.group_name)))
+    return KeptResults.of(lambda: _wait(c10d.all_reduce(x.contiguous(), "max", group.group_name)))
 
 
 def gather_even(x: Tensor, group: ProcessGroup) -> Tensor:
     """The `x` of all ranks, equal in shape, one behind the other; not differentiable."""
-    return KeptResults.of(lambda: _wait(_c10d.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)))
+    return KeptResults.of(lambda: _wait(c10d.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)))
 
 
 def exchange_even(x: Tensor, group: ProcessGroup) -> Tensor:
     """Row `i` of `x` to rank `i`, and its row for us in return; not differentiable."""
     ones = [1] * group.size()
-    return KeptResults.of(lambda: _wait(_c10d.all_to_all_single(x.contiguous(), ones, ones, group.group_name)))
+    return KeptResults.of(lambda: _wait(c10d.all_to_all_single(x.contiguous(), ones, ones, group.group_name)))
 
 
 class CopyToGroup(torch.autograd.Function):
@@ -177,7 +178,7 @@ class StartExchange(torch.autograd.Function):
         ctx: Any, x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: ProcessGroup
     ) -> tuple[Tensor, Tensor]:
         pending = KeptResults.of(
-            lambda: _c10d.all_to_all_single(x.contiguous(), receive_sizes, send_sizes, group.group_name)
+            lambda: c10d.all_to_all_single(x.contiguous(), receive_sizes, send_sizes, group.group_name)
         )
         ctx.mark_non_differentiable(pending)
         return x.view_as(x), pending
@@ -206,7 +207,7 @@ class FinishExchange(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         # not waited for: StartExchange does that
         sizes = ctx.send_sizes, ctx.receive_sizes
-        return _c10d.all_to_all_single(grad.contiguous(), *sizes, ctx.group.group_name), None, None, None, None
+        return c10d.all_to_all_single(grad.contiguous(), *sizes, ctx.group.group_name), None, None, None, None
 
 
 def even_shares(num_rows: int, num_ranks: int) -> list[int]:
@@ -230,7 +231,7 @@ def _scatter_sum(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor
         padding = (0, 0) * (x.ndim - 1)
         x = torch.cat([torch.nn.functional.pad(piece, (*padding, 0, longest - len(piece))) for piece in x.split(sizes)])
     rows = x.contiguous()
-    share = KeptResults.of(lambda: _wait(_c10d.reduce_scatter_tensor(rows, "sum", group.size(), group.group_name)))
+    share = KeptResults.of(lambda: _wait(c10d.reduce_scatter_tensor(rows, "sum", group.size(), group.group_name)))
     return share[: sizes[group.rank()]]
 
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from .private_torch import dtensor_of, local_of
 
 
 class LocalShard(torch.autograd.Function):
@@ -18,9 +19,8 @@ class LocalShard(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, param: Tensor, factor: float = 1.0, gradient_factor: float = 1.0) -> Tensor:
-        ctx.spec = param._spec if isinstance(param, DTensor) else None
+        local, ctx.spec = local_of(param)
         ctx.gradient_factor = gradient_factor
-        local = param._local_tensor if isinstance(param, DTensor) else param
         return local.view_as(local) if factor == 1.0 else local * factor
 
     @staticmethod
@@ -28,7 +28,7 @@ class LocalShard(torch.autograd.Function):
         if ctx.gradient_factor != 1.0:
             grad = grad * ctx.gradient_factor
         if ctx.spec is not None:
-            grad = DTensor(grad.contiguous(), ctx.spec, requires_grad=False)
+            grad = dtensor_of(grad.contiguous(), ctx.spec)
         return grad, None, None
 
 

@@ -31,11 +31,11 @@ class _LocalStyle(TensorParallelLayer):
         raise NotImplementedError
 
     def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
-        full = module._parameters.get(param)
+        full = getattr(module, param, None)
         if full is None:
             return
         sharded = distribute_tensor(full, mesh, [self.placement(param)], src_data_rank=None)
-        module._parameters[param] = nn.Parameter(sharded, requires_grad=full.requires_grad)
+        setattr(module, param, nn.Parameter(sharded, requires_grad=full.requires_grad))
 
     def should_use_local_tensors(self, module: nn.Module) -> bool:
         return True

@@ -25,6 +25,7 @@ from .counts import CountsOnceMixin
 from .gradient_norm import clip_grad_norm_
 from .layout_check import check_is_sharded
 from .parallelize import prepare_for_training
+from .private_transformers import tensor_parallel_size
 from .random_state import load_generators, load_random_state, saved_random_state
 from .refusals import check_training_arguments
 from .samplers import for_data_parallel_ranks, set_epoch
@@ -366,7 +367,7 @@ def _check_and_prepare(model: Any, args: Any) -> None:
 def _keep_collectives_of_transformers(model: Any, args: Any) -> None:
     """A model whose dense layers transformers splits runs collectives that are not ours."""
     kwargs = getattr(args, "activation_checkpointing_kwargs", None) or {}
-    is_ours = isinstance(model, ZCodeM3PreTrainedModel) or model._tp_size == 1
+    is_ours = isinstance(model, ZCodeM3PreTrainedModel) or tensor_parallel_size(model) == 1
     if not is_ours and isinstance(kwargs.get("context_fn"), CommunicationAwareContextFn):
         every = CommunicationAwareContextFn(every_collective=True)
         args.activation_checkpointing_kwargs = {**kwargs, "context_fn": every}
