@@ -16,7 +16,7 @@ from transformers import Seq2SeqTrainingArguments
 
 from hf_moe_ted import TedPlugin, ZCodeM3ForConditionalGeneration, communication_aware_context_fn
 from hf_moe_ted.distributed.activation_checkpoint import CommunicationAwareContextFn
-from hf_moe_ted.distributed.collectives import SumOverGroup
+from hf_moe_ted.distributed.collectives import sum_over_group
 from hf_moe_ted.testing import run_distributed_test
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -107,7 +107,7 @@ def run_layer(every_collective: bool) -> tuple[list[str], int]:
     calls: list[str] = []
 
     def layer(x: Tensor) -> Tensor:
-        x = SumOverGroup.apply(Noted.apply(x, "before", calls), dist.group.WORLD)
+        x = sum_over_group(Noted.apply(x, "before", calls), dist.group.WORLD)
         return Noted.apply(ForeignSum.apply(x), "behind", calls).sin()
 
     x = torch.ones(3, requires_grad=True)

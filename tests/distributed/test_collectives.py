@@ -67,32 +67,32 @@ def exchange_reference(inputs: list[Tensor], sizes: list[int]) -> list[Tensor]:
 
 
 DEFINITIONS = {
-    "CopyToGroup": Definition(
-        lambda x, sizes: c.CopyToGroup.apply(x, world()), lambda xs, sizes: xs, all_rows, is_input_shared=True
+    "copy_to_group": Definition(
+        lambda x, sizes: c.copy_to_group(x, world()), lambda xs, sizes: xs, all_rows, is_input_shared=True
     ),
-    "SumOverGroup": Definition(
-        lambda x, sizes: c.SumOverGroup.apply(x, world()),
+    "sum_over_group": Definition(
+        lambda x, sizes: c.sum_over_group(x, world()),
         lambda xs, sizes: [sum(xs)] * WORLD,
         all_rows,
         is_output_shared=True,
     ),
-    "TakeShare": Definition(
-        lambda x, sizes: c.TakeShare.apply(x, sizes, world()),
+    "take_share": Definition(
+        lambda x, sizes: c.take_share(x, sizes, world()),
         lambda xs, sizes: [x.split(sizes)[rank] for rank, x in enumerate(xs)],
         all_rows,
         is_input_shared=True,
     ),
-    "JoinShares": Definition(
-        lambda x, sizes: c.JoinShares.apply(x, sizes, world()),
+    "join_shares": Definition(
+        lambda x, sizes: c.join_shares(x, sizes, world()),
         lambda xs, sizes: [torch.cat(xs)] * WORLD,
         own_rows,
         is_output_shared=True,
     ),
-    "GatherRows": Definition(
-        lambda x, sizes: c.GatherRows.apply(x, sizes, world()), lambda xs, sizes: [torch.cat(xs)] * WORLD, own_rows
+    "gather_rows": Definition(
+        lambda x, sizes: c.gather_rows(x, sizes, world()), lambda xs, sizes: [torch.cat(xs)] * WORLD, own_rows
     ),
-    "ScatterSum": Definition(
-        lambda x, sizes: c.ScatterSum.apply(x, sizes, world()),
+    "scatter_sum": Definition(
+        lambda x, sizes: c.scatter_sum(x, sizes, world()),
         lambda xs, sizes: list(sum(xs).split(sizes)),
         all_rows,
     ),

@@ -88,81 +88,47 @@ def exchange_even(x: Tensor, group: ProcessGroup) -> Tensor:
     return KeptResults.of(lambda: _wait(c10d.all_to_all_single(x.contiguous(), ones, ones, group.group_name)))
 
 
-class CopyToGroup(torch.autograd.Function):
+class _WithTranspose(torch.autograd.Function):
+    """A function of a tensor, whose backward is another one with the same arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, run: Any, transpose: Any, *args: Any) -> Tensor:
+        ctx.transpose, ctx.args = transpose, args
+        return run(x, *args)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.transpose(grad, *ctx.args), None, None, *[None] * len(ctx.args)
+
+
+def copy_to_group(x: Tensor, group: ProcessGroup) -> Tensor:
     """Identity, backward the sum over the group: the input of a column-parallel layer."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return sum_over(grad, ctx.group), None
+    return _WithTranspose.apply(x, _same, sum_over, group)
 
 
-class SumOverGroup(torch.autograd.Function):
+def sum_over_group(x: Tensor, group: ProcessGroup) -> Tensor:
     """Sum over the group, backward identity: the output of a row-parallel layer."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        return sum_over(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    return _WithTranspose.apply(x, sum_over, _same, group)
 
 
-class TakeShare(torch.autograd.Function):
+def take_share(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
     """This rank's share of rows that all ranks of the group hold; backward the shares of all."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        return x.split(sizes)[group.rank()].contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gather_rows(grad, ctx.sizes, ctx.group), None, None
+    return _WithTranspose.apply(x, _own_rows, _gather_rows, sizes, group)
 
 
-class JoinShares(torch.autograd.Function):
+def join_shares(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
     """The rows of all ranks of the group, for computation that all repeat; backward this rank's share."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        return _gather_rows(x, sizes, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.split(ctx.sizes)[ctx.group.rank()].contiguous(), None, None
+    return _WithTranspose.apply(x, _gather_rows, _own_rows, sizes, group)
 
 
-class GatherRows(torch.autograd.Function):
+def gather_rows(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
     """The rows of all ranks, for a layer that is split over the group; backward sums what each made of a row."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        return _gather_rows(x, sizes, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _scatter_sum(grad, ctx.sizes, ctx.group), None, None
+    return _WithTranspose.apply(x, _gather_rows, _scatter_sum, sizes, group)
 
 
-class ScatterSum(torch.autograd.Function):
+def scatter_sum(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
     """The sum over the group of each rank's part of the rows: the output of a split layer; backward gathers."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        return _scatter_sum(x, sizes, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gather_rows(grad, ctx.sizes, ctx.group), None, None
+    return _WithTranspose.apply(x, _scatter_sum, _gather_rows, sizes, group)
 
 
 class StartExchange(torch.autograd.Function):
@@ -216,6 +182,14 @@ def even_shares(num_rows: int, num_ranks: int) -> list[int]:
     return [share + (rank < rest) for rank in range(num_ranks)]
 
 
+def _same(x: Tensor, group: ProcessGroup) -> Tensor:
+    return x.view_as(x)
+
+
+def _own_rows(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
+    return x.split(sizes)[group.rank()].contiguous()
+
+
 def _gather_rows(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
     longest = max(sizes)
     if min(sizes) == longest:
@@ -236,18 +210,18 @@ def _scatter_sum(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor
 
 
 __all__ = [
-    "CopyToGroup",
     "FinishExchange",
-    "GatherRows",
-    "JoinShares",
     "KeptResults",
-    "ScatterSum",
     "StartExchange",
-    "SumOverGroup",
-    "TakeShare",
+    "copy_to_group",
     "even_shares",
     "exchange_even",
     "gather_even",
+    "gather_rows",
+    "join_shares",
     "max_over",
+    "scatter_sum",
     "sum_over",
+    "sum_over_group",
+    "take_share",
 ]

@@ -20,18 +20,18 @@ from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 
 from ..kernels.permutation import CombineRows, SpreadTokens, sort_slots
 from .collectives import (
-    CopyToGroup,
     FinishExchange,
-    GatherRows,
-    JoinShares,
     KeptResults,
-    ScatterSum,
     StartExchange,
-    SumOverGroup,
-    TakeShare,
+    copy_to_group,
     even_shares,
     exchange_even,
     gather_even,
+    gather_rows,
+    join_shares,
+    scatter_sum,
+    sum_over_group,
+    take_share,
 )
 from .layout import Layout, layout_of
 from .local_shard import LocalShard
@@ -180,18 +180,18 @@ class TedExpertParallel(EPImplementation):
         rank = self.share_group.rank()
         with self._random_numbers_apart():
             output = self._run_experts(
-                TakeShare.apply(hidden_states, sizes, self.share_group),
+                take_share(hidden_states, sizes, self.share_group),
                 top_k_index.split(sizes)[rank],
-                TakeShare.apply(top_k_weights, sizes, self.share_group),
+                take_share(top_k_weights, sizes, self.share_group),
             )
-        return JoinShares.apply(output, sizes, self.share_group)
+        return join_shares(output, sizes, self.share_group)
 
     def _run_split_experts(self, hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """All experts are here, in slices: no token moves, the ranks of the group add up what each has computed."""
-        inputs = CopyToGroup.apply(hidden_TD, self.etp_group), CopyToGroup.apply(weights_TK, self.etp_group)
+        inputs = copy_to_group(hidden_TD, self.etp_group), copy_to_group(weights_TK, self.etp_group)
         with self._own_view_of_parameters():
             output_TD = self.experts_forward(inputs[0], expert_ids_TK, inputs[1])
-        return SumOverGroup.apply(output_TD, self.etp_group)
+        return sum_over_group(output_TD, self.etp_group)
 
     def _run_experts(self, hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Exchange chunk by chunk: all leave at once, and each comes back while the experts work on the next."""
@@ -224,7 +224,7 @@ class TedExpertParallel(EPImplementation):
         shares = [sum(d.send_sizes)] * num_shares
         rows_RD = SpreadTokens.apply(hidden_TD, d.slot_R, d.row_TK)
         if num_shares > 1:
-            rows_RD = TakeShare.apply(rows_RD, shares, self.share_group)
+            rows_RD = take_share(rows_RD, shares, self.share_group)
         with self._random_numbers_apart() if num_shares > 1 else contextlib.nullcontext():
             sent = StartExchange.apply(rows_RD, d.send_sizes, d.receive_sizes, self.ep_group)
             received = FinishExchange.apply(*sent, d.send_sizes, d.receive_sizes, self.ep_group)
@@ -232,7 +232,7 @@ class TedExpertParallel(EPImplementation):
             returning = StartExchange.apply(computed, d.receive_sizes, d.send_sizes, self.ep_group)
             rows_RD = FinishExchange.apply(*returning, d.receive_sizes, d.send_sizes, self.ep_group)
         if num_shares > 1:
-            rows_RD = JoinShares.apply(rows_RD, shares, self.share_group)
+            rows_RD = join_shares(rows_RD, shares, self.share_group)
         return CombineRows.apply(rows_RD, weights_TK.to(rows_RD.dtype), d.slot_R, d.row_TK)
 
     def _plan_to_capacity(self, expert_ids_TK: Tensor, capacity: int) -> Dispatch:
@@ -308,9 +308,9 @@ class TedExpertParallel(EPImplementation):
         """This rank's experts on the rows of its group, with the collectives of expert tensor parallelism around."""
         etp_group = self.etp_group
         if self.drops_duplicates:
-            rows_VD = GatherRows.apply(rows_VD, dispatch.received_sizes, etp_group)
+            rows_VD = gather_rows(rows_VD, dispatch.received_sizes, etp_group)
         elif etp_group.size() > 1:
-            rows_VD = CopyToGroup.apply(rows_VD, etp_group)
+            rows_VD = copy_to_group(rows_VD, etp_group)
 
         ids_V = dispatch.expert_ids_V
         with self._own_view_of_parameters():
@@ -321,8 +321,8 @@ class TedExpertParallel(EPImplementation):
                 output_VD = self.experts_forward(rows_VD, ids_V[:, None], rows_VD.new_ones(ids_V.shape[0], 1))
 
         if self.drops_duplicates:
-            return ScatterSum.apply(output_VD, dispatch.received_sizes, etp_group)
-        return SumOverGroup.apply(output_VD, etp_group) if etp_group.size() > 1 else output_VD
+            return scatter_sum(output_VD, dispatch.received_sizes, etp_group)
+        return sum_over_group(output_VD, etp_group) if etp_group.size() > 1 else output_VD
 
     @contextlib.contextmanager
     def _random_numbers_apart(self) -> Iterator[None]:

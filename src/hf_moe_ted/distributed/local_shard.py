@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from .private_torch import dtensor_of, local_of
+from .private_torch import local_of
 
 
 class LocalShard(torch.autograd.Function):
@@ -28,7 +29,7 @@ class LocalShard(torch.autograd.Function):
         if ctx.gradient_factor != 1.0:
             grad = grad * ctx.gradient_factor
         if ctx.spec is not None:
-            grad = dtensor_of(grad.contiguous(), ctx.spec)
+            grad = DTensor(grad.contiguous(), ctx.spec, requires_grad=False)
         return grad, None, None
 
 

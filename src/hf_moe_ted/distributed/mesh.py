@@ -42,7 +42,7 @@ def _split(mesh: DeviceMesh, inner_size: int, names: tuple[str, str]) -> DeviceM
     splits = root_mesh(mesh).__dict__.setdefault("ted_splits", {})
     key = names[0], inner_size
     if key not in splits:
-        splits[key] = unflatten(mesh, (mesh.size() // inner_size, inner_size), names)
+        splits[key] = unflatten(mesh, 0, (mesh.size() // inner_size, inner_size), names)
         inherit_timeout(splits[key])
     return splits[key]
 

@@ -8,63 +8,46 @@ Named elsewhere, where a name from here would say nothing more:
 """
 
 from datetime import timedelta
+from operator import attrgetter
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _set_pg_timeout as set_group_timeout  # no public one changes a timeout
+from torch.distributed.distributed_c10d import _set_pg_timeout as set_group_timeout  # meshes make groups without one
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import _StridedShard as StridedShard  # what FSDP2 makes of a shard
+from torch.distributed.tensor.placement_types import (
+    _StridedShard as StridedShard,  # FSDP2's, of what has shards already
+)
 
-# the functional collectives as operations: their wrappers in Python cost the host several times as much
+# the functional collectives as operations, as their wrappers in Python cost the host several times as much
 c10d: Any = torch.ops._c10d_functional
-
-# an assertion that does not wait for the device
+# the assertion that does not wait for the device
 assert_async = torch._assert_async
-
-# one kernel for a list of tensors
-foreach_norm = torch._foreach_norm
-foreach_mul_ = torch._foreach_mul_
-
-
-def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh that another one is a slice of; slices are made anew each time, and only the root stays the same."""
-    return mesh._get_root_mesh()
-
-
-def unflatten(mesh: DeviceMesh, sizes: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
-    """A mesh of one axis as one of several, with their groups."""
-    return mesh._unflatten(0, sizes, names)
+# one kernel for many tensors
+foreach_norm, foreach_mul_ = torch._foreach_norm, torch._foreach_mul_
+# slices of a mesh are made anew each time, and only their root stays the same; its axes cannot be divided in public
+root_mesh, unflatten = DeviceMesh._get_root_mesh, DeviceMesh._unflatten
+# where a module looks for its parameters, in whose place plain tensors can stand for a while
+parameter_table = attrgetter("_parameters")
 
 
 def world_timeout(device_type: str) -> timedelta:
-    """That of the process group that all ranks are in, which `init_process_group` got."""
+    """What `init_process_group` got, which nothing else tells."""
     world: Any = dist.group.WORLD
     return world._get_backend(torch.device(device_type)).options._timeout
 
 
 def local_of(param: Tensor) -> tuple[Tensor, Any]:
-    """The local tensor of a parameter and its spec, `None` for no DTensor: `to_local` without its autograd function."""
+    """The local tensor of a DTensor and its spec, without the autograd function of `to_local`; else itself."""
     return (param._local_tensor, param._spec) if isinstance(param, DTensor) else (param, None)
-
-
-def dtensor_of(local: Tensor, spec: Any) -> DTensor:
-    """The reverse of [`local_of`], without a gradient: `from_local` without its."""
-    return DTensor(local, spec, requires_grad=False)
-
-
-def parameter_table(module: nn.Module) -> dict[str, Any]:
-    """The parameters of a module as it looks them up: here plain tensors can stand in their place for a while."""
-    return module._parameters
 
 
 __all__ = [
     "StridedShard",
     "assert_async",
     "c10d",
-    "dtensor_of",
     "foreach_mul_",
     "foreach_norm",
     "local_of",

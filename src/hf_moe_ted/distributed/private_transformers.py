@@ -12,59 +12,45 @@ Overridden in subclasses or read there on `self`:
 - `_is_expert_parallel` of experts (expert_parallel.py): the switch of the experts functions that makes them skip slots.
 """
 
+from operator import attrgetter
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from .layout import Layout
 
-
-def mark_sharded(model: PreTrainedModel, meshes: Any, layout: Layout) -> None:
-    """What `DistributedMixin.maybe_distribute_model` sets, and all of transformers asks for, on a sharded model."""
-    model_: Any = model
-    model_._mesh_manager = meshes
-    model_._device_mesh = meshes.get_mesh(("pp", "fsdp", "tp"))
-    model_._is_distributed_loading_by_transformers = True
-    model_._tp_size, model_._fsdp_size = layout.tensor_parallel_size, layout.data_parallel_size
+# the meshes that a model was sharded with, and its tensor-parallel size, whether with a TedConfig or without
+mesh_manager, tensor_parallel_size = attrgetter("_mesh_manager"), attrgetter("_tp_size")
+# a plan with the layers of a model in place of its `*`, as `apply_tensor_parallelism` wants it
+expanded_plan = PreTrainedModel._expand_parallel_plan
 
 
-def mark_fsdp_managed(model: nn.Module) -> None:
+def mark_sharded(model: Any, meshes: Any, layout: Layout) -> None:
+    """What `DistributedMixin.maybe_distribute_model` sets on a model and transformers asks for everywhere."""
+    model._mesh_manager = meshes
+    model._device_mesh = meshes.get_mesh(("pp", "fsdp", "tp"))
+    model._is_distributed_loading_by_transformers = True
+    model._tp_size, model._fsdp_size = layout.tensor_parallel_size, layout.data_parallel_size
+
+
+def mark_fsdp_managed(model: Any) -> None:
     """Generation then keeps going until all ranks are done."""
-    model_: Any = model
-    model_._is_fsdp_managed_module = True
-
-
-def mesh_manager(model: nn.Module) -> Any:
-    """The `TransformersDeviceMesh` that a model was sharded with, ours or not."""
-    model_: Any = model
-    return model_._mesh_manager
-
-
-def tensor_parallel_size(model: nn.Module) -> int:
-    """Also of a model that was sharded without a TedConfig."""
-    model_: Any = model
-    return int(model_._tp_size)
-
-
-def expanded_plan(model: PreTrainedModel, plan: dict[str, str]) -> dict[str, str]:
-    """A plan with the layers of the model in place of its `*`, which `apply_*_parallelism` want."""
-    return model._expand_parallel_plan(plan)
+    model._is_fsdp_managed_module = True
 
 
 def names_not_saved(model: PreTrainedModel) -> set[str]:
-    """What a class names in `_keys_to_ignore_on_save`."""
+    """Tensors that a class leaves out of its checkpoints."""
     return set(model._keys_to_ignore_on_save or ())
 
 
-def has_adapters(model: nn.Module) -> bool:
+def has_adapters(model: Any) -> bool:
     """Whether `add_adapter` or `load_adapter` put some into the model; PEFT's own models have a `peft_config`."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
-def given_conversions(model: PreTrainedModel) -> list[Any]:
-    """The `key_mapping` that `from_pretrained` got, of which no public attribute tells."""
-    return list(getattr(model, "_weight_conversions", None) or [])
+def given_conversions(model: Any) -> list[Any]:
+    """The `key_mapping` that `from_pretrained` got."""
+    return getattr(model, "_weight_conversions", None) or []
 
 
 __all__ = [

@@ -119,21 +119,25 @@ class TedTrainerMixin(CountsOnceMixin):
             tidy_up_checkpoints(run_dir, name)
         try:
             with atomic_folder(final, kind=TRAINER_CHECKPOINT) as staged:
-                self._staging_dir, inner = str(staged), staged / name
+                self._staging_dir = str(staged)
                 super()._save_checkpoint(model, trial)
-                if self.state.best_model_checkpoint == str(inner):
-                    self.state.best_model_checkpoint = final
-                _barrier()
-                if self.args.should_save:
-                    self.state.save_to_json(str(inner / TRAINER_STATE_NAME))
-                    for path in inner.iterdir():
-                        path.rename(staged / path.name)
-                    inner.rmdir()
+                self._move_up(staged / name, final)
         finally:
             self._staging_dir = None
         if self.args.should_save:
             self._remove_old_checkpoints(run_dir)
         _barrier()
+
+    def _move_up(self, inner: Path, final: str) -> None:
+        """What the parent wrote under the checkpoint's name in the staged folder, into that folder itself."""
+        if self.state.best_model_checkpoint == str(inner):
+            self.state.best_model_checkpoint = final
+        _barrier()
+        if self.args.should_save:
+            self.state.save_to_json(str(inner / TRAINER_STATE_NAME))
+            for path in inner.iterdir():
+                path.rename(inner.parent / path.name)
+            inner.rmdir()
 
     def _remove_old_checkpoints(self, run_dir: str) -> None:
         """As `transformers.trainer_utils.rotate_checkpoints`, but that a kill leaves none of them in part."""
