@@ -1,6 +1,5 @@
 """A whole model under a layout of several processes is refused, and a model that is sharded in another one."""
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +14,7 @@ from hf_moe_ted import TedConfig, TedPlugin, TedSeq2SeqTrainer, TedTrainer, ZCod
 from hf_moe_ted.distributed.layout_check import check_is_sharded
 from hf_moe_ted.testing import run_distributed_test
 
+LAYOUTS = ("tensor_parallel_size", "expert_parallel_size")
 DATA = [{"input_ids": [5, 6, 2], "labels": [7, 2]}] * 4
 
 
@@ -82,10 +82,21 @@ def refusals(folder: str, layout: dict[str, int]) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("layout", [{"tensor_parallel_size": 2}, {"expert_parallel_size": 2}], ids=["tp2", "dp2"])
-def test_whole_models_are_refused(tmp_path: Path, layout: dict[str, int]) -> None:
-    write_models(tmp_path, {"top1"})
-    for found in run_distributed_test(refusals, 2, str(tmp_path), layout):
+def refusals_of_layouts(folder: str) -> dict[str, dict[str, str]]:
+    return {name: refusals(folder, {name: 2}) for name in LAYOUTS}
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, str]]]:
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder, {"top1"})
+    return run_distributed_test(refusals_of_layouts, 2, str(folder))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_whole_models_are_refused(refused: list[dict[str, dict[str, str]]], layout: str) -> None:
+    for by_layout in refused:
+        found = by_layout[layout]
         assert found.pop("steps of a sharded model_init") == "1"
         assert {*found} == {"TedSeq2SeqTrainer", "model_init", "Seq2SeqTrainer", "Accelerator"}
         for message in found.values():
