@@ -1,11 +1,12 @@
 """Mixtral and Qwen3-MoE, sharded by transformers along their own plans, with TED's experts: as one process."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ted_cases import Case, Launched, assert_as_one_process, write_and_launch, write_models
+from ted_cases import Case, Launched, assert_as_one_process, messages_of, write_and_launch, write_models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -103,13 +104,8 @@ REFUSED = {
 
 
 def messages(folder: str) -> dict[str, str]:
-    found = {}
-    for model, (layout, _) in REFUSED.items():
-        try:
-            load(f"{folder}/{model}", layout)
-        except ValueError as error:
-            found[model] = str(error)
-    return found
+    attempts = {name: functools.partial(load, f"{folder}/{name}", layout) for name, (layout, _) in REFUSED.items()}
+    return messages_of(attempts)
 
 
 def test_refused(tmp_path: Path) -> None:
