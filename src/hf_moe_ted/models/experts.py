@@ -50,8 +50,6 @@ class ZCodeM3Experts(nn.Module):
     """
 
     _is_expert_parallel: bool
-    is_spread_over_ranks = False
-    max_tokens_per_expert: int | None = None  # of the present batch, for the exchange between ranks
 
     def __init__(self, config: ZCodeM3Config, num_experts: int, ffn_dim: int):
         super().__init__()
