@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels import triton_ffn
 from .device_guard import on_device_of_first
-from .grouped_ffn import can_group, grouped_ffn_experts_forward, parameters_in_dtype_of_products
+from .grouped_ffn import grouped_ffn_experts_forward, parameters_in_dtype_of_products
 from .row_plan import RowPlan, plan_rows, plan_rows_op
 from .small_batch_ffn import MAX_SLOTS, MAX_SLOTS_COMPILED, small_batch_relu_experts, small_batch_relu_experts_op
 
@@ -364,36 +364,15 @@ def _num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def can_fuse(experts: Any, hidden_states: Tensor) -> bool:
-    """Whether the kernels can run these experts: ReLU without dropout, what `can_group` takes, a device with TMA."""
-    activation = experts.act_fn
-    has_dropout = activation.training and getattr(activation, "dropout", 0.0) > 0.0
-    is_relu = isinstance(getattr(activation, "activation", activation), torch.nn.ReLU)
-    return (
-        is_relu
-        and not has_dropout
-        and can_group(experts)
-        and hidden_states.shape[0] > 0
-        and _has_tma(hidden_states.device)
-    )
-
-
-def _has_tma(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (9, 0)
-    return triton.knobs.runtime.interpret
-
-
 def fused_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Experts function under the contract of transformers, for experts without a gate and with biases.
 
-    Runs `zcode_grouped` where the kernels cannot: another activation, dropout inside the experts, widths that are no
-    multiples of 8, float64, CPUs, and GPUs before Hopper. Few slots without gradients take the kernels of
-    small_batch_ffn.py.
+    Few slots without gradients take the kernels of small_batch_ffn.py.
 
     Args:
         experts: module with `up_proj` [E, F, D], `up_proj_bias` [E, F], `down_proj` [E, D, F], `down_proj_bias` [E, D],
-            `act_fn`, `num_experts`, in float32, bfloat16 or float16.
+            `num_experts`, in float32, bfloat16 or float16, on a GPU with TMA; D and F multiples of 8. Their activation
+            is ReLU, without dropout.
         hidden_TD: float[T, D].
         top_k_index: int64[T, K]; `num_experts` for a slot that no expert computes.
         top_k_weights: float[T, K].
@@ -401,7 +380,7 @@ def fused_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tens
     Returns:
         float[T, D].
     """
-    if not can_fuse(experts, hidden_TD):
+    if hidden_TD.shape[0] == 0:
         return grouped_ffn_experts_forward(experts, hidden_TD, top_k_index, top_k_weights)
     parameters = parameters_in_dtype_of_products(experts)
     inputs = [x.contiguous() for x in (hidden_TD.to(parameters[0].dtype), top_k_weights, *parameters)]
@@ -425,4 +404,4 @@ def fused_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tens
     return output_TD.to(hidden_TD.dtype)
 
 
-__all__ = ["can_fuse", "fused_ffn_experts_forward"]
+__all__ = ["fused_ffn_experts_forward"]
