@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..kernels import triton_ffn
+from . import triton_ffn
 from .device_guard import on_device_of_first
 from .grouped_ffn import grouped_ffn_experts_forward, parameters_in_dtype_of_products
 from .row_plan import RowPlan, plan_rows, plan_rows_op
@@ -86,14 +86,9 @@ def relu_experts(
         float[R, F], inputs and activations by row, and float[T, K, D], outputs of slots with an expert before their
         weights, empty unless weights need a gradient.
     """
-    top_k = weights.shape[1]
-    num_experts, inner_width, width = up.shape
-    parts = RowPlan.of(plan, weights.numel(), num_experts, block_m, row_multiple)
-    output = tokens.new_empty(*weights.shape, width)
-    rows = tokens.new_empty(parts.num_rows, width)
-    inner = tokens.new_empty(parts.num_rows, inner_width)
-    unweighted = torch.empty_like(output) if weights_need_grad else output.new_empty(0)
-    _gather(tokens, parts, top_k, rows=rows, slots_out=output)
+    parts = RowPlan.of(plan, weights.numel(), up.shape[0], block_m, row_multiple)
+    output, rows, inner, unweighted = _outputs(tokens, weights, up, row_multiple, weights_need_grad)
+    _gather(tokens, parts, weights.shape[1], rows=rows, slots_out=output)
     _row_product("up", rows, up, inner, parts, bias=up_bias)
     _row_product(
         "down",
@@ -106,6 +101,21 @@ def relu_experts(
         unweighted=unweighted if weights_need_grad else None,
     )
     return output, rows, inner, unweighted
+
+
+def _outputs(
+    tokens: Tensor, weights: Tensor, up: Tensor, row_multiple: int, weights_need_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory for what `relu_experts` returns."""
+    num_experts, inner_width, width = up.shape
+    num_rows = RowPlan.max_rows(weights.numel(), num_experts, row_multiple)
+    output = tokens.new_empty(*weights.shape, width)
+    return (
+        output,
+        tokens.new_empty(num_rows, width),
+        tokens.new_empty(num_rows, inner_width),
+        torch.empty_like(output) if weights_need_grad else output.new_empty(0),
+    )
 
 
 @on_device_of_first
@@ -142,12 +152,16 @@ def relu_experts_backward(
     _row_product("grad_inner", weighted, down, grad_inner, parts, inner=inner)
     _row_product("grad_input", grad_inner, up, grad_slots, parts)
     if not experts_need_grad:
-        empty = [up.new_empty(0) for _ in range(4)]
-        return grad_slots, grad_weights, empty[0], empty[1], empty[2], empty[3]
+        return grad_slots, grad_weights, *_no_gradients(up)
     grad_up, grad_up_bias = _weight_product(grad_inner, rows, parts), _sum_rows(grad_inner, parts)
     del grad_inner  # room for what follows
     grad_down, grad_down_bias = _weight_product(weighted, inner, parts), _sum_rows(weighted, parts)
     return grad_slots, grad_weights, grad_up, grad_up_bias, grad_down, grad_down_bias
+
+
+def _no_gradients(up: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of experts that need none; the results of an operator must not share memory."""
+    return up.new_empty(0), up.new_empty(0), up.new_empty(0), up.new_empty(0)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
@@ -199,47 +213,18 @@ relu_experts_op.register_autograd(
 
 
 @relu_experts_op.register_fake
-def _(
-    tokens: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    up_bias: Tensor,
-    down: Tensor,
-    down_bias: Tensor,
-    plan: Tensor,
-    block_m: int,
-    row_multiple: int,
-    weights_need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    num_rows, width = RowPlan.max_rows(weights.numel(), up.shape[0], row_multiple), tokens.shape[1]
-    output = tokens.new_empty(*weights.shape, width)
-    return (
-        output,
-        tokens.new_empty(num_rows, width),
-        tokens.new_empty(num_rows, up.shape[1]),
-        torch.empty_like(output) if weights_need_grad else output.new_empty(0),
-    )
+def _(tokens: Tensor, weights: Tensor, up: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, row_multiple, weights_need_grad = others
+    return _outputs(tokens, weights, up, row_multiple, weights_need_grad)
 
 
 @relu_experts_backward_op.register_fake
-def _(
-    grad_output: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    down: Tensor,
-    rows: Tensor,
-    inner: Tensor,
-    unweighted: Tensor,
-    plan: Tensor,
-    block_m: int,
-    row_multiple: int,
-    experts_need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(grad_output: Tensor, weights: Tensor, up: Tensor, down: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    _, _, unweighted, *_, experts_need_grad = others
     grad_slots = grad_output.new_empty(*weights.shape, up.shape[2])
     grad_weights = torch.empty_like(weights) if unweighted.numel() else weights.new_empty(0, dtype=torch.float32)
     if not experts_need_grad:
-        empty = [up.new_empty(0) for _ in range(4)]
-        return grad_slots, grad_weights, empty[0], empty[1], empty[2], empty[3]
+        return grad_slots, grad_weights, *_no_gradients(up)
     grad_up, grad_up_bias = torch.empty_like(up), up.new_empty(up.shape[:2])
     return grad_slots, grad_weights, grad_up, grad_up_bias, torch.empty_like(down), down.new_empty(down.shape[:2])
 
@@ -264,12 +249,7 @@ def _gather(
         weights,
         unweighted,
         dots,
-        plan.order,
-        plan.offsets,
-        plan.row_ends,
-        plan.tile_ends,
-        plan.tile_expert,
-        plan.tile_row,
+        *plan.of_rows_and_tiles,
         width,
         plan.num_slots,
         plan.num_experts,
@@ -307,12 +287,7 @@ def _row_product(
         bias,
         weights,
         None if inner is None else TensorDescriptor.from_tensor(inner, [plan.block_m, config.block_n // 2]),
-        plan.order,
-        plan.offsets,
-        plan.row_ends,
-        plan.tile_ends,
-        plan.tile_expert,
-        plan.tile_row,
+        *plan.of_rows_and_tiles,
         num_columns,
         a.shape[1],
         plan.num_experts,
