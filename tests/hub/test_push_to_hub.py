@@ -17,6 +17,7 @@ CODE = {
     for name in (
         "attention_backends",
         "configuration_zcode_m3",
+        "expert_computation",
         "experts",
         "field_of_config",
         "language_codes",

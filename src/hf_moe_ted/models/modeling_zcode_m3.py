@@ -34,7 +34,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_backends import warn_of_cudnn_backward
 from .configuration_zcode_m3 import Side, ZCodeM3Config
-from .experts import EXPERTS_IMPLEMENTATIONS, ZCodeM3Experts
+from .expert_computation import check_computation, default_computation
+from .experts import ZCodeM3Experts
 from .field_of_config import FieldOfConfig
 from .losses import load_balancing_loss, router_z_loss, summed_cross_entropy
 from .moe_layer import ZCodeM3DenseFFN, ZCodeM3MoELayer
@@ -67,8 +68,6 @@ _PASSED_ON = {
     "prune_layers",
     "use_cache",
 }
-
-_ON_GROUPED_PRODUCTS = ("grouped_mm", "zcode_grouped", "zcode_fused")  # experts implementations
 
 # fields of the config that cannot change behind the layers' back; the numbers of experts are compared with the layers
 _FIXED_FIELDS = (
@@ -321,26 +320,14 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        reason = self._why_no_grouped_products()
-        if reason and requested_experts in _ON_GROUPED_PRODUCTS:
-            raise ValueError(
-                f"experts_implementation={requested_experts!r} needs {reason}; use 'zcode_cpu', 'batched_mm' or 'eager'"
-            )
-        if reason and requested_experts is None:
-            return "eager"
-        if requested_experts is None and "zcode_fused" in EXPERTS_IMPLEMENTATIONS and torch.cuda.is_available():
-            requested_experts = "zcode_fused"
-        return super().get_correct_experts_implementation(requested_experts)
-
-    def _why_no_grouped_products(self) -> str | None:
-        """What PyTorch's grouped products need and this model has not; `None` if it has all."""
         sides = [side for side in ("encoder", "decoder") if self.config.sparse_layers(side)]
         names = ["d_model", *(f"{side}_ffn_dim" for side in sides)] if sides else []
-        odd_widths = {name: width for name in names if (width := getattr(self.config, name)) % 8}
-        if odd_widths:  # rows of 16-bit numbers must be multiples of 16 bytes
-            return f"widths that are multiples of 8, got {odd_widths}"
+        widths = {name: getattr(self.config, name) for name in names}
         dtype = torch.get_default_dtype()  # that of the weights that are being made
-        return f"at most float32, got {dtype}" if names and dtype == torch.float64 else None
+        if requested_experts is None:
+            requested_experts = default_computation("cuda" if torch.cuda.is_available() else "cpu", widths, dtype)
+        check_computation(requested_experts, widths, dtype)
+        return super().get_correct_experts_implementation(requested_experts)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
