@@ -173,20 +173,18 @@ def test_resume(trainers: Trainers, config: dict[str, Any], step: int, options: 
     assert "model.encoder.layers.1.ffn.experts.up_proj" in unequal(interrupted.model, whole.model)
 
 
+BEST_BY_SCORE = {
+    "eval_strategy": "steps",
+    "save_strategy": "steps",
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "score",
+    "greater_is_better": True,
+}
+
+
 def test_load_best_model_at_end(trainers: Trainers) -> None:
     parts = {"compute_metrics": scripted([0.1, 0.9, 0.3])}
-    trainer = trainers(
-        {},
-        parts=parts,
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="score",
-        greater_is_better=True,
-    )
-    trained(trainer)
+    trainer = trained(trainers({}, parts=parts, eval_steps=2, save_steps=2, **BEST_BY_SCORE))
     best = trainers.folder / "checkpoint-4"
     assert Path(trainer.state.best_model_checkpoint) == best
     assert unequal(trainer.model, Model.from_pretrained(best)) == []
@@ -199,17 +197,7 @@ def test_early_stopping(trainers: Trainers) -> None:
         "compute_metrics": scripted([0.5, 0.6, 0.4, 0.3, 0.2, 0.1]),
         "callbacks": [EarlyStoppingCallback(early_stopping_patience=2)],
     }
-    trainer = trainers(
-        {},
-        parts=parts,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="score",
-        greater_is_better=True,
-    )
+    trainer = trainers({}, parts=parts, eval_steps=1, save_steps=1, **BEST_BY_SCORE)
     assert trained(trainer).state.global_step == 4
     assert unequal(trainer.model, Model.from_pretrained(trainers.folder / "checkpoint-2")) == []
 
