@@ -28,7 +28,6 @@ class ExpertSelection:
     Attributes:
         keep: a fraction of the experts (a float up to 1.0), a number of experts per layer (an int; with `"adaptive"` or
             a ratio their mean), or a size of the weights (`"8GB"`), within which as many experts as possible are kept.
-        min_experts: the fewest that a layer keeps. A layer that has fewer keeps all.
         criterion: name or function, of what each expert is worth.
         scope: for what the criterion is computed; see `expert_importance`.
         languages: what to keep: codes, for the pairs that have both languages among them, and under `"language"` all
@@ -37,6 +36,7 @@ class ExpertSelection:
         per_layer: `"equal"`: all layers keep the same number, or the same share if `keep` is a fraction or a size.
             `"adaptive"`: each layer keeps its `min_experts` most important experts; the others that are kept are those
             of the highest importance of all layers, wherever they are.
+        min_experts: the fewest that a layer keeps. A layer that has fewer keeps all.
         encoder_decoder_ratio: experts of an encoder layer per expert of a decoder layer, as means; the total is what it
             is without, up to rounding.
         seed: of the criterion `"random"`.
@@ -46,11 +46,11 @@ class ExpertSelection:
     """
 
     keep: float | int | str
-    min_experts: int = 1
     criterion: str | Criterion = "utilization"
     scope: str = "global"
     languages: Sequence[str] | Sequence[LanguagePair] | None = None
     per_layer: str = "equal"
+    min_experts: int = 1
     encoder_decoder_ratio: float | None = None
     seed: int = 0
 
