@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..files.output import check_output_dir, new_folder
@@ -15,8 +14,8 @@ from ..files.writing import keeping_places
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.layer_names import SIDES, moe_layers
 from ..tensors.lazy_tensors import LazyTensors, num_bytes, num_parameters
-from ..tensors.model_folder import TOKENIZER_FILES
-from .model_source import ModelSource, weight_specs
+from ..tensors.model_folder import TOKENIZER_FILES, meta_model, stored_specs
+from .model_source import ModelSource
 from .report.compression_report import AggregationReport
 from .report.model_card import derived_card
 from .report.report_folder import describe
@@ -145,7 +144,7 @@ def _aggregated_config(configs: Sequence[ZCodeM3Config]) -> ZCodeM3Config:
 def _aggregated_tensors(sources: Sequence[LazyTensors], config: ZCodeM3Config) -> LazyTensors:
     """The weights of the new model, each made when it is read."""
     layers = moe_layers(config)
-    specs = {name: spec.to(sources[0].specs[name].dtype) for name, spec in weight_specs(config).items()}
+    specs = {name: spec.to(sources[0].specs[name].dtype) for name, spec in stored_specs(meta_model(config)).items()}
 
     def is_united(name: str) -> bool:
         prefix, _, kind = name.partition(".ffn.")
@@ -162,12 +161,7 @@ def _aggregated_tensors(sources: Sequence[LazyTensors], config: ZCodeM3Config) -
             total += source[name]
         out.copy_(total / len(sources))
 
-    def read(name: str) -> Tensor:
-        out = torch.empty(specs[name].shape, dtype=specs[name].dtype)
-        read_into(name, out)
-        return out
-
-    return LazyTensors(specs, read, read_into=read_into)
+    return LazyTensors(specs, read_into=read_into)
 
 
 def _report(sources: Sequence[ModelSource], config: ZCodeM3Config, tensors: LazyTensors) -> AggregationReport:

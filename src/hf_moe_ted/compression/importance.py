@@ -1,11 +1,11 @@
 """Which experts matter, and for which languages: pure functions of expert statistics."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from ..files.named_seed import named_seed
 from ..models.configuration_zcode_m3 import Side
 from ..models.language_codes import LanguagePair, find_language
 from ..models.layer_names import SIDES, side_of
@@ -51,8 +51,7 @@ def random_importance(num_experts: Mapping[str, int], seed: int) -> dict[str, Te
     """
     importance = {}
     for layer, count in num_experts.items():
-        digest = hashlib.sha256(f"{seed} {layer}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+        generator = torch.Generator().manual_seed(named_seed(seed, layer))
         numbers = torch.rand(count, generator=generator, dtype=torch.float64)
         importance[layer] = numbers / numbers.sum()
     return importance

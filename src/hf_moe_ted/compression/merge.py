@@ -19,10 +19,11 @@ from ..models.layer_names import moe_layers
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..routing.expert_statistics import ExpertStatistics
 from ..tensors.lazy_tensors import LazyTensors, check_all, num_bytes, num_parameters
+from ..tensors.model_folder import meta_model, stored_specs
 from .expert_groups import ExpertGroups, assigned_to, clustered, neuron_order, require_scipy
 from .expert_selection import ExpertSelection
 from .importance import expert_importance
-from .model_source import CompressionResult, ModelSource, open_source, set_num_experts, weight_specs
+from .model_source import CompressionResult, ModelSource, open_source, set_num_experts
 from .pruning_plan import KeptExperts, PruningPlan
 from .report.compression_report import MergingReport
 from .report.report_folder import describe
@@ -210,17 +211,10 @@ class _Merging:
 
     def tensors(self, config: ZCodeM3Config) -> LazyTensors:
         """Those of the model with this config, each made when it is read."""
-        specs = {name: spec.to(self._source.specs[name].dtype) for name, spec in weight_specs(config).items()}
-        return LazyTensors(specs, self._read, read_into=self._read_into)
-
-    def _read(self, name: str) -> Tensor:
-        layer, _, _ = name.rpartition(".experts.")
-        if layer not in self._groups:
-            return self._source[name]
-        spec = self._source.specs[name]
-        out = torch.empty(len(self._groups[layer]), *spec.shape[1:], dtype=spec.dtype)
-        self._read_into(name, out)
-        return out
+        specs = {
+            name: spec.to(self._source.specs[name].dtype) for name, spec in stored_specs(meta_model(config)).items()
+        }
+        return LazyTensors(specs, read_into=self._read_into)
 
     def _read_into(self, name: str, out: Tensor) -> None:
         layer, _, kind = name.rpartition(".experts.")

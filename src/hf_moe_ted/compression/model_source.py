@@ -19,7 +19,7 @@ from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..routing.expert_statistics import ModelFingerprint
 from ..tensors.config_file import read_zcode_m3_config
 from ..tensors.lazy_tensors import LazyTensors, checked_weights
-from ..tensors.model_folder import copy_tokenizer_and_generation_config, drop_tied_copies, meta_model
+from ..tensors.model_folder import copy_tokenizer_and_generation_config, drop_tied_copies, meta_model, stored_specs
 from ..tensors.safetensors_io import check_tensors, open_pretrained_tensors, write_pretrained_tensors
 from ..tensors.whole_model import check_no_adapter
 from .report.compression_report import CompressionReport
@@ -80,7 +80,7 @@ class ModelSource:
                 "the model that it was made of"
             )
         tensors = drop_tied_copies(source.tensors, meta_model(source.config).all_tied_weights_keys)
-        check_tensors(tensors.specs, weight_specs(source.config), str(source.path))
+        check_tensors(tensors.specs, stored_specs(meta_model(source.config)), str(source.path))
         return dataclasses.replace(source, tensors=tensors)
 
     def fingerprint(self) -> ModelFingerprint:
@@ -134,12 +134,6 @@ def open_source(
     return source
 
 
-def weight_specs(config: ZCodeM3Config) -> dict[str, Tensor]:
-    """The weights of a model, tied ones once, on the meta device."""
-    model = meta_model(config)
-    return {name: spec for name, spec in model.state_dict().items() if name not in model.all_tied_weights_keys}
-
-
 def set_num_experts(model: ZCodeM3ForConditionalGeneration) -> None:
     """Make the MoE layers of a model in memory, whose weights and config are new, what the config says."""
     for side in SIDES:
@@ -188,4 +182,4 @@ def _open_model(model: ZCodeM3ForConditionalGeneration) -> ModelSource:
     return ModelSource(path, model.config, checked_weights(tensors), save_generation_config, card, model)
 
 
-__all__ = ["CompressionResult", "ModelSource", "open_source", "set_num_experts", "weight_specs"]
+__all__ = ["CompressionResult", "ModelSource", "open_source", "set_num_experts"]

@@ -20,9 +20,10 @@ from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..models.moe_layer import ZCodeM3DenseFFN, ZCodeM3MoELayer
 from ..routing.expert_statistics import ExpertStatistics
 from ..tensors.lazy_tensors import LazyTensors, check_all, num_bytes, num_parameters
+from ..tensors.model_folder import meta_model, stored_specs
 from .expert_selection import Criterion, ExpertSelection
 from .importance import check_languages_of, expert_importance, random_importance
-from .model_source import CompressionResult, ModelSource, open_source, set_num_experts, weight_specs
+from .model_source import CompressionResult, ModelSource, open_source, set_num_experts
 from .pruning_plan import KeptExperts, PruningPlan
 from .report.compression_report import PruningReport
 from .report.report_folder import describe
@@ -259,7 +260,7 @@ def _pruned_tensors(source: LazyTensors, config: ZCodeM3Config, kept: KeptExpert
     """The weights of the pruned model; of the experts' weights only the rows that are kept are read."""
     specs = {
         name: spec.to(source.specs[_stored_as(name, kept, config)[0]].dtype)
-        for name, spec in weight_specs(config).items()
+        for name, spec in stored_specs(meta_model(config)).items()
     }
 
     def read_into(name: str, out: Tensor) -> None:
@@ -271,12 +272,7 @@ def _pruned_tensors(source: LazyTensors, config: ZCodeM3Config, kept: KeptExpert
         for row, expert in zip(rows, experts, strict=True):
             row.copy_(source.row(stored, expert))
 
-    def read(name: str) -> Tensor:
-        out = torch.empty(specs[name].shape, dtype=specs[name].dtype)
-        read_into(name, out)
-        return out
-
-    return LazyTensors(specs, read, read_into=read_into)
+    return LazyTensors(specs, read_into=read_into)
 
 
 def _pruned_model(

@@ -77,7 +77,7 @@ def collect_expert_statistics(
             dataset; a layer whose router or experts put out NaN or infinity.
     """
     layers = _named_moe_layers(model)
-    _check_options(model, languages, batch_size, max_tokens)
+    _check_options(model, batch_size, max_tokens)
     known, languages = choose_languages(tokenizer, languages)
 
     recorders = {name: _LayerRecorder(layer) for name, layer in layers.items()}
@@ -103,9 +103,7 @@ def collect_expert_statistics(
     return totals.statistics(ModelFingerprint.of(model.config, weights))
 
 
-def _check_options(
-    model: ZCodeM3PreTrainedModel, languages: Sequence[str] | None, batch_size: int, max_tokens: int | None
-) -> None:
+def _check_options(model: ZCodeM3PreTrainedModel, batch_size: int, max_tokens: int | None) -> None:
     if model.config.expert_map is not None:
         raise ValueError(
             "the model has an expert_map: its experts were merged, or pruned with renormalize=False; collect "
@@ -113,8 +111,6 @@ def _check_options(
         )
     if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
         raise ValueError(f"batch_size ({batch_size}) and max_tokens ({max_tokens}) must be at least 1")
-    if isinstance(languages, str):
-        raise ValueError(f"languages ({languages!r}) must be a list of codes, such as ['en', 'de']")
 
 
 def _named_moe_layers(model: nn.Module) -> dict[str, ZCodeM3MoELayer]:
