@@ -77,7 +77,6 @@ ORDERS = {
             "transformers.models.auto.modeling_auto": 0,
             "transformers.models.auto.configuration_auto": 1,  # behind the package's finder
             "hf_moe_ted.models.configuration_zcode_m3": 0,
-            "hf_moe_ted.models.tokenization_zcode_m3": 0,
             "hf_moe_ted.compression.quantized_experts": 0,
         }.items()
     },
