@@ -38,14 +38,12 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 import transformers  # in one thread: it puts another module in its place at the end of its loading
 
+# modules of transformers that import each other in a circle cannot be loaded from both ends at once, with or without us
 modules = [
-    "hf_moe_ted.models.modeling_zcode_m3",
-    "transformers.models.auto.tokenization_auto",
-    "hf_moe_ted.models.tokenization_zcode_m3",
-    "transformers.pipelines",
     "hf_moe_ted",
-    "hf_moe_ted.compression.quantized_experts",
+    "hf_moe_ted.models.configuration_zcode_m3",
     "transformers.models.auto.configuration_auto",
+    "hf_moe_ted.models.language_codes",
 ]
 together = threading.Barrier(len(modules))
 

@@ -113,6 +113,11 @@ _WITH_MODULE: dict[str, Callable[[Any], None]] = {
 }
 
 
+# Those whose loading began with the finder there. Nobody else may wait for them: what is registered with them waits in
+# turn for the import of this package.
+_BEGUN: set[str] = set()
+
+
 class _ThenRegister(Loader):
     """The loader of a module, and what is registered when it has loaded the module."""
 
@@ -121,6 +126,7 @@ class _ThenRegister(Loader):
         self.register = register
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        _BEGUN.add(spec.name)  # before it stands in `sys.modules`
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
@@ -151,5 +157,5 @@ def register_auto_classes() -> None:
     """Make the Auto classes know ZCodeM3, and give it for checkpoints of NLLB-MoE, too."""
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
-    for name in _WITH_MODULE.keys() & sys.modules.keys():
+    for name in _WITH_MODULE.keys() & sys.modules.keys() - _BEGUN:
         _WITH_MODULE[name](importlib.import_module(name))  # waits for a thread that is loading it
