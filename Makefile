@@ -34,7 +34,7 @@ test-avx2: $(VENV)/.installed_dev
 
 test-newest: $(VENV)-newest/.installed_dev
 	$(VENV)-newest/bin/python -m pytest $(PARALLEL) tests/models tests/hf_contract/test_generation.py \
-		tests/test_trainer.py
+		tests/hf_contract/test_trainer.py
 
 quality: $(VENV)/.installed_dev
 	$(VENV)/bin/ruff check .

@@ -1,4 +1,4 @@
-"""Imports flow one way: which part of the package may import what, read off the source of every file.
+"""Imports flow one way, between parts of the package and between modules, read off the source of every file.
 
 The models know nothing of the rest of the package because their files are what travels to the Hub as remote code, and
 scripts use the public names only.
@@ -6,9 +6,9 @@ scripts use the public names only.
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,8 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = "hf_moe_ted"
 SOURCE = f"src/{PACKAGE}/"
 SCRIPTS = ("examples/", "convert/")
-PUBLIC = {*(f"{PACKAGE}.{name}" for name in [*hf_moe_ted.__all__, "__version__"]), f"{PACKAGE}.metrics.metric_path"}
+PUBLIC_NAMES = (*hf_moe_ted.__all__, "__version__", "metrics.metric_path", "cli.run")
+PUBLIC = {f"{PACKAGE}.{name}" for name in PUBLIC_NAMES}
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def forbidden_reason(part: str, rule: Rule, imported: Import) -> str | None:
 
     inside = target.removeprefix(PACKAGE).removeprefix(".")
     if rule.public:
-        return None if target in PUBLIC else "not a public name"
+        return None if target in PUBLIC or is_below(inside, (part,)) else "not a public name"
     if is_below(inside, (part,)):
         return "not of the form `from .x import y`" if rule.is_flat and not imported.is_sibling else None
     if is_below(inside, rule.optional_parts):
@@ -152,6 +153,37 @@ def violations(path: str, source: str) -> list[str]:
             return [f"{path}: {part} has no subfolders"]
     reasons = [(i, forbidden_reason(part, RULES[part], i)) for i in imports_of(source, package)]
     return [f"{path}:{i.line}: {part} imports {i.target}, {reason}" for i, reason in reasons if reason is not None]
+
+
+def import_cycle(sources: Mapping[str, str]) -> list[str] | None:
+    """Modules each of which imports the next, the first one again at the end; `None` without such a circle.
+
+    That a module is imported after the `__init__` of the packages around it does not count.
+
+    Args:
+        sources: of files by their paths relative to the repository.
+    """
+    modules = {
+        path.removeprefix("src/").removesuffix(".py").removesuffix("/__init__").replace("/", "."): path
+        for path in sources
+    }
+    imports = {}
+    for module, path in modules.items():
+        package = module if path.endswith("/__init__.py") else module.rpartition(".")[0]
+        owners = {owner(imported.target, modules) for imported in imports_of(sources[path], package)}
+        imports[module] = owners - {None, module}
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        return error.args[1][::-1]
+    return None
+
+
+def owner(name: str, modules: Mapping[str, str]) -> str | None:
+    """The module that `name` is, or is an attribute of; `None` if it is of another package."""
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return name or None
 
 
 def files_below(*folders: str) -> list[str]:
@@ -185,6 +217,53 @@ def test_rules_have_no_cycle() -> None:
     TopologicalSorter(parts).prepare()  # raises CycleError
 
 
+def test_modules_have_no_cycle() -> None:
+    cycle = import_cycle({path: (REPOSITORY / path).read_text(encoding="utf-8") for path in files_below(SOURCE)})
+    assert cycle is None, f"modules import each other in a circle: {' -> '.join(cycle)}"
+
+
+def test_rules_are_of_parts_that_exist() -> None:
+    names = {name for part, rule in RULES.items() for name in (part, *rule.parts, *rule.optional_parts)} - {"scripts"}
+    paths = {name: REPOSITORY / SOURCE / name.replace(".", "/") for name in names}
+    files = {name: [path.with_suffix(".py"), *path.rglob("*.py")] for name, path in paths.items()}
+    assert [name for name, of_name in files.items() if not any(file.is_file() for file in of_name)] == []
+
+
+A, B = f"{SOURCE}a.py", f"{SOURCE}folder/b.py"
+INIT = f"{SOURCE}folder/__init__.py"
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        {A: "import torch\nfrom .folder.b import f\nfrom .folder import b", B: "import a", INIT: ""},
+        {A: "import hf_moe_ted.folder.b", B: "from ..c import f", f"{SOURCE}c.py": "from . import folder", INIT: ""},
+        {A: "", B: "from .. import a", INIT: "from .b import f", f"{SOURCE}__init__.py": "from .a import f"},
+    ],
+)
+def test_no_cycle(sources: dict[str, str]) -> None:
+    assert import_cycle(sources) is None
+
+
+@pytest.mark.parametrize(
+    ("sources", "cycle"),
+    [
+        ({A: "from .folder.b import f", B: "from ..a import g"}, "a folder.b"),
+        ({A: "from .folder import b", B: "import hf_moe_ted.a"}, "a folder.b"),
+        ({A: "def f():\n    from .folder.b import f", B: "def g():\n    from .. import a"}, "a folder.b"),
+        ({A: "from .folder.b import f", B: "if TYPE_CHECKING:\n    from hf_moe_ted.a import g"}, "a folder.b"),
+        ({B: "from . import f", INIT: "from .b import f"}, "folder folder.b"),
+        ({A: "from .folder import f", INIT: "from .b import f", B: "from ..a import g"}, "a folder folder.b"),
+    ],
+)
+def test_cycle(sources: dict[str, str], cycle: str) -> None:
+    found = import_cycle(sources)
+    assert found is not None and found[0] == found[-1]
+    start = found.index(f"{PACKAGE}.{cycle.split()[0]}")
+    in_order = found[start:-1] + found[:start]
+    assert in_order == [f"{PACKAGE}.{name}" for name in cycle.split()]
+
+
 MODEL = f"{SOURCE}models/modeling_zcode_m3.py"
 EXAMPLE = "examples/finetune.py"
 
@@ -207,8 +286,12 @@ EXAMPLE = "examples/finetune.py"
             f"{SOURCE}evaluation/metrics/bleu/bleu.py",
             "import sacrebleu\nfrom hf_moe_ted.evaluation.metrics import translation_metric",
         ),
-        (f"{SOURCE}cli.py", "import typer\nfrom hf_moe_ted import ZCodeM3Config\nfrom . import __version__"),
+        (
+            f"{SOURCE}cli/models.py",
+            "import typer\nfrom .. import ZCodeM3Config\nfrom .options import Model",
+        ),
         (EXAMPLE, "import evaluate\nfrom hf_moe_ted import ZCodeM3Config\nfrom hf_moe_ted.metrics import metric_path"),
+        ("convert/nllb_moe.py", "from hf_moe_ted.cli import run"),
     ],
 )
 def test_allowed(path: str, source: str) -> None:
@@ -251,8 +334,8 @@ def test_allowed(path: str, source: str) -> None:
         (f"{SOURCE}data/collator.py", "from ..models.tokenization_zcode_m3_old import Z", "a part it may not use"),
         (f"{SOURCE}evaluation/metrics/chrf/chrf.py", "from hf_moe_ted.data import d", "a part it may not use"),
         (f"{SOURCE}evaluation/metrics/chrf/chrf.py", "from hf_moe_ted import metrics_of, cli", "a part it may not use"),
-        (f"{SOURCE}cli.py", "from .models.modeling_zcode_m3 import ZCodeM3Model", "not a public name"),
-        (f"{SOURCE}cli.py", "from hf_moe_ted.models import experts", "hf_moe_ted.models.experts, not a public name"),
+        (f"{SOURCE}cli/models.py", "from ..models.modeling_zcode_m3 import ZCodeM3Model", "not a public name"),
+        (f"{SOURCE}cli/models.py", "from hf_moe_ted.models import experts", "models.experts, not a public name"),
         (f"{SOURCE}__init__.py", "import torch", "__init__ imports torch, a package it may not use"),
         (f"{SOURCE}_auto_registration.py", "from torch import nn", "imports torch.nn, a package it may not use"),
         (f"{SOURCE}viewer/plot.py", "", "viewer is a new part of the package, give it a rule in test_architecture.py"),
@@ -264,6 +347,7 @@ def test_allowed(path: str, source: str) -> None:
         (EXAMPLE, "import hf_moe_ted.metrics", "scripts imports hf_moe_ted.metrics, not a public name"),
         (EXAMPLE, "from hf_moe_ted.metrics import METRICS", "hf_moe_ted.metrics.METRICS, not a public name"),
         ("convert/nllb_moe.py", "from hf_moe_ted.conversion import nllb_moe", "not a public name"),
+        ("convert/nllb_moe.py", "from hf_moe_ted.cli.convert import nllb_moe", "not a public name"),
         ("convert/nllb_moe.py", "from hf_moe_ted import ZCodeM3Router", "hf_moe_ted.ZCodeM3Router, not a public name"),
     ],
 )

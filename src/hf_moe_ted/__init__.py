@@ -7,52 +7,65 @@ from typing import TYPE_CHECKING, Any
 from ._auto_registration import register_auto_classes
 
 if TYPE_CHECKING:
-    from .compression.aggregate import aggregate_experts
-    from .compression.merge import MergingResult, merge_experts
-    from .compression.prune import PruningResult, prune_experts
-    from .compression.quantize import quantize_experts
-    from .compression.quantized_experts import ExpertQuantizationConfig
-    from .compression.report.compression_report import (
-        AggregationReport,
-        MergingReport,
-        PruningReport,
-        QuantizationReport,
-    )
-    from .compression.report.report_folder import write_compression_report
-    from .conversion.conversion_rules import RuleSet
-    from .conversion.deepspeed.converter import convert_deepspeed_checkpoint
-    from .conversion.deepspeed.reader import DeepSpeedLayout, inspect_deepspeed_checkpoint, read_deepspeed_state_dict
-    from .conversion.deepspeed.writer import export_deepspeed_checkpoint
-    from .conversion.initialization import initialize_checkpoint
-    from .conversion.nllb_moe import convert_nllb_moe_checkpoint
-    from .conversion.upcycling import upcycle_dense_checkpoint
-    from .data.batch_sampler import TokenBudgetBatchSampler, token_lengths
-    from .data.collator import DataCollatorForMultitaskSeq2Seq
-    from .data.denoising import DenoisingNoise
-    from .data.mixture import Mixture
-    from .data.multitask_dataset import MultitaskDataset
-    from .data.multitask_stream import MultitaskStream, StreamSource
-    from .distributed.accelerate_plugin import TedPlugin
-    from .distributed.activation_checkpoint import communication_aware_context_fn
-    from .distributed.ted_config import TedConfig
-    from .distributed.trainer import TedSeq2SeqTrainer, TedTrainer
-    from .evaluation.text_file import open_parallel_text
-    from .evaluation.translation_evaluation import evaluate_translation
-    from .evaluation.translation_quality import DirectionQuality, TranslationQuality
-    from .evaluation.translation_scores import TranslationScores, score_translations
-    from .models.configuration_zcode_m3 import ZCodeM3Config
-    from .models.language_codes import parse_languages, resolve_language
-    from .models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration, ZCodeM3Model, ZCodeM3PreTrainedModel
-    from .models.pipeline_translation import ZCodeM3TranslationPipeline
-    from .models.tokenization_zcode_m3 import ZCodeM3Tokenizer
-    from .optim.tiled_adamw import TiledAdamW
-    from .routing.expert_statistics import ExpertStatistics, LayerStatistics
-    from .routing.language_routing import LanguageRoutingCallback
-    from .routing.router_statistics import RouterStatisticsCallback
-    from .routing.statistics_collection import collect_expert_statistics
-    from .tensors.conversion_report import ConversionReport
-    from .tensors.whole_model import load_model_and_tokenizer
-    from .training.multitask_trainer import MultitaskSeq2SeqTrainer, MultitaskTrainerMixin, MultitaskTrainingArguments
+    from .compression.aggregate import aggregate_experts as aggregate_experts
+    from .compression.merge import MergingResult as MergingResult
+    from .compression.merge import merge_experts as merge_experts
+    from .compression.prune import PruningResult as PruningResult
+    from .compression.prune import prune_experts as prune_experts
+    from .compression.quantize import quantize_experts as quantize_experts
+    from .compression.quantized_experts import ExpertQuantizationConfig as ExpertQuantizationConfig
+    from .compression.report.compression_report import AggregationReport as AggregationReport
+    from .compression.report.compression_report import MergingReport as MergingReport
+    from .compression.report.compression_report import PruningReport as PruningReport
+    from .compression.report.compression_report import QuantizationReport as QuantizationReport
+    from .compression.report.report_folder import write_compression_report as write_compression_report
+    from .conversion.conversion_rules import RuleSet as RuleSet
+    from .conversion.deepspeed.converter import convert_deepspeed_checkpoint as convert_deepspeed_checkpoint
+    from .conversion.deepspeed.reader import DeepSpeedLayout as DeepSpeedLayout
+    from .conversion.deepspeed.reader import inspect_deepspeed_checkpoint as inspect_deepspeed_checkpoint
+    from .conversion.deepspeed.reader import read_deepspeed_state_dict as read_deepspeed_state_dict
+    from .conversion.deepspeed.writer import export_deepspeed_checkpoint as export_deepspeed_checkpoint
+    from .conversion.initialization import initialize_checkpoint as initialize_checkpoint
+    from .conversion.nllb_moe import convert_nllb_moe_checkpoint as convert_nllb_moe_checkpoint
+    from .conversion.upcycling import upcycle_dense_checkpoint as upcycle_dense_checkpoint
+    from .data.batch_sampler import TokenBudgetBatchSampler as TokenBudgetBatchSampler
+    from .data.batch_sampler import token_lengths as token_lengths
+    from .data.collator import DataCollatorForMultitaskSeq2Seq as DataCollatorForMultitaskSeq2Seq
+    from .data.denoising import DenoisingNoise as DenoisingNoise
+    from .data.mixture import Mixture as Mixture
+    from .data.multitask_dataset import MultitaskDataset as MultitaskDataset
+    from .data.multitask_stream import MultitaskStream as MultitaskStream
+    from .data.multitask_stream import StreamSource as StreamSource
+    from .distributed.accelerate_plugin import TedPlugin as TedPlugin
+    from .distributed.activation_checkpoint import communication_aware_context_fn as communication_aware_context_fn
+    from .distributed.ted_config import TedConfig as TedConfig
+    from .distributed.trainer import TedSeq2SeqTrainer as TedSeq2SeqTrainer
+    from .distributed.trainer import TedTrainer as TedTrainer
+    from .evaluation.text_file import open_parallel_text as open_parallel_text
+    from .evaluation.translation_evaluation import evaluate_translation as evaluate_translation
+    from .evaluation.translation_quality import DirectionQuality as DirectionQuality
+    from .evaluation.translation_quality import TranslationQuality as TranslationQuality
+    from .evaluation.translation_scores import TranslationScores as TranslationScores
+    from .evaluation.translation_scores import score_translations as score_translations
+    from .models.configuration_zcode_m3 import ZCodeM3Config as ZCodeM3Config
+    from .models.language_codes import parse_languages as parse_languages
+    from .models.language_codes import resolve_language as resolve_language
+    from .models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration as ZCodeM3ForConditionalGeneration
+    from .models.modeling_zcode_m3 import ZCodeM3Model as ZCodeM3Model
+    from .models.modeling_zcode_m3 import ZCodeM3PreTrainedModel as ZCodeM3PreTrainedModel
+    from .models.pipeline_translation import ZCodeM3TranslationPipeline as ZCodeM3TranslationPipeline
+    from .models.tokenization_zcode_m3 import ZCodeM3Tokenizer as ZCodeM3Tokenizer
+    from .optim.tiled_adamw import TiledAdamW as TiledAdamW
+    from .routing.expert_statistics import ExpertStatistics as ExpertStatistics
+    from .routing.expert_statistics import LayerStatistics as LayerStatistics
+    from .routing.language_routing import LanguageRoutingCallback as LanguageRoutingCallback
+    from .routing.router_statistics import RouterStatisticsCallback as RouterStatisticsCallback
+    from .routing.statistics_collection import collect_expert_statistics as collect_expert_statistics
+    from .tensors.conversion_report import ConversionReport as ConversionReport
+    from .tensors.whole_model import load_model_and_tokenizer as load_model_and_tokenizer
+    from .training.multitask_trainer import MultitaskSeq2SeqTrainer as MultitaskSeq2SeqTrainer
+    from .training.multitask_trainer import MultitaskTrainerMixin as MultitaskTrainerMixin
+    from .training.multitask_trainer import MultitaskTrainingArguments as MultitaskTrainingArguments
 
 try:
     __version__ = version("hf-moe-ted")
@@ -121,67 +134,7 @@ _MODULE_OF_NAME = {
     "write_compression_report": "compression.report.report_folder",
 }
 
-__all__ = [
-    "AggregationReport",
-    "ConversionReport",
-    "DataCollatorForMultitaskSeq2Seq",
-    "DeepSpeedLayout",
-    "DenoisingNoise",
-    "DirectionQuality",
-    "ExpertQuantizationConfig",
-    "ExpertStatistics",
-    "LanguageRoutingCallback",
-    "LayerStatistics",
-    "MergingReport",
-    "MergingResult",
-    "Mixture",
-    "MultitaskDataset",
-    "MultitaskSeq2SeqTrainer",
-    "MultitaskStream",
-    "MultitaskTrainerMixin",
-    "MultitaskTrainingArguments",
-    "PruningReport",
-    "PruningResult",
-    "QuantizationReport",
-    "RouterStatisticsCallback",
-    "RuleSet",
-    "StreamSource",
-    "TedConfig",
-    "TedPlugin",
-    "TedSeq2SeqTrainer",
-    "TedTrainer",
-    "TiledAdamW",
-    "TokenBudgetBatchSampler",
-    "TranslationQuality",
-    "TranslationScores",
-    "ZCodeM3Config",
-    "ZCodeM3ForConditionalGeneration",
-    "ZCodeM3Model",
-    "ZCodeM3PreTrainedModel",
-    "ZCodeM3Tokenizer",
-    "ZCodeM3TranslationPipeline",
-    "aggregate_experts",
-    "collect_expert_statistics",
-    "communication_aware_context_fn",
-    "convert_deepspeed_checkpoint",
-    "convert_nllb_moe_checkpoint",
-    "evaluate_translation",
-    "export_deepspeed_checkpoint",
-    "initialize_checkpoint",
-    "inspect_deepspeed_checkpoint",
-    "load_model_and_tokenizer",
-    "merge_experts",
-    "open_parallel_text",
-    "parse_languages",
-    "prune_experts",
-    "quantize_experts",
-    "read_deepspeed_state_dict",
-    "resolve_language",
-    "score_translations",
-    "token_lengths",
-    "upcycle_dense_checkpoint",
-    "write_compression_report",
-]
+__all__ = list(_MODULE_OF_NAME)
 
 
 def __getattr__(name: str) -> Any:

@@ -14,23 +14,22 @@ from typing import Any
 
 from .models.configuration_zcode_m3 import ZCodeM3Config
 
+TINY_SIZES = {
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+    "d_model": 32,
+    "encoder_layers": 4,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+}
+
 
 def tiny_config(**overrides: Any) -> ZCodeM3Config:
     """A model of 101,152 parameters without dropout: 4 + 2 layers, every other one with 4 experts."""
-    fields: dict[str, Any] = {
-        "vocab_size": 96,
-        "max_position_embeddings": 64,
-        "d_model": 32,
-        "encoder_layers": 4,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 64,
-        "decoder_ffn_dim": 64,
-        "num_experts": 4,
-        "dropout": 0.0,
-        "attention_dropout": 0.0,
-    }
+    fields: dict[str, Any] = {**TINY_SIZES, "num_experts": 4, "dropout": 0.0, "attention_dropout": 0.0}
     return ZCodeM3Config(**{**fields, **overrides})
 
 
@@ -139,4 +138,4 @@ def _run_rank(
     results.put((rank, pickle.dumps(result), None))
 
 
-__all__ = ["run_distributed_test", "tiny_config"]
+__all__ = ["TINY_SIZES", "run_distributed_test", "tiny_config"]

@@ -6,13 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from hf_moe_ted.compression.importance import (
-    activity_confidence,
-    expert_importance,
-    random_importance,
-    reap,
-    utilization,
-)
+from hf_moe_ted.compression import importance
+from hf_moe_ted.compression.expert_selection import ExpertSelection
+from hf_moe_ted.compression.importance import activity_confidence, random_importance, reap, utilization
 from hf_moe_ted.routing.expert_statistics import ExpertStatistics, LayerStatistics, ModelFingerprint
 
 ENCODER, DECODER = "model.encoder.layers.1.ffn", "model.decoder.layers.1.ffn"
@@ -72,6 +68,10 @@ def test_random() -> None:
 
 
 # --- scopes and languages
+
+
+def expert_importance(statistics: ExpertStatistics, criterion: Any, **options: Any) -> dict[str, torch.Tensor]:
+    return importance.expert_importance(statistics, ExpertSelection(keep=1.0, criterion=criterion, **options))
 
 
 @pytest.mark.parametrize(

@@ -286,6 +286,12 @@ def test_wrong_input(options: dict[str, Any], message: str, make_model: MakeMode
     assert list(tmp_path.iterdir()) == []
 
 
+def test_without_scipy(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs SciPy: pip install 'hf-moe-ted\[merge\]'"):
+        merge_experts(make_model(), None, keep=2)
+
+
 def test_other_wrong_input(make_model: MakeModel, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     statistics = collect(model, rows[:6])

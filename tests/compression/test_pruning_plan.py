@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_moe_ted.compression.expert_selection import ExpertSelection
 from hf_moe_ted.compression.pruning_plan import KeptExperts, PruningPlan
 
 ENCODER, ENCODER_2, DECODER = (
@@ -25,8 +26,7 @@ def kept_bytes(kept: KeptExperts) -> int:
 
 
 def choose(keep: Any, layers: dict[str, Tensor] | None = None, **options: Any) -> KeptExperts:
-    defaults = {"per_layer": "equal", "min_experts": 1, "encoder_decoder_ratio": None, "num_bytes": kept_bytes}
-    return PruningPlan(layers or EIGHT, **{**defaults, **options}).choose(keep)
+    return PruningPlan(layers or EIGHT, ExpertSelection(keep=keep, **options), kept_bytes).choose()
 
 
 def counts(kept: KeptExperts) -> list[int]:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from hf_moe_ted import ZCodeM3ForConditionalGeneration
-from hf_moe_ted.conversion.conversion_rules import RULES_DIR, NamePattern, RuleSet
-from hf_moe_ted.conversion.patterns import Pattern
+from hf_moe_ted.conversion.conversion_rules import RULES_DIR, RuleSet
+from hf_moe_ted.conversion.patterns import NamePattern, Pattern
 from hf_moe_ted.tensors.lazy_tensors import LazyTensors
 from hf_moe_ted.testing import tiny_config
 

@@ -436,6 +436,16 @@ def test_dtype(source: Path, tmp_path: Path) -> None:
     assert (noisy[name] - plain[name]).std().item() == pytest.approx(1e-4, rel=0.05), "not rounded to bfloat16"
 
 
+@pytest.mark.parametrize("weight", ["layers.0.fc1.weight", "layers.1.fc1.weight"])  # which stays; which is copied
+def test_a_dtype_that_cannot_hold_a_weight_is_refused(weight: str, source: Path, tmp_path: Path) -> None:
+    weights = load_file(source / "model.safetensors")
+    weights[f"model.encoder.{weight}"][1, 2] = 1e5
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"has 1e\+05 at \[1, 2\], which torch.float16 cannot hold"):
+        upcycle_dense_checkpoint(source, tmp_path / "moe", num_experts=4, dtype="float16")
+    assert not (tmp_path / "moe").exists()
+
+
 def test_logits_in_bfloat16_equal_those_of_m2m100(dense_folder: Path, tmp_path: Path) -> None:
     """Two weights that are rounded to bfloat16 sum to 1 up to 2**-8."""
     upcycle_dense_checkpoint(dense_folder, tmp_path / "moe", num_experts=4, dtype="bfloat16")

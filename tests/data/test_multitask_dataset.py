@@ -1,6 +1,7 @@
 """Examples of rows: forms, directions, order, what is left out, and errors that name a row."""
 
 import logging
+import tracemalloc
 from typing import Any
 
 import datasets
@@ -51,6 +52,62 @@ def test_rows_of_many_languages() -> None:
     }
 
 
+FLAT = [
+    {
+        "source": f"text {number}" if number % 7 else " \n\u3000",
+        "target": f"Text {number}" if number % 11 else "\x1c",
+        "src_lang": "en" if number % 3 else "sw",
+        "tgt_lang": ("de", "xh")[number % 2],
+        "note": number,
+    }
+    for number in range(1300)
+]
+BY_LANGUAGE = [{"translation": {"en": row["source"], "de": row["target"], "sw": "maandishi"}} for row in FLAT]
+BOTH_FORMS = [{**row, **other, "target": None} for row, other in zip(FLAT, BY_LANGUAGE, strict=True)]
+
+
+def backwards_twice(rows: list[Any]) -> datasets.Dataset:
+    return datasets.Dataset.from_list(rows[::-1]).select(range(len(rows))[::-1])
+
+
+@pytest.mark.parametrize("both_directions", [False, True])
+@pytest.mark.parametrize("languages", [None, ["en", "de"]])
+@pytest.mark.parametrize("rows", [FLAT, BY_LANGUAGE, BOTH_FORMS], ids=["flat", "by language", "both forms"])
+def test_columns_make_the_examples_that_rows_make(rows: Any, languages: Any, both_directions: bool) -> None:
+    texts = [{"text": row["source"], "lang": row["tgt_lang"]} for row in FLAT if languages is None]
+    of_rows, of_columns, of_indices = (
+        MultitaskDataset(
+            make(rows), make(texts) if texts else None, both_directions=both_directions, languages=languages
+        )
+        for make in (list, datasets.Dataset.from_list, backwards_twice)
+    )
+    assert of_columns.components == of_indices.components == of_rows.components
+    assert of_columns[:] == of_indices[:] == of_rows[:]
+
+
+def test_formats_and_transforms_are_kept() -> None:
+    table = datasets.Dataset.from_list(FLAT)
+    expected = MultitaskDataset(FLAT)[:]
+    assert MultitaskDataset(table.with_format("numpy"))[:] == expected
+    swapped = MultitaskDataset(
+        table.with_transform(lambda columns: {**columns, "source": columns["target"], "target": columns["source"]})
+    )
+    assert [(example["target"], example["source"]) for example in swapped] == [
+        (example["source"], example["target"]) for example in expected
+    ]
+
+
+def test_an_example_takes_a_few_bytes() -> None:
+    table = datasets.Dataset.from_dict({"text": ["Fungua dirisha"] * 70_000, "lang": ["sw"] * 70_000})
+    tracemalloc.start()
+    dataset = MultitaskDataset(denoising=table)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(dataset) == 70_000
+    assert kept < 8 * len(dataset)  # 4 of the row, 1 of its place, 1 of the component
+    assert peak < 40 * len(dataset)
+
+
 def test_batches_of_draws_are_those_one_by_one() -> None:
     dataset = MultitaskDataset(datasets.Dataset.from_list(PAIRS), TEXTS, both_directions=True)
     draws = [Draw(4, 7), Draw(1, 8), Draw(0, 9), Draw(1, 10)]
@@ -90,6 +147,13 @@ def test_languages_are_selected() -> None:
         ({"translation": [PAIRS[0], {"source": "Open", "src_lang": "en"}]}, "row 1 of the translation dataset must"),
         ({"translation": [{**PAIRS[0], "target": None}]}, "row 0 of the translation dataset must"),
         ({"translation": [{"translation": {"en": "Open", "de": None}}]}, "row 0 of the translation dataset must"),
+        (
+            {"translation": datasets.Dataset.from_list([*FLAT, *[{**PAIRS[0], "target": None}] * 2])},
+            "row 1300 of the translation dataset must",
+        ),
+        ({"translation": datasets.Dataset.from_dict({"note": [1]})}, "row 0 of the translation dataset must"),
+        ({"translation": datasets.Dataset.from_list([{"translation": {"en": "a"}}])}, "no example in translation"),
+        ({"denoising": datasets.Dataset.from_list(PAIRS)}, "row 0 of the denoising dataset must have the strings"),
         ({"denoising": PAIRS}, "row 0 of the denoising dataset must have the strings text and lang"),
         ({"denoising": {"text": ["a", "b"], "lang": ["de"]}}, r"columns of the lengths {'text': 2, 'lang': 1}"),
         ({"denoising": (row for row in TEXTS)}, "generator is no map-style dataset; for streams"),

@@ -329,6 +329,17 @@ def write_and_launch(folder: Path, on_four: Mapping[str, Case], on_eight: Mappin
     return folder, launch(folder, on_four, 4) | launch(folder, on_eight, 8)
 
 
+def messages_of(attempts: Mapping[str, Callable[[], Any]]) -> dict[str, str]:
+    """What those say that are refused."""
+    found = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
 class CollectiveCounter(TorchDispatchMode):
     """Counts functional collectives, and those of `torch.distributed`, which FSDP2 uses."""
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import ProjectConfiguration
-from ted_cases import ADAMW, MAX_NORM, CollectiveCounter, Parts, parts_of, relative_errors, write_models
+from ted_cases import ADAMW, MAX_NORM, CollectiveCounter, Parts, messages_of, parts_of, relative_errors, write_models
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
@@ -183,7 +183,6 @@ def do_others(models: str, states: str) -> Others:
     smaller = TedPlugin(**TP2_EP2)
     smaller.dp_shard_size = 1
     checkpoints = sorted(path.name for path in Path(states, "project", "checkpoints").iterdir())
-    errors = {}
     attempts = {
         "load without a folder": lambda: accelerator_of(plugin).load_state(),
         "load what is not there": lambda: accelerator.load_state(f"{states}/nothing"),
@@ -191,12 +190,7 @@ def do_others(models: str, states: str) -> Others:
         "fewer processes": lambda: accelerator_of(smaller),
         "float16": lambda: accelerator_of(plugin, mixed_precision="fp16"),
     }
-    for name, attempt in attempts.items():
-        try:
-            attempt()
-        except ValueError as error:
-            errors[name] = str(error)
-    return Others(iterated, norms, checkpoints, errors)
+    return Others(iterated, norms, checkpoints, messages_of(attempts))
 
 
 @dataclass(frozen=True)

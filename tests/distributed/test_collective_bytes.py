@@ -87,7 +87,7 @@ def count_experts(folder: str, layout: Layout) -> tuple[Log, Log]:
     load = ZCodeM3ForConditionalGeneration.from_pretrained
     model: Any = load(folder, distributed_config=layout.plugin().distributed_config, capacity_factor=1.0)
     experts = model.model.encoder.layers[1].ffn.experts
-    experts.max_tokens_per_expert = CAPACITY
+    experts.max_tokens_per_expert = lambda num_tokens: CAPACITY
     inputs = inputs_of(dist.get_rank() // layout.tp)
     return count(lambda: experts(*inputs))
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils.checkpoint import checkpoint
 
 from hf_moe_ted import TedPlugin, ZCodeM3ForConditionalGeneration
-from hf_moe_ted.distributed.expert_parallel import inner_placement, ted_config_of
+from hf_moe_ted.distributed.expert_parallel import inner_placement, layout_of_experts
 from hf_moe_ted.models.experts import ZCodeM3Experts
 from hf_moe_ted.testing import run_distributed_test
 
@@ -76,13 +76,13 @@ def run_all(folder: str) -> dict[Any, Any]:
         experts.zero_grad()
         batch = dist.get_rank() // plugin.tp_size
         hidden, ids, weights = inputs_of(inputs, batch)
-        experts.max_tokens_per_expert = ids.numel()  # which only layouts that pad look at
+        experts.max_tokens_per_expert = lambda num_tokens: 2 * num_tokens  # which only layouts that pad ask for
         output = experts(hidden, ids, weights)
         output.backward(gradient_of(output, batch))
         gradients = parts_of({name: p.grad for name, p in experts.named_parameters()})
         results[case] = output.detach(), hidden.grad, weights.grad, gradients
     experts = models["ep4, padded", "grouped_mm"].model.encoder.layers[1].ffn.experts
-    experts.max_tokens_per_expert = 20 + dist.get_rank() % 2
+    experts.max_tokens_per_expert = lambda num_tokens: 20 + dist.get_rank() % 2
     with pytest.raises(RuntimeError) as error:
         experts(*inputs_of("one expert", 0))
     results["other capacities"] = str(error.value)
@@ -139,7 +139,6 @@ def masks_of(folder: str) -> dict[str, list[Tensor]]:
         ).train()
         experts: Any = model.model.encoder.layers[1].ffn.experts
         experts.act_fn.dropout = 0.5  # also after the model was made
-        experts.max_tokens_per_expert = 16 if plugin.distributed_config.pad_expert_input_to_capacity else None
         masks: list[Tensor] = []
         experts.act_fn.register_forward_hook(lambda module, args, out, to=masks: to.append((out != 0).flatten()))
         torch.manual_seed(0)
@@ -198,4 +197,4 @@ def test_inner_placement(param: str, ndim: int, is_transposed: bool, is_concaten
 def test_experts_without_a_layout_are_refused(experts: nn.Module) -> None:
     nn.Module.__init__(experts)
     with pytest.raises(ValueError, match=f"{type(experts).__name__} has no configuration with a TedConfig"):
-        ted_config_of(experts)
+        layout_of_experts(experts)

@@ -1,20 +1,20 @@
-"""A whole model under a layout of several processes is refused, and a model that is sharded in another one."""
+"""A whole model under a layout of several processes is refused, and one that the layout does not fit."""
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
-from ted_cases import write_models
+from ted_cases import messages_of, write_models
 from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from hf_moe_ted import TedConfig, TedPlugin, TedSeq2SeqTrainer, TedTrainer, ZCodeM3ForConditionalGeneration
-from hf_moe_ted.distributed.layout_check import check_is_sharded
-from hf_moe_ted.testing import run_distributed_test
+from hf_moe_ted.distributed.layout_check import check_is_sharded, check_model
+from hf_moe_ted.testing import run_distributed_test, tiny_config
 
+LAYOUTS = ("tensor_parallel_size", "expert_parallel_size")
 DATA = [{"input_ids": [5, 6, 2], "labels": [7, 2]}] * 4
 
 
@@ -48,6 +48,38 @@ def test_another_layout_is_named() -> None:
         check_is_sharded(sharded(tp_size=2, fsdp_size=2, ep_size=2, zero_stage=3), plugin)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "layout", "message"),
+    [
+        ({"vocab_size": 95}, (2, 1, 2), "vocab_size (95) must be divisible by tensor_parallel_size (2); model.resize"),
+        ({"encoder_attention_heads": 2}, (4, 1, 4), "encoder_attention_heads (2) must be divisible by tensor_para"),
+        ({"decoder_attention_heads": 2}, (4, 1, 4), "decoder_attention_heads (2) must be divisible by tensor_para"),
+        ({"decoder_ffn_dim": 62}, (4, 4, 1), "decoder_ffn_dim (62) must be divisible by tensor_parallel_size (4)"),
+        (
+            {"num_experts": [4, 2, 4]},
+            (1, 4, 1),
+            "num_experts of encoder layer 3 (2) must be divisible by expert_parallel_size (4)",
+        ),
+        ({"num_experts": 3}, (2, 2, 2), "num_experts of encoder layer 1 (3) must be divisible by expert_parallel"),
+    ],
+)
+def test_models_that_cannot_be_divided(sizes: dict[str, Any], layout: tuple[int, int, int], message: str) -> None:
+    tp, ep, etp = layout
+    ted = TedConfig(tp_size=tp, fsdp_size=8 // tp, ep_size=ep * etp, expert_tensor_parallel_size=etp)
+    with pytest.raises(ValueError) as error:
+        check_model(tiny_config(**sizes), ted.layout)
+    assert message in str(error.value)
+    check_model(tiny_config(), ted.layout)
+
+
+def test_padding_to_a_capacity_needs_one() -> None:
+    ted = TedConfig(tp_size=1, fsdp_size=2, ep_size=2, pad_expert_input_to_capacity=True)
+    message = r"pad_expert_input_to_capacity \(True\) needs a capacity to pad to, and capacity_factor is None: set a"
+    with pytest.raises(ValueError, match=message):
+        check_model(tiny_config(capacity_factor=None), ted.layout)
+    check_model(tiny_config(capacity_factor=1.0), ted.layout)
+
+
 def refusals(folder: str, layout: dict[str, int]) -> dict[str, str]:
     plugin = TedPlugin(**layout)
     options: Any = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "max_steps": 1, "save_strategy": "no"}
@@ -64,12 +96,7 @@ def refusals(folder: str, layout: dict[str, int]) -> dict[str, str]:
         "Seq2SeqTrainer": lambda: Seq2SeqTrainer(whole(), arguments(), train_dataset=DATA).train(),
         "Accelerator": lambda: Accelerator(cpu=True, parallelism_config=plugin).prepare(whole()),
     }
-    found = {}
-    for name, attempt in attempts.items():
-        try:
-            attempt()
-        except ValueError as error:
-            found[name] = str(error)
+    found = messages_of(attempts)
     sharded_init = TedTrainer(
         model_init=lambda: ZCodeM3ForConditionalGeneration.from_pretrained(
             f"{folder}/top1", distributed_config=plugin.distributed_config
@@ -82,10 +109,21 @@ def refusals(folder: str, layout: dict[str, int]) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("layout", [{"tensor_parallel_size": 2}, {"expert_parallel_size": 2}], ids=["tp2", "dp2"])
-def test_whole_models_are_refused(tmp_path: Path, layout: dict[str, int]) -> None:
-    write_models(tmp_path, {"top1"})
-    for found in run_distributed_test(refusals, 2, str(tmp_path), layout):
+def refusals_of_layouts(folder: str) -> dict[str, dict[str, str]]:
+    return {name: refusals(folder, {name: 2}) for name in LAYOUTS}
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, str]]]:
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder, {"top1"})
+    return run_distributed_test(refusals_of_layouts, 2, str(folder))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_whole_models_are_refused(refused: list[dict[str, dict[str, str]]], layout: str) -> None:
+    for by_layout in refused:
+        found = by_layout[layout]
         assert found.pop("steps of a sharded model_init") == "1"
         assert {*found} == {"TedSeq2SeqTrainer", "model_init", "Seq2SeqTrainer", "Accelerator"}
         for message in found.values():

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration, FullyShardedDataParallelPlugin, ProjectConfiguration
-from ted_cases import parts_of, relative_errors, write_models
+from ted_cases import messages_of, parts_of, relative_errors, write_models
 from torch.utils.data import DataLoader
 
 from hf_moe_ted import TedPlugin, ZCodeM3ForConditionalGeneration
@@ -131,12 +131,7 @@ def messages(accelerator: Accelerator, model: Any, saved: str) -> dict[str, str]
         "compiled": lambda: accelerator_of(TP2_EP2, dynamo_backend="eager"),
         "FSDP": lambda: accelerator_of(TP2_EP2, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2)),
     }
-    found: dict[str, str] = {}
-    for name, attempt in attempts.items():
-        try:
-            attempt()
-        except ValueError as error:
-            found[name] = str(error)
+    found = messages_of(attempts)
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # which Accelerate leaves
     return found
 

@@ -1,78 +1,23 @@
-"""Layouts that cannot be, checkpoints that do not fit, ranks that die: an error says what is wrong, on all ranks."""
+"""Arguments that cannot be, checkpoints that do not fit, ranks that die: an error says what is wrong, on all ranks."""
 
 import multiprocessing
 import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ted_cases import ADAMW, write_models
+from ted_cases import ADAMW, messages_of, write_models
 
-from hf_moe_ted import TedConfig, TedPlugin, ZCodeM3ForConditionalGeneration
-from hf_moe_ted.distributed.accelerate_plugin import layout_of
+from hf_moe_ted import TedPlugin, ZCodeM3ForConditionalGeneration
 from hf_moe_ted.distributed.checkpoint import load_weights, save_pretrained
-from hf_moe_ted.distributed.ted_config import check_model
 from hf_moe_ted.distributed.training_state import load_training_state, save_training_state
 from hf_moe_ted.testing import run_distributed_test, tiny_config
 
 TP2_EP2 = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
-
-
-@pytest.mark.parametrize(
-    ("world_size", "sizes", "expected"),
-    [
-        (4, (1, 4, None, None), (1, 4, 1, 4)),
-        (4, (2, 2, None, None), (2, 2, 2, 2)),
-        (8, (2, 2, None, None), (2, 2, 2, 4)),
-        (8, (4, 2, 2, 2), (4, 2, 2, 2)),
-        (8, (4, 1, None, None), (4, 1, 4, 2)),
-        (8, (2, 4, 1, None), (2, 4, 1, 4)),
-        (1, (2, 4, 2, 3), (1, 1, 1, 1)),
-    ],
-)
-def test_sizes_are_inferred(world_size: int, sizes: tuple[Any, ...], expected: tuple[int, ...]) -> None:
-    assert layout_of(world_size, *sizes) == expected
-
-
-@pytest.mark.parametrize(
-    ("world_size", "sizes", "message"),
-    [
-        (8, (3, 1, None, None), "the world (8 processes) must be divisible by tensor_parallel_size (3)"),
-        (8, (2, 1, None, 3), "tensor_parallel_size (2) x data_parallel_size (3) = 6 must be the world (8)"),
-        (8, (2, 1, 4, None), "expert_tensor_parallel_size (4) must divide tensor_parallel_size (2)"),
-        (
-            8,
-            (2, 3, None, None),
-            "expert_parallel_size (3) x expert_tensor_parallel_size (2) = 6 must divide the world (8 processes)",
-        ),
-        (
-            8,
-            (2, 8, None, None),
-            "expert_parallel_size (8) x expert_tensor_parallel_size (2) = 16 must divide the world (8 processes)",
-        ),
-        (
-            8,
-            (4, 1, 2, None),
-            "expert_parallel_size (1) x expert_tensor_parallel_size (2) = 2 must be a multiple of "
-            "tensor_parallel_size (4)",
-        ),
-        (8, (0, 1, None, None), "tensor_parallel_size (0) must be at least 1"),
-        (8, (1, -2, None, None), "expert_parallel_size (-2) must be at least 1"),
-        (8, (1, 1, -1, None), "expert_tensor_parallel_size (-1) must be at least 1"),
-        (8, (1, 1, 0, None), "expert_tensor_parallel_size (0) must be at least 1"),
-        (8, (1, 1, None, 0), "data_parallel_size (0) must be at least 1"),
-        (1, (0, 1, None, None), "tensor_parallel_size (0) must be at least 1"),
-    ],
-)
-def test_layouts_that_cannot_be(world_size: int, sizes: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(ValueError) as error:
-        layout_of(world_size, *sizes)
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -103,54 +48,12 @@ def test_tiles_are_checked_by_the_optimizer() -> None:
         optimizer_class([torch.nn.Parameter(torch.ones(1))], **options)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "layout", "message"),
-    [
-        ({"vocab_size": 95}, (2, 1, 2), "vocab_size (95) must be divisible by tensor_parallel_size (2); model.resize"),
-        ({"encoder_attention_heads": 2}, (4, 1, 4), "encoder_attention_heads (2) must be divisible by tensor_para"),
-        ({"decoder_attention_heads": 2}, (4, 1, 4), "decoder_attention_heads (2) must be divisible by tensor_para"),
-        ({"decoder_ffn_dim": 62}, (4, 4, 1), "decoder_ffn_dim (62) must be divisible by tensor_parallel_size (4)"),
-        (
-            {"num_experts": [4, 2, 4]},
-            (1, 4, 1),
-            "num_experts of encoder layer 3 (2) must be divisible by expert_parallel_size (4)",
-        ),
-        ({"num_experts": 3}, (2, 2, 2), "num_experts of encoder layer 1 (3) must be divisible by expert_parallel"),
-    ],
-)
-def test_models_that_cannot_be_divided(sizes: dict[str, Any], layout: tuple[int, int, int], message: str) -> None:
-    tp, ep, etp = layout
-    ted = TedConfig(tp_size=tp, fsdp_size=8 // tp, ep_size=ep * etp, expert_tensor_parallel_size=etp)
-    with pytest.raises(ValueError) as error:
-        check_model(tiny_config(**sizes), ted)
-    assert message in str(error.value)
-    check_model(tiny_config(), ted)
-
-
-def test_padding_to_a_capacity_needs_one() -> None:
-    ted = TedConfig(tp_size=1, fsdp_size=2, ep_size=2, pad_expert_input_to_capacity=True)
-    message = r"pad_expert_input_to_capacity \(True\) needs a capacity to pad to, and capacity_factor is None: set a"
-    with pytest.raises(ValueError, match=message):
-        check_model(tiny_config(capacity_factor=None), ted)
-    check_model(tiny_config(capacity_factor=1.0), ted)
-
-
 def sharded(folder: str, **layout: Any) -> tuple[Any, torch.optim.Optimizer]:
     plugin = TedPlugin(**layout)
     load = ZCodeM3ForConditionalGeneration.from_pretrained
     model: Any = load(folder, distributed_config=plugin.distributed_config)
     optimizer_class, options = plugin.tiled_adamw(**ADAMW)
     return model, optimizer_class(model.parameters(), **options)
-
-
-def messages_of(attempts: dict[str, Callable[[], Any]]) -> dict[str, str]:
-    found = {}
-    for name, attempt in attempts.items():
-        try:
-            attempt()
-        except ValueError as error:
-            found[name] = str(error)
-    return found
 
 
 def load_what_does_not_fit(models: str, states: str) -> dict[str, str]:

@@ -1,11 +1,12 @@
 """Mixtral and Qwen3-MoE, sharded by transformers along their own plans, with TED's experts: as one process."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ted_cases import Case, Launched, assert_as_one_process, write_and_launch, write_models
+from ted_cases import Case, Launched, assert_as_one_process, messages_of, write_and_launch, write_models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -13,6 +14,7 @@ from hf_moe_ted import TedPlugin
 from hf_moe_ted.distributed.checkpoint import save_pretrained
 from hf_moe_ted.testing import run_distributed_test
 
+MODELS = ("mixtral", "qwen3_moe")
 EP4 = {"expert_parallel_size": 4}
 TP2_EP2 = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
 FOLDED = {"tensor_parallel_size": 4, "expert_parallel_size": 2, "expert_tensor_parallel_size": 2}
@@ -57,7 +59,11 @@ def test_as_one_process(launched: Launched, name: str) -> None:
     assert_as_one_process(folder, CASES[name], results[name])
 
 
-def generate_and_save(folder: str, saved: str) -> tuple[Tensor, Tensor]:
+def generate_and_save(folder: str, saved: str) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: generated_by(f"{folder}/{name}", f"{saved}/{name}") for name in MODELS}
+
+
+def generated_by(folder: str, saved: str) -> tuple[Tensor, Tensor]:
     """Sentences of a sharded model, and of the one that was saved from it."""
     ids = torch.arange(5, 17).view(3, 4)
     model: Any = load(folder, TP2_EP2)
@@ -67,15 +73,22 @@ def generate_and_save(folder: str, saved: str) -> tuple[Tensor, Tensor]:
     return sentences, again.generate(input_ids=ids, max_new_tokens=6, do_sample=False, pad_token_id=1)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-def test_generate_and_save(launched: Launched, tmp_path: Path, name: str) -> None:
-    source, saved = launched[0] / name, tmp_path / "saved"
-    by_rank = run_distributed_test(generate_and_save, 4, str(source), str(saved))
-    expected, model = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, saved))
+@pytest.fixture(scope="module")
+def generated(
+    launched: Launched, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, tuple[Tensor, Tensor]]]]:
+    saved = tmp_path_factory.mktemp("saved")
+    return saved, run_distributed_test(generate_and_save, 4, str(launched[0]), str(saved))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_generate_and_save(launched: Launched, generated: tuple[Path, list], name: str) -> None:
+    expected, model = (AutoModelForCausalLM.from_pretrained(folder / name) for folder in (launched[0], generated[0]))
     ids = torch.arange(5, 17).view(3, 4)
     sentences = expected.generate(input_ids=ids, max_new_tokens=6, do_sample=False, pad_token_id=1)
     assert len({*map(tuple, sentences.tolist())}) == 3
-    for found in by_rank:
+    for results in generated[1]:
+        found = results[name]
         assert torch.equal(found[0], sentences)
         assert torch.equal(found[1], sentences)
     for parameter, other in zip(expected.parameters(), model.parameters(), strict=True):
@@ -91,13 +104,8 @@ REFUSED = {
 
 
 def messages(folder: str) -> dict[str, str]:
-    found = {}
-    for model, (layout, _) in REFUSED.items():
-        try:
-            load(f"{folder}/{model}", layout)
-        except ValueError as error:
-            found[model] = str(error)
-    return found
+    attempts = {name: functools.partial(load, f"{folder}/{name}", layout) for name, (layout, _) in REFUSED.items()}
+    return messages_of(attempts)
 
 
 def test_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
 from hf_moe_ted import TedPlugin, TedSeq2SeqTrainer, ZCodeM3ForConditionalGeneration
-from hf_moe_ted.files import output
+from hf_moe_ted.files import writing
 from hf_moe_ted.testing import run_distributed_test
 
 DP2, TP2 = {"expert_parallel_size": 2}, {"tensor_parallel_size": 2}
@@ -317,7 +317,7 @@ def test_old_checkpoints_are_whole_or_gone(launched: Launched, tmp_path: Path, m
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(output, "remove", stop)
+        patched.setattr(writing, "remove", stop)
         with pytest.raises(KeyboardInterrupt):
             run(str(tmp_path), "run", options)
     names = sorted(path.name for path in (tmp_path / "run").iterdir())

@@ -16,6 +16,7 @@ from hf_moe_ted import TedPlugin, ZCodeM3ForConditionalGeneration
 from hf_moe_ted.distributed import tensor_parallel
 from hf_moe_ted.distributed.parallelize import tensor_parallel_plan
 from hf_moe_ted.distributed.tensor_parallel import vocab_parallel_cross_entropy
+from hf_moe_ted.models import losses as model_losses
 from hf_moe_ted.models.losses import row_chunks
 from hf_moe_ted.testing import run_distributed_test
 
@@ -56,7 +57,9 @@ def losses() -> dict[str, tuple[Tensor, Tensor]]:
         own = whole.detach().chunk(WORLD, dim=-1)[dist.get_rank()].clone().requires_grad_()
         logits = DTensor.from_local(own, mesh, [Shard(-1)], run_check=False)
         numel = 4 * VOCAB // WORLD if name == "in chunks" else 2**26  # four rows, of 15
-        with mock.patch.object(tensor_parallel, "row_chunks", functools.partial(row_chunks, numel=numel)):
+        chunks = functools.partial(row_chunks, numel=numel)
+        patches = [mock.patch.object(module, "row_chunks", chunks) for module in (tensor_parallel, model_losses)]
+        with patches[0], patches[1]:
             loss = vocab_parallel_cross_entropy(logits, labels, smoothing)
             (loss * 3).backward()
         results[name] = loss.detach(), own.grad

@@ -8,22 +8,12 @@ from pathlib import Path
 
 import pytest
 import train_translation
+from tiny_sizes import SIZES
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPE = {
     "vocab_size": 400,
-    "config": {
-        "d_model": 32,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2,
-        "encoder_ffn_dim": 32,
-        "decoder_ffn_dim": 32,
-        "num_experts": 4,
-        "max_position_embeddings": 192,
-        "init_std": 0.1,
-    },
+    "config": {**SIZES, "max_position_embeddings": 192, "init_std": 0.1},
     "languages": ["de"],
     "max_length": 64,
     "max_eval_samples": 8,

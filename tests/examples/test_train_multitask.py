@@ -10,6 +10,7 @@ import experiment_report
 import pytest
 import train_multitask
 from multitask_data import backwards, first_pairs, monolingual, read_pairs
+from tiny_sizes import SIZES
 
 RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes" / "experiments").glob("*.json"))
 LINES = [
@@ -18,18 +19,7 @@ LINES = [
     for number in range(12)
     for lang in ("de", "is")
 ]
-TINY = {
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
-    "num_experts": 4,
-    "max_position_embeddings": 64,
-    "capacity_factor": 1.0,
-}
+TINY = {**SIZES, "max_position_embeddings": 64, "capacity_factor": 1.0}
 RECIPE: dict[str, Any] = {
     "vocab_size": 320,
     "config": TINY,

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from hf_moe_ted.files import places
 from hf_moe_ted.files import writing as writing_module
 from hf_moe_ted.files.output import (
     check_output_dir,
@@ -400,7 +401,7 @@ def test_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its files are renamed in it, one after another, and the config is the last."""
     target = tmp_path / "mounted"
     target.mkdir()
-    monkeypatch.setattr(writing_module, "_is_mount", lambda folder: folder == target)
+    monkeypatch.setattr(places, "_is_mount", lambda folder: folder == target)
     inode = target.stat().st_ino
     order = []
     replace = os.replace
@@ -423,7 +424,7 @@ def test_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_killed_in_a_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = make_model(tmp_path / "mounted")
-    monkeypatch.setattr(writing_module, "_is_mount", lambda folder: folder == target)
+    monkeypatch.setattr(places, "_is_mount", lambda folder: folder == target)
 
     def die_at_second_file() -> None:
         calls = itertools.count()

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from trainer_cases import rows, tokenizer, trainers
 
 from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration
 from hf_moe_ted.testing import tiny_config
@@ -55,3 +56,6 @@ Gradients = Callable[[torch.nn.Module], dict[str, torch.Tensor]]
 def gradients() -> Gradients:
     """The gradients of all trainable parameters of a model by name, `None` where there is none."""
     return lambda model: {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+__all__ = ["batch", "config", "forward_inputs", "gradients", "model", "rows", "tokenizer", "trainers"]

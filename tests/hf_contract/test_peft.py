@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
-from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from trainer_cases import Trainers, logged, trained
+from transformers import Seq2SeqTrainer
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer
+from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration
 from hf_moe_ted.testing import tiny_config
 
 peft = pytest.importorskip("peft")
@@ -354,51 +355,21 @@ class TestTrainer:
     """An adapter under the Seq2SeqTrainer."""
 
     @pytest.fixture
-    def tokenizer(self) -> ZCodeM3Tokenizer:
-        return ZCodeM3Tokenizer(languages=["en", "de"], src_lang="en", tgt_lang="de")
-
-    @pytest.fixture
-    def train(self, tokenizer: ZCodeM3Tokenizer, tmp_path: Path) -> Callable[..., Seq2SeqTrainer]:
-        sources = [f"{a}{b}{'ce' * (i % 2)}" for i, a in enumerate("abcd") for b in "hifd"]
-        rows = [dict(tokenizer(source, text_target=source.upper()[::-1])) for source in sources]
-
+    def train(self, trainers: Trainers) -> Callable[..., Seq2SeqTrainer]:
         def train(target: str, config: dict[str, Any], resume: str | None = None, **arguments: Any) -> Seq2SeqTrainer:
-            torch.manual_seed(0)
-            model = Model(tiny_config(vocab_size=len(tokenizer), init_std=0.1, **config))
-            adapter = peft.get_peft_model(model, lora(target))
-            defaults = {
-                "output_dir": str(tmp_path),
-                "per_device_train_batch_size": 8,
-                "max_steps": 4,
-                "learning_rate": 1e-2,
-                "logging_steps": 1,
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
-                "use_cpu": True,
-            }
-            trainer = Seq2SeqTrainer(
-                model=adapter,
-                args=Seq2SeqTrainingArguments(**{**defaults, **arguments}),
-                train_dataset=rows,
-                eval_dataset=rows,
-                processing_class=tokenizer,
-                data_collator=DataCollatorForSeq2Seq(tokenizer, model=adapter),
-            )
-            trainer.train(resume_from_checkpoint=resume)
-            return trainer
+            adapter = peft.get_peft_model(trainers.model(**config), lora(target))
+            rows = trainers.rows[:16]
+            parts = {"model": adapter, "train_dataset": rows, "eval_dataset": rows}
+            options = {"per_device_train_batch_size": 8, "max_steps": 4, **arguments}
+            return trained(trainers(config, parts=parts, **options), resume_from_checkpoint=resume)
 
         return train
-
-    @staticmethod
-    def logged(trainer: Seq2SeqTrainer, name: str) -> list[float]:
-        return [entry[name] for entry in trainer.state.log_history if name in entry]
 
     @few_targets
     def test_loss_falls(self, train: Callable[..., Seq2SeqTrainer], target: str) -> None:
         options = {"max_steps": 15, "learning_rate": 5e-2, "lr_scheduler_type": "constant", "warmup_steps": 0}
         trainer = train(target, {}, **options, predict_with_generate=True, generation_max_length=8)
-        losses = self.logged(trainer, "loss")
+        losses = logged(trainer, "loss")
         assert losses[-1] < losses[0] - 0.5
         predictions = trainer.predict(trainer.eval_dataset).predictions
         assert predictions.shape[0] == 16
@@ -411,9 +382,9 @@ class TestTrainer:
         config = {"capacity_factor": None, "router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
         whole = train(target, config)
         parts = train(target, config, per_device_train_batch_size=2, gradient_accumulation_steps=4)
-        assert len(self.logged(whole, "loss")) == 4
-        assert self.logged(parts, "loss") == pytest.approx(self.logged(whole, "loss"), rel=1e-4)
-        assert self.logged(parts, "grad_norm") == pytest.approx(self.logged(whole, "grad_norm"), rel=1e-3)
+        assert len(logged(whole, "loss")) == 4
+        assert logged(parts, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-4)
+        assert logged(parts, "grad_norm") == pytest.approx(logged(whole, "grad_norm"), rel=1e-3)
 
     @few_targets
     def test_resume(self, train: Callable[..., Seq2SeqTrainer], target: str, tmp_path: Path) -> None:
@@ -423,7 +394,7 @@ class TestTrainer:
         assert (checkpoint / "adapter_model.safetensors").exists()
         assert not (checkpoint / "model.safetensors").exists()
         resumed = train(target, config, resume=str(checkpoint))
-        assert self.logged(resumed, "loss") == self.logged(whole, "loss")
+        assert logged(resumed, "loss") == logged(whole, "loss")
         assert unequal(whole.model.state_dict(), resumed.model.state_dict()) == []
 
     @few_targets
@@ -432,4 +403,4 @@ class TestTrainer:
         plain = train(target, config, max_steps=2)
         checkpointed = train(target, config, max_steps=2, activation_checkpointing=True)
         for name in ("loss", "grad_norm"):
-            assert self.logged(checkpointed, name) == pytest.approx(self.logged(plain, name), rel=1e-5)
+            assert logged(checkpointed, name) == pytest.approx(logged(plain, name), rel=1e-5)

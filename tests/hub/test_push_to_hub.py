@@ -15,19 +15,27 @@ from local_hub import USER, LocalHub, run_python
 CODE = {
     f"{name}.py"
     for name in (
+        "attention",
         "attention_backends",
         "configuration_zcode_m3",
+        "expert_computation",
         "experts",
         "field_of_config",
+        "forward_arguments",
+        "generation",
         "language_codes",
         "losses",
         "modeling_zcode_m3",
         "moe_layer",
         "nllb_moe",
+        "outputs",
+        "parallel_plans",
         "pipeline_translation",
         "positions",
         "remote_code",
         "router",
+        "router_losses",
+        "structure",
         "tokenization_zcode_m3",
     )
 }

@@ -382,3 +382,10 @@ def test_a_change_of_the_config_acts(field: str) -> None:
     expected = output(layer(**{field: CHANGES[field]}))
     assert torch.equal(output(changed), expected)
     assert not torch.equal(before, expected), "or this test could not fail"
+
+
+def test_forward_leaves_no_trace() -> None:
+    layer = _layer(_config(), seed=0)
+    before = {name: {**vars(module)} for name, module in layer.named_modules()}
+    layer(*_inputs("right"))
+    assert {name: {**vars(module)} for name, module in layer.named_modules()} == before

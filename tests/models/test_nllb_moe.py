@@ -23,21 +23,13 @@ from hf_moe_ted import (
     ZCodeM3Tokenizer,
     ZCodeM3TranslationPipeline,
 )
-from hf_moe_ted.testing import tiny_config
+from hf_moe_ted.testing import TINY_SIZES, tiny_config
 
 GOLDENS = sorted((Path(__file__).parents[1] / "fixtures" / "nllb_moe").glob("*/golden.pt"))
 NLLB_CONFIG = {
     "model_type": "nllb-moe",
     "architectures": ["NllbMoeForConditionalGeneration"],
-    "vocab_size": 96,
-    "max_position_embeddings": 64,
-    "d_model": 32,
-    "encoder_layers": 4,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 64,
-    "decoder_ffn_dim": 64,
+    **TINY_SIZES,
     "encoder_sparse_step": 2,
     "decoder_sparse_step": 2,
     "encoder_layerdrop": 0.05,

@@ -7,27 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from callback_cases import LAYERS, SETTLED, Reporter, settled_trainer
+from transformers import Trainer
 
-from hf_moe_ted import LanguageRoutingCallback, ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer
+from hf_moe_ted import LanguageRoutingCallback, ZCodeM3Tokenizer
 from hf_moe_ted.routing.language_routing import distance_from_all, expert_shares, mutual_information_bits
-from hf_moe_ted.testing import tiny_config
 
 TOKENIZER = ZCodeM3Tokenizer(languages=["en", "de", "sw", "th"])
 DIRECTIONS = [("en", "de"), ("de", "en"), ("sw", "en"), ("en", "sw"), (None, "de"), ("sw", "de")]
-LAYERS = ("encoder.1", "encoder.3", "decoder.1")
-# Nothing random, so that a second forward of the same batch has the same routings; no learning, so of any step.
-SETTLED = {"num_experts_per_tok": 2, "token_drop_policy": "position", "capacity_factor": 0.6, "min_capacity": 0}
-
-
-class Reporter(TrainerCallback):
-    """Keeps what a reporter such as TensorBoard gets."""
-
-    def __init__(self) -> None:
-        self.logs: list[dict[str, Any]] = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        self.logs.append(dict(logs))
 
 
 def rows() -> list[dict[str, Any]]:
@@ -44,14 +31,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def trainer_of(tmp_path: Path, reporter: Reporter | None = None, config: Any = None, **options: Any) -> Trainer:
-    torch.manual_seed(0)
-    model = ZCodeM3ForConditionalGeneration(tiny_config(init_std=0.2, **SETTLED, **(config or {})))
-    defaults: dict[str, Any] = {"per_device_train_batch_size": 6, "learning_rate": 0.0, "logging_steps": 1}
-    defaults |= {"train_sampling_strategy": "sequential", "max_steps": 1, "report_to": "none", "save_strategy": "no"}
-    defaults |= {"disable_tqdm": True, "use_cpu": True, "bf16": False}
-    args = TrainingArguments(str(tmp_path), **{**defaults, **options})
-    callbacks = None if reporter is None else [reporter]
-    return Trainer(model, args, train_dataset=rows(), eval_dataset=rows(), callbacks=callbacks)
+    return settled_trainer(tmp_path, rows(), {**SETTLED, **(config or {})}, reporter, **options)
 
 
 def expected_counts(model: Any) -> dict[str, torch.Tensor]:

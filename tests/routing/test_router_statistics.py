@@ -6,26 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from callback_cases import LAYERS, SETTLED, Reporter, settled_trainer
+from transformers import Trainer
 
 from hf_moe_ted import RouterStatisticsCallback, ZCodeM3ForConditionalGeneration
 from hf_moe_ted.models.losses import load_balancing_loss, router_z_loss
 from hf_moe_ted.routing.router_callback import sparse_routers
 from hf_moe_ted.testing import tiny_config
-
-LAYERS = ("encoder.1", "encoder.3", "decoder.1")
-# Nothing random, so that a second forward of the same batch has the same routings; no learning, so of any step.
-SETTLED = {"num_experts_per_tok": 2, "token_drop_policy": "position", "capacity_factor": 0.6, "min_capacity": 0}
-
-
-class Reporter(TrainerCallback):
-    """Keeps what a reporter such as TensorBoard gets."""
-
-    def __init__(self) -> None:
-        self.logs: list[dict[str, Any]] = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        self.logs.append(dict(logs))
 
 
 def rows(num_rows: int) -> list[dict[str, Any]]:
@@ -36,15 +23,7 @@ def rows(num_rows: int) -> list[dict[str, Any]]:
 
 
 def trainer(tmp_path: Path, config: dict[str, Any], reporter: Reporter | None = None, **arguments: Any) -> Trainer:
-    torch.manual_seed(0)
-    model = ZCodeM3ForConditionalGeneration(tiny_config(init_std=0.2, **config))
-    defaults = {"per_device_train_batch_size": 4, "learning_rate": 0.0, "logging_steps": 1, "max_steps": 1}
-    defaults |= {"train_sampling_strategy": "sequential"}  # who is dropped depends on the order in the batch
-    defaults |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "bf16": False}
-    args = TrainingArguments(str(tmp_path), **{**defaults, **arguments})
-    return Trainer(
-        model, args, train_dataset=rows(4), eval_dataset=rows(4), callbacks=None if reporter is None else [reporter]
-    )
+    return settled_trainer(tmp_path, rows(4), config, reporter, **arguments)
 
 
 def training_logs(trained: Trainer) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from hf_moe_ted.tensors.lazy_tensors import LazyTensors, check_all, check_weight, checked_weights
 from hf_moe_ted.tensors.safetensors_io import open_pretrained_tensors, write_pretrained_tensors
@@ -61,3 +62,22 @@ def test_a_dtype_that_cannot_hold_a_number_is_refused(tmp_path: Path) -> None:
     write_pretrained_tensors(checked_weights(lazy), tmp_path, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"a has 7e\+04 at \[1\], which torch.float16 cannot hold; choose another"):
         write_pretrained_tensors(checked_weights(lazy), tmp_path, dtype=torch.float16)
+
+
+def test_one_way_of_reading_is_enough() -> None:
+    weights = {"a": torch.arange(6.0).reshape(3, 2), "b": torch.ones(2, dtype=torch.bfloat16)}
+
+    def read_into(name: str, out: Tensor) -> None:
+        out.copy_(weights[name])
+
+    specs = {name: weight.to("meta") for name, weight in weights.items()}
+    for lazy in (LazyTensors(specs, lambda name: weights[name].clone()), LazyTensors(specs, read_into=read_into)):
+        renamed = lazy.under_names({"x": "b", "y": "a", "z": "a"})
+        assert [*renamed] == ["x", "y", "z"] and renamed.specs["y"].shape == (3, 2)
+        for tensors, name in ((lazy, "a"), (renamed, "y"), (renamed, "z")):
+            tensors.into(name, out := torch.empty(3, 2))
+            assert torch.equal(out, weights["a"]) and torch.equal(tensors[name], weights["a"])
+            assert tensors.row(name, 2).tolist() == [4, 5]
+        assert renamed["x"].dtype == torch.bfloat16
+        with pytest.raises(KeyError):
+            renamed["a"]

@@ -1,6 +1,5 @@
 """Several models with experts as one: the experts of all, behind one router per layer."""
 
-import dataclasses
 import inspect
 import json
 import os
@@ -8,18 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..files.output import check_output_dir
+from ..files.output import check_output_dir, new_folder
 from ..files.writing import keeping_places
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.layer_names import SIDES, moe_layers
 from ..tensors.lazy_tensors import LazyTensors, num_bytes, num_parameters
-from ..tensors.model_folder import TOKENIZER_FILES, meta_model
+from ..tensors.model_folder import TOKENIZER_FILES, meta_model, stored_specs
 from .model_source import ModelSource
 from .report.compression_report import AggregationReport
 from .report.model_card import derived_card
+from .report.report_folder import describe
+from .report.summary import Summary
 
 # fields that say how a model was trained; those of the first checkpoint are taken
 _OF_TRAINING = (
@@ -75,7 +75,6 @@ def aggregate_experts(
         ValueError: before anything is written: fewer than two checkpoints; configs, dtypes or tokenizers differ, all
             differences being named; no MoE layer; `output_dir` is not empty.
     """
-    output_dir = Path(output_dir)
     if isinstance(checkpoints, str | os.PathLike) or len(checkpoints) < 2:
         raise ValueError(f"checkpoints ({checkpoints!r}) must be a list of at least two folders")
     check_output_dir(output_dir, overwrite=overwrite, sources=checkpoints)
@@ -91,9 +90,9 @@ def aggregate_experts(
     tensors = _aggregated_tensors([source.tensors for source in sources], config)
     report = _report(sources, config, tensors)
     card = derived_card([str(folder) for folder in folders], relation="merge")
-    dataclasses.replace(sources[0], card=card).write(
-        output_dir, tensors, config, report, max_shard_size=max_shard_size, overwrite=overwrite
-    )
+    with new_folder(output_dir, overwrite=overwrite) as folder:
+        sources[0].write(folder, tensors, config, max_shard_size)
+        describe(folder, Summary.of(report), str(card))
     return report
 
 
@@ -145,12 +144,7 @@ def _aggregated_config(configs: Sequence[ZCodeM3Config]) -> ZCodeM3Config:
 def _aggregated_tensors(sources: Sequence[LazyTensors], config: ZCodeM3Config) -> LazyTensors:
     """The weights of the new model, each made when it is read."""
     layers = moe_layers(config)
-    model = meta_model(config)
-    specs = {
-        name: spec.to(sources[0].specs[name].dtype)
-        for name, spec in model.state_dict().items()
-        if name not in model.all_tied_weights_keys
-    }
+    specs = {name: spec.to(sources[0].specs[name].dtype) for name, spec in stored_specs(meta_model(config)).items()}
 
     def is_united(name: str) -> bool:
         prefix, _, kind = name.partition(".ffn.")
@@ -167,12 +161,7 @@ def _aggregated_tensors(sources: Sequence[LazyTensors], config: ZCodeM3Config) -
             total += source[name]
         out.copy_(total / len(sources))
 
-    def read(name: str) -> Tensor:
-        out = torch.empty(specs[name].shape, dtype=specs[name].dtype)
-        read_into(name, out)
-        return out
-
-    return LazyTensors(specs, read, read_into=read_into)
+    return LazyTensors(specs, read_into=read_into)
 
 
 def _report(sources: Sequence[ModelSource], config: ZCodeM3Config, tensors: LazyTensors) -> AggregationReport:

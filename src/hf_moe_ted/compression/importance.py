@@ -1,23 +1,16 @@
 """Which experts matter, and for which languages: pure functions of expert statistics."""
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from ..files.named_seed import named_seed
 from ..models.configuration_zcode_m3 import Side
 from ..models.language_codes import LanguagePair, find_language
 from ..models.layer_names import SIDES, side_of
 from ..routing.expert_statistics import ExpertStatistics, LayerStatistics
-
-Criterion = Callable[[LayerStatistics], Tensor]
-"""What the experts of a layer have done for some language pairs -> number[E], higher for experts to keep.
-
-The numbers must be finite and not negative. They are divided by their sum, so only proportions count.
-"""
-
-SCOPES = ("global", "language_pair", "language")
+from .expert_selection import Criterion, ExpertSelection
 
 
 def utilization(statistics: LayerStatistics) -> Tensor:
@@ -58,20 +51,13 @@ def random_importance(num_experts: Mapping[str, int], seed: int) -> dict[str, Te
     """
     importance = {}
     for layer, count in num_experts.items():
-        digest = hashlib.sha256(f"{seed} {layer}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+        generator = torch.Generator().manual_seed(named_seed(seed, layer))
         numbers = torch.rand(count, generator=generator, dtype=torch.float64)
         importance[layer] = numbers / numbers.sum()
     return importance
 
 
-def expert_importance(
-    statistics: ExpertStatistics,
-    criterion: str | Criterion,
-    *,
-    scope: str = "global",
-    languages: Sequence[str] | Sequence[LanguagePair] | None = None,
-) -> dict[str, Tensor]:
+def expert_importance(statistics: ExpertStatistics, selection: ExpertSelection) -> dict[str, Tensor]:
     """Importance of the experts of each layer for a set of languages.
 
     The language pairs are put into groups, the criterion's numbers for each group are divided by their sum over the
@@ -83,117 +69,82 @@ def expert_importance(
     | `"language_pair"` | one per pair | all pairs count the same |
     | `"language"` | in the encoder per source language, in the decoder per target language | all languages do |
 
-    Args:
-        statistics: of the model.
-        criterion: a name of `CRITERIA`, or a function.
-        scope: see above.
-        languages: what to keep: codes, for the pairs that have both languages among them, and under `"language"` all
-            pairs from one of them (encoder) or to one of them (decoder); or pairs, `[("en", "de"), ("en", "fr")]`. By
-            default all that the statistics have.
-
     Returns:
         name of each MoE layer -> float64[E] with a sum of 1.
 
     Raises:
-        ValueError: an unknown criterion or scope, a language or pair without statistics, or a function that returns
-            something else than a finite number per expert that is not negative.
+        ValueError: an unknown criterion, a language or pair without statistics, or a function that returns something
+            else than a finite number per expert that is not negative.
     """
+    criterion = selection.criterion
     if isinstance(criterion, str) and criterion not in CRITERIA:
         raise ValueError(f"criterion ({criterion!r}) must be 'random', a function, or one of {sorted(CRITERIA)}")
-    check_scope(scope)
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
-    groups = {side: _groups(statistics, side, scope, languages) for side in SIDES}
+    groups = {side: _groups(statistics, side, selection) for side in SIDES}
     importance = {}
     for layer, of_layer in statistics.layers.items():
         numbers = [function(of_layer.of_pairs(group)) for group in groups[side_of(layer)]]
         num_experts = statistics.fingerprint.num_experts[layer]
-        importance[layer] = torch.stack([_normalized(n, num_experts, criterion, layer) for n in numbers]).mean(dim=0)
+        shares = [_normalized(n, num_experts, selection.criterion_name, layer) for n in numbers]
+        importance[layer] = torch.stack(shares).mean(dim=0)
     return importance
 
 
-def check_scope(scope: str) -> None:
-    """
-    Raises:
-        ValueError: an unknown scope.
-    """
-    if scope not in SCOPES:
-        raise ValueError(f"scope ({scope!r}) must be one of {SCOPES}")
-
-
-def check_languages_of(
-    statistics: ExpertStatistics, scope: str, languages: Sequence[str] | Sequence[LanguagePair] | None
-) -> None:
-    """For criteria that use neither: what `expert_importance` raises for the two.
+def check_languages_of(statistics: ExpertStatistics, selection: ExpertSelection) -> None:
+    """For criteria that use none: what `expert_importance` raises for the languages.
 
     Raises:
-        ValueError: an unknown scope, or a language or pair without statistics.
+        ValueError: a language or pair without statistics.
     """
-    check_scope(scope)
     for side in SIDES:
-        _wanted_pairs(statistics, side, scope, languages)
+        _wanted_pairs(statistics, side, selection)
 
 
-def _groups(
-    statistics: ExpertStatistics,
-    side: Side,
-    scope: str,
-    languages: Sequence[str] | Sequence[LanguagePair] | None,
-) -> list[list[int]]:
+def _groups(statistics: ExpertStatistics, side: Side, selection: ExpertSelection) -> list[list[int]]:
     """Indices of the language pairs of each group."""
-    wanted = _wanted_pairs(statistics, side, scope, languages)
-    if scope == "global":
+    wanted = _wanted_pairs(statistics, side, selection)
+    if selection.scope == "global":
         return [wanted]
-    if scope == "language_pair":
+    if selection.scope == "language_pair":
         return [[index] for index in wanted]
     is_wanted = {*wanted}
     by_language = [[i for i in indices if i in is_wanted] for indices in statistics.languages(side).values()]
     return [group for group in by_language if group]
 
 
-def _wanted_pairs(
-    statistics: ExpertStatistics,
-    side: Side,
-    scope: str,
-    languages: Sequence[str] | Sequence[LanguagePair] | None,
-) -> list[int]:
-    pairs = statistics.pairs
+def _wanted_pairs(statistics: ExpertStatistics, side: Side, selection: ExpertSelection) -> list[int]:
+    """Indices of the language pairs that count for a side."""
+    pairs, languages = statistics.pairs, selection.languages
     if languages is None:
         return list(range(len(pairs)))
-    if isinstance(languages, str) or len({isinstance(language, str) for language in languages}) != 1:
-        raise ValueError(f"languages ({languages!r}) must be a list of codes or a list of pairs, or None for all")
     known = sorted({language for pair in pairs for language in pair})
-    if not all(isinstance(language, str) for language in languages):
-        asked = {tuple(find_language(code, known) or code for code in pair) for pair in languages}
-        if missing := sorted(asked - {*pairs}):
-            raise ValueError(f"the statistics have no sentences of these pairs of languages: {missing}")
-        return [index for index, pair in enumerate(pairs) if pair in asked]
+    if all(isinstance(language, str) for language in languages):
+        codes = {find_language(str(code), known) or str(code) for code in languages}
+        positions = (0, 1) if selection.scope != "language" else (0,) if side == "encoder" else (1,)
+        return _pairs_within(pairs, codes, positions)
+    asked = {tuple(find_language(code, known) or code for code in pair) for pair in languages}
+    if missing := sorted(asked - {*pairs}):
+        raise ValueError(f"the statistics have no sentences of these pairs of languages: {missing}")
+    return [index for index, pair in enumerate(pairs) if pair in asked]
 
-    codes = {find_language(str(code), known) or str(code) for code in languages}
+
+def _pairs_within(pairs: Sequence[LanguagePair], codes: set[str], positions: Sequence[int]) -> list[int]:
+    """Indices of the pairs whose source (position 0), target (1) or both are among the codes."""
     if unknown := sorted(codes.difference(*pairs)):
         raise ValueError(f"the statistics have no sentences in {', '.join(unknown)}; collect statistics of them")
-    own = 0 if side == "encoder" else 1
-    if scope == "language":
-        wanted = [index for index, pair in enumerate(pairs) if pair[own] in codes]
-    else:
-        wanted = [index for index, pair in enumerate(pairs) if codes.issuperset(pair)]
-    for position, word in enumerate(("source", "target")):
-        found = {pairs[index][position] for index in wanted}
-        if (without := sorted(codes - found)) and (scope != "language" or position == own):
+    wanted = [index for index, pair in enumerate(pairs) if all(pair[position] in codes for position in positions)]
+    for position in positions:
+        if without := sorted(codes - {pairs[index][position] for index in wanted}):
             raise ValueError(
-                f"the statistics have no sentences of languages with {', '.join(without)} as the {word}; collect them, "
-                "or give the pairs that are to be kept, as in [('en', 'de'), ('en', 'fr')]"
+                f"the statistics have no sentences of languages with {', '.join(without)} as the "
+                f"{('source', 'target')[position]}; collect them, or give the pairs that are to be kept, as in "
+                "[('en', 'de'), ('en', 'fr')]"
             )
     return wanted
 
 
-def criterion_name(criterion: str | Criterion) -> str:
-    """For messages and reports."""
-    return criterion if isinstance(criterion, str) else getattr(criterion, "__name__", repr(criterion))
-
-
-def _normalized(numbers: Tensor, num_experts: int, criterion: str | Criterion, layer: str) -> Tensor:
-    """float64[E] with a sum of 1; even if all are 0."""
-    name = criterion_name(criterion)
+def _normalized(numbers: Tensor, num_experts: int, name: str, layer: str) -> Tensor:
+    """float64[E] with a sum of 1; even if all are 0. `name` is that of the criterion."""
     if not isinstance(numbers, Tensor) or numbers.shape != (num_experts,):
         raise ValueError(f"criterion {name} must return a tensor with {num_experts} numbers for {layer}, got {numbers}")
     numbers = numbers.double()
@@ -204,12 +155,8 @@ def _normalized(numbers: Tensor, num_experts: int, criterion: str | Criterion, l
 
 __all__ = [
     "CRITERIA",
-    "SCOPES",
-    "Criterion",
     "activity_confidence",
     "check_languages_of",
-    "check_scope",
-    "criterion_name",
     "expert_importance",
     "random_importance",
     "reap",

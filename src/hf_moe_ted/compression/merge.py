@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..files.output import check_output_dir
+from ..files.output import new_folder
 from ..files.writing import keeping_places
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.language_codes import LanguagePair
@@ -19,11 +19,15 @@ from ..models.layer_names import moe_layers
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..routing.expert_statistics import ExpertStatistics
 from ..tensors.lazy_tensors import LazyTensors, check_all, num_bytes, num_parameters
-from .expert_groups import ExpertGroups, assigned_to, clustered, neuron_order
+from ..tensors.model_folder import meta_model, stored_specs
+from .expert_groups import ExpertGroups, assigned_to, clustered, neuron_order, require_scipy
+from .expert_selection import ExpertSelection
 from .importance import expert_importance
-from .model_source import ModelSource, set_num_experts
+from .model_source import CompressionResult, ModelSource, open_source, set_num_experts
 from .pruning_plan import KeptExperts, PruningPlan
 from .report.compression_report import MergingReport
+from .report.report_folder import describe
+from .report.summary import Summary
 
 METHODS = ("clustering", "frequency")
 
@@ -32,21 +36,15 @@ _NEURON_DIM = {"up_proj": 0, "up_proj_bias": 0, "down_proj": 1}
 
 
 @dataclass(frozen=True)
-class MergingResult:
-    """A merged model.
+class MergingResult(CompressionResult):
+    """A merged model."""
 
-    Attributes:
-        expert_map: name of each MoE layer -> the new expert that each old one is part of, and that its row of the
-            router leads to.
-        report: sizes before and after.
-        model: the merged model, if it was not written to a folder.
-        output_dir: the folder that it was written to.
-    """
-
-    expert_map: dict[str, list[int]]
     report: MergingReport
-    model: ZCodeM3ForConditionalGeneration | None = None
-    output_dir: Path | None = None
+
+    @property
+    def expert_map(self) -> dict[str, list[int]]:
+        """Name of each MoE layer -> the new expert that each old one is part of, and its row of the router leads to."""
+        return self.report.expert_map
 
 
 @keeping_places()
@@ -105,58 +103,53 @@ def merge_experts(
         ValueError: before anything is written: no statistics, those of another model, or without one of `languages`;
             `keep` rounds to zero experts, leaves fewer than `min_experts` or is less than the smallest model; an
             unknown option; a folder that is no ZCodeM3 model or `output_dir` not empty; a model that is spread over
-            processes, merged or quantized.
+            processes, merged or quantized; SciPy is not installed (`pip install 'hf-moe-ted[merge]'`).
     """
     if method not in METHODS:
         raise ValueError(f"method ({method!r}) must be one of {METHODS}")
     if min_experts < 1:
         raise ValueError(f"min_experts ({min_experts}) must be at least 1")
-    folder = None if output_dir is None else Path(output_dir)
-    if folder is not None:
-        check_output_dir(folder, overwrite=overwrite, sources=[model_or_folder])
-    source = ModelSource.open(model_or_folder)
-    if folder is None and source.model is None:
-        raise ValueError(f"output_dir is required to merge the experts of a folder ({source.path})")
-    usage = _usage(source, statistics, scope, languages)
-    plan = PruningPlan(
-        usage, per_layer, min_experts, encoder_decoder_ratio, lambda kept: _num_bytes_with(source.tensors, kept)
+    require_scipy()
+    source = open_source(model_or_folder, output_dir, overwrite=overwrite, purpose="merge the experts of a folder")
+    selection = ExpertSelection(
+        keep=keep,
+        min_experts=min_experts,
+        scope=scope,
+        languages=languages,
+        per_layer=per_layer,
+        encoder_decoder_ratio=encoder_decoder_ratio,
     )
-    kept = plan.choose(keep)
-    groups = {layer: _groups(source.tensors, statistics, method, layer, kept[layer]) for layer in kept}
-    merging = _Merging(source.tensors, groups, usage, is_ordered=method == "frequency")
+    usage = _usage(source, statistics, selection)
+    most_used = PruningPlan(usage, selection, lambda kept: _num_bytes_with(source.tensors, kept)).choose()
+    groups = {layer: _groups(source.tensors, statistics, method, layer, most_used[layer]) for layer in most_used}
     config = _merged_config(source.config, groups)
-    tensors = merging.tensors()
-    arguments = {
-        "keep": keep,
-        "method": method,
-        "scope": scope,
-        "languages": languages,
-        "per_layer": per_layer,
-        "min_experts": min_experts,
-        "encoder_decoder_ratio": encoder_decoder_ratio,
-    }
-    report = _report(source, tensors, groups, statistics, arguments)
-    if folder is None:
+    tensors = _Merging(source.tensors, groups, usage, is_ordered=method == "frequency").tensors(config)
+    report = _report(source, tensors, groups, statistics, {"method": method} | _arguments(selection))
+    if output_dir is None:
         assert source.model is not None
         check_all(source.tensors)
-        return MergingResult(report.expert_map, report, model=_merged_model(source.model, config, tensors, groups))
-    source.write(folder, tensors, config, report, statistics, max_shard_size=max_shard_size, overwrite=overwrite)
-    return MergingResult(report.expert_map, report, output_dir=folder)
+        return MergingResult(report, model=_merged_model(source.model, config, tensors, groups))
+
+    summary = Summary.of(report, statistics)
+    with new_folder(output_dir, overwrite=overwrite) as folder:
+        source.write(folder, tensors, config, max_shard_size)
+        describe(folder, summary, str(source.card))
+    return MergingResult(report, output_dir=Path(output_dir))
 
 
-def _usage(
-    source: ModelSource,
-    statistics: ExpertStatistics,
-    scope: str,
-    languages: Sequence[str] | Sequence[LanguagePair] | None,
-) -> dict[str, Tensor]:
+def _arguments(selection: ExpertSelection) -> dict[str, Any]:
+    """Those that merging has; the criterion is always utilization."""
+    return {name: value for name, value in selection.arguments().items() if name not in ("criterion", "seed")}
+
+
+def _usage(source: ModelSource, statistics: ExpertStatistics, selection: ExpertSelection) -> dict[str, Tensor]:
     """Name of each MoE layer -> float64[E], shares of the tokens."""
     if not moe_layers(source.config):
         raise ValueError(f"{source.path} has no MoE layer whose experts could be merged")
     if not isinstance(statistics, ExpertStatistics):
         raise ValueError(f"merging needs the statistics of collect_expert_statistics, got {type(statistics).__name__}")
     statistics.fingerprint.require_equal(source.fingerprint(), f"the statistics and {source.path}")
-    return expert_importance(statistics, "utilization", scope=scope, languages=languages)
+    return expert_importance(statistics, selection)
 
 
 def _groups(
@@ -216,22 +209,12 @@ class _Merging:
         up, bias, down = (self._source.row(f"{layer}.experts.{kind}", expert) for kind in _NEURON_DIM)
         return up, bias, down
 
-    def tensors(self) -> LazyTensors:
-        specs = dict(self._source.specs)
-        for name, spec in self._source.specs.items():
-            layer, _, _ = name.rpartition(".experts.")
-            if layer in self._groups:
-                specs[name] = spec.new_empty(len(self._groups[layer]), *spec.shape[1:])
-        return LazyTensors(specs, self._read, read_into=self._read_into)
-
-    def _read(self, name: str) -> Tensor:
-        layer, _, _ = name.rpartition(".experts.")
-        if layer not in self._groups:
-            return self._source[name]
-        spec = self._source.specs[name]
-        out = torch.empty(len(self._groups[layer]), *spec.shape[1:], dtype=spec.dtype)
-        self._read_into(name, out)
-        return out
+    def tensors(self, config: ZCodeM3Config) -> LazyTensors:
+        """Those of the model with this config, each made when it is read."""
+        specs = {
+            name: spec.to(self._source.specs[name].dtype) for name, spec in stored_specs(meta_model(config)).items()
+        }
+        return LazyTensors(specs, read_into=self._read_into)
 
     def _read_into(self, name: str, out: Tensor) -> None:
         layer, _, kind = name.rpartition(".experts.")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,23 +12,18 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..files.output import check_output_dir
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.layer_names import SIDES, ffn_name, moe_layers
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
-from ..routing.expert_statistics import ExpertStatistics, ModelFingerprint
+from ..routing.expert_statistics import ModelFingerprint
 from ..tensors.config_file import read_zcode_m3_config
 from ..tensors.lazy_tensors import LazyTensors, checked_weights
-from ..tensors.model_folder import (
-    copy_tokenizer_and_generation_config,
-    drop_tied_copies,
-    meta_model,
-    write_model_folder,
-)
-from ..tensors.safetensors_io import check_tensors, open_pretrained_tensors
+from ..tensors.model_folder import copy_tokenizer_and_generation_config, drop_tied_copies, meta_model, stored_specs
+from ..tensors.safetensors_io import check_tensors, open_pretrained_tensors, write_pretrained_tensors
 from ..tensors.whole_model import check_no_adapter
 from .report.compression_report import CompressionReport
 from .report.model_card import derived_card
-from .report.report_folder import save_report
 
 
 @dataclass(frozen=True)
@@ -85,10 +79,8 @@ class ModelSource:
                 f"{source.path} has an expert_map: its experts were merged, or pruned with renormalize=False; compress "
                 "the model that it was made of"
             )
-        meta = meta_model(source.config)
-        tensors = drop_tied_copies(source.tensors, meta.all_tied_weights_keys)
-        expected = {name: spec for name, spec in meta.state_dict().items() if name not in meta.all_tied_weights_keys}
-        check_tensors(tensors.specs, expected, str(source.path))
+        tensors = drop_tied_copies(source.tensors, meta_model(source.config).all_tied_weights_keys)
+        check_tensors(tensors.specs, stored_specs(meta_model(source.config)), str(source.path))
         return dataclasses.replace(source, tensors=tensors)
 
     def fingerprint(self) -> ModelFingerprint:
@@ -96,37 +88,50 @@ class ModelSource:
         weights = {layer: self.tensors[f"{layer}.router.weight"] for layer in moe_layers(self.config)}
         return ModelFingerprint.of(self.config, weights)
 
-    def write(
-        self,
-        output_dir: Path,
-        tensors: LazyTensors,
-        config: ZCodeM3Config,
-        report: CompressionReport,
-        statistics: ExpertStatistics | None = None,
-        *,
-        max_shard_size: int | str,
-        overwrite: bool,
-    ) -> None:
-        """Write a model made of this one, with all that belongs to it and the report; see `write_model_folder`.
+    def write(self, folder: Path, tensors: LazyTensors, config: ZCodeM3Config, max_shard_size: int | str) -> None:
+        """Write a model that is made of this one, with all that belongs to it, into a folder that is there."""
+        write_pretrained_tensors(tensors, folder, max_shard_size=max_shard_size)
+        # that of a folder may name another dtype to load the weights in than the one they are stored in: it stays
+        dtype = self.config.dtype if self.model is None else None
+        config.dtype = dtype or tensors.specs["model.shared.weight"].dtype
+        config.architectures = [ZCodeM3ForConditionalGeneration.__name__]
+        config.save_pretrained(folder)
+        self.save_others(folder)
 
-        The config of a folder may name another dtype to load the weights in than the one they are stored in: it stays.
-        """
 
-        def save_config(folder: Path) -> None:
-            if self.model is None and self.config.dtype is not None:
-                config.dtype = self.config.dtype
-                config.save_pretrained(folder)
+@dataclass(frozen=True)
+class CompressionResult:
+    """A smaller model.
 
-        write_model_folder(
-            tensors,
-            config,
-            output_dir,
-            source=self.path,
-            start=time.perf_counter(),
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            save_others=[self.save_others, save_config, save_report(report, self.card, statistics)],
-        )
+    Attributes:
+        report: sizes before and after, and what became of the experts.
+        model: the smaller model, if it was not written to a folder.
+        output_dir: the folder that it was written to.
+    """
+
+    report: CompressionReport
+    model: ZCodeM3ForConditionalGeneration | None = None
+    output_dir: Path | None = None
+
+
+def open_source(
+    model_or_folder: ZCodeM3ForConditionalGeneration | str | os.PathLike[str],
+    output_dir: str | os.PathLike[str] | None,
+    *,
+    overwrite: bool,
+    purpose: str,
+) -> ModelSource:
+    """The source for a purpose, such as `"prune a folder"`, for whose result there is a place.
+
+    Raises:
+        ValueError: see `check_output_dir` and `ModelSource.open`; a folder without `output_dir`.
+    """
+    if output_dir is not None:
+        check_output_dir(output_dir, overwrite=overwrite, sources=[model_or_folder])
+    source = ModelSource.open(model_or_folder)
+    if output_dir is None and source.model is None:
+        raise ValueError(f"output_dir is required to {purpose} ({source.path})")
+    return source
 
 
 def set_num_experts(model: ZCodeM3ForConditionalGeneration) -> None:
@@ -177,4 +182,4 @@ def _open_model(model: ZCodeM3ForConditionalGeneration) -> ModelSource:
     return ModelSource(path, model.config, checked_weights(tensors), save_generation_config, card, model)
 
 
-__all__ = ["ModelSource", "set_num_experts"]
+__all__ = ["CompressionResult", "ModelSource", "open_source", "set_num_experts"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from ..files.output import check_output_dir
+from ..files.output import new_folder
 from ..files.writing import keeping_places
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.language_codes import LanguagePair, language_ids, resolve_language
@@ -20,39 +20,36 @@ from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..models.moe_layer import ZCodeM3DenseFFN, ZCodeM3MoELayer
 from ..routing.expert_statistics import ExpertStatistics
 from ..tensors.lazy_tensors import LazyTensors, check_all, num_bytes, num_parameters
-from ..tensors.model_folder import meta_model
-from .importance import (
-    Criterion,
-    check_languages_of,
-    check_scope,
-    criterion_name,
-    expert_importance,
-    random_importance,
-)
-from .model_source import ModelSource, set_num_experts
+from ..tensors.model_folder import meta_model, stored_specs
+from .expert_selection import Criterion, ExpertSelection
+from .importance import check_languages_of, expert_importance, random_importance
+from .model_source import CompressionResult, ModelSource, open_source, set_num_experts
 from .pruning_plan import KeptExperts, PruningPlan
 from .report.compression_report import PruningReport
+from .report.report_folder import describe
+from .report.summary import Summary
 
 # weights of a dense feed-forward -> those of experts, stacked
 _STACKED = {dense: stacked for stacked, dense in DENSE_OF_STACKED.items()}
 
 
 @dataclass(frozen=True)
-class PruningResult:
+class PruningResult(CompressionResult):
     """A pruned model.
 
     Attributes:
-        kept_experts: name of each MoE layer, as in `model.named_modules()` of the full model -> ids of the experts it
-            keeps, ascending: expert `i` of the pruned layer was expert `kept_experts[layer][i]`.
         report: sizes before and after, and what was kept of each language.
-        model: the pruned model, if it was not written to a folder.
-        output_dir: the folder that it was written to.
     """
 
-    kept_experts: KeptExperts
     report: PruningReport
-    model: ZCodeM3ForConditionalGeneration | None = None
-    output_dir: Path | None = None
+
+    @property
+    def kept_experts(self) -> KeptExperts:
+        """Name of each MoE layer, as in `model.named_modules()` of the full model -> ids of the experts it keeps.
+
+        They ascend: expert `i` of the pruned layer was expert `kept_experts[layer][i]`.
+        """
+        return self.report.kept_experts
 
 
 @keeping_places()
@@ -129,69 +126,54 @@ def prune_experts(
             rounds to zero experts, leaves fewer than `min_experts` or is less than the smallest model; an unknown
             option; a folder that is no ZCodeM3 model or `output_dir` not empty; a model that is spread over processes.
     """
-    folder = None if output_dir is None else Path(output_dir)
-    if folder is not None:
-        check_output_dir(folder, overwrite=overwrite, sources=[model_or_folder])
-    source = ModelSource.open(model_or_folder)
-    if folder is None and source.model is None:
-        raise ValueError(f"output_dir is required to prune a folder ({source.path})")
-    plan = PruningPlan(
-        _importance(source, statistics, criterion, scope, languages, seed),
-        per_layer,
-        _min_experts(source.config, min_experts),
-        encoder_decoder_ratio,
-        lambda kept: _num_bytes_with(source, kept, renormalize),
+    source = open_source(model_or_folder, output_dir, overwrite=overwrite, purpose="prune a folder")
+    selection = ExpertSelection(
+        keep=keep,
+        min_experts=_min_experts(source.config, min_experts),
+        criterion=criterion,
+        scope=scope,
+        languages=languages,
+        per_layer=per_layer,
+        encoder_decoder_ratio=encoder_decoder_ratio,
+        seed=seed,
     )
-    kept = plan.choose(keep)
+    importance = _importance(source, statistics, selection)
+    kept = PruningPlan(importance, selection, lambda kept: _num_bytes_with(source, kept, renormalize)).choose()
     config = _pruned_config(source.config, kept, renormalize)
     tensors = _pruned_tensors(source.tensors, config, kept)
-    arguments = {
-        "keep": keep,
-        "criterion": criterion_name(criterion),
-        "scope": scope,
-        "languages": languages,
-        "per_layer": per_layer,
-        "min_experts": plan.min_experts,
-        "encoder_decoder_ratio": encoder_decoder_ratio,
-        "renormalize": renormalize,
-        "seed": seed,
-    }
+    arguments = selection.arguments() | {"renormalize": renormalize}
     report = _report(source, config, tensors, kept, statistics, arguments)
-    if folder is None:
+    if output_dir is None:
         assert source.model is not None
         check_all(source.tensors)
-        return PruningResult(kept, report, model=_pruned_model(source.model, config, kept))
-    source.write(folder, tensors, config, report, statistics, max_shard_size=max_shard_size, overwrite=overwrite)
-    return PruningResult(kept, report, output_dir=folder)
+        return PruningResult(report, model=_pruned_model(source.model, config, kept))
+
+    summary = Summary.of(report, statistics)
+    with new_folder(output_dir, overwrite=overwrite) as folder:
+        source.write(folder, tensors, config, max_shard_size)
+        describe(folder, summary, str(source.card))
+    return PruningResult(report, output_dir=Path(output_dir))
 
 
 def _importance(
-    source: ModelSource,
-    statistics: ExpertStatistics | None,
-    criterion: str | Criterion,
-    scope: str,
-    languages: Sequence[str] | Sequence[LanguagePair] | None,
-    seed: int,
+    source: ModelSource, statistics: ExpertStatistics | None, selection: ExpertSelection
 ) -> dict[str, Tensor]:
     layers = moe_layers(source.config)
     if not layers:
         raise ValueError(f"{source.path} has no MoE layer to prune")
-    if statistics is None and criterion != "random":
+    if statistics is None and selection.criterion != "random":
         raise ValueError(
-            f"criterion ({criterion_name(criterion)}) needs statistics (collect_expert_statistics); only 'random' can "
+            f"criterion ({selection.criterion_name}) needs statistics (collect_expert_statistics); only 'random' can "
             "do without"
         )
-    if statistics is not None:
-        statistics.fingerprint.require_equal(source.fingerprint(), f"the statistics and {source.path}")
-    if criterion == "random":
-        if statistics is None:
-            check_scope(scope)
-            _check_known_to_tokenizer(source, languages)
-        else:
-            check_languages_of(statistics, scope, languages)
-        return random_importance(layers, seed)
-    assert statistics is not None
-    return expert_importance(statistics, criterion, scope=scope, languages=languages)
+    if statistics is None:
+        _check_known_to_tokenizer(source, selection.languages)
+        return random_importance(layers, selection.seed)
+    statistics.fingerprint.require_equal(source.fingerprint(), f"the statistics and {source.path}")
+    if selection.criterion == "random":
+        check_languages_of(statistics, selection)
+        return random_importance(layers, selection.seed)
+    return expert_importance(statistics, selection)
 
 
 def _check_known_to_tokenizer(source: ModelSource, languages: Sequence[str] | Sequence[LanguagePair] | None) -> None:
@@ -274,19 +256,12 @@ def _num_bytes_with(source: ModelSource, kept: KeptExperts, renormalize: bool) -
     return total
 
 
-def _pruned_specs(source: LazyTensors, config: ZCodeM3Config, kept: KeptExperts) -> dict[str, Tensor]:
-    """The weights of the pruned model, tied ones once, on the meta device, in the dtypes of the source."""
-    model = meta_model(config)
-    return {
-        name: spec.to(source.specs[_stored_as(name, kept, config)[0]].dtype)
-        for name, spec in model.state_dict().items()
-        if name not in model.all_tied_weights_keys
-    }
-
-
 def _pruned_tensors(source: LazyTensors, config: ZCodeM3Config, kept: KeptExperts) -> LazyTensors:
     """The weights of the pruned model; of the experts' weights only the rows that are kept are read."""
-    specs = _pruned_specs(source, config, kept)
+    specs = {
+        name: spec.to(source.specs[_stored_as(name, kept, config)[0]].dtype)
+        for name, spec in stored_specs(meta_model(config)).items()
+    }
 
     def read_into(name: str, out: Tensor) -> None:
         stored, experts = _stored_as(name, kept, config)
@@ -297,12 +272,7 @@ def _pruned_tensors(source: LazyTensors, config: ZCodeM3Config, kept: KeptExpert
         for row, expert in zip(rows, experts, strict=True):
             row.copy_(source.row(stored, expert))
 
-    def read(name: str) -> Tensor:
-        out = torch.empty(specs[name].shape, dtype=specs[name].dtype)
-        read_into(name, out)
-        return out
-
-    return LazyTensors(specs, read, read_into=read_into)
+    return LazyTensors(specs, read_into=read_into)
 
 
 def _pruned_model(

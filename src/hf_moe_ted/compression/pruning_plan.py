@@ -8,8 +8,7 @@ from accelerate.utils import convert_file_size_to_int
 from torch import Tensor
 
 from ..models.layer_names import side_of
-
-PER_LAYER = ("equal", "adaptive")
+from .expert_selection import ExpertSelection
 
 KeptExperts = dict[str, list[int]]
 """Name of each MoE layer -> ids of the experts it keeps, ascending."""
@@ -21,48 +20,25 @@ class PruningPlan:
 
     Attributes:
         importance: name of each MoE layer -> float64[E] with a sum of 1, the encoder's layers first.
-        per_layer: `"equal"`: all layers keep the same number, or the same share if `keep` is a fraction or a size.
-            `"adaptive"`: each layer keeps its `min_experts` most important experts; the others that are kept are those
-            of the highest importance of all layers, wherever they are.
-        min_experts: the fewest that a layer keeps. A layer that has fewer keeps all.
-        encoder_decoder_ratio: experts of an encoder layer per expert of a decoder layer, as means; the total is what it
-            is without, up to rounding.
+        selection: how many are kept.
         num_bytes: size of the weights of the pruned model.
     """
 
     importance: Mapping[str, Tensor]
-    per_layer: str
-    min_experts: int
-    encoder_decoder_ratio: float | None
+    selection: ExpertSelection
     num_bytes: Callable[[KeptExperts], int]
 
-    def __post_init__(self) -> None:
-        if self.per_layer not in PER_LAYER:
-            raise ValueError(f"per_layer ({self.per_layer!r}) must be one of {PER_LAYER}")
-        ratio = self.encoder_decoder_ratio
-        if ratio is not None and not 0 < ratio < math.inf:
-            raise ValueError(f"encoder_decoder_ratio ({ratio}) must be a positive number, such as 3.0")
+    def choose(self) -> KeptExperts:
+        """
+        Raises:
+            ValueError: `keep` leaves fewer experts than `min_experts`, or asks for more than there are; a ratio for a
+                model with MoE layers on one side only.
+        """
+        keep, ratio = self.selection.keep, self.selection.encoder_decoder_ratio
         if ratio is not None and len({side_of(layer) for layer in self.importance}) < 2:
             raise ValueError(f"encoder_decoder_ratio ({ratio}) needs MoE layers in the encoder and in the decoder")
-
-    def choose(self, keep: float | int | str) -> KeptExperts:
-        """Choose the experts.
-
-        Args:
-            keep: a fraction of the experts (a float up to 1.0), a number of experts per layer (an int; with
-                `"adaptive"` or a ratio their mean), or a size of the weights (`"8GB"`), within which as many experts as
-                possible are kept.
-
-        Raises:
-            ValueError: `keep` is none of these, or leaves fewer experts than `min_experts`, or asks for more than there
-                are.
-        """
         if isinstance(keep, str):
             return self._largest_within(keep)
-        if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep < math.inf:
-            raise ValueError(f"keep ({keep!r}) must be a fraction (0.25), a number of experts (16) or a size ('8GB')")
-        if isinstance(keep, float) and keep > 1:
-            raise ValueError(f"keep ({keep}) is a fraction of more than 1; a number of experts per layer is an int")
         counts = self._counts(keep)
         if problem := self._problem(counts):
             raise ValueError(f"keep ({keep}) {problem}")
@@ -85,7 +61,7 @@ class PruningPlan:
                 return kept
         raise ValueError(
             f"keep ({size!r}) is less than the {num_bytes:,} bytes of the smallest model with min_experts "
-            f"({self.min_experts}); keep more, or convert the model to a smaller dtype first"
+            f"({self.selection.min_experts}); keep more, or convert the model to a smaller dtype first"
         )
 
     def _counts(self, keep: float | int) -> dict[tuple[str, ...], int]:
@@ -94,12 +70,12 @@ class PruningPlan:
         num_all = {layer: len(self.importance[layer]) for layer in layers}
         total = keep * (sum(num_all.values()) if isinstance(keep, float) else len(layers))
         totals = {layers: total}
-        if self.encoder_decoder_ratio is not None:
+        if self.selection.encoder_decoder_ratio is not None:
             encoder = tuple(layer for layer in layers if side_of(layer) == "encoder")
             decoder = layers[len(encoder) :]
-            decoder_mean = total / (len(encoder) * self.encoder_decoder_ratio + len(decoder))
+            decoder_mean = total / (len(encoder) * self.selection.encoder_decoder_ratio + len(decoder))
             totals = {decoder: len(decoder) * decoder_mean, encoder: total - len(decoder) * decoder_mean}
-        if self.per_layer == "adaptive":
+        if self.selection.per_layer == "adaptive":
             return {group: _rounded(total) for group, total in totals.items()}
         counts: dict[tuple[str, ...], int] = {}
         for group, total in totals.items():
@@ -110,7 +86,7 @@ class PruningPlan:
         return counts
 
     def _floor(self, layer: str) -> int:
-        return min(self.min_experts, len(self.importance[layer]))
+        return min(self.selection.min_experts, len(self.importance[layer]))
 
     def _problem(self, counts: Mapping[tuple[str, ...], int]) -> str:
         """What is wrong with the counts, empty if nothing is."""
@@ -121,12 +97,12 @@ class PruningPlan:
                 return f"rounds to zero of the {num_all} experts of {where}; keep more"
             if count < sum(map(self._floor, group)):
                 return (
-                    f"leaves {count} of the {num_all} experts of {where}, fewer than min_experts ({self.min_experts}) "
-                    "in each layer; keep more"
+                    f"leaves {count} of the {num_all} experts of {where}, fewer than min_experts "
+                    f"({self.selection.min_experts}) in each layer; keep more"
                 )
             if count > num_all:
                 return f"asks for {count} experts of {where}, which has {num_all}; keep fewer" + (
-                    "" if self.encoder_decoder_ratio is None else " or change encoder_decoder_ratio"
+                    "" if self.selection.encoder_decoder_ratio is None else " or change encoder_decoder_ratio"
                 )
         return ""
 

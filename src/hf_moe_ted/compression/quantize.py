@@ -23,7 +23,8 @@ from .model_source import ModelSource
 from .quantized_experts import ExpertQuantizationConfig, ExpertQuantizer
 from .report.compression_report import QuantizationReport
 from .report.model_card import derived_card
-from .report.report_folder import save_report
+from .report.report_folder import describe
+from .report.summary import Summary
 
 MAX_GROUP_SIZE = 128  # of the default; smaller groups are more exact, their scales take more room
 
@@ -71,9 +72,8 @@ def quantize_experts(
             no experts; weights that are missing or not finite; other `bits`, or a `group_size` that does not divide a
             width; `output_dir` is not empty.
     """
-    folder = None if output_dir is None else Path(output_dir)
-    if folder is not None:
-        check_output_dir(folder, overwrite=overwrite, sources=[model_or_folder])
+    if output_dir is not None:
+        check_output_dir(output_dir, overwrite=overwrite, sources=[model_or_folder])
     model, source = _open(model_or_folder)
     card = derived_card([model.name_or_path or str(source)], relation="quantized")
     if bits == 4 and group_size is None:
@@ -88,12 +88,12 @@ def quantize_experts(
 
     report = quantizer.report = _report(str(source), model, quantized, quantizer)
     logger.info("%s", report)
-    if folder is not None:
-        with new_folder(folder, overwrite=overwrite) as temporary:
-            quantized.save_pretrained(temporary, max_shard_size=max_shard_size)
-            if not isinstance(model_or_folder, nn.Module):
-                copy_tokenizer_and_generation_config(source)(temporary)
-            save_report(report, card)(temporary)
+    if output_dir is None:
+        return quantized
+
+    with new_folder(output_dir, overwrite=overwrite) as folder:
+        _write(folder, quantized, None if isinstance(model_or_folder, nn.Module) else source, max_shard_size)
+        describe(folder, Summary.of(report), str(card))
     return quantized
 
 
@@ -114,6 +114,13 @@ def _open(
     for name, weight in model.named_parameters():
         check_weight(name, weight, str(folder))
     return model, folder
+
+
+def _write(folder: Path, quantized: Any, source: Path | None, max_shard_size: int | str) -> None:
+    """The model, and what comes along from the folder that it was made of, if it is one."""
+    quantized.save_pretrained(folder, max_shard_size=max_shard_size)
+    if source is not None:
+        copy_tokenizer_and_generation_config(source)(folder)
 
 
 def _experts_of(model: nn.Module) -> list[ZCodeM3Experts]:

@@ -16,12 +16,11 @@ import difflib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,68 +28,12 @@ from torch import Tensor
 from ..files.messages import shorten
 from ..files.yaml_file import read_yaml
 from ..tensors.lazy_tensors import LazyTensors
-from .patterns import PLACEHOLDER, NamePattern, Pattern
+from .patterns import PLACEHOLDER, NamePattern
+from .rule import Rule, check_shard_rule, parse_rule
 
 RULES_DIR = Path(__file__).parent / "rules"
 
 _NUM_NAMES_SHOWN = 20
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Tensors of `source` patterns become tensors of `target` patterns.
-
-    Attributes:
-        source: one pattern, or several to be concatenated.
-        target: one pattern, several for the parts of a split or for copies, none if the tensor is left out.
-        operation: `None` (one source, one target; or one source and its copies), `"transpose"` of the last two
-            dimensions, `"concatenate"` or `"split"`.
-        dim: along which to concatenate or split.
-        interleave_heads: whether the parts of a split alternate from attention head to attention head, as in
-            Megatron's `query_key_value`.
-    """
-
-    source: tuple[NamePattern, ...]
-    target: tuple[NamePattern, ...]
-    operation: str | None = None
-    dim: int = 0
-    interleave_heads: bool = False
-
-    def inverse(self) -> "Rule":
-        """The rule of the other direction."""
-        operation = {"concatenate": "split", "split": "concatenate"}.get(str(self.operation), self.operation)
-        return replace(self, source=self.target, target=self.source, operation=operation)
-
-    def apply(self, tensors: list[Tensor], num_heads: int | None) -> list[Tensor]:
-        """The targets of these sources; works on meta tensors, too.
-
-        Raises:
-            ValueError: a tensor cannot be split into that many parts.
-        """
-        if self.operation == "transpose":
-            return [tensors[0].transpose(-1, -2).contiguous()]
-        if self.operation == "concatenate":
-            joined = torch.stack(self._by_head(tensors, num_heads), dim=1) if self.interleave_heads else None
-            return [torch.cat(tensors, self.dim) if joined is None else joined.flatten(0, 2).contiguous()]
-        if self.operation == "split":
-            num_parts = len(self.target)
-            if tensors[0].shape[self.dim] % (num_parts * (num_heads or 1) if self.interleave_heads else num_parts):
-                raise ValueError(
-                    f"{self.source[0].text}: dimension {self.dim} of shape {tuple(tensors[0].shape)} cannot be split "
-                    f"into {num_parts} parts" + (f" of {num_heads} heads" if self.interleave_heads else "")
-                )
-            if self.interleave_heads:
-                by_head = tensors[0].unflatten(0, (num_heads or 1, num_parts, -1))
-                return [by_head[:, part].flatten(0, 1).contiguous() for part in range(num_parts)]
-            return [part.contiguous() for part in tensors[0].chunk(num_parts, self.dim)]
-        for pattern, copy in zip(self.source[1:], tensors[1:], strict=True):
-            if not copy.is_meta and not torch.equal(tensors[0], copy):
-                raise ValueError(f"{self.source[0].text} and {pattern.text} should be copies of each other, but differ")
-        return tensors[:1] * len(self.target)
-
-    @staticmethod
-    def _by_head(tensors: list[Tensor], num_heads: int | None) -> list[Tensor]:
-        return [tensor.unflatten(0, (num_heads or 1, -1)) for tensor in tensors]
 
 
 @dataclass(frozen=True)
@@ -110,6 +53,64 @@ class _Source:
     names: tuple[tuple[str, ...], ...]
     is_stacked: bool = False
     expert: int | None = None
+
+
+@dataclass
+class _Group:
+    """The tensors that a rule takes together, as they become the same targets.
+
+    Attributes:
+        rule: theirs.
+        values: what the placeholders stand for, but for `{expert}` where experts are stacked.
+        names: of the tensors of each of the rule's sources by expert, which is 0 where none are stacked.
+    """
+
+    rule: Rule
+    values: dict[str, str]
+    names: dict[int, dict[int, str]] = field(default_factory=dict)
+
+    def add(self, part: int, expert: int, name: str) -> str | None:
+        """Add a tensor; returns that which was in its place."""
+        experts = self.names.setdefault(part, {})
+        other = experts.get(expert)
+        experts[expert] = name
+        return other
+
+    def targets(self, specs: Mapping[str, Tensor]) -> Iterator[tuple[str, _Source]]:
+        """Names and sources of what the tensors become.
+
+        Raises:
+            ValueError: one is missing, or unlike the other experts.
+        """
+        rule = self.rule
+        names = tuple(self._experts(part, specs) for part in range(len(rule.source)))
+        if len({len(experts) for experts in names}) > 1:
+            raise ValueError(f"{names[0][-1]} and {names[1][-1]} have different numbers of experts")
+        is_stacked = "expert" in rule.source[0].placeholders and "expert" not in self.values
+        is_unstacked = "expert" in rule.target[0].placeholders and "expert" not in rule.source[0].placeholders
+        for part, pattern in enumerate(rule.target):
+            if not is_unstacked:
+                yield pattern.fill(self.values), _Source(rule, part, names, is_stacked)
+                continue
+            for expert in range(specs[names[0][0]].shape[0]):
+                filled = pattern.fill({**self.values, "expert": str(expert)})
+                yield filled, _Source(rule, part, names, expert=expert)
+
+    def _experts(self, part: int, specs: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """The tensors of one of the rule's sources, in the order of the experts."""
+        if part not in self.names:
+            some_name = next(name for experts in self.names.values() for name in experts.values())
+            missing = self.rule.source[part].fill({"expert": "{expert}", **self.values})
+            raise ValueError(f"{missing} is missing, beside {some_name}")
+        experts = self.names[part]
+        num_missing = max(experts) + 1 - len(experts)
+        if num_missing:
+            shown = list(islice((i for i in range(max(experts)) if i not in experts), _NUM_NAMES_SHOWN))
+            more = " and more" if num_missing > len(shown) else ""
+            raise ValueError(f"experts {shown}{more} are missing beside {experts[max(experts)]}")
+        names = tuple(experts[expert] for expert in range(len(experts)))
+        _check_alike(names, specs)
+        return names
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class RuleSet:
         for key, entries in content.items():
             if not isinstance(entries, list):
                 raise ValueError(f"{path}: {key} must be a list, but is {shorten(entries)}")
-        rules = tuple(_parse_rule(entry, str(path)) for entry in content["rules"])
+        rules = tuple(parse_rule(entry, str(path)) for entry in content["rules"])
         tensor_parallel = tuple(check_shard_rule(pair, str(path)) for pair in content.get("tensor_parallel", ()))
         return cls(path.stem if path == shipped else str(path), rules, tensor_parallel)
 
@@ -178,7 +179,12 @@ class RuleSet:
             ValueError: a tensor matches no rule or several (with the nearest rules), two tensors would get one name, an
                 expert or a part is missing, experts differ in shape, or a tensor cannot be split.
         """
-        sources = self._sources(tensors)
+        sources: dict[str, _Source] = {}
+        for group in self._groups(tensors):
+            for target, source in group.targets(tensors.specs):
+                if target in sources:
+                    raise ValueError(f"{source.names[0][0]} and {sources[target].names[0][0]} both become {target}")
+                sources[target] = source
         on_meta = LazyTensors(tensors.specs, tensors.specs.__getitem__)
         specs = {target: _build(source, on_meta, num_heads, "meta") for target, source in sources.items()}
 
@@ -195,17 +201,16 @@ class RuleSet:
             specs, lambda target: _build(sources[target], tensors, num_heads, "cpu"), read_into=read_into
         )
 
-    def _sources(self, tensors: LazyTensors) -> dict[str, _Source]:
-        groups: dict[tuple[int, str], dict[int, dict[int, str]]] = {}
-        values_of: dict[tuple[int, str], dict[str, str]] = {}
-        problems: list[Callable[[], str]] = []
-        for name in tensors:
-            matches = [
-                (number, part, values)
-                for number, rule in enumerate(self.rules)
-                for part, pattern in enumerate(rule.source)
-                if (values := pattern.match(name)) is not None
-            ]
+    def _groups(self, names: Iterable[str]) -> Iterable[_Group]:
+        """The tensors by what they become.
+
+        Raises:
+            ValueError: with all that match no rule or more than one.
+        """
+        groups: dict[tuple[int, str], _Group] = {}
+        problems: list[Callable[[], str]] = []  # called for those that are shown
+        for name in names:
+            matches = self._matches(name)
             if len(matches) != 1:
                 matching = [self.rules[number] for number, _, _ in matches]
                 problems.append(partial(self._match_problem, name, matching))
@@ -216,23 +221,24 @@ class RuleSet:
                 continue
             is_stacked = "expert" in values and "expert" not in rule.target[0].placeholders
             expert = int(values.pop("expert")) if is_stacked else 0
-            key = (number, rule.target[0].fill({"expert": "{expert}", **values}))
-            values_of[key] = values
-            parts = groups.setdefault(key, {})
-            if expert in parts.setdefault(part, {}):
-                problems.append(f"{parts[part][expert]} and {name} both become {key[1]}".__str__)
-            parts[part][expert] = name
+            target = rule.target[0].fill({"expert": "{expert}", **values})
+            group = groups.setdefault((number, target), _Group(rule, values))
+            if (other := group.add(part, expert, name)) is not None:
+                problems.append(partial(str, f"{other} and {name} both become {target}"))
         if problems:
             shown = "\n  ".join(problem() for problem in problems[:_NUM_NAMES_SHOWN])
             more = f"\n  and {len(problems) - _NUM_NAMES_SHOWN} more" if len(problems) > _NUM_NAMES_SHOWN else ""
             raise ValueError(f"{len(problems)} tensors do not fit the rules {self.name}:\n  {shown}{more}")
-        targets: dict[str, _Source] = {}
-        for (number, _), parts in groups.items():
-            for target, source in self._targets(self.rules[number], parts, values_of[(number, _)], tensors.specs):
-                if target in targets:
-                    raise ValueError(f"{source.names[0][0]} and {targets[target].names[0][0]} both become {target}")
-                targets[target] = source
-        return targets
+        return groups.values()
+
+    def _matches(self, name: str) -> list[tuple[int, int, dict[str, str]]]:
+        """Of each pattern that a name matches: the rule's number, which of its sources, what placeholders stand for."""
+        return [
+            (number, part, values)
+            for number, rule in enumerate(self.rules)
+            for part, pattern in enumerate(rule.source)
+            if (values := pattern.match(name)) is not None
+        ]
 
     def _match_problem(self, name: str, matching: list[Rule]) -> str:
         if matching:
@@ -241,35 +247,6 @@ class RuleSet:
         plain = {re.sub(r"\d+", "0", PLACEHOLDER.sub("0", pattern)): pattern for pattern in patterns}
         nearest = difflib.get_close_matches(re.sub(r"\d+", "0", name), list(plain), n=1, cutoff=0.0)
         return f"{name} matches no rule" + (f"; the nearest is {plain[nearest[0]]}" if nearest else "")
-
-    def _targets(
-        self, rule: Rule, parts: dict[int, dict[int, str]], values: dict[str, str], specs: Mapping[str, Tensor]
-    ) -> Iterator[tuple[str, _Source]]:
-        """Names and sources of what one group of tensors becomes."""
-        some_name = next(iter(next(iter(parts.values())).values()))
-        names = []
-        for part, pattern in enumerate(rule.source):
-            if part not in parts:
-                raise ValueError(f"{pattern.fill({'expert': '{expert}', **values})} is missing, beside {some_name}")
-            experts = parts[part]
-            if max(experts) >= len(experts):
-                missing = (expert for expert in range(max(experts)) if expert not in experts)
-                shown = list(islice(missing, _NUM_NAMES_SHOWN))
-                more = " and more" if max(experts) + 1 - len(experts) > len(shown) else ""
-                raise ValueError(f"experts {shown}{more} are missing beside {experts[max(experts)]}")
-            names.append(tuple(experts[expert] for expert in range(len(experts))))
-            _check_alike(names[-1], specs)
-        if len({len(experts) for experts in names}) > 1:
-            raise ValueError(f"{names[0][-1]} and {names[1][-1]} have different numbers of experts")
-        is_stacked = "expert" in rule.source[0].placeholders and "expert" not in values
-        is_unstacked = "expert" in rule.target[0].placeholders and "expert" not in rule.source[0].placeholders
-        for part, pattern in enumerate(rule.target):
-            if not is_unstacked:
-                yield pattern.fill(values), _Source(rule, part, tuple(names), is_stacked)
-                continue
-            for expert in range(specs[names[0][0]].shape[0]):
-                filled = pattern.fill({**values, "expert": str(expert)})
-                yield filled, _Source(rule, part, tuple(names), expert=expert)
 
 
 def _check_alike(names: Sequence[str], specs: Mapping[str, Tensor]) -> None:
@@ -312,73 +289,4 @@ def _stack(names: Sequence[str], tensors: LazyTensors, out: Tensor) -> Tensor:
     return out
 
 
-def check_shard_rule(pair: Any, origin: str) -> tuple[str, int | None]:
-    """A pair of a regular expression and a dimension, or `None` if every rank has all of the tensor.
-
-    Raises:
-        ValueError: it is something else; the message begins with `origin`.
-    """
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str):
-        raise ValueError(
-            f"{origin} has {shorten(pair)} in tensor_parallel; give pairs of a regular expression and a dimension or "
-            "None"
-        )
-    pattern, dim = pair
-    if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int)):
-        raise ValueError(f"{origin} has {shorten(pair)} in tensor_parallel; the dimension must be an integer or None")
-    Pattern(pattern, f"{origin}, tensor_parallel")
-    return pattern, dim
-
-
-def _parse_patterns(entry: Mapping[str, Any]) -> list[tuple[NamePattern, ...]]:
-    """Sources and targets; a placeholder's choices, given once, hold for the whole rule."""
-    texts = [entry.get(side) or [] for side in ("source", "target")]
-    sides = [[side] if isinstance(side, str) else side for side in texts]
-    if not all(isinstance(side, list) and all(isinstance(text, str) for text in side) for side in sides):
-        raise ValueError("source and target must be names or lists of names")
-    placeholders = [found for side in sides for text in side for found in PLACEHOLDER.finditer(text)]
-    choices = {found[1]: found[0] for found in placeholders if found[2]}
-    return [
-        tuple(NamePattern(PLACEHOLDER.sub(lambda found: choices.get(found[1], found[0]), text)) for text in side)
-        for side in sides
-    ]
-
-
-def _parse_rule(entry: Any, path: str) -> Rule:
-    """A rule of a YAML file. Raises a `ValueError` that shows the rule if it makes no sense."""
-    try:
-        return _rule_of(entry)
-    except ValueError as error:
-        raise ValueError(f"{path}: the rule {shorten(str(entry))}: {error}") from error
-
-
-def _rule_of(entry: Any) -> Rule:
-    keys = {"source", "target", "ignore", "transpose", "concatenate", "split", "interleave_heads"}
-    if not isinstance(entry, dict) or not set(entry) <= keys or ("ignore" in entry) == ("source" in entry):
-        raise ValueError(f"it must have source and target, or ignore; it may have {sorted(keys)}")
-    if "ignore" in entry:
-        if not isinstance(entry["ignore"], str):
-            raise ValueError(f"ignore must be a name, but is {entry['ignore']!r}")
-        return Rule((NamePattern(entry["ignore"]),), ())
-    source, target = _parse_patterns(entry)
-    operations = [
-        name for name in ("transpose", "concatenate", "split") if not (entry.get(name) is None or entry[name] is False)
-    ]
-    operation = operations[0] if operations else None
-    fits = {"concatenate": len(target) == 1 < len(source), "split": len(source) == 1 < len(target)}
-    fits["transpose"] = len(source) == len(target) == 1
-    if len(operations) > 1 or not source or not target or not fits.get(str(operation), len(source) == 1):
-        raise ValueError(
-            "it must have one source and one target; several sources with concatenate, several targets with split or "
-            "as copies"
-        )
-    dim = entry[operation] if operation in ("concatenate", "split") else 0
-    if not isinstance(dim, int) or isinstance(dim, bool):
-        raise ValueError(f"{operation} must be the number of a dimension")
-    for name in ("transpose", "interleave_heads"):
-        if not isinstance(entry.get(name, False), bool):
-            raise ValueError(f"{name} must be true or false")
-    return Rule(source, target, operation, dim, bool(entry.get("interleave_heads")))
-
-
-__all__ = ["NamePattern", "Rule", "RuleSet", "check_shard_rule"]
+__all__ = ["RULES_DIR", "RuleSet"]

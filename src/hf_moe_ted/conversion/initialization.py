@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,21 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from ..files.json_file import read_json_object
 from ..files.messages import shorten
-from ..files.output import check_output_dir
+from ..files.named_seed import named_seed
 from ..files.writing import keeping_places
 from ..models.configuration_zcode_m3 import ZCodeM3Config
-from ..tensors.config_file import zcode_m3_config
+from ..tensors.config_file import read_config_fields, zcode_m3_config
 from ..tensors.conversion_report import ConversionReport
 from ..tensors.lazy_tensors import LazyTensors
 from ..tensors.model_folder import (
     copy_tokenizer_and_generation_config,
     meta_model,
+    model_folder_writer,
     parse_dtype,
     read_generation_config,
-    write_model_folder,
+    stored_specs,
 )
-from .named_seed import named_seed
 
 
 @keeping_places()
@@ -66,40 +64,22 @@ def initialize_checkpoint(
         ValueError: before anything is written: `config` is missing, of another model, or has a wrong or unknown field;
             `tokenizer` is none or larger than the vocabulary; `dtype` is unknown; `output_dir` is not empty.
     """
-    start = time.perf_counter()
-    output_dir = Path(output_dir)
     parsed_dtype = parse_dtype(dtype)
     if parsed_dtype is None:
         raise ValueError("dtype (None) must be that of the weights, such as float32 or bfloat16")
-    check_output_dir(output_dir, overwrite=overwrite, also_read=[config, tokenizer])
-    source, parsed_config = _read_config(config)
-    return write_model_folder(
-        _random_tensors(parsed_config, seed, parsed_dtype),
-        parsed_config,
-        output_dir,
-        source=source,
-        start=start,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        save_others=_others(parsed_config, source, tokenizer),
+    write = model_folder_writer(
+        output_dir, dtype=None, max_shard_size=max_shard_size, overwrite=overwrite, also_read=[config, tokenizer]
     )
+    source, parsed_config = _read_config(config)
+    tensors = _random_tensors(parsed_config, seed, parsed_dtype)
+    return write(tensors, parsed_config, source=source, save_others=_others(parsed_config, source, tokenizer))
 
 
 def _read_config(config: ZCodeM3Config | Mapping[str, Any] | str | os.PathLike[str]) -> tuple[Path, ZCodeM3Config]:
     """Where a config comes from, its class if from memory, and a config of our own."""
-    if isinstance(config, ZCodeM3Config):
-        source, fields = Path(ZCodeM3Config.__name__), config.to_dict()
-    elif isinstance(config, Mapping):
-        source, fields = Path(ZCodeM3Config.__name__), dict(config)
-    else:
-        source = Path(config)
-        path = source / "config.json" if source.is_dir() else source
-        if not path.is_file():
-            raise ValueError(f"config ({config}) must be a JSON file or a folder with config.json")
-        fields = read_json_object(path, "config")
-    model_type = fields.get("model_type", ZCodeM3Config.model_type)
-    if model_type != ZCodeM3Config.model_type:
-        raise ValueError(f"config ({source}) has model_type {model_type!r}; it must be {ZCodeM3Config.model_type!r}")
+    ours, forms = ZCodeM3Config.model_type, "a JSON file or a folder with config.json"
+    _, fields = read_config_fields(config, "config", (ours, None), f"; it must be {ours!r}", forms=forms)
+    source = Path(config if isinstance(config, str | os.PathLike) else ZCodeM3Config.__name__)
     known = {field.name for field in dataclasses.fields(ZCodeM3Config)} | {*ZCodeM3Config().to_dict(), "auto_map"}
     unknown = sorted({*fields} - known - {*ZCodeM3Config.attribute_map})
     if unknown:
@@ -110,8 +90,7 @@ def _read_config(config: ZCodeM3Config | Mapping[str, Any] | str | os.PathLike[s
 def _random_tensors(config: ZCodeM3Config, seed: int, dtype: torch.dtype) -> LazyTensors:
     """All weights of a model that are stored, drawn when they are read."""
     model = meta_model(config)
-    tied = model.all_tied_weights_keys
-    specs = {name: spec.to(dtype) for name, spec in model.state_dict().items() if name not in tied}
+    specs = {name: spec.to(dtype) for name, spec in stored_specs(model).items()}
 
     def draw(name: str, seed_name: str, out: Tensor) -> None:
         """Fill `out` as the model's constructor fills the parameter of this name, or one expert's part of it."""
@@ -136,12 +115,7 @@ def _random_tensors(config: ZCodeM3Config, seed: int, dtype: torch.dtype) -> Laz
             for expert in range(len(out)):
                 draw(name, f"{name}.{expert}", out[expert : expert + 1])
 
-    def read(name: str) -> Tensor:
-        tensor = torch.empty(specs[name].shape, dtype=dtype)
-        read_into(name, tensor)
-        return tensor
-
-    return LazyTensors(specs, read, read_into=read_into)
+    return LazyTensors(specs, read_into=read_into)
 
 
 def _others(config: ZCodeM3Config, source: Path, tokenizer: Any) -> list[Callable[[Path], Any]]:

@@ -1,22 +1,19 @@
 """NLLB-MoE checkpoints (https://huggingface.co/papers/2207.04672) -> ZCodeM3 checkpoints."""
 
 import os
-import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from ..files.json_file import read_json_object
-from ..files.output import check_output_dir
 from ..files.writing import keeping_places
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.nllb_moe import MODEL_TYPE, config_fields, weight_conversions
-from ..tensors.config_file import config_errors, config_path
+from ..tensors.config_file import config_errors, read_config_fields
 from ..tensors.conversion_report import ConversionReport
 from ..tensors.lazy_tensors import LazyTensors
-from ..tensors.model_folder import copy_tokenizer_and_generation_config, parse_dtype, write_model_folder
+from ..tensors.model_folder import copy_tokenizer_and_generation_config, model_folder_writer
 from ..tensors.safetensors_io import open_pretrained_tensors
 
 
@@ -48,72 +45,58 @@ def convert_nllb_moe_checkpoint(
         ValueError: `source` is no NLLB-MoE checkpoint, or a weight of it is missing, unknown or of a wrong shape (all
             of them are named, before anything is written); `output_dir` is not empty; `dtype` is unknown.
     """
-    start = time.perf_counter()
-    source, output_dir = Path(source), Path(output_dir)
-    dtype = parse_dtype(dtype)
-    check_output_dir(output_dir, overwrite=overwrite, sources=[source])
-    config = _read_config(source)
-    return write_model_folder(
-        _renamed(open_pretrained_tensors(source)),
-        config,
-        output_dir,
-        source=source,
-        start=start,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        save_others=[copy_tokenizer_and_generation_config(source)],
+    source = Path(source)
+    write = model_folder_writer(
+        output_dir, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite, sources=[source]
     )
+    config = _read_config(source)
+    tensors = _renamed(open_pretrained_tensors(source))
+    return write(tensors, config, source=source, save_others=[copy_tokenizer_and_generation_config(source)])
 
 
 def _read_config(source: Path) -> ZCodeM3Config:
-    path = config_path(source, "source")
-    fields = read_json_object(path, "config")
-    model_type = fields.get("model_type")
-    if model_type != MODEL_TYPE:
-        raise ValueError(f"{path} has model_type {model_type!r}, an NLLB-MoE checkpoint has {MODEL_TYPE!r}")
+    otherwise = f", an NLLB-MoE checkpoint has {MODEL_TYPE!r}"
+    path, fields = read_config_fields(source, "source", (MODEL_TYPE,), otherwise)
     with config_errors(path):
         return ZCodeM3Config.from_dict(config_fields(fields))
 
 
 def _renamed(tensors: LazyTensors) -> LazyTensors:
     """The tensors under our names, experts stacked."""
+    sources, stacked = _sources_by_target(tensors)
+
+    def read_into(target: str, out: Tensor) -> None:
+        if target not in stacked:
+            tensors.into(sources[target][0], out)
+            return
+        for expert, name in enumerate(sources[target]):
+            tensors.into(name, out[expert])
+
+    specs = {target: tensors.specs[names[0]] for target, names in sources.items()}
+    specs |= {target: specs[target].new_empty(len(sources[target]), *specs[target].shape) for target in stacked}
+    return LazyTensors(specs, read_into=read_into)
+
+
+def _sources_by_target(tensors: LazyTensors) -> tuple[dict[str, list[str]], set[str]]:
+    """The names of what becomes one of our tensors, and which of ours are stacked experts."""
     renamings = [rule for rule in weight_conversions() if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in weight_conversions() if isinstance(rule, WeightConverter)]
     sources: dict[str, list[str]] = {}
-    is_list: dict[str, bool] = {}
+    stacked = set()
     for source in tensors:
         if source.endswith("embed_positions.weights"):  # sinusoids, stored by old versions of transformers
             continue
         target, pattern = rename_source_key(source, renamings, converters)
         sources.setdefault(target, []).append(source)
-        is_list[target] = pattern is not None
+        if pattern is not None:
+            stacked.add(target)
     for target, names in sources.items():
         names.sort(key=dot_natural_key)
-        _check_sources(target, names, tensors.specs, is_list[target])
-
-    def read_into(target: str, out: Tensor) -> None:
-        names = sources[target]
-        if not is_list[target]:
-            tensors.into(names[0], out)
-            return
-        for expert, name in enumerate(names):
-            tensors.into(name, out[expert])
-
-    def read(target: str) -> Tensor:
-        out = torch.empty(specs[target].shape, dtype=specs[target].dtype)
-        read_into(target, out)
-        return out
-
-    first = {target: tensors.specs[names[0]] for target, names in sources.items()}
-    specs = {
-        target: spec.new_empty(len(sources[target]), *spec.shape) if is_list[target] else spec
-        for target, spec in first.items()
-    }
-    return LazyTensors(specs, read, read_into=read_into)
+        _check_sources(target, names, tensors.specs, is_list=target in stacked)
+    return sources, stacked
 
 
-def _check_sources(target: str, names: list[str], specs: dict[str, Tensor], is_list: bool) -> None:
+def _check_sources(target: str, names: list[str], specs: dict[str, Tensor], *, is_list: bool) -> None:
     """Raise a `ValueError` unless `names` are one tensor, or equal tensors of experts 0, 1, 2, ..."""
     if not is_list:
         if len(names) > 1:

@@ -6,6 +6,7 @@ Either may be wrong or take for ever: `(a+)+b` does.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import regex
@@ -62,17 +63,19 @@ class NamePattern:
     text: str
 
     def __post_init__(self) -> None:
-        pattern, position, seen = "", 0, set()
-        for placeholder in PLACEHOLDER.finditer(self.text):
-            name, choices = placeholder[1], placeholder[2]
-            pattern += re.escape(self.text[position : placeholder.start()])
-            pattern += f"(?P={name})" if name in seen else f"(?P<{name}>{_choices_pattern(name, choices)})"
-            position = placeholder.end()
-            seen.add(name)
-        rest = self.text[position:]
+        self.match("")  # raises if the pattern is wrong
+
+    @cached_property
+    def _pattern(self) -> Pattern:
+        *parts, rest = PLACEHOLDER.split(self.text)  # text, name, choices, text, name, ...
         if "{" in rest or "}" in rest:
             raise ValueError(f"the pattern {self.text!r} has a brace that belongs to no placeholder such as {{layer}}")
-        object.__setattr__(self, "_pattern", Pattern(pattern + re.escape(rest), f"the pattern {self.text!r}"))
+        pattern, seen = "", set()
+        for text, name, choices in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+            pattern += re.escape(text)
+            pattern += f"(?P={name})" if name in seen else f"(?P<{name}>{_choices_pattern(name, choices)})"
+            seen.add(name)
+        return Pattern(pattern + re.escape(rest), f"the pattern {self.text!r}")
 
     @property
     def placeholders(self) -> frozenset[str]:
@@ -80,7 +83,7 @@ class NamePattern:
 
     def match(self, name: str) -> dict[str, str] | None:
         """What the placeholders stand for in `name`, `None` if it is not of this pattern."""
-        found = self._pattern.fullmatch(name)  # type: ignore[attr-defined]
+        found = self._pattern.fullmatch(name)
         return None if found is None else found.groupdict()
 
     def fill(self, values: Mapping[str, str]) -> str:

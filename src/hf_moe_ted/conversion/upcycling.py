@@ -3,8 +3,8 @@
 import dataclasses
 import math
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +13,25 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..files.json_file import read_json_object
-from ..files.output import check_output_dir
+from ..files.named_seed import named_seed
 from ..files.writing import keeping_places
-from ..models.configuration_zcode_m3 import ZCodeM3Config, changed_fields
-from ..models.layer_names import DENSE_OF_STACKED, SIDES
+from ..models.configuration_zcode_m3 import Side, ZCodeM3Config, changed_fields
+from ..models.layer_names import DENSE_OF_STACKED, SIDES, moe_layers
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
-from ..tensors.config_file import config_errors, config_path
+from ..tensors.config_file import checked_overrides, config_errors, read_config_fields
 from ..tensors.conversion_report import ConversionReport
-from ..tensors.lazy_tensors import LazyTensors
+from ..tensors.lazy_tensors import LazyTensors, copy_rounded
 from ..tensors.model_folder import (
     copy_tokenizer_and_generation_config,
     drop_tied_copies,
     meta_model,
+    model_folder_writer,
     parse_dtype,
-    write_model_folder,
+    stored_specs,
 )
 from ..tensors.safetensors_io import check_tensors, open_pretrained_tensors
 from .m2m100 import MODEL_TYPE as M2M100
 from .m2m100 import m2m100_config_fields, m2m100_name
-from .named_seed import named_seed
 
 _ARGUMENTS = ("num_experts", "encoder_sparse_step", "decoder_sparse_step")
 _ROUTING = {"num_experts_per_tok": 2, "normalize_router_weights": "after_dropping"}
@@ -112,26 +112,20 @@ def upcycle_dense_checkpoint(
             are none; `noise_std` is negative; an override is unknown or contradicts the weights; `output_dir` is not
             empty; `dtype` is unknown.
     """
-    start = time.perf_counter()
-    source, output_dir = Path(source), Path(output_dir)
-    dtype = parse_dtype(dtype)
-    check_output_dir(output_dir, overwrite=overwrite, sources=[source])
+    source = Path(source)
+    write = model_folder_writer(
+        output_dir, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite, sources=[source]
+    )
     if not 0 <= noise_std < math.inf:
         raise ValueError(f"noise_std ({noise_std}) must be a finite number that is not negative; 0 for equal experts")
-    if not isinstance(config_overrides or {}, Mapping):
-        raise ValueError(f"config_overrides ({config_overrides!r}) must be a dict of fields of ZCodeM3Config")
+    overrides = checked_overrides(config_overrides)
     dense = _open_source(source)
     steps = {"encoder_sparse_step": encoder_sparse_step, "decoder_sparse_step": decoder_sparse_step}
-    config = _sparse_config(dense.config, num_experts, steps, dict(config_overrides or {}))
-    return write_model_folder(
-        _sparse_tensors(dense.tensors, config, noise_std, seed, dtype),
+    config = _sparse_config(dense.config, num_experts, steps, overrides)
+    return write(
+        _sparse_tensors(dense.tensors, config, noise_std, seed, parse_dtype(dtype)),
         config,
-        output_dir,
         source=source,
-        start=start,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
         save_others=[copy_tokenizer_and_generation_config(source), _legacy_generation_config(source)],
         warnings=(*dense.warnings, *_warnings(config)),
     )
@@ -153,19 +147,14 @@ class _Source:
 
 
 def _open_source(folder: Path) -> _Source:
-    path = config_path(folder, "source")
-    fields = read_json_object(path, "config")
-    model_type = fields.get("model_type")
-    if model_type not in (M2M100, ZCodeM3Config.model_type):
-        raise ValueError(
-            f"{path} has model_type {model_type!r}; what can be upcycled is {M2M100!r} (M2M100, dense NLLB-200) and "
-            f"{ZCodeM3Config.model_type!r}"
-        )
+    ours = ZCodeM3Config.model_type
+    otherwise = f"; what can be upcycled is {M2M100!r} (M2M100, dense NLLB-200) and {ours!r}"
+    path, fields = read_config_fields(folder, "source", (M2M100, ours), otherwise)
     if fields.get("quantization_config"):
         raise ValueError(f"{path} has a quantization_config; upcycle the weights before they are quantized")
     warnings = []
     name_in_source: Callable[[str], str] = str
-    if model_type == M2M100:
+    if fields["model_type"] == M2M100:
         warnings = [
             f"{name} ({fields[name]}) is left out: ZCodeM3 has no layer drop"
             for name in ("encoder_layerdrop", "decoder_layerdrop")
@@ -186,17 +175,11 @@ def _dense_tensors(
     """The weights of the source under our names, tied ones once; errors have the names that the source gives them."""
     stored = open_pretrained_tensors(folder)
     # old versions of transformers stored the sinusoids
-    specs = {name: spec for name, spec in stored.specs.items() if not name.endswith("embed_positions.weights")}
-    stored = drop_tied_copies(LazyTensors(specs, stored.__getitem__), model.all_tied_weights_keys)
-    expected = _untied(model)
+    names = {name: name for name in stored if not name.endswith("embed_positions.weights")}
+    stored = drop_tied_copies(stored.under_names(names), model.all_tied_weights_keys)
+    expected = stored_specs(model)
     check_tensors(stored.specs, {name_in_source(name): spec for name, spec in expected.items()}, str(folder))
-    specs = {name: stored.specs[name_in_source(name)] for name in expected}
-    return LazyTensors(specs, lambda name: stored[name_in_source(name)])
-
-
-def _untied(model: ZCodeM3ForConditionalGeneration) -> dict[str, Tensor]:
-    """What is stored of a model on the meta device."""
-    return {name: spec for name, spec in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    return stored.under_names({name: name_in_source(name) for name in expected})
 
 
 def _sparse_config(
@@ -215,26 +198,33 @@ def _sparse_config(
     fields = changed_fields(fields, overrides) | dict(steps)
     requested = _config({**fields, "num_experts": max(counts)})
     new = {side: [i for i in requested.sparse_layers(side) if i not in was_sparse[side]] for side in SIDES}
+    _check_new_layers(source, steps, num_experts, new)
+    if is_dense:
+        return _config({**fields, "num_experts": counts if isinstance(num_experts, Sequence) else num_experts})
+
+    count = cycle(counts)  # one for each new layer, or the same for all
+    is_sparse = {side: was_sparse[side] | {i: next(count) for i in new[side]} for side in SIDES}
+    fields |= {f"{side}_sparse_layers": sorted(is_sparse[side]) for side in SIDES}
+    return _config({**fields, "num_experts": [is_sparse[side][i] for side in SIDES for i in sorted(is_sparse[side])]})
+
+
+def _check_new_layers(
+    source: ZCodeM3Config, steps: Mapping[str, int], num_experts: int | Sequence[int], new: Mapping[Side, list[int]]
+) -> None:
+    """Raise unless there are dense layers to make sparse (`new`), as many as `num_experts` lists."""
     num_new = sum(map(len, new.values()))
     if not num_new:
         raise ValueError(
             ", ".join(f"{name} ({step})" for name, step in steps.items())
             + " choose no dense layer to make sparse: of "
             + ", ".join(f"{getattr(source, f'{side}_layers')} {side} layers" for side in SIDES)
-            + f", {sum(map(len, was_sparse.values()))} are sparse already; choose a step from 1 to the number of layers"
+            + f", {len(moe_layers(source))} are sparse already; choose a step from 1 to the number of layers"
         )
-    if isinstance(num_experts, Sequence) and len(counts) != num_new:
+    if isinstance(num_experts, Sequence) and len(num_experts) != num_new:
         raise ValueError(
-            f"num_experts ({counts}) lists {len(counts)} layers, but {num_new} become sparse: "
+            f"num_experts ({list(num_experts)}) lists {len(num_experts)} layers, but {num_new} become sparse: "
             f"encoder {new['encoder']}, decoder {new['decoder']}"
         )
-    if is_dense:
-        return _config({**fields, "num_experts": counts if isinstance(num_experts, Sequence) else num_experts})
-
-    count = iter(counts if isinstance(num_experts, Sequence) else counts * num_new)
-    is_sparse = {side: was_sparse[side] | {i: next(count) for i in new[side]} for side in SIDES}
-    fields |= {f"{side}_sparse_layers": sorted(is_sparse[side]) for side in SIDES}
-    return _config({**fields, "num_experts": [is_sparse[side][i] for side in SIDES for i in sorted(is_sparse[side])]})
 
 
 def _config(fields: dict[str, Any]) -> ZCodeM3Config:
@@ -298,35 +288,33 @@ def _sparse_tensors(
         dense_kind = DENSE_OF_STACKED.get(kind) or _COPIED.get(kind)
         return name if name in dense else dense_kind and f"{prefix}.ffn.{dense_kind}"
 
-    def read(name: str) -> Tensor:
-        source, spec, kind = origin(name), specs[name], name.partition(".ffn.")[2]
+    def read_into(name: str, out: Tensor) -> None:
+        source, kind = origin(name), name.partition(".ffn.")[2]
         if source is None:  # of the router, or of the coefficients of a residual branch
-            new = torch.zeros(spec.shape)
+            new = torch.zeros(out.shape)
             if name.endswith(".weight"):
                 new.normal_(std=config.init_std, generator=_generator(seed, name))
-            return new.to(spec.dtype)
-        if source == name or kind in _COPIED:
-            return dense[source]
-        experts = torch.empty(spec.shape, dtype=spec.dtype)
-        return _fill_experts(experts, dense[source], noise_std if kind in _NOISY else 0.0, seed, name)
+            out.copy_(new)
+        elif source == name or kind in _COPIED:
+            copy_rounded(name, dense[source], out)
+        else:
+            _fill_experts(out, dense[source], noise_std if kind in _NOISY else 0.0, seed, name)
 
     specs = {
         name: spec.to(dtype or dense.specs[origin(name) or "model.shared.weight"].dtype)
-        for name, spec in _untied(meta_model(config)).items()
+        for name, spec in stored_specs(meta_model(config)).items()
     }
-    return LazyTensors(specs, read)
+    return LazyTensors(specs, read_into=read_into)
 
 
-def _fill_experts(experts: Tensor, weight: Tensor, noise_std: float, seed: int, name: str) -> Tensor:
+def _fill_experts(experts: Tensor, weight: Tensor, noise_std: float, seed: int, name: str) -> None:
     """Fill `experts`, float[num_experts, *weight.shape], with copies of `weight`, each with its own noise."""
     for expert in range(len(experts)):
+        copy = weight
         if noise_std:
-            noise = torch.empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
-            noise.normal_(std=noise_std, generator=_generator(seed, f"{name}.{expert}"))
-            experts[expert] = noise.add_(weight)
-        else:
-            experts[expert] = weight
-    return experts
+            copy = torch.empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+            copy.normal_(std=noise_std, generator=_generator(seed, f"{name}.{expert}")).add_(weight)
+        copy_rounded(name, copy, experts[expert])
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -1,6 +1,7 @@
 """TokenBudgetBatchSampler: epochs of a multitask mixture, in batches of similar length with a budget of tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from itertools import chain
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -11,7 +12,7 @@ from .multitask_dataset import Draw, MultitaskDataset
 from .number_checks import require_integer
 from .progress import progress_bar
 
-_CHUNK = 10_000  # examples that are tokenized at once
+_CHUNK = 10_000  # examples that are tokenized at once, or whose lengths are Python numbers at once
 
 
 class TokenBudgetBatchSampler(Sampler[list[Draw]]):
@@ -161,7 +162,8 @@ def batch_ends(lengths: np.ndarray, max_tokens: int) -> list[int]:
     """
     ends = []
     start = source = target = 0
-    for place, (example_source, example_target) in enumerate(lengths.tolist()):
+    chunks = (lengths[first : first + _CHUNK].tolist() for first in range(0, len(lengths), _CHUNK))
+    for place, (example_source, example_target) in enumerate(chain.from_iterable(chunks)):
         source, target = max(source, example_source), max(target, example_target)
         if place > start and (source + target) * (place + 1 - start) > max_tokens:
             ends.append(place)
@@ -171,13 +173,13 @@ def batch_ends(lengths: np.ndarray, max_tokens: int) -> list[int]:
 
 def token_lengths(dataset: MultitaskDataset, collator: DataCollatorForMultitaskSeq2Seq) -> np.ndarray:
     """int32[len(dataset), 2], tokens of source and target of each example, tags included."""
-    lengths: list[Sequence[int]] = []
+    lengths = np.empty((len(dataset), 2), dtype=np.int32)
     with progress_bar(total=len(dataset), desc="Counting tokens", unit="example") as progress:
         for start in range(0, len(dataset), _CHUNK):
             chunk = range(start, min(start + _CHUNK, len(dataset)))
-            lengths += collator.lengths(dataset.__getitems__(chunk))
+            lengths[chunk.start : chunk.stop] = collator.lengths(dataset.__getitems__(chunk))
             progress.update(len(chunk))
-    return np.array(lengths, dtype=np.int32)
+    return lengths
 
 
 __all__ = ["TokenBudgetBatchSampler", "batch_ends", "batches_by_length", "padded_lengths", "token_lengths"]

@@ -4,7 +4,8 @@ An example is what the collator takes: a dictionary of `task`, `source`, `target
 target of denoising are the same text; its noise comes with the batch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 TRANSLATION = "translation"
@@ -13,6 +14,7 @@ TASKS = (TRANSLATION, DENOISING)
 _TEXT_COLUMNS = ("source", "target", "src_lang", "tgt_lang")
 
 Example = dict[str, Any]
+Side = tuple[str, str]  # a language and a text in it
 
 
 class Component(NamedTuple):
@@ -35,11 +37,6 @@ class Component(NamedTuple):
         return {**self._asdict(), "source": source, "target": target}
 
 
-def component_of(example: Mapping[str, Any]) -> Component:
-    """The component that an example belongs to."""
-    return Component(example["task"], example["src_lang"], example["tgt_lang"])
-
-
 def examples_of_row(row: Any, task: str, *, both_directions: bool, where: str) -> list[Example]:
     """The examples that a row of a dataset makes.
 
@@ -54,40 +51,63 @@ def examples_of_row(row: Any, task: str, *, both_directions: bool, where: str) -
     Raises:
         ValueError: a row of another form.
     """
-    if task == DENOISING:
-        if _has_strings(row, ("text", "lang")):
-            return [Component(task, row["lang"], row["lang"]).example(row["text"], row["text"])]
-        raise ValueError(f"{where} must have the strings text and lang, got {repr(row)[:300]}")
+    directions = directions_of(sides_of_row(row, task, where), task, both_directions=both_directions)
     return [
         Component(task, src_lang, tgt_lang).example(source, target)
-        for src_lang, source, tgt_lang, target in _translations(row, both_directions, where)
+        for (src_lang, source), (tgt_lang, target) in directions
     ]
 
 
-def _translations(row: Any, both_directions: bool, where: str) -> list[tuple[str, str, str, str]]:
+def directions_of(sides: Sequence[Side], task: str, *, both_directions: bool) -> list[tuple[Side, Side]]:
+    """Source and target of each example that the sides of a row make."""
+    if task == DENOISING:
+        return [(side, side) for side in sides]
+    forwards = list(combinations(sides, 2))
+    return forwards + [(target, source) for source, target in forwards] if both_directions else forwards
+
+
+def sides_of_row(row: Any, task: str, where: str) -> list[Side]:
+    """The language and the text of each side of a row; errors are those of `examples_of_row`."""
+    if task == DENOISING:
+        if _has_strings(row, ("text", "lang")):
+            return [(row["lang"], row["text"])]
+        raise ValueError(f"{where} must have the strings text and lang, got {repr(row)[:300]}")
     if _has_strings(row, _TEXT_COLUMNS):
-        pairs = [(row["src_lang"], row["source"], row["tgt_lang"], row["target"])]
-    elif (
-        isinstance(row, Mapping) and isinstance(texts := row.get("translation"), Mapping) and _has_strings(texts, texts)
-    ):
-        in_order = list(texts.items())
-        pairs = [(*first, *second) for place, first in enumerate(in_order) for second in in_order[place + 1 :]]
+        return [(row["src_lang"], row["source"]), (row["tgt_lang"], row["target"])]
+    if isinstance(row, Mapping) and isinstance(texts := row.get("translation"), Mapping) and _has_strings(texts, texts):
+        return list(texts.items())
+    raise ValueError(
+        f"{where} must have the strings {', '.join(_TEXT_COLUMNS)}, or 'translation' with a string for each "
+        f"language, got {repr(row)[:300]}"
+    )
+
+
+def sides_of_columns(columns: Mapping[str, list[Any]], task: str) -> list[list[Side]] | None:
+    """A column of each side of many rows of one schema, `None` if a row has to be read alone."""
+    by_language = columns.get("translation", [None])
+    if task == DENOISING:
+        sides = [(columns.get("lang", []), columns.get("text", []))]
+    elif {*_TEXT_COLUMNS} <= columns.keys():
+        sides = [(columns["src_lang"], columns["source"]), (columns["tgt_lang"], columns["target"])]
+    elif all(isinstance(texts, Mapping) for texts in by_language):
+        sides = [([lang] * len(by_language), [texts[lang] for texts in by_language]) for lang in by_language[0]]
     else:
-        raise ValueError(
-            f"{where} must have the strings {', '.join(_TEXT_COLUMNS)}, or 'translation' with a string for each "
-            f"language, got {repr(row)[:300]}"
-        )
-    backwards = [(tgt_lang, target, src_lang, source) for src_lang, source, tgt_lang, target in pairs]
-    return pairs + backwards if both_directions else pairs
+        return None
+    if any({*map(type, column)} != {str} for side in sides for column in side):
+        return None
+    return [list(zip(langs, texts, strict=True)) for langs, texts in sides]
 
 
 def _has_strings(row: Any, columns: Any) -> bool:
     return isinstance(row, Mapping) and all(isinstance(row.get(column), str) for column in columns)
 
 
-def is_empty(example: Example) -> bool:
+def is_empty(source: str, target: str) -> bool:
     """Whether there is no text on one side."""
-    return not (example["source"].strip() and example["target"].strip())
+    return not (source.strip() and target.strip())
 
 
-__all__ = ["DENOISING", "TASKS", "TRANSLATION", "Component", "Example", "component_of", "examples_of_row", "is_empty"]
+__all__ = [
+    *("DENOISING", "TASKS", "TRANSLATION", "Component", "Example", "Side"),
+    *("directions_of", "examples_of_row", "is_empty", "sides_of_columns", "sides_of_row"),
+]

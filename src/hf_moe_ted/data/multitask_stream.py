@@ -191,7 +191,8 @@ class MultitaskStream(IterableDataset):
             if number % self.num_shards == self.shard_index:
                 task = self.sources[source].task
                 of_row = examples_of_row(row, task, both_directions=self.both_directions, where=where)
-                examples += [{**example, "noise_seed": noise_seed} for example in of_row if not is_empty(example)]
+                with_text = [example for example in of_row if not is_empty(example["source"], example["target"])]
+                examples += [{**example, "noise_seed": noise_seed} for example in with_text]
         if not examples:
             raise ValueError(f"{self.buffer_rows} rows drawn one after another have no text on one side")
         encoded = self.collator.encode(examples)

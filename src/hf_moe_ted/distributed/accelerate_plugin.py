@@ -25,8 +25,10 @@ from ..optim.tiled_adamw import TiledAdamW
 from .activation_checkpoint import communication_aware_context_fn
 from .checkpoint import atomic_folder, save_pretrained, together, whole_state_dict
 from .gradient_norm import clip_grad_norm_
+from .layout import Layout, layout_of, sizes_of_axes
 from .layout_check import check_is_sharded
 from .parallelize import prepare_for_training
+from .private_accelerate import models_with_optimizers, num_registered_objects, without_models
 from .random_state import load_generators, load_random_state, saved_random_state
 from .refusals import check_accelerator
 from .shared_batches import SharedBatchesMixin
@@ -98,40 +100,28 @@ class TedPlugin(ParallelismConfig):
         pad_expert_input_to_capacity: bool = False,
         timeout_s: float = 1800.0,
     ):
-        if zero_stage not in (1, 2, 3):
-            raise ValueError(f"zero_stage ({zero_stage!r}) must be 1, 2 or 3")
-        if offload not in (None, "cpu"):
-            raise ValueError(f"offload ({offload!r}) must be None or 'cpu'")
-        if overlap_chunks < 1:
-            raise ValueError(f"overlap_chunks ({overlap_chunks}) must be at least 1")
-        if pad_expert_input_to_capacity and overlap_chunks > 1:
-            raise ValueError(f"overlap_chunks ({overlap_chunks}) must be 1 with pad_expert_input_to_capacity")
         world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-        tp, ep, etp, dp = layout_of(
+        tp, ep, etp, dp = sizes_of_axes(
             world_size, tensor_parallel_size, expert_parallel_size, expert_tensor_parallel_size, data_parallel_size
         )
-        if offload and dp == 1:
-            if world_size > 1:
-                raise ValueError(
-                    f"offload='cpu' moves the shards of data parallelism, and data_parallel_size is 1 (world "
-                    f"{world_size} / tensor_parallel_size {tp}); lower tensor_parallel_size"
-                )
+        if offload == "cpu" and world_size == 1:
             logger.warning("offload='cpu' has no effect on one process")
             offload = None
-        super().__init__(dp_shard_size=dp, tp_size=tp, dp_replicate_size=1, cp_size=1, sp_size=1)
-        self.communication_aware_checkpointing = communication_aware_checkpointing
-        self.tile_numel = tile_numel
-        self.distributed_config = TedConfig(
-            tp_size=tp,
-            fsdp_size=dp,
-            ep_size=ep * etp,
+        layout = Layout(
+            tensor_parallel_size=tp,
+            data_parallel_size=dp,
+            expert_parallel_size=ep,
             expert_tensor_parallel_size=etp,
             zero_stage=zero_stage,
-            fsdp_cpu_offload=offload == "cpu",
+            offload=offload,
             duplicate_token_dropping=duplicate_token_dropping,
             overlap_chunks=overlap_chunks,
             pad_expert_input_to_capacity=pad_expert_input_to_capacity,
         )
+        super().__init__(dp_shard_size=dp, tp_size=tp, dp_replicate_size=1, cp_size=1, sp_size=1)
+        self.communication_aware_checkpointing = communication_aware_checkpointing
+        self.tile_numel = tile_numel
+        self.distributed_config = TedConfig.of_layout(layout)
         if world_size > 1:
             start_distributed(timeout_s)
 
@@ -186,12 +176,12 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
     @contextlib.contextmanager
     def no_sync(self, model: Any) -> Iterator[None]:
         """Where `accumulate` goes on to the next micro-batch, only ZeRO-2 reduces gradients."""
-        config = getattr(getattr(model, "config", None), "distributed_config", None)
-        if not (isinstance(model, FSDPModule) and isinstance(config, TedConfig)):
+        layout = layout_of(model)
+        if layout is None or not isinstance(model, FSDPModule):
             with super().no_sync(model):
                 yield
             return
-        model.set_requires_gradient_sync(config.zero_stage == 2)
+        model.set_requires_gradient_sync(layout.zero_stage == 2)
         try:
             yield
         finally:
@@ -248,7 +238,7 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
             raise ValueError("output_dir is None: name a folder, or set automatic_checkpoint_naming")
         stale = _STATE_FILE if _has_other_files(Path(folder)) else None
         with atomic_folder(folder, kind=ACCELERATOR_STATE, stale=stale) as staged:
-            with self._without_models(), self._without_automatic_names():
+            with without_models(self), self._without_automatic_names():
                 super().save_state(str(staged), safe_serialization, **kwargs)
             self._save_training_state(staged)
         limit = self.project_configuration.total_limit
@@ -276,11 +266,11 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
         if (load_kwargs or {}).get("weights_only", True):
             self._check_objects(Path(input_dir))
         loaded = []
-        for index, (model, optimizer) in enumerate(self._sharded()):
+        for index, (model, optimizer) in enumerate(models_with_optimizers(self)):
             extra = load_training_state(os.path.join(input_dir, f"{TRAINING_STATE}_{index}"), model, optimizer)
             load_random_state(model, extra)
             loaded.append((model, extra))
-        with self._without_models():
+        with without_models(self):
             super().load_state(input_dir, load_kwargs, **kwargs)
         for model, extra in loaded[:1]:  # the parent took the generators of the process of the same number
             load_generators(model, extra)
@@ -304,7 +294,7 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
 
     def _check_objects(self, folder: Path) -> None:
         """The parent reads the states of registered objects with whatever code they ask for."""
-        for path in [folder / f"custom_checkpoint_{index}.pkl" for index in range(len(self._custom_objects))]:
+        for path in [folder / f"custom_checkpoint_{index}.pkl" for index in range(num_registered_objects(self))]:
             if not path.is_file():
                 continue  # which the parent tells
             try:
@@ -317,30 +307,10 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
                 ) from error
 
     def _save_training_state(self, folder: str | os.PathLike[str]) -> None:
-        for index, (model, optimizer) in enumerate(self._sharded()):
+        for index, (model, optimizer) in enumerate(models_with_optimizers(self)):
             save_training_state(
                 os.path.join(folder, f"{TRAINING_STATE}_{index}"), model, optimizer, extra=saved_random_state(model)
             )
-
-    _models: list[Any]
-    _optimizers: list[Any]
-
-    def _sharded(self) -> list[tuple[Any, Any]]:
-        if len(self._models) != len(self._optimizers):
-            raise ValueError(
-                f"{len(self._models)} models and {len(self._optimizers)} optimizers are prepared; save_state and "
-                "load_state need one optimizer per model, in the same order"
-            )
-        return list(zip(self._models, self._optimizers, strict=True))
-
-    @contextlib.contextmanager
-    def _without_models(self) -> Iterator[None]:
-        models, optimizers = self._models, self._optimizers
-        self._models, self._optimizers = [], []
-        try:
-            yield
-        finally:
-            self._models, self._optimizers = models, optimizers
 
     @contextlib.contextmanager
     def _without_automatic_names(self) -> Iterator[None]:
@@ -368,47 +338,6 @@ def _of_numpy() -> list[Any]:
     return [*kinds, np.float64(0).__reduce__()[0]]
 
 
-def layout_of(world_size: int, tp: int, ep: int, etp: int | None, dp: int | None) -> tuple[int, int, int, int]:
-    """Sizes of the tensor, expert, expert-tensor and data axes.
-
-    Raises:
-        ValueError: they do not fit each other or the world.
-    """
-    sizes = {"tensor_parallel_size": tp, "expert_parallel_size": ep}
-    inferred = {"expert_tensor_parallel_size": etp, "data_parallel_size": dp}
-    sizes |= {name: 1 if size is None else size for name, size in inferred.items()}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} ({size}) must be at least 1")
-    if world_size == 1:
-        if max(sizes.values()) > 1:
-            logger.warning(f"one process: {sizes} are all taken as 1; start several with torchrun")
-        return 1, 1, 1, 1
-    if world_size % tp:
-        raise ValueError(f"the world ({world_size} processes) must be divisible by tensor_parallel_size ({tp})")
-    if dp is None:
-        dp = world_size // tp
-    if tp * dp != world_size:
-        raise ValueError(
-            f"tensor_parallel_size ({tp}) x data_parallel_size ({dp}) = {tp * dp} must be the world ({world_size})"
-        )
-    etp = tp if etp is None else etp
-    if tp % etp:
-        raise ValueError(f"expert_tensor_parallel_size ({etp}) must divide tensor_parallel_size ({tp})")
-    if world_size % (ep * etp):
-        raise ValueError(
-            f"expert_parallel_size ({ep}) x expert_tensor_parallel_size ({etp}) = {ep * etp} must divide the world "
-            f"({world_size} processes)"
-        )
-    if (ep * etp) % tp:
-        raise ValueError(
-            f"expert_parallel_size ({ep}) x expert_tensor_parallel_size ({etp}) = {ep * etp} must be a multiple of "
-            f"tensor_parallel_size ({tp}): the ranks of a tensor-parallel group hold the same tokens, so they split "
-            "experts or hold different ones"
-        )
-    return tp, ep, etp, dp
-
-
 def start_distributed(timeout_s: float) -> None:
     """Start `torch.distributed` for the devices at hand, with gloo for tensors that are offloaded to the CPU."""
     if dist.is_initialized():
@@ -420,4 +349,4 @@ def start_distributed(timeout_s: float) -> None:
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
 
-__all__ = ["TRAINING_STATE", "TedAcceleratorMixin", "TedPlugin", "layout_of"]
+__all__ = ["TRAINING_STATE", "TedAcceleratorMixin", "TedPlugin"]

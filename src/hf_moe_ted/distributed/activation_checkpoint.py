@@ -2,17 +2,16 @@
 
 from typing import Any
 
-import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from .collectives import KeptResults
+from .private_torch import c10d
 
-_c10d = torch.ops._c10d_functional
 _COLLECTIVES = {
-    _c10d.all_gather_into_tensor.default,
-    _c10d.all_reduce.default,
-    _c10d.all_to_all_single.default,
-    _c10d.reduce_scatter_tensor.default,
+    c10d.all_gather_into_tensor.default,
+    c10d.all_reduce.default,
+    c10d.all_to_all_single.default,
+    c10d.reduce_scatter_tensor.default,
 }
 
 

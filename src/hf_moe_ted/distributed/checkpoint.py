@@ -4,9 +4,10 @@ All ranks call what is here. Rank 0 writes; it asks the ranks that hold parts of
 time.
 """
 
+import functools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ..files.output import files_into, new_folder
 from ..files.output_kinds import MODEL, OutputKind
 from ..tensors.lazy_tensors import LazyTensors
 from ..tensors.safetensors_io import check_tensors, read_weight_map, write_pretrained_tensors
+from .private_transformers import has_adapters, names_not_saved
 from .sharding import local_shape, local_tensor, regions, regions_at, sources
 from .weight_names import converted_tensors
 
@@ -65,10 +67,11 @@ def save_pretrained(
         OSError: the disk is full, or what else the system says to rank 0; a RuntimeError on the others.
     """
     with together():
-        for attribute, what in (("hf_quantizer", "is quantized"), ("_hf_peft_config_loaded", "has adapters")):
-            if getattr(model, attribute, None):
+        wrong = {"is quantized": getattr(model, "hf_quantizer", None), "has adapters": has_adapters(model)}
+        for what, is_wrong in wrong.items():
+            if is_wrong:
                 raise ValueError(f"the model {what}; it can only be saved by its own save_pretrained, unsharded")
-        ignored = set(model._keys_to_ignore_on_save or ())
+        ignored = names_not_saved(model)
         tensors = named_tensors(model) if state_dict is None else _tensors_of_model(state_dict, model)
         tensors = {name: tensor for name, tensor in tensors.items() if name not in ignored}
         _check_sources(tensors)
@@ -106,18 +109,20 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         names = [name for name in files.names if name in tensors or name not in tied]
         specs = dict(converted_tensors(model, tensors, names, files.spec))
         check_tensors(specs, tensors, str(folder))
-        own = [name for name in names if name in tensors]
         total = sum(region.local.nbytes for tensor in tensors.values() for region in regions(tensor))
         with tqdm(total=total, unit="B", unit_scale=True, desc="Reading weights", disable=rank() > 0) as progress:
-            for name in own:
-                for region in regions(tensors[name]):
-                    region.local.copy_(files.read(name, region.slices if region.sizes else None))
-                    progress.update(region.local.nbytes)
+            for name in [name for name in names if name in tensors]:
+                _fill(tensors[name], functools.partial(files.read, name), progress)
             others = [name for name in names if name not in tensors]
             for name, whole in converted_tensors(model, tensors, others, files.read):
-                for region in regions(tensors[name]):
-                    region.local.copy_(whole[region.slices])
-                    progress.update(region.local.nbytes)
+                _fill(tensors[name], whole.__getitem__, progress)
+
+
+def _fill(tensor: Tensor, read: Callable[[tuple[slice, ...]], Tensor], progress: Any) -> None:
+    """Each region of this rank with what `read` gives for its place in the whole tensor."""
+    for region in regions(tensor):
+        region.local.copy_(read(region.slices))
+        progress.update(region.local.nbytes)
 
 
 @contextmanager
@@ -348,7 +353,7 @@ class _WeightFiles:
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
         file = self._open(name)
-        return file.get_tensor(name) if index is None else file.get_slice(name)[index]
+        return file.get_slice(name)[index] if index else file.get_tensor(name)  # a scalar has no slices
 
     def _open(self, name: str) -> Any:
         path = self._file_of_name[name]

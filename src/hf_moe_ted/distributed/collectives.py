@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-_c10d = torch.ops._c10d_functional
-_wait = _c10d.wait_tensor
+from .private_torch import c10d
+
+_wait = c10d.wait_tensor
 _T = TypeVar("_T")
 
 
@@ -68,100 +69,66 @@ class KeptResults:
 
 def sum_over(x: Tensor, group: ProcessGroup) -> Tensor:
     """Sum of `x` over the group; not differentiable."""
-    return KeptResults.of(lambda: _wait(_c10d.all_reduce(x.contiguous(), "sum", group.group_name)))
+    return KeptResults.of(lambda: _wait(c10d.all_reduce(x.contiguous(), "sum", group.group_name)))
 
 
 def max_over(x: Tensor, group: ProcessGroup) -> Tensor:
     """Elementwise maximum of `x` over the group; not differentiable."""
-    return KeptResults.of(lambda: _wait(_c10d.all_reduce(x.contiguous(), "max", group.group_name)))
+    return KeptResults.of(lambda: _wait(c10d.all_reduce(x.contiguous(), "max", group.group_name)))
 
 
 def gather_even(x: Tensor, group: ProcessGroup) -> Tensor:
     """The `x` of all ranks, equal in shape, one behind the other; not differentiable."""
-    return KeptResults.of(lambda: _wait(_c10d.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)))
+    return KeptResults.of(lambda: _wait(c10d.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)))
 
 
 def exchange_even(x: Tensor, group: ProcessGroup) -> Tensor:
     """Row `i` of `x` to rank `i`, and its row for us in return; not differentiable."""
     ones = [1] * group.size()
-    return KeptResults.of(lambda: _wait(_c10d.all_to_all_single(x.contiguous(), ones, ones, group.group_name)))
+    return KeptResults.of(lambda: _wait(c10d.all_to_all_single(x.contiguous(), ones, ones, group.group_name)))
 
 
-class CopyToGroup(torch.autograd.Function):
+class _WithTranspose(torch.autograd.Function):
+    """A function of a tensor, whose backward is another one with the same arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, run: Any, transpose: Any, *args: Any) -> Tensor:
+        ctx.transpose, ctx.args = transpose, args
+        return run(x, *args)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.transpose(grad, *ctx.args), None, None, *[None] * len(ctx.args)
+
+
+def copy_to_group(x: Tensor, group: ProcessGroup) -> Tensor:
     """Identity, backward the sum over the group: the input of a column-parallel layer."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return sum_over(grad, ctx.group), None
+    return _WithTranspose.apply(x, _same, sum_over, group)
 
 
-class SumOverGroup(torch.autograd.Function):
+def sum_over_group(x: Tensor, group: ProcessGroup) -> Tensor:
     """Sum over the group, backward identity: the output of a row-parallel layer."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        return sum_over(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    return _WithTranspose.apply(x, sum_over, _same, group)
 
 
-class TakeShare(torch.autograd.Function):
+def take_share(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
     """This rank's share of rows that all ranks of the group hold; backward the shares of all."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        return x.split(sizes)[group.rank()].contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gather_rows(grad, ctx.sizes, ctx.group), None, None
+    return _WithTranspose.apply(x, _own_rows, _gather_rows, sizes, group)
 
 
-class JoinShares(torch.autograd.Function):
+def join_shares(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
     """The rows of all ranks of the group, for computation that all repeat; backward this rank's share."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        return _gather_rows(x, sizes, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.split(ctx.sizes)[ctx.group.rank()].contiguous(), None, None
+    return _WithTranspose.apply(x, _gather_rows, _own_rows, sizes, group)
 
 
-class GatherRows(torch.autograd.Function):
+def gather_rows(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
     """The rows of all ranks, for a layer that is split over the group; backward sums what each made of a row."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        return _gather_rows(x, sizes, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _scatter_sum(grad, ctx.sizes, ctx.group), None, None
+    return _WithTranspose.apply(x, _gather_rows, _scatter_sum, sizes, group)
 
 
-class ScatterSum(torch.autograd.Function):
+def scatter_sum(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
     """The sum over the group of each rank's part of the rows: the output of a split layer; backward gathers."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        return _scatter_sum(x, sizes, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gather_rows(grad, ctx.sizes, ctx.group), None, None
+    return _WithTranspose.apply(x, _scatter_sum, _gather_rows, sizes, group)
 
 
 class StartExchange(torch.autograd.Function):
@@ -177,7 +144,7 @@ class StartExchange(torch.autograd.Function):
         ctx: Any, x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: ProcessGroup
     ) -> tuple[Tensor, Tensor]:
         pending = KeptResults.of(
-            lambda: _c10d.all_to_all_single(x.contiguous(), receive_sizes, send_sizes, group.group_name)
+            lambda: c10d.all_to_all_single(x.contiguous(), receive_sizes, send_sizes, group.group_name)
         )
         ctx.mark_non_differentiable(pending)
         return x.view_as(x), pending
@@ -206,13 +173,21 @@ class FinishExchange(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         # not waited for: StartExchange does that
         sizes = ctx.send_sizes, ctx.receive_sizes
-        return _c10d.all_to_all_single(grad.contiguous(), *sizes, ctx.group.group_name), None, None, None, None
+        return c10d.all_to_all_single(grad.contiguous(), *sizes, ctx.group.group_name), None, None, None, None
 
 
 def even_shares(num_rows: int, num_ranks: int) -> list[int]:
     """Rows of each rank when `num_rows` are divided as evenly as can be, the first ranks taking one more."""
     share, rest = divmod(num_rows, num_ranks)
     return [share + (rank < rest) for rank in range(num_ranks)]
+
+
+def _same(x: Tensor, group: ProcessGroup) -> Tensor:
+    return x.view_as(x)
+
+
+def _own_rows(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
+    return x.split(sizes)[group.rank()].contiguous()
 
 
 def _gather_rows(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
@@ -230,23 +205,23 @@ def _scatter_sum(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor
         padding = (0, 0) * (x.ndim - 1)
         x = torch.cat([torch.nn.functional.pad(piece, (*padding, 0, longest - len(piece))) for piece in x.split(sizes)])
     rows = x.contiguous()
-    share = KeptResults.of(lambda: _wait(_c10d.reduce_scatter_tensor(rows, "sum", group.size(), group.group_name)))
+    share = KeptResults.of(lambda: _wait(c10d.reduce_scatter_tensor(rows, "sum", group.size(), group.group_name)))
     return share[: sizes[group.rank()]]
 
 
 __all__ = [
-    "CopyToGroup",
     "FinishExchange",
-    "GatherRows",
-    "JoinShares",
     "KeptResults",
-    "ScatterSum",
     "StartExchange",
-    "SumOverGroup",
-    "TakeShare",
+    "copy_to_group",
     "even_shares",
     "exchange_even",
     "gather_even",
+    "gather_rows",
+    "join_shares",
     "max_over",
+    "scatter_sum",
     "sum_over",
+    "sum_over_group",
+    "take_share",
 ]

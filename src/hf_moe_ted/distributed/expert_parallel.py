@@ -6,7 +6,7 @@ Shape letters: T tokens of this rank, K experts per token, R rows sent, V rows r
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,48 +14,46 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor.placement_types import Placement
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface, ExpertParallelLayer
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 
 from ..kernels.permutation import CombineRows, SpreadTokens, sort_slots
 from .collectives import (
-    CopyToGroup,
     FinishExchange,
-    GatherRows,
-    JoinShares,
     KeptResults,
-    ScatterSum,
     StartExchange,
-    SumOverGroup,
-    TakeShare,
+    copy_to_group,
     even_shares,
     exchange_even,
     gather_even,
+    gather_rows,
+    join_shares,
+    scatter_sum,
+    sum_over_group,
+    take_share,
 )
+from .layout import Layout, layout_of
 from .local_shard import LocalShard
 from .mesh import expert_mesh, fold_mesh
+from .private_torch import StridedShard, assert_async, parameter_table
 from .random_state import seed_generators
-
-if TYPE_CHECKING:
-    from .ted_config import TedConfig
 
 
 class TedExpertShard(ExpertParallelLayer):
     """Style of the parameters of stacked experts: whole experts over `ted_ep`, their inner width over `etp`."""
 
     def shard_param(self, module: Any, param: str, mesh: DeviceMesh) -> None:
-        full = module._parameters.get(param)
+        full = getattr(module, param, None)
         if full is None:
             return
-        config = ted_config_of(module)
-        axes = expert_mesh(mesh, config.expert_tensor_parallel_size)
+        axes = expert_mesh(mesh, layout_of_experts(module).expert_tensor_parallel_size)
         ep_size, etp_size = int(axes.size(0)), int(axes.size(1))
         if full.shape[0] % ep_size:
             raise ValueError(f"num_experts ({full.shape[0]}) must be divisible by expert_parallel_size ({ep_size})")
         inner = inner_placement(module, param, full.ndim)
-        parts = inner.split_factor if isinstance(inner, _StridedShard) else 1
-        if isinstance(inner, Shard | _StridedShard) and full.shape[inner.dim] % (parts * etp_size):
+        parts = inner.split_factor if isinstance(inner, StridedShard) else 1
+        if isinstance(inner, Shard | StridedShard) and full.shape[inner.dim] % (parts * etp_size):
             raise ValueError(
                 f"the inner width of the experts ({full.shape[inner.dim] // parts}, {param}) must be divisible by "
                 f"expert_tensor_parallel_size ({etp_size})"
@@ -64,18 +62,23 @@ class TedExpertShard(ExpertParallelLayer):
         module._is_expert_parallel = module.is_spread_over_ranks = True
         placements = [Shard(0), inner if etp_size > 1 else Replicate()]
         sharded = distribute_tensor(full, axes, placements, src_data_rank=None)
-        module._parameters[param] = nn.Parameter(sharded, requires_grad=full.requires_grad)
+        setattr(module, param, nn.Parameter(sharded, requires_grad=full.requires_grad))
 
 
-def ted_config_of(experts: nn.Module) -> "TedConfig":
+def layout_of_experts(experts: nn.Module) -> Layout:
     """The layout that the model of these experts is loaded with."""
-    config: Any = getattr(getattr(experts, "config", None), "distributed_config", None)
-    if not hasattr(config, "expert_tensor_parallel_size"):
+    layout = layout_of(experts)
+    if layout is None:
         raise ValueError(
             f"{type(experts).__name__} has no configuration with a TedConfig: load the model with "
             "from_pretrained(distributed_config=plugin.distributed_config)"
         )
-    return config
+    return layout
+
+
+def expert_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules whose experts are spread over ranks."""
+    return [module for module in model.modules() if getattr(module, "is_spread_over_ranks", False)]
 
 
 def inner_placement(experts: Any, param: str, ndim: int) -> Placement:
@@ -91,7 +94,7 @@ def inner_placement(experts: Any, param: str, ndim: int) -> Placement:
         return Shard(1 if experts.is_transposed else 2)
     dim = 2 if ndim == 3 and experts.is_transposed else 1
     if param.startswith("gate_up_proj") and experts.is_concatenated:
-        return _StridedShard(dim, split_factor=2)
+        return StridedShard(dim, split_factor=2)
     return Shard(dim)
 
 
@@ -133,21 +136,21 @@ class TedExpertParallel(EPImplementation):
     def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh):
         super().__init__(experts, ep_mesh, tp_mesh)
         self.num_local_experts: Any  # an int, which the parent reads off a module
-        config = ted_config_of(experts)
-        axes = expert_mesh(ep_mesh, config.expert_tensor_parallel_size)
+        layout = layout_of_experts(experts)
+        axes = expert_mesh(ep_mesh, layout.expert_tensor_parallel_size)
         self.experts: Any = experts
         self.ep_group, self.etp_group = axes["ted_ep"].get_group(), axes["etp"].get_group()
         self.num_experts = self.num_local_experts * self.ep_group.size()
-        self.overlap_chunks = config.overlap_chunks
-        self.pads_to_capacity = config.pad_expert_input_to_capacity and self.ep_group.size() > 1
+        self.overlap_chunks = layout.overlap_chunks
+        self.pads_to_capacity = layout.pad_expert_input_to_capacity and self.ep_group.size() > 1
         if self.pads_to_capacity and not hasattr(experts, "max_tokens_per_expert"):
             raise ValueError(
                 f"pad_expert_input_to_capacity (True) needs experts with a capacity, and {type(experts).__name__} has "
                 "none: leave pad_expert_input_to_capacity False"
             )
-        self.num_batches = config.dp_size
+        self.num_batches = layout.data_parallel_size
         is_exchanged = self.ep_group.size() > 1
-        self.drops_duplicates = config.duplicate_token_dropping and is_exchanged and self.etp_group.size() > 1
+        self.drops_duplicates = layout.duplicate_token_dropping and is_exchanged and self.etp_group.size() > 1
         # the ranks that hold the same tokens and divide them between each other
         if self.drops_duplicates or self.etp_group.size() == 1:
             self.share_group: ProcessGroup = tp_mesh.get_group()
@@ -168,7 +171,7 @@ class TedExpertParallel(EPImplementation):
         """
         if self.ep_group.size() == 1:
             return self._run_split_experts(hidden_states, top_k_index, top_k_weights)
-        capacity = self.experts.max_tokens_per_expert if self.pads_to_capacity else None
+        capacity = self.experts.max_tokens_per_expert(hidden_states.shape[0]) if self.pads_to_capacity else None
         if capacity is not None:
             return self._run_experts_to_capacity(hidden_states, top_k_index, top_k_weights, capacity)
         if self.share_group.size() == 1:
@@ -177,18 +180,18 @@ class TedExpertParallel(EPImplementation):
         rank = self.share_group.rank()
         with self._random_numbers_apart():
             output = self._run_experts(
-                TakeShare.apply(hidden_states, sizes, self.share_group),
+                take_share(hidden_states, sizes, self.share_group),
                 top_k_index.split(sizes)[rank],
-                TakeShare.apply(top_k_weights, sizes, self.share_group),
+                take_share(top_k_weights, sizes, self.share_group),
             )
-        return JoinShares.apply(output, sizes, self.share_group)
+        return join_shares(output, sizes, self.share_group)
 
     def _run_split_experts(self, hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """All experts are here, in slices: no token moves, the ranks of the group add up what each has computed."""
-        inputs = CopyToGroup.apply(hidden_TD, self.etp_group), CopyToGroup.apply(weights_TK, self.etp_group)
+        inputs = copy_to_group(hidden_TD, self.etp_group), copy_to_group(weights_TK, self.etp_group)
         with self._own_view_of_parameters():
             output_TD = self.experts_forward(inputs[0], expert_ids_TK, inputs[1])
-        return SumOverGroup.apply(output_TD, self.etp_group)
+        return sum_over_group(output_TD, self.etp_group)
 
     def _run_experts(self, hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Exchange chunk by chunk: all leave at once, and each comes back while the experts work on the next."""
@@ -221,7 +224,7 @@ class TedExpertParallel(EPImplementation):
         shares = [sum(d.send_sizes)] * num_shares
         rows_RD = SpreadTokens.apply(hidden_TD, d.slot_R, d.row_TK)
         if num_shares > 1:
-            rows_RD = TakeShare.apply(rows_RD, shares, self.share_group)
+            rows_RD = take_share(rows_RD, shares, self.share_group)
         with self._random_numbers_apart() if num_shares > 1 else contextlib.nullcontext():
             sent = StartExchange.apply(rows_RD, d.send_sizes, d.receive_sizes, self.ep_group)
             received = FinishExchange.apply(*sent, d.send_sizes, d.receive_sizes, self.ep_group)
@@ -229,7 +232,7 @@ class TedExpertParallel(EPImplementation):
             returning = StartExchange.apply(computed, d.receive_sizes, d.send_sizes, self.ep_group)
             rows_RD = FinishExchange.apply(*returning, d.receive_sizes, d.send_sizes, self.ep_group)
         if num_shares > 1:
-            rows_RD = JoinShares.apply(rows_RD, shares, self.share_group)
+            rows_RD = join_shares(rows_RD, shares, self.share_group)
         return CombineRows.apply(rows_RD, weights_TK.to(rows_RD.dtype), d.slot_R, d.row_TK)
 
     def _plan_to_capacity(self, expert_ids_TK: Tensor, capacity: int) -> Dispatch:
@@ -249,7 +252,7 @@ class TedExpertParallel(EPImplementation):
         own_counts_E = (counts_E - self.share_group.rank() + num_shares - 1) // num_shares
         capacity_P1 = counts_E.new_full((ep_size, 1), capacity)
         received_PE = exchange_even(torch.cat([own_counts_E.view(ep_size, num_local), capacity_P1], 1), self.ep_group)
-        torch._assert_async(  # torch has no public assertion that does not wait for the device
+        assert_async(
             (received_PE[:, -1] == capacity).all(),
             "pad_expert_input_to_capacity needs batches of the same shape on all data-parallel ranks",
         )
@@ -305,9 +308,9 @@ class TedExpertParallel(EPImplementation):
         """This rank's experts on the rows of its group, with the collectives of expert tensor parallelism around."""
         etp_group = self.etp_group
         if self.drops_duplicates:
-            rows_VD = GatherRows.apply(rows_VD, dispatch.received_sizes, etp_group)
+            rows_VD = gather_rows(rows_VD, dispatch.received_sizes, etp_group)
         elif etp_group.size() > 1:
-            rows_VD = CopyToGroup.apply(rows_VD, etp_group)
+            rows_VD = copy_to_group(rows_VD, etp_group)
 
         ids_V = dispatch.expert_ids_V
         with self._own_view_of_parameters():
@@ -318,8 +321,8 @@ class TedExpertParallel(EPImplementation):
                 output_VD = self.experts_forward(rows_VD, ids_V[:, None], rows_VD.new_ones(ids_V.shape[0], 1))
 
         if self.drops_duplicates:
-            return ScatterSum.apply(output_VD, dispatch.received_sizes, etp_group)
-        return SumOverGroup.apply(output_VD, etp_group) if etp_group.size() > 1 else output_VD
+            return scatter_sum(output_VD, dispatch.received_sizes, etp_group)
+        return sum_over_group(output_VD, etp_group) if etp_group.size() > 1 else output_VD
 
     @contextlib.contextmanager
     def _random_numbers_apart(self) -> Iterator[None]:
@@ -343,7 +346,7 @@ class TedExpertParallel(EPImplementation):
         The second bias is added by every rank of an expert, so each adds its part. Gradients are divided by the number
         of batches where FSDP does not do it.
         """
-        parameters: Any = self.experts._parameters
+        parameters = parameter_table(self.experts)
         originals = dict(parameters)
         etp_size = self.etp_group.size()
         gradient_factor = 1.0 if isinstance(self.experts, FSDPModule) else 1.0 / self.num_batches
@@ -366,4 +369,4 @@ EPImplementationInterface.register("ted", TedExpertParallel)
 _STYLES: Any = ALL_PARALLEL_STYLES
 _STYLES.register("ted_experts", TedExpertShard())
 
-__all__ = ["Dispatch", "TedExpertParallel", "TedExpertShard", "inner_placement", "ted_config_of"]
+__all__ = ["Dispatch", "TedExpertParallel", "TedExpertShard", "expert_modules", "inner_placement", "layout_of_experts"]

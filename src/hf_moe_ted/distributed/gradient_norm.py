@@ -7,6 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from .private_torch import foreach_mul_, foreach_norm
+
 
 @torch.no_grad()
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
@@ -30,7 +32,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float | None) -> Ten
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     squared = torch.zeros((), dtype=torch.float32, device=device)
     for share, tensors in by_share.items():
-        norms = torch._foreach_norm([tensor for tensor in tensors if tensor.numel()], 2, dtype=torch.float32)
+        norms = foreach_norm([tensor for tensor in tensors if tensor.numel()], 2, dtype=torch.float32)
         if norms:
             squared += torch.stack(norms).square().sum().to(device) * share
     if world:
@@ -39,7 +41,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float | None) -> Ten
     if max_norm is not None and max_norm != float("inf"):
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for tensors in by_share.values():
-            torch._foreach_mul_(tensors, factor.to(tensors[0].device))
+            foreach_mul_(tensors, factor.to(tensors[0].device))
     return norm
 
 

@@ -3,6 +3,9 @@
 from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig
+
+from .layout import Layout
 
 _SIZES = ("tp_size", "fsdp_size", "ep_size", "expert_tensor_parallel_size", "zero_stage")
 
@@ -39,4 +42,28 @@ def check_is_sharded(model: nn.Module, parallelism_config: Any) -> None:
             )
 
 
-__all__ = ["check_is_sharded"]
+def check_model(config: PretrainedConfig, layout: Layout) -> None:
+    """
+    Raises:
+        ValueError: the sizes of a ZCodeM3 cannot be divided as the layout asks, or it has no capacity to pad to.
+    """
+    if layout.pad_expert_input_to_capacity and config.capacity_factor is None:
+        raise ValueError(
+            "pad_expert_input_to_capacity (True) needs a capacity to pad to, and capacity_factor is None: set a "
+            "capacity_factor, or leave pad_expert_input_to_capacity False"
+        )
+    wanted = [("vocab_size", "tensor_parallel_size", config.vocab_size)]
+    for side in ("encoder", "decoder"):
+        heads, ffn_dim = f"{side}_attention_heads", f"{side}_ffn_dim"
+        wanted += [(name, "tensor_parallel_size", getattr(config, name)) for name in (heads, ffn_dim)]
+        for layer, num_experts in config.num_experts_per_layer(side).items():
+            wanted.append((ffn_dim, "expert_tensor_parallel_size", getattr(config, ffn_dim)))
+            wanted.append((f"num_experts of {side} layer {layer}", "expert_parallel_size", num_experts))
+    for name, axis, size in wanted:
+        divisor = getattr(layout, axis)
+        if size % divisor:
+            hint = "; model.resize_token_embeddings(n, pad_to_multiple_of=...) pads it" if name == "vocab_size" else ""
+            raise ValueError(f"{name} ({size}) must be divisible by {axis} ({divisor}){hint}")
+
+
+__all__ = ["check_is_sharded", "check_model"]

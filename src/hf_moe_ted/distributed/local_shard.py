@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .private_torch import local_of
+
 
 class LocalShard(torch.autograd.Function):
     """The local tensor of a parameter whose gradient has the parameter's layout: `to_local`, at a third of its time.
@@ -18,9 +20,8 @@ class LocalShard(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, param: Tensor, factor: float = 1.0, gradient_factor: float = 1.0) -> Tensor:
-        ctx.spec = param._spec if isinstance(param, DTensor) else None
+        local, ctx.spec = local_of(param)
         ctx.gradient_factor = gradient_factor
-        local = param._local_tensor if isinstance(param, DTensor) else param
         return local.view_as(local) if factor == 1.0 else local * factor
 
     @staticmethod

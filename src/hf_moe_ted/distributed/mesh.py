@@ -15,14 +15,9 @@ its `ep` is ours times `etp`. Expert tensor parallelism divides that axis once m
 `tp * dp = etp * ep * edp` (https://huggingface.co/papers/2303.06318, section 3.1).
 """
 
-from typing import Any
-
-import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
-_SPLIT: dict[tuple[int, str, int], tuple[DeviceMesh, DeviceMesh]] = {}
+from .private_torch import root_mesh, set_group_timeout, unflatten, world_timeout
 
 
 def expert_mesh(ep_mesh: DeviceMesh, expert_tensor_parallel_size: int) -> DeviceMesh:
@@ -37,19 +32,19 @@ def fold_mesh(tp_mesh: DeviceMesh, expert_tensor_parallel_size: int) -> DeviceMe
 
 def inherit_timeout(mesh: DeviceMesh) -> None:
     """Give the groups of a mesh the timeout of the world, in place of torch's 10 or 30 minutes."""
-    world: Any = dist.group.WORLD
-    timeout = world._get_backend(torch.device(mesh.device_type)).options._timeout
+    timeout = world_timeout(mesh.device_type)
     for group in mesh.get_all_groups():
-        _set_pg_timeout(timeout, group)
+        set_group_timeout(timeout, group)
 
 
 def _split(mesh: DeviceMesh, inner_size: int, names: tuple[str, str]) -> DeviceMesh:
-    root = mesh._get_root_mesh()
-    key = (id(root), names[0], inner_size)
-    if key not in _SPLIT:  # an axis can be split once, and every layer asks; the root is kept so that its id stays
-        _SPLIT[key] = root, mesh._unflatten(0, (mesh.size() // inner_size, inner_size), names)
-        inherit_timeout(_SPLIT[key][1])
-    return _SPLIT[key][1]
+    """An axis can be split once, and every layer asks; the root keeps the result, which ends with its groups."""
+    splits = root_mesh(mesh).__dict__.setdefault("ted_splits", {})
+    key = names[0], inner_size
+    if key not in splits:
+        splits[key] = unflatten(mesh, 0, (mesh.size() // inner_size, inner_size), names)
+        inherit_timeout(splits[key])
+    return splits[key]
 
 
 __all__ = ["expert_mesh", "fold_mesh", "inherit_timeout"]

@@ -18,10 +18,13 @@ from transformers import PreTrainedModel
 from transformers.distributed.expert_parallel import apply_expert_parallelism
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
+from ..models.moe_layer import ZCodeM3MoELayer
+from .expert_parallel import expert_modules
+from .layout import Layout, layout_of
 from .mesh import inherit_timeout
+from .private_transformers import expanded_plan, mark_fsdp_managed, mark_sharded, mesh_manager
 from .random_state import synchronize_random_state
 from .refusals import refuse_methods
-from .ted_config import TedConfig
 from .tensor_parallel import STYLES, join_logits_without_loss, vocab_parallel_cross_entropy
 
 # Layers whose parameters ZeRO-1 and 2 gather, and whose gradients they reduce, at once. They stay gathered anyway; each
@@ -29,43 +32,40 @@ from .tensor_parallel import STYLES, join_logits_without_loss, vocab_parallel_cr
 LAYERS_PER_UNIT = 6
 
 
-def parallelize(model: PreTrainedModel, config: TedConfig, meshes: Any) -> PreTrainedModel:
+def parallelize(model: PreTrainedModel, layout: Layout, meshes: Any, expert_plan: dict[str, str]) -> PreTrainedModel:
     """Shard a ZCodeM3 whose parameters are on the meta device; loading fills what is left of them.
 
     Args:
         model: ZCodeM3 model or head, changed in place.
-        config: the layout.
         meshes: transformers' `TransformersDeviceMesh` of the layout, `None` on one process.
+        expert_plan: styles of the experts by name.
     """
     if meshes is None:
         return model
     source: Any = model
-    sizes: Any = config  # which has no None among its sizes
-    source._mesh_manager = meshes
-    source._device_mesh = meshes.get_mesh(("pp", "fsdp", "tp"))
-    source._is_distributed_loading_by_transformers = True
-    source._tp_size, source._fsdp_size = config.tp_size, config.fsdp_size
-
-    if sizes.tp_size > 1:
-        plan = source._expand_parallel_plan(tensor_parallel_plan(model))
+    mark_sharded(model, meshes, layout)
+    if layout.tensor_parallel_size > 1:
+        plan = expanded_plan(model, tensor_parallel_plan(model))
         apply_tensor_parallelism(model, meshes.get_mesh("tp"), plan)
         if hasattr(source, "lm_head"):
             source.cross_entropy = vocab_parallel_cross_entropy
             join_logits_without_loss(model)
-    if sizes.ep_size > 1 and source.ep_plan:
-        ep_plan = dict(source.ep_plan)
-        config._validate_resolved_ep_plan(ep_plan)
+    if layout.experts_are_spread and expert_plan:
+        for layer in model.modules():
+            if isinstance(layer, ZCodeM3MoELayer):  # asked in each forward: the router's config may change
+                experts: Any = layer.experts
+                experts.max_tokens_per_expert = layer.router.max_tokens_per_expert
         apply_expert_parallelism(
             model,
             meshes.get_mesh("ep"),
             meshes.get_mesh("tp"),
-            source._expand_parallel_plan(ep_plan),
-            ep_implementation=config.ep_implementation,
+            expanded_plan(model, expert_plan),
+            ep_implementation=layout.ep_implementation,
         )
     # transformers ties after loading, too late for FSDP2, which would gather and reduce each of the tied weights
     model.tie_weights(recompute_mapping=False)
-    if config.dp_size > 1:
-        apply_zero(model, config, meshes)
+    if layout.data_parallel_size > 1:
+        apply_zero(model, layout, meshes)
     prepare_for_training(model)
     return model
 
@@ -77,8 +77,8 @@ def offload_parameters(model: nn.Module) -> None:
     devices = {name: buffer.device for name, buffer in model.named_buffers()}
     model.to("cpu")
     for name, device in devices.items():
-        module = model.get_submodule(name.rpartition(".")[0])
-        module._buffers[name.rpartition(".")[2]] = model.get_buffer(name).to(device)
+        module_name, _, buffer_name = name.rpartition(".")
+        setattr(model.get_submodule(module_name), buffer_name, model.get_buffer(name).to(device))
 
 
 def tensor_parallel_plan(model: Any) -> dict[str, str]:
@@ -104,29 +104,28 @@ def tensor_parallel_plan(model: Any) -> dict[str, str]:
     return plan
 
 
-def apply_zero(model: PreTrainedModel, config: TedConfig, meshes: Any) -> None:
+def apply_zero(model: PreTrainedModel, layout: Layout, meshes: Any) -> None:
     """ZeRO through FSDP2: experts over the ranks that hold the same ones, all else over data-parallel ranks.
 
     Experts that no other rank holds are left as they are: FSDP2 would keep a second copy of them.
     """
-    model_: Any = model
-    options: dict[str, Any] = {"reshard_after_forward": config.zero_stage == 3}
-    if config.fsdp_cpu_offload:
+    options: dict[str, Any] = {"reshard_after_forward": layout.zero_stage == 3}
+    if layout.offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
-    if config.fsdp_mixed_precision:
+    if layout.mixed_precision:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
     alone: set[nn.Parameter] = set()
     for experts in expert_modules(model):
-        if config.wraps_experts_in_fsdp:
-            _shard_experts(experts, config, meshes.get_mesh("efsdp"), options)
+        if layout.wraps_experts_in_fsdp:
+            _shard_experts(experts, layout, meshes.get_mesh("efsdp"), options)
         else:
             alone.update(experts.parameters())
     mesh = meshes.get_mesh("fsdp")
     units = [
         layers[start : start + size]
         for layers in _stacks_of_layers(model)
-        for size in [1 if config.zero_stage == 3 else LAYERS_PER_UNIT]
+        for size in [1 if layout.zero_stage == 3 else LAYERS_PER_UNIT]
         for start in range(0, len(layers), size)
     ]
     for unit in units:
@@ -135,15 +134,10 @@ def apply_zero(model: PreTrainedModel, config: TedConfig, meshes: Any) -> None:
     fully_shard(model, mesh=mesh, ignored_params=alone, **options)
     # generation calls the encoder without the model, whose hooks gather the embedding
     register_fsdp_forward_method(model, "generate")
-    model_._is_fsdp_managed_module = True  # generation then keeps going until all ranks are done
+    mark_fsdp_managed(model)
 
 
-def expert_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules whose experts are spread over ranks."""
-    return [module for module in model.modules() if getattr(module, "is_spread_over_ranks", False)]
-
-
-def _shard_experts(experts: nn.Module, config: TedConfig, mesh: DeviceMesh, options: dict[str, Any]) -> None:
+def _shard_experts(experts: nn.Module, layout: Layout, mesh: DeviceMesh, options: dict[str, Any]) -> None:
     """Shard experts by expert if each rank gets as many, else by rows of the weights."""
 
     def placement(param: nn.Parameter) -> Shard | None:
@@ -153,7 +147,7 @@ def _shard_experts(experts: nn.Module, config: TedConfig, mesh: DeviceMesh, opti
 
     module: Any = fully_shard(experts, mesh=mesh, shard_placement_fn=placement, **options)
     # the gradient covers the tokens of all data-parallel ranks, however many hold the expert
-    module.set_gradient_divide_factor(float(config.dp_size))
+    module.set_gradient_divide_factor(float(layout.data_parallel_size))
     if mesh.size() > 1:
         # another factor than the group's size is applied in the reduction, which gloo refuses and NCCL gets wrong in
         # bfloat16 (https://github.com/pytorch/pytorch/issues/190745)
@@ -184,12 +178,11 @@ def prepare_for_training(model: nn.Module) -> None:
 
     transformers shards models other than ZCodeM3 itself, without ZeRO's stages 1 and 2.
     """
-    model_: Any = model
-    config = model_.config.distributed_config
+    layout = layout_of(model)
     for module in model.modules():
-        if isinstance(module, FSDPModule) and isinstance(config, TedConfig) and config.zero_stage < 3:
+        if isinstance(module, FSDPModule) and layout is not None and layout.zero_stage < 3:
             module.set_reshard_after_forward(False, recurse=False)
-    meshes = model_._mesh_manager
+    meshes = mesh_manager(model)
     _name_as_whole(model)
     refuse_methods(model)
     for axes in (("fsdp", "tp"), ("efsdp", "ep")):
@@ -215,7 +208,6 @@ def _name_as_whole(model: nn.Module) -> None:
 
 __all__ = [
     "apply_zero",
-    "expert_modules",
     "offload_parameters",
     "parallelize",
     "prepare_for_training",

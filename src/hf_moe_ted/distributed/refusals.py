@@ -9,6 +9,7 @@ from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 
 from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
+from .private_transformers import has_adapters
 
 _AGAIN = "load it in one process, change it, save it, and load it with distributed_config"
 _DTYPE = "give dtype=torch.bfloat16 or torch.float32 to from_pretrained"
@@ -35,7 +36,7 @@ def refuse_methods(model: nn.Module) -> None:
     Raises:
         ValueError: the model has adapters already.
     """
-    if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
+    if getattr(model, "peft_config", None) or has_adapters(model):
         raise ValueError(f"{type(model).__name__} is sharded and has adapters; {_METHODS['add_adapter']}")
     for name, instead in _METHODS.items():
         if hasattr(model, name):

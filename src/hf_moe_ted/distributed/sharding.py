@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
+
+from .private_torch import StridedShard
 
 Interval = tuple[int, int]
 
@@ -120,7 +121,7 @@ def _shape(intervals_by_dim: Sequence[Sequence[Interval]]) -> torch.Size:
 
 
 def _is_sharded(placement: object) -> bool:
-    return isinstance(placement, (Shard, _StridedShard))
+    return isinstance(placement, (Shard, StridedShard))
 
 
 def _intervals_by_dim(tensor: DTensor, coordinate: Sequence[int]) -> list[list[Interval]]:
@@ -129,7 +130,7 @@ def _intervals_by_dim(tensor: DTensor, coordinate: Sequence[int]) -> list[list[I
     for mesh_dim, placement in enumerate(tensor.placements):
         if placement.is_partial():
             raise ValueError(f"placements {tensor.placements}: a partial sum has no regions, reduce the tensor first")
-        if isinstance(placement, (Shard, _StridedShard)) and tensor.device_mesh.size(mesh_dim) > 1:
+        if isinstance(placement, (Shard, StridedShard)) and tensor.device_mesh.size(mesh_dim) > 1:
             mesh_dims[placement.dim % tensor.ndim].append(mesh_dim)
     result = []
     for size, dims in zip(tensor.shape, mesh_dims, strict=True):
@@ -153,7 +154,7 @@ def _in_order_of_sharding(tensor: DTensor, mesh_dims: list[int]) -> list[tuple[i
     order: list[tuple[int, int]] = []
     for mesh_dim in reversed(mesh_dims):
         placement = tensor.placements[mesh_dim]
-        split_factor = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
+        split_factor = int(placement.split_factor) if isinstance(placement, StridedShard) else 1
         sizes = [tensor.device_mesh.size(other) for other, _ in order]
         num_shards_before = [math.prod(sizes[:count]) for count in range(len(sizes) + 1)]
         if split_factor in num_shards_before:

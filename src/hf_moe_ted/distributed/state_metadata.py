@@ -182,28 +182,36 @@ def _check(metadata: Metadata, folder: Path) -> None:
     """
     sizes: dict[str, int] = {}
     for index, info in _items(metadata.storage_data):
-        name = info.relative_path
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{folder / '.metadata'} names a file outside its folder: {name!r}")
-        path = folder / name
-        if name not in sizes:
-            if not path.is_file():
-                raise ValueError(f"{path} is missing, or is no file")
-            sizes[name] = path.stat().st_size
-        offset, length = _counts((info.offset, info.length))
-        if info.transform_descriptors or offset + length > sizes[name]:
-            raise ValueError(f"{path} is shorter than its list of tensors says, or is encoded; it is damaged")
+        _check_place(info, folder, sizes)
         spec = metadata.state_dict_metadata[index.fqn]
         if isinstance(spec, TensorStorageMetadata):
             num_bytes = math.prod(_counts(spec.size)) * spec.properties.dtype.itemsize
-            if length > num_bytes + _MAX_CHUNK_OVERHEAD:
-                raise ValueError(f"{path} has {length} bytes for {index.fqn}, which is smaller; it is damaged")
+            if info.length > num_bytes + _MAX_CHUNK_OVERHEAD:
+                path = folder / info.relative_path
+                raise ValueError(f"{path} has {info.length} bytes for {index.fqn}, which is smaller; it is damaged")
     for name, spec in _items(metadata.state_dict_metadata):
-        if isinstance(spec, TensorStorageMetadata):
-            for chunk in spec.chunks:
-                ends = [a + b for a, b in zip(_counts(chunk.offsets), _counts(chunk.sizes), strict=True)]
-                if len(ends) != len(spec.size) or any(a > b for a, b in zip(ends, spec.size, strict=True)):
-                    raise ValueError(f"a chunk of {name} is outside of the tensor; {folder / '.metadata'} is damaged")
+        if isinstance(spec, TensorStorageMetadata) and not all(_is_inside(chunk, spec) for chunk in spec.chunks):
+            raise ValueError(f"a chunk of {name} is outside of the tensor; {folder / '.metadata'} is damaged")
+
+
+def _check_place(info: Any, folder: Path, sizes: dict[str, int]) -> None:
+    """Whether a file has the part that an entry names; `sizes` of the files that were asked for already."""
+    name = info.relative_path
+    if not isinstance(name, str) or Path(name).name != name:
+        raise ValueError(f"{folder / '.metadata'} names a file outside its folder: {name!r}")
+    path = folder / name
+    if name not in sizes:
+        if not path.is_file():
+            raise ValueError(f"{path} is missing, or is no file")
+        sizes[name] = path.stat().st_size
+    offset, length = _counts((info.offset, info.length))
+    if info.transform_descriptors or offset + length > sizes[name]:
+        raise ValueError(f"{path} is shorter than its list of tensors says, or is encoded; it is damaged")
+
+
+def _is_inside(chunk: Any, spec: TensorStorageMetadata) -> bool:
+    ends = [a + b for a, b in zip(_counts(chunk.offsets), _counts(chunk.sizes), strict=True)]
+    return len(ends) == len(spec.size) and all(a <= b for a, b in zip(ends, spec.size, strict=True))
 
 
 def _items(mapping: Any) -> Iterator[tuple[Any, Any]]:

@@ -3,10 +3,23 @@
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from ..distributed import expert_parallel, tensor_parallel  # noqa: F401  # they register the styles that the plans name
+from .checkpoint import save_pretrained
+from .layout import Layout
+from .layout_check import check_model
+from .parallelize import offload_parameters, parallelize
+
+# of both classes, under the same names
+_SHARED_FIELDS = (
+    "expert_tensor_parallel_size",
+    "zero_stage",
+    "duplicate_token_dropping",
+    "overlap_chunks",
+    "pad_expert_input_to_capacity",
+    "ep_implementation",
+)
 
 
 @dataclass(repr=False)
@@ -33,29 +46,45 @@ class TedConfig(DistributedConfig):
     pad_expert_input_to_capacity: bool = False
     ep_implementation: str = "ted"
 
-    @property
-    def expert_parallel_size(self) -> int:
-        """Ranks that hold different experts."""
-        assert self.ep_size is not None  # set by the parent's __post_init__
-        return self.ep_size // self.expert_tensor_parallel_size
+    @classmethod
+    def of_layout(cls, layout: Layout) -> "TedConfig":
+        """The config of a [`Layout`]."""
+        return cls(
+            tp_size=layout.tensor_parallel_size,
+            fsdp_size=layout.data_parallel_size,
+            ep_size=layout.expert_parallel_size * layout.expert_tensor_parallel_size,
+            fsdp_cpu_offload=layout.offload is not None,
+            fsdp_mixed_precision=layout.mixed_precision,
+            **{name: getattr(layout, name) for name in _SHARED_FIELDS},
+        )
 
     @property
-    def wraps_experts_in_fsdp(self) -> bool:
-        """Whether FSDP manages ZCodeM3's experts: to share them, or for what only FSDP does."""
-        return self.efsdp_size > 1 or self.fsdp_cpu_offload or self.fsdp_mixed_precision
+    def layout(self) -> Layout:
+        """What this says, checked.
+
+        Raises:
+            ValueError: a layout that cannot be.
+        """
+        sizes: Any = self  # none of them is None behind the parent's __post_init__
+        return Layout(
+            tensor_parallel_size=sizes.tp_size,
+            data_parallel_size=sizes.dp_size,
+            expert_parallel_size=sizes.ep_size // self.expert_tensor_parallel_size,
+            offload="cpu" if self.fsdp_cpu_offload and self.dp_size > 1 else None,
+            mixed_precision=self.fsdp_mixed_precision,
+            **{name: getattr(self, name) for name in _SHARED_FIELDS},
+        )
 
     def distribute(self, model: PreTrainedModel, mesh_manager: Any) -> PreTrainedModel:
         """Shard a model that is not loaded yet; ZCodeM3 asks for it in place of transformers' own way."""
-        from .parallelize import parallelize
-
-        check_model(model.config, self)
-        return parallelize(model, self, mesh_manager)
+        check_model(model.config, self.layout)
+        expert_plan = dict(model.ep_plan or {})
+        self._validate_resolved_ep_plan(expert_plan)
+        return parallelize(model, self.layout, mesh_manager, expert_plan)
 
     def finish_loading(self, model: PreTrainedModel) -> None:
         """After the weights are there: with `offload="cpu"` they go to the CPU, where FSDP2 wants them."""
-        from .parallelize import offload_parameters
-
-        if self.fsdp_cpu_offload and self.dp_size > 1:
+        if self.layout.offload is not None:
             offload_parameters(model)
 
     def save_pretrained(
@@ -75,8 +104,6 @@ class TedConfig(DistributedConfig):
         Raises:
             ValueError: an argument of [`PreTrainedModel.save_pretrained`] that a sharded model does not have.
         """
-        from .checkpoint import save_pretrained
-
         usual = {"safe_serialization": True, "distributed_checkpoint": False, "variant": None, "token": None}
         without_effect = {"save_function", "save_original_format", "save_peft_format"}
         wrong = {k: v for k, v in kwargs.items() if k not in without_effect and not (k in usual and v == usual[k])}
@@ -93,33 +120,6 @@ class TedConfig(DistributedConfig):
         for name, style in ep_plan.items():
             if style == "grouped_gemm":
                 ep_plan[name] = "ted_experts"
-
-
-def check_model(config: PretrainedConfig, ted: TedConfig) -> None:
-    """
-    Raises:
-        ValueError: the sizes of a ZCodeM3 cannot be divided as the layout asks, or it has no capacity to pad to.
-    """
-    if ted.pad_expert_input_to_capacity and config.capacity_factor is None:
-        raise ValueError(
-            "pad_expert_input_to_capacity (True) needs a capacity to pad to, and capacity_factor is None: set a "
-            "capacity_factor, or leave pad_expert_input_to_capacity False"
-        )
-    tp, ep, etp = ted.tp_size, ted.expert_parallel_size, ted.expert_tensor_parallel_size
-    wanted = [("vocab_size", tp, "tensor_parallel_size", config.vocab_size)]
-    for side in ("encoder", "decoder"):
-        wanted.append(
-            (f"{side}_attention_heads", tp, "tensor_parallel_size", getattr(config, f"{side}_attention_heads"))
-        )
-        ffn_dim = getattr(config, f"{side}_ffn_dim")
-        wanted.append((f"{side}_ffn_dim", tp, "tensor_parallel_size", ffn_dim))
-        for layer, num_experts in config.num_experts_per_layer(side).items():
-            wanted.append((f"{side}_ffn_dim", etp, "expert_tensor_parallel_size", ffn_dim))
-            wanted.append((f"num_experts of {side} layer {layer}", ep, "expert_parallel_size", num_experts))
-    for name, divisor, axis, size in wanted:
-        if size % divisor:
-            hint = "; model.resize_token_embeddings(n, pad_to_multiple_of=...) pads it" if name == "vocab_size" else ""
-            raise ValueError(f"{name} ({size}) must be divisible by {axis} ({divisor}){hint}")
 
 
 __all__ = ["TedConfig"]

@@ -19,8 +19,8 @@ from torch.distributed.tensor.placement_types import Placement
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 from transformers.distributed.tensor_parallel import TensorParallelLayer
 
-from ..models.losses import row_chunks, summed_cross_entropy
-from .collectives import CopyToGroup, JoinShares, SumOverGroup, max_over, sum_over
+from ..models.losses import SummedCrossEntropy, row_chunks, summed_cross_entropy
+from .collectives import copy_to_group, join_shares, max_over, sum_over, sum_over_group
 from .local_shard import LocalShard
 
 
@@ -31,11 +31,11 @@ class _LocalStyle(TensorParallelLayer):
         raise NotImplementedError
 
     def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
-        full = module._parameters.get(param)
+        full = getattr(module, param, None)
         if full is None:
             return
         sharded = distribute_tensor(full, mesh, [self.placement(param)], src_data_rank=None)
-        module._parameters[param] = nn.Parameter(sharded, requires_grad=full.requires_grad)
+        setattr(module, param, nn.Parameter(sharded, requires_grad=full.requires_grad))
 
     def should_use_local_tensors(self, module: nn.Module) -> bool:
         return True
@@ -55,7 +55,7 @@ class TedColumn(_LocalStyle):
 
         def forward(x: Tensor) -> Tensor:
             if self.copies_input:
-                x = CopyToGroup.apply(x, group)
+                x = copy_to_group(x, group)
             return nn.functional.linear(x, _local(module.weight), _local(module.bias))
 
         module.forward = forward
@@ -72,7 +72,7 @@ class TedRow(_LocalStyle):
         group = mesh.get_group()
 
         def forward(x: Tensor) -> Tensor:
-            output = SumOverGroup.apply(nn.functional.linear(x, _local(module.weight)), group)
+            output = sum_over_group(nn.functional.linear(x, _local(module.weight)), group)
             return output if module.bias is None else output + _local(module.bias)
 
         module.forward = forward
@@ -83,7 +83,7 @@ class TedBlockInput(TensorParallelLayer):
     """Attention: what its projections read is copied to the group once for all of them."""
 
     def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: DeviceMesh) -> Any:
-        return (CopyToGroup.apply(args[0], mesh.get_group()), *args[1:]), kwargs
+        return (copy_to_group(args[0], mesh.get_group()), *args[1:]), kwargs
 
 
 class TedDecoderInput(TensorParallelLayer):
@@ -92,7 +92,7 @@ class TedDecoderInput(TensorParallelLayer):
     def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: DeviceMesh) -> Any:
         states = kwargs.get("encoder_hidden_states")
         if states is not None:
-            kwargs = {**kwargs, "encoder_hidden_states": CopyToGroup.apply(states, mesh.get_group())}
+            kwargs = {**kwargs, "encoder_hidden_states": copy_to_group(states, mesh.get_group())}
         return args, kwargs
 
 
@@ -123,7 +123,7 @@ class TedVocabEmbedding(_LocalStyle):
                 ids.masked_fill(is_elsewhere, 0), weight_WD, padding if 0 <= padding < num_words else None
             )
             own = own.masked_fill(is_elsewhere.unsqueeze(-1), 0.0)
-            return SumOverGroup.apply(own, group) * getattr(module, "embed_scale", 1.0)
+            return sum_over_group(own, group) * getattr(module, "embed_scale", 1.0)
 
         module.forward = forward
         return module
@@ -139,7 +139,7 @@ class TedVocabHead(_LocalStyle):
         return Shard(0)
 
     def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: DeviceMesh) -> Any:
-        return (CopyToGroup.apply(args[0], mesh.get_group()), *args[1:]), kwargs
+        return (copy_to_group(args[0], mesh.get_group()), *args[1:]), kwargs
 
     def transform_output_post_forward(self, module: nn.Module, output: Tensor, mesh: DeviceMesh) -> Tensor:
         shape = torch.Size((*output.shape[:-1], output.shape[-1] * mesh.size()))
@@ -177,15 +177,17 @@ def _whole_logits(output: Any) -> Any:
 def _join_words(logits_W: Tensor, group: ProcessGroup) -> Tensor:
     """The logits of all words on all ranks of the group, which compute the same from them."""
     words_first = logits_W.flatten(0, -2).t()
-    whole = JoinShares.apply(words_first, [logits_W.shape[-1]] * group.size(), group)
+    whole = join_shares(words_first, [logits_W.shape[-1]] * group.size(), group)
     return whole.t().reshape(*logits_W.shape[:-1], -1)
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
+class _SplitCrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropies of logits that are split by words, without bringing them together.
 
     As `models.losses.summed_cross_entropy`, float32 numbers exist for some rows at a time.
     """
+
+    backward = staticmethod(SummedCrossEntropy.backward)
 
     @staticmethod
     def forward(ctx: Any, logits_NW: Tensor, labels_N: Tensor, smoothing: float, group: ProcessGroup) -> Tensor:
@@ -207,22 +209,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
         log_partition_N = sum_exp_N.log() + largest_N
         vocab_size = num_words * group.size()
         loss_N = log_partition_N - (1.0 - smoothing) * target_N - smoothing * total_N / vocab_size
-        ctx.save_for_backward(logits_NW, log_partition_N, own_N, is_own_N, is_counted_N)
-        ctx.smoothing, ctx.vocab_size = smoothing, vocab_size
+        hit_N = ((smoothing - 1.0) * is_own_N).float()
+        ctx.save_for_backward(logits_NW, log_partition_N, own_N, hit_N, is_counted_N)
+        ctx.share = smoothing / vocab_size
         return loss_N.masked_fill(~is_counted_N, 0.0).sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        logits_NW, log_partition_N, own_N, is_own_N, is_counted_N = ctx.saved_tensors
-        scale_N = is_counted_N * grad
-        grad_NW = torch.empty_like(logits_NW)
-        for rows in row_chunks(logits_NW):
-            probs_CW = (logits_NW[rows].float() - log_partition_N[rows, None]).exp_()
-            probs_CW -= ctx.smoothing / ctx.vocab_size
-            hit_C1 = ((ctx.smoothing - 1.0) * is_own_N[rows, None]).to(probs_CW.dtype)
-            probs_CW.scatter_add_(1, own_N[rows, None], hit_C1)
-            grad_NW[rows] = probs_CW.mul_(scale_N[rows, None])
-        return grad_NW, None, None, None
 
 
 def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -240,7 +230,7 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing
         return summed_cross_entropy(logits, labels, label_smoothing)
     group = logits.device_mesh.get_group()
     local = logits.to_local().flatten(0, -2)
-    return _SummedCrossEntropy.apply(local, labels.flatten(), label_smoothing, group)
+    return _SplitCrossEntropy.apply(local, labels.flatten(), label_smoothing, group)
 
 
 def _local(param: Any) -> Any:

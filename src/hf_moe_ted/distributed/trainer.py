@@ -25,6 +25,7 @@ from .counts import CountsOnceMixin
 from .gradient_norm import clip_grad_norm_
 from .layout_check import check_is_sharded
 from .parallelize import prepare_for_training
+from .private_transformers import tensor_parallel_size
 from .random_state import load_generators, load_random_state, saved_random_state
 from .refusals import check_training_arguments
 from .samplers import for_data_parallel_ranks, set_epoch
@@ -118,21 +119,25 @@ class TedTrainerMixin(CountsOnceMixin):
             tidy_up_checkpoints(run_dir, name)
         try:
             with atomic_folder(final, kind=TRAINER_CHECKPOINT) as staged:
-                self._staging_dir, inner = str(staged), staged / name
+                self._staging_dir = str(staged)
                 super()._save_checkpoint(model, trial)
-                if self.state.best_model_checkpoint == str(inner):
-                    self.state.best_model_checkpoint = final
-                _barrier()
-                if self.args.should_save:
-                    self.state.save_to_json(str(inner / TRAINER_STATE_NAME))
-                    for path in inner.iterdir():
-                        path.rename(staged / path.name)
-                    inner.rmdir()
+                self._move_up(staged / name, final)
         finally:
             self._staging_dir = None
         if self.args.should_save:
             self._remove_old_checkpoints(run_dir)
         _barrier()
+
+    def _move_up(self, inner: Path, final: str) -> None:
+        """What the parent wrote under the checkpoint's name in the staged folder, into that folder itself."""
+        if self.state.best_model_checkpoint == str(inner):
+            self.state.best_model_checkpoint = final
+        _barrier()
+        if self.args.should_save:
+            self.state.save_to_json(str(inner / TRAINER_STATE_NAME))
+            for path in inner.iterdir():
+                path.rename(inner.parent / path.name)
+            inner.rmdir()
 
     def _remove_old_checkpoints(self, run_dir: str) -> None:
         """As `transformers.trainer_utils.rotate_checkpoints`, but that a kill leaves none of them in part."""
@@ -366,7 +371,7 @@ def _check_and_prepare(model: Any, args: Any) -> None:
 def _keep_collectives_of_transformers(model: Any, args: Any) -> None:
     """A model whose dense layers transformers splits runs collectives that are not ours."""
     kwargs = getattr(args, "activation_checkpointing_kwargs", None) or {}
-    is_ours = isinstance(model, ZCodeM3PreTrainedModel) or model._tp_size == 1
+    is_ours = isinstance(model, ZCodeM3PreTrainedModel) or tensor_parallel_size(model) == 1
     if not is_ours and isinstance(kwargs.get("context_fn"), CommunicationAwareContextFn):
         every = CommunicationAwareContextFn(every_collective=True)
         args.activation_checkpointing_kwargs = {**kwargs, "context_fn": every}

@@ -6,6 +6,7 @@ because how an optimizer groups parameters may depend on the layout.
 """
 
 import io
+import itertools
 import os
 import pickle
 import warnings
@@ -116,43 +117,22 @@ def load_training_state(
             name of the parameter. Nothing was changed.
         RuntimeError: a rank could not read.
     """
-    folder = Path(folder)
+    folder, optimizer = Path(folder), _unwrap(optimizer)
     with together():
-        optimizer = _unwrap(optimizer)
         rest, specs = _open(folder)
-        if rest["optimizer_class"] != type(optimizer).__name__:
-            raise ValueError(
-                f"{folder} has the state of {rest['optimizer_class']}, the optimizer is {type(optimizer).__name__}"
-            )
         model_tensors = named_tensors(model)
         names = group_names(model_tensors, optimizer)
-        options = {name: group["options"] for group in rest["groups"] for name in group["parameters"]}
-        _check_same_names(options, [name for group in names for name in group], f"the optimizer in {folder}")
-        for name, parameter in _parameters(names, optimizer):
-            if parameter.dtype != rest["dtypes"][name]:
-                raise ValueError(
-                    f"{name} was {rest['dtypes'][name]} when it was trained and is {parameter.dtype} now; load the "
-                    "model in that dtype"
-                )
-        per_group = [_common(options, group, "options of its param group") for group in names]
+        options = _options_to_set(rest, names, optimizer, folder)
         weights = _weights_to_load(specs, model_tensors, folder)
         states = _states_to_load(specs, names, optimizer)
-        scheduler_state = None
-        if scheduler is not None:
-            if rest["scheduler"] is None:
-                raise ValueError(f"{folder} has no state of a scheduler")
-            scheduler_state = scheduler_by_group(rest["scheduler"], names)
+        if scheduler is not None and rest["scheduler"] is None:
+            raise ValueError(f"{folder} has no state of a scheduler")
+        schedule = None if scheduler is None else scheduler_by_group(rest["scheduler"], names)
     tensors = {f"optimizer.{name}.{key}": value for name, state in states.items() for key, value in state.items()}
     _run_dcp(dcp.load, tensors | weights, storage_reader=SafeReader(folder), planner_class=_RegionLoadPlanner)
-    for group, group_options in zip(optimizer.param_groups, per_group, strict=True):
-        _set_options(group, group_options)
-    for name, parameter in _parameters(names, optimizer):
-        optimizer.state.pop(parameter, None)
-        if name in rest["scalars"] or name in states:
-            optimizer.state[parameter] = rest["scalars"].get(name, {}) | states.get(name, {})
-    _move_steps(optimizer)
+    _set(optimizer, names, options, states, rest["scalars"])
     if scheduler is not None:
-        scheduler.load_state_dict(scheduler_state)
+        scheduler.load_state_dict(schedule)
     extra: dict[str, Any] = rest["extra"]
     return extra
 
@@ -259,8 +239,10 @@ def _optimizer_state(
     scalars: dict[str, dict[str, Any]] = {}
     for name, parameter in _parameters(names, optimizer):
         for key, value in optimizer.state.get(parameter, {}).items():
-            if not isinstance(value, Tensor) or (value.ndim == 0 and not isinstance(value, DTensor)):
-                scalars.setdefault(name, {})[key] = value.cpu() if isinstance(value, Tensor) else value
+            if not isinstance(value, Tensor):
+                scalars.setdefault(name, {})[key] = value
+            elif value.ndim == 0 and not isinstance(value, DTensor):
+                scalars.setdefault(name, {})[key] = value.cpu()
             elif isinstance(parameter, DTensor) and not isinstance(value, DTensor):
                 raise ValueError(f"{key} of {name} is no DTensor, but the parameter is one: its layout is unknown")
             else:
@@ -376,12 +358,49 @@ def _common(values: Mapping[str, Any], group: list[str], what: str) -> Any:
     return values[group[0]] if group else None
 
 
-def _set_options(group: dict[str, Any], options: Mapping[str, Any] | None) -> None:
-    for key, value in (options or {}).items():
-        if isinstance(group.get(key), Tensor):  # a learning rate for CUDA graphs; new groups share one
-            group[key] = torch.full_like(group[key], value)
-        else:
-            group[key] = value.item() if isinstance(value, Tensor) else value
+def _options_to_set(
+    rest: Mapping[str, Any], names: list[list[str]], optimizer: Optimizer, folder: Path
+) -> list[dict[str, Any] | None]:
+    """The options of each param group.
+
+    Raises:
+        ValueError: the optimizer is of another class, or its parameters are others, of another dtype, or grouped so
+            that there is no such option.
+    """
+    if rest["optimizer_class"] != type(optimizer).__name__:
+        raise ValueError(
+            f"{folder} has the state of {rest['optimizer_class']}, the optimizer is {type(optimizer).__name__}"
+        )
+    options = {name: group["options"] for group in rest["groups"] for name in group["parameters"]}
+    _check_same_names(options, [*itertools.chain(*names)], f"the optimizer in {folder}")
+    for name, parameter in _parameters(names, optimizer):
+        if parameter.dtype != rest["dtypes"][name]:
+            raise ValueError(
+                f"{name} was {rest['dtypes'][name]} when it was trained and is {parameter.dtype} now; load the "
+                "model in that dtype"
+            )
+    return [_common(options, group, "options of its param group") for group in names]
+
+
+def _set(
+    optimizer: Optimizer,
+    names: list[list[str]],
+    options: list[dict[str, Any] | None],
+    tensors: Mapping[str, dict[str, Tensor]],
+    scalars: Mapping[str, dict[str, Any]],
+) -> None:
+    """Give an optimizer the options of its param groups and the states of its parameters."""
+    for group, of_group in zip(optimizer.param_groups, options, strict=True):
+        for key, value in (of_group or {}).items():
+            if isinstance(group.get(key), Tensor):  # a learning rate for CUDA graphs; new groups share one
+                group[key] = torch.full_like(group[key], value)
+            else:
+                group[key] = value.item() if isinstance(value, Tensor) else value
+    for name, parameter in _parameters(names, optimizer):
+        optimizer.state.pop(parameter, None)
+        if name in scalars or name in tensors:
+            optimizer.state[parameter] = scalars.get(name, {}) | tensors.get(name, {})
+    _move_steps(optimizer)
 
 
 def _move_steps(optimizer: Optimizer) -> None:

@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from .private_transformers import given_conversions
+
 
 def converted_tensors(
     model: nn.Module, own: Mapping[str, Tensor], names: Iterable[str], read: Callable[[str], Tensor]
@@ -54,8 +56,7 @@ def _mapping(model: nn.Module) -> list[Any]:
         return []
     known = get_model_conversion_mapping(model)
     of_class = {repr(entry) for entry in known}
-    given = getattr(model, "_weight_conversions", None) or []
-    return [*(entry for entry in given if repr(entry) not in of_class), *known]
+    return [*(entry for entry in given_conversions(model) if repr(entry) not in of_class), *known]
 
 
 __all__ = ["converted_tensors", "has_other_names"]

@@ -144,32 +144,38 @@ def load_whole_state(
         present_class = type(optimizer).__name__
         if optimizer_class not in (None, present_class):
             raise ValueError(f"{folder} has the state of {optimizer_class}, the optimizer is {present_class}")
-        sizes = [len(group["params"]) for group in saved["param_groups"]]
-        if sizes != [len(group) for group in whole_groups]:
+        sizes, present_sizes = [len(group["params"]) for group in saved["param_groups"]], [*map(len, whole_groups)]
+        if sizes != present_sizes:
             raise ValueError(
                 f"{folder / OPTIMIZER_NAME} has {sizes} parameters in its groups, and this model's groups have "
-                f"{[len(group) for group in whole_groups]}: resume it unsharded, on one process"
+                f"{present_sizes}: resume it unsharded, on one process"
             )
-        key_of: dict[str, Any] = {}
-        options: dict[str, dict[str, Any]] = {}
-        for group, whole_names in zip(saved["param_groups"], whole_groups, strict=True):
-            key_of.update(zip(whole_names, group["params"], strict=True))
-            options.update({name: {k: v for k, v in group.items() if k != "params"} for name in whole_names})
-        present = optimizer.state_dict()
         names = group_names(named_tensors(model), optimizer)
-        unknown = sorted({name for group in names for name in group} ^ {*key_of})
+        unknown = sorted({*itertools.chain(*names)} ^ {*itertools.chain(*whole_groups)})
         if unknown:
             raise ValueError(f"the optimizer in {folder} has other parameters than this one: {', '.join(unknown)}")
-        state: dict[Any, dict[str, Any]] = {}
-        for group, own_names, live in zip(present["param_groups"], names, optimizer.param_groups, strict=True):
-            group.update({k: v for k, v in options[own_names[0]].items() if k in group} if own_names else {})
-            for key, name, parameter in zip(group["params"], own_names, live["params"], strict=True):
-                whole = saved["state"].get(key_of[name], {})
-                state[key] = {
-                    entry: _own_part(value, parameter, f"{entry} of {name}") for entry, value in whole.items()
-                }
-        optimizer.load_state_dict({**present, "state": {key: entries for key, entries in state.items() if entries}})
+        optimizer.load_state_dict(_own_state_dict(saved, whole_groups, optimizer, names))
         scheduler.load_state_dict(scheduler_by_group(scheduler_by_name(schedule, whole_groups), names))
+
+
+def _own_state_dict(
+    saved: dict[str, Any], whole_groups: list[list[str]], optimizer: Optimizer, names: list[list[str]]
+) -> dict[str, Any]:
+    """The `state_dict` of a sharded model's optimizer, with the options and states of the whole model's."""
+    group_of: dict[str, dict[str, Any]] = {}
+    state_of: dict[str, dict[str, Any]] = {}
+    for group, whole_names in zip(saved["param_groups"], whole_groups, strict=True):
+        group_of |= dict.fromkeys(whole_names, group)
+        state_of |= {n: saved["state"].get(key, {}) for n, key in zip(whole_names, group["params"], strict=True)}
+    present = optimizer.state_dict()
+    state: dict[Any, dict[str, Any]] = {}
+    for group, own_names, live in zip(present["param_groups"], names, optimizer.param_groups, strict=True):
+        options = group_of[own_names[0]] if own_names else {}
+        group.update({key: value for key, value in options.items() if key in group and key != "params"})
+        for key, name, parameter in zip(group["params"], own_names, live["params"], strict=True):
+            whole = state_of[name].items()
+            state[key] = {entry: _own_part(value, parameter, f"{entry} of {name}") for entry, value in whole}
+    return {**present, "state": {key: entries for key, entries in state.items() if entries}}
 
 
 def groups_of_trainer(model: nn.Module, decay: list[str]) -> list[list[str]]:

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..models.language_codes import LanguagePair, encode_in, find_language, resolve_language
+from ..models.language_codes import LanguagePair, encode_in, find_language, language_ids, resolve_language
 
 MAX_WAITING_BUCKETS = 64
 MAX_WAITING_CHARACTERS = 2**26
@@ -46,15 +47,12 @@ def progress_over(dataset: Any, description: str) -> Any:
     return tqdm(total=total, desc=description, unit="sentence")
 
 
-def read_sentences(
-    dataset: Iterable[Mapping[str, Any]], languages: Sequence[str] | None, progress: Any
-) -> Iterator[tuple[LanguagePair, Sentence]]:
-    """The sentences between `languages`, all by default.
+def read_sentences(dataset: Iterable[Mapping[str, Any]], progress: Any) -> Iterator[tuple[LanguagePair, Sentence]]:
+    """The sentences of all rows.
 
     Args:
         dataset: rows as of `collect_expert_statistics`.
-        languages: codes.
-        progress: bar over the rows; its total becomes that of sentences, and sentences that are skipped are done.
+        progress: bar over the rows; its total becomes that of sentences.
 
     Raises:
         ValueError: a row of another form.
@@ -63,11 +61,7 @@ def read_sentences(
         in_row = sentences_of_row(row, f"row {index} of the dataset")
         if progress.total is not None:
             progress.total += len(in_row) - 1
-        for pair, sentence in in_row:
-            if languages is None or (pair[0] in languages and pair[1] in languages):
-                yield pair, sentence
-            else:
-                progress.update(1)
+        yield from in_row
 
 
 def sentences_of_row(row: Any, where: str) -> list[tuple[LanguagePair, Sentence]]:
@@ -109,16 +103,14 @@ def in_known_languages(
     Raises:
         ValueError: a sentence that is not to be skipped is in a language that the tokenizer does not have.
     """
-    meant: dict[str, str | None] = {}
+    wanted = None if languages is None else {*languages}
+    meaning = cache(lambda code: find_language(code, known))
     for codes, sentence in sentences:
-        for code in codes:
-            if code not in meant:
-                meant[code] = find_language(code, known)
-        if languages is not None and not all(meant[code] in languages for code in codes):
+        if wanted is None or {*map(meaning, codes)} <= wanted:
+            source, target = (meaning(code) or resolve_language(code, known) for code in codes)
+            yield (source, target), sentence
+        else:
             progress.update(1)
-            continue
-        source, target = (meant[code] or resolve_language(code, known) for code in codes)
-        yield (source, target), sentence
 
 
 def check_languages(counted: Iterable[LanguagePair], languages: Sequence[str] | None) -> None:
@@ -163,13 +155,20 @@ def buckets(
     yield from waiting.items()
 
 
-def require_languages(tokenizer: Any) -> None:
-    """
+def choose_languages(tokenizer: Any, languages: Sequence[str] | None) -> tuple[list[str], list[str] | None]:
+    """All languages of a tokenizer, and those of them that `languages` mean, `None` without any.
+
     Raises:
-        ValueError: the tokenizer has no languages.
+        ValueError: the tokenizer has no languages, or not one of `languages`; these are no list.
     """
+    if isinstance(languages, str):
+        raise ValueError(f"languages ({languages!r}) must be a list of codes, such as ['en', 'de']")
     if not (hasattr(tokenizer, "src_lang") and hasattr(tokenizer, "tgt_lang")):
         raise ValueError(f"{type(tokenizer).__name__} has no src_lang and tgt_lang; it must be one for translation")
+    known = list(language_ids(tokenizer))
+    if languages is None:
+        return known, None
+    return known, [resolve_language(code, known, name="languages") for code in languages]
 
 
 def encode(tokenizer: Any, pair: LanguagePair, sentences: Sequence[Sentence], max_length: int) -> list[EncodedSentence]:
@@ -212,11 +211,11 @@ __all__ = [
     "batches",
     "buckets",
     "check_languages",
+    "choose_languages",
     "encode",
     "first_tokens",
     "in_known_languages",
     "progress_over",
     "read_sentences",
-    "require_languages",
     "sentences_of_row",
 ]

@@ -142,13 +142,10 @@ class ParallelTextFile:
         import pyarrow
         from pyarrow import parquet
 
-        number = 0
         try:
             with parquet.ParquetFile(self.path) as file:
-                for batch in file.iter_batches(batch_size=1000):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield number, row
+                batches = file.iter_batches(batch_size=1000)
+                yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{self.argument} ({self.path}) cannot be read as parquet: {error}") from error
 

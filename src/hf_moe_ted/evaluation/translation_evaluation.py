@@ -3,19 +3,20 @@
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.language_codes import LanguagePair, find_language, language_ids, languages_kept, resolve_language
+from ..models.language_codes import LanguagePair, find_language, languages_kept
 from ..tensors.lazy_tensors import num_bytes
 from .evaluation_mode import evaluation_mode
 from .language_detection import detector_code
-from .parallel_text import Sentence, check_languages, progress_over, read_sentences, require_languages
+from .parallel_text import Sentence, check_languages, choose_languages, progress_over, read_sentences
 from .translation_quality import DirectionQuality, TranslationQuality
 from .translation_scores import score_translations
 
@@ -67,31 +68,22 @@ def evaluate_translation(
     for name, number in {**numbers, "max_sentences": max_sentences}.items():
         if number is not None and number < 1:
             raise ValueError(f"{name} ({number}) must be at least 1")
-    if isinstance(languages, str):
-        raise ValueError(f"languages ({languages!r}) must be a list of codes, such as ['en', 'de']")
     detector_code("en")  # what is missing should be known before hours of translating
-    require_languages(tokenizer)
+    known, languages = choose_languages(tokenizer, languages)
     translator = _Translator(model, tokenizer, batch_size, num_beams, max_new_tokens)
-    if languages is not None:
-        languages = [resolve_language(code, translator.languages, name="languages") for code in languages]
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
-    with (
-        evaluation_mode(model),
-        progress_over(dataset, description) as progress,
-    ):
-        sentences = _read(dataset, translator.languages, languages, max_sentences, progress)
+    with evaluation_mode(model), progress_over(dataset, description) as progress:
+        sentences = _read(dataset, known, languages, max_sentences, progress)
         check_languages(sentences, languages)
-        corpora = {pair: _Corpus() for pair in sentences}
-        for pair, of_pair in sentences.items():
-            for start in range(0, len(of_pair), batch_size * BATCHES_PER_BUCKET):
-                bucket = of_pair[start : start + batch_size * BATCHES_PER_BUCKET]
-                translations = translator.translate(pair, [sentence.source for sentence in bucket], progress)
-                corpora[pair].add(bucket, translations)
+        translations = {
+            pair: translator.translate(pair, [sentence.source for sentence in of_pair], progress)
+            for pair, of_pair in sentences.items()
+        }
     return TranslationQuality(
         model=model.name_or_path or type(model).__name__,
-        directions={pair: corpus.quality(pair, translator.languages) for pair, corpus in sorted(corpora.items())},
+        directions={pair: _quality(pair, sentences[pair], translations[pair], known) for pair in sorted(sentences)},
         **numbers,
         device=torch.cuda.get_device_name(model.device) if on_gpu else model.device.type,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -116,22 +108,24 @@ def _read(
         ValueError: a row is of another form, has an unknown language or no reference.
     """
     sentences: defaultdict[LanguagePair, list[Sentence]] = defaultdict(list)
-    meant: dict[str, str | None] = {}
-    unknown = set()
-    for codes, sentence in read_sentences(dataset, None, progress):
-        for code in codes:
-            if code not in meant:
-                meant[code] = find_language(code, known)
-        source, target = (meant[code] for code in codes)
-        is_wanted = languages is None or (source in languages and target in languages)
-        if is_wanted and (source is None or target is None):
-            unknown |= {code for code in codes if meant[code] is None}
-        elif not is_wanted or len(sentences[source, target]) == max_sentences:  # type: ignore[index]
+    wanted = None if languages is None else {*languages}
+    meaning = cache(lambda code: find_language(code, known))
+    unknown: set[str] = set()
+    for codes, sentence in read_sentences(dataset, progress):
+        source, target = map(meaning, codes)
+        if wanted is not None and not {source, target} <= wanted:
             progress.update(1)
-        elif not sentence.target.strip():
+            continue
+        if source is None or target is None:
+            unknown |= {code for code in codes if meaning(code) is None}
+            continue
+        of_pair = sentences[source, target]
+        if len(of_pair) == max_sentences:
+            progress.update(1)
+            continue
+        if not sentence.target.strip():
             raise ValueError(f"a sentence from {source} to {target} has an empty target: {sentence.source[:100]!r}")
-        else:
-            sentences[source, target].append(sentence)  # type: ignore[index]
+        of_pair.append(sentence)
     if unknown:
         raise ValueError(
             f"the tokenizer does not know the languages {', '.join(sorted(unknown))}; it knows {', '.join(known)}"
@@ -141,7 +135,7 @@ def _read(
 
 @dataclass
 class _Translations:
-    """Of a bucket of sentences, in their order; see [`DirectionQuality`]."""
+    """Of the sentences of one direction, in their order; see [`DirectionQuality`]."""
 
     texts: list[str]
     num_cut: int
@@ -149,7 +143,7 @@ class _Translations:
 
 
 class _Translator:
-    """Translates the sentences of a bucket in batches of similar length."""
+    """Translates the sentences of one direction in batches of similar length."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int, num_beams: int, max_new_tokens: int):
         if not hasattr(tokenizer, "_build_translation_inputs"):
@@ -166,28 +160,33 @@ class _Translator:
             "return_dict_in_generate": False,
         }
         self._is_warm = model.device.type != "cuda"
-        self.languages = list(language_ids(tokenizer))
 
     def translate(self, pair: LanguagePair, sources: Sequence[str], progress: Any) -> _Translations:
         """The translations in the order of the sources; that of a blank one is empty."""
-        not_blank = [index for index, source in enumerate(sources) if source.strip()]
-        progress.update(len(sources) - len(not_blank))
-        # the longest first, so that what does not fit in memory fails at once
-        order = sorted(not_blank, key=lambda index: len(sources[index]), reverse=True)
-        batches = [order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size)]
-        if batches and not self._is_warm:
-            self._translate_batch(pair, [sources[index] for index in batches[0]])
-            self._is_warm = True
         translations = _Translations([""] * len(sources), num_cut=0, seconds=0.0)
-        for batch in batches:
+        progress.update(sum(not source.strip() for source in sources))
+        for batch in self._batches(sources):
+            batch_sources = [sources[index] for index in batch]
+            if not self._is_warm:
+                self._translate_batch(pair, batch_sources)
+                self._is_warm = True
             start = time.perf_counter()
-            texts, num_cut = self._translate_batch(pair, [sources[index] for index in batch])
+            texts, num_cut = self._translate_batch(pair, batch_sources)
             translations.seconds += time.perf_counter() - start
             translations.num_cut += num_cut
             for index, text in zip(batch, texts, strict=True):
                 translations.texts[index] = text
             progress.update(len(batch))
         return translations
+
+    def _batches(self, sources: Sequence[str]) -> Iterator[list[int]]:
+        """Which sources, none of them blank: of a bucket the longest first, so that what does not fit fails at once."""
+        bucket_size = self._batch_size * BATCHES_PER_BUCKET
+        for start in range(0, len(sources), bucket_size):
+            bucket = range(len(sources))[start : start + bucket_size]
+            not_blank = [index for index in bucket if sources[index].strip()]
+            order = sorted(not_blank, key=lambda index: len(sources[index]), reverse=True)
+            yield from (order[first : first + self._batch_size] for first in range(0, len(order), self._batch_size))
 
     @torch.inference_mode()
     def _translate_batch(self, pair: LanguagePair, sources: list[str]) -> tuple[list[str], int]:
@@ -208,34 +207,21 @@ class _Translator:
         return self._tokenizer.batch_decode(output_BL, skip_special_tokens=True), int((~has_ended_B).sum())
 
 
-@dataclass
-class _Corpus:
-    """The test set of one direction and its translations."""
-
-    sources: list[str] = field(default_factory=list)
-    references: list[str] = field(default_factory=list)
-    translations: _Translations = field(default_factory=lambda: _Translations([], 0, 0.0))
-
-    def add(self, sentences: Sequence[Sentence], translations: _Translations) -> None:
-        self.sources += [sentence.source for sentence in sentences]
-        self.references += [sentence.target for sentence in sentences]
-        self.translations.texts += translations.texts
-        self.translations.num_cut += translations.num_cut
-        self.translations.seconds += translations.seconds
-
-    def quality(self, pair: LanguagePair, languages: Sequence[str]) -> DirectionQuality:
-        scores = score_translations(
-            self.sources, self.translations.texts, self.references, tgt_lang=pair[1], languages=languages
-        )
-        digest = hashlib.sha256()
-        for texts in sorted(zip(self.sources, self.references, strict=True)):  # in whatever order they came
-            digest.update("\0".join((*texts, "")).encode())
-        return DirectionQuality(
-            **vars(scores),
-            num_cut=self.translations.num_cut,
-            seconds=self.translations.seconds,
-            text_sha256=digest.hexdigest(),
-        )
+def _quality(
+    pair: LanguagePair, sentences: Sequence[Sentence], translations: _Translations, languages: Sequence[str]
+) -> DirectionQuality:
+    """That of one direction; `languages` are all that the model can answer in."""
+    sources, references = [sentence.source for sentence in sentences], [sentence.target for sentence in sentences]
+    scores = score_translations(sources, translations.texts, references, tgt_lang=pair[1], languages=languages)
+    digest = hashlib.sha256()
+    for texts in sorted(zip(sources, references, strict=True)):  # in whatever order they came
+        digest.update("\0".join((*texts, "")).encode())
+    return DirectionQuality(
+        **vars(scores),
+        num_cut=translations.num_cut,
+        seconds=translations.seconds,
+        text_sha256=digest.hexdigest(),
+    )
 
 
 __all__ = ["evaluate_translation"]

@@ -90,9 +90,12 @@ class TranslationQuality:
         common = set.intersection(*map(set, pairs))
         if len(common) == 1:
             (language,) = common
-            both = {f"{language} to X": [p for p in pairs if p[0] == language]}
-            both[f"X to {language}"] = [p for p in pairs if p[1] == language]
-            groups |= both if all(both.values()) else {}
+            sides = {
+                f"{language} to X": [pair for pair in pairs if pair[0] == language],
+                f"X to {language}": [pair for pair in pairs if pair[1] == language],
+            }
+            if all(sides.values()):
+                groups |= sides
         return groups
 
     def mean(self, pairs: list[LanguagePair]) -> MeanQuality:
@@ -121,17 +124,16 @@ class TranslationQuality:
         Raises:
             ValueError: the other quality is of other text, or translations were made in another way.
         """
-        names = ("num_beams", "max_new_tokens")
         problems = [
-            f"{name} is {getattr(self, name)} and {getattr(other, name)}"
-            for name in names
-            if getattr(self, name) != getattr(other, name)
+            f"{name} is {mine} and {others}"
+            for name in ("num_beams", "max_new_tokens")
+            if (mine := getattr(self, name)) != (others := getattr(other, name))
         ]
         for pair in sorted(self.directions.keys() | other.directions.keys()):
-            hashes = {q.directions[pair].text_sha256 if pair in q.directions else None for q in (self, other)}
-            if len(hashes) > 1:
-                reason = "is in one of them only" if None in hashes else "has other sentences"
-                problems.append(f"{'-'.join(pair)} {reason}")
+            if pair not in self.directions or pair not in other.directions:
+                problems.append(f"{'-'.join(pair)} is in one of them only")
+            elif self.directions[pair].text_sha256 != other.directions[pair].text_sha256:
+                problems.append(f"{'-'.join(pair)} has other sentences")
         if problems:
             listed = shorten("; ".join(problems), 600)
             raise ValueError(f"the translations of {self.model} and {other.model} cannot be compared: {listed}")

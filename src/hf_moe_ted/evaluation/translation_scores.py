@@ -1,13 +1,11 @@
-"""How good translations are: BLEU, chrF, length ratio and language, with the metrics of the package."""
+"""How good translations are: BLEU, chrF, length ratio and language, of a test set."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 from ..models.language_codes import parse_language, sacrebleu_tokenizer
+from .corpus_metrics import bleu, chrf, length_ratio, off_target
 from .language_detection import detector_code
-from .metrics import metric_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,24 +58,21 @@ def score_translations(
     languages = None if languages is None else list(languages)
     bleu_tokenizer = _bleu_tokenizer(tgt_lang, languages or ())
 
-    def compute(name: str, predictions: Sequence[str], **options: Any) -> Any:
-        return _metric(name).compute(predictions=predictions, references=references, **options)
-
-    off_target: dict[str, float] = {}
+    language_shares: dict[str, float] = {}
     if detector_code(tgt_lang) is not None:
         candidates = None
         if languages is not None:
             candidates = [language for language in {tgt_lang, *languages} if detector_code(language) is not None]
-        off_target = compute("off_target", translations, language=tgt_lang, candidates=candidates)
+        language_shares = off_target(translations, references, language=tgt_lang, candidates=candidates)
     return TranslationScores(
         num_sentences=len(translations),
-        bleu=compute("sacrebleu", translations, tokenize=bleu_tokenizer)["score"],
+        bleu=bleu(translations, references, tokenize=bleu_tokenizer)["score"],
         bleu_tokenizer=bleu_tokenizer,
-        chrf=compute("chrf", translations)["score"],
-        source_chrf=compute("chrf", sources)["score"],
-        length_ratio=compute("length_ratio", translations)["corpus_ratio"],
-        off_target=off_target.get("off_target_share"),
-        reference_off_target=off_target.get("reference_off_target_share"),
+        chrf=chrf(translations, references)["score"],
+        source_chrf=chrf(sources, references)["score"],
+        length_ratio=length_ratio(translations, references)["corpus_ratio"],
+        off_target=language_shares.get("off_target_share"),
+        reference_off_target=language_shares.get("reference_off_target_share"),
     )
 
 
@@ -89,13 +84,6 @@ def _bleu_tokenizer(tgt_lang: str, languages: Iterable[str]) -> str:
         except ValueError:
             return "13a"
     return sacrebleu_tokenizer(tgt_lang)
-
-
-@cache
-def _metric(name: str) -> Any:
-    import evaluate  # here, as compression without measuring needs neither it nor `datasets`
-
-    return evaluate.load(metric_path(name), keep_in_memory=True)
 
 
 __all__ = ["TranslationScores", "score_translations"]

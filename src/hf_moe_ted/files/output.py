@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .output_kinds import MODEL, TRAINER_CHECKPOINT, OutputKind
-from .writing import absolute, explained, flush, flush_all, is_ours, remove, tidy_up, workplace_of, writing
+from .places import absolute, is_ours, workplace_of
+from .system_errors import explained
+from .writing import flush, flush_all, tidy_up, writing
 
 CHECKPOINT_NAME = r"checkpoint-\d+"
 
@@ -43,9 +45,7 @@ def check_output_dir(
             something that is not of this kind; another process writes there.
         OSError: the system allows no writing there.
     """
-    target = absolute(output_dir)
-    with explained(target):
-        _check_names(target, output_dir)
+    target = _absolute_folder(output_dir)
     _check_no_leftover((*sources, *also_read), target)
     with writing(target, tidy=False, keep=True) as place:
         if overwrite or not _has_content(target):  # or that is told first
@@ -64,13 +64,10 @@ def new_folder(output_dir: Source, *, overwrite: bool = False, kind: OutputKind 
 
     Args, Raises: as `check_output_dir`, which tells before the work.
     """
-    target = absolute(output_dir)
-    with explained(target):
-        _check_names(target, output_dir)
+    target = _absolute_folder(output_dir)
     with writing(target) as place:
         _check_content(target, output_dir, overwrite, kind, place.has_leftovers)
-        temporary = place.temporary_name()
-        try:
+        with place.temporary_path() as temporary:
             temporary.mkdir()
             yield temporary
             flush_all(temporary)
@@ -80,8 +77,6 @@ def new_folder(output_dir: Source, *, overwrite: bool = False, kind: OutputKind 
                 _move_files(temporary, target, kind.last, old)
             else:
                 place.take_place(temporary)
-        finally:
-            remove(temporary)
 
 
 @contextmanager
@@ -100,16 +95,12 @@ def files_into(folder: Source, *, last: str | None = None, stale: re.Pattern[str
         OSError: the disk is full, or what else the system says.
     """
     target = Path(os.path.realpath(folder))
-    with writing(target, workplace=target) as place:
-        temporary = place.temporary_name()
-        try:
-            temporary.mkdir()
-            yield temporary
-            flush_all(temporary)
-            old = [path for path in target.iterdir() if stale is not None and stale.fullmatch(path.name)]
-            _move_files(temporary, target, last, old)
-        finally:
-            remove(temporary)
+    with writing(target, workplace=target) as place, place.temporary_path() as temporary:
+        temporary.mkdir()
+        yield temporary
+        flush_all(temporary)
+        old = [path for path in target.iterdir() if stale is not None and stale.fullmatch(path.name)]
+        _move_files(temporary, target, last, old)
 
 
 def tidy_up_checkpoints(run_dir: Source, name: str) -> None:
@@ -138,10 +129,8 @@ def remove_folder(folder: Source) -> None:
     removes it.
     """
     target = absolute(folder)
-    with writing(target, workplace=target.parent) as place:
-        aside = place.temporary_name()
+    with writing(target, workplace=target.parent) as place, place.temporary_path() as aside:
         os.rename(target, aside)
-        remove(aside)
 
 
 def check_output_file(path: Source, *, overwrite: bool = False, marker: bytes) -> None:
@@ -182,24 +171,21 @@ def write_file(path: Source, content: str | bytes) -> None:
     """
     target = absolute(path)
     encoded = content.encode("utf-8") if isinstance(content, str) else content
-    with writing(target, workplace=target.parent) as place:
-        temporary = place.temporary_name()
-        try:
-            with temporary.open("wb") as file:
-                file.write(encoded)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            remove(temporary)
+    with writing(target, workplace=target.parent) as place, place.temporary_path() as temporary:
+        temporary.write_bytes(encoded)
+        flush(temporary)
+        os.replace(temporary, target)
 
 
-def _check_names(target: Path, output_dir: Source) -> None:
-    """Raise if the target is no place for a folder, whatever is in it."""
-    if target.is_symlink():
-        raise ValueError(f"output_dir ({output_dir}) is a link; give the folder that it leads to, or another one")
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"output_dir ({output_dir}) is a file; choose a folder")
+def _absolute_folder(output_dir: Source) -> Path:
+    """Where a folder is to be. Raises a `ValueError` if it is no place for one, whatever is in it."""
+    target = absolute(output_dir)
+    with explained(target):
+        if target.is_symlink():
+            raise ValueError(f"output_dir ({output_dir}) is a link; give the folder that it leads to, or another one")
+        if target.exists() and not target.is_dir():
+            raise ValueError(f"output_dir ({output_dir}) is a file; choose a folder")
+    return target
 
 
 def _check_sources(target: Path, output_dir: Source, sources: Sequence[Any], also_read: Sequence[Any]) -> None:

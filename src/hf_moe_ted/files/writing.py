@@ -5,7 +5,6 @@ writes, and `.NAME.previous`, the folder that it replaces, between two renames. 
 ends, however it ends, so whoever gets the lock knows that nobody writes there any more.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -17,31 +16,20 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from .places import LEFTOVER, hidden_path, label_of, workplace_of
+from .system_errors import explained
 
 LOCK_WAIT_S = 1.0  # for one who only looks whether there is a writer
 FOREIGN_LEFTOVER_S = 3600.0
 """What another machine has left is removed when nothing in it has changed for so long: some file systems that machines
 share keep the locks of each machine to itself."""
-
-_MAX_LABEL_BYTES = 180  # of the 255 of a name in most file systems
-_LEFTOVER = re.compile(
-    r"\.(?P<label>.+)\.(?P<kind>lock|previous|incomplete)(?:-(?:(?P<host>[0-9a-f]{8})[0-9a-f]{8}|\w+))?"
-)
-_FIXES = {
-    errno.ENOSPC: "free some space on the disk, or choose another place",
-    errno.EDQUOT: "your quota is used up: free some space, or choose another place",
-    errno.EFBIG: "the system allows no larger file (ulimit -f): choose another place, or a smaller --max-shard-size",
-    errno.EACCES: "choose a folder that you may write to",
-    errno.EPERM: "choose a folder that you may write to",
-    errno.EROFS: "choose a folder that can be written to",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ENOTDIR: "a part of the path is no folder; choose another place",
-}
 
 logger = logging.getLogger(__name__)
 
@@ -69,38 +57,6 @@ def keeping_places() -> Iterator[None]:
             yield
         finally:
             _kept.reset(token)
-
-
-def absolute(path: str | os.PathLike[str]) -> Path:
-    """The path without links above its last part, and without `.` and `..`."""
-    path = Path(os.path.abspath(path))
-    return Path(os.path.realpath(path.parent)) / path.name
-
-
-def label_of(target: Path) -> str:
-    """What the hidden names beside `target` have of its name."""
-    if len(os.fsencode(target.name)) <= _MAX_LABEL_BYTES:
-        return target.name
-    return hashlib.sha256(os.fsencode(target.name)).hexdigest()[:32]
-
-
-def workplace_of(target: Path) -> Path:
-    """The folder for temporary names, from where a rename gets to `target`.
-
-    That is the folder above, or the target itself where only what is in it can change: a mount point, the working
-    directory of this process, or a folder of which the one above cannot be written to.
-    """
-    if not target.is_dir():
-        return target.parent
-    working_dir = Path.cwd()
-    is_fixed = _is_mount(target) or target in (working_dir, *working_dir.parents)
-    return target if is_fixed or not os.access(target.parent, os.W_OK | os.X_OK) else target.parent
-
-
-def is_ours(target: Path, name: str) -> bool:
-    """Whether an entry of a folder is what writers of `target` have there."""
-    match = _LEFTOVER.fullmatch(name)
-    return match is not None and match["label"] == label_of(target)
 
 
 @contextmanager
@@ -152,16 +108,21 @@ class Workplace:
 
     def __init__(self, target: Path, folder: Path, lock: int | None, *, tidy: bool):
         self.target, self.folder, self._lock = target, folder, lock
-        self.previous = folder / f".{label_of(target)}.previous"
+        self.previous = hidden_path(folder, target, "previous")
         self.has_leftovers = False
         if lock is not None:
             self._take_back(_read_record(lock))
             self._find_leftovers(tidy)
             self._write_record({})
 
-    def temporary_name(self) -> Path:
-        """A new one, which tells this machine from others."""
-        return self.folder / f".{label_of(self.target)}.incomplete-{_host()}{os.urandom(4).hex()}"
+    @contextmanager
+    def temporary_path(self) -> Iterator[Path]:
+        """A new path, which tells this machine from others; what is there at the end of the block is removed."""
+        path = hidden_path(self.folder, self.target, f"incomplete-{_host()}{os.urandom(4).hex()}")
+        try:
+            yield path
+        finally:
+            remove(path)
 
     def take_place(self, complete: Path) -> None:
         """Rename a folder to the target, and then remove what was there.
@@ -190,7 +151,7 @@ class Workplace:
 
     def _find_leftovers(self, tidy: bool) -> None:
         for path in self.folder.iterdir():
-            match = _LEFTOVER.fullmatch(path.name)
+            match = LEFTOVER.fullmatch(path.name)
             if match is None or match["kind"] != "incomplete" or match["label"] != label_of(self.target):
                 continue
             is_foreign = match["host"] is not None and match["host"] != _host()
@@ -230,26 +191,30 @@ def tidy_up(folder: Path, names: str) -> None:
 
     What a living process writes stays.
     """
-    labels = {match["label"] for name in os.listdir(folder) if (match := _LEFTOVER.fullmatch(name))}
-    for label in sorted(labels):
-        if re.fullmatch(names, label):
-            try:
-                with writing(folder / label, workplace=folder):
-                    pass
-            except (ValueError, OSError) as error:
-                logger.warning("%s", error)
+    labels = {match["label"] for name in os.listdir(folder) if (match := LEFTOVER.fullmatch(name))}
+    for label in sorted(label for label in labels if re.fullmatch(names, label)):
+        try:
+            with writing(folder / label, workplace=folder):
+                pass
+        except (ValueError, OSError) as error:
+            logger.warning("%s", error)
 
 
 def remove(path: Path) -> None:
     """Remove a file or a folder with all in it, to the end if Ctrl-C comes meanwhile."""
     if path.is_dir() and not path.is_symlink():
-        try:
-            shutil.rmtree(path, ignore_errors=True)
-        except BaseException:
-            shutil.rmtree(path, ignore_errors=True)
-            raise
+        _to_the_end(partial(shutil.rmtree, path, ignore_errors=True))
     else:
         path.unlink(missing_ok=True)
+
+
+def _to_the_end(action: Callable[[], object]) -> None:
+    """Do what may be done twice, again if a signal interrupts it."""
+    try:
+        action()
+    except BaseException:
+        action()
+        raise
 
 
 def flush(path: Path) -> None:
@@ -274,7 +239,7 @@ def flush_all(folder: Path) -> None:
 @contextmanager
 def _locked(target: Path, folder: Path, kept: _Kept | None) -> Iterator[int | None]:
     """The descriptor of the lock, which `kept` remembers, or which is held already."""
-    path = folder / f".{label_of(target)}.lock"
+    path, previous = hidden_path(folder, target, "lock"), hidden_path(folder, target, "previous")
     if (around := _kept.get()) is not None and path in around.locks:
         yield around.locks[path]
         return
@@ -286,10 +251,7 @@ def _locked(target: Path, folder: Path, kept: _Kept | None) -> Iterator[int | No
     finally:
         if lock is not None:
             try:
-                _remove_lock(path, folder / f".{label_of(target)}.previous")
-            except BaseException:  # a signal meanwhile
-                _remove_lock(path, folder / f".{label_of(target)}.previous")
-                raise
+                _to_the_end(partial(_remove_lock, path, previous))
             finally:
                 os.close(lock)
 
@@ -341,19 +303,12 @@ def _read_record(lock: int) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
 def _last_change(path: Path) -> float:
     return max(p.lstat().st_mtime for p in (path, *path.rglob("*")))
-
-
-def _is_mount(folder: Path) -> bool:
-    if os.path.ismount(folder):
-        return True
-    try:  # a folder that is mounted to another place of the same file system
-        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
-    except OSError:
-        return False
-    points = (re.sub(rb"\\(\d{3})", lambda m: bytes([int(m[1], 8)]), line.split(b" ")[4]) for line in lines)
-    return os.fsencode(folder) in points
 
 
 @contextmanager
@@ -380,51 +335,12 @@ def _stoppable(target: Path) -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-@contextmanager
-def explained(target: Path) -> Iterator[None]:
-    """An error of the system, whoever tells it, becomes an OSError that says where it was and what to do."""
-    try:
-        yield
-    except Exception as raised:
-        error = _error_of_system(raised)
-        if error is None or "cannot be written" in str(error.strerror):  # it is explained already
-            raise
-        number = error.errno
-        where = str(error.filename or target)
-        is_in_target = where.startswith(str(target)) or f"{os.sep}.{label_of(target)}." in where
-        if number not in _FIXES or not (is_in_target or Path(where) in target.parents):
-            raise
-        problem = f"{target} cannot be written: {os.strerror(number)}" + ("" if where == str(target) else f" ({where})")
-        raise OSError(number, f"{problem}; {_FIXES[number]}") from raised
-
-
-def _host() -> str:
-    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-
-
-def _error_of_system(raised: BaseException) -> OSError | None:
-    """The error of the system that an exception is about, `None` for none or one of those that say so already."""
-    if isinstance(raised, OSError):
-        return raised
-    error: BaseException | None = None if isinstance(raised, ValueError) else raised
-    while error is not None and not isinstance(error, OSError):
-        if match := re.search(r"\(os error (\d+)\)", str(error)):  # of libraries in Rust
-            return OSError(int(match[1]), os.strerror(int(match[1])))
-        error = error.__cause__ or error.__context__  # torch.save fails again when it closes a file that is cut
-    return error
-
-
 __all__ = [
     "Workplace",
-    "absolute",
-    "explained",
     "flush",
     "flush_all",
-    "is_ours",
     "keeping_places",
-    "label_of",
     "remove",
     "tidy_up",
-    "workplace_of",
     "writing",
 ]

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .private_torch import onednn_linear
+
 MIN_PRODUCTS_FOR_ONEDNN = 2**21  # below, its start costs more than MKL's slower products
 
 Network = Callable[[int, Tensor], Tensor]
@@ -89,7 +91,7 @@ def _linear(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         and len(inputs) * weight.numel() >= MIN_PRODUCTS_FOR_ONEDNN
     )
     if is_for_onednn:
-        return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+        return onednn_linear(inputs, weight, bias)
     return torch.nn.functional.linear(inputs, weight, bias)
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..kernels import triton_ffn
+from . import triton_ffn
 from .device_guard import on_device_of_first
-from .grouped_ffn import can_group, grouped_ffn_experts_forward, parameters_in_dtype_of_products
+from .grouped_ffn import grouped_ffn_experts_forward, parameters_in_dtype_of_products
 from .row_plan import RowPlan, plan_rows, plan_rows_op
 from .small_batch_ffn import MAX_SLOTS, MAX_SLOTS_COMPILED, small_batch_relu_experts, small_batch_relu_experts_op
 
@@ -86,14 +86,9 @@ def relu_experts(
         float[R, F], inputs and activations by row, and float[T, K, D], outputs of slots with an expert before their
         weights, empty unless weights need a gradient.
     """
-    top_k = weights.shape[1]
-    num_experts, inner_width, width = up.shape
-    parts = RowPlan.of(plan, weights.numel(), num_experts, block_m, row_multiple)
-    output = tokens.new_empty(*weights.shape, width)
-    rows = tokens.new_empty(parts.num_rows, width)
-    inner = tokens.new_empty(parts.num_rows, inner_width)
-    unweighted = torch.empty_like(output) if weights_need_grad else output.new_empty(0)
-    _gather(tokens, parts, top_k, rows=rows, slots_out=output)
+    parts = RowPlan.of(plan, weights.numel(), up.shape[0], block_m, row_multiple)
+    output, rows, inner, unweighted = _outputs(tokens, weights, up, row_multiple, weights_need_grad)
+    _gather(tokens, parts, weights.shape[1], rows=rows, slots_out=output)
     _row_product("up", rows, up, inner, parts, bias=up_bias)
     _row_product(
         "down",
@@ -106,6 +101,21 @@ def relu_experts(
         unweighted=unweighted if weights_need_grad else None,
     )
     return output, rows, inner, unweighted
+
+
+def _outputs(
+    tokens: Tensor, weights: Tensor, up: Tensor, row_multiple: int, weights_need_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory for what `relu_experts` returns."""
+    num_experts, inner_width, width = up.shape
+    num_rows = RowPlan.max_rows(weights.numel(), num_experts, row_multiple)
+    output = tokens.new_empty(*weights.shape, width)
+    return (
+        output,
+        tokens.new_empty(num_rows, width),
+        tokens.new_empty(num_rows, inner_width),
+        torch.empty_like(output) if weights_need_grad else output.new_empty(0),
+    )
 
 
 @on_device_of_first
@@ -142,12 +152,16 @@ def relu_experts_backward(
     _row_product("grad_inner", weighted, down, grad_inner, parts, inner=inner)
     _row_product("grad_input", grad_inner, up, grad_slots, parts)
     if not experts_need_grad:
-        empty = [up.new_empty(0) for _ in range(4)]
-        return grad_slots, grad_weights, empty[0], empty[1], empty[2], empty[3]
+        return grad_slots, grad_weights, *_no_gradients(up)
     grad_up, grad_up_bias = _weight_product(grad_inner, rows, parts), _sum_rows(grad_inner, parts)
     del grad_inner  # room for what follows
     grad_down, grad_down_bias = _weight_product(weighted, inner, parts), _sum_rows(weighted, parts)
     return grad_slots, grad_weights, grad_up, grad_up_bias, grad_down, grad_down_bias
+
+
+def _no_gradients(up: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of experts that need none; the results of an operator must not share memory."""
+    return up.new_empty(0), up.new_empty(0), up.new_empty(0), up.new_empty(0)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
@@ -199,47 +213,18 @@ relu_experts_op.register_autograd(
 
 
 @relu_experts_op.register_fake
-def _(
-    tokens: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    up_bias: Tensor,
-    down: Tensor,
-    down_bias: Tensor,
-    plan: Tensor,
-    block_m: int,
-    row_multiple: int,
-    weights_need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    num_rows, width = RowPlan.max_rows(weights.numel(), up.shape[0], row_multiple), tokens.shape[1]
-    output = tokens.new_empty(*weights.shape, width)
-    return (
-        output,
-        tokens.new_empty(num_rows, width),
-        tokens.new_empty(num_rows, up.shape[1]),
-        torch.empty_like(output) if weights_need_grad else output.new_empty(0),
-    )
+def _(tokens: Tensor, weights: Tensor, up: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, row_multiple, weights_need_grad = others
+    return _outputs(tokens, weights, up, row_multiple, weights_need_grad)
 
 
 @relu_experts_backward_op.register_fake
-def _(
-    grad_output: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    down: Tensor,
-    rows: Tensor,
-    inner: Tensor,
-    unweighted: Tensor,
-    plan: Tensor,
-    block_m: int,
-    row_multiple: int,
-    experts_need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(grad_output: Tensor, weights: Tensor, up: Tensor, down: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    _, _, unweighted, *_, experts_need_grad = others
     grad_slots = grad_output.new_empty(*weights.shape, up.shape[2])
     grad_weights = torch.empty_like(weights) if unweighted.numel() else weights.new_empty(0, dtype=torch.float32)
     if not experts_need_grad:
-        empty = [up.new_empty(0) for _ in range(4)]
-        return grad_slots, grad_weights, empty[0], empty[1], empty[2], empty[3]
+        return grad_slots, grad_weights, *_no_gradients(up)
     grad_up, grad_up_bias = torch.empty_like(up), up.new_empty(up.shape[:2])
     return grad_slots, grad_weights, grad_up, grad_up_bias, torch.empty_like(down), down.new_empty(down.shape[:2])
 
@@ -264,12 +249,7 @@ def _gather(
         weights,
         unweighted,
         dots,
-        plan.order,
-        plan.offsets,
-        plan.row_ends,
-        plan.tile_ends,
-        plan.tile_expert,
-        plan.tile_row,
+        *plan.of_rows_and_tiles,
         width,
         plan.num_slots,
         plan.num_experts,
@@ -307,12 +287,7 @@ def _row_product(
         bias,
         weights,
         None if inner is None else TensorDescriptor.from_tensor(inner, [plan.block_m, config.block_n // 2]),
-        plan.order,
-        plan.offsets,
-        plan.row_ends,
-        plan.tile_ends,
-        plan.tile_expert,
-        plan.tile_row,
+        *plan.of_rows_and_tiles,
         num_columns,
         a.shape[1],
         plan.num_experts,
@@ -364,36 +339,15 @@ def _num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def can_fuse(experts: Any, hidden_states: Tensor) -> bool:
-    """Whether the kernels can run these experts: ReLU without dropout, what `can_group` takes, a device with TMA."""
-    activation = experts.act_fn
-    has_dropout = activation.training and getattr(activation, "dropout", 0.0) > 0.0
-    is_relu = isinstance(getattr(activation, "activation", activation), torch.nn.ReLU)
-    return (
-        is_relu
-        and not has_dropout
-        and can_group(experts)
-        and hidden_states.shape[0] > 0
-        and _has_tma(hidden_states.device)
-    )
-
-
-def _has_tma(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (9, 0)
-    return triton.knobs.runtime.interpret
-
-
 def fused_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Experts function under the contract of transformers, for experts without a gate and with biases.
 
-    Runs `zcode_grouped` where the kernels cannot: another activation, dropout inside the experts, widths that are no
-    multiples of 8, float64, CPUs, and GPUs before Hopper. Few slots without gradients take the kernels of
-    small_batch_ffn.py.
+    Few slots without gradients take the kernels of small_batch_ffn.py.
 
     Args:
         experts: module with `up_proj` [E, F, D], `up_proj_bias` [E, F], `down_proj` [E, D, F], `down_proj_bias` [E, D],
-            `act_fn`, `num_experts`, in float32, bfloat16 or float16.
+            `num_experts`, in float32, bfloat16 or float16, on a GPU with TMA; D and F multiples of 8. Their activation
+            is ReLU, without dropout.
         hidden_TD: float[T, D].
         top_k_index: int64[T, K]; `num_experts` for a slot that no expert computes.
         top_k_weights: float[T, K].
@@ -401,7 +355,7 @@ def fused_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tens
     Returns:
         float[T, D].
     """
-    if not can_fuse(experts, hidden_TD):
+    if hidden_TD.shape[0] == 0:
         return grouped_ffn_experts_forward(experts, hidden_TD, top_k_index, top_k_weights)
     parameters = parameters_in_dtype_of_products(experts)
     inputs = [x.contiguous() for x in (hidden_TD.to(parameters[0].dtype), top_k_weights, *parameters)]
@@ -425,4 +379,4 @@ def fused_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tens
     return output_TD.to(hidden_TD.dtype)
 
 
-__all__ = ["can_fuse", "fused_ffn_experts_forward"]
+__all__ = ["fused_ffn_experts_forward"]

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from ..kernels import triton_router
+from . import triton_router
 from .device_guard import on_device_of_first
 
 _MAX_EXPERTS = 512
@@ -43,6 +43,12 @@ class RouterTiles:
     def part_e(self) -> int:
         """Rows of the router that go into one product of `grad_hidden_kernel`."""
         return self.block_e if self.block_e <= 2 * self.block_t else 64
+
+    @functools.cached_property
+    def launch(self) -> dict[str, int]:
+        """What all kernels are launched with."""
+        blocks = {"BLOCK_T": self.block_t, "BLOCK_D": self.block_d, "BLOCK_E": self.block_e}
+        return {**blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 @functools.lru_cache
@@ -100,9 +106,7 @@ def route(
     """
     num_tokens, width = hidden.shape
     num_experts = weight.shape[0]
-    logits = hidden.new_empty(num_tokens, num_experts, dtype=torch.float32)
-    probs = hidden.new_empty(num_tokens, top_k, dtype=torch.float32)
-    choices = hidden.new_empty(num_tokens, top_k, dtype=torch.int64)
+    logits, probs, choices = _outputs(hidden, num_experts, top_k)
     tiles = route_tiles(num_tokens, num_experts)
     # TF32 holds numbers of half precision as they are
     is_exact = seed is None and hidden.dtype != torch.float32 and weight.dtype != torch.float32
@@ -119,14 +123,20 @@ def route(
         num_experts,
         jitter,
         TOP_K=top_k,
-        BLOCK_T=tiles.block_t,
-        BLOCK_D=tiles.block_d,
-        BLOCK_E=tiles.block_e,
         PRECISION="tf32" if is_exact else "tf32x3",
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        **tiles.launch,
     )
     return logits, probs, choices
+
+
+def _outputs(hidden: Tensor, num_experts: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for what `route` returns."""
+    num_tokens = hidden.shape[0]
+    return (
+        hidden.new_empty(num_tokens, num_experts, dtype=torch.float32),
+        hidden.new_empty(num_tokens, top_k, dtype=torch.float32),
+        hidden.new_empty(num_tokens, top_k, dtype=torch.int64),
+    )
 
 
 @on_device_of_first
@@ -169,13 +179,9 @@ def route_backward(
         num_experts,
         jitter,
         TOP_K=choices.shape[1],
-        BLOCK_T=tiles.block_t,
-        BLOCK_D=tiles.block_d,
-        BLOCK_E=tiles.block_e,
         PART_E=tiles.part_e,
         PRECISION=_gradient_precision(hidden_dtype),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        **tiles.launch,
     )
     if not (weight_needs_grad or bias_needs_grad):
         return grad_hidden, weight.new_empty(0), weight.new_empty(0)
@@ -215,12 +221,8 @@ def _grad_weight_and_bias(
         width,
         num_experts,
         jitter,
-        BLOCK_T=tiles.block_t,
-        BLOCK_D=tiles.block_d,
-        BLOCK_E=tiles.block_e,
         PRECISION=precision,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        **tiles.launch,
     )
     return _sum_splits(grad_weight, weight.dtype), _sum_splits(grad_bias, weight.dtype)
 
@@ -284,32 +286,14 @@ route_op.register_autograd(
 
 
 @route_op.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, jitter: float, top_k: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    num_tokens = hidden.shape[0]
-    return (
-        hidden.new_empty(num_tokens, weight.shape[0], dtype=torch.float32),
-        hidden.new_empty(num_tokens, top_k, dtype=torch.float32),
-        hidden.new_empty(num_tokens, top_k, dtype=torch.int64),
-    )
+def _(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, top_k = others
+    return _outputs(hidden, weight.shape[0], top_k)
 
 
 @route_backward_op.register_fake
-def _(
-    logits: Tensor,
-    choices: Tensor,
-    grad_logits: Tensor | None,
-    grad_probs: Tensor | None,
-    hidden: Tensor | None,
-    weight: Tensor,
-    seed: Tensor | None,
-    jitter: float,
-    hidden_dtype: torch.dtype,
-    hidden_needs_grad: bool,
-    weight_needs_grad: bool,
-    bias_needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, weight, _, _, hidden_dtype, hidden_needs_grad, weight_needs_grad, bias_needs_grad = others
     hidden_shape = (logits.shape[0], weight.shape[1])
     return (
         logits.new_empty(hidden_shape if hidden_needs_grad else 0, dtype=hidden_dtype),

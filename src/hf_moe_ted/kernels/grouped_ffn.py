@@ -7,17 +7,12 @@ are moved by permutations whose transposes are gathers.
 Shape letters: T tokens, K experts per token, R = T * K rows, E experts, D model width, F inner width.
 """
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cpu_ffn import cpu_ffn_experts_forward
 from .permutation import CombineRows, SpreadTokens, sort_slots
-
-WIDTH_STEP = 8
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _AddGroupBias(torch.autograd.Function):
@@ -44,6 +39,12 @@ class _AddGroupBias(torch.autograd.Function):
         return grad_RF, grad_EF, None, None
 
 
+def _add_group_bias(rows_RF: Tensor, bias_EF: Tensor, group_R: Tensor, ends_E: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and (rows_RF.requires_grad or bias_EF.requires_grad):
+        return _AddGroupBias.apply(rows_RF, bias_EF, group_R, ends_E)
+    return rows_RF.add_(bias_EF.index_select(0, group_R))  # torch.compile takes such a Function with gradients only
+
+
 def _grouped_mm(rows: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
     """`grouped_mm`; compiled, and not in bfloat16, transformers' loop over experts: torch 2.11 compiles no other.
 
@@ -57,11 +58,9 @@ def _grouped_mm(rows: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
 def grouped_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Experts function under the contract of transformers, for experts without a gate and with biases.
 
-    Runs `zcode_cpu`, which takes everything but waits for the device, where the products cannot: see `can_group`.
-
     Args:
         experts: module with `up_proj` [E, F, D], `up_proj_bias` [E, F], `down_proj` [E, D, F], `down_proj_bias` [E, D],
-            `act_fn`, `num_experts`.
+            `act_fn`, `num_experts`, in float32, bfloat16 or float16; D and F multiples of 8.
         hidden_TD: float[T, D].
         top_k_index: int64[T, K]; `num_experts` for a slot that no expert computes.
         top_k_weights: float[T, K].
@@ -69,8 +68,6 @@ def grouped_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Te
     Returns:
         float[T, D].
     """
-    if not can_group(experts):
-        return cpu_ffn_experts_forward(experts, hidden_TD, top_k_index, top_k_weights)
     num_experts = experts.num_experts
     slot_R, row_TK, counts_E = sort_slots(top_k_index, num_experts)
     ends_E = counts_E.cumsum(0).int()
@@ -79,29 +76,10 @@ def grouped_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Te
     up, up_bias, down, down_bias = parameters_in_dtype_of_products(experts)
     rows_RD = SpreadTokens.apply(hidden_TD, slot_R, row_TK).to(up.dtype)
     inner_RF = _grouped_mm(rows_RD, up.transpose(1, 2), ends_E)
-    inner_RF = experts.act_fn(_AddGroupBias.apply(inner_RF, up_bias, group_R, ends_E))
+    inner_RF = experts.act_fn(_add_group_bias(inner_RF, up_bias, group_R, ends_E))
     output_RD = _grouped_mm(inner_RF, down.transpose(1, 2), ends_E)
-    output_RD = _AddGroupBias.apply(output_RD, down_bias, group_R, ends_E)
+    output_RD = _add_group_bias(output_RD, down_bias, group_R, ends_E)
     return CombineRows.apply(output_RD, top_k_weights.to(output_RD.dtype), slot_R, row_TK).to(hidden_TD.dtype)
-
-
-def can_group(experts: Any) -> bool:
-    """Whether grouped products can run these experts.
-
-    Rows must be multiples of 16 bytes: widths in steps of 8, whatever dtype autocast may choose. On CUDA devices
-    PyTorch has the products since compute capability 8.0, and of no dtype above float32.
-    """
-    up_proj = experts.up_proj
-    return (
-        all(width % WIDTH_STEP == 0 for width in up_proj.shape[1:])
-        and up_proj.dtype in _DTYPES
-        and (not up_proj.is_cuda or _has_grouped_mm(up_proj.device))
-    )
-
-
-@functools.cache
-def _has_grouped_mm(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def parameters_in_dtype_of_products(experts: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -115,4 +93,4 @@ def parameters_in_dtype_of_products(experts: Any) -> tuple[Tensor, Tensor, Tenso
     return up, up_bias, down, down_bias
 
 
-__all__ = ["WIDTH_STEP", "can_group", "grouped_ffn_experts_forward", "parameters_in_dtype_of_products"]
+__all__ = ["grouped_ffn_experts_forward", "parameters_in_dtype_of_products"]

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .private_torch import count_of_writes, onednn_int8_product, onednn_pack
+
 _LARGEST = 127
 _SHIFT = 128  # oneDNN is fast with unsigned activations only; it takes the shift out of the sums again
 
@@ -50,19 +52,15 @@ class PackedInt8Weights:
         return sums_RO.mul_(step_R1).add_(bias_O)
 
     def _pack(self, key: Any, weight_OI: Tensor) -> Tensor:
-        # tensors made under `torch.inference_mode` count no versions
-        version = (weight_OI.data_ptr(), 0 if weight_OI.is_inference() else weight_OI._version)
+        version = (weight_OI.data_ptr(), count_of_writes(weight_OI))
         if key not in self._packed or self._packed[key][0] != version:
-            self._packed[key] = (version, torch.ops.onednn.qlinear_prepack(weight_OI, None))
+            self._packed[key] = (version, onednn_pack(weight_OI))
         return self._packed[key][1]
 
 
 def _product(integers_RI: Tensor, packed_weight: Tensor, scale_O: Tensor) -> Tensor:
     """float32[R, O], sums of products of `integers - 128` and weights, times the scale."""
-    zero_points_O = _zeros(len(scale_O))
-    return torch.ops.onednn.qlinear_pointwise(
-        integers_RI, 1.0, _SHIFT, packed_weight, scale_O, zero_points_O, None, 1.0, 0, torch.float32, "none", [], ""
-    )  # fmt: skip
+    return onednn_int8_product(integers_RI, _SHIFT, packed_weight, scale_O, _zeros(len(scale_O)))
 
 
 @lru_cache
@@ -81,7 +79,7 @@ def has_exact_int8_products() -> bool:
         return False
     weight_OI = torch.full((32, 64), _LARGEST, dtype=torch.int8)  # odd, so that halves are not exact
     integers_RI = torch.full((2, 64), 255, dtype=torch.uint8)  # sums of two products go beyond int16
-    packed = torch.ops.onednn.qlinear_prepack(weight_OI, None)
+    packed = onednn_pack(weight_OI)
     expected = (integers_RI.double() - _SHIFT) @ weight_OI.double().T
     return torch.equal(_product(integers_RI, packed, torch.ones(32)).double(), expected)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 try:
-    from ..kernels import triton_permutation
+    from . import triton_permutation
     from .row_plan import RowPlan, plan_rows
 except ImportError:  # Triton comes with PyTorch for GPUs
     _HAS_TRITON = False

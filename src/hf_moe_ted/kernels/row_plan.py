@@ -105,19 +105,24 @@ class RowPlan:
     """Where the slots stand, parts of one int32 tensor.
 
     Attributes:
+        num_slots: S.
+        num_rows: R.
+        num_experts: E.
+        block_m: rows of a tile.
+        row_multiple: what first rows are multiples of; divides `block_m`.
         order: [R and more], the slot of each row, of those that have one.
         row_of_slot: [S and more], the row of each slot; -1 for one without an expert.
         offsets: [E + 2 and more], the first row of each expert; of the slots without one; the number of rows in use.
         row_ends: [E + 1 and more], behind the last row with a slot of each expert, and of the slots without one.
         tile_ends: [E + 1 and more], the number of tiles up to and with each expert, and with the slots without one.
         tile_expert, tile_row: [num_tiles or more], expert and first row of each tile.
-        num_slots: S.
-        num_rows: R.
-        num_experts: E.
-        block_m: rows of a tile.
-        row_multiple: what first rows are multiples of; divides `block_m`.
     """
 
+    num_slots: int
+    num_rows: int
+    num_experts: int
+    block_m: int
+    row_multiple: int
     order: Tensor
     row_of_slot: Tensor
     offsets: Tensor
@@ -125,11 +130,6 @@ class RowPlan:
     tile_ends: Tensor
     tile_expert: Tensor
     tile_row: Tensor
-    num_slots: int
-    num_rows: int
-    num_experts: int
-    block_m: int
-    row_multiple: int
 
     @staticmethod
     def max_rows(num_slots: int, num_experts: int, row_multiple: int) -> int:
@@ -148,23 +148,14 @@ class RowPlan:
     @classmethod
     def of(cls, plan: Tensor, num_slots: int, num_experts: int, block_m: int, row_multiple: int = 1) -> "RowPlan":
         """The parts of a tensor that `plan_rows` has written."""
-        order, row_of_slot, offsets, row_ends, tile_ends, tile_expert, tile_row = plan.split(
-            cls.sizes(num_slots, num_experts, block_m, row_multiple)
-        )
-        return cls(
-            order,
-            row_of_slot,
-            offsets,
-            row_ends,
-            tile_ends,
-            tile_expert,
-            tile_row,
-            num_slots,
-            cls.max_rows(num_slots, num_experts, row_multiple),
-            num_experts,
-            block_m,
-            row_multiple,
-        )
+        num_rows = cls.max_rows(num_slots, num_experts, row_multiple)
+        parts = plan.split(cls.sizes(num_slots, num_experts, block_m, row_multiple))
+        return cls(num_slots, num_rows, num_experts, block_m, row_multiple, *parts)
+
+    @property
+    def of_rows_and_tiles(self) -> tuple[Tensor, ...]:
+        """What kernels that run over tiles of rows take, in their order."""
+        return self.order, self.offsets, self.row_ends, self.tile_ends, self.tile_expert, self.tile_row
 
 
 @on_device_of_first
@@ -181,7 +172,6 @@ def plan_rows(expert_ids: Tensor, num_experts: int, block_m: int, row_multiple: 
     num_slots = expert_ids.numel()
     sizes_of_parts = RowPlan.sizes(num_slots, num_experts, block_m, row_multiple)
     plan = expert_ids.new_empty(sum(sizes_of_parts), dtype=torch.int32)
-    parts = RowPlan.of(plan, num_slots, num_experts, block_m, row_multiple)
     ids = expert_ids.contiguous()
     groups = triton.next_power_of_2(num_experts + 1)
     block = max(_MIN_SLOTS_PER_PROGRAM, triton.next_power_of_2(triton.cdiv(num_slots, _MAX_PROGRAMS)))
@@ -192,17 +182,11 @@ def plan_rows(expert_ids: Tensor, num_experts: int, block_m: int, row_multiple: 
     _place_slots_kernel[(num_blocks,)](
         ids,
         counts,
-        parts.order,
-        parts.row_of_slot,
-        parts.offsets,
-        parts.row_ends,
-        parts.tile_ends,
-        parts.tile_expert,
-        parts.tile_row,
+        *plan.split(sizes_of_parts),
         num_slots,
         num_experts,
         num_blocks,
-        parts.tile_row.numel(),
+        sizes_of_parts[-1],
         BLOCK_M=block_m,
         ROW_MULTIPLE=row_multiple,
         TILES_STEP=16,

@@ -6,18 +6,11 @@ Shape letters: T tokens, K experts per token, E experts, D model width, F inner 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+from transformers.integrations.moe import use_experts_implementation
 
 from .configuration_zcode_m3 import ZCodeM3Config
+from .expert_computation import ExpertsWithReasons
 from .field_of_config import FieldOfConfig
-
-try:
-    from hf_moe_ted.kernels.experts_implementations import EXPERTS_IMPLEMENTATIONS
-except ImportError:  # remote code without the package
-    EXPERTS_IMPLEMENTATIONS = {}
-
-for name, experts_function in EXPERTS_IMPLEMENTATIONS.items():
-    ALL_EXPERTS_FUNCTIONS.register(name, experts_function)
 
 
 class ActivationWithDropout(nn.Module):
@@ -36,22 +29,17 @@ class ActivationWithDropout(nn.Module):
         return nn.functional.dropout(self.activation(hidden_states), p=self.dropout, training=self.training)
 
 
-@use_experts_implementation(has_gate=False, has_bias=True)
+@use_experts_implementation(experts_interface=ExpertsWithReasons(), has_gate=False, has_bias=True)
 class ZCodeM3Experts(nn.Module):
     """E ungated feed-forward networks with biases, `down(act(up(x)))`, stacked along the first dimension.
 
-    `experts_implementation` of `from_pretrained` or `model.set_experts_implementation` chooses how they run:
-    `"zcode_fused"` (default with a CUDA device: Triton kernels on Hopper GPUs, else as the next), `"zcode_grouped"`,
-    `"grouped_mm"` (default without), `"zcode_cpu"` (inference on CPUs), `"batched_mm"`, or `"eager"`, the loop below,
-    the reference for the others. The first three are refused where a width is no multiple of 8 or weights are made in
-    float64; there `"eager"` is the default.
+    `experts_implementation` of `from_pretrained` or `model.set_experts_implementation` chooses how they run, by a name
+    of `COMPUTATIONS` in expert_computation.py. The loop below is `"eager"`, the reference for the others.
 
     Parameters: `up_proj` [E, F, D], `up_proj_bias` [E, F], `down_proj` [E, D, F], `down_proj_bias` [E, D].
     """
 
     _is_expert_parallel: bool
-    is_spread_over_ranks = False
-    max_tokens_per_expert: int | None = None  # of the present batch, for the exchange between ranks
 
     def __init__(self, config: ZCodeM3Config, num_experts: int, ffn_dim: int):
         super().__init__()

@@ -10,7 +10,7 @@ import inspect
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 LanguagePair = tuple[str, str]
@@ -196,14 +196,15 @@ def languages_kept(tokenizer: Any) -> Iterator[None]:
     if calls_take_languages(tokenizer):
         yield
         return
-    with _ENCODING:
-        before = {name: getattr(tokenizer, name, None) for name in ("src_lang", "tgt_lang")}
-        try:
-            yield
-        finally:
-            for name, language in before.items():
-                if getattr(tokenizer, name, None) != language:
-                    setattr(tokenizer, name, language)
+    with _ENCODING, ExitStack() as afterwards:
+        for name in ("tgt_lang", "src_lang"):  # the last one is put back first
+            afterwards.callback(_put_back, tokenizer, name, getattr(tokenizer, name, None))
+        yield
+
+
+def _put_back(tokenizer: Any, name: str, language: str | None) -> None:
+    if getattr(tokenizer, name, None) != language:
+        setattr(tokenizer, name, language)
 
 
 def encode_in(
@@ -226,25 +227,25 @@ def calls_take_languages(tokenizer: Any) -> bool:
 
 def _parsed(code: str) -> LanguageCode | None:
     """What a code means, `None` where that is not known."""
-    first, *others = re.split(r"[-_]", code.strip())
+    first, *parts = re.split(r"[-_]", code.strip())
     language = _LANGUAGE_OF.get(first.lower())
-    script, region, variants = None, None, []
-    for number, part in enumerate(others):
-        if number == 0 and language == "zh" and part.lower() in _LANGUAGE_OF and len(part) == 3:
-            language = _LANGUAGE_OF[part.lower()]  # zh-yue
-        elif re.fullmatch(r"[A-Za-z]{4}", part) and script is None:
-            script = part.title()
-        elif re.fullmatch(r"[A-Za-z]{2}|\d{3}", part) and region is None:
-            region = part.upper()
-        elif re.fullmatch(r"[A-Za-z0-9]{4,8}", part):
-            variants.append(part.lower())
-        else:
-            return None
-    if language is None:
+    if language == "zh" and parts and len(parts[0]) == 3 and parts[0].lower() in _LANGUAGE_OF:
+        language = _LANGUAGE_OF[parts.pop(0).lower()]  # zh-yue
+    script, region = _taken(parts, r"[A-Za-z]{4}").title(), _taken(parts, r"[A-Za-z]{2}|\d{3}").upper()
+    if language is None or not all(re.fullmatch(r"[A-Za-z0-9]{4,8}", part) for part in parts):
         return None
-    if language == "zh" and region is not None and script is None:
-        script = _SCRIPT_OF_CHINESE.get(region)
-    return LanguageCode(language, script, None if region == "XX" else region, "-".join(variants) or None)
+    if language == "zh" and not script:
+        script = _SCRIPT_OF_CHINESE.get(region, "")
+    variant = "-".join(parts).lower()
+    return LanguageCode(language, script or None, None if region in ("", "XX") else region, variant or None)
+
+
+def _taken(parts: list[str], form: str) -> str:
+    """The first of `parts` that has a form, which is taken out of them; empty if none has."""
+    found = next((part for part in parts if re.fullmatch(form, part)), "")
+    if found:
+        parts.remove(found)
+    return found
 
 
 def _closest(code: str, languages: list[str]) -> list[str]:
@@ -253,16 +254,21 @@ def _closest(code: str, languages: list[str]) -> list[str]:
     if same := [language for language in languages if language.replace("-", "_").lower() == form]:
         return same
     wanted = _parsed(code)
-    distances = {}
-    for language in languages if wanted is not None else []:
-        has = _parsed(language)
-        if has is None or has.language != wanted.language:  # type: ignore[union-attr]
-            continue
-        pairs = list(zip(wanted[1:], has[1:], strict=True))  # type: ignore[index]
-        if all(a is None or b is None or a == b for a, b in pairs):
-            # shared parts first; a part that was not asked for counts against it
-            distances[language] = (-sum(a is not None and a == b for a, b in pairs), sum(a != b for a, b in pairs))
-    return [language for language, distance in distances.items() if distance == min(distances.values())]
+    found = {language: _distance(wanted, _parsed(language)) for language in languages}
+    distances = {language: distance for language, distance in found.items() if distance is not None}
+    nearest = min(distances.values(), default=None)
+    return [language for language, distance in distances.items() if distance == nearest]
+
+
+def _distance(wanted: LanguageCode | None, has: LanguageCode | None) -> tuple[int, int] | None:
+    """How far a language is from the one that is wanted, `None` where it is another one."""
+    if wanted is None or has is None or has.language != wanted.language:
+        return None
+    pairs = list(zip(wanted[1:], has[1:], strict=True))
+    if any(a is not None and b is not None and a != b for a, b in pairs):
+        return None
+    # shared parts first; a part that was not asked for counts against it
+    return -sum(a is not None and a == b for a, b in pairs), sum(a != b for a, b in pairs)
 
 
 def _did_you_mean(code: Any, languages: list[str]) -> str:
@@ -278,9 +284,10 @@ def _near(code: str, languages: list[str]) -> list[str]:
     meant = {_MISTAKES.get(first), _LANGUAGE_OF.get(first)} - {None}
     near = [language for language, has in parsed.items() if has is not None and has.language in meant]
     spellings: dict[str, str] = {language.lower(): language for language in languages}
+    first_of = {has.language: language for language, has in reversed(parsed.items()) if has is not None}
     for alias, canonical in _LANGUAGE_OF.items():
-        for language in (language for language, has in parsed.items() if has is not None and has.language == canonical):
-            spellings.setdefault(alias, language)
+        if canonical in first_of:
+            spellings.setdefault(alias, first_of[canonical])
     close = difflib.get_close_matches(code.strip().lower(), spellings, n=6, cutoff=0.6)
     return list(dict.fromkeys([*near, *(spellings[spelling] for spelling in close)]))[:3]
 

@@ -54,11 +54,13 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float 
     logits_NV, labels_N = logits.flatten(0, -2), labels.flatten()
     if fused_cross_entropy is not None and logits.is_cuda:
         return fused_cross_entropy.cross_entropy(logits_NV.contiguous(), labels_N, label_smoothing)[0].sum()
-    return _SummedCrossEntropy.apply(logits_NV, labels_N, label_smoothing)
+    return SummedCrossEntropy.apply(logits_NV, labels_N, label_smoothing)
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
-    """Shape letters: N positions, V words, C positions of one chunk."""
+class SummedCrossEntropy(torch.autograd.Function):
+    """Backward is right for logits of a part of the words, too; it takes what another forward saves in the same way.
+
+    Shape letters: N positions, V words, C positions of one chunk."""
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor, smoothing: float) -> Tensor:
@@ -74,23 +76,23 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 loss_C = loss_C - smoothing * logits_CV.mean(dim=-1)
             loss_N.append(loss_C)
             log_partition_N.append(log_partition_C)
-        ctx.save_for_backward(logits_NV, torch.cat(log_partition_N), target_N, is_counted_N)
-        ctx.smoothing = smoothing
+        hit_N = torch.full_like(is_counted_N, smoothing - 1.0, dtype=torch.float32)
+        ctx.save_for_backward(logits_NV, torch.cat(log_partition_N), target_N, hit_N, is_counted_N)
+        ctx.share = smoothing / logits_NV.shape[-1]  # of each word in the target
         return torch.cat(loss_N).masked_fill(~is_counted_N, 0.0).sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        logits_NV, log_partition_N, target_N, is_counted_N = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits_NV, log_partition_N, target_N, hit_N, is_counted_N = ctx.saved_tensors
         scale_N = is_counted_N * grad
         grad_NV = torch.empty_like(logits_NV)
         for rows in row_chunks(logits_NV):
             probs_CV = (logits_NV[rows].float() - log_partition_N[rows, None]).exp_()
-            if ctx.smoothing:
-                probs_CV -= ctx.smoothing / logits_NV.shape[-1]
-            hit_C1 = torch.full_like(probs_CV[:, :1], ctx.smoothing - 1.0)
-            probs_CV.scatter_add_(1, target_N[rows, None], hit_C1)
+            if ctx.share:
+                probs_CV -= ctx.share
+            probs_CV.scatter_add_(1, target_N[rows, None], hit_N[rows, None])
             grad_NV[rows] = probs_CV.mul_(scale_N[rows, None])
-        return grad_NV, None, None
+        return grad_NV, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 def row_chunks(logits_NV: Tensor, numel: int = 2**26) -> list[slice]:

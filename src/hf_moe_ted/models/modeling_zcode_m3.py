@@ -4,13 +4,10 @@ Its layers are M2M100's, so are the names of its weights; `ffn` is dense or spar
 runs in parallel.
 """
 
-import difflib
-import inspect
 import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -18,27 +15,33 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    MoEModelOutput,
-    MoEModelOutputWithPastAndCrossAttentions,
-    Seq2SeqMoEModelOutput,
-    Seq2SeqMoEOutput,
-)
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_outputs import MoEModelOutput, MoEModelOutputWithPastAndCrossAttentions
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import is_torchdynamo_compiling, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_backends import warn_of_cudnn_backward
+from .attention import ZCodeM3Attention
 from .configuration_zcode_m3 import Side, ZCodeM3Config
-from .experts import EXPERTS_IMPLEMENTATIONS, ZCodeM3Experts
+from .expert_computation import check_computation, default_computation
+from .experts import ZCodeM3Experts
 from .field_of_config import FieldOfConfig
-from .losses import load_balancing_loss, router_z_loss, summed_cross_entropy
+from .forward_arguments import refuse_unknown_arguments, the_cache
+from .generation import ZCodeM3GenerationMixin
+from .losses import summed_cross_entropy
 from .moe_layer import ZCodeM3DenseFFN, ZCodeM3MoELayer
 from .nllb_moe import weight_conversions
+from .outputs import (
+    CACHE_NAME,
+    ZCodeM3ModelOutput,
+    ZCodeM3Output,
+    encoder_outputs_of,
+    model_output,
+    output_with_head,
+)
+from .parallel_plans import expert_parallel_plan, tensor_parallel_plan
 from .positions import (
     Tokens,
     ZCodeM3SinusoidalPositionalEmbedding,
@@ -46,89 +49,16 @@ from .positions import (
     positional_embedding,
     tokens_of,
 )
-from .router import Routing, ZCodeM3Router, refused_if_not_finite, require_finite_routers
+from .router import ZCodeM3Router
+from .router_losses import router_losses
+from .structure import fixed_fields, refuse_changed_structure
 
 logger = logging.get_logger(__name__)
 
 register_checkpoint_conversion_mapping(ZCodeM3Config.model_type, weight_conversions(), overwrite=True)
 
-# transformers 5.24 renamed `past_key_values`, in arguments and in outputs
-CACHE_NAME = "cache" if "cache" in {field.name for field in fields(Seq2SeqMoEOutput)} else "past_key_values"
-
-# what `forward` passes on by `**kwargs`, and somebody reads: this file, or a decorator of transformers
-_PASSED_ON = {
-    "debug_io",
-    "debug_io_dir",
-    "num_items_in_batch",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "output_routings",
-    "prune_layers",
-    "use_cache",
-}
-
-_ON_GROUPED_PRODUCTS = ("grouped_mm", "zcode_grouped", "zcode_fused")  # experts implementations
-
-# fields of the config that cannot change behind the layers' back; the numbers of experts are compared with the layers
-_FIXED_FIELDS = (
-    "d_model",
-    "encoder_layers",
-    "decoder_layers",
-    "encoder_attention_heads",
-    "decoder_attention_heads",
-    "encoder_ffn_dim",
-    "decoder_ffn_dim",
-    "activation_function",
-    "scale_embedding",
-    "position_embedding_type",
-    "router_bias",
-    "use_residual",
-)
 
 _EXPERT_KEY = re.compile(r"\.ffn\.(experts|router)\.")
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention in plain operations: query, key, value float[batch, heads, length, head_dim], additive mask."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-def _refuse_unknown_arguments(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """
-    Raises:
-        TypeError: an argument of `forward` that nobody reads. Packed sequences (`position_ids`, `cu_seq_lens_q`) are
-            among these: a text begins at the first position of its row.
-    """
-    unknown = [name for name, value in kwargs.items() if name not in _PASSED_ON and value is not None]
-    if unknown:
-        known = {*inspect.signature(module.forward).parameters, *_PASSED_ON} - {"kwargs"}
-        alike = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
-        hint = f" (did you mean {', '.join(alike)}?)" if alike else ""
-        raise TypeError(
-            f"{type(module).__name__}.forward does not know {', '.join(unknown)}{hint}; leave it out. It takes "
-            f"{', '.join(sorted(known))}"
-        )
-
-
-def _the_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    if past_key_values is not None and cache is not None and past_key_values is not cache:
-        raise ValueError("past_key_values and cache are two names of one argument, got two caches; pass one of them")
-    return past_key_values if cache is None else cache
 
 
 class ZCodeM3ScaledWordEmbedding(nn.Embedding):
@@ -142,92 +72,6 @@ class ZCodeM3ScaledWordEmbedding(nn.Embedding):
         return super().forward(input_ids) * self.embed_scale
 
 
-class ZCodeM3Attention(nn.Module):
-    """Multi-head attention, self or cross."""
-
-    dropout = FieldOfConfig("attention_dropout")
-
-    def __init__(
-        self,
-        config: ZCodeM3Config,
-        num_heads: int,
-        layer_idx: int,
-        is_causal: bool = False,
-        is_cross_attention: bool = False,
-    ):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.is_causal = is_causal
-        self.head_dim = config.d_model // num_heads
-        self.scaling = self.head_dim**-0.5
-        if config.position_embedding_type == "tupe" and not is_cross_attention:
-            self.scaling = (2 * self.head_dim) ** -0.5  # the scores of the positions are the other half
-        self.q_proj = nn.Linear(config.d_model, config.d_model)
-        self.k_proj = nn.Linear(config.d_model, config.d_model)
-        self.v_proj = nn.Linear(config.d_model, config.d_model)
-        self.out_proj = nn.Linear(config.d_model, config.d_model)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        key_value_states: Tensor | None = None,
-        cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """
-        Args:
-            hidden_states: float[batch, length, d_model].
-            attention_mask: mask in the form of the attention implementation, or `None`.
-            key_value_states: float[batch, source_length, d_model], *optional*, for cross-attention.
-            cache: past keys and values, read and extended.
-
-        Returns:
-            float[batch, length, d_model], and the attention weights if the implementation gives them.
-        """
-        query = self._split_heads(self.q_proj(hidden_states))
-        key, value = self._keys_and_values(hidden_states, key_value_states, cache)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        if self.config._attn_implementation == "sdpa":
-            warn_of_cudnn_backward(query, attention_mask)
-        output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return self.out_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
-
-    def _split_heads(self, states: Tensor) -> Tensor:
-        return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
-
-    def _keys_and_values(
-        self, hidden_states: Tensor, key_value_states: Tensor | None, cache: Cache | None
-    ) -> tuple[Tensor, Tensor]:
-        is_cross_attention = key_value_states is not None
-        own_cache = cache
-        if isinstance(cache, EncoderDecoderCache):
-            own_cache = cache.cross_attention_cache if is_cross_attention else cache.self_attention_cache
-            if is_cross_attention and cache.is_updated.get(self.layer_idx):
-                layer: Any = own_cache.layers[self.layer_idx]
-                return layer.keys, layer.values
-
-        states = hidden_states if key_value_states is None else key_value_states
-        key, value = self._split_heads(self.k_proj(states)), self._split_heads(self.v_proj(states))
-        if own_cache is not None:
-            key, value = own_cache.update(key, value, self.layer_idx)
-            if is_cross_attention and isinstance(cache, EncoderDecoderCache):
-                cache.is_updated[self.layer_idx] = True
-        return key, value
-
-
 def _feed_forward(config: ZCodeM3Config, side: Side, layer_idx: int) -> ZCodeM3DenseFFN | ZCodeM3MoELayer:
     ffn_dim = getattr(config, f"{side}_ffn_dim")
     num_experts = config.num_experts_per_layer(side).get(layer_idx)
@@ -236,9 +80,16 @@ def _feed_forward(config: ZCodeM3Config, side: Side, layer_idx: int) -> ZCodeM3D
     return ZCodeM3MoELayer(config, num_experts, ffn_dim, config.expert_map_per_layer(side).get(layer_idx))
 
 
-class ZCodeM3EncoderLayer(GradientCheckpointingLayer):
+class ZCodeM3Layer(GradientCheckpointingLayer):
+    """What the layers of encoder and decoder share: a branch is added to the hidden states with dropout."""
+
     dropout = FieldOfConfig()
 
+    def _add(self, hidden_states: Tensor, branch: Tensor) -> Tensor:
+        return hidden_states + nn.functional.dropout(branch, p=self.dropout, training=self.training)
+
+
+class ZCodeM3EncoderLayer(ZCodeM3Layer):
     def __init__(self, config: ZCodeM3Config, layer_idx: int):
         super().__init__()
         self.config = config
@@ -252,14 +103,11 @@ class ZCodeM3EncoderLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         """hidden_states float[batch, length, d_model]; token_mask bool[batch, length], False for no expert."""
         attended, _ = self.self_attn(self.self_attn_layer_norm(hidden_states), attention_mask, **kwargs)
-        hidden_states = hidden_states + nn.functional.dropout(attended, p=self.dropout, training=self.training)
-        fed_forward = self.ffn(self.final_layer_norm(hidden_states), token_mask)
-        return hidden_states + nn.functional.dropout(fed_forward, p=self.dropout, training=self.training)
+        hidden_states = self._add(hidden_states, attended)
+        return self._add(hidden_states, self.ffn(self.final_layer_norm(hidden_states), token_mask))
 
 
-class ZCodeM3DecoderLayer(GradientCheckpointingLayer):
-    dropout = FieldOfConfig()
-
+class ZCodeM3DecoderLayer(ZCodeM3Layer):
     def __init__(self, config: ZCodeM3Config, layer_idx: int):
         super().__init__()
         self.config = config
@@ -282,7 +130,7 @@ class ZCodeM3DecoderLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         """As the encoder's; encoder_hidden_states float[batch, source_length, d_model]."""
         attended, _ = self.self_attn(self.self_attn_layer_norm(hidden_states), attention_mask, cache=cache, **kwargs)
-        hidden_states = hidden_states + nn.functional.dropout(attended, p=self.dropout, training=self.training)
+        hidden_states = self._add(hidden_states, attended)
         if encoder_hidden_states is not None:
             attended, _ = self.encoder_attn(
                 self.encoder_attn_layer_norm(hidden_states),
@@ -291,9 +139,8 @@ class ZCodeM3DecoderLayer(GradientCheckpointingLayer):
                 cache=cache,
                 **kwargs,
             )
-            hidden_states = hidden_states + nn.functional.dropout(attended, p=self.dropout, training=self.training)
-        fed_forward = self.ffn(self.final_layer_norm(hidden_states), token_mask)
-        return hidden_states + nn.functional.dropout(fed_forward, p=self.dropout, training=self.training)
+            hidden_states = self._add(hidden_states, attended)
+        return self._add(hidden_states, self.ffn(self.final_layer_norm(hidden_states), token_mask))
 
 
 class ZCodeM3PreTrainedModel(PreTrainedModel):
@@ -321,26 +168,14 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        reason = self._why_no_grouped_products()
-        if reason and requested_experts in _ON_GROUPED_PRODUCTS:
-            raise ValueError(
-                f"experts_implementation={requested_experts!r} needs {reason}; use 'zcode_cpu', 'batched_mm' or 'eager'"
-            )
-        if reason and requested_experts is None:
-            return "eager"
-        if requested_experts is None and "zcode_fused" in EXPERTS_IMPLEMENTATIONS and torch.cuda.is_available():
-            requested_experts = "zcode_fused"
-        return super().get_correct_experts_implementation(requested_experts)
-
-    def _why_no_grouped_products(self) -> str | None:
-        """What PyTorch's grouped products need and this model has not; `None` if it has all."""
         sides = [side for side in ("encoder", "decoder") if self.config.sparse_layers(side)]
         names = ["d_model", *(f"{side}_ffn_dim" for side in sides)] if sides else []
-        odd_widths = {name: width for name in names if (width := getattr(self.config, name)) % 8}
-        if odd_widths:  # rows of 16-bit numbers must be multiples of 16 bytes
-            return f"widths that are multiples of 8, got {odd_widths}"
+        widths = {name: getattr(self.config, name) for name in names}
         dtype = torch.get_default_dtype()  # that of the weights that are being made
-        return f"at most float32, got {dtype}" if names and dtype == torch.float64 else None
+        if requested_experts is None:
+            requested_experts = default_computation("cuda" if torch.cuda.is_available() else "cpu", widths, dtype)
+        check_computation(requested_experts, widths, dtype)
+        return super().get_correct_experts_implementation(requested_experts)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -431,17 +266,8 @@ class ZCodeM3Stack(ZCodeM3PreTrainedModel):
     def init_parallel_plans(self) -> None:
         """Plans of this stack's layers, which differ; models that contain it take them up."""
         super().init_parallel_plans()
-        tensor, expert = {"embed_tokens": "embedding_rowwise"}, dict[str, str]()
-        for name, module in self.named_modules():
-            rule = re.sub(r"\.\d+(?=\.)", ".*", name)
-            if isinstance(module, ZCodeM3Attention):
-                tensor |= {f"{rule}.{part}_proj": "colwise" for part in "qkv"} | {f"{rule}.out_proj": "rowwise"}
-            elif isinstance(module, ZCodeM3DenseFFN):
-                tensor |= {f"{rule}.fc1": "colwise", f"{rule}.fc2": "rowwise"}
-            elif isinstance(module, ZCodeM3Experts):
-                expert |= {f"{rule}.{param}": "grouped_gemm" for param, _ in module.named_parameters()}
-                expert[rule] = "ep_dispatch_experts"
-        self._tp_plan, self._ep_plan, self._fsdp_plan = tensor, expert, {"layers.*": "free_full_weight"}
+        self._tp_plan, self._ep_plan = tensor_parallel_plan(self), expert_parallel_plan(self)
+        self._fsdp_plan = {"layers.*": "free_full_weight"}
 
     def __init__(self, config: ZCodeM3Config, side: Side, layers: list[nn.Module]):
         super().__init__(config)
@@ -513,7 +339,7 @@ class ZCodeM3Encoder(ZCodeM3Stack):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> MoEModelOutput:
-        _refuse_unknown_arguments(self, kwargs)
+        refuse_unknown_arguments(self, kwargs)
         inputs_embeds = self._embed(input_ids, inputs_embeds)
         tokens = tokens_of(self.config, input_ids, inputs_embeds, attention_mask)
         hidden_states = self._add_positions(inputs_embeds, tokens)
@@ -555,16 +381,9 @@ class ZCodeM3Decoder(ZCodeM3Stack):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoEModelOutputWithPastAndCrossAttentions:
-        _refuse_unknown_arguments(self, kwargs)
-        cache = _the_cache(past_key_values, cache)
+        refuse_unknown_arguments(self, kwargs)
         inputs_embeds = self._embed(input_ids, inputs_embeds)
-        if use_cache and cache is None:
-            cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
-        if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            raise ValueError(
-                "a cache would be written twice under activation checkpointing, which runs each layer again in "
-                "backward: leave the cache out, or call activation_checkpointing_disable()"
-            )
+        cache = self._cache(the_cache(past_key_values, cache), use_cache)
         num_past = cache.get_seq_length() if cache is not None else 0
 
         tokens = tokens_of(self.config, input_ids, inputs_embeds, attention_mask, num_past)
@@ -597,25 +416,16 @@ class ZCodeM3Decoder(ZCodeM3Stack):
         returned: dict[str, Any] = {CACHE_NAME: cache}
         return MoEModelOutputWithPastAndCrossAttentions(last_hidden_state=self.layer_norm(hidden_states), **returned)
 
-
-@dataclass
-class ZCodeM3ModelOutput(Seq2SeqMoEModelOutput):
-    """`Seq2SeqMoEModelOutput` with the [`Routing`] of each sparse layer if `output_routings=True` is given."""
-
-    encoder_routings: tuple[Routing, ...] | None = None
-    decoder_routings: tuple[Routing, ...] | None = None
-
-
-@dataclass
-class ZCodeM3Output(Seq2SeqMoEOutput):
-    """`Seq2SeqMoEOutput` with the [`Routing`] of each sparse layer if `output_routings=True` is given.
-
-    `encoder_aux_loss`, `decoder_aux_loss`, `encoder_z_loss` and `decoder_z_loss` are means over the sparse layers of
-    a side, without coefficients; `None` unless the router losses are computed, 0 for a side without sparse layers.
-    """
-
-    encoder_routings: tuple[Routing, ...] | None = None
-    decoder_routings: tuple[Routing, ...] | None = None
+    def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+        """The cache that a call writes, a new one if it has to."""
+        if use_cache and cache is None:
+            cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "a cache would be written twice under activation checkpointing, which runs each layer again in "
+                "backward: leave the cache out, or call activation_checkpointing_disable()"
+            )
+        return cache
 
 
 class ZCodeM3Model(ZCodeM3PreTrainedModel):
@@ -632,8 +442,7 @@ class ZCodeM3Model(ZCodeM3PreTrainedModel):
         self.shared: nn.Module = ZCodeM3ScaledWordEmbedding(config)
         self.encoder = ZCodeM3Encoder(config)
         self.decoder = ZCodeM3Decoder(config)
-        self._built_with = {name: getattr(config, name) for name in _FIXED_FIELDS}
-        self._num_positions = config.max_position_embeddings
+        self._built_with = fixed_fields(config)
         self.post_init()
 
     def _refuse_changed_structure(self) -> None:
@@ -641,24 +450,8 @@ class ZCodeM3Model(ZCodeM3PreTrainedModel):
         Raises:
             ValueError: fields of the config that made the model's layers were changed since.
         """
-        changed = [name for name, value in self._built_with.items() if getattr(self.config, name) != value]
-        if self.config.max_position_embeddings > self._num_positions:  # fewer are a limit that is kept
-            changed.append("max_position_embeddings")
-        sides: tuple[tuple[Side, ZCodeM3Stack], ...] = (("encoder", self.encoder), ("decoder", self.decoder))
-        for side, stack in sides if not changed else ():
-            layers: Any = stack.layers
-            modules = {i: [*layer.ffn.modules()] for i, layer in enumerate(layers)}  # PEFT wraps routers
-            routers = {i: m for i, of_layer in modules.items() for m in of_layer if isinstance(m, ZCodeM3Router)}
-            if {i: router.num_experts for i, router in routers.items()} != self.config.num_experts_per_layer(side):
-                changed.append(f"num_experts or the sparse layers of the {side}")
-            maps = {i: [*router.expert_map] for i, router in routers.items() if router.expert_map is not None}
-            if maps != self.config.expert_map_per_layer(side):
-                changed.append(f"expert_map of the {side}")
-        if changed:
-            raise ValueError(
-                f"model.config was changed after the model was built, in what layers are made of: {', '.join(changed)};"
-                " change it back, or build a new model of the config"
-            )
+        layers: dict[Side, nn.ModuleList] = {"encoder": self.encoder.layers, "decoder": self.decoder.layers}
+        refuse_changed_structure(self.config, self._built_with, layers)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.shared
@@ -700,7 +493,7 @@ class ZCodeM3Model(ZCodeM3PreTrainedModel):
             TypeError: an argument that the model does not know.
             ValueError: an empty batch, more tokens than `max_position_embeddings`, or a cache under both names.
         """
-        _refuse_unknown_arguments(self, kwargs)
+        refuse_unknown_arguments(self, kwargs)
         if encoder_outputs is None:
             if not is_torchdynamo_compiling():
                 self._refuse_changed_structure()
@@ -711,51 +504,31 @@ class ZCodeM3Model(ZCodeM3PreTrainedModel):
                 return_dict=True,  # whatever the config says
                 **kwargs,
             )
-        elif not hasattr(encoder_outputs, "last_hidden_state"):
-            encoder_outputs = MoEModelOutput(
-                last_hidden_state=encoder_outputs[0],
-                hidden_states=encoder_outputs[1] if len(encoder_outputs) > 1 else None,
-                attentions=encoder_outputs[2] if len(encoder_outputs) > 2 else None,
-            )
+        encoder_outputs = encoder_outputs_of(encoder_outputs)
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=attention_mask,
-            cache=_the_cache(past_key_values, cache),
+            cache=the_cache(past_key_values, cache),
             inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
             return_dict=True,
             **kwargs,
         )
-        return ZCodeM3ModelOutput(
-            last_hidden_state=decoder_outputs.last_hidden_state,
-            **{CACHE_NAME: decoder_outputs.get(CACHE_NAME)},
-            decoder_hidden_states=decoder_outputs.hidden_states,
-            decoder_attentions=decoder_outputs.attentions,
-            cross_attentions=decoder_outputs.cross_attentions,
-            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
-            encoder_hidden_states=encoder_outputs.hidden_states,
-            encoder_attentions=encoder_outputs.attentions,
-            encoder_router_logits=encoder_outputs.get("router_logits"),
-            decoder_router_logits=decoder_outputs.get("router_logits"),
-            encoder_routings=encoder_outputs.get("routings"),
-            decoder_routings=decoder_outputs.get("routings"),
+        return model_output(encoder_outputs, decoder_outputs)
+
+
+def _warn_of_lost_router_losses() -> None:
+    if not is_torchdynamo_compiling():
+        logger.warning_once(
+            "Training without labels: the router losses are not part of a loss that is computed outside the model. "
+            "For label smoothing set `config.label_smoothing` in place of the Trainer's `label_smoothing_factor`; "
+            "otherwise add the losses that `output_router_logits=True` returns."
         )
 
 
-class _NaNWatch(LogitsProcessor):
-    """Changes nothing and waits for nothing; `has_nan` is a bool scalar on the device of the scores."""
-
-    has_nan: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        has_nan = scores.isnan().any()
-        self.has_nan = has_nan if self.has_nan is None else self.has_nan | has_nan
-        return scores
-
-
-class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
+class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, ZCodeM3GenerationMixin):
     """ZCodeM3 with a language-modeling head that shares the embedding: translation and other text-to-text tasks.
 
     Example:
@@ -782,70 +555,6 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
         self.cross_entropy: Callable[[Tensor, Tensor, float], Tensor] = summed_cross_entropy
         self.post_init()
         self._set_default_length(self.generation_config)
-
-    def _set_default_length(self, generation_config: GenerationConfig) -> None:
-        # without a length `generate` stops after 20 tokens
-        if generation_config.max_length is None and generation_config.max_new_tokens is None:
-            generation_config.max_length = self.config.default_generation_length
-
-    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
-        """As [`GenerationMixin.adjust_generation_fn`], which loads the generation config; it has a length behind it."""
-        super().adjust_generation_fn(*args, **kwargs)  # type: ignore[misc]  # the mixin has a protocol for `self`
-        self._set_default_length(self.generation_config)
-
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        logits_processor: list[LogitsProcessor] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """As [`GenerationMixin.generate`].
-
-        Raises:
-            ValueError: NaN or infinity in a router's weights, or logits that become NaN. It names the first router with
-                such logits, for which everything is computed once more. Or the config was changed in what layers are
-                made of.
-        """
-        if kwargs.get("encoder_outputs") is None:  # else within a call: early exit changes `num_hidden_layers`
-            self.model._refuse_changed_structure()
-        require_finite_routers(self)
-        kwargs.pop("labels", None)  # of Seq2SeqTrainer's batches; transformers would give them to the encoder
-        watch = _NaNWatch()
-        processors = LogitsProcessorList([*(logits_processor or []), watch])
-        generate: Callable = super().generate  # type: ignore[misc]  # the mixin has a protocol for `self`
-        output = generate(inputs, generation_config, processors, *args, **kwargs)
-        if watch.has_nan is not None and watch.has_nan:
-            with refused_if_not_finite(self):
-                again = {name: value for name, value in kwargs.items() if name != "streamer"}
-                generate(inputs, generation_config, logits_processor, *args, **again)
-            raise ValueError("logits became NaN in generation, though all routers are finite: weights may be damaged")
-        return output
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As the parent, without the tokenizers of stop strings, which transformers hands on to `forward`."""
-        for name in ("tokenizer", "assistant_tokenizer"):
-            kwargs.pop(name, None)
-        prepare: Callable = super().prepare_inputs_for_generation  # type: ignore[misc]
-        return prepare(*args, **kwargs)
-
-    def _prepare_generation_config(
-        self, generation_config: GenerationConfig | None, **kwargs: Any
-    ) -> tuple[GenerationConfig, dict[str, Any]]:
-        prepare: Callable = super()._prepare_generation_config  # type: ignore[misc]
-        prepared, model_kwargs = prepare(generation_config, **kwargs)
-        given = [kwargs] + [config.to_dict() for config in (generation_config, self.generation_config) if config]
-        if all(options.get(name) is None for options in given for name in ("max_length", "max_new_tokens")):
-            prepared.max_length = self.config.default_generation_length  # of transformers: 20
-        elif generation_config is None and kwargs.get("max_new_tokens") and kwargs.get("max_length") is None:
-            prepared.max_length = None  # the model's default, of which there would be a warning in each call
-        prompt = kwargs.get("decoder_input_ids")
-        is_given = kwargs.get("max_length") or (generation_config and generation_config.max_length)
-        default = self.config.default_generation_length
-        if prompt is not None and not is_given and prepared.max_length == default <= prompt.shape[-1]:
-            prepared.max_length = min(prompt.shape[-1] + default, self.config.max_position_embeddings)
-        return prepared, model_kwargs
 
     @can_return_tuple
     def forward(
@@ -884,7 +593,7 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
         Raises:
             TypeError, ValueError: as [`ZCodeM3Model.forward`], or if no label counts.
         """
-        _refuse_unknown_arguments(self, kwargs)
+        refuse_unknown_arguments(self, kwargs)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         if labels is not None and use_cache is None:
@@ -892,19 +601,15 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         with_router_losses = output_router_logits or (self.training and labels is not None)
-        if self.training and not with_router_losses and not is_torchdynamo_compiling():
-            logger.warning_once(
-                "Training without labels: the router losses are not part of a loss that is computed outside the model. "
-                "For label smoothing set `config.label_smoothing` in place of the Trainer's `label_smoothing_factor`; "
-                "otherwise add the losses that `output_router_logits=True` returns."
-            )
+        if self.training and not with_router_losses:
+            _warn_of_lost_router_losses()
         outputs: ZCodeM3ModelOutput = self.model(
             input_ids,
             attention_mask=attention_mask,
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,
-            cache=_the_cache(past_key_values, cache),
+            cache=the_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
@@ -915,27 +620,10 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
         )
         logits = self.lm_head(outputs.last_hidden_state)
 
-        losses: dict[str, Any] = {}
-        if with_router_losses:
-            for side, routings in (("encoder", outputs.encoder_routings), ("decoder", outputs.decoder_routings)):
-                losses[f"{side}_aux_loss"], losses[f"{side}_z_loss"] = self._router_losses(routings or (), logits)
+        losses = router_losses(outputs, logits.device) if with_router_losses else {}
         if labels is not None:
             losses["loss"] = self._loss(logits, labels, losses, num_items_in_batch)
-        return ZCodeM3Output(
-            **losses,
-            logits=logits,
-            **{CACHE_NAME: outputs.get(CACHE_NAME)},
-            decoder_hidden_states=outputs.decoder_hidden_states,
-            decoder_attentions=outputs.decoder_attentions,
-            decoder_router_logits=outputs.decoder_router_logits,
-            cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
-            encoder_hidden_states=outputs.encoder_hidden_states,
-            encoder_attentions=outputs.encoder_attentions,
-            encoder_router_logits=outputs.encoder_router_logits,
-            encoder_routings=outputs.encoder_routings if output_routings else None,
-            decoder_routings=outputs.decoder_routings if output_routings else None,
-        )
+        return output_with_head(outputs, logits, losses, with_routings=output_routings)
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """Decoder inputs: `labels` int64[batch, length] moved one to the right, ignored labels (-100) as padding.
@@ -946,22 +634,6 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, GenerationMixin):
         shifted = torch.full_like(labels, config.decoder_start_token_id)
         shifted[:, 1:] = labels[:, :-1]
         return shifted.masked_fill(shifted == -100, config.pad_token_id)
-
-    def _router_losses(self, routings: tuple[Routing, ...], like: Tensor) -> tuple[Tensor, Tensor]:
-        """Load-balancing and z-loss, float32 scalars: means over the sparse layers of one side."""
-        if not routings:
-            zero = torch.zeros((), device=like.device)
-            return zero, zero
-        layers_alike: dict[torch.Size, list[Routing]] = {}  # one set of operations for all of them
-        for routing in routings:
-            layers_alike.setdefault(routing.logits.shape, []).append(routing)
-        aux, z = [], []
-        for layers in layers_alike.values():
-            logits_LTE, token_mask = torch.stack([layer.logits for layer in layers]), layers[0].token_mask
-            choices_LTK = torch.stack([layer.choices for layer in layers])
-            aux.append(load_balancing_loss(logits_LTE, choices_LTK, token_mask))
-            z.append(router_z_loss(logits_LTE, token_mask))
-        return torch.cat(aux).mean(), torch.cat(z).mean()
 
     def _loss(
         self, logits: Tensor, labels: Tensor, router_losses: dict[str, Tensor], num_items: Tensor | int | None

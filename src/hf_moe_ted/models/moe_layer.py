@@ -52,8 +52,6 @@ class ZCodeM3MoELayer(nn.Module):
         mask_T = None if token_mask is None else token_mask.reshape(-1)
         _, routing = self.router(tokens_TD, mask_T)
         weights_TK = self._mask_outputs(routing.weights).to(tokens_TD.dtype)
-        if getattr(self.experts, "is_spread_over_ranks", False):  # experts may be wrapped, by PEFT
-            self.experts.max_tokens_per_expert = self.router.max_tokens_per_expert(tokens_TD.shape[0])
         output_TD = self.experts(tokens_TD, routing.expert_ids, weights_TK)
         if self.residual is not None:
             output_TD = self.residual(tokens_TD, output_TD)

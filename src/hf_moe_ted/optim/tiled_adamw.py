@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from .private_torch import count_of_writes, foreach_add_
 from .tiles import Tile, split_into_tiles, update_tiles
 
 # The first stays in a CPU's cache. On a GPU the second keeps kernels about as long as Python needs to launch the next
@@ -261,7 +262,7 @@ class TiledAdamW(Optimizer):
                 state["step"] = state["step"].to(param.device)
             steps.append(state["step"])
         if steps:
-            torch._foreach_add_(steps, 1.0)
+            foreach_add_(steps, 1.0)
 
     def _tiles_of(self, param: Tensor) -> Iterator[Tile]:
         """Cut the local shard of a parameter with a gradient into tiles."""
@@ -327,7 +328,7 @@ def _version(param: Tensor) -> tuple[int, int, int]:
     What is written into a DTensor, as by `load_state_dict`, is counted there and not in its local tensor.
     """
     local = _local(param)
-    return local.data_ptr(), local._version, param._version
+    return local.data_ptr(), count_of_writes(local), count_of_writes(param)
 
 
 def _state_dtype(param: Tensor) -> torch.dtype:

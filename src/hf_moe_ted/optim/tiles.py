@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import private_torch
+
 
 class Tile(NamedTuple):
     """Views of the same elements of all tensors of a parameter.
@@ -66,46 +68,56 @@ def update_tiles(
             Python's float64.
         fused, capturable: see [`TiledAdamW`].
     """
+    if batch[0].can_fuse and (batch[0].weight.is_cuda if fused is None else fused):
+        _fused_step(batch, group, lr)
+    else:
+        _foreach_step(batch, group, lr, capturable)
+    parameters = [tile.parameter for tile in batch if tile.parameter is not None]
+    if parameters:
+        private_torch.foreach_copy_(parameters, [tile.weight for tile in batch])
+
+
+def _fused_step(batch: list[Tile], group: Mapping[str, Any], lr: float | Tensor) -> None:
+    beta1, beta2 = group["betas"]
+    private_torch.fused_adamw_(
+        [tile.weight for tile in batch],
+        _grads_like_weights(batch),
+        [tile.exp_avg for tile in batch],
+        [tile.exp_avg_sq for tile in batch],
+        [],
+        _steps_on_device(batch),
+        lr=_number(lr),
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def _foreach_step(batch: list[Tile], group: Mapping[str, Any], lr: float | Tensor, capturable: bool) -> None:
+    """The arithmetic of torch.optim.adam._single_tensor_adam, in its order."""
+    grads = _grads_like_weights(batch)
     weights = [tile.weight for tile in batch]
     exp_avgs, exp_avg_sqs = [tile.exp_avg for tile in batch], [tile.exp_avg_sq for tile in batch]
     beta1, beta2 = group["betas"]
-    grads = _grads_like_weights(batch)
-    if batch[0].can_fuse and (weights[0].is_cuda if fused is None else fused):
-        torch._fused_adamw_(
-            weights,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            [],
-            _steps_on_device(batch),
-            lr=_number(lr),
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
-        )
-    else:  # the arithmetic of torch.optim.adam._single_tensor_adam, in its order
-        if group["weight_decay"] != 0:
-            torch._foreach_mul_(weights, _number(1 - lr * group["weight_decay"]))
-        torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-        torch._foreach_mul_(exp_avg_sqs, beta2)
-        torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
-        del grads  # what was copied makes room for the denominators
-        denominators = torch._foreach_sqrt(exp_avg_sqs)
-        corrections: list[Any] = [(1 - beta2**tile.step) ** 0.5 for tile in batch]
-        torch._foreach_div_(denominators, corrections)
-        torch._foreach_add_(denominators, group["eps"])
-        step_sizes: list[Any] = [_number(-lr / (1 - beta1**tile.step)) for tile in batch]
-        if capturable:  # a kernel takes factors from the CPU only
-            torch._foreach_div_(denominators, step_sizes)
-            torch._foreach_addcdiv_(weights, exp_avgs, denominators)
-        else:
-            torch._foreach_addcdiv_(weights, exp_avgs, denominators, step_sizes)
-    parameters = [tile.parameter for tile in batch if tile.parameter is not None]
-    if parameters:
-        torch._foreach_copy_(parameters, weights)
+    if group["weight_decay"] != 0:
+        private_torch.foreach_mul_(weights, _number(1 - lr * group["weight_decay"]))
+    private_torch.foreach_lerp_(exp_avgs, grads, 1 - beta1)
+    private_torch.foreach_mul_(exp_avg_sqs, beta2)
+    private_torch.foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
+    del grads  # what was copied makes room for the denominators
+    denominators = private_torch.foreach_sqrt(exp_avg_sqs)
+    corrections: list[Any] = [(1 - beta2**tile.step) ** 0.5 for tile in batch]
+    private_torch.foreach_div_(denominators, corrections)
+    private_torch.foreach_add_(denominators, group["eps"])
+    step_sizes: list[Any] = [_number(-lr / (1 - beta1**tile.step)) for tile in batch]
+    if capturable:  # a kernel takes factors from the CPU only
+        private_torch.foreach_div_(denominators, step_sizes)
+        private_torch.foreach_addcdiv_(weights, exp_avgs, denominators)
+    else:
+        private_torch.foreach_addcdiv_(weights, exp_avgs, denominators, step_sizes)
 
 
 def _number(value: float | Tensor) -> float | Tensor:
@@ -131,7 +143,7 @@ def _grads_like_weights(batch: list[Tile]) -> list[Tensor]:
         return grads
     copies = weight.new_empty(sum(grad.numel() for grad in grads)).split([grad.numel() for grad in grads])
     shaped = [copy.view(grad.shape) for copy, grad in zip(copies, grads, strict=True)]
-    torch._foreach_copy_(shaped, grads)
+    private_torch.foreach_copy_(shaped, grads)
     return shaped
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,6 +116,15 @@ class LayerStatistics:
         rows = {name: tensor[list(pairs)] for name, tensor in vars(self).items() if name != "output_sum"}
         return LayerStatistics(**rows, output_sum=self.output_sum)
 
+    def _at_rows(self, rows: Sequence[int], num_pairs: int) -> dict[str, Tensor]:
+        """The fields of the same statistics with so many pairs, of which those here get these rows and others zeros."""
+        return {
+            name: tensor
+            if name == "output_sum"
+            else tensor.new_zeros(num_pairs, *tensor.shape[1:]).index_copy(0, torch.tensor(rows), tensor)
+            for name, tensor in vars(self).items()
+        }
+
 
 @dataclass(frozen=True, eq=False)
 class ExpertStatistics:
@@ -148,26 +158,16 @@ class ExpertStatistics:
             ValueError: the two are of different models.
         """
         self.fingerprint.require_equal(other.fingerprint, "the two statistics that are to be added")
-        pairs = tuple(dict.fromkeys(self.pairs + other.pairs))
-        row_of = {pair: row for row, pair in enumerate(pairs)}
-        both = [(statistics, [row_of[pair] for pair in statistics.pairs]) for statistics in (self, other)]
-        num_sentences = [0] * len(pairs)
-        for statistics, rows in both:
-            for row, count in zip(rows, statistics.num_sentences, strict=True):
-                num_sentences[row] += count
-
-        def add(layer: str, name: str) -> Tensor:
-            parts = [(getattr(statistics.layers[layer], name), rows) for statistics, rows in both]
-            if name == "output_sum":
-                return parts[0][0] + parts[1][0]
-            total = parts[0][0].new_zeros(len(pairs), *parts[0][0].shape[1:])
-            for tensor, rows in parts:
-                total[rows] += tensor
-            return total
-
-        names = [field.name for field in dataclasses.fields(LayerStatistics)]
-        layers = {layer: LayerStatistics(**{name: add(layer, name) for name in names}) for layer in self.layers}
-        return ExpertStatistics(self.fingerprint, pairs, tuple(num_sentences), layers)
+        num_sentences = Counter(dict(zip(self.pairs, self.num_sentences, strict=True)))
+        num_sentences.update(dict(zip(other.pairs, other.num_sentences, strict=True)))
+        row_of = {pair: row for row, pair in enumerate(num_sentences)}
+        rows = [[row_of[pair] for pair in statistics.pairs] for statistics in (self, other)]
+        layers = {}
+        for layer in self.layers:
+            mine = self.layers[layer]._at_rows(rows[0], len(row_of))
+            others = other.layers[layer]._at_rows(rows[1], len(row_of))
+            layers[layer] = LayerStatistics(**{name: mine[name] + others[name] for name in mine})
+        return ExpertStatistics(self.fingerprint, tuple(row_of), tuple(num_sentences.values()), layers)
 
     @staticmethod
     def check_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:

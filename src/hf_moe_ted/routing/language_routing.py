@@ -3,8 +3,6 @@
 Shape letters: B sentences, L tokens of a sentence, T = B * L, K experts per token, E experts, G languages.
 """
 
-import importlib.util
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,9 @@ from transformers.utils import logging
 
 from ..files.output import write_file
 from ..models.language_codes import language_ids
+from ..models.layer_names import SIDES
 from ..models.router import Routing
+from .pictures import draw_expert_shares, has_matplotlib
 from .router_callback import RouterCallback, sparse_routers
 
 logger = logging.get_logger(__name__)
@@ -127,27 +127,13 @@ languages together do, 0 to 1, mean over the layers of a side |
 
         return count
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Add the numbers to a log of training; others, as of evaluation, stay as they are."""
-        if logs is None or "loss" not in logs:
-            return
-        numbers = self._numbers({layer: counts.collect().cpu() for layer, counts in self._counts.items()})
-        logs.update(numbers)
-        state.log_history[-1].update(numbers)
-
-    def _numbers(self, counts: dict[str, Tensor]) -> dict[str, float]:
+    def numbers(self) -> dict[str, Any]:
         numbers, distances = {}, {}
-        for layer, counts_GE in counts.items():
+        for layer, counts in self._counts.items():
+            counts_GE = counts.collect().cpu()
             numbers[f"routing/{layer}/language_bits"] = mutual_information_bits(counts_GE)
             distances[layer] = distance_from_all(counts_GE)
-        for side in ("encoder", "decoder"):
+        for side in SIDES:
             of_side = [distance_G for layer, distance_G in distances.items() if layer.startswith(side)]
             if of_side:
                 mean_G = torch.stack(of_side).mean(dim=0).tolist()
@@ -182,7 +168,10 @@ languages together do, 0 to 1, mean over the layers of a side |
         numbers = {layer: shares_GE.tolist() for layer, shares_GE in shares.items()}
         text = json.dumps({"step": state.global_step, "languages": languages, "expert_shares": numbers})
         write_file(folder / f"step_{state.global_step}.json", text + "\n")
-        draw_expert_shares(shares, languages, folder / f"step_{state.global_step}.png")
+        if has_matplotlib():
+            write_file(folder / f"step_{state.global_step}.png", draw_expert_shares(shares, languages))
+        else:
+            logger.warning_once("no routing pictures without matplotlib: pip install hf-moe-ted[viz]")
 
 
 def expert_shares(counts_GE: Tensor) -> Tensor:
@@ -205,36 +194,9 @@ def mutual_information_bits(counts_GE: Tensor) -> float:
     return (joint_GE * ratio_GE.log2()).sum().clamp(min=0.0).item()
 
 
-def draw_expert_shares(shares: dict[str, Tensor], languages: list[str], path: Path) -> None:
-    """Heat maps languages x experts, one per sparse layer; nothing but a warning without matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
-        logger.warning_once("no routing pictures without matplotlib: pip install hf-moe-ted[viz]")
-        return
-    from matplotlib.figure import Figure
-
-    num_rows = 0.2 * len(languages)
-    widths = [max(1.5, 0.12 * shares_GE.shape[1]) for shares_GE in shares.values()]
-    figure = Figure(figsize=(1.5 + sum(widths), 1.2 + num_rows), layout="constrained")
-    axes = figure.subplots(1, len(shares), sharey=True, squeeze=False, width_ratios=widths)[0]
-    largest = max(shares_GE.max().item() for shares_GE in shares.values())
-    for axis, (layer, shares_GE) in zip(axes, shares.items(), strict=True):
-        image = axis.imshow(shares_GE.numpy(), aspect="auto", vmin=0.0, vmax=largest, interpolation="nearest")
-        axis.set_title(layer, fontsize=8)
-        axis.set_xlabel("expert", fontsize=7)
-        axis.tick_params(labelsize=6)
-        axis.set_yticks(range(len(languages)), languages)
-    bar = figure.colorbar(image, ax=axes.tolist())
-    bar.set_label("share of tokens", fontsize=7)
-    bar.ax.tick_params(labelsize=6)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format="png")
-    write_file(path, picture.getvalue())
-
-
 __all__ = [
     "LanguageRoutingCallback",
     "distance_from_all",
-    "draw_expert_shares",
     "expert_shares",
     "mutual_information_bits",
 ]

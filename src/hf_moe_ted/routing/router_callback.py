@@ -58,6 +58,10 @@ class RouterCallback(TrainerCallback):
         """Start anew, and put hooks on a model; their handles."""
         raise NotImplementedError
 
+    def numbers(self) -> dict[str, Any]:
+        """What there is to log since the last time; all processes call it."""
+        raise NotImplementedError
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -72,6 +76,21 @@ class RouterCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._remove_hooks()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the numbers to a log of training; others, as of evaluation, stay as they are. Lists go to the history."""
+        if logs is None or "loss" not in logs:
+            return
+        numbers = self.numbers()
+        logs.update({name: value for name, value in numbers.items() if not isinstance(value, list)})
+        state.log_history[-1].update(numbers)
 
     def _remove_hooks(self) -> None:
         for handle in self._handles:

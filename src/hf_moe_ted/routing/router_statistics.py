@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainingArguments
 
 from ..models.losses import load_balancing_loss, router_z_loss
 from ..models.router import Routing
@@ -122,31 +122,19 @@ class RouterStatisticsCallback(RouterCallback):
 
         return add
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Add the numbers to a log of training; others, as of evaluation, stay as they are."""
-        if logs is None or "loss" not in logs or any(w.sums.others is None for w in self._watched.values()):
-            return
+    def numbers(self) -> dict[str, Any]:
+        if any(watched.sums.others is None for watched in self._watched.values()):
+            return {}
         layers = {layer: watched.sums.statistics() for layer, watched in self._watched.items()}
         for watched in self._watched.values():
             watched.sums = _Sums()
-        numbers: dict[str, Any] = {}
-        for layer, statistics in layers.items():
-            load = statistics.pop("load")
-            numbers |= {f"router/{layer}/{name}": value for name, value in statistics.items()}
-            if self.per_expert:
-                numbers |= {f"router/{layer}/load/{expert}": value for expert, value in enumerate(load)}
-            state.log_history[-1][f"router/{layer}/load"] = load
+        numbers = {f"router/{layer}/{name}": value for layer, of in layers.items() for name, value in of.items()}
+        for layer, of in layers.items() if self.per_expert else ():
+            numbers |= {f"router/{layer}/load/{expert}": load for expert, load in enumerate(of["load"])}
         for name in next(iter(layers.values())):
-            numbers[f"router/{name}"] = sum(statistics[name] for statistics in layers.values()) / len(layers)
-        logs.update(numbers)
-        state.log_history[-1].update(numbers)
+            if name != "load":
+                numbers[f"router/{name}"] = sum(of[name] for of in layers.values()) / len(layers)
+        return numbers
 
 
 __all__ = ["RouterStatisticsCallback"]

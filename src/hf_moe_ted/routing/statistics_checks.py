@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.layer_names import FFN_PATTERN
+from ..models.layer_names import FFN_PATTERN, side_of
 
 COUNTS = ("num_routed", "num_dropped")
 # of sums of probabilities, which are those of routers in 16 bits, too
@@ -68,23 +68,27 @@ def check_layers(layers: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) ->
         ValueError: what cannot be: numbers that are not finite or negative, more dropped than routed, sums of
             probabilities that are not those of the tokens, or layers of a side that saw different numbers of tokens.
     """
-    tokens_of_side: dict[str, tuple[str, Tensor]] = {}
+    first_of_side: dict[str, tuple[str, Tensor]] = {}
     for layer, statistics in layers.items():
-        for name, tensor in vars(statistics).items():
-            if not tensor.isfinite().all():
-                raise ValueError(f"{layer}.{name} has NaN or infinity")
-            if name != "output_sum" and (tensor < 0).any():
-                raise ValueError(f"{layer}.{name} has the negative number {tensor.min().item():g}")
+        _check_numbers(layer, statistics)
         _check_sums(layer, statistics)
         tokens_P = statistics.num_routed[:, 0].sum(dim=-1)
         if without := [pair for pair, count in zip(pairs, tokens_P.tolist(), strict=True) if count == 0]:
             raise ValueError(f"{layer} has no token of {', '.join(map('-'.join, without))}")
-        first, tokens_of_first_P = tokens_of_side.setdefault(layer.split(".")[1], (layer, tokens_P))
+        first, tokens_of_first_P = first_of_side.setdefault(side_of(layer), (layer, tokens_P))
         if not torch.equal(tokens_P, tokens_of_first_P):
             raise ValueError(
                 f"{layer} has first choices of {tokens_P.tolist()} tokens by pair, {first} of "
                 f"{tokens_of_first_P.tolist()}; every layer of a side sees the same tokens"
             )
+
+
+def _check_numbers(layer: str, statistics: Any) -> None:
+    for name, tensor in vars(statistics).items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{layer}.{name} has NaN or infinity")
+        if name != "output_sum" and (tensor < 0).any():
+            raise ValueError(f"{layer}.{name} has the negative number {tensor.min().item():g}")
 
 
 def _check_sums(layer: str, statistics: Any) -> None:

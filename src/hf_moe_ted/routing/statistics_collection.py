@@ -19,14 +19,14 @@ from ..evaluation.parallel_text import (
     batches,
     buckets,
     check_languages,
+    choose_languages,
     encode,
     first_tokens,
     in_known_languages,
     progress_over,
     read_sentences,
-    require_languages,
 )
-from ..models.language_codes import LanguagePair, language_ids, resolve_language
+from ..models.language_codes import LanguagePair
 from ..models.layer_names import FFN_PATTERN, side_of
 from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
 from ..models.moe_layer import ZCodeM3MoELayer
@@ -77,20 +77,8 @@ def collect_expert_statistics(
             dataset; a layer whose router or experts put out NaN or infinity.
     """
     layers = _named_moe_layers(model)
-    if model.config.expert_map is not None:
-        raise ValueError(
-            "the model has an expert_map: its experts were merged, or pruned with renormalize=False; collect "
-            "statistics of the model that it was made of"
-        )
-    if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
-        raise ValueError(f"batch_size ({batch_size}) and max_tokens ({max_tokens}) must be at least 1")
-    if isinstance(languages, str):
-        raise ValueError(f"languages ({languages!r}) must be a list of codes, such as ['en', 'de']")
-
-    require_languages(tokenizer)
-    known = list(language_ids(tokenizer))
-    if languages is not None:
-        languages = [resolve_language(code, known, name="languages") for code in languages]
+    _check_options(model, batch_size, max_tokens)
+    known, languages = choose_languages(tokenizer, languages)
 
     recorders = {name: _LayerRecorder(layer) for name, layer in layers.items()}
     totals = _Totals()
@@ -99,19 +87,30 @@ def collect_expert_statistics(
         _recording(recorders.values()),
         progress_over(dataset, "Collecting expert statistics") as progress,
     ):
-        all_sentences = in_known_languages(read_sentences(dataset, None, progress), known, languages, progress)
+        all_sentences = in_known_languages(read_sentences(dataset, progress), known, languages, progress)
         for pair, sentences in buckets(all_sentences, batch_size * BATCHES_PER_BUCKET):
-            num_tokens = totals.num_tokens[pair]
-            if max_tokens is None or num_tokens < max_tokens:
-                encoded = encode(tokenizer, pair, sentences, model.config.max_position_embeddings)
-                encoded = first_tokens(encoded, max_tokens, num_tokens)
-                for batch in batches(encoded, batch_size):
-                    _run(model, recorders, batch)
-                totals.add(pair, encoded, recorders)
             progress.update(len(sentences))
+            num_tokens = totals.num_tokens[pair]
+            if max_tokens is not None and num_tokens >= max_tokens:
+                continue
+            encoded = encode(tokenizer, pair, sentences, model.config.max_position_embeddings)
+            encoded = first_tokens(encoded, max_tokens, num_tokens)
+            for batch in batches(encoded, batch_size):
+                _run(model, recorders, batch)
+            totals.add(pair, encoded, recorders)
     check_languages(totals.num_sentences, languages)
     weights = {name: _whole(layer.router.weight) for name, layer in layers.items()}
     return totals.statistics(ModelFingerprint.of(model.config, weights))
+
+
+def _check_options(model: ZCodeM3PreTrainedModel, batch_size: int, max_tokens: int | None) -> None:
+    if model.config.expert_map is not None:
+        raise ValueError(
+            "the model has an expert_map: its experts were merged, or pruned with renormalize=False; collect "
+            "statistics of the model that it was made of"
+        )
+    if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
+        raise ValueError(f"batch_size ({batch_size}) and max_tokens ({max_tokens}) must be at least 1")
 
 
 def _named_moe_layers(model: nn.Module) -> dict[str, ZCodeM3MoELayer]:

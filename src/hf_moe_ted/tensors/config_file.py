@@ -1,9 +1,12 @@
 """Configs of others, read from JSON; whatever is wrong with them is one kind of error that says where they are from."""
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedConfig
 
 from ..files.json_file import read_json_object
 from ..files.messages import shorten
@@ -40,6 +43,44 @@ def config_path(folder: Path, argument: str) -> Path:
     return path
 
 
+def read_config_fields(
+    config: PreTrainedConfig | Mapping[str, Any] | str | os.PathLike[str],
+    argument: str,
+    model_types: Collection[str | None],
+    otherwise: str,
+    *,
+    forms: str = "",
+) -> tuple[object, dict[str, Any]]:
+    """What messages call a config, and its fields.
+
+    Args:
+        config: a folder with `config.json`, or, with `forms`, also a JSON file, fields or an object.
+        argument: its name.
+        model_types: which it may have; `None` for one that does not say.
+        otherwise: how the message goes on that names another model type.
+        forms: how the message goes on that says what `config` must be.
+
+    Raises:
+        ValueError: there is none, it is no JSON object, or of another model.
+    """
+    origin: object = f"{argument} ({config})" if isinstance(config, str | os.PathLike) else argument
+    if isinstance(config, PreTrainedConfig):
+        fields = config.to_dict()
+    elif isinstance(config, Mapping):
+        fields = dict(config)
+    elif not forms:
+        origin = path = config_path(Path(config), argument)
+        fields = read_json_object(path, "config")
+    else:
+        path = Path(config, "config.json") if Path(config).is_dir() else Path(config)
+        if not path.is_file():
+            raise ValueError(f"{origin} must be {forms}")
+        fields = read_json_object(path, argument)
+    if fields.get("model_type") not in model_types:
+        raise ValueError(f"{origin} has model_type {fields.get('model_type')!r}{otherwise}")
+    return origin, fields
+
+
 def read_zcode_m3_config(folder: Path, argument: str) -> ZCodeM3Config:
     """The config of a folder of a ZCodeM3 model.
 
@@ -50,14 +91,20 @@ def read_zcode_m3_config(folder: Path, argument: str) -> ZCodeM3Config:
     Raises:
         ValueError: there is none, it is of another model, or a field of it is wrong.
     """
-    path = config_path(folder, argument)
-    fields = read_json_object(path, "config")
-    if fields.get("model_type") != ZCodeM3Config.model_type:
-        raise ValueError(
-            f"{path} has model_type {fields.get('model_type')!r} and must have {ZCodeM3Config.model_type!r}; "
-            "`hf-moe-ted convert` makes ZCodeM3 models of others"
-        )
+    ours = ZCodeM3Config.model_type
+    otherwise = f" and must have {ours!r}; `hf-moe-ted convert` makes ZCodeM3 models of others"
+    path, fields = read_config_fields(folder, argument, (ours,), otherwise)
     return zcode_m3_config(fields, path)
+
+
+def checked_overrides(config_overrides: Any) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: they are no fields by name.
+    """
+    if not isinstance(config_overrides or {}, Mapping):
+        raise ValueError(f"config_overrides ({config_overrides!r}) must be a dict of fields of ZCodeM3Config")
+    return dict(config_overrides or {})
 
 
 def zcode_m3_config(fields: Mapping[str, Any], origin: object) -> ZCodeM3Config:
@@ -70,4 +117,11 @@ def zcode_m3_config(fields: Mapping[str, Any], origin: object) -> ZCodeM3Config:
         return ZCodeM3Config.from_dict(dict(fields))
 
 
-__all__ = ["config_errors", "config_path", "read_zcode_m3_config", "zcode_m3_config"]
+__all__ = [
+    "checked_overrides",
+    "config_errors",
+    "config_path",
+    "read_config_fields",
+    "read_zcode_m3_config",
+    "zcode_m3_config",
+]

@@ -27,18 +27,20 @@ class LazyTensors(Mapping[str, Tensor]):
         specs: a tensor on the meta device for each name.
         read: reads one tensor. The caller owns the result: nothing else refers to its memory.
         read_row: reads one index of the first dimension, if that is cheaper than to read the tensor.
-        read_into: reads one tensor into another of its shape and dtype, if that spares a copy.
+        read_into: reads one tensor into another of its shape and dtype. One of `read` and `read_into` is enough; both
+            are for tensors of which each way spares a copy.
         where: the file that a tensor is in, for messages.
     """
 
     def __init__(
         self,
         specs: Mapping[str, Tensor],
-        read: Callable[[str], Tensor],
+        read: Callable[[str], Tensor] | None = None,
         read_row: Callable[[str, int], Tensor] | None = None,
         read_into: Callable[[str, Tensor], None] | None = None,
         where: Callable[[str], object] | None = None,
     ):
+        assert read is not None or read_into is not None, "nothing reads these tensors"
         self.specs = dict(specs)
         self.where = where or (lambda name: "the checkpoint")
         self._read = read
@@ -48,7 +50,11 @@ class LazyTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.specs:
             raise KeyError(name)
-        return self._read(name)
+        if self._read is not None:
+            return self._read(name)
+        out = torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype)
+        self.into(name, out)
+        return out
 
     def row(self, name: str, index: int) -> Tensor:
         """`self[name][index]`, without reading the rest of the tensor where that is possible."""
@@ -60,6 +66,16 @@ class LazyTensors(Mapping[str, Tensor]):
             out.copy_(self[name])
         else:
             self._read_into(name, out)
+
+    def under_names(self, names: Mapping[str, str]) -> "LazyTensors":
+        """Some of these tensors under other names and in another order: new name -> name here."""
+        return LazyTensors(
+            {new: self.specs[name] for new, name in names.items()},
+            lambda new: self[names[new]],
+            lambda new, index: self.row(names[new], index),
+            lambda new, out: self.into(names[new], out),
+            lambda new: self.where(names[new]),
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -77,21 +93,21 @@ def checked_weights(tensors: LazyTensors) -> LazyTensors:
     Everything that is read to be written goes through here, so that no command spreads what is broken.
     """
 
-    def read(name: str) -> Tensor:
-        tensor = tensors[name]
-        check_weight(name, tensor, tensors.where(name))
+    def checked(name: str, tensor: Tensor, row: int | None = None) -> Tensor:
+        check_weight(name, tensor, tensors.where(name), row=row)
         return tensor
-
-    def read_row(name: str, index: int) -> Tensor:
-        row = tensors.row(name, index)
-        check_weight(name, row, tensors.where(name), row=index)
-        return row
 
     def read_into(name: str, out: Tensor) -> None:
         tensors.into(name, out)
-        check_weight(name, out, tensors.where(name))
+        checked(name, out)
 
-    return LazyTensors(tensors.specs, read, read_row, read_into, tensors.where)
+    return LazyTensors(
+        tensors.specs,
+        lambda name: checked(name, tensors[name]),
+        lambda name, index: checked(name, tensors.row(name, index), index),
+        read_into,
+        tensors.where,
+    )
 
 
 def check_all(tensors: LazyTensors) -> None:
@@ -160,6 +176,13 @@ def check_rounded(name: str, source: Tensor, rounded: Tensor) -> None:
         )
 
 
+def copy_rounded(name: str, source: Tensor, out: Tensor) -> None:
+    """Write a tensor to another of its shape and any dtype; as `check_rounded` if that is another one."""
+    out.copy_(source)
+    if out.dtype != source.dtype:
+        check_rounded(name, source, out)
+
+
 def _first_not_finite(tensor: Tensor) -> list[int] | None:
     """The index of the first number that is NaN or infinite, read in parts that bound the memory."""
     start = 0
@@ -196,6 +219,17 @@ class TensorFile:
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """A copy of one tensor, or of one index of its first dimension, contiguous."""
+        return self._mapped_tensor(name, index).clone(memory_format=torch.contiguous_format)
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Write one tensor to another of its shape and dtype."""
+        out.copy_(self._mapped_tensor(name))
+
+    def close(self) -> None:
+        """Unmap the file; reading opens it again."""
+        self._mapped = {}
+
+    def _mapped_tensor(self, name: str, index: int | None = None) -> Tensor:
         if not self._is_checked:
             check_checksums(self.path)
             self._is_checked = True
@@ -204,13 +238,8 @@ class TensorFile:
             self._mapped, self._num_bytes_read = self._map(), 0
         mapped = self._mapped[name] if index is None else self._mapped[name][index]
         prefault(mapped)
-        tensor = mapped.clone(memory_format=torch.contiguous_format)
-        self._num_bytes_read += tensor.nbytes
-        return tensor
-
-    def close(self) -> None:
-        """Unmap the file; reading opens it again."""
-        self._mapped = {}
+        self._num_bytes_read += mapped.nbytes
+        return mapped
 
     def _map(self) -> Mapping[str, Tensor]:
         if self.path.suffix == ".safetensors":

@@ -1,17 +1,20 @@
 """What all conversions end with: tensors under our names become a folder of `from_pretrained`."""
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from ..files.json_file import read_json_object
 from ..files.messages import shorten
-from ..files.output import new_folder
+from ..files.output import check_output_dir, new_folder
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from .config_file import config_errors
@@ -73,12 +76,38 @@ def drop_tied_copies(tensors: LazyTensors, tied: Mapping[str, str]) -> LazyTenso
             raise ValueError(
                 f"{copy} and {first} differ, but the config ties them (tie_word_embeddings); correct the config"
             )
-    specs = {name: tensors.specs[source] for name, source in name_in_source.items()}
-    return LazyTensors(
-        specs,
-        lambda name: tensors[name_in_source[name]],
-        lambda name, index: tensors.row(name_in_source[name], index),
-        lambda name, out: tensors.into(name_in_source[name], out),
+    return tensors.under_names(name_in_source)
+
+
+def stored_specs(model: ZCodeM3ForConditionalGeneration) -> dict[str, Tensor]:
+    """What a folder of a model holds: its tensors without those that are copies of others."""
+    tied = model.all_tied_weights_keys
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def model_folder_writer(
+    output_dir: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None,
+    max_shard_size: int | str,
+    overwrite: bool,
+    sources: Sequence[Any] = (),
+    also_read: Sequence[Any] = (),
+) -> Callable[..., ConversionReport]:
+    """Begin a conversion: check `dtype` and `output_dir`, see `check_output_dir`, before there is any work for them.
+
+    Returns:
+        `write_model_folder` of what is given here.
+    """
+    start, path, parsed = time.perf_counter(), Path(output_dir), parse_dtype(dtype)
+    check_output_dir(path, overwrite=overwrite, sources=sources, also_read=also_read)
+    return partial(
+        write_model_folder,
+        output_dir=path,
+        start=start,
+        dtype=parsed,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
     )
 
 
@@ -113,32 +142,26 @@ def write_model_folder(
         ValueError: the tensors are not those of the config, or `output_dir` is not empty.
     """
     model = meta_model(config)
-    tied = model.all_tied_weights_keys
-    tensors = drop_tied_copies(tensors, tied)
-    expected = {name: spec for name, spec in model.state_dict().items() if name not in tied}
+    tensors = drop_tied_copies(tensors, model.all_tied_weights_keys)
+    expected = stored_specs(model)
     check_tensors(tensors.specs, expected, str(source))
-    ordered = {name: tensors.specs[name] for name in expected}
+    tensors = tensors.under_names({name: name for name in expected})
     config.dtype = dtype or tensors.specs["model.shared.weight"].dtype
     config.architectures = [type(model).__name__]
     with new_folder(output_dir, overwrite=overwrite) as folder:
-        weight_files = write_pretrained_tensors(
-            LazyTensors(ordered, tensors.__getitem__, read_into=tensors.into),
-            folder,
-            max_shard_size=max_shard_size,
-            dtype=dtype,
-        )
+        weight_files = write_pretrained_tensors(tensors, folder, max_shard_size=max_shard_size, dtype=dtype)
         config.save_pretrained(folder)
         for save in save_others:
             save(folder)
         num_bytes = sum(path.stat().st_size for path in weight_files)
         names = {path.name for path in weight_files}
         other_files = sorted(path.name for path in folder.iterdir() if path.name not in names)
-    dtypes = {dtype or spec.dtype for spec in ordered.values()}
+    dtypes = {dtype or spec.dtype for spec in tensors.specs.values()}
     return ConversionReport(
         source=source,
         output_dir=output_dir,
         num_parameters=model.num_parameters(),
-        num_tensors=len(ordered),
+        num_tensors=len(tensors),
         num_bytes=num_bytes,
         dtypes=tuple(sorted(dtypes, key=str)),
         num_experts=tuple(spec.shape[0] for name, spec in expected.items() if name.endswith("experts.up_proj")),

@@ -12,7 +12,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from ..files.json_file import read_json_object
 from ..files.messages import shorten
-from .lazy_tensors import LazyTensors, TensorFile, check_rounded, checked_weights
+from .lazy_tensors import LazyTensors, TensorFile, checked_weights, copy_rounded
 from .safetensors_file import create_safetensors_file
 
 
@@ -26,36 +26,42 @@ def open_pretrained_tensors(folder: Path) -> LazyTensors:
     """
     for name, index_name in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
         if (folder / name).is_file():
-            return _open_file(folder / name)
+            file = TensorFile(folder / name)
+            return _one_file_at_a_time({tensor: file for tensor in file.specs})
         if (folder / index_name).is_file():
-            return _open_shards(folder / index_name)
+            return _one_file_at_a_time(_files_of_index(folder / index_name))
     raise ValueError(
         f"{folder} has none of {SAFE_WEIGHTS_NAME}, {SAFE_WEIGHTS_INDEX_NAME}, {WEIGHTS_NAME}, {WEIGHTS_INDEX_NAME}"
     )
 
 
-def _open_file(path: Path) -> LazyTensors:
-    file = TensorFile(path)
-    return checked_weights(LazyTensors(file.specs, file.read, file.read, where=lambda _: path))
+def _one_file_at_a_time(files: Mapping[str, TensorFile]) -> LazyTensors:
+    """The tensors of files, of which the last that was read is mapped."""
+    current: list[TensorFile] = []
+
+    def file_of(name: str) -> TensorFile:
+        if current and current[0] is not files[name]:
+            current[0].close()
+        current[:] = [files[name]]
+        return files[name]
+
+    return checked_weights(
+        LazyTensors(
+            {name: file.specs[name] for name, file in files.items()},
+            read_row=lambda name, index: file_of(name).read(name, index),
+            read_into=lambda name, out: file_of(name).read_into(name, out),
+            where=lambda name: files[name].path,
+        )
+    )
 
 
-def _open_shards(index: Path) -> LazyTensors:
+def _files_of_index(index: Path) -> dict[str, TensorFile]:
     file_of_tensor = read_weight_map(index)
     files = {name: TensorFile(index.parent / name) for name in sorted(set(file_of_tensor.values()))}
     for name, file in file_of_tensor.items():
         if name not in files[file].specs:
             raise ValueError(f"{index} says that {name} is in {file}, but it is not there")
-    current: list[TensorFile] = []
-
-    def read(name: str, index: int | None = None) -> Tensor:
-        file = files[file_of_tensor[name]]
-        if current and current[0] is not file:
-            current.pop().close()
-        current[:] = [file]
-        return file.read(name, index)
-
-    specs = {name: files[file].specs[name] for name, file in file_of_tensor.items()}
-    return checked_weights(LazyTensors(specs, read, read, where=lambda name: files[file_of_tensor[name]].path))
+    return {name: files[file] for name, file in file_of_tensor.items()}
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
@@ -91,25 +97,26 @@ def write_pretrained_tensors(
     """
     specs = {name: spec.to(dtype) if spec.is_floating_point() else spec for name, spec in tensors.specs.items()}
     plan = split_torch_state_dict_into_shards(specs, max_shard_size=max_shard_size)
-    paths = []
     with tqdm(total=plan.metadata["total_size"], unit="B", unit_scale=True, desc="Writing safetensors") as progress:
         for file_name, names in plan.filename_to_tensors.items():
-            paths.append(folder / file_name)
-            shard = create_safetensors_file(paths[-1], {name: specs[name] for name in names})
-            for name in names:
-                if specs[name].dtype == tensors.specs[name].dtype:
-                    tensors.into(name, shard[name])
-                else:
-                    tensor = tensors[name]
-                    shard[name].copy_(tensor)
-                    check_rounded(name, tensor, shard[name])
-                progress.update(shard[name].nbytes)
-            del shard
+            _write_shard(folder / file_name, {name: specs[name] for name in names}, tensors, progress)
+    paths = [folder / file_name for file_name in plan.filename_to_tensors]
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         paths.append(folder / SAFE_WEIGHTS_INDEX_NAME)
         paths[-1].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return paths
+
+
+def _write_shard(path: Path, specs: Mapping[str, Tensor], tensors: LazyTensors, progress: tqdm) -> None:
+    shard = create_safetensors_file(path, specs)
+    for name in specs:
+        out = shard[name]
+        if out.dtype == tensors.specs[name].dtype:
+            tensors.into(name, out)
+        else:
+            copy_rounded(name, tensors[name], out)
+        progress.update(out.nbytes)
 
 
 def check_tensors(specs: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:

@@ -75,9 +75,8 @@ def check_checksums(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = _entries(path, archive)
-            if any(entry.CRC for entry in entries):
-                for entry in entries:
-                    _read_through(archive, entry)
+            for entry in entries if any(entry.CRC for entry in entries) else ():
+                _read_through(archive, entry)
     except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
         raise _damaged(path, error) from error
 

@@ -141,31 +141,27 @@ class MultitaskTrainerMixin(Trainer):
             self._smooth_labels_in_model()
 
     def get_train_dataloader(self) -> DataLoader:
-        dataset: Any = self.train_dataset
+        if isinstance(self.train_dataset, MultitaskStream):
+            return self._loader_of_stream(self.train_dataset)
+        if isinstance(self.train_dataset, MultitaskDataset):
+            return self._loader_of_dataset(self.train_dataset)
+        return super().get_train_dataloader()
+
+    def _loader_of_stream(self, stream: MultitaskStream) -> DataLoader:
+        tp_size = self.get_tp_size()
+        shard = stream.shard(self.args.world_size // tp_size, self.args.process_index // tp_size)
+        # as `Accelerator.prepare` does, but for the shares of the ranks, which the stream has made
+        return prepare_data_loader(
+            DataLoader(shard, batch_size=None, **self._loader_options()),
+            device=self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
+        )
+
+    def _loader_of_dataset(self, dataset: MultitaskDataset) -> DataLoader:
         collator: Any = self.data_collator
-        if not self._is_multitask:
-            return super().get_train_dataloader()
-        workers: dict[str, Any] = {
-            "collate_fn": collator,
-            "num_workers": self.args.dataloader_num_workers,
-            "pin_memory": self.args.dataloader_pin_memory,
-            "persistent_workers": self.args.dataloader_persistent_workers,
-            "multiprocessing_context": self.args.dataloader_multiprocessing_context,
-            "in_order": self.args.dataloader_in_order,
-            "prefetch_factor": self.args.dataloader_prefetch_factor,
-        }
-        if isinstance(dataset, MultitaskStream):
-            tp_size = self.get_tp_size()
-            shard = dataset.shard(self.args.world_size // tp_size, self.args.process_index // tp_size)
-            # as `Accelerator.prepare` does, but for the shares of the ranks, which the stream has made
-            return prepare_data_loader(
-                DataLoader(shard, batch_size=None, **workers),
-                device=self.accelerator.device,
-                num_processes=1,
-                process_index=0,
-                put_on_device=True,
-                dispatch_batches=False,
-            )
         sampler = TokenBudgetBatchSampler(
             dataset,
             collator,
@@ -175,7 +171,12 @@ class MultitaskTrainerMixin(Trainer):
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             lengths=self.token_lengths,
         )
-        return self.accelerator.prepare(DataLoader(dataset, batch_sampler=sampler, **workers))
+        return self.accelerator.prepare(DataLoader(dataset, batch_sampler=sampler, **self._loader_options()))
+
+    def _loader_options(self) -> dict[str, Any]:
+        names = ("num_workers", "pin_memory", "persistent_workers", "multiprocessing_context", "in_order")
+        options = {name: getattr(self.args, f"dataloader_{name}") for name in (*names, "prefetch_factor")}
+        return {"collate_fn": self.data_collator, **options}
 
     def prediction_step(
         self,
@@ -190,28 +191,28 @@ class MultitaskTrainerMixin(Trainer):
         Raises:
             ValueError: `num_return_sequences` above 1, which cannot be set beside one row of labels.
         """
-        generates = self.args.predict_with_generate and isinstance(self, Seq2SeqTrainer) and not prediction_loss_only
-        if generates:
-            gen_kwargs = {**getattr(self, "_gen_kwargs", {}), **gen_kwargs}
-            if (num_sequences := gen_kwargs.get("num_return_sequences") or 1) != 1:
-                raise ValueError(f"num_return_sequences ({num_sequences}) must be 1: a row has one prediction")
-            gen_kwargs |= {"num_return_sequences": 1, "return_dict_in_generate": False}
-            first_tokens_B = self._tags_of(inputs.get("labels"))
-            if first_tokens_B is not None and not {"forced_bos_token_id", "decoder_input_ids"} & {
-                name for name, value in gen_kwargs.items() if value is not None
-            }:
-                processors = [*(gen_kwargs.get("logits_processor") or []), ForcedFirstTokens(first_tokens_B)]
-                gen_kwargs["logits_processor"] = LogitsProcessorList(processors)
+        if self.args.predict_with_generate and isinstance(self, Seq2SeqTrainer) and not prediction_loss_only:
+            gen_kwargs = self._one_in_language_of(inputs.get("labels"), getattr(self, "_gen_kwargs", {}) | gen_kwargs)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **gen_kwargs)
 
-    def _tags_of(self, labels_BL: Tensor | None) -> Tensor | None:
+    def _one_in_language_of(self, labels_BL: Tensor | None, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of `generate` for one sequence per row that starts as the labels do, if nothing else is asked."""
+        if (num_sequences := gen_kwargs.get("num_return_sequences") or 1) != 1:
+            raise ValueError(f"num_return_sequences ({num_sequences}) must be 1: a row has one prediction")
+        gen_kwargs = {**gen_kwargs, "num_return_sequences": 1, "return_dict_in_generate": False}
+        is_start_given = any(gen_kwargs.get(name) is not None for name in ("forced_bos_token_id", "decoder_input_ids"))
+        first_tokens_B = None if is_start_given or labels_BL is None else self._tags_of(labels_BL)
+        if first_tokens_B is not None:
+            processors = [*(gen_kwargs.get("logits_processor") or []), ForcedFirstTokens(first_tokens_B)]
+            gen_kwargs["logits_processor"] = LogitsProcessorList(processors)
+        return gen_kwargs
+
+    def _tags_of(self, labels_BL: Tensor) -> Tensor | None:
         """int64[B], the first language tag in each row of labels, -1 in a row without; `None` without languages."""
         tokenizer: Any = getattr(self.data_collator, "tokenizer", None) or self.processing_class
         try:
             ids = list(language_ids(tokenizer).values())
         except ValueError:
-            return None
-        if labels_BL is None:
             return None
         is_tag_BL = torch.isin(labels_BL, torch.tensor(ids, device=labels_BL.device))
         first_B1 = is_tag_BL.int().argmax(dim=1, keepdim=True)

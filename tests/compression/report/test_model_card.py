@@ -76,15 +76,17 @@ def test_section(tmp_path: Path) -> None:
     assert with_section("", "x").startswith("<!-- compression report")
 
 
-def test_sections_of_sources_stay_as_text(tmp_path: Path) -> None:
-    section = (
-        "## Pruned\n\nSee. The whole report: [report.md](report.md).\n\n![a](compression_report/a.png)\n\n*A.*\n\nEnd."
-    )
+@pytest.mark.parametrize(
+    "pictures",
+    ["![a](compression_report/a.png)\n\n*A.*\n", "![A.](compression_report/a.png)\n\n![B](compression_report/b)\n"],
+)
+def test_sections_of_sources_stay_as_text(pictures: str, tmp_path: Path) -> None:
+    section = f"## Pruned\n\nSee. The whole report: [report.md](report.md).\n\n{pictures}\n*End.*"
     (tmp_path / "README.md").write_text(with_section(CARD, section))
     twice = with_section(str(derived_card([str(tmp_path)])), "## Quantized")
     assert twice.count("hf_moe_ted: begin") == 1
     assert (
-        twice.index("## Quantized") < twice.index("## Pruned\n\nSee.") < twice.index("End.") < twice.index("It trans")
+        twice.index("## Quantized") < twice.index("## Pruned\n\nSee.") < twice.index("*End.*") < twice.index("It trans")
     )
     assert "compression_report/" not in twice and "report.md" not in twice and "*A.*" not in twice
 

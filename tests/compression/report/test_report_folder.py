@@ -24,6 +24,7 @@ from hf_moe_ted import (
 from hf_moe_ted.compression.report.compression_report import report_from_dict
 from hf_moe_ted.compression.report.markdown_text import as_code, as_text
 from hf_moe_ted.compression.report.report_pictures import PICTURES
+from hf_moe_ted.routing.routing_similarity import nearest_languages
 
 MakeQuality = Any
 OPERATIONS = ("prune", "merge", "aggregate", "quantize")
@@ -87,7 +88,7 @@ def test_every_operation(operation: str, source: Path, statistics: ExpertStatist
     for name in pictures_of(folder):
         assert (folder / "compression_report" / name).read_bytes().startswith(b"\x89PNG")
         assert f"(compression_report/{name})" in text and f"(compression_report/{name})" in card.text
-    assert ("| encoder | en |" in text) == (operation in ("prune", "merge"))
+    assert ("encoder: nearest" in text) == (operation in ("prune", "merge"))
 
 
 def test_quality(source: Path, statistics: ExpertStatistics, make_quality: MakeQuality) -> None:
@@ -102,9 +103,8 @@ def test_quality(source: Path, statistics: ExpertStatistics, make_quality: MakeQ
     assert write_compression_report(folder, before=before, after=after) == folder / "report.md"
     text, card = (folder / "report.md").read_text(), readme.read_text()
     for shared in (
-        "| chrF, en to X | 45.0 | 30.5 |",
-        "| length ratio, X to en | 1.00 | 1.06 |",
-        "| off target, en to X | 0.0% | 12.5% |",
+        "| mean, en to X | 20 | 45.0 → 30.5 | 22.5 → 15.2 | 1.00 → 1.15 | 0.0% → 12.5% |",
+        "| mean, X to en | 20 | 52.5 → 49.5 | 26.2 → 24.8 | 1.00 → 1.06 | 0.0% → 0.0% |",
         "| sentences per second | 20.0 | 20.0 |",
         "| most memory of the GPU, MB | 3.0 |  |",
         "**In 2 of 4 directions, before in 0, translations are more than 10% longer than the references**",
@@ -113,12 +113,10 @@ def test_quality(source: Path, statistics: ExpertStatistics, make_quality: MakeQ
         "| en-de | 10 | 50.0 → 20.0 | 25.0 → 10.0 | 1.00 → 1.30 | 0.0% → 25.0% |",
     ):
         assert shared in text and shared in card
-    worst = [line.split(" | ")[0][2:] for line in card.split("lost most")[1].splitlines() if " → " in line]
-    assert worst == ["en-de", "fr-en", "de-en", "en-fr"]
     every = text.split("## Every direction")[1].split("## Experts")[0]
-    assert [line.split(" | ")[0] for line in every.splitlines() if "-e" in line or "en-" in line] == [
-        f"| {'-'.join(pair)}" for pair in sorted(PAIRS)
-    ]
+    for part in (card.split("lost most")[1], every):
+        rows = [line.split(" | ")[0][2:] for line in part.splitlines() if line.startswith("| ") and " → " in line]
+        assert rows == ["mean, en to X", "mean, X to en", "en-de", "fr-en", "de-en", "en-fr"]
     assert "## Every direction" not in card and "/models/" not in text + card
     assert card.count("hf_moe_ted: begin") == 1 and card.endswith("Written by hand.\n") and "it is ours" in card
     assert "quality.png" in pictures_of(folder) and len(pictures_of(folder)) == 4
@@ -130,7 +128,7 @@ def test_quality(source: Path, statistics: ExpertStatistics, make_quality: MakeQ
     assert "| en-de | 10 | 50.0 → 20.0 → 50.0 |" in again
     assert "**In 2 of 4 directions, before in 0" in again  # of the model in the folder, not of the trained one
     assert all(f"({name})" in again for name in [f"compression_report/{name}" for name in pictures_of(folder)])
-    assert "| encoder | en |" in again
+    assert "encoder: nearest" in again
 
 
 def test_statistics_later(source: Path, statistics: ExpertStatistics) -> None:
@@ -138,7 +136,12 @@ def test_statistics_later(source: Path, statistics: ExpertStatistics) -> None:
     assert "`hf-moe-ted report MODEL --statistics STATISTICS` adds them" in (folder / "report.md").read_text()
     write_compression_report(folder, statistics=statistics)
     assert pictures_of(folder) == {"routing_by_language.png", "language_similarity.png"}
-    assert "| decoder | fr |" in (folder / "report.md").read_text()
+    text = (folder / "report.md").read_text()
+    rows = dict(line.strip("| ").split(" | ", 1) for line in text.split("## Languages")[1].splitlines() if "|" in line)
+    assert rows["language"] == "encoder: nearest | decoder: nearest" and [*rows][2:] == ["de", "en", "fr"]
+    for side, languages in enumerate(nearest_languages(statistics).values()):
+        for language, (neighbour, overlap) in languages.items():
+            assert rows[language].split(" | ")[side] == f"{neighbour} {overlap:.1%}"
 
 
 def test_without_matplotlib(source: Path, statistics: ExpertStatistics, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ...files.messages import shorten
+from ...files.messages import printable, shorten
 from ...files.typed_fields import from_fields
 
 REPORT_NAME = "compression_report.json"
@@ -53,7 +53,7 @@ class CompressionReport:
 
     def __str__(self) -> str:
         lines = [*self.lines(), *(f"warning: {warning}" for warning in self.warnings)]
-        return "\n".join("".join(c if c.isprintable() else " " for c in line) for line in lines)
+        return "\n".join(map(printable, lines))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,17 +61,24 @@ class FewerExpertsReport(CompressionReport):
     """What a pruning or merging did.
 
     Attributes:
+        outcome: what became of the `before` experts of all layers and the `after` that there are now.
         num_experts_before, num_experts_after: name of each MoE layer -> its experts.
     """
+
+    outcome: ClassVar[str]
 
     num_experts_before: dict[str, int]
     num_experts_after: dict[str, int]
 
     def lines(self) -> list[str]:
+        before, after = (sum(counts.values()) for counts in (self.num_experts_before, self.num_experts_after))
         counts = zip(self.num_experts_after.values(), self.num_experts_before.values(), strict=True)
-        each = [f"{after} of {before}" for after, before in counts]
-        listed = f"{each[0]} in each" if len({*each}) == 1 else ", ".join(each)
-        return [*super().lines(), f"experts of the MoE layers: {listed}"]
+        each = [f"{num_after} of {num_before}" for num_after, num_before in counts]
+        return [
+            f"{self.source}: {self.outcome.format(before=before, after=after)}",
+            *super().lines(),
+            f"experts of the MoE layers: {f'{each[0]} in each' if len({*each}) == 1 else ', '.join(each)}",
+        ]
 
     def layers(self) -> dict[str, dict[str, str]]:
         return {
@@ -94,22 +101,17 @@ class PruningReport(FewerExpertsReport):
 
     operation: ClassVar[str] = "prune_experts"
     title: ClassVar[str] = "Pruned experts"
+    outcome: ClassVar[str] = "{after:,} of {before:,} experts kept"
 
     kept_experts: dict[str, list[int]]
     dense_layers: tuple[str, ...]
     routed_share_kept: dict[str, dict[str, float]]
 
     def lines(self) -> list[str]:
-        lines = [
-            f"{self.source}: {sum(self.num_experts_after.values()):,} of {sum(self.num_experts_before.values()):,} "
-            "experts kept",
-            *super().lines(),
-        ]
+        lines = super().lines()
         for side, shares in self.routed_share_kept.items():
-            shown = ", ".join(
-                f"{language} {share:.1%}" for language, share in sorted(shares.items(), key=lambda x: x[1])
-            )
-            lines.append(f"routed tokens whose expert is kept, {side}: {shown}")
+            shown = [f"{language} {share:.1%}" for language, share in sorted(shares.items(), key=lambda x: x[1])]
+            lines.append(f"routed tokens whose expert is kept, {side}: {', '.join(shown)}")
         return lines
 
     def layers(self) -> dict[str, dict[str, str]]:
@@ -129,15 +131,9 @@ class MergingReport(FewerExpertsReport):
 
     operation: ClassVar[str] = "merge_experts"
     title: ClassVar[str] = "Merged experts"
+    outcome: ClassVar[str] = "{before:,} experts merged to {after:,}"
 
     expert_map: dict[str, list[int]]
-
-    def lines(self) -> list[str]:
-        return [
-            f"{self.source}: {sum(self.num_experts_before.values()):,} experts merged to "
-            f"{sum(self.num_experts_after.values()):,}",
-            *super().lines(),
-        ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,82 +1,21 @@
 """A compression report for a reader, as Markdown: in full, and as a section of a model card."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import fmean
 
-from ...evaluation.translation_quality import DirectionQuality, TranslationQuality
-from ...models.language_codes import LanguagePair
+from ...evaluation.translation_quality import DirectionQuality, MeanQuality
 from ...models.layer_names import SIDES
-from .compression_report import AggregationReport, CompressionReport, FewerExpertsReport, PruningReport
+from ...routing.pictures import has_matplotlib, short_name
+from .compression_report import AggregationReport, FewerExpertsReport, PruningReport
 from .markdown_text import as_code, as_text
 from .model_card import display_name
-from .report_pictures import PICTURES, has_matplotlib, short_name
+from .report_pictures import PICTURES
+from .summary import STAGES, Summary
 
 REPORT_MARKDOWN = "report.md"
 PICTURE_FOLDER = "compression_report"
 
-TOO_LONG = 1.1  # length ratio; as in the metric
 NUM_WORST = 5
-
-_COLUMN = {"before": "before", "after": "after", "trained": "after training"}
-
-
-@dataclass(frozen=True)
-class ReportContents:
-    """What a report is made of.
-
-    Attributes:
-        report: of the operation.
-        qualities: `"before"`, `"after"` and maybe `"trained"` -> quality of the model; empty if it was not measured.
-        nearest_languages: of `nearest_languages`; empty without statistics.
-        pictures: names of those that there are.
-    """
-
-    report: CompressionReport
-    qualities: Mapping[str, TranslationQuality] = field(default_factory=dict)
-    nearest_languages: Mapping[str, Mapping[str, tuple[str, float]]] = field(default_factory=dict)
-    pictures: Sequence[str] = ()
-
-
-def full_report(contents: ReportContents) -> str:
-    """The text of `report.md`."""
-    parts = [
-        f"# Compression report: {contents.report.title.lower()}",
-        *_overview(contents),
-        *_all_directions(contents),
-        *_experts(contents),
-        *_languages(contents),
-        *_details(contents),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def card_section(contents: ReportContents) -> str:
-    """The text for a model card: the overview, without the tables of all directions, layers and languages."""
-    parts = [
-        f"## {contents.report.title}",
-        f"Numbers outside of this section are of the model that this one was made of. The whole report: "
-        f"[{REPORT_MARKDOWN}]({REPORT_MARKDOWN}).",
-        *_overview(contents),
-        *(_picture(contents, name) for name in PICTURES if name in contents.pictures),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _overview(contents: ReportContents) -> list[str]:
-    report = contents.report
-    sources = report.checkpoints if isinstance(report, AggregationReport) else (report.source,)
-    names = ", ".join(as_code(display_name(source)) for source in sources)
-    parts = [f"Made of {names} by `{report.operation}` of hf_moe_ted.", _sizes_and_means(contents)]
-    if warnings := [*report.warnings, *_quality_warnings(contents.qualities)]:
-        parts.append("\n".join(f"- **{as_text(warning)}**" for warning in warnings))
-    if not contents.qualities:
-        return [*parts, _HOW_TO_MEASURE]
-    pairs = _by_loss(contents.qualities)[:NUM_WORST]
-    parts += [f"**The {len(pairs)} directions that lost most, by chrF:**", _directions(contents.qualities, pairs)]
-    return parts
-
 
 _HOW_TO_MEASURE = f"""\
 What it costs in quality was not measured. With text in the model's languages that it was not trained on:
@@ -87,171 +26,152 @@ hf-moe-ted evaluate MODEL TEXT --output after.json
 hf-moe-ted report MODEL --before before.json --after after.json    # puts it here and into {REPORT_MARKDOWN}
 ```"""
 
+_WITHOUT_PICTURES = (
+    "Pictures were not drawn, as matplotlib was not installed: `pip install 'hf-moe-ted[viz]'`, then "
+    "`hf-moe-ted report MODEL`, with `--statistics` for those of the languages."
+)
 
-def _sizes_and_means(contents: ReportContents) -> str:
-    report, qualities = contents.report, contents.qualities
-    labels = [*qualities] or ["before", "after"]
+
+def full_report(summary: Summary, pictures: Sequence[str]) -> str:
+    """The text of `report.md`.
+
+    Args:
+        summary: what there is to say.
+        pictures: names of those that there are.
+    """
+    arguments = [
+        f"{as_code(name)} {as_text(str(value))}"
+        for name, value in summary.report.arguments.items()
+        if name != "checkpoints"  # which stand in the line before
+    ]
+    parts = [
+        f"# Compression report: {summary.report.title.lower()}",
+        *_overview(summary),
+        *([f"Arguments: {', '.join(arguments)}."] if arguments else []),
+        *(["## Every direction", _how_measured(summary), _directions(summary)] if summary.qualities else []),
+        "## Experts",
+        _experts(summary),
+        "## Languages",
+        _languages(summary),
+        *_pictures(pictures),
+        *([] if has_matplotlib() else [_WITHOUT_PICTURES]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def card_section(summary: Summary, pictures: Sequence[str]) -> str:
+    """The text for a model card: without the tables of all directions, layers and languages."""
+    parts = [
+        f"## {summary.report.title}",
+        "Numbers outside of this section are of the model that this one was made of. The whole report: "
+        f"[{REPORT_MARKDOWN}]({REPORT_MARKDOWN}).",
+        *_overview(summary),
+    ]
+    if summary.qualities:
+        num_worst = min(NUM_WORST, len(summary.by_loss))
+        parts += [f"**The {num_worst} directions that lost most, by chrF:**", _directions(summary, num_worst)]
+    return "\n\n".join([*parts, *_pictures(pictures)]) + "\n"
+
+
+def _overview(summary: Summary) -> list[str]:
+    report = summary.report
+    sources = report.checkpoints if isinstance(report, AggregationReport) else (report.source,)
+    names = ", ".join(as_code(display_name(source)) for source in sources)
+    warnings = "\n".join(f"- **{as_text(warning)}**" for warning in summary.warnings)
+    return [
+        f"Made of {names} by `{report.operation}` of hf_moe_ted.",
+        _sizes(summary),
+        *([warnings] if warnings else []),
+        *([] if summary.qualities else [_HOW_TO_MEASURE]),
+    ]
+
+
+def _sizes(summary: Summary) -> str:
+    report, qualities = summary.report, summary.qualities.values()
     rows = [
         ["parameters", f"{report.num_parameters_before:,}", f"{report.num_parameters_after:,}"],
-        ["weights, MB", f"{report.num_bytes_before / 1e6:,.1f}", f"{report.num_bytes_after / 1e6:,.1f}"],
+        ["weights, MB", _megabytes(report.num_bytes_before), _megabytes(report.num_bytes_after)],
     ]
     if isinstance(report, FewerExpertsReport):
         counts = (report.num_experts_before, report.num_experts_after)
         rows.append(["experts, all layers", *(f"{sum(count.values()):,}" for count in counts)])
-    for group, pairs in _groups(qualities).items():
-        means = [quality.mean(pairs) for quality in qualities.values()]
-        rows += [
-            [f"BLEU, {group}", *(f"{mean.bleu:.1f}" for mean in means)],
-            [f"chrF, {group}", *(f"{mean.chrf:.1f}" for mean in means)],
-            [f"length ratio, {group}", *(f"{mean.length_ratio:.2f}" for mean in means)],
-            [f"off target, {group}", *(_percent(mean.off_target) for mean in means)],
-        ]
     if qualities:
-        rows += [
-            ["sentences per second", *(f"{quality.sentences_per_s:,.1f}" for quality in qualities.values())],
-            ["weights in memory, MB", *(f"{quality.num_bytes / 1e6:,.1f}" for quality in qualities.values())],
-        ]
-        peaks = [quality.peak_memory_bytes for quality in qualities.values()]
-        if any(peaks):
-            rows.append(["most memory of the GPU, MB", *("" if p is None else f"{p / 1e6:,.1f}" for p in peaks)])
-    return _table(["", *(_COLUMN[label] for label in labels)], rows)
+        rows.append(["sentences per second", *(f"{quality.sentences_per_s:,.1f}" for quality in qualities)])
+        rows.append(["weights in memory, MB", *(_megabytes(quality.num_bytes) for quality in qualities)])
+    if any(quality.peak_memory_bytes for quality in qualities):
+        rows.append(["most memory of the GPU, MB", *(_megabytes(quality.peak_memory_bytes) for quality in qualities)])
+    return _table(["", *(STAGES[stage] for stage in summary.qualities or ("before", "after"))], rows)
 
 
-def _groups(qualities: Mapping[str, TranslationQuality]) -> dict[str, list[LanguagePair]]:
-    if not qualities:
-        return {}
-    (everything, pairs), *parts = next(iter(qualities.values())).groups().items()
-    return dict(parts) or {everything: pairs}
-
-
-def _quality_warnings(qualities: Mapping[str, TranslationQuality]) -> list[str]:
-    if not qualities:
-        return []
-    warnings = []
-    both = qualities["before"], qualities["after"]
-    too_long = [sum(d.length_ratio > TOO_LONG for d in quality.directions.values()) for quality in both]
-    if too_long[1] > too_long[0]:
-        warnings.append(
-            f"In {too_long[1]} of {len(both[1].directions)} directions, before in {too_long[0]}, translations are more "
-            f"than {TOO_LONG - 1:.0%} longer than the references"
-        )
-    num_cut = [sum(direction.num_cut for direction in quality.directions.values()) for quality in both]
-    if num_cut[1] > num_cut[0]:
-        warnings.append(
-            f"{num_cut[1]:,} of {both[1].num_sentences:,} translations, before {num_cut[0]:,}, did not end within "
-            f"{both[1].max_new_tokens} tokens and were cut; without the cut they would be longer"
-        )
-    settings = dict.fromkeys((quality.device, quality.dtype, quality.batch_size) for quality in qualities.values())
-    if len(settings) > 1:
-        listed = "; ".join(f"{device}, {dtype}, batches of {size}" for device, dtype, size in settings)
-        warnings.append(f"Speed and memory were not measured in the same way ({listed}) and cannot be compared")
-    return warnings
-
-
-def _by_loss(qualities: Mapping[str, TranslationQuality]) -> list[LanguagePair]:
-    """The directions, those with the largest loss of chrF first."""
-    before, after = qualities["before"].directions, qualities["after"].directions
-    return sorted(before, key=lambda pair: after[pair].chrf - before[pair].chrf)
-
-
-def _directions(qualities: Mapping[str, TranslationQuality], pairs: Sequence[LanguagePair]) -> str:
-    columns = {
-        "chrF": lambda d: f"{d.chrf:.1f}",
-        "BLEU": lambda d: f"{d.bleu:.1f}",
-        "length ratio": lambda d: f"{d.length_ratio:.2f}",
-        "off target": lambda d: _percent(d.off_target),
-    }
-    rows = []
-    for pair in pairs:
-        directions: list[DirectionQuality] = [quality.directions[pair] for quality in qualities.values()]
-        cells = [" → ".join(map(show, directions)) for show in columns.values()]
-        rows.append(["-".join(pair), str(directions[0].num_sentences), *cells])
-    return _table(["direction", "sentences", *columns], rows)
-
-
-def _all_directions(contents: ReportContents) -> list[str]:
-    if not (qualities := contents.qualities):
-        return []
-    after = qualities["after"]
-    labels = " → ".join(_COLUMN[label] for label in qualities)
+def _how_measured(summary: Summary) -> str:
+    after = summary.qualities["after"]
     tokenizers = ", ".join(sorted({as_text(direction.bleu_tokenizer) for direction in after.directions.values()}))
     floors = [d.reference_off_target for d in after.directions.values() if d.reference_off_target is not None]
-    how = [
-        f"- {labels}. BLEU (tokenizers: {tokenizers}) and chrF are sacreBLEU's; the length ratio counts characters; "
-        "off target is the share of translations whose detected language is not the target language"
-        + (f", which is also said of {_percent(fmean(floors))} of the references." if floors else "."),
-        f"- {after.num_sentences:,} sentences, beams: {after.num_beams}, at most {after.max_new_tokens} new tokens.",
-        *(
-            f"- {_COLUMN[label]}: {as_code(display_name(quality.model))}, {as_text(quality.dtype)}, batches of "
-            f"{quality.batch_size}, {as_text(quality.device)}"
-            for label, quality in qualities.items()
-        ),
+    models = [
+        f"{STAGES[stage]}: {as_code(display_name(quality.model))}, {as_text(quality.dtype)}, batches of "
+        f"{quality.batch_size}, {as_text(quality.device)}"
+        for stage, quality in summary.qualities.items()
     ]
-    return [
-        "## Every direction",
-        "\n".join(how),
-        _directions(qualities, sorted(after.directions)),
-        *_picture_if_there(contents, "quality.png"),
-    ]
+    return (
+        f"{' → '.join(STAGES[stage] for stage in summary.qualities)}. BLEU (tokenizers: {tokenizers}) and chrF are "
+        "sacreBLEU's; the length ratio counts characters; off target is the share of translations whose detected "
+        "language is not the target language"
+        + (f", which is also said of {_percent(fmean(floors))} of the references" if floors else "")
+        + f". Beams: {after.num_beams}, at most {after.max_new_tokens} new tokens. {'; '.join(models)}."
+    )
 
 
-def _experts(contents: ReportContents) -> list[str]:
-    layers = contents.report.layers()
-    columns = [*next(iter(layers.values()))]
-    rows = [[short_name(layer), *values.values()] for layer, values in layers.items()]
-    table = _table(["layer", *columns], rows)
-    return ["## Experts", table, *_picture_if_there(contents, "experts_per_layer.png")]
-
-
-def _languages(contents: ReportContents) -> list[str]:
-    report, nearest = contents.report, contents.nearest_languages
-    kept = report.routed_share_kept if isinstance(report, PruningReport) else {}
-    if not nearest and not kept:
-        return ["## Languages", "No expert statistics: `hf-moe-ted report MODEL --statistics STATISTICS` adds them."]
+def _directions(summary: Summary, num_worst: int | None = None) -> str:
+    """Means, then the directions, those that lost most first."""
+    qualities = [*summary.qualities.values()]
+    (everything, all_pairs), *groups = qualities[0].groups().items()
     rows = []
-    for side in SIDES:
-        shares, neighbours = kept.get(side, {}), nearest.get(side, {})
-        for language in sorted({*shares, *neighbours}):
-            neighbour, overlap = neighbours.get(language, ("", None))
-            row = [side, language, neighbour, _percent(overlap)]
-            rows.append([*row, _percent(shares.get(language))] if kept else row)
-    header = ["", "language", "nearest by routing", "tokens to the same experts"]
-    if kept:
-        header.append("routed tokens whose expert is kept")
-    pictures = ("routing_by_language.png", "language_similarity.png")
-    return [
-        "## Languages",
-        _table(header, rows),
-        *(part for name in pictures for part in _picture_if_there(contents, name)),
-    ]
+    for name, pairs in groups or [(everything, all_pairs)]:
+        num_sentences = sum(qualities[0].directions[pair].num_sentences for pair in pairs)
+        rows.append([f"mean, {name}", f"{num_sentences:,}", *_scores([quality.mean(pairs) for quality in qualities])])
+    for pair in summary.by_loss[:num_worst]:
+        directions = [quality.directions[pair] for quality in qualities]
+        rows.append(["-".join(pair), str(directions[0].num_sentences), *_scores(directions)])
+    return _table(["direction", "sentences", "chrF", "BLEU", "length ratio", "off target"], rows)
 
 
-def _details(contents: ReportContents) -> list[str]:
-    arguments = {
-        name: [display_name(str(path)) for path in value]
-        if name == "checkpoints" and isinstance(value, list | tuple)
-        else value
-        for name, value in contents.report.arguments.items()
-    }
-    parts = [
-        "## Arguments",
-        "\n".join(f"- {as_code(name)}: {as_text(str(value))}" for name, value in arguments.items()),
-    ]
-    if not has_matplotlib():
-        parts.append(
-            "Pictures were not drawn, as matplotlib was not installed: `pip install 'hf-moe-ted[viz]'`, then "
-            "`hf-moe-ted report MODEL`, with `--statistics` for those of the languages."
-        )
-    return parts
+def _scores(stages: Sequence[DirectionQuality | MeanQuality]) -> list[str]:
+    """A cell for each score, with those of all stages."""
+    rows = [(f"{s.chrf:.1f}", f"{s.bleu:.1f}", f"{s.length_ratio:.2f}", _percent(s.off_target)) for s in stages]
+    return [" → ".join(cells) for cells in zip(*rows, strict=True)]
 
 
-def _picture_if_there(contents: ReportContents, name: str) -> list[str]:
-    return [_picture(contents, name)] if name in contents.pictures else []
+def _experts(summary: Summary) -> str:
+    layers = summary.report.layers()
+    columns = next(iter(layers.values()))
+    return _table(["layer", *columns], [[short_name(layer), *values.values()] for layer, values in layers.items()])
 
 
-def _picture(contents: ReportContents, name: str) -> str:
-    alternative = Path(name).stem.replace("_", " ")
-    return f"![{alternative}]({PICTURE_FOLDER}/{name})\n\n*{PICTURES[name]}*"
+def _languages(summary: Summary) -> str:
+    kept = summary.report.routed_share_kept if isinstance(summary.report, PruningReport) else {}
+    if not summary.nearest and not kept:
+        return "No expert statistics: `hf-moe-ted report MODEL --statistics STATISTICS` adds them."
+    rows = []
+    for language in sorted({name for of_side in (*summary.nearest.values(), *kept.values()) for name in of_side}):
+        rows.append([language])
+        for side in SIDES:
+            neighbour, overlap = summary.nearest.get(side, {}).get(language, ("", None))
+            share = [_percent(kept.get(side, {}).get(language))] if kept else []
+            rows[-1] += [f"{neighbour} {_percent(overlap)}".strip(), *share]
+    columns = ["nearest", "kept"] if kept else ["nearest"]
+    how = (
+        "Source languages in the encoder, target languages in the decoder; nearest by routing, with the share of "
+        "tokens to the same experts" + ("; kept: share of routed tokens whose expert is kept." if kept else ".")
+    )
+    return f"{how}\n\n{_table(['language', *(f'{side}: {column}' for side in SIDES for column in columns)], rows)}"
+
+
+def _pictures(names: Sequence[str]) -> list[str]:
+    return ["\n".join(f"![{PICTURES[name]}]({PICTURE_FOLDER}/{name})" for name in names)] if names else []
+
+
+def _megabytes(num_bytes: int | None) -> str:
+    return "" if num_bytes is None else f"{num_bytes / 1e6:,.1f}"
 
 
 def _percent(share: float | None) -> str:
@@ -260,10 +180,8 @@ def _percent(share: float | None) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table; rows may be shorter than the header."""
-    filled = [[*row, *[""] * (len(header) - len(row))] for row in rows]
-    escaped = [[as_text(cell) for cell in row] for row in filled]
-    lines = [header, ["---"] * len(header), *escaped]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    filled = [[*map(as_text, row), *[""] * (len(header) - len(row))] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *filled))
 
 
-__all__ = ["PICTURE_FOLDER", "REPORT_MARKDOWN", "ReportContents", "card_section", "full_report"]
+__all__ = ["PICTURE_FOLDER", "REPORT_MARKDOWN", "card_section", "full_report"]

@@ -14,11 +14,14 @@ CARD_NAME = "README.md"
 _BEGIN = "<!-- compression report of hf_moe_ted: begin -->"
 _END = "<!-- compression report of hf_moe_ted: end -->"
 _SECTION = re.compile(rf"{_BEGIN}.*?{_END}\n*", re.DOTALL)
-# of a section that stays as the history of the source: its files do not come along
+# of a section that stays as the history of the source: its files do not come along; early ones, whose descriptions
+# have no capitals, have a line in italics below
 _LINKS = re.compile(
-    r"^!\[.*\]\(compression_report/.*\)\n+\*.*\*\n+| The whole report: \[report.md\]\(report.md\)\.", re.M
+    r"^!\[[a-z ]*\]\(compression_report/.*\)\n+\*.*\*\n+|^!\[.*\]\(compression_report/.*\)\n+"
+    r"| The whole report: \[report.md\]\(report.md\)\.",
+    re.M,
 )
-_METADATA_AND_TITLE = re.compile(r"\A(?:---\r?\n.*?\r?\n---\r?\n)?\s*(?:# [^\n]*\n)?", re.DOTALL)
+_METADATA_AND_TITLE = re.compile(r"\A(?:---\n.*?\n---\n)?\s*(?:# [^\n]*\n)?", re.DOTALL)
 _IN_HUB_CACHE = re.compile(r"models--(?P<name>[^/]+)/snapshots/[^/]+/?$")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -70,6 +73,7 @@ def derived_card(sources: Sequence[str], relation: str | None = None) -> ModelCa
 
 def with_section(card: str, section: str) -> str:
     """The text of a card with the section behind its title, in place of the one that it may have already."""
+    card = card.replace("\r\n", "\n")
     marked = f"{_BEGIN}\n{section.strip()}\n{_END}\n\n"
     if _SECTION.search(card):
         return _SECTION.sub(lambda _: marked, card, count=1)

@@ -2,40 +2,40 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
-
-from huggingface_hub import ModelCard
 
 from ...evaluation.translation_quality import TranslationQuality
-from ...files.json_file import read_json_object
 from ...files.output import files_into
-from ...files.typed_fields import of_type
 from ...routing.expert_statistics import ExpertStatistics
-from ...routing.routing_similarity import nearest_languages
-from .compression_report import REPORT_NAME, AggregationReport, CompressionReport, FewerExpertsReport, report_from_dict
-from .markdown_report import PICTURE_FOLDER, REPORT_MARKDOWN, ReportContents, card_section, full_report
+from .compression_report import REPORT_NAME
+from .markdown_report import PICTURE_FOLDER, REPORT_MARKDOWN, card_section, full_report
 from .model_card import CARD_NAME, with_section
 from .report_pictures import PICTURES, draw_pictures
+from .summary import Summary, read_summary
 
 
-def save_report(
-    report: CompressionReport, card: ModelCard, statistics: ExpertStatistics | None = None
-) -> Callable[[Path], None]:
-    """Writes the report and the model card to the new folder of a model, for `save_others`.
+def describe(folder: Path, summary: Summary, card: str, earlier_pictures: Collection[str] = ()) -> None:
+    """Write the files of a report.
 
     Args:
-        report: of the operation.
-        card: of the model, to which a section is added.
-        statistics: that the operation had.
+        folder: of the model, or where its new files are put together.
+        summary: what there is to say.
+        card: the text of the model card, which gets a section or a new one in place of it.
+        earlier_pictures: names of `PICTURES` that the model has and that are shown, too.
     """
-
-    def save(folder: Path) -> None:
-        (folder / CARD_NAME).write_text(str(card), encoding="utf-8")
-        _write(folder, folder, report, {}, {}, statistics)
-
-    return save
+    drawn = draw_pictures(summary)
+    pictures = [name for name in PICTURES if name in drawn or name in earlier_pictures]
+    texts = {
+        REPORT_NAME: json.dumps(summary.to_dict(), indent=1, ensure_ascii=False) + "\n",
+        REPORT_MARKDOWN: full_report(summary, pictures),
+        CARD_NAME: with_section(card, card_section(summary, pictures)),
+    }
+    for name, text in texts.items():
+        (folder / name).write_bytes(text.encode("utf-8"))
+    for name, content in drawn.items():
+        (folder / PICTURE_FOLDER).mkdir(exist_ok=True)
+        (folder / PICTURE_FOLDER / name).write_bytes(content)
 
 
 def write_compression_report(
@@ -69,86 +69,15 @@ def write_compression_report(
             of another model.
     """
     folder = Path(output_dir)
-    fields = _read(folder / REPORT_NAME)
-    try:
-        report = report_from_dict(fields)
-        of_labels = of_type(dict[str, dict[str, Any]], fields.get("quality", {}), "quality")
-        qualities = {label: TranslationQuality.from_dict(quality) for label, quality in of_labels.items()}
-        nearest = of_type(
-            dict[str, dict[str, tuple[str, float]]], fields.get("nearest_languages", {}), "nearest_languages"
-        )
-    except ValueError as error:
-        raise ValueError(f"{folder / REPORT_NAME} is corrupted: {error}") from error
+    report, qualities, nearest = read_summary(folder / REPORT_NAME)
     given = {"before": before, "after": after, "trained": trained}
-    qualities |= {label: quality for label, quality in given.items() if quality is not None}
-    _check_qualities(qualities)
-    if statistics is not None:
-        _check_statistics(report, statistics)
-    qualities = {label: qualities[label] for label in given if label in qualities}
+    qualities |= {stage: quality for stage, quality in given.items() if quality is not None}
+    summary = Summary.of(report, statistics, qualities, nearest)
+    card = (folder / CARD_NAME).read_text(encoding="utf-8") if (folder / CARD_NAME).is_file() else ""
+    earlier_pictures = [name for name in PICTURES if (folder / PICTURE_FOLDER / name).is_file()]
     with files_into(folder) as staged:
-        _write(staged, folder, report, qualities, nearest, statistics)
+        describe(staged, summary, card, earlier_pictures)
     return folder / REPORT_MARKDOWN
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; output_dir must be the folder of a compressed model")
-    return read_json_object(path, "compression report")
-
-
-def _check_qualities(qualities: Mapping[str, TranslationQuality]) -> None:
-    if qualities and not {"before", "after"} <= qualities.keys():
-        missing = sorted({"before", "after"} - qualities.keys())
-        raise ValueError(f"the quality {' and '.join(missing)} is missing: there must be those before and after")
-    for quality in [*qualities.values()][1:]:
-        qualities["before"].require_comparable(quality)
-
-
-def _check_statistics(report: CompressionReport, statistics: ExpertStatistics) -> None:
-    num_experts = statistics.fingerprint.num_experts
-    if isinstance(report, FewerExpertsReport):
-        fits = num_experts == report.num_experts_before
-    elif isinstance(report, AggregationReport):
-        fits = num_experts == {layer: sum(counts) for layer, counts in report.num_experts.items()}
-    else:
-        fits = num_experts.keys() == report.layers().keys()
-    if not fits:
-        raise ValueError(
-            f"the statistics are of another model than this report: of one with {num_experts}; give those of "
-            + ("the aggregated model" if isinstance(report, AggregationReport) else report.source)
-        )
-
-
-def _write(
-    staged: Path,
-    folder: Path,
-    report: CompressionReport,
-    qualities: Mapping[str, TranslationQuality],
-    nearest: Mapping[str, Mapping[str, tuple[str, float]]],
-    statistics: ExpertStatistics | None,
-) -> None:
-    """Write the files of a report into `staged`, for `folder`, whose card and pictures they go on with."""
-    if statistics is not None:
-        nearest = nearest_languages(statistics)
-    fields = report.to_dict() | {
-        "quality": {label: quality.to_dict() for label, quality in qualities.items()},
-        "nearest_languages": nearest,
-    }
-    pictures = draw_pictures(report, qualities, statistics)
-    for name, content in pictures.items():
-        (staged / PICTURE_FOLDER).mkdir(exist_ok=True)
-        (staged / PICTURE_FOLDER / name).write_bytes(content)
-    there = [name for name in PICTURES if name in pictures or (folder / PICTURE_FOLDER / name).is_file()]
-    contents = ReportContents(report, qualities, nearest, there)
-    card = folder / CARD_NAME
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    texts = {
-        REPORT_NAME: json.dumps(fields, indent=1, ensure_ascii=False) + "\n",
-        REPORT_MARKDOWN: full_report(contents),
-        CARD_NAME: with_section(text, card_section(contents)),
-    }
-    for name, content_of_file in texts.items():
-        (staged / name).write_bytes(content_of_file.encode("utf-8"))
-
-
-__all__ = ["save_report", "write_compression_report"]
+__all__ = ["describe", "write_compression_report"]

@@ -34,7 +34,7 @@ def _check_main_files(contents: Contents) -> None:
             "remove the files that are not from this run"
         )
     for mp_rank, main in contents.mains.items():
-        first = contents.mains.get(contents.stage(mp_rank) * tp)
+        first = contents.mains.get(contents.first_of_stage(mp_rank))
         if first is not None and first.shards.keys() != main.shards.keys():
             names = sorted(first.shards.keys() ^ main.shards.keys())
             contents.add(
@@ -50,27 +50,25 @@ def _add_missing_main_files(contents: Contents, missing: list[int], num_ranks: i
         "DeepSpeed itself never writes them when tensor parallelism reaches further than expert parallelism and the "
         "experts are not tensor parallel. "
     )
-    if can_masters_replace(contents, missing):
-        for mp_rank in missing:
-            for name, by_rank in contents.dense.items():
-                first = by_rank.get(contents.stage(mp_rank) * contents.tensor_parallel_size)
-                main = contents.mains[contents.stage(mp_rank) * contents.tensor_parallel_size]
-                if first is not None and name not in main.buffer_names:
-                    contents.lost.setdefault(name, {})[mp_rank] = meta(first.spec.shape)
-        contents.add(
-            text + "The fp32 masters of ZeRO hold these weights: weights='master' reads them (and takes "
-            "buffers, which have no master, from the rank that is there)",
-            True,
-        )
-    else:
+    if not can_masters_replace(contents, missing):
         contents.add(text + "No other file holds these weights; look for the files, or for another tag")
+        return
+    for mp_rank in missing:
+        first = contents.mains[contents.first_of_stage(mp_rank)]
+        for name in [name for name in first.shards if name not in first.buffer_names]:
+            contents.lost.setdefault(name, {})[mp_rank] = meta(first.shards[name].spec.shape)
+    contents.add(
+        text + "The fp32 masters of ZeRO hold these weights: weights='master' reads them (and takes buffers, which "
+        "have no master, from the rank that is there)",
+        masters_help=True,
+    )
 
 
 def can_masters_replace(contents: Contents, missing: list[int]) -> bool:
     """Whether ZeRO's files hold all parameters that the main files of these ranks do: none is frozen."""
     with_masters = {mp_rank for mp_rank, _ in contents.files.zero}
     for mp_rank in missing:
-        first = contents.mains.get(contents.stage(mp_rank) * contents.tensor_parallel_size)
+        first = contents.mains.get(contents.first_of_stage(mp_rank))
         if mp_rank not in with_masters or first is None or first.param_shapes is None:
             return False
         known = first.param_shapes.keys() | first.shared_params.keys() | first.buffer_names

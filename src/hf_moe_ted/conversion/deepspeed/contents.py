@@ -290,6 +290,10 @@ class Contents:
         """The pipeline stage of a model-parallel rank."""
         return mp_rank // self.tensor_parallel_size
 
+    def first_of_stage(self, mp_rank: int) -> int:
+        """The first model-parallel rank of the pipeline stage of another."""
+        return self.stage(mp_rank) * self.tensor_parallel_size
+
     def add(self, text: str, masters_help: bool = False) -> None:
         """Note a problem."""
         self.problems.append(Problem(text, masters_help))

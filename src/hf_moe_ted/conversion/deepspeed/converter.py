@@ -2,7 +2,6 @@
 
 import os
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ...files.json_file import parse_json_object, read_json_object
-from ...files.output import check_output_dir
+from ...files.json_file import parse_json_object
 from ...files.writing import keeping_places
 from ...models.configuration_zcode_m3 import ZCodeM3Config, changed_fields
 from ...models.layer_names import FFN_PATTERN
-from ...tensors.config_file import config_errors
+from ...tensors.config_file import checked_overrides, config_errors, read_config_fields
 from ...tensors.conversion_report import ConversionReport
 from ...tensors.lazy_tensors import LazyTensors, checked_weights
-from ...tensors.model_folder import (
-    TOKENIZER_FILES,
-    copy_tokenizer_and_generation_config,
-    parse_dtype,
-    write_model_folder,
-)
+from ...tensors.model_folder import TOKENIZER_FILES, copy_tokenizer_and_generation_config, model_folder_writer
 from ..conversion_rules import RuleSet
+from ..m2m100 import MODEL_TYPE as M2M100
 from ..m2m100 import m2m100_config_fields
 from .reader import read_deepspeed_state_dict
 
@@ -87,16 +81,18 @@ def convert_deepspeed_checkpoint(
         ValueError: the checkpoint is incomplete or damaged, a tensor fits no rule, shapes disagree with the config, a
             field of the config is wrong, or `output_dir` is not empty. Nothing is written then.
     """
-    start = time.perf_counter()
-    checkpoint_dir, output_dir = Path(checkpoint_dir), Path(output_dir)
-    dtype = parse_dtype(dtype)
-    check_output_dir(output_dir, overwrite=overwrite, sources=[checkpoint_dir], also_read=[base_config, tokenizer])
+    write = model_folder_writer(
+        output_dir,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        sources=[checkpoint_dir],
+        also_read=[base_config, tokenizer],
+    )
     rule_set = RuleSet.load(rules)
     if isinstance(config_overrides, str):
         config_overrides = parse_json_object(config_overrides, "config_overrides")
-    if not isinstance(config_overrides or {}, Mapping):
-        raise ValueError(f"config_overrides ({config_overrides!r}) must be a dict of fields of ZCodeM3Config")
-    overrides = dict(config_overrides or {})
+    overrides = checked_overrides(config_overrides)
     fields = _base_fields(base_config)
     state = read_deepspeed_state_dict(
         checkpoint_dir,
@@ -110,46 +106,20 @@ def convert_deepspeed_checkpoint(
     origin = base_config if isinstance(base_config, (str, os.PathLike)) else type(base_config).__name__
     with config_errors(f"base_config ({origin}) and config_overrides do not fit the checkpoint"):
         config, warnings = _config(fields, overrides, tensors)
-    return write_model_folder(
-        tensors,
-        config,
-        output_dir,
-        source=checkpoint_dir,
-        start=start,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        save_others=_others(base_config, tokenizer),
-        warnings=warnings,
-    )
+    others = _others(base_config, tokenizer)
+    return write(tensors, config, source=Path(checkpoint_dir), save_others=others, warnings=warnings)
 
 
 def _base_fields(base_config: PreTrainedConfig | Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Any]:
     """Fields of `ZCodeM3Config` from what the user gave. Raises a `ValueError` if it is no such config."""
-    path = None
-    if isinstance(base_config, PreTrainedConfig):
-        fields = base_config.to_dict()
-    elif isinstance(base_config, Mapping):
-        fields = dict(base_config)
-    else:
-        path = Path(base_config)
-        path = path / "config.json" if path.is_dir() else path
-        if not path.is_file():
-            raise ValueError(
-                f"base_config ({base_config}) must be a config, a dict or a folder with config.json; "
-                "`hf download` makes one of a Hub id"
-            )
-        fields = read_json_object(path, "base_config")
-    model_type = fields.get("model_type", ZCodeM3Config.model_type)
-    if model_type == "m2m_100":
-        with config_errors(f"base_config ({path})" if path else "base_config"):
-            return m2m100_config_fields(fields)
-    if model_type != ZCodeM3Config.model_type:
-        raise ValueError(
-            f"base_config has model_type {model_type!r}{f' in {path}' if path else ''}; it must be 'm2m_100' or "
-            "'zcode_m3'"
-        )
-    return fields
+    forms = "a config, a dict or a folder with config.json; `hf download` makes one of a Hub id"
+    ours = ZCodeM3Config.model_type
+    otherwise = f"; it must be {M2M100!r} or {ours!r}"
+    origin, fields = read_config_fields(base_config, "base_config", (M2M100, ours, None), otherwise, forms=forms)
+    if fields.get("model_type") != M2M100:
+        return fields
+    with config_errors(origin):
+        return m2m100_config_fields(fields)
 
 
 def _config(fields: dict[str, Any], overrides: dict[str, Any], tensors: LazyTensors) -> tuple[ZCodeM3Config, list[str]]:

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ...files.messages import printable
 from ...tensors.lazy_tensors import LazyTensors
-from ..conversion_rules import check_shard_rule
 from ..patterns import Pattern
+from ..rule import check_shard_rule
 from .checks import check_contents
 from .contents import Contents, meta, parse_expert_name, read_contents
 from .files import FilePool, find_files, list_names, load_file
 from .shards import Shards, open_shards
+from .zero import is_equal
 
 TensorParallelRule = tuple[str, int | None]
 
@@ -67,7 +68,7 @@ def read_deepspeed_state_dict(
     if problems:
         raise ValueError("\n  ".join([f"{contents.files.folder} cannot be read:", *problems]))
     merger = _Merger(contents, open_shards(contents, FilePool(), masters=masters), rules)
-    return LazyTensors(merger.specs, merger.read, read_into=merger.read_into, where=merger.where)
+    return LazyTensors(merger.specs, read_into=merger.read_into, where=merger.where)
 
 
 def _compile_rules(rules: Sequence[TensorParallelRule]) -> list[tuple[Pattern, int | None]]:
@@ -100,54 +101,51 @@ class _Merger:
             raise _needs_rules(contents, different)
         self.specs = {name: self._merged_spec(name) for name in shards.specs}
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, whole.
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Write one tensor, whole, to another of its shape and dtype.
 
         Raises:
-            ValueError: its shards differ without a rule, or pipeline stages disagree, or as `Shards.read`.
+            ValueError: its shards differ without a rule, or pipeline stages disagree, or as `Shards.view`.
         """
-        merged = self._read_stage(name, self._stages[name][0])
-        for ranks in self._stages[name][1:]:
-            if not _is_equal(merged, self._read_stage(name, ranks)):
+        first, *others = self._stages[name]
+        self._read_stage_into(name, first, out)
+        for ranks in others:
+            again = torch.empty_like(out)
+            self._read_stage_into(name, ranks, again)
+            if not is_equal(out, again):
                 raise ValueError(
                     f"{name} is in several pipeline stages of {self._contents.files.folder} with different values "
                     f"(mp_rank {', '.join(str(ranks[0]) for ranks in self._stages[name])}); use a checkpoint in which "
                     "tied weights are equal"
                 )
-        return merged
-
-    def read_into(self, name: str, out: Tensor) -> None:
-        """Write one tensor to another of its shape and dtype, without a copy in between if it is not sharded."""
-        if len(self._stages[name]) == len(self._stages[name][0]) == 1:
-            self._shards.read_into(name, self._stages[name][0][0], out)
-        else:
-            out.copy_(self.read(name))
 
     def where(self, name: str) -> str:
         """The files of a tensor's weights."""
-        paths = dict.fromkeys(shard.path for shard in self._contents.shards.get(name, {}).values())
+        by_rank = self._contents.experts.get(name) or self._contents.dense.get(name, {})
+        paths = dict.fromkeys(shard.path for shard in by_rank.values())
         return list_names(list(paths) or [self._contents.files.folder])
 
-    def _read_stage(self, name: str, ranks: list[int]) -> Tensor:
+    def _read_stage_into(self, name: str, ranks: list[int], out: Tensor) -> None:
         rule = self._rule(name)
-        first = self._shards.read(name, ranks[0])
-        if len(ranks) == 1 or (rule and rule[1] is None):
-            return first
-        if rule:
-            parts = [first, *(self._shards.read(name, mp_rank) for mp_rank in ranks[1:])]
-            return torch.cat(parts, dim=rule[1])  # type: ignore[arg-type]
-        if not all(_is_equal(first, self._shards.read(name, mp_rank)) for mp_rank in ranks[1:]):
-            raise _needs_rules(self._contents, [other for other in self._stages if self._differs_without_rule(other)])
-        return first
+        if len(ranks) > 1 and rule and rule[1] is not None:
+            sizes = [self._shards.specs[name][mp_rank].shape[rule[1]] for mp_rank in ranks]
+            for mp_rank, part in zip(ranks, out.split(sizes, rule[1]), strict=True):
+                part.copy_(self._shards.view(name, mp_rank))
+            return
+        if not rule and not self._are_copies(name, ranks):
+            differ = [n for n in self._stages if not self._rule(n) and not self._is_replicated(n)]
+            raise _needs_rules(self._contents, differ)
+        out.copy_(self._shards.view(name, ranks[0]))
 
-    def _differs_without_rule(self, name: str) -> bool:
-        if self._rule(name):
-            return False
-        for ranks in self._stages[name]:
-            first = self._shards.read(name, ranks[0])
-            if not all(_is_equal(first, self._shards.read(name, mp_rank)) for mp_rank in ranks[1:]):
-                return True
-        return False
+    def _is_replicated(self, name: str) -> bool:
+        return all(self._are_copies(name, ranks) for ranks in self._stages[name])
+
+    def _are_copies(self, name: str, ranks: list[int]) -> bool:
+        """Whether these ranks of one stage have the same numbers; nothing is read of one rank alone."""
+        if len(ranks) == 1:
+            return True
+        first = self._shards.view(name, ranks[0])
+        return all(is_equal(first, self._shards.view(name, mp_rank)) for mp_rank in ranks[1:])
 
     def _rule(self, name: str) -> tuple[Pattern, int | None] | None:
         return next((rule for rule in self._rules if rule[0].search(name)), None)
@@ -199,14 +197,6 @@ def _needs_rules(contents: Contents, names: list[str]) -> ValueError:
         f"{', '.join(names)}; add tensor_parallel_rules that match them, such as (r'fc2\\.weight$', 1) to concatenate "
         "along dimension 1 or (r'layer_norm', None) to take the first shard"
     )
-
-
-def _is_equal(first: Tensor, second: Tensor) -> bool:
-    if torch.equal(first, second):
-        return True
-    if first.shape != second.shape or not first.is_floating_point():
-        return False
-    return torch.equal(first.isnan(), second.isnan()) and torch.equal(first.nan_to_num(), second.nan_to_num())
 
 
 @dataclass(frozen=True)

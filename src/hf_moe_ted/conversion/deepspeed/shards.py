@@ -1,7 +1,5 @@
 """The shards of a DeepSpeed checkpoint, read one at a time: the weights themselves or their fp32 masters."""
 
-from abc import ABC, abstractmethod
-
 import torch
 from torch import Tensor
 
@@ -10,41 +8,24 @@ from .files import FilePool, list_names
 from .zero import HALF_DTYPES, Fragment, Masters, find_masters_by_value, find_zero_masters, rounds_to
 
 
-class Shards(ABC):
-    """Tensors by name and model-parallel rank.
+class Shards:
+    """Tensors by name and model-parallel rank: the weights as the model computes with them.
 
     Attributes:
         specs: shapes and dtypes, on the meta device.
     """
 
-    specs: dict[str, dict[int, Tensor]]
+    def __init__(self, contents: Contents, pool: FilePool):
+        self._contents, self._shards, self._pool = contents, contents.shards, pool
+        self.specs = {name: {rank: s.spec for rank, s in ranks.items()} for name, ranks in self._shards.items()}
 
-    @abstractmethod
-    def read(self, name: str, mp_rank: int) -> Tensor:
-        """One shard, contiguous, in memory of its own.
+    def view(self, name: str, mp_rank: int) -> Tensor:
+        """One shard, to look at and drop: it may be in mapped memory.
 
         Raises:
             ValueError: the file cannot be read, or does not fit the others.
         """
-
-    def read_into(self, name: str, mp_rank: int, out: Tensor) -> None:
-        """Write one shard to a tensor of its shape and dtype."""
-        out.copy_(self.read(name, mp_rank))
-
-
-class WeightShards(Shards):
-    """The weights as the model computes with them."""
-
-    def __init__(self, contents: Contents, pool: FilePool):
-        self._shards, self._pool = contents.shards, pool
-        self.specs = {name: {rank: s.spec for rank, s in ranks.items()} for name, ranks in self._shards.items()}
-
-    def read(self, name: str, mp_rank: int) -> Tensor:
-        # Files of before DeepSpeed 0.8 hold the storage of all experts for one of them; a copy is of the one only.
-        return self._shards[name][mp_rank].view(self._pool).clone(memory_format=torch.contiguous_format)
-
-    def read_into(self, name: str, mp_rank: int, out: Tensor) -> None:
-        out.copy_(self._shards[name][mp_rank].view(self._pool))
+        return self._shards[name][mp_rank].view(self._pool)
 
 
 class MasterShards(Shards):
@@ -57,12 +38,8 @@ class MasterShards(Shards):
     """
 
     def __init__(self, contents: Contents, pool: FilePool):
-        self._contents, self._pool = contents, pool
-        self._shards = contents.shards
-        self.specs = {
-            name: {rank: _as_master(shard.spec) for rank, shard in ranks.items()}
-            for name, ranks in self._shards.items()
-        }
+        super().__init__(contents, pool)
+        self.specs = {name: {rank: _as_master(s) for rank, s in ranks.items()} for name, ranks in self.specs.items()}
         for name, lost in contents.lost.items():
             self.specs.setdefault(name, {}).update(lost)
         self._masters: Masters | None = None
@@ -81,14 +58,14 @@ class MasterShards(Shards):
                 "use weights='model'"
             )
 
-    def read(self, name: str, mp_rank: int) -> Tensor:
+    def view(self, name: str, mp_rank: int) -> Tensor:
         if self._masters is None:  # reads all weights, therefore not before a tensor is asked for
             self._masters = find_masters_by_value(self._contents, self._pool)
         shard = self._shards.get(name, {}).get(mp_rank)
         fragments = self._masters.get(name, {}).get(mp_rank)
         if fragments is None:
-            weight = self._shards[name][mp_rank].view(self._pool)
-            return weight.to(_as_master(weight).dtype, memory_format=torch.contiguous_format, copy=True)
+            weight = super().view(name, mp_rank)
+            return weight.to(_as_master(weight).dtype)
         spec = self.specs[name][mp_rank]
         master = self._join(fragments, spec)
         if shard is not None and not rounds_to(master, shard.view(self._pool)):
@@ -99,10 +76,9 @@ class MasterShards(Shards):
         return master
 
     def _join(self, fragments: list[Fragment], spec: Tensor) -> Tensor:
-        master, start = torch.empty(spec.numel(), dtype=spec.dtype), 0
-        for fragment in fragments:
-            master[start : start + fragment.numel] = fragment.view(self._pool)
-            start += fragment.numel
+        master = torch.empty(spec.numel(), dtype=spec.dtype)
+        for part, fragment in zip(master.split([fragment.numel for fragment in fragments]), fragments, strict=True):
+            part.copy_(fragment.view(self._pool))
         return master.view(spec.shape)
 
     def _add_tied(self, masters: Masters) -> None:
@@ -125,20 +101,23 @@ class MasterShards(Shards):
         for name, by_rank in self.specs.items():
             for mp_rank, spec in by_rank.items():
                 fragments = masters.get(name, {}).get(mp_rank)
-                is_trained = spec.is_floating_point() if trained is None else _without_expert(name) in trained
-                if fragments is None and (is_trained or mp_rank in self._contents.lost.get(name, {})):
-                    if trained is None and name in self._contents.mains[mp_rank].buffer_names:
-                        continue
+                if fragments is None and self._is_trained(name, mp_rank, trained):
                     raise ValueError(
                         f"the optimizer files of {folder} have no master of {name} (mp_rank {mp_rank}), which was "
                         "trained; the files are not from one run, use weights='model'"
                     )
-                numel = sum(fragment.numel for fragment in fragments or ())
-                if fragments is not None and numel != spec.numel():
+                if fragments is not None and (numel := sum(part.numel for part in fragments)) != spec.numel():
                     raise ValueError(
                         f"the optimizer files of {folder} have {numel} numbers of {name} (mp_rank {mp_rank}), which "
                         f"has {spec.numel()} of the shape {tuple(spec.shape)}; a file is missing or not from this run"
                     )
+
+    def _is_trained(self, name: str, mp_rank: int, trained: set[object] | None) -> bool:
+        is_lost = mp_rank in self._contents.lost.get(name, {})
+        if trained is not None:
+            return is_lost or _without_expert(name) in trained
+        may_be = is_lost or self.specs[name][mp_rank].is_floating_point()
+        return may_be and name not in self._contents.mains[mp_rank].buffer_names
 
     def _trained_names(self) -> set[object] | None:
         """What ZeRO trains, without the ids of experts, or `None` if the main files do not say."""
@@ -169,7 +148,7 @@ def open_shards(contents: Contents, pool: FilePool, *, masters: bool) -> Shards:
     is_zero = bool(contents.files.zero) or any(main.zero_stage for main in contents.mains.values())
     if masters and (is_half or is_zero):
         return MasterShards(contents, pool)
-    return WeightShards(contents, pool)  # fp32 without ZeRO: the weights are their own masters
+    return Shards(contents, pool)  # fp32 without ZeRO: the weights are their own masters
 
 
-__all__ = ["MasterShards", "Shards", "WeightShards", "open_shards"]
+__all__ = ["MasterShards", "Shards", "open_shards"]

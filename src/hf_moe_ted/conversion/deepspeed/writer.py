@@ -17,7 +17,7 @@ from ...files.writing import keeping_places
 from ...models.configuration_zcode_m3 import ZCodeM3Config
 from ...tensors.config_file import read_zcode_m3_config
 from ...tensors.lazy_tensors import LazyTensors, check_rounded, checked_weights
-from ...tensors.model_folder import drop_tied_copies, meta_model, parse_dtype
+from ...tensors.model_folder import drop_tied_copies, meta_model, parse_dtype, stored_specs
 from ...tensors.safetensors_io import check_tensors, open_pretrained_tensors
 from ..conversion_rules import RuleSet
 from ..patterns import Pattern
@@ -75,23 +75,9 @@ def export_deepspeed_checkpoint(
         )
     theirs = rule_set.inverse().apply(ours, num_heads=config.encoder_attention_heads)
     shard_dims = {name: _shard_dim(name, theirs.specs[name], rule_set, tensor_parallel_size) for name in theirs}
-    main = {
-        "optimizer": None,
-        "lr_scheduler": None,
-        "global_steps": 0,
-        "global_samples": 0,
-        "skipped_steps": 0,
-        "dp_world_size": expert_parallel_size,
-        "mp_world_size": tensor_parallel_size,
-        "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": tensor_parallel_size},
-        "num_experts": num_experts,
-        "ds_config": {},
-        "buffer_names": [],
-        "param_shapes": None,
-        "shared_params": None,
-    }
+    main = _without_weights(num_experts, expert_parallel_size, tensor_parallel_size)
     with new_folder(output_dir, overwrite=overwrite, kind=DEEPSPEED_EXPORT) as folder:
-        _write_files(folder, theirs, _files(theirs), shard_dims, tensor_parallel_size, dtype, main)
+        _write_files(folder, theirs, shard_dims, tensor_parallel_size, dtype, main)
         (folder / "latest").write_text(TAG)
     return output_dir
 
@@ -99,15 +85,8 @@ def export_deepspeed_checkpoint(
 def _with_tied_copies(model_or_folder: PreTrainedModel | str | os.PathLike[str]) -> tuple[ZCodeM3Config, LazyTensors]:
     """Config and tensors, tied ones under all of their names: a DeepSpeed model is loaded with all of them."""
     if isinstance(model_or_folder, PreTrainedModel):
-        state = model_or_folder.state_dict()
-        config = model_or_folder.config
-        tensors = LazyTensors(
-            {name: tensor.to("meta") for name, tensor in state.items()},
-            lambda name: state[name].detach().cpu().clone(),
-            lambda name, index: state[name][index].detach().cpu().clone(),
-            where=lambda _: f"the model in memory ({type(model_or_folder).__name__})",
-        )
-        tensors, source = checked_weights(tensors), "the model"
+        config, source = model_or_folder.config, "the model"
+        tensors = _in_memory(model_or_folder)
     else:
         folder = Path(model_or_folder)
         config = read_zcode_m3_config(folder, "model_or_folder")
@@ -119,20 +98,30 @@ def _with_tied_copies(model_or_folder: PreTrainedModel | str | os.PathLike[str])
     model = meta_model(config)
     tied: Mapping[str, str] = model.all_tied_weights_keys
     tensors = drop_tied_copies(tensors, tied)
+    check_tensors(tensors.specs, stored_specs(model), source)
     originals = {name: tied.get(name, name) for name in model.state_dict()}
-    check_tensors(tensors.specs, {name: model.state_dict()[name] for name in set(originals.values())}, source)
-    return config, LazyTensors(
-        {name: tensors.specs[original] for name, original in originals.items()},
-        lambda name: tensors[originals[name]],
-        lambda name, index: tensors.row(originals[name], index),
+    return config, tensors.under_names(originals)
+
+
+def _in_memory(model: PreTrainedModel) -> LazyTensors:
+    state = model.state_dict()
+
+    def read_into(name: str, out: Tensor) -> None:
+        out.copy_(state[name])
+
+    tensors = LazyTensors(
+        {name: tensor.to("meta") for name, tensor in state.items()},
+        read_row=lambda name, index: state[name][index].cpu().clone(),
+        read_into=read_into,
+        where=lambda _: f"the model in memory ({type(model).__name__})",
     )
+    return checked_weights(tensors)
 
 
 def _check_sizes(num_experts: Sequence[int], expert_parallel_size: int, tensor_parallel_size: int) -> None:
-    if tensor_parallel_size < 1:
-        raise ValueError(f"tensor_parallel_size ({tensor_parallel_size}) must be at least 1")
-    if expert_parallel_size < 1:
-        raise ValueError(f"expert_parallel_size ({expert_parallel_size}) must be at least 1")
+    for name, size in (("tensor_parallel_size", tensor_parallel_size), ("expert_parallel_size", expert_parallel_size)):
+        if size < 1:
+            raise ValueError(f"{name} ({size}) must be at least 1")
     if odd := [number for number in num_experts if number % expert_parallel_size]:
         raise ValueError(f"num_experts ({odd[0]}) must be divisible by expert_parallel_size ({expert_parallel_size})")
 
@@ -162,17 +151,35 @@ def _files(tensors: LazyTensors) -> dict[tuple[int, int] | None, list[str]]:
     return files
 
 
+def _without_weights(num_experts: list[int], expert_parallel_size: int, tensor_parallel_size: int) -> dict[str, Any]:
+    """What a main file holds besides weights."""
+    return {
+        "optimizer": None,
+        "lr_scheduler": None,
+        "global_steps": 0,
+        "global_samples": 0,
+        "skipped_steps": 0,
+        "dp_world_size": expert_parallel_size,
+        "mp_world_size": tensor_parallel_size,
+        "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": tensor_parallel_size},
+        "num_experts": num_experts,
+        "ds_config": {},
+        "buffer_names": [],
+        "param_shapes": None,
+        "shared_params": None,
+    }
+
+
 def _write_files(
     folder: Path,
     tensors: LazyTensors,
-    files: Mapping[tuple[int, int] | None, Sequence[str]],
     shard_dims: Mapping[str, int | None],
     tensor_parallel_size: int,
     dtype: torch.dtype | None,
     main: Mapping[str, Any],
 ) -> None:
     (folder / TAG).mkdir()
-    for file, names in tqdm(files.items(), desc="Writing DeepSpeed files", unit="file"):
+    for file, names in tqdm(_files(tensors).items(), desc="Writing DeepSpeed files", unit="file"):
         whole = {name: tensors[name] for name in names}
         for rank in range(tensor_parallel_size):
             shards = {}

@@ -62,10 +62,16 @@ def rounds_to(master: Tensor, weight: Tensor) -> bool:
         master: float[...].
         weight: of any floating-point dtype, with as many numbers.
     """
-    rounded, weight = master.reshape(-1).to(weight.dtype), weight.reshape(-1)
-    if torch.equal(rounded, weight):
+    return is_equal(master.reshape(-1).to(weight.dtype), weight.reshape(-1))
+
+
+def is_equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same shape and numbers; NaN equals itself."""
+    if torch.equal(first, second):
         return True
-    return torch.equal(rounded.isnan(), weight.isnan()) and torch.equal(rounded.nan_to_num(), weight.nan_to_num())
+    if first.shape != second.shape or not first.is_floating_point():
+        return False
+    return torch.equal(first.isnan(), second.isnan()) and torch.equal(first.nan_to_num(), second.nan_to_num())
 
 
 @dataclass(frozen=True)
@@ -298,18 +304,16 @@ def _read_unnamed_groups(path: Path) -> tuple[tuple[str, ...], list[list[int]], 
 def _add_tied(contents: Contents, masters: Masters, pool: FilePool) -> None:
     """Give a name without a master that of an equal weight: the optimizer holds tied weights once."""
     owners: dict[tuple[int, torch.Size], list[str]] = defaultdict(list)
-    for name, by_rank in masters.items():
-        for mp_rank in by_rank:
-            if name in contents.dense:
-                owners[mp_rank, contents.dense[name][mp_rank].spec.shape].append(name)
+    for owner in [name for name in masters if name in contents.dense]:
+        for mp_rank in masters[owner]:
+            owners[mp_rank, contents.dense[owner][mp_rank].spec.shape].append(owner)
     for name, shards in contents.dense.items():
         for mp_rank, shard in shards.items():
             if mp_rank in masters.get(name, {}) or name in contents.mains[mp_rank].buffer_names:
                 continue
-            for owner in owners[mp_rank, shard.spec.shape]:
-                if _match(masters[owner][mp_rank][0], shard, pool):
-                    masters.setdefault(name, {})[mp_rank] = masters[owner][mp_rank]
-                    break
+            same_shape = [masters[owner][mp_rank] for owner in owners[mp_rank, shard.spec.shape]]
+            if equal := next((fragments for fragments in same_shape if _match(fragments[0], shard, pool)), None):
+                masters.setdefault(name, {})[mp_rank] = equal
 
 
 def _candidates(contents: Contents, mp_rank: int, rank: int, size: int) -> dict[str, dict[int, Shard]]:
@@ -363,5 +367,6 @@ __all__ = [
     "Masters",
     "find_masters_by_value",
     "find_zero_masters",
+    "is_equal",
     "rounds_to",
 ]

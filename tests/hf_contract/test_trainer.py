@@ -5,103 +5,23 @@ from typing import Any
 
 import pytest
 import torch
+import trainer_cases
+from trainer_cases import ADDITIVE, SOURCES, TARGETS, Rows, Trainers, logged, trained
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    DataCollatorForSeq2Seq,
     EvalPrediction,
     Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
 )
 
 from hf_moe_ted import ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer
-from hf_moe_ted.testing import tiny_config
 
-# Sources of 2 or 4 letters. A translation is the source backwards in capitals: its length differs between the batches.
-SOURCES = [f"{a}{b}{'ce' * (i % 2)}" for i, a in enumerate("abcdefgh") for b in "hifd"]
-TARGETS = [source.upper()[::-1] for source in SOURCES]
-
-# Everything in the model that draws random numbers or couples the tokens of a batch.
-NOISY = {
-    "dropout": 0.1,
-    "activation_dropout": 0.1,
-    "capacity_factor": 1.0,
-    "min_capacity": 0,
-    "router_noise_policy": "jitter",
-    "router_jitter_noise": 0.1,
-    "num_experts_per_tok": 2,
-}
-# Nothing of that, so that a batch is the sum of its parts.
-ADDITIVE = {"capacity_factor": None, "router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
+# What draws random numbers and couples the tokens of a batch, with experts that are full.
+NOISY = {**trainer_cases.NOISY, "capacity_factor": 1.0, "num_experts_per_tok": 2}
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> ZCodeM3Tokenizer:
-    return ZCodeM3Tokenizer(languages=["en", "de"], src_lang="en", tgt_lang="de")
-
-
-@pytest.fixture(scope="module")
-def rows(tokenizer: ZCodeM3Tokenizer) -> list[dict[str, list[int]]]:
-    return [dict(tokenizer(source, text_target=target)) for source, target in zip(SOURCES, TARGETS, strict=True)]
-
-
-class Trainers:
-    """Makes trainers that differ in what a test is about and in nothing else."""
-
-    def __init__(self, tokenizer: ZCodeM3Tokenizer, rows: list[dict[str, list[int]]], folder: Path):
-        self.tokenizer = tokenizer
-        self.rows = rows
-        self.folder = folder
-
-    def __call__(
-        self, config: dict[str, Any], seed: int = 0, compute_metrics: Any = None, **arguments: Any
-    ) -> Seq2SeqTrainer:
-        """A trainer of a new model; `seed` is that of its weights."""
-        torch.manual_seed(seed)
-        model = ZCodeM3ForConditionalGeneration(tiny_config(vocab_size=len(self.tokenizer), init_std=0.1, **config))
-        defaults = {
-            "output_dir": str(self.folder),
-            "per_device_train_batch_size": 16,
-            "per_device_eval_batch_size": 32,
-            "max_steps": 6,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "bf16": False,
-        }
-        return Seq2SeqTrainer(
-            model=model,
-            args=Seq2SeqTrainingArguments(**{**defaults, **arguments}),
-            train_dataset=self.rows,
-            eval_dataset=self.rows,
-            processing_class=self.tokenizer,
-            data_collator=DataCollatorForSeq2Seq(self.tokenizer, model=model),
-            compute_metrics=compute_metrics,
-        )
-
-
-@pytest.fixture
-def trainers(tokenizer: ZCodeM3Tokenizer, rows: list[dict[str, list[int]]], tmp_path: Path) -> Trainers:
-    return Trainers(tokenizer, rows, tmp_path)
-
-
-def logged(trainer: Seq2SeqTrainer, name: str) -> list[float]:
-    """What the trainer logged under a name, one number per step."""
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
-def trained(trainer: Seq2SeqTrainer, **kwargs: Any) -> Seq2SeqTrainer:
-    trainer.train(**kwargs)
-    return trainer
-
-
-@pytest.fixture(scope="module")
-def learned(
-    tokenizer: ZCodeM3Tokenizer, rows: list[dict[str, list[int]]], tmp_path_factory: pytest.TempPathFactory
-) -> Seq2SeqTrainer:
+def learned(tokenizer: ZCodeM3Tokenizer, rows: Rows, tmp_path_factory: pytest.TempPathFactory) -> Seq2SeqTrainer:
     """A trainer after 150 steps on the 32 pairs."""
 
     def share_right(prediction: EvalPrediction) -> dict[str, float]:
@@ -109,10 +29,9 @@ def learned(
         return {"share_right": sum(a == b for a, b in zip(translations, TARGETS, strict=True)) / len(TARGETS)}
 
     trainers = Trainers(tokenizer, rows, tmp_path_factory.mktemp("learned"))
-    options = {"max_steps": 150, "warmup_steps": 10, "logging_steps": 10, "per_device_eval_batch_size": 8}
-    return trained(
-        trainers({}, compute_metrics=share_right, predict_with_generate=True, generation_max_length=12, **options)
-    )
+    options = {"max_steps": 150, "warmup_steps": 10, "logging_steps": 10}
+    parts = {"compute_metrics": share_right}
+    return trained(trainers({}, parts=parts, predict_with_generate=True, generation_max_length=12, **options))
 
 
 def test_loss_falls(learned: Seq2SeqTrainer) -> None:

@@ -1,0 +1,38 @@
+"""The command `hf-moe-ted`: a module per group of commands, and here their order.
+
+What a command does is imported in it, so that `--help` and wrong arguments need not wait for torch.
+"""
+
+import sys
+
+import typer
+
+from .compress import aggregate, expert_statistics, merge, prune, quantize, report
+from .convert import convert, export
+from .errors import one_line_errors
+from .evaluate import evaluate
+from .models import init, inspect
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Multilingual MoE translation models.",
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},  # --base_config is --base-config
+)
+for command in (init, inspect, prune, expert_statistics, merge, aggregate, quantize, evaluate, report):
+    app.command()(command)
+app.add_typer(convert, name="convert")
+app.add_typer(export, name="export")
+
+
+def run(*command: str) -> None:
+    """Run the command line; an error that names what is wrong ends it without a stack trace.
+
+    Args:
+        command: words before the arguments of the process, `"convert", "deepspeed"` for a script that is one command.
+    """
+    with one_line_errors():
+        app([*command, *sys.argv[1:]], prog_name="hf-moe-ted")
+
+
+__all__ = ["app", "run"]

@@ -1,0 +1,62 @@
+"""Commands that measure a model, and say what a compression costs."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import BatchSize, Data, DataLanguages, Device, Dtype, ModelWithTokenizer, Split, Subset, codes
+
+
+def evaluate(
+    model: ModelWithTokenizer,
+    data: Data,
+    output: Annotated[Path, typer.Option(help="The new JSON file, for `hf-moe-ted report`.")],
+    languages: DataLanguages = None,
+    subset: Subset = None,
+    split: Split = "test",
+    max_sentences: Annotated[int | None, typer.Option(help="Of each direction, the first ones; default: all.")] = None,
+    batch_size: BatchSize = 32,
+    num_beams: Annotated[int, typer.Option(help="1 is greedy.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Where a translation that has not ended is cut.")] = 128,
+    dtype: Dtype = None,
+    device: Device = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output file.")] = False,
+) -> None:
+    """Translate a test set: BLEU, chrF, length ratio and language of each direction, and speed."""
+    from .. import TranslationQuality, evaluate_translation, load_model_and_tokenizer, open_parallel_text
+
+    with TranslationQuality.keeping_path(output, overwrite=overwrite):
+        rows = open_parallel_text(data, subset, split)
+        quality = evaluate_translation(
+            *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL"),
+            rows,
+            languages=codes(languages),
+            max_sentences=max_sentences,
+            batch_size=batch_size,
+            num_beams=num_beams,
+            max_new_tokens=max_new_tokens,
+        )
+        quality.save(output, overwrite=overwrite)
+    print(f"{_table(quality)}\n\n{quality}")
+    print(f"{quality.num_sentences:,} sentences in {len(quality.directions)} directions -> {output}")
+
+
+def _table(quality: Any) -> str:
+    """The scores of each direction, a line each."""
+    header = ["direction", "sentences", "BLEU", "chrF", "length", "off target"]
+    rows = [
+        [
+            "-".join(pair),
+            str(scores.num_sentences),
+            f"{scores.bleu:.1f}",
+            f"{scores.chrf:.1f}",
+            f"{scores.length_ratio:.2f}",
+            "" if scores.off_target is None else f"{scores.off_target:.1%}",
+        ]
+        for pair, scores in quality.directions.items()
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in [header, *rows]
+    )

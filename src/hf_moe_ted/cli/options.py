@@ -1,0 +1,47 @@
+"""Options and arguments that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+OutputDir = Annotated[Path, typer.Argument(help="The new folder; it appears when everything is in it.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as in the source.")]
+MaxShardSize = Annotated[str, typer.Option(help="Size of one weight file, such as 5GB or 500MB.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of the same kind.")]
+Rules = Annotated[str, typer.Option(help="m2m100, fairseq, zcode_m3, megatron, or a YAML file.")]
+Tag = Annotated[str | None, typer.Option(help="Which checkpoint of the folder; default: the last one.")]
+Tokenizer = Annotated[Path | None, typer.Option(help="Folder of a tokenizer to be saved along.")]
+Model = Annotated[Path, typer.Argument(help="Folder of a ZCodeM3 model.")]
+ModelWithTokenizer = Annotated[Path, typer.Argument(help="Folder of a ZCodeM3 model with its tokenizer.")]
+Output = Annotated[Path, typer.Option(help="The new folder; it appears when everything is in it.")]
+
+Keep = Annotated[str, typer.Option(help="A fraction of the experts (0.25), experts per layer (16), or a size (8GB).")]
+Scope = Annotated[str, typer.Option(help="global, language_pair or language.")]
+PerLayer = Annotated[str, typer.Option(help="equal or adaptive.")]
+Languages = Annotated[
+    str | None, typer.Option(help="Languages to keep, en,de,fr, or directions, en:de,en:fr; default: all there are.")
+]
+EncoderDecoderRatio = Annotated[
+    float | None, typer.Option(help="Experts of an encoder layer per expert of a decoder layer, such as 3.")
+]
+
+Data = Annotated[
+    str,
+    typer.Argument(
+        help="A file (jsonl, csv, tsv or parquet; text maybe as .gz, .xz or .bz2) or a dataset of the Hub, with the "
+        "columns source, target, src_lang and tgt_lang, or translation."
+    ),
+]
+DataLanguages = Annotated[str | None, typer.Option(help="Only sentences between these: en,de,fr.")]
+Subset = Annotated[str | None, typer.Option(help="Configuration of a dataset of the Hub.")]
+Split = Annotated[str, typer.Option(help="Split of a dataset of the Hub.")]
+BatchSize = Annotated[int, typer.Option(help="Sentences per batch.")]
+Device = Annotated[str | None, typer.Option(help="Such as cuda; default: a GPU if there is one.")]
+
+
+def codes(languages: str | None) -> list[str] | None:
+    """`"en, de"` -> codes."""
+    from .. import parse_languages
+
+    return None if languages is None else parse_languages(languages)

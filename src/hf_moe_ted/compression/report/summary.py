@@ -1,0 +1,148 @@
+"""What there is to say about a compression, worked out once: JSON, Markdown, model card and pictures are made of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...evaluation.translation_quality import TranslationQuality
+from ...files.json_file import read_json_object
+from ...files.typed_fields import of_type
+from ...models.language_codes import LanguagePair
+from ...routing.expert_statistics import ExpertStatistics
+from ...routing.routing_similarity import nearest_languages
+from .compression_report import AggregationReport, CompressionReport, FewerExpertsReport, report_from_dict
+
+STAGES = {"before": "before", "after": "after", "trained": "after training"}
+TOO_LONG = 1.1  # length ratio; as in the metric
+
+Nearest = Mapping[str, Mapping[str, tuple[str, float]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """
+    Attributes:
+        report: of the operation.
+        qualities: `"before"`, `"after"` and maybe `"trained"` -> quality of the model; empty if it was not measured.
+        nearest: of `nearest_languages`; empty without statistics.
+        statistics: for the pictures of languages.
+        by_loss: the directions, those with the largest loss of chrF first.
+        warnings: of the report and of the qualities.
+    """
+
+    report: CompressionReport
+    qualities: Mapping[str, TranslationQuality] = field(default_factory=dict)
+    nearest: Nearest = field(default_factory=dict)
+    statistics: ExpertStatistics | None = None
+    by_loss: tuple[LanguagePair, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        report: CompressionReport,
+        statistics: ExpertStatistics | None = None,
+        qualities: Mapping[str, TranslationQuality] | None = None,
+        nearest: Nearest | None = None,
+    ) -> "Summary":
+        """Work out the rest; with statistics `nearest`, too.
+
+        Raises:
+            ValueError: one of the qualities before and after is missing, they are of other text, or the statistics are
+                of another model.
+        """
+        qualities = {stage: qualities[stage] for stage in STAGES if stage in qualities} if qualities else {}
+        _check_qualities(qualities)
+        if statistics is not None:
+            _check_statistics(report, statistics)
+            nearest = nearest_languages(statistics)
+        return cls(
+            report=report,
+            qualities=qualities,
+            nearest=nearest or {},
+            statistics=statistics,
+            by_loss=_by_loss(qualities),
+            warnings=(*report.warnings, *_quality_warnings(qualities)),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; see `read_summary`."""
+        qualities = {stage: quality.to_dict() for stage, quality in self.qualities.items()}
+        return self.report.to_dict() | {"quality": qualities, "nearest_languages": self.nearest}
+
+
+def read_summary(path: Path) -> tuple[CompressionReport, dict[str, TranslationQuality], Nearest]:
+    """What an earlier `Summary` was made of, but for the statistics.
+
+    Raises:
+        ValueError: there is no such file, or a corrupted one.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; output_dir must be the folder of a compressed model")
+    fields = read_json_object(path, "compression report")
+    try:
+        report = report_from_dict(fields)
+        of_stages = of_type(dict[str, dict[str, Any]], fields.get("quality", {}), "quality")
+        qualities = {stage: TranslationQuality.from_dict(quality) for stage, quality in of_stages.items()}
+        nearest = fields.get("nearest_languages", {})
+        return report, qualities, of_type(dict[str, dict[str, tuple[str, float]]], nearest, "nearest_languages")
+    except ValueError as error:
+        raise ValueError(f"{path} is corrupted: {error}") from error
+
+
+def _check_qualities(qualities: Mapping[str, TranslationQuality]) -> None:
+    if qualities and not {"before", "after"} <= qualities.keys():
+        missing = sorted({"before", "after"} - qualities.keys())
+        raise ValueError(f"the quality {' and '.join(missing)} is missing: there must be those before and after")
+    for quality in [*qualities.values()][1:]:
+        qualities["before"].require_comparable(quality)
+
+
+def _check_statistics(report: CompressionReport, statistics: ExpertStatistics) -> None:
+    num_experts = statistics.fingerprint.num_experts
+    if isinstance(report, FewerExpertsReport):
+        fits = num_experts == report.num_experts_before
+    elif isinstance(report, AggregationReport):
+        fits = num_experts == {layer: sum(counts) for layer, counts in report.num_experts.items()}
+    else:
+        fits = num_experts.keys() == report.layers().keys()
+    if not fits:
+        raise ValueError(
+            f"the statistics are of another model than this report: of one with {num_experts}; give those of "
+            + ("the aggregated model" if isinstance(report, AggregationReport) else report.source)
+        )
+
+
+def _by_loss(qualities: Mapping[str, TranslationQuality]) -> tuple[LanguagePair, ...]:
+    if not qualities:
+        return ()
+    before, after = qualities["before"].directions, qualities["after"].directions
+    return tuple(sorted(before, key=lambda pair: after[pair].chrf - before[pair].chrf))
+
+
+def _quality_warnings(qualities: Mapping[str, TranslationQuality]) -> list[str]:
+    if not qualities:
+        return []
+    warnings = []
+    both = qualities["before"], qualities["after"]
+    too_long = [sum(d.length_ratio > TOO_LONG for d in quality.directions.values()) for quality in both]
+    if too_long[1] > too_long[0]:
+        warnings.append(
+            f"In {too_long[1]} of {len(both[1].directions)} directions, before in {too_long[0]}, translations are more "
+            f"than {TOO_LONG - 1:.0%} longer than the references"
+        )
+    num_cut = [sum(direction.num_cut for direction in quality.directions.values()) for quality in both]
+    if num_cut[1] > num_cut[0]:
+        warnings.append(
+            f"{num_cut[1]:,} of {both[1].num_sentences:,} translations, before {num_cut[0]:,}, did not end within "
+            f"{both[1].max_new_tokens} tokens and were cut; without the cut they would be longer"
+        )
+    settings = dict.fromkeys((quality.device, quality.dtype, quality.batch_size) for quality in qualities.values())
+    if len(settings) > 1:
+        listed = "; ".join(f"{device}, {dtype}, batches of {size}" for device, dtype, size in settings)
+        warnings.append(f"Speed and memory were not measured in the same way ({listed}) and cannot be compared")
+    return warnings
+
+
+__all__ = ["STAGES", "Summary", "read_summary"]

@@ -1,0 +1,114 @@
+"""A layout: how ranks share a model and its batches; numbers and switches only."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the axes (mesh.py), and how the ranks of an axis work together, as [`TedPlugin`] explains it.
+
+    Attributes:
+        mixed_precision: whether FSDP2 computes in bfloat16.
+        ep_implementation: name of what brings tokens to experts, in the registry of transformers.
+
+    Raises:
+        ValueError: a layout that cannot be.
+    """
+
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    expert_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1
+    zero_stage: int = 1
+    offload: str | None = None
+    mixed_precision: bool = False
+    duplicate_token_dropping: bool = True
+    overlap_chunks: int = 1
+    pad_expert_input_to_capacity: bool = False
+    ep_implementation: str = "ted"
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (1, 2, 3):
+            raise ValueError(f"zero_stage ({self.zero_stage!r}) must be 1, 2 or 3")
+        if self.offload not in (None, "cpu"):
+            raise ValueError(f"offload ({self.offload!r}) must be None or 'cpu'")
+        if self.overlap_chunks < 1:
+            raise ValueError(f"overlap_chunks ({self.overlap_chunks}) must be at least 1")
+        if self.pad_expert_input_to_capacity and self.overlap_chunks > 1:
+            raise ValueError(f"overlap_chunks ({self.overlap_chunks}) must be 1 with pad_expert_input_to_capacity")
+        if self.offload and self.data_parallel_size == 1:
+            tp = self.tensor_parallel_size
+            raise ValueError(
+                f"offload='cpu' moves the shards of data parallelism, and data_parallel_size is 1 (world "
+                f"{tp} / tensor_parallel_size {tp}); lower tensor_parallel_size"
+            )
+
+    @property
+    def experts_are_spread(self) -> bool:
+        return self.expert_parallel_size * self.expert_tensor_parallel_size > 1
+
+    @property
+    def wraps_experts_in_fsdp(self) -> bool:
+        """Whether FSDP manages ZCodeM3's experts: to share them, or for what only FSDP does."""
+        num_ranks = self.tensor_parallel_size * self.data_parallel_size
+        is_shared = num_ranks > self.expert_parallel_size * self.expert_tensor_parallel_size
+        return is_shared or self.offload is not None or self.mixed_precision
+
+
+def layout_of(module: nn.Module) -> Layout | None:
+    """The layout that a model, or the model of these experts, is loaded with; `None` without a [`TedConfig`]."""
+    config: Any = getattr(getattr(module, "config", None), "distributed_config", None)
+    layout = getattr(config, "layout", None)
+    return layout if isinstance(layout, Layout) else None
+
+
+def sizes_of_axes(world_size: int, tp: int, ep: int, etp: int | None, dp: int | None) -> tuple[int, int, int, int]:
+    """Sizes of the tensor, expert, expert-tensor and data axes; on one process all are 1.
+
+    Raises:
+        ValueError: they do not fit each other or the world.
+    """
+    sizes = {
+        "tensor_parallel_size": tp,
+        "expert_parallel_size": ep,
+        "expert_tensor_parallel_size": 1 if etp is None else etp,
+        "data_parallel_size": 1 if dp is None else dp,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} ({size}) must be at least 1")
+    if world_size == 1:
+        if max(sizes.values()) > 1:
+            logger.warning(f"one process: {sizes} are all taken as 1; start several with torchrun")
+        return 1, 1, 1, 1
+    etp, dp = tp if etp is None else etp, world_size // tp if dp is None else dp
+    _check_sizes(world_size, tp, ep, etp, dp)
+    return tp, ep, etp, dp
+
+
+def _check_sizes(world_size: int, tp: int, ep: int, etp: int, dp: int) -> None:
+    if world_size % tp:
+        raise ValueError(f"the world ({world_size} processes) must be divisible by tensor_parallel_size ({tp})")
+    if tp * dp != world_size:
+        raise ValueError(
+            f"tensor_parallel_size ({tp}) x data_parallel_size ({dp}) = {tp * dp} must be the world ({world_size})"
+        )
+    if tp % etp:
+        raise ValueError(f"expert_tensor_parallel_size ({etp}) must divide tensor_parallel_size ({tp})")
+    experts = f"expert_parallel_size ({ep}) x expert_tensor_parallel_size ({etp}) = {ep * etp}"
+    if world_size % (ep * etp):
+        raise ValueError(f"{experts} must divide the world ({world_size} processes)")
+    if (ep * etp) % tp:
+        raise ValueError(
+            f"{experts} must be a multiple of tensor_parallel_size ({tp}): the ranks of a tensor-parallel group hold "
+            "the same tokens, so they split experts or hold different ones"
+        )
+
+
+__all__ = ["Layout", "layout_of", "sizes_of_axes"]

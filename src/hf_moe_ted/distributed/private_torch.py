@@ -1,0 +1,59 @@
+"""What TED uses of torch under private names, with the reason; read in torch 2.13.0.
+
+Named elsewhere, where a name from here would say nothing more:
+
+- `FileSystemReader._slice_file`, overridden in state_metadata.py: the only place that every read of a chunk passes.
+- `torch.serialization._get_layout`, `_MEM_FORMAT_ENCODING`, `_StorageInfo`: strings in the pickles of checkpoints.
+- `_last_lr`, `_schedulers`: keys of what schedulers return as their `state_dict`.
+"""
+
+from datetime import timedelta
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout as set_group_timeout  # meshes make groups without one
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import (
+    _StridedShard as StridedShard,  # FSDP2's, of what has shards already
+)
+
+# the functional collectives as operations, as their wrappers in Python cost the host several times as much
+c10d: Any = torch.ops._c10d_functional
+# the assertion that does not wait for the device
+assert_async = torch._assert_async
+# one kernel for many tensors
+foreach_norm, foreach_mul_ = torch._foreach_norm, torch._foreach_mul_
+# slices of a mesh are made anew each time, and only their root stays the same; its axes cannot be divided in public
+root_mesh, unflatten = DeviceMesh._get_root_mesh, DeviceMesh._unflatten
+# where a module looks for its parameters, in whose place plain tensors can stand for a while
+parameter_table = attrgetter("_parameters")
+
+
+def world_timeout(device_type: str) -> timedelta:
+    """What `init_process_group` got, which nothing else tells."""
+    world: Any = dist.group.WORLD
+    return world._get_backend(torch.device(device_type)).options._timeout
+
+
+def local_of(param: Tensor) -> tuple[Tensor, Any]:
+    """The local tensor of a DTensor and its spec, without the autograd function of `to_local`; else itself."""
+    return (param._local_tensor, param._spec) if isinstance(param, DTensor) else (param, None)
+
+
+__all__ = [
+    "StridedShard",
+    "assert_async",
+    "c10d",
+    "foreach_mul_",
+    "foreach_norm",
+    "local_of",
+    "parameter_table",
+    "root_mesh",
+    "set_group_timeout",
+    "unflatten",
+    "world_timeout",
+]

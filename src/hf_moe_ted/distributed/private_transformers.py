@@ -1,0 +1,65 @@
+"""What TED uses of transformers under private names, with the reason; read in transformers 5.23.0.
+
+Overridden in subclasses or read there on `self`:
+
+- `DistributedConfig._validate_resolved_ep_plan` (ted_config.py): the only place where a config sees a model's plan.
+- `Trainer._get_output_dir`, `_save_checkpoint`, `_save`, `_load_from_checkpoint`, `_load_best_model`,
+  `_save_optimizer_and_scheduler`, `_load_optimizer_and_scheduler`, `_save_rng_state`, `_load_rng_state`
+  (trainer.py): the steps of saving and resuming, which no callback can replace.
+- `Trainer._validate_args`, `_get_train_sampler`, `_run_epoch`, `_clip_grad_norm`, `_get_grad_norm`,
+  `_sync_replicated_trainable_parameters`, `_defer_fsdp_gradient_reduction` (trainer.py), `_get_num_items_in_batch`,
+  `_track_num_input_tokens` (counts.py): what the Trainer does with arguments, batches, gradients and counts.
+- `_is_expert_parallel` of experts (expert_parallel.py): the switch of the experts functions that makes them skip slots.
+"""
+
+from operator import attrgetter
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .layout import Layout
+
+# the meshes that a model was sharded with, and its tensor-parallel size, whether with a TedConfig or without
+mesh_manager, tensor_parallel_size = attrgetter("_mesh_manager"), attrgetter("_tp_size")
+# a plan with the layers of a model in place of its `*`, as `apply_tensor_parallelism` wants it
+expanded_plan = PreTrainedModel._expand_parallel_plan
+
+
+def mark_sharded(model: Any, meshes: Any, layout: Layout) -> None:
+    """What `DistributedMixin.maybe_distribute_model` sets on a model and transformers asks for everywhere."""
+    model._mesh_manager = meshes
+    model._device_mesh = meshes.get_mesh(("pp", "fsdp", "tp"))
+    model._is_distributed_loading_by_transformers = True
+    model._tp_size, model._fsdp_size = layout.tensor_parallel_size, layout.data_parallel_size
+
+
+def mark_fsdp_managed(model: Any) -> None:
+    """Generation then keeps going until all ranks are done."""
+    model._is_fsdp_managed_module = True
+
+
+def names_not_saved(model: PreTrainedModel) -> set[str]:
+    """Tensors that a class leaves out of its checkpoints."""
+    return set(model._keys_to_ignore_on_save or ())
+
+
+def has_adapters(model: Any) -> bool:
+    """Whether `add_adapter` or `load_adapter` put some into the model; PEFT's own models have a `peft_config`."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def given_conversions(model: Any) -> list[Any]:
+    """The `key_mapping` that `from_pretrained` got."""
+    return getattr(model, "_weight_conversions", None) or []
+
+
+__all__ = [
+    "expanded_plan",
+    "given_conversions",
+    "has_adapters",
+    "mark_fsdp_managed",
+    "mark_sharded",
+    "mesh_manager",
+    "names_not_saved",
+    "tensor_parallel_size",
+]

@@ -1,0 +1,22 @@
+"""What PyTorch has no public name for, read in 2.13: the kernels of `torch.optim.AdamW`, and counters of writes.
+
+`torch.optim` runs these kernels for whole parameters only; a tiled step runs them for parts.
+"""
+
+import torch
+from torch import Tensor
+
+foreach_add_ = torch._foreach_add_
+foreach_addcdiv_ = torch._foreach_addcdiv_
+foreach_addcmul_ = torch._foreach_addcmul_
+foreach_copy_ = torch._foreach_copy_
+foreach_div_ = torch._foreach_div_
+foreach_lerp_ = torch._foreach_lerp_
+foreach_mul_ = torch._foreach_mul_
+foreach_sqrt = torch._foreach_sqrt
+fused_adamw_ = torch._fused_adamw_
+
+
+def count_of_writes(tensor: Tensor) -> int:
+    """Grows with what is written into a tensor in place."""
+    return tensor._version

@@ -1,0 +1,75 @@
+"""Sizes of axes, and layouts as `TedConfig` has them."""
+
+from typing import Any
+
+import pytest
+
+from hf_moe_ted import TedConfig
+from hf_moe_ted.distributed.layout import Layout, sizes_of_axes
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sizes", "expected"),
+    [
+        (4, (1, 4, None, None), (1, 4, 1, 4)),
+        (4, (2, 2, None, None), (2, 2, 2, 2)),
+        (8, (2, 2, None, None), (2, 2, 2, 4)),
+        (8, (4, 2, 2, 2), (4, 2, 2, 2)),
+        (8, (4, 1, None, None), (4, 1, 4, 2)),
+        (8, (2, 4, 1, None), (2, 4, 1, 4)),
+        (1, (2, 4, 2, 3), (1, 1, 1, 1)),
+    ],
+)
+def test_sizes_are_inferred(world_size: int, sizes: tuple[Any, ...], expected: tuple[int, ...]) -> None:
+    assert sizes_of_axes(world_size, *sizes) == expected
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sizes", "message"),
+    [
+        (8, (3, 1, None, None), "the world (8 processes) must be divisible by tensor_parallel_size (3)"),
+        (8, (2, 1, None, 3), "tensor_parallel_size (2) x data_parallel_size (3) = 6 must be the world (8)"),
+        (8, (2, 1, 4, None), "expert_tensor_parallel_size (4) must divide tensor_parallel_size (2)"),
+        (
+            8,
+            (2, 3, None, None),
+            "expert_parallel_size (3) x expert_tensor_parallel_size (2) = 6 must divide the world (8 processes)",
+        ),
+        (
+            8,
+            (2, 8, None, None),
+            "expert_parallel_size (8) x expert_tensor_parallel_size (2) = 16 must divide the world (8 processes)",
+        ),
+        (
+            8,
+            (4, 1, 2, None),
+            "expert_parallel_size (1) x expert_tensor_parallel_size (2) = 2 must be a multiple of "
+            "tensor_parallel_size (4)",
+        ),
+        (8, (0, 1, None, None), "tensor_parallel_size (0) must be at least 1"),
+        (8, (1, -2, None, None), "expert_parallel_size (-2) must be at least 1"),
+        (8, (1, 1, -1, None), "expert_tensor_parallel_size (-1) must be at least 1"),
+        (8, (1, 1, 0, None), "expert_tensor_parallel_size (0) must be at least 1"),
+        (8, (1, 1, None, 0), "data_parallel_size (0) must be at least 1"),
+        (1, (0, 1, None, None), "tensor_parallel_size (0) must be at least 1"),
+    ],
+)
+def test_layouts_that_cannot_be(world_size: int, sizes: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        sizes_of_axes(world_size, *sizes)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(),
+        Layout(2, 4, 2, 2, zero_stage=3, offload="cpu", mixed_precision=True),
+        Layout(2, 2, 4, 1, duplicate_token_dropping=False, pad_expert_input_to_capacity=True),
+        Layout(1, 4, 4, 1, overlap_chunks=2, ep_implementation="all_to_all"),
+    ],
+)
+def test_a_config_has_the_layout_that_it_is_made_of(layout: Layout) -> None:
+    config = TedConfig.of_layout(layout)
+    assert config.layout == layout
+    assert TedConfig.from_dict(config.to_dict()).layout == layout
