@@ -49,7 +49,7 @@ class Rule:
 RULES = {
     "models": Rule(
         optional_parts=("kernels",),
-        packages=("torch", "transformers", "tokenizers", "huggingface_hub"),
+        packages=("torch", "transformers", "tokenizers", "huggingface_hub", "sentencex"),  # the last one in a `try`
         forbidden=("torch.distributed",),
         is_flat=True,
     ),
@@ -63,6 +63,7 @@ RULES = {
     "evaluation": Rule(parts=("models", "files", "tensors")),
     "routing": Rule(parts=("models", "files", "evaluation")),
     "compression": Rule(parts=("models", "kernels", "files", "tensors", "evaluation", "routing")),
+    "translation": Rule(parts=("models", "evaluation")),
     "data": Rule(parts=("models.language_codes", "models.tokenization_zcode_m3")),
     "training": Rule(parts=("models", "data"), packages=("numpy", "torch", "transformers", "accelerate")),
     "distributed": Rule(
@@ -74,7 +75,7 @@ RULES = {
     "_auto_registration": Rule(parts=("models", "compression"), packages=("transformers",)),
     "__init__": Rule(
         parts=(
-            *("_auto_registration", "models", "optim", "tensors", "conversion", "evaluation", "routing"),
+            *("_auto_registration", "models", "optim", "tensors", "conversion", "evaluation", "routing", "translation"),
             *("compression", "data", "training", "distributed"),
         ),
         packages=(),

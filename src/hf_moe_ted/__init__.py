@@ -66,6 +66,11 @@ if TYPE_CHECKING:
     from .training.multitask_trainer import MultitaskSeq2SeqTrainer as MultitaskSeq2SeqTrainer
     from .training.multitask_trainer import MultitaskTrainerMixin as MultitaskTrainerMixin
     from .training.multitask_trainer import MultitaskTrainingArguments as MultitaskTrainingArguments
+    from .translation.text_translator import TextTranslator as TextTranslator
+    from .translation.text_translator import TranslatedSentence as TranslatedSentence
+    from .translation.text_translator import TranslatedText as TranslatedText
+    from .translation.translated_file import FileTranslation as FileTranslation
+    from .translation.translated_file import translate_file as translate_file
 
 try:
     __version__ = version("hf-moe-ted")
@@ -81,6 +86,7 @@ _MODULE_OF_NAME = {
     "DirectionQuality": "evaluation.translation_quality",
     "ExpertQuantizationConfig": "compression.quantized_experts",
     "ExpertStatistics": "routing.expert_statistics",
+    "FileTranslation": "translation.translated_file",
     "LanguageRoutingCallback": "routing.language_routing",
     "LayerStatistics": "routing.expert_statistics",
     "MergingReport": "compression.report.compression_report",
@@ -101,8 +107,11 @@ _MODULE_OF_NAME = {
     "TedPlugin": "distributed.accelerate_plugin",
     "TedSeq2SeqTrainer": "distributed.trainer",
     "TedTrainer": "distributed.trainer",
+    "TextTranslator": "translation.text_translator",
     "TiledAdamW": "optim.tiled_adamw",
     "TokenBudgetBatchSampler": "data.batch_sampler",
+    "TranslatedSentence": "translation.text_translator",
+    "TranslatedText": "translation.text_translator",
     "TranslationQuality": "evaluation.translation_quality",
     "TranslationScores": "evaluation.translation_scores",
     "ZCodeM3Config": "models.configuration_zcode_m3",
@@ -130,6 +139,7 @@ _MODULE_OF_NAME = {
     "resolve_language": "models.language_codes",
     "score_translations": "evaluation.translation_scores",
     "token_lengths": "data.batch_sampler",
+    "translate_file": "translation.translated_file",
     "upcycle_dense_checkpoint": "conversion.upcycling",
     "write_compression_report": "compression.report.report_folder",
 }

@@ -12,6 +12,7 @@ from .convert import convert, export
 from .errors import one_line_errors
 from .evaluate import evaluate
 from .models import init, inspect
+from .translate import translate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,7 +20,7 @@ app = typer.Typer(
     help="Multilingual MoE translation models.",
     context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},  # --base_config is --base-config
 )
-for command in (init, inspect, prune, expert_statistics, merge, aggregate, quantize, evaluate, report):
+for command in (translate, init, inspect, prune, expert_statistics, merge, aggregate, quantize, evaluate, report):
     app.command()(command)
 app.add_typer(convert, name="convert")
 app.add_typer(export, name="export")

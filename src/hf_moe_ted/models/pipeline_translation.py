@@ -145,7 +145,9 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
             raise ValueError(f"missing {name}: pass `{name}=`, one of: {', '.join(known)}")
         return resolve_language(language, known, name=name)
 
-    def preprocess(self, input_: Any, split: bool | None = None, **languages: Any) -> Iterator[dict[str, Any]]:
+    def preprocess(  # type: ignore[override]  # of a chunk pipeline it yields
+        self, input_: Any, split: bool | None = None, **languages: Any
+    ) -> Iterator[dict[str, Any]]:
         """The inputs of the model for each sentence of a text, with a batch axis: `input_ids` is (1, L).
 
         `gaps` are what stands before the sentence and, of the last one, after it.

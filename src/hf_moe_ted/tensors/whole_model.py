@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, M2M100ForConditionalGeneration, PreTrainedTokenizerBase
 
 from ..files.json_file import read_json_object
 from ..files.messages import check_is_file, shorten
@@ -20,8 +20,13 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_whole_model(
-    folder: Path, dtype: str = "auto", argument: str = "model", *, may_have_adapter: bool = False
-) -> ZCodeM3ForConditionalGeneration:
+    folder: Path,
+    dtype: str = "auto",
+    argument: str = "model",
+    *,
+    may_have_adapter: bool = False,
+    model_class: Any = ZCodeM3ForConditionalGeneration,
+) -> Any:
     """The model of a folder of ZCodeM3 or NLLB-MoE.
 
     Args:
@@ -29,6 +34,7 @@ def load_whole_model(
         dtype: one of `DTYPES`.
         argument: what messages call the folder.
         may_have_adapter: whether an adapter of PEFT in the folder is put on the model.
+        model_class: whose `from_pretrained` loads it.
 
     Raises:
         ValueError: no such folder, another `dtype`, an adapter, weights that are missing, unknown or of another shape,
@@ -41,7 +47,7 @@ def load_whole_model(
     if not (folder / ADAPTER_CONFIG).is_file():  # or the weights may be elsewhere
         check_files(folder, argument)
     try:
-        loaded: Any = ZCodeM3ForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        loaded: Any = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except Exception as error:  # of safetensors, pickle, transformers: there is no class that they share
         message = shorten(error, 600) or type(error).__name__
         raise ValueError(f"{argument} ({folder}) cannot be loaded: {message}") from error
@@ -90,7 +96,8 @@ def load_model_and_tokenizer(
     both are errors.
 
     Args:
-        folder: with config, weights and tokenizer of a ZCodeM3 or NLLB-MoE model.
+        folder: with config, weights and tokenizer of a model of ZCodeM3 or NLLB-MoE, or of a dense one of M2M100 or
+            NLLB, which is loaded as transformers' own.
         dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: that of the config.
         device: such as `"cuda:1"`; by default a GPU if there is one.
         argument: what messages call the folder.
@@ -99,7 +106,9 @@ def load_model_and_tokenizer(
         ValueError: no such folder, a file that is missing or damaged, or a device that is not there.
     """
     folder = Path(folder)
-    model: nn.Module = load_whole_model(folder, dtype, argument, may_have_adapter=True)
+    is_dense = read_json_object(config_path(folder, argument), argument).get("model_type") == "m2m_100"
+    model_class = M2M100ForConditionalGeneration if is_dense else ZCodeM3ForConditionalGeneration
+    model: nn.Module = load_whole_model(folder, dtype, argument, may_have_adapter=True, model_class=model_class)
     if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
         raise ValueError(f"{argument} ({folder}) has no tokenizer; save it there with tokenizer.save_pretrained")
     try:

@@ -136,8 +136,8 @@ def _table(file: BinaryIO, delimiter: str, column: str | None) -> Iterator[TextR
         except csv.Error as error:
             raise ValueError(f"row {number + 1} is no row of the table: {error}") from error
         number += 1
-        if error := errors.pop(number, None):
-            yield TextRow(number, None, error=error)
+        if number in errors:
+            yield TextRow(number, None, error=errors.pop(number))
         elif len(cells) == len(header):
             yield _of_fields(number, dict(zip(header, cells, strict=True)), column)
         elif cells and any(cells):

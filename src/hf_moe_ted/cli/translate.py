@@ -1,0 +1,76 @@
+"""The command that uses a model: texts in, translations out."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Device, Dtype, ModelWithTokenizer
+
+MAX_SHOWN = 10
+
+
+def translate(
+    model: ModelWithTokenizer,
+    tgt: Annotated[str, typer.Option(help="Language to translate to.")],
+    source: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[INPUT]",
+            help="Lines of text, or a table (tsv, csv, jsonl, parquet); default, or -: standard input.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[OUTPUT]",
+            help="A line for each line, or a table by the end of its name; default, or -: standard output.",
+        ),
+    ] = None,
+    src: Annotated[str, typer.Option(help="Language of the texts, or auto.")] = "auto",
+    column: Annotated[
+        str | None, typer.Option(help="Column of a table with the texts; default: source, text or sentence.")
+    ] = None,
+    beams: Annotated[int, typer.Option(help="1 is greedy.")] = 4,
+    alternatives: Annotated[int, typer.Option(help="Other translations of each text; less than beams.")] = 0,
+    batch_tokens: Annotated[int, typer.Option(help="Source tokens of a batch.")] = 4096,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Where a sentence that has not ended is cut; default: by its source.")
+    ] = None,
+    split: Annotated[bool, typer.Option(help="Split texts into sentences, or take each line as one.")] = True,
+    dtype: Dtype = None,
+    device: Device = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output, and begin again.")] = False,
+) -> None:
+    """Translate text of any length. An interrupted run goes on where it was; torchrun shares the rows among GPUs."""
+    from .. import TextTranslator, load_model_and_tokenizer, translate_file
+
+    translator = TextTranslator(
+        *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL"),
+        num_beams=beams,
+        num_alternatives=alternatives,
+        batch_tokens=batch_tokens,
+        max_new_tokens=max_new_tokens,
+        split=split,
+    )
+    result = translate_file(
+        translator,
+        None if source in (None, Path("-")) else source,
+        None if output in (None, Path("-")) else output,
+        src_lang=src,
+        tgt_lang=tgt,
+        column=column,
+        overwrite=overwrite,
+    )
+    _show("was not translated", {number: (error,) for number, error in result.errors.items()})
+    _show("should be looked at", result.problems)
+    if result.errors:
+        raise ValueError(f"{len(result.errors)} of {result.num_rows} rows were not translated; the others were")
+
+
+def _show(what: str, rows: dict[int, tuple[str, ...]]) -> None:
+    for number, messages in list(rows.items())[:MAX_SHOWN]:
+        print(f"row {number} {what}: {'; '.join(messages)}", file=sys.stderr)
+    if len(rows) > MAX_SHOWN:
+        print(f"... and {len(rows) - MAX_SHOWN} more rows", file=sys.stderr)

@@ -1,0 +1,50 @@
+"""The command that translates: files, standard input, errors in a line."""
+
+import json
+import subprocess
+from pathlib import Path
+
+from cli_runs import COMMAND, message_of, run, run_here
+
+OPTIONS = ("--src", "en", "--tgt", "de", "--beams", "1", "--max-new-tokens", "6", "--device", "cpu")
+
+
+def test_lines(model_and_text: tuple[Path, Path]) -> None:
+    model, _ = model_and_text
+    source, output, table = (model.parent / name for name in ("in.txt", "out.txt", "out.jsonl"))
+    source.write_text("Save. Close it!\n\nThe file %s\n", encoding="utf-8")
+    printed = run_here("translate", model, source, output, *OPTIONS)
+    run_here("translate", model, source, table, *OPTIONS, "--src", "auto")
+    assert output.read_bytes().count(b"\n") == 3
+    rows = [json.loads(line) for line in table.read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [row["source"] for row in rows] == ["Save. Close it!", "", "The file %s"]
+    assert "row 3 should be looked at: 'The file %s': not as often as in the source: %s" in printed
+    assert message_of("translate", model, source, output, *OPTIONS).startswith(f"output ({output}) exists")
+
+
+def test_standard_input(model_and_text: tuple[Path, Path]) -> None:
+    model, _ = model_and_text
+    done = subprocess.run(
+        [COMMAND, "translate", str(model), *OPTIONS], input=b"Save.\nbad \xff\nYes.\n", capture_output=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stdout.count(b"\n") == 3
+    assert b"row 2 was not translated: it is not UTF-8" in done.stderr
+    assert b"1 of 3 rows were not translated; the others were" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_wrong_arguments(model_and_text: tuple[Path, Path]) -> None:
+    model, text = model_and_text
+    missing = run("translate", model.parent / "nowhere", text, *OPTIONS)
+    assert missing.returncode == 1
+    assert "nowhere" in missing.stderr
+    assert "Traceback" not in missing.stderr
+    assert "unknown tgt_lang 'xx'" in message_of("translate", model, text, *OPTIONS, "--tgt", "xx")
+    assert "num_alternatives (1) must be less than num_beams (1)" in message_of(
+        "translate", model, text, *OPTIONS, "--alternatives", "1"
+    )
+    (model.parent / "table.csv").write_text("a,b\n1,2\n")
+    assert "there is no column source or text or sentence; the header has a, b" in message_of(
+        "translate", model, model.parent / "table.csv", *OPTIONS
+    )
