@@ -80,6 +80,7 @@ RULES = {
         ),
         packages=(),
     ),
+    "__main__": Rule(public=True),
     "cli": Rule(public=True),
     "scripts": Rule(public=True),
 }
