@@ -84,7 +84,14 @@ def test_detected_language(model: Any, tokenizer: ZCodeM3Tokenizer) -> None:
         "auto",
         "en",
     )
-    assert [text.src_lang for text in texts[:2]] == ["de", "fr"]
+    assert [text.src_lang for text in texts] == ["de", "fr", "en"]
+
+
+def test_detected_language_of_two_scripts(make_model: MakeModel) -> None:
+    tokenizer = ZCodeM3Tokenizer(languages=["eng_Latn", "zho_Hans", "zho_Hant"])
+    translator = TextTranslator(make_model(), tokenizer, num_beams=1, max_new_tokens=3)
+    [text] = translator.translate(["关闭所有标签页并重新启动计算机"], "auto", "en")
+    assert text.src_lang == "zho_Hans"
 
 
 def test_codes_that_people_type(model: Any, tokenizer: ZCodeM3Tokenizer) -> None:

@@ -120,6 +120,8 @@ def test_bad_arguments(translator: TextTranslator, source: Path) -> None:
         translate_file(translator, source, source.parent / "nowhere" / "out.txt", **PAIR)
     with pytest.raises(ValueError, match="unknown tgt_lang 'xx'"):
         translate_file(translator, source, source.with_name("out.txt"), src_lang="en", tgt_lang="xx")
+    with pytest.raises(ValueError, match="unknown src_lang 'xx'"):
+        translate_file(translator, source, source.with_name("out.txt"), src_lang="xx", tgt_lang="de")
     assert [path.name for path in source.parent.iterdir()] == ["in.txt"]
 
 

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.language_detection import UNDETERMINED, LanguageDetector, detector_code
-from ..models.language_codes import find_language, language_ids, languages_kept, resolve_language
+from ..models.language_codes import language_ids, languages_kept, resolve_language
 from ..models.segments import Segments, split_long, split_sentences
 from .placeholders import lost_placeholders
 
@@ -113,7 +114,6 @@ class TextTranslator:
         self.max_source_tokens = min(positions, tokenizer.model_max_length)
         self.max_new_tokens = min(max_new_tokens or positions, positions)
         self._cuts_early = max_new_tokens is None
-        self._detectors: dict[tuple[str, ...], LanguageDetector] = {}
 
     def translate(
         self,
@@ -127,13 +127,16 @@ class TextTranslator:
             texts: of any length; blank ones stay as they are. A sentence that stands in them several times is
                 translated once.
             src_lang, tgt_lang: codes in any form that means a language of the tokenizer; `src_lang="auto"` for the
-                language that py3langid finds in each text.
+                language that py3langid finds in each text; it knows no scripts, so that the first of several forms of
+                a language is taken (`zho_Hans`).
             on_batch: is told after each batch how many sentences and source tokens were translated.
 
         Raises:
             ValueError: an unknown language, or a text that is no string or has no language that could be found.
         """
         tgt_lang = resolve_language(tgt_lang, self.languages, name="tgt_lang")
+        if src_lang != AUTO:
+            src_lang = resolve_language(src_lang, self.languages, name="src_lang")
         languages = [self._language_of(text, index, src_lang) for index, text in enumerate(texts)]
         split = [
             split_sentences(text, language if self.split else None)
@@ -177,17 +180,19 @@ class TextTranslator:
         if not isinstance(text, str):
             raise ValueError(f"a text to translate must be a string, got {type(text).__name__} at {index}: {text!r}")
         if src_lang != AUTO:
-            return resolve_language(src_lang, self.languages, name="src_lang")
-        detector = self._detector(tuple(self.languages))
-        code = detector.detect(text)
-        language = None if code == UNDETERMINED else find_language(code, self.languages)
-        return language or self.languages[0]  # text without a letter: any language will do
+            return src_lang
+        # text without a letter has none, and any will do
+        return self._language_of_code.get(self._detector.detect(text), self.languages[0])
 
-    def _detector(self, languages: tuple[str, ...]) -> LanguageDetector:
-        if languages not in self._detectors:
-            known = [language for language in languages if detector_code(language) is not None]
-            self._detectors[languages] = LanguageDetector(known)
-        return self._detectors[languages]
+    @cached_property
+    def _language_of_code(self) -> dict[str, str]:
+        """Codes of the detector, and the first language of the tokenizer that each means."""
+        codes = {language: detector_code(language) for language in reversed(self.languages)}
+        return {code: language for language, code in codes.items() if code is not None}
+
+    @cached_property
+    def _detector(self) -> LanguageDetector:
+        return LanguageDetector(self._language_of_code.values())
 
     def _sentences(
         self, sentences: list[str], src_lang: str, tgt_lang: str, on_batch: Callable[[int, int], None] | None
@@ -297,7 +302,7 @@ class TextTranslator:
         if num_bytes >= MIN_RATIO_BYTES and not MIN_LENGTH_RATIO <= ratio <= MAX_LENGTH_RATIO:
             problems.append(f"{ratio:.2g} times as long as the source")
         if detector_code(tgt_lang) is not None and sum(map(str.isalpha, translation)) >= MIN_DETECTED_LETTERS:
-            found = self._detector(tuple(self.languages)).detect(translation)
+            found = self._detector.detect(translation)
             if found not in (UNDETERMINED, detector_code(tgt_lang)):
                 problems.append(f"looks like {found}, not {tgt_lang}")
         return problems
