@@ -35,6 +35,7 @@ CODE = {
         "remote_code",
         "router",
         "router_losses",
+        "segments",
         "structure",
         "tokenization_zcode_m3",
     )
