@@ -49,7 +49,7 @@ class Rule:
 RULES = {
     "models": Rule(
         optional_parts=("kernels",),
-        packages=("torch", "transformers", "tokenizers", "huggingface_hub", "sentencex"),  # the last one in a `try`
+        packages=("torch", "transformers", "tokenizers", "huggingface_hub", "sentencex", "py3langid"),
         forbidden=("torch.distributed",),
         is_flat=True,
     ),

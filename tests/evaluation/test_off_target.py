@@ -6,8 +6,8 @@ import evaluate
 import pytest
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-from hf_moe_ted.evaluation.language_detection import UNDETERMINED, LanguageDetector, detector_code
 from hf_moe_ted.metrics import metric_path
+from hf_moe_ted.models.language_detection import UNDETERMINED, LanguageDetector, detector_code
 
 GERMAN = "Die Datei konnte nicht gespeichert werden, weil die Festplatte voll ist."
 ENGLISH = "The file could not be saved because the disk is full."
@@ -75,7 +75,7 @@ def test_no_candidate():
 
 
 def test_without_py3langid(monkeypatch, off_target):
-    from hf_moe_ted.evaluation import language_detection
+    from hf_moe_ted.models import language_detection
 
     language_detection._identifier.cache_clear()
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)

@@ -17,7 +17,7 @@ from hf_moe_ted import (
     score_translations,
 )
 from hf_moe_ted.evaluation import translation_evaluation
-from hf_moe_ted.evaluation.language_detection import LanguageDetector
+from hf_moe_ted.models.language_detection import LanguageDetector
 
 Rows = list[dict[str, str]]
 DEMO = Path(__file__).parents[2] / "examples" / "checkpoints" / "zcode_m3_demo"

@@ -178,14 +178,6 @@ def test_without_sentencex(translator: ZCodeM3TranslationPipeline, monkeypatch: 
         translator("One. Two.", split=True)
 
 
-def test_arguments_of_the_pipelines_of_transformers_4(translator: ZCodeM3TranslationPipeline) -> None:
-    expected = translator("Hello")
-    assert translator("Hello", truncation=True, clean_up_tokenization_spaces=False) == expected
-    for name in ("return_tensors", "return_text"):
-        with pytest.raises(ValueError, match=f"{name} .* leave it out"):
-            translator("Hello", **{name: True})
-
-
 def test_default_length_fits_the_positions(model: ZCodeM3ForConditionalGeneration) -> None:
     tokenizer = ZCodeM3Tokenizer(languages=["en", "de", "hi"])
     # as many tokens as positions: by the length that the model has, or, if it has none, that of the pipeline

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from .language_detection import UNDETERMINED, LanguageDetector, detector_code
+from ..models.language_detection import UNDETERMINED, LanguageDetector, detector_code
 
 BLEU_TOKENIZERS = ("13a", "intl", "char", "zh", "none")  # those that need no download
 SMOOTH_METHODS = ("none", "floor", "add-k", "exp")

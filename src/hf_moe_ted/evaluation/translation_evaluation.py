@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.language_codes import LanguagePair, find_language, languages_kept
+from ..models.language_detection import detector_code
 from ..tensors.lazy_tensors import num_bytes
 from .evaluation_mode import evaluation_mode
-from .language_detection import detector_code
 from .parallel_text import Sentence, check_languages, choose_languages, progress_over, read_sentences
 from .translation_quality import DirectionQuality, TranslationQuality
 from .translation_scores import score_translations

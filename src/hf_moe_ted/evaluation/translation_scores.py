@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..models.language_codes import parse_language, sacrebleu_tokenizer
+from ..models.language_detection import detector_code
 from .corpus_metrics import bleu, chrf, length_ratio, off_target
-from .language_detection import detector_code
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,16 +2,26 @@
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
+from torch import Tensor
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig, LogitsProcessor, PreTrainedModel
 from transformers.pipelines.base import ChunkPipeline
 from transformers.utils import logging
 
+from .family import check_family
 from .language_codes import language_ids, languages_kept, resolve_language
-from .nllb_moe import MODEL_TYPE as NLLB_MOE
+from .language_detection import AUTO, language_finder
+from .pipeline_inputs import (
+    LANGUAGES,
+    TextInLanguages,
+    as_pipeline_input,
+    languages_of_task,
+    with_languages,
+    without_old_arguments,
+)
 from .segments import Segments, is_installed, split_long, split_sentences
 
 logger = logging.get_logger(__name__)
@@ -26,13 +36,28 @@ MODEL_CODE = {
 TOKENIZER_CODE = {"AutoTokenizer": ["tokenization_zcode_m3.ZCodeM3Tokenizer", None]}
 
 
+class _ForcedLanguages(LogitsProcessor):
+    """As `forced_bos_token_id`, with a token for each of B sentences, each of which has as many rows as beams."""
+
+    def __init__(self, token_ids: list[int]):
+        self.token_ids = token_ids
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[-1] > 1:
+            return scores
+        ids_B = torch.tensor(self.token_ids, device=scores.device)
+        ids_R = ids_B.repeat_interleave(scores.shape[0] // len(self.token_ids))
+        return torch.full_like(scores, -torch.inf).scatter(1, ids_R[:, None], 0.0)
+
+
 class ZCodeM3TranslationPipeline(ChunkPipeline):
     """
     Translates texts with a multilingual encoder-decoder model, sentence by sentence.
 
-    The tokenizer is a [`ZCodeM3Tokenizer`] or one of transformers for translation (`NllbTokenizer`, `M2M100Tokenizer`).
-    Languages are named as it names them or in another form: `zh-CN`, `zho_Hans` and `ZH` are `zh` where there is no
-    closer one. Threads may share a pipeline.
+    The model is a [`ZCodeM3ForConditionalGeneration`], also of an NLLB-MoE checkpoint, or transformers' own
+    `M2M100ForConditionalGeneration` (M2M100 and NLLB); the tokenizer is a [`ZCodeM3Tokenizer`] or one of transformers
+    for translation (`NllbTokenizer`, `M2M100Tokenizer`). Languages are named as it names them or in another form:
+    `zh-CN`, `zho_Hans` and `ZH` are `zh` where there is no closer one. Threads may share a pipeline.
 
     Example:
 
@@ -40,18 +65,26 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
     >>> translator = ZCodeM3TranslationPipeline(model=model, tokenizer=tokenizer, src_lang="en", tgt_lang="de")
     >>> translator("Hello")
     [{'translation_text': 'Hallo'}]
-    >>> translator(["Hello", "Good night"], tgt_lang="fr", batch_size=2, num_beams=5)
-    [{'translation_text': 'Bonjour'}, {'translation_text': 'Bonne nuit'}]
+    >>> translator(["Hello", "Good night"], tgt_lang=["fr", "de"], batch_size=2, num_beams=5)
+    [{'translation_text': 'Bonjour'}, {'translation_text': 'Gute Nacht'}]
+    >>> translator("Hello", num_beams=3, num_return_sequences=2, return_scores=True)
+    [{'translation_text': 'Hallo', 'score': -0.21}, {'translation_text': 'Guten Tag', 'score': -0.58}]
+    >>> for piece in translator.stream(document):
+    ...     print(piece, end="", flush=True)
     ```
 
-    `src_lang` and `tgt_lang` are taken from the call, then from the pipeline, then from the tokenizer. Other keyword
-    arguments, of the pipeline or of the call, go to `generate()`; what neither they nor the generation config of the
-    model set is as `generate()` has it. A [`ZCodeM3ForConditionalGeneration`] has a `max_length` of 256, or as many as
-    it has positions; for a model without one `max_new_tokens` is as many.
+    `src_lang` and `tgt_lang` are taken from the call, then from the pipeline, then from the tokenizer; a call may have
+    one for each text, and `src_lang="auto"` is what py3langid finds in a text. Other keyword arguments, of the pipeline
+    or of the call, go to `generate()`; what neither they nor the generation config of the model set is as `generate()`
+    has it. A [`ZCodeM3ForConditionalGeneration`] has a `max_length` of 256, or as many as it has positions; for a model
+    without one `max_new_tokens` is as many.
 
     A text is split into sentences (by `sentencex`, if it is installed), and their translations stand in its white space
     and lines. A sentence longer than the model's positions or the tokenizer's `model_max_length` is translated in
     parts, so nothing of a text is left out. `split=False` takes each text as one sentence. A blank text stays empty.
+
+    What the translation pipelines of transformers 4 took works or is refused with what to use instead; `task` may be
+    `"translation_en_to_de"`. They had four beams by default (`num_beams=4`), here `generate()` decides.
     """
 
     model: Any
@@ -64,14 +97,11 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
     _load_tokenizer: Any = True
 
     def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        if model.config.model_type == NLLB_MOE:
-            raise ValueError(
-                f"{type(model).__name__} of transformers sends all tokens to two experts and cannot translate; "
-                "load the checkpoint with ZCodeM3ForConditionalGeneration.from_pretrained"
-            )
+        check_family(model)
         max_new_tokens = min(DEFAULT_MAX_NEW_TOKENS, _max_positions(model))
         self._default_generation_config = GenerationConfig(max_new_tokens=max_new_tokens)
-        super().__init__(model, *args, **kwargs)
+        given = {name: value for name, value in kwargs.items() if value is not None or name not in LANGUAGES}
+        super().__init__(model, *args, **{**languages_of_task(kwargs.get("task")), **without_old_arguments(given)})
 
     @property
     def languages(self) -> list[str]:
@@ -85,57 +115,99 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
         Translates texts.
 
         Args:
-            inputs (`str`, `list[str]`, dataset or generator of `str`):
+            inputs (`str`, `list[str]`, column of *datasets*, dataset of PyTorch (`KeyDataset`) or iterator of `str`):
                 The texts.
-            src_lang (`str`, *optional*):
-                Language of the texts.
-            tgt_lang (`str`, *optional*):
-                Language to translate to.
+            src_lang (`str` or `list[str]`, *optional*):
+                Language of the texts, or of each; `"auto"` for the one that py3langid finds in the text, among those of
+                the tokenizer.
+            tgt_lang (`str` or `list[str]`, *optional*):
+                Language to translate to, or that of each text.
             batch_size (`int`, *optional*, defaults to 1):
-                How many sentences are translated at once.
+                How many sentences are translated at once, whatever their languages.
             split (`bool`, *optional*):
                 Whether texts are split into sentences. By default they are, if `sentencex` is installed; without it
                 each line is a sentence. `False` for texts that are one sentence each.
+            return_scores (`bool`, *optional*, defaults to `False`):
+                Whether each translation has its `score`: the log-probability per token by which beam search ranks it,
+                of a text the mean of its sentences'.
             kwargs:
                 Arguments of `generate()`.
 
         Returns:
-            `list[dict[str, str]]`: one `{"translation_text": ...}` per text; with `num_return_sequences` above 1,
-            one list of them per text of a list, where each sentence has its first, second, ... sequence. A dataset or a
-            generator gives an iterator over one list per text.
+            `list[dict[str, Any]]`: one `{"translation_text": ...}` per text; with `num_return_sequences` above 1,
+            one list of them per text of a list, where each sentence has its first, second, ... sequence. A dataset or
+            an iterator gives an iterator over one list per text.
 
         Raises:
-            ValueError: for a text that is not a string, an unknown language or a missing one, or `split=True` without
-                `sentencex`.
+            ValueError: for a text that is not a string, an unknown language or a missing one, another number of
+                languages than of texts, `split=True` without `sentencex`, `"auto"` without `py3langid`,
+                `return_scores=True` without beam search, or an argument of transformers 4 that asks for what is not
+                done here.
         """
-        if isinstance(inputs, (list, tuple)) and len(inputs) == 0:
+        if args:
+            raise ValueError(f"{len(args) + 1} positional arguments: give several texts as one list")
+        inputs = as_pipeline_input(inputs)
+        of_each = {name: kwargs.pop(name) for name in LANGUAGES if _is_list(kwargs.get(name))}
+        if of_each:
+            inputs = with_languages(inputs, {name: self._resolved(name, codes) for name, codes in of_each.items()})
+        if isinstance(inputs, list) and not inputs:
             return []
-        translations = super().__call__(list(inputs) if isinstance(inputs, tuple) else inputs, *args, **kwargs)
+        translations = super().__call__(inputs, **kwargs)
         if isinstance(translations, list) and all(isinstance(item, list) and len(item) == 1 for item in translations):
             return [item[0] for item in translations]
         return translations
+
+    def stream(self, text: str, **kwargs: Any) -> Iterator[str]:
+        """
+        Translates a text and yields its sentences when they are finished, each with the white space before it. All of
+        them together are the `translation_text` of a call, with `batch_size=8` eight at a time.
+
+        Args:
+            text (`str`):
+                The text.
+            kwargs:
+                As in a call, of which one sequence is returned and no scores.
+
+        Raises:
+            ValueError: see `__call__`.
+        """
+        options = {**self._preprocess_params, **self._sanitize_parameters(**kwargs)[0]}
+        languages = self._languages_of(text, options)
+        segments = self._segments(text, options.get("split"), languages["src_lang"])
+        if not segments.sentences:
+            return
+        each = self((sentence for sentence in segments.sentences), **{**kwargs, **languages, "split": False})
+        yield from segments.joined((self._only_one(item) for item in each), languages["tgt_lang"])
+
+    @staticmethod
+    def _only_one(sequences: list[dict[str, Any]]) -> str:
+        if len(sequences) > 1:
+            raise ValueError(f"num_return_sequences ({len(sequences)}) must be 1 to stream a text")
+        return sequences[0]["translation_text"]
 
     def _sanitize_parameters(
         self,
         src_lang: str | None = None,
         tgt_lang: str | None = None,
         split: bool | None = None,
+        return_scores: bool = False,
         truncation: Any = None,
         clean_up_tokenization_spaces: bool | None = None,
         **generate_kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        if truncation:
+        if truncation not in (None, False, "do_not_truncate"):
             logger.warning_once("truncation has no effect: what the model has no positions for is translated in parts")
-        for name in generate_kwargs.keys() & {"return_tensors", "return_text"}:
-            raise ValueError(f"{name} is not an argument of this pipeline, which returns text; leave it out")
+        generate_kwargs = without_old_arguments(generate_kwargs)
         named = {"src_lang": src_lang, "tgt_lang": tgt_lang}
         languages = {name: self._checked(name, lang) for name, lang in named.items() if lang is not None}
         splitting = {} if split is None else {"split": split}
+        scoring = {"return_scores": True} if return_scores else {}
         cleaning = {"clean_up_tokenization_spaces": clean_up_tokenization_spaces}
-        return {**languages, **splitting}, generate_kwargs, {} if clean_up_tokenization_spaces is None else cleaning
+        forward = {**generate_kwargs, **scoring}
+        return {**languages, **splitting}, forward, {} if clean_up_tokenization_spaces is None else cleaning
 
-    def _checked(self, name: str, language: str | None) -> str:
-        """The language of the tokenizer that a code means; `name` is `src_lang` or `tgt_lang`.
+    def _checked(self, name: str, language: Any) -> str:
+        """The language of the tokenizer that a code means, or `"auto"`; `name` is `src_lang` or `tgt_lang`.
 
         Raises:
             ValueError: it is missing, unknown or ambiguous.
@@ -143,7 +215,26 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
         known = self.languages
         if language is None:
             raise ValueError(f"missing {name}: pass `{name}=`, one of: {', '.join(known)}")
+        if _is_list(language):
+            raise ValueError(f"{name} ({list(language)!r}) is one for each text: give it to the call with the texts")
+        if name == "src_lang" and language == AUTO:
+            return AUTO
         return resolve_language(language, known, name=name)
+
+    def _resolved(self, name: str, codes: Any) -> list[str]:
+        meaning = {code: self._checked(name, code) for code in dict.fromkeys(codes)}
+        return [meaning[code] for code in codes]
+
+    def _languages_of(self, text: Any, languages: dict[str, Any]) -> dict[str, str]:
+        """`src_lang` and `tgt_lang` of a text, by their names in the tokenizer."""
+        if not isinstance(text, str):
+            hint = "; of a dataset of rows give a column, KeyDataset(dataset, 'text')" if isinstance(text, dict) else ""
+            raise ValueError(f"a sentence to translate must be a string, got {type(text).__name__}: {text!r}{hint}")
+        codes = {name: languages.get(name, getattr(self.tokenizer, name, None)) for name in LANGUAGES}
+        checked = {name: self._checked(name, code) for name, code in codes.items()}
+        if checked["src_lang"] == AUTO:
+            checked["src_lang"] = language_finder(tuple(self.languages)).find(text)
+        return checked
 
     def preprocess(  # type: ignore[override]  # of a chunk pipeline it yields
         self, input_: Any, split: bool | None = None, **languages: Any
@@ -152,10 +243,9 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
 
         `gaps` are what stands before the sentence and, of the last one, after it.
         """
-        if not isinstance(input_, str):
-            raise ValueError(f"a sentence to translate must be a string, got {type(input_).__name__}: {input_!r}")
-        for name in ("src_lang", "tgt_lang"):
-            languages[name] = self._checked(name, languages.get(name, getattr(self.tokenizer, name, None)))
+        if isinstance(input_, TextInLanguages):
+            input_, languages = input_.text, {**languages, **input_.languages}
+        languages = self._languages_of(input_, languages)
 
         def encode(text: str) -> dict[str, Any]:
             with languages_kept(self.tokenizer):
@@ -187,21 +277,42 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
         return split_sentences(text, src_lang)
 
     def _forward(self, input_tensors: dict[str, Any], **generate_kwargs: Any) -> Any:
-        """Translates B sentences: `output_ids` is (B, `num_return_sequences`, L), `is_blank` is (B,)."""
-        kept = {name: input_tensors.pop(name) for name in ("is_blank", "is_last", "gaps", "tgt_lang")}
-        forced_bos_token_id = input_tensors.pop("forced_bos_token_id")
-        if isinstance(forced_bos_token_id, list):  # one per sentence of the batch, all of the same target language
-            forced_bos_token_id = forced_bos_token_id[0]
-        generate_kwargs = self._prepare_generate_kwargs(
-            generate_kwargs, forced_bos_token_id=forced_bos_token_id, return_dict_in_generate=False
-        )
-        output_ids = self.model.generate(**input_tensors, **generate_kwargs)
-        return {"output_ids": output_ids.unflatten(0, (kept["is_blank"].numel(), -1)), **kept}
+        """Translates B sentences: `output_ids` is (B, `num_return_sequences`, L), `is_blank` is (B,).
 
-    def postprocess(self, model_outputs: Any, **postprocess_parameters: Any) -> list[dict[str, str]]:
+        With `return_scores` `scores` is (B, `num_return_sequences`).
+        """
+        kept = {name: input_tensors.pop(name) for name in ("is_blank", "is_last", "gaps", "tgt_lang")}
+        return_scores = generate_kwargs.pop("return_scores", False)
+        forced = input_tensors.pop("forced_bos_token_id")
+        forced = forced if isinstance(forced, list) else [forced]
+        processors = list(generate_kwargs.pop("logits_processor", None) or [])
+        if len(set(forced)) > 1:
+            processors.append(_ForcedLanguages(forced))
+        generate_kwargs = self._prepare_generate_kwargs(
+            generate_kwargs,
+            forced_bos_token_id=forced[0],
+            return_dict_in_generate=return_scores,
+            output_scores=return_scores,
+        )
+        if generate_kwargs.get("stop_strings"):
+            generate_kwargs.setdefault("tokenizer", self.tokenizer)
+        outputs = self.model.generate(**input_tensors, **generate_kwargs, logits_processor=processors or None)
+        num_sentences = kept["is_blank"].numel()
+        if not return_scores:
+            return {"output_ids": outputs.unflatten(0, (num_sentences, -1)), **kept}
+        if outputs.get("sequences_scores") is None:
+            raise ValueError("return_scores needs beam search, which has them: set num_beams above 1")
+        scores = outputs.sequences_scores.unflatten(0, (num_sentences, -1))
+        return {"output_ids": outputs.sequences.unflatten(0, (num_sentences, -1)), "scores": scores, **kept}
+
+    def postprocess(self, model_outputs: Any, **postprocess_parameters: Any) -> list[dict[str, Any]]:
         """The translations of one text, one per returned sequence."""
+        scores: list[dict[str, float]] = [{}] * model_outputs[0]["output_ids"].shape[1]
+        if "scores" in model_outputs[0]:
+            mean_S = torch.cat([output["scores"] for output in model_outputs]).float().mean(dim=0)
+            scores = [{"score": score} for score in mean_S.tolist()]
         if all(bool(output["is_blank"]) for output in model_outputs):
-            return [{"translation_text": ""} for _ in range(model_outputs[0]["output_ids"].shape[1])]
+            return [{"translation_text": "", **score} for score in scores]
         gaps = [*(output["gaps"][0] for output in model_outputs), model_outputs[-1]["gaps"][1]]
         ranked = [
             self.tokenizer.batch_decode(output["output_ids"][0], skip_special_tokens=True, **postprocess_parameters)
@@ -209,8 +320,8 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
         ]
         text = Segments(("",) * len(ranked), tuple(gaps))
         return [
-            {"translation_text": text.join(translations, model_outputs[0]["tgt_lang"])}
-            for translations in zip(*ranked, strict=True)
+            {"translation_text": text.join(translations, model_outputs[0]["tgt_lang"]), **score}
+            for translations, score in zip(zip(*ranked, strict=True), scores, strict=True)
         ]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -235,8 +346,9 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
             )
         tokenizer, self.tokenizer = self.tokenizer, copy.deepcopy(self.tokenizer)
         try:
-            for name in self._preprocess_params.keys() & {"src_lang", "tgt_lang"}:
-                setattr(self.tokenizer, name, self._preprocess_params[name])
+            for name in self._preprocess_params.keys() & {*LANGUAGES}:
+                if self._preprocess_params[name] != AUTO:  # which no tokenizer has
+                    setattr(self.tokenizer, name, self._preprocess_params[name])
             super().save_pretrained(save_directory, **kwargs)
         finally:
             self.tokenizer = tokenizer
@@ -245,6 +357,10 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
 def _is_of_package(item: Any) -> bool:
     """Whether its class is in the folder of this file, which is what can be saved as code."""
     return type(item).__module__.rpartition(".")[0] == __name__.rpartition(".")[0]
+
+
+def _is_list(languages: Any) -> bool:
+    return isinstance(languages, Sequence) and not isinstance(languages, str)
 
 
 def _max_positions(model: PreTrainedModel) -> int:

@@ -3,10 +3,9 @@
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import chain
 
 from .language_codes import has_spaces_between_sentences, parse_language
 
@@ -50,10 +49,23 @@ class Segments:
             tgt_lang: their language, if it may write other spaces: sentences of Chinese follow each other without
                 one, and are parted in languages that part words.
         """
+        return "".join(self.joined(translations, tgt_lang))
+
+    def joined(self, translations: Iterable[str], tgt_lang: str | None = None) -> Iterator[str]:
+        """As `join`, piece by piece: each is a sentence with what stands before it, the last one what is after it, too.
+
+        Args:
+            translations: may be an iterator, of which no more is taken than is needed for the next piece.
+        """
         between = list(self.gaps)
         if tgt_lang is not None and has_spaces_between_sentences(tgt_lang):
             between[1:-1] = [gap or " " for gap in between[1:-1]]
-        return "".join([between[0], *chain.from_iterable(zip(translations, between[1:], strict=True))])
+        if len(between) == 1:
+            yield between[0]
+            return
+        after = [""] * (len(between) - 2) + between[-1:]
+        for before, translation, end in zip(between[:-1], translations, after, strict=True):
+            yield before + translation + end
 
 
 def is_installed() -> bool:

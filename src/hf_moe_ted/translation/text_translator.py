@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..evaluation.language_detection import UNDETERMINED, LanguageDetector, detector_code
 from ..models.language_codes import language_ids, languages_kept, resolve_language
+from ..models.language_detection import UNDETERMINED, LanguageDetector, detector_code
 from ..models.segments import Segments, split_long, split_sentences
 from .placeholders import lost_placeholders
 

@@ -1,12 +1,13 @@
 """Which language a text is in, as py3langid guesses it from its bytes, offline."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from ..models.language_codes import parse_language
+from .language_codes import parse_language
 
+AUTO = "auto"  # as a source language: it is to be detected
 UNDETERMINED = "und"  # of ISO 639: text that is in no language, such as "42 %"
 
 _NO_LANGUAGE = "zxx"  # what the detector calls such text
@@ -64,6 +65,41 @@ class LanguageDetector:
         return UNDETERMINED if code == _NO_LANGUAGE else code
 
 
+class LanguageFinder:
+    """Finds which of the languages of a tokenizer a text is in. It errs on short texts.
+
+    The detector knows no scripts and no regions: of several forms of a language (`zho_Hans`, `zho_Hant`) the first one
+    is found.
+
+    Attributes:
+        detector: chooses among all languages of the tokenizer that it knows.
+
+    Args:
+        languages: of the tokenizer.
+
+    Raises:
+        ValueError: py3langid is not installed, or it knows none of the languages.
+    """
+
+    def __init__(self, languages: Sequence[str]):
+        codes = {language: detector_code(language) for language in reversed(languages)}
+        self._language_of_code = {code: language for language, code in codes.items() if code is not None}
+        if not self._language_of_code:
+            raise ValueError(f"py3langid knows none of the languages {', '.join(languages)}: name the source language")
+        self._first = languages[0]
+        self.detector = LanguageDetector(self._language_of_code.values())
+
+    def find(self, text: str) -> str:
+        """The language of a text; the first one if the text has no letter, for then any will do."""
+        return self._language_of_code.get(self.detector.detect(text), self._first)
+
+
+@lru_cache(maxsize=8)
+def language_finder(languages: tuple[str, ...]) -> LanguageFinder:
+    """A [`LanguageFinder`], kept for the next text."""
+    return LanguageFinder(languages)
+
+
 @lru_cache(maxsize=8)
 def _identifier(codes: tuple[str, ...] | None) -> Any:
     """The detector among languages, by its codes; `None`: all of them."""
@@ -78,4 +114,4 @@ def _identifier(codes: tuple[str, ...] | None) -> Any:
     return LanguageIdentifier.from_model_file(MODEL_FILE)
 
 
-__all__ = ["UNDETERMINED", "LanguageDetector", "detector_code"]
+__all__ = ["AUTO", "UNDETERMINED", "LanguageDetector", "LanguageFinder", "detector_code", "language_finder"]
