@@ -37,7 +37,7 @@ DataLanguages = Annotated[str | None, typer.Option(help="Only sentences between 
 Subset = Annotated[str | None, typer.Option(help="Configuration of a dataset of the Hub.")]
 Split = Annotated[str, typer.Option(help="Split of a dataset of the Hub.")]
 BatchSize = Annotated[int, typer.Option(help="Sentences per batch.")]
-Device = Annotated[str | None, typer.Option(help="Such as cuda; default: a GPU if there is one.")]
+Device = Annotated[str | None, typer.Option(help="Such as cuda, or auto: all GPUs, memory and disk; default: a GPU.")]
 
 
 def codes(languages: str | None) -> list[str] | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..models.execution_device import execution_device
 from ..models.language_codes import LanguagePair, find_language, languages_kept
 from ..models.language_detection import detector_code
 from ..tensors.lazy_tensors import num_bytes
@@ -201,7 +202,7 @@ class _Translator:
                 truncation=True,
                 max_length=self._max_source_tokens,
             )
-        output_BL: Tensor = self._model.generate(**inputs.to(self._model.device), **self._generation)
+        output_BL: Tensor = self._model.generate(**inputs.to(execution_device(self._model)), **self._generation)
         end = torch.as_tensor(self._model.generation_config.eos_token_id, device=output_BL.device)
         has_ended_B = torch.isin(output_BL[:, 1:], end).any(dim=1)  # the first token is often the end token, too
         return self._tokenizer.batch_decode(output_BL, skip_special_tokens=True), int((~has_ended_B).sum())

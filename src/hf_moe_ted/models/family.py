@@ -23,20 +23,23 @@ _WHY_NOT = {
 def check_family(model: Any) -> None:
     """
     Args:
-        model: any model of transformers, or its config.
+        model: of any class of transformers.
 
     Raises:
         ValueError: it is no ZCodeM3, and no dense M2M100 or NLLB.
     """
-    config = getattr(model, "config", model)
-    model_type = str(getattr(config, "model_type", None))
-    if model_type in (ZCODE_M3, M2M_100):
-        return
+    model_type = str(getattr(model.config, "model_type", None))
+    if model_type not in (ZCODE_M3, M2M_100):
+        raise ValueError(not_of_family(type(model).__name__, model_type))
+
+
+def not_of_family(name: str, model_type: str) -> str:
+    """Why a model is refused."""
     why = _WHY_NOT.get(model_type, "other models name languages in other ways; use its own generate")
-    raise ValueError(
-        f"{type(model).__name__} ({model_type}) is no model of the family that translates here, which is ZCodeM3, "
-        f"NLLB-MoE, M2M100 and NLLB: {why}"
+    return (
+        f"{name} ({model_type}) is no model of the family that translates here, which is ZCodeM3, NLLB-MoE, M2M100 and "
+        f"NLLB: {why}"
     )
 
 
-__all__ = ["M2M_100", "ZCODE_M3", "check_family"]
+__all__ = ["M2M_100", "NLLB_MOE", "ZCODE_M3", "check_family", "not_of_family"]

@@ -1,12 +1,27 @@
-"""Generation: a length of its own, and refusals of what would make every text garbage."""
+"""Generation: a length of its own, a first token of each row, and refusals of what would make every text garbage."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from .router import refused_if_not_finite, require_finite_routers
+
+
+class FirstTokens(LogitsProcessor):
+    """`forced_bos_token_id` with a token for each of B sentences, each of which has as many rows as beams."""
+
+    def __init__(self, token_ids: Sequence[int]):
+        self._token_ids = list(token_ids)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] > 1:
+            return scores
+        num_beams = len(scores) // len(self._token_ids)
+        first_tokens = torch.tensor(self._token_ids, device=scores.device).repeat_interleave(num_beams).unsqueeze(1)
+        return torch.full_like(scores, -torch.inf).scatter(1, first_tokens, 0.0)
 
 
 class _NaNWatch(LogitsProcessor):
@@ -91,4 +106,4 @@ class ZCodeM3GenerationMixin(GenerationMixin):
         return prepared, model_kwargs
 
 
-__all__ = ["ZCodeM3GenerationMixin"]
+__all__ = ["FirstTokens", "ZCodeM3GenerationMixin"]

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM, GenerationConfig, LogitsProcessor, PreTrainedModel
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
 from transformers.pipelines.base import ChunkPipeline
 from transformers.utils import logging
 
+from .execution_device import execution_device
 from .family import check_family
+from .generation import FirstTokens
 from .language_codes import language_ids, languages_kept, resolve_language
 from .language_detection import AUTO, language_finder
 from .pipeline_inputs import (
@@ -34,20 +35,6 @@ MODEL_CODE = {
     "AutoModelForSeq2SeqLM": "modeling_zcode_m3.ZCodeM3ForConditionalGeneration",
 }
 TOKENIZER_CODE = {"AutoTokenizer": ["tokenization_zcode_m3.ZCodeM3Tokenizer", None]}
-
-
-class _ForcedLanguages(LogitsProcessor):
-    """As `forced_bos_token_id`, with a token for each of B sentences, each of which has as many rows as beams."""
-
-    def __init__(self, token_ids: list[int]):
-        self.token_ids = token_ids
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if input_ids.shape[-1] > 1:
-            return scores
-        ids_B = torch.tensor(self.token_ids, device=scores.device)
-        ids_R = ids_B.repeat_interleave(scores.shape[0] // len(self.token_ids))
-        return torch.full_like(scores, -torch.inf).scatter(1, ids_R[:, None], 0.0)
 
 
 class ZCodeM3TranslationPipeline(ChunkPipeline):
@@ -101,7 +88,10 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
         max_new_tokens = min(DEFAULT_MAX_NEW_TOKENS, _max_positions(model))
         self._default_generation_config = GenerationConfig(max_new_tokens=max_new_tokens)
         given = {name: value for name, value in kwargs.items() if value is not None or name not in LANGUAGES}
-        super().__init__(model, *args, **{**languages_of_task(kwargs.get("task")), **without_old_arguments(given)})
+        given = {**languages_of_task(kwargs.get("task")), **without_old_arguments(given), **_where_it_is(model)}
+        super().__init__(model, *args, **given)
+        if model.device.type == "meta":
+            self.device = execution_device(model)
 
     @property
     def languages(self) -> list[str]:
@@ -287,7 +277,7 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
         forced = forced if isinstance(forced, list) else [forced]
         processors = list(generate_kwargs.pop("logits_processor", None) or [])
         if len(set(forced)) > 1:
-            processors.append(_ForcedLanguages(forced))
+            processors.append(FirstTokens(forced))
         generate_kwargs = self._prepare_generate_kwargs(
             generate_kwargs,
             forced_bos_token_id=forced[0],
@@ -357,6 +347,22 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
 def _is_of_package(item: Any) -> bool:
     """Whether its class is in the folder of this file, which is what can be saved as code."""
     return type(item).__module__.rpartition(".")[0] == __name__.rpartition(".")[0]
+
+
+def _where_it_is(model: PreTrainedModel) -> dict[str, Any]:
+    """For models whose weights Accelerate loads when they are needed: the base class moves others to a GPU."""
+    if model.device.type != "meta":
+        return {}
+    device_map = getattr(model, "hf_device_map", None)
+    if device_map is None:
+        return {"device": model.device}
+    if next(iter(device_map.values())) == "disk":
+        raise ValueError(
+            f"the first weights of the model are on disk (hf_device_map: {device_map}), from where the pipelines of "
+            "transformers cannot tell where it computes; keep model.shared in memory with device_map or max_memory, or "
+            "use TextTranslator of hf_moe_ted"
+        )
+    return {}
 
 
 def _is_list(languages: Any) -> bool:

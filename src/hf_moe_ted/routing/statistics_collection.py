@@ -26,6 +26,7 @@ from ..evaluation.parallel_text import (
     progress_over,
     read_sentences,
 )
+from ..models.execution_device import execution_device
 from ..models.language_codes import LanguagePair
 from ..models.layer_names import FFN_PATTERN, side_of
 from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
@@ -155,7 +156,8 @@ def _pad(rows: list[list[int]], model: Any) -> tuple[Tensor, Tensor]:
     length = max(map(len, rows))
     ids = torch.tensor([row + [model.config.pad_token_id] * (length - len(row)) for row in rows])
     mask = torch.arange(length) < torch.tensor([len(row) for row in rows]).unsqueeze(-1)
-    return ids.to(model.device), mask.to(model.device)
+    device = execution_device(model)
+    return ids.to(device), mask.to(device)
 
 
 class _LayerRecorder:

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, M2M100ForConditionalGeneration, PreTrain
 
 from ..files.json_file import read_json_object
 from ..files.messages import check_is_file, shorten
+from ..models.family import M2M_100, NLLB_MOE, ZCODE_M3, not_of_family
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from .config_file import config_path
 from .lazy_tensors import check_floating
@@ -26,6 +27,7 @@ def load_whole_model(
     *,
     may_have_adapter: bool = False,
     model_class: Any = ZCodeM3ForConditionalGeneration,
+    device_map: str | None = None,
 ) -> Any:
     """The model of a folder of ZCodeM3 or NLLB-MoE.
 
@@ -35,6 +37,7 @@ def load_whole_model(
         argument: what messages call the folder.
         may_have_adapter: whether an adapter of PEFT in the folder is put on the model.
         model_class: whose `from_pretrained` loads it.
+        device_map: of `from_pretrained`.
 
     Raises:
         ValueError: no such folder, another `dtype`, an adapter, weights that are missing, unknown or of another shape,
@@ -47,7 +50,7 @@ def load_whole_model(
     if not (folder / ADAPTER_CONFIG).is_file():  # or the weights may be elsewhere
         check_files(folder, argument)
     try:
-        loaded: Any = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        loaded: Any = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, device_map=device_map)
     except Exception as error:  # of safetensors, pickle, transformers: there is no class that they share
         message = shorten(error, 600) or type(error).__name__
         raise ValueError(f"{argument} ({folder}) cannot be loaded: {message}") from error
@@ -99,22 +102,34 @@ def load_model_and_tokenizer(
         folder: with config, weights and tokenizer of a model of ZCodeM3 or NLLB-MoE, or of a dense one of M2M100 or
             NLLB, which is loaded as transformers' own.
         dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: that of the config.
-        device: such as `"cuda:1"`; by default a GPU if there is one.
+        device: such as `"cuda:1"`; by default a GPU if there is one. `"auto"` spreads a model over all GPUs, main
+            memory and, if it is of ZCodeM3, the disk (`device_map="auto"`).
         argument: what messages call the folder.
 
     Raises:
-        ValueError: no such folder, a file that is missing or damaged, or a device that is not there.
+        ValueError: no such folder, a file that is missing or damaged, a model of another family, or a device that is
+            not there.
     """
     folder = Path(folder)
-    is_dense = read_json_object(config_path(folder, argument), argument).get("model_type") == "m2m_100"
-    model_class = M2M100ForConditionalGeneration if is_dense else ZCodeM3ForConditionalGeneration
-    model: nn.Module = load_whole_model(folder, dtype, argument, may_have_adapter=True, model_class=model_class)
+    model_type = str(read_json_object(config_path(folder, argument), argument).get("model_type"))
+    if model_type not in (ZCODE_M3, NLLB_MOE, M2M_100):
+        raise ValueError(not_of_family(f"{argument} ({folder})", model_type))
+    model: nn.Module = load_whole_model(
+        folder,
+        dtype,
+        argument,
+        may_have_adapter=True,
+        model_class=M2M100ForConditionalGeneration if model_type == M2M_100 else ZCodeM3ForConditionalGeneration,
+        device_map="auto" if device == "auto" else None,
+    )
     if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
         raise ValueError(f"{argument} ({folder}) has no tokenizer; save it there with tokenizer.save_pretrained")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise ValueError(f"the tokenizer of {argument} ({folder}) cannot be loaded: {shorten(error, 600)}") from error
+    if device == "auto":
+        return model, tokenizer
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("meta"):
         raise ValueError(f"device ({device!r}) cannot be used: its tensors have no numbers")

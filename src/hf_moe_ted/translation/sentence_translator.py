@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation import LogitsProcessor, StoppingCriteria
+from transformers.generation import StoppingCriteria
 
+from ..models.execution_device import execution_device
+from ..models.family import check_family
+from ..models.generation import FirstTokens
 from ..models.language_codes import language_ids, languages_kept
 
 OnStep = Callable[[], None]
@@ -67,6 +70,7 @@ class SentenceTranslator:
         for name, number in numbers.items():
             if number is not None and number < 1:
                 raise ValueError(f"{name} ({number}) must be at least 1")
+        check_family(model)
         if not hasattr(tokenizer, "_build_translation_inputs"):
             raise ValueError(f"{type(tokenizer).__name__} must be a tokenizer for translation: a ZCodeM3Tokenizer")
         self.model: Any = model
@@ -130,14 +134,15 @@ class SentenceTranslator:
     @torch.inference_mode()
     def _generate(self, batch: Sequence[SourceSentence], on_step: OnStep | None) -> list[GeneratedSentence]:
         ids = [list(sentence.input_ids) for sentence in batch]
-        inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.model.device)
+        device = execution_device(self.model)
+        inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(device)
         limits = [self._max_new_tokens(sentence) for sentence in batch]
         num_sequences = max(sentence.num_sequences for sentence in batch)
         outputs = self.model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
-            logits_processor=[_FirstTokens([sentence.first_token for sentence in batch], self.model.device)],
-            stopping_criteria=[_Limits(limits, self.model.device, on_step)],
+            logits_processor=[FirstTokens([sentence.first_token for sentence in batch])],
+            stopping_criteria=[_Limits(limits, device, on_step)],
             num_beams=self.num_beams,
             num_return_sequences=num_sequences,
             max_new_tokens=max(limits),
@@ -162,20 +167,6 @@ class SentenceTranslator:
         if not self._cuts_early:
             return self.max_new_tokens
         return min(self.max_new_tokens, 4 * len(sentence.input_ids) + 32)
-
-
-class _FirstTokens(LogitsProcessor):
-    """`forced_bos_token_id` with a token for each sentence."""
-
-    def __init__(self, first_tokens: Sequence[int], device: torch.device):
-        self._first_tokens_B = torch.tensor(first_tokens, device=device)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if input_ids.shape[1] > 1:
-            return scores
-        num_beams = len(scores) // len(self._first_tokens_B)
-        first_tokens = self._first_tokens_B.repeat_interleave(num_beams).unsqueeze(1)
-        return torch.full_like(scores, -torch.inf).scatter(1, first_tokens, 0.0)
 
 
 class _Limits(StoppingCriteria):
