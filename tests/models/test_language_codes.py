@@ -1,8 +1,22 @@
 """Codes of languages in the forms that people type, against languages in the forms that tokenizers have."""
 
+from typing import Any
+
 import pytest
 from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
 
+from hf_moe_ted import (
+    DataCollatorForMultitaskSeq2Seq,
+    TextTranslator,
+    ZCodeM3ForConditionalGeneration,
+    ZCodeM3Tokenizer,
+    ZCodeM3TranslationPipeline,
+    collect_expert_statistics,
+    evaluate_translation,
+    prune_experts,
+    score_translations,
+)
+from hf_moe_ted.evaluation.corpus_metrics import off_target
 from hf_moe_ted.models.language_codes import (
     LanguageCode,
     find_language,
@@ -12,6 +26,7 @@ from hf_moe_ted.models.language_codes import (
     resolve_language,
     sacrebleu_tokenizer,
 )
+from hf_moe_ted.testing import tiny_config
 
 SHORT = ["en", "de", "pt", "zh", "he", "no", "tl", "ar", "sr", "xx"]
 
@@ -115,3 +130,43 @@ def test_languages_of_a_tokenizer_beside_other_special_tokens(nllb_tokenizer) ->
     assert before["deu_Latn"] == nllb_tokenizer.convert_tokens_to_ids("deu_Latn")
     with pytest.raises(ValueError, match="str has no languages"):
         language_ids("en")
+
+
+# Everywhere a language is named, a code that means none is an error that lists near ones.
+
+ROW = {"source": "save", "target": "speichern", "src_lang": "en", "tgt_lang": "germn"}
+
+
+def _statistics_of(languages: list[str], model: Any, tokenizer: Any) -> Any:
+    statistics = collect_expert_statistics(model, tokenizer, [{**ROW, "tgt_lang": "de"}])
+    return prune_experts(model, statistics, keep=0.5, languages=languages)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda m, t: t("save", src_lang="germn"), "did you mean de"),
+        (lambda m, t: _pipeline(m, t)("save", src_lang="en", tgt_lang="germn"), "did you mean de"),
+        (lambda m, t: _pipeline(m, t)(["save"], src_lang=["germn"], tgt_lang="en"), "did you mean de"),
+        (lambda m, t: _pipeline(m, t, task="translation_germn_to_en"), "did you mean de"),
+        (lambda m, t: TextTranslator(m, t).translate(["save"], "en", "germn"), "did you mean de"),
+        (lambda m, t: TextTranslator(m, t).translate(["save"], "germn", "en"), "did you mean de"),
+        (lambda m, t: evaluate_translation(m, t, [ROW]), r"does not know the languages germn \(de\?\)"),
+        (lambda m, t: evaluate_translation(m, t, [ROW], languages=["germn"]), "did you mean de"),
+        (lambda m, t: collect_expert_statistics(m, t, [ROW]), "did you mean de"),
+        (lambda m, t: collect_expert_statistics(m, t, [ROW], languages=["en", "germn"]), "did you mean de"),
+        (lambda m, t: _statistics_of(["en", "germn"], m, t), r"no sentences in germn \(de\?\)"),
+        (lambda m, t: DataCollatorForMultitaskSeq2Seq(t)([ROW]), "did you mean de"),
+        (lambda m, t: score_translations(["a"], ["b"], ["c"], tgt_lang="germn"), "did you mean"),
+        (lambda m, t: off_target(["a"], ["b"], language="germn"), "did you mean"),
+    ],
+)
+def test_unknown_languages_are_errors_that_list_near_ones(use: Any, message: str) -> None:
+    tokenizer = ZCodeM3Tokenizer(languages=["en", "de", "fr"])
+    model = ZCodeM3ForConditionalGeneration(tiny_config(vocab_size=len(tokenizer))).eval()
+    with pytest.raises(ValueError, match=message):
+        use(model, tokenizer)
+
+
+def _pipeline(model: Any, tokenizer: Any, **options: Any) -> ZCodeM3TranslationPipeline:
+    return ZCodeM3TranslationPipeline(model=model, tokenizer=tokenizer, device="cpu", **options)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..files.named_seed import named_seed
 from ..models.configuration_zcode_m3 import Side
-from ..models.language_codes import LanguagePair, find_language
+from ..models.language_codes import LanguagePair, find_language, unknown_languages
 from ..models.layer_names import SIDES, side_of
 from ..routing.expert_statistics import ExpertStatistics, LayerStatistics
 from .expert_selection import Criterion, ExpertSelection
@@ -130,8 +130,11 @@ def _wanted_pairs(statistics: ExpertStatistics, side: Side, selection: ExpertSel
 
 def _pairs_within(pairs: Sequence[LanguagePair], codes: set[str], positions: Sequence[int]) -> list[int]:
     """Indices of the pairs whose source (position 0), target (1) or both are among the codes."""
-    if unknown := sorted(codes.difference(*pairs)):
-        raise ValueError(f"the statistics have no sentences in {', '.join(unknown)}; collect statistics of them")
+    if unknown := codes.difference(*pairs):
+        known = [language for pair in pairs for language in pair]
+        raise ValueError(
+            f"the statistics have no sentences in {unknown_languages(unknown, known)}; collect statistics of them"
+        )
     wanted = [index for index, pair in enumerate(pairs) if all(pair[position] in codes for position in positions)]
     for position in positions:
         if without := sorted(codes - {pairs[index][position] for index in wanted}):

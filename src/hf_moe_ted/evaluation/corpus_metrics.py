@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from ..models.language_detection import UNDETERMINED, LanguageDetector, detector_code
+from ..models.language_codes import did_you_mean
+from ..models.language_detection import UNDETERMINED, LanguageDetector, detector_code, detector_codes
 
 BLEU_TOKENIZERS = ("13a", "intl", "char", "zh", "none")  # those that need no download
 SMOOTH_METHODS = ("none", "floor", "add-k", "exp")
@@ -172,7 +173,8 @@ def off_target(
         raise ValueError("language is required: the one that the translations should be in, such as 'de'")
     target = detector_code(language)
     if target is None:
-        raise ValueError(f"language ({language!r}) is not one that py3langid knows")
+        near = did_you_mean(language, detector_codes())
+        raise ValueError(f"language ({language!r}) is not one that py3langid knows{near}")
     if candidates is not None and target not in map(detector_code, candidates):
         raise ValueError(f"language ({language!r}) must be one of candidates ({', '.join(candidates)})")
     reference_texts = [text for texts in checked_references(predictions, references) for text in texts]

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.execution_device import execution_device
-from ..models.language_codes import LanguagePair, find_language, languages_kept
+from ..models.language_codes import LanguagePair, find_language, languages_kept, unknown_languages
 from ..models.language_detection import detector_code
 from ..tensors.lazy_tensors import num_bytes
 from .evaluation_mode import evaluation_mode
@@ -129,7 +129,8 @@ def _read(
         of_pair.append(sentence)
     if unknown:
         raise ValueError(
-            f"the tokenizer does not know the languages {', '.join(sorted(unknown))}; it knows {', '.join(known)}"
+            f"the tokenizer does not know the languages {unknown_languages(unknown, known)}; it knows "
+            f"{', '.join(known)}"
         )
     return {pair: of_pair for pair, of_pair in sentences.items() if of_pair}
 

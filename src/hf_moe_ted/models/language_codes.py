@@ -88,7 +88,7 @@ def parse_language(code: str) -> LanguageCode:
     """
     parsed = _parsed(code) if isinstance(code, str) else None
     if parsed is None:
-        near = _did_you_mean(code, list(dict.fromkeys(_LANGUAGE_OF.values())))
+        near = did_you_mean(code, list(dict.fromkeys(_LANGUAGE_OF.values())))
         raise ValueError(f"unknown language {code!r}: it must be a code of ISO 639, such as de or deu_Latn{near}")
     return parsed
 
@@ -120,7 +120,7 @@ def resolve_language(
     if not found:
         known = [*languages[:_MAX_LISTED], *(["..."] if len(languages) > _MAX_LISTED else [])]
         raise ValueError(
-            f"unknown {name} {code!r}, {owner} knows: {', '.join(known) or 'none'}{_did_you_mean(code, languages)}"
+            f"unknown {name} {code!r}, {owner} knows: {', '.join(known) or 'none'}{did_you_mean(code, languages)}"
         )
     return found[0]
 
@@ -135,6 +135,12 @@ def find_language(code: str, languages: Iterable[str]) -> str | None:
     if code not in languages and not _closest(code, languages):
         return None
     return resolve_language(code, languages)
+
+
+def unknown_languages(codes: Iterable[str], languages: Iterable[str]) -> str:
+    """Codes that mean none of `languages`, for an error, with those that may have been meant: `gr (el?), xx`."""
+    near = {code: _near(str(code), list(languages)) for code in sorted(codes)}
+    return ", ".join(f"{code} ({' or '.join(meant)}?)" if meant else str(code) for code, meant in near.items())
 
 
 def parse_languages(text: str) -> list[str]:
@@ -271,7 +277,7 @@ def _distance(wanted: LanguageCode | None, has: LanguageCode | None) -> tuple[in
     return -sum(a is not None and a == b for a, b in pairs), sum(a != b for a, b in pairs)
 
 
-def _did_you_mean(code: Any, languages: list[str]) -> str:
+def did_you_mean(code: Any, languages: list[str]) -> str:
     """The end of an error: the languages that may have been meant."""
     near = _near(str(code), languages)
     return f"; did you mean {' or '.join(near)}?" if near else ""
@@ -296,6 +302,7 @@ __all__ = [
     "LanguageCode",
     "LanguagePair",
     "calls_take_languages",
+    "did_you_mean",
     "encode_in",
     "find_language",
     "has_spaces_between_sentences",
@@ -305,4 +312,5 @@ __all__ = [
     "parse_languages",
     "resolve_language",
     "sacrebleu_tokenizer",
+    "unknown_languages",
 ]

@@ -35,6 +35,11 @@ def detector_code(language: str) -> str | None:
     return code if code in labels else None
 
 
+def detector_codes() -> list[str]:
+    """The detector's codes of all languages that it knows."""
+    return [code for code in _identifier(None).labels if code != _NO_LANGUAGE]
+
+
 class LanguageDetector:
     """Guesses the language of texts.
 
@@ -114,4 +119,12 @@ def _identifier(codes: tuple[str, ...] | None) -> Any:
     return LanguageIdentifier.from_model_file(MODEL_FILE)
 
 
-__all__ = ["AUTO", "UNDETERMINED", "LanguageDetector", "LanguageFinder", "detector_code", "language_finder"]
+__all__ = [
+    "AUTO",
+    "UNDETERMINED",
+    "LanguageDetector",
+    "LanguageFinder",
+    "detector_code",
+    "detector_codes",
+    "language_finder",
+]
