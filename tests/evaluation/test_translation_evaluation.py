@@ -111,7 +111,9 @@ def test_tokenizer_of_nllb(make_model: Callable[..., Any]) -> None:
     assert quality.directions["eng_Latn", "deu_Latn"].off_target is not None
     assert quality.directions["eng_Latn", "tlh_Latn"].off_target is None
     rows[0]["tgt_lang"] = "fra_Latn"
-    with pytest.raises(ValueError, match="the tokenizer does not know the languages fra_Latn; it knows eng_Latn, deu"):
+    with pytest.raises(
+        ValueError, match=r"the tokenizer does not know the languages fra_Latn .*; it knows eng_Latn, deu"
+    ):
         evaluate_translation(model, tokenizer, rows)
 
 

@@ -1,7 +1,11 @@
 """Files: one row for each, in order; an interrupted run goes on and ends as one that was not interrupted."""
 
+import io
 import json
+import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -11,6 +15,7 @@ from translation_cases import MakeModel
 from hf_moe_ted import ZCodeM3Tokenizer
 from hf_moe_ted.testing import run_distributed_test
 from hf_moe_ted.translation import translated_file
+from hf_moe_ted.translation.text_rows import paragraphs, read_rows
 from hf_moe_ted.translation.text_translator import TextTranslator
 from hf_moe_ted.translation.translated_file import translate_file
 
@@ -148,3 +153,82 @@ def test_processes_share_the_rows(translator: TextTranslator, source: Path) -> N
     results = run_distributed_test(translate_on_ranks, 2, source, two)
     assert two.read_bytes() == one.read_bytes()
     assert results == [expected, expected]
+
+
+def test_standard_input_is_translated_when_it_is_there(
+    translator: TextTranslator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Whoever types a line gets its translation before the next one, and what comes at once is translated at once."""
+    monkeypatch.setattr(translated_file, "ROWS_AT_ONCE", 100)
+    monkeypatch.setattr(translated_file, "WAIT_S", 0.2)
+    reading, writing = os.pipe()
+    calls: list[list[str]] = []
+    translate = translator.translate
+
+    def typed(texts: list[str], *args: Any) -> Any:
+        translated = translate(texts, *args)
+        if texts:
+            calls.append(sorted(texts))
+            if typing:
+                os.write(writing, typing.pop(0))
+                if not typing:
+                    os.close(writing)
+        return translated
+
+    monkeypatch.setattr(translator, "translate", typed)
+    typing = [b"Two.\nThree.\n", b"four"]
+    os.write(writing, b"One.\n")
+    with open(reading, "rb") as file:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=file))
+        result = translate_file(translator, None, None, **PAIR)
+    assert calls == [["One."], ["Three.", "Two."], ["four"]]
+    assert result.num_rows == 4
+    texts = [text.text for text in translate(["One.", "Two.", "Three.", "four"], **PAIR)]
+    assert capsys.readouterr().out == "\n".join(map(one_line, texts))
+
+
+WRAPPED = "The first\nparagraph.  It goes\r\n  on.\n\n\nThe second.\n"
+
+
+def test_wrapped_lines(translator: TextTranslator, tmp_path: Path) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.write_text(WRAPPED, newline="")
+    result = translate_file(translator, source, output, **PAIR, wrapped=True)
+    texts = [text.text for text in translator.translate(["The first paragraph.  It goes on.", "The second."], **PAIR)]
+    assert output.read_bytes().decode() == "{}\n\n\n{}\n".format(*map(one_line, texts))
+    assert result.num_rows == 4
+    with pytest.raises(ValueError, match=r"wrapped is for text; in.csv is a table"):
+        translate_file(translator, "in.csv", output, **PAIR, wrapped=True)
+
+
+def test_paragraphs() -> None:
+    def of(content: bytes, language: str = "en") -> list[tuple[int, str | None]]:
+        rows = paragraphs(read_rows(io.BytesIO(content), "lines"), language)
+        return [(row.number, row.text) for row in rows]
+
+    assert of(WRAPPED.encode()) == [(1, "The first paragraph.  It goes on."), (4, ""), (5, ""), (6, "The second.")]
+    assert of("一行\n二行\n".encode(), "zh_CN") == [(1, "一行二行")]
+    assert of(b"a\nbad \xff\nb\nc") == [(1, "a"), (2, None), (3, "b c")]
+    assert of(b"") == []
+
+
+@pytest.mark.parametrize("name", ["in.txt", "in.csv", "in.parquet"])
+def test_the_bar_knows_the_number_of_rows(
+    translator: TextTranslator, source: Path, name: str, capsys: pytest.CaptureFixture
+) -> None:
+    table = source.with_name(name)
+    if name != "in.txt":
+        translate_file(translator, source, table, **PAIR)
+        capsys.readouterr()
+    translate_file(translator, table, source.with_name("out.txt"), **PAIR)
+    bar = capsys.readouterr().err.split("\r")
+    assert "0/6" in bar[1]
+    assert "6/6" in bar[-1]
+    assert "tokens/s" in bar[-1]
+
+
+def test_standard_input_of_several_processes(translator: TextTranslator, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = SimpleNamespace(num_processes=2, is_main_process=True, process_index=0)
+    monkeypatch.setattr(translated_file, "PartialState", lambda cpu: state)
+    with pytest.raises(ValueError, match="standard input cannot be shared by 2 processes: name a file"):
+        translate_file(translator, None, None, **PAIR)

@@ -39,6 +39,9 @@ def translate(
         int | None, typer.Option(help="Where a sentence that has not ended is cut; default: by its source.")
     ] = None,
     split: Annotated[bool, typer.Option(help="Split texts into sentences, or take each line as one.")] = True,
+    wrapped: Annotated[
+        bool, typer.Option("--wrapped", help="Lines of a paragraph are one text: a line for each paragraph comes out.")
+    ] = False,
     dtype: Dtype = None,
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output, and begin again.")] = False,
@@ -61,6 +64,7 @@ def translate(
         src_lang=src,
         tgt_lang=tgt,
         column=column,
+        wrapped=wrapped,
         overwrite=overwrite,
     )
     _show("was not translated", {number: (error,) for number, error in result.errors.items()})

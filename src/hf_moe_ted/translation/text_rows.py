@@ -3,10 +3,13 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from ..models.language_codes import has_spaces_between_sentences
 
 LINES, TSV, CSV, JSON_LINES, PARQUET = "lines", "tsv", "csv", "json lines", "parquet"
 _KINDS = {".tsv": TSV, ".csv": CSV, ".jsonl": JSON_LINES, ".ndjson": JSON_LINES, ".parquet": PARQUET}
@@ -59,6 +62,38 @@ def read_rows(file: BinaryIO, kind: str, column: str | None = None) -> Iterator[
                 yield _of_json(row, column)
     else:
         yield from _table(file, "\t" if kind == TSV else ",", column)
+
+
+def paragraphs(rows: Iterable[TextRow], src_lang: str) -> Iterator[TextRow]:
+    """Lines whose neighbours were one line, put together again: a row for each paragraph, and one for each blank line.
+
+    Args:
+        rows: lines; one that cannot be read stays alone.
+        src_lang: their language: in Chinese and Japanese there is no space where a line was broken.
+    """
+    space = " " if has_spaces_between_sentences(src_lang) else ""
+    together: list[TextRow] = []
+    for row in chain(rows, [None]):
+        if row is not None and row.text is not None and row.text.strip():
+            together.append(row)
+            continue
+        if together:
+            text = space.join(line.text.strip() for line in together)  # type: ignore[union-attr]
+            yield TextRow(together[0].number, text, end=together[-1].end)
+            together = []
+        if row is not None:
+            yield row
+
+
+def num_parquet_rows(path: Path) -> int | None:
+    """As the file says; `None` if it is no parquet file."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_metadata
+
+    try:
+        return read_metadata(path).num_rows
+    except ArrowException:
+        return None  # of which the error comes when it is read
 
 
 def _lines(file: BinaryIO) -> Iterator[TextRow]:
@@ -197,4 +232,16 @@ def _one_line(cell: str) -> str:
     return " ".join(cell.splitlines())
 
 
-__all__ = ["LINES", "PARQUET", "TextRow", "kind_of", "read_rows", "to_parquet", "written"]
+__all__ = [
+    "CSV",
+    "LINES",
+    "PARQUET",
+    "TSV",
+    "TextRow",
+    "kind_of",
+    "num_parquet_rows",
+    "paragraphs",
+    "read_rows",
+    "to_parquet",
+    "written",
+]

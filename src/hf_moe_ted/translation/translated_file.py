@@ -9,16 +9,30 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from .text_rows import LINES, PARQUET, TextRow, kind_of, read_rows, to_parquet, written
+from .arriving_lines import ArrivingLines
+from .text_rows import (
+    CSV,
+    LINES,
+    PARQUET,
+    TSV,
+    TextRow,
+    kind_of,
+    num_parquet_rows,
+    paragraphs,
+    read_rows,
+    to_parquet,
+    written,
+)
 from .text_translator import TextTranslator, TranslatedText
 
 ROWS_AT_ONCE = 512  # per process; sorted by length among each other
+WAIT_S = 0.02  # for a further row of standard input, before those that are there are translated
 
 
 @dataclass
@@ -46,6 +60,7 @@ def translate_file(
     src_lang: str,
     tgt_lang: str,
     column: str | None = None,
+    wrapped: bool = False,
     overwrite: bool = False,
 ) -> FileTranslation:
     """Translate lines, or a column of a table.
@@ -60,18 +75,23 @@ def translate_file(
 
     Args:
         translator: how texts are translated.
-        source: file, `None` for standard input.
+        source: file, `None` for standard input, whose lines are translated when they are there, not only when there
+            are many.
         output: file, `None` for standard output.
         src_lang, tgt_lang: see [`TextTranslator.translate`].
         column: with the texts; by default `source`, `text` or `sentence`.
+        wrapped: the lines of a paragraph are one text, as in documents whose lines were broken at some width. The
+            output has one line for each paragraph.
         overwrite: replace `output`, and begin again if there is a partial one.
 
     Raises:
         ValueError: `output` exists; a partial one is of another source or other settings; the source has no such
-            column; an unknown language.
+            column; an unknown language; `wrapped` for a table; several processes for one standard input.
     """
     source, output = (None if path is None else Path(path) for path in (source, output))
-    run = _Run(translator, source, output, src_lang, tgt_lang, column, overwrite)
+    if wrapped and kind_of(source) != LINES:
+        raise ValueError(f"wrapped is for text; {source} is a table, whose cells may have several lines anyway")
+    run = _Run(translator, source, output, src_lang, tgt_lang, column, wrapped, overwrite)
     with run.opened() as rows:
         run.translate(rows)
     return run.result
@@ -86,16 +106,20 @@ class _Run:
         src_lang: str,
         tgt_lang: str,
         column: str | None,
+        wrapped: bool,
         overwrite: bool,
     ):
         self.translator, self.source, self.output = translator, source, output
-        self.src_lang, self.tgt_lang, self.column = src_lang, tgt_lang, column
+        self.src_lang, self.tgt_lang, self.column, self.wrapped = src_lang, tgt_lang, column, wrapped
+        self.arriving: ArrivingLines | None = None  # standard input
         self.result = FileTranslation()
         self.kind = kind_of(output)
         self.state = PartialState(cpu=translator.model.device.type == "cpu")
         self.partial = None if output is None else output.with_name(f"{output.name}.partial")
         self.record = None if output is None else output.with_name(f"{output.name}.partial.json")
         self.num_bytes = 0
+        if source is None and self.state.num_processes > 1:
+            raise ValueError(f"standard input cannot be shared by {self.state.num_processes} processes: name a file")
         if output is not None and output.exists() and not overwrite:
             raise ValueError(f"output ({output}) exists; choose another name, or overwrite it")
         if output is not None and not output.parent.is_dir():
@@ -111,6 +135,7 @@ class _Run:
             "model": translator.model.name_or_path,
             "languages": [self.src_lang, self.tgt_lang],
             "column": self.column,
+            "wrapped": self.wrapped,
             "options": [translator.num_beams, translator.num_sequences, translator.max_new_tokens, translator.split],
         }
 
@@ -135,19 +160,20 @@ class _Run:
     @contextlib.contextmanager
     def opened(self) -> Iterator[Iterator[TextRow]]:
         with contextlib.ExitStack() as stack:
-            file: BinaryIO = sys.stdin.buffer if self.source is None else stack.enter_context(self.source.open("rb"))
-            yield read_rows(file, kind_of(self.source), self.column)
+            if self.source is None:
+                file: Any = ArrivingLines(sys.stdin.buffer)
+                self.arriving = file
+            else:
+                file = stack.enter_context(self.source.open("rb"))
+            rows = read_rows(file, kind_of(self.source), self.column)
+            yield paragraphs(rows, self.src_lang) if self.wrapped else rows
 
     def translate(self, rows: Iterator[TextRow]) -> None:
         start = time.perf_counter()
         num_tokens = 0
         self.result.num_rows = sum(1 for _ in islice(rows, self.result.num_resumed))
-        bar = tqdm(
-            desc="Translating", unit="row", total=self._total(), initial=self.result.num_rows,
-            disable=not self.state.is_main_process,
-        )  # fmt: skip
-        with bar, self._written() as write:
-            while chunk := list(islice(rows, ROWS_AT_ONCE * self.state.num_processes)):
+        with self._bar() as bar, self._written() as write:
+            while chunk := self._next(rows):
                 translated, of_chunk = self._translated(chunk)
                 num_tokens += of_chunk
                 self._note(chunk, translated)
@@ -156,12 +182,45 @@ class _Run:
                 self._save_record()
                 bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - start):,.0f} tokens/s", refresh=False)
                 bar.update(len(chunk))
+            bar.total = bar.n  # of a table whose cells have line ends it was an estimate
+            bar.refresh()
+
+    def _bar(self) -> tqdm:
+        """Over rows, with tokens per second and the time left; none where translations are on the screen."""
+        is_on_screen = self.output is None and sys.stdout.isatty()
+        return tqdm(
+            desc="Translating",
+            unit="row",
+            total=self._total(),
+            initial=self.result.num_rows,
+            disable=is_on_screen or not self.state.is_main_process,
+        )
+
+    def _next(self, rows: Iterator[TextRow]) -> list[TextRow]:
+        """The rows that are translated together: of standard input those that are there, at least one."""
+        limit = ROWS_AT_ONCE * self.state.num_processes
+        if self.arriving is None:
+            return list(islice(rows, limit))
+        chunk = list(islice(rows, 1))
+        while chunk and len(chunk) < limit and self.arriving.has_line(WAIT_S):
+            further = list(islice(rows, 1))
+            chunk += further
+            if not further:
+                break
+        return chunk
 
     def _total(self) -> int | None:
-        if self.source is None or kind_of(self.source) == PARQUET:
+        """How many rows there are; of a table by its lines."""
+        if self.source is None:
+            return None if self.arriving is None or self.wrapped else self.arriving.num_lines()
+        kind = kind_of(self.source)
+        if self.wrapped or not self.source.is_file():
             return None
+        if kind == PARQUET:
+            return num_parquet_rows(self.source)
         with self.source.open("rb") as file:
-            return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
+            num_lines = ArrivingLines(file).num_lines() or 0
+        return max(0, num_lines - (kind in (TSV, CSV)))  # without the header
 
     def _translated(self, chunk: list[TextRow]) -> tuple[list[TranslatedText], int]:
         """Of each row its translation, and the tokens of all; each process translates its share."""
