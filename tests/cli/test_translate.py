@@ -41,6 +41,8 @@ def test_wrong_arguments(model_and_text: tuple[Path, Path]) -> None:
     assert "nowhere" in missing.stderr
     assert "Traceback" not in missing.stderr
     assert "unknown tgt_lang 'xx'" in message_of("translate", model, text, *OPTIONS, "--tgt", "xx")
+    assert "did you mean de" in message_of("translate", model, text, *OPTIONS, "--tgt", "germn")
+    assert "did you mean de" in message_of("evaluate", model, text, "--languages", "en,germn", "--device", "cpu")
     assert "num_alternatives (1) must be less than num_beams (1)" in message_of(
         "translate", model, text, *OPTIONS, "--alternatives", "1"
     )

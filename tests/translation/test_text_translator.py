@@ -169,3 +169,31 @@ def test_bad_input(model: Any, tokenizer: ZCodeM3Tokenizer) -> None:
         translator.translate(["Yes.", 3], "en", "de")  # type: ignore[list-item]
     with pytest.raises(ValueError, match="int must be a tokenizer for translation"):
         TextTranslator(model, 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_alternatives": 2}, {"batch_tokens": 1}])
+def test_stream(model: Any, tokenizer: ZCodeM3Tokenizer, options: dict[str, int]) -> None:
+    translator = TextTranslator(model, tokenizer, **{"num_beams": 1, "max_new_tokens": 6, **options})
+    text = f"{TEXT}One sentence. {'a long clause, ' * 12}\n\n"
+    [expected] = translator.translate([text], "en", "de")
+    pieces = list(translator.stream(text, "en", "de"))
+    assert len(pieces) == len(SENTENCES) + 2
+    assert "".join(piece.text for piece in pieces) == expected.text
+    assert [problem for piece in pieces for problem in piece.problems] == [*expected.problems]
+    for rank, alternative in enumerate(expected.alternatives):
+        assert "".join(piece.alternatives[rank] for piece in pieces) == alternative
+    [blank] = translator.stream(" \n", "en", "de")
+    assert (blank.text, blank.sentences) == (" \n", ())
+
+
+def test_a_stream_begins_with_one_sentence(
+    model: Any, tokenizer: ZCodeM3Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **kw: sizes.append(len(kw["input_ids"])) or generate(**kw))
+    stream = TextTranslator(model, tokenizer, num_beams=1, max_new_tokens=6).stream(TEXT, "auto", "de")
+    first = next(stream)
+    assert (first.text[:2], sizes) == ("  ", [1])
+    assert len(list(stream)) == 3
+    assert sizes == [1, 2, 1]

@@ -57,15 +57,22 @@ class Segments:
         Args:
             translations: may be an iterator, of which no more is taken than is needed for the next piece.
         """
+        if not self.gaps[1:]:
+            yield self.gaps[0]
+            return
+        for piece, translation in zip(self.pieces(tgt_lang), translations, strict=True):
+            yield piece.gaps[0] + translation + piece.gaps[1]
+
+    def pieces(self, tgt_lang: str | None = None) -> list["Segments"]:
+        """The text as one for each sentence, with the spaces between them that `tgt_lang` has; see `join`."""
         between = list(self.gaps)
         if tgt_lang is not None and has_spaces_between_sentences(tgt_lang):
             between[1:-1] = [gap or " " for gap in between[1:-1]]
-        if len(between) == 1:
-            yield between[0]
-            return
-        after = [""] * (len(between) - 2) + between[-1:]
-        for before, translation, end in zip(between[:-1], translations, after, strict=True):
-            yield before + translation + end
+        after = [""] * (len(self.sentences) - 1) + between[-1:]
+        return [
+            Segments((sentence,), (before, end))
+            for sentence, before, end in zip(self.sentences, between[:-1], after[: len(self.sentences)], strict=True)
+        ]
 
 
 def is_installed() -> bool:

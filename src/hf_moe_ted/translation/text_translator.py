@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,6 +17,8 @@ from .sentence_translator import GeneratedSentence, OnStep, SentenceTranslator, 
 MIN_LENGTH_RATIO, MAX_LENGTH_RATIO = 0.25, 5.0
 MIN_RATIO_BYTES = 20
 MIN_DETECTED_LETTERS = 25  # in shorter texts the detector errs often
+
+MAX_STREAMED_AT_ONCE = 32  # sentences
 
 CUT = "cut at max_new_tokens"
 
@@ -81,6 +83,14 @@ class PlannedText:
     parts: tuple[Segments, ...]
     sentences: tuple[tuple[SourceSentence, ...], ...]
     num_sequences: int
+
+    def pieces(self) -> "list[PlannedText]":
+        """A text for each sentence, with the white space before it; the last one has that behind it, too."""
+        segments = self.segments.pieces(self.tgt_lang)
+        return [
+            replace(self, segments=piece, parts=(parts,), sentences=(sentences,))
+            for piece, parts, sentences in zip(segments, self.parts, self.sentences, strict=True)
+        ]
 
     def whole(self, translated: Mapping[SourceSentence, TranslatedSentence]) -> TranslatedText:
         """The text with the translations of its sentences."""
@@ -200,6 +210,26 @@ class TextTranslator:
             if on_batch is not None:
                 on_batch(len(batch), sum(len(sentence.input_ids) for sentence in batch))
         return [plan.whole(translated) for plan in plans]
+
+    def stream(
+        self, text: str, src_lang: str, tgt_lang: str, *, num_alternatives: int | None = None
+    ) -> Iterator[TranslatedText]:
+        """The sentences of a text in its order, when they are finished: the first one alone, then more at once.
+
+        Each comes as a text of its own, with the white space before it, the last one with that behind it; all of them
+        together are the text that `translate` gives. For arguments and errors see there.
+        """
+        [plan] = self.plan([text], src_lang, tgt_lang, num_alternatives=num_alternatives)
+        pieces = plan.pieces() or [plan]
+        translated: dict[SourceSentence, TranslatedSentence] = {}
+        start, size = 0, 1
+        while start < len(pieces):
+            group = pieces[start : start + size]
+            wanted = [sentence for piece in group for parts in piece.sentences for sentence in parts]
+            for batch in self.batches(sentence for sentence in wanted if sentence not in translated):
+                translated |= zip(batch, self.translate_batch(batch), strict=True)
+            yield from (piece.whole(translated) for piece in group)
+            start, size = start + size, min(2 * size, MAX_STREAMED_AT_ONCE)
 
     def plan(
         self, texts: Sequence[str], src_lang: str, tgt_lang: str, *, num_alternatives: int | None = None
