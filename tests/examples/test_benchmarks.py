@@ -8,6 +8,7 @@ from typing import Any
 import bench_experts_cpu
 import bench_generation
 import bench_training
+import bench_translate
 import pytest
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "checkpoints" / "zcode_m3_demo"
@@ -75,3 +76,16 @@ def test_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytes
     for result in results:
         assert result["tokens_per_s"] == pytest.approx(2e3 * 2 * 8 / result["step_ms"])
     assert "ms/step" in capsys.readouterr().out
+
+
+def test_ways_to_translate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sentences = tmp_path / "sentences.txt"
+    sentences.write_text("Save the file.\nClose all tabs.\nThe disk is full.\n", encoding="utf-8")
+    options = ["--device", "cpu", "--max-new-tokens", "6", "--max-sentences", "2"]
+    monkeypatch.setattr(sys, "argv", [bench_translate.__file__, str(CHECKPOINT), str(sentences), *options])
+    bench_translate.main()
+    printed = capsys.readouterr().out
+    assert printed.startswith("2 lines, ")
+    rows = [line for line in printed.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 4
+    assert all(row.endswith("| 100.0% |") for row in rows)
