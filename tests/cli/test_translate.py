@@ -42,7 +42,8 @@ def test_wrong_arguments(model_and_text: tuple[Path, Path]) -> None:
     assert "Traceback" not in missing.stderr
     assert "unknown tgt_lang 'xx'" in message_of("translate", model, text, *OPTIONS, "--tgt", "xx")
     assert "did you mean de" in message_of("translate", model, text, *OPTIONS, "--tgt", "germn")
-    assert "did you mean de" in message_of("evaluate", model, text, "--languages", "en,germn", "--device", "cpu")
+    evaluated = ("--output", model.parent / "quality.json", "--languages", "en,germn", "--device", "cpu")
+    assert "did you mean de" in message_of("evaluate", model, text, *evaluated)
     assert "num_alternatives (1) must be less than num_beams (1)" in message_of(
         "translate", model, text, *OPTIONS, "--alternatives", "1"
     )
