@@ -48,7 +48,6 @@ def serve(
         bind_address,
         create_app,
         load_model_and_tokenizer,
-        mount_page,
         run_server,
     )
 
@@ -74,5 +73,7 @@ def serve(
     translator = BatchedTranslator(texts, max_waiting_characters=max_waiting_characters)
     app = create_app(translator, settings)
     if page:
-        app = mount_page(app, translator)
+        from .. import mount_page
+
+        app = mount_page(app, translator, api_keys=settings.api_keys, max_characters=max_characters)
     run_server(app, address, proxy=proxy, stop_timeout_s=request_timeout)

@@ -1,8 +1,8 @@
 """Text with marks in it, such as `Click <b>Save</b> now`: translated as one, with the marks put back in their places.
 
-A passage is translated whole, and each part that marks enclose once more on its own. Where the translation of a part is
-found in that of the whole, in the order of the source, the marks go around it there. Where one is not found, all parts
-are translated on their own: the marks are right, the words around them less so, and that is reported.
+A passage is translated whole, and each part of it once more on its own. Where a translation of what marks enclose is
+found in that of the whole, in the order of the source, the marks go around it there. Where none is found, the parts are
+put together as they were translated on their own: the marks are right, the words less so, and that is reported.
 """
 
 import re
@@ -12,6 +12,12 @@ from functools import cached_property
 
 _WHITE = " \t\n\r\f"
 _SPACES = re.compile(f"[{_WHITE}]+")
+
+MAX_PLACED_PIECES = 200  # of a passage; one with more marks is translated in parts
+
+_MIN_SHARE = 0.5  # of the letters of a part that have to be found
+_WINDOW_CHARACTERS = 2_000  # in which words that are like those of a part are looked for
+_WORD = re.compile(r"\w+")
 
 IN_PARTS = "translated in parts, as its tags have no place in the whole"
 
@@ -76,17 +82,21 @@ class Passage:
     def _clean(self, text: str) -> str:
         return (text if self._has_lines else _SPACES.sub(" ", text)).strip(_WHITE)
 
-    def render(self, translations: Sequence[str]) -> tuple[str, bool]:
-        """The passage with `translations` of its `texts`, and whether it is in one translation, not in parts."""
+    def render(self, translations: Sequence[Sequence[str]]) -> tuple[str, bool]:
+        """The passage, and whether it is one translation, not put together of parts.
+
+        Args:
+            translations: of each of its `texts`, the best first. The others help to find a part in the whole.
+        """
         if not self.texts:
             return self.source, True
         if self._is_plain:
-            return self._around(self._escape(translations[0])), True
+            return self._around(self._escape(translations[0][0])), True
         own = iter(translations[1:])
-        parts = [next(own) if piece.is_translated else self._clean(piece.text or "") for piece in self._pieces]
-        placed = self._place(translations[0], parts)
+        parts = [next(own) if piece.is_translated else [self._clean(piece.text or "")] for piece in self._pieces]
+        placed = self._place(translations[0][0], parts)
         if placed is None:
-            return self._around("".join(map(self._alone, self._pieces, parts))), False
+            return self._around("".join(map(self._alone, self._pieces, (part[0] for part in parts)))), False
         return self._around("".join(placed)), True
 
     def _around(self, middle: str) -> str:
@@ -106,18 +116,20 @@ class Passage:
         raw = raw.lstrip(_WHITE) if piece is self._pieces[0] else raw
         return raw.rstrip(_WHITE) if piece is self._pieces[-1] else raw
 
-    def _place(self, whole: str, parts: Sequence[str]) -> list[str] | None:
+    def _place(self, whole: str, parts: Sequence[Sequence[str]]) -> list[str] | None:
         """Each piece as it is written in a translated whole, `None` where that cannot be told.
 
         A piece inside of marks, or one that is kept, is found by its own translation; the others have what is between.
         """
+        if len(self._pieces) > MAX_PLACED_PIECES:
+            return None
         outermost = min(piece.depth for piece in self._pieces if piece.text is not None)
         placed = [piece.raw for piece in self._pieces]
         start, waiting = 0, None  # where the rest begins, and the piece that has what comes before the next one found
         last = 0
         for index, piece in enumerate(self._pieces):
             is_outside = piece.depth == outermost and not piece.is_kept
-            if piece.text is None or (not parts[index] and not (is_outside and waiting is None)):
+            if piece.text is None or (not parts[index][0] and not (is_outside and waiting is None)):
                 continue
             last = index
             if is_outside:
@@ -125,16 +137,16 @@ class Passage:
                     return None
                 waiting = index
                 continue
-            found = _find(parts[index], whole, start)
-            between = whole[start : found.start()] if found else ""
+            found = _find(parts[index], whole, start, is_exact=piece.is_kept)
+            between = whole[start : found[0]] if found else ""
             if found is None or (waiting is None and between.strip()):
                 return None
-            placed[index] = piece.raw.strip(_WHITE) if piece.is_kept else self._escape(found.group())
+            placed[index] = piece.raw.strip(_WHITE) if piece.is_kept else self._escape(whole[slice(*found)])
             if waiting is None:
                 placed[index] = between + placed[index]
             else:
                 placed[waiting] = self._escape(between)
-            start, waiting = found.end(), None
+            start, waiting = found[1], None
         rest = self._escape(whole[start:])
         if waiting is None and any(map(str.isalnum, whole[start:])):
             return None
@@ -142,8 +154,17 @@ class Passage:
         return placed
 
 
-def _find(part: str, whole: str, start: int) -> re.Match[str] | None:
-    """Words in a text from `start` on, in any case; only whole words, where words have spaces between them."""
+def _find(candidates: Sequence[str], whole: str, start: int, *, is_exact: bool) -> tuple[int, int] | None:
+    """Where one of several translations of a part stands in a text, from `start` on."""
+    for find in (_find_words,) if is_exact else (_find_words, _find_like):
+        for candidate in candidates:
+            if (found := find(candidate, whole, start)) is not None:
+                return found
+    return None
+
+
+def _find_words(part: str, whole: str, start: int) -> tuple[int, int] | None:
+    """In any case; only whole words, where words have spaces between them."""
     words = part.strip(_WHITE)
     words = words.rstrip(".,;:!?") or words
     if not words:
@@ -152,7 +173,32 @@ def _find(part: str, whole: str, start: int) -> re.Match[str] | None:
     found = re.compile(rf"(?<!\w){exact}(?!\w)", re.IGNORECASE).search(whole, start)
     if found is None and ord(words[0]) >= 0x0E00:  # Thai, Chinese, Japanese, ...
         found = re.compile(exact, re.IGNORECASE).search(whole, start)
-    return found
+    return None if found is None else found.span()
+
+
+def _find_like(part: str, whole: str, start: int) -> tuple[int, int] | None:
+    """The words next to each other that are most like those of a part, if they are at least half of it."""
+    wanted = [word.casefold() for word in _WORD.findall(part)]
+    best, best_share, run = None, _MIN_SHARE, 0
+    first = end = start
+    for word in _WORD.finditer(whole, start, start + _WINDOW_CHARACTERS):
+        if not any(_is_like(word.group().casefold(), other) for other in wanted):
+            run = 0
+            continue
+        if run == 0 or not whole[end : word.start()].isspace():
+            first, run = word.start(), 0
+        end, run = word.end(), run + len(word.group())
+        share = run / sum(map(len, wanted))
+        if share >= best_share and (best is None or share > best_share):
+            best, best_share = (first, end), share
+    return best
+
+
+def _is_like(word: str, other: str) -> bool:
+    """The same, or the same to the end, which may be another form of the word."""
+    differs = [a != b for a, b in zip(word, other, strict=False)]
+    num_same = differs.index(True) if True in differs else len(differs)
+    return word == other or num_same >= max(4, 0.7 * max(len(word), len(other)))
 
 
 __all__ = ["IN_PARTS", "Passage", "Piece"]
