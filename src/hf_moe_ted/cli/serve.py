@@ -40,16 +40,7 @@ def serve(
     device: Device = None,
 ) -> None:
     """Serve a model with LibreTranslate's HTTP API. SIGTERM finishes what is running."""
-    from .. import (
-        ApiKeys,
-        BatchedTranslator,
-        ServerSettings,
-        TextTranslator,
-        bind_address,
-        create_app,
-        load_model_and_tokenizer,
-        run_server,
-    )
+    from .. import ApiKeys, ServerSettings, bind_address
 
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
     settings = ServerSettings(
@@ -64,6 +55,9 @@ def serve(
         log_texts=log_texts,
     )
     address = bind_address(host, port)
+    # what takes long comes after what may be wrong
+    from .. import BatchedTranslator, TextTranslator, create_app, load_model_and_tokenizer, run_server
+
     texts = TextTranslator(
         *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL"),
         num_beams=beams,
