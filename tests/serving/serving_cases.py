@@ -26,6 +26,7 @@ class Shouting(TextTranslator):
     Attributes:
         gate: what all batches wait for; open at first.
         begun: is set when a batch has begun.
+        is_busy: whether a batch runs.
         texts_seen: sentences of all batches that were finished.
     """
 
@@ -33,15 +34,20 @@ class Shouting(TextTranslator):
         super().__init__(tiny_model(), ZCodeM3Tokenizer(languages=[*TEXTS]), **{"num_beams": 3, **options})
         self.gate, self.begun = threading.Event(), threading.Event()
         self.gate.set()
+        self.is_busy = False
         self.texts_seen: list[str] = []
 
     def translate_batch(
         self, batch: Sequence[SourceSentence], on_step: Callable[[], None] | None = None
     ) -> list[TranslatedSentence]:
+        self.is_busy = True
         self.begun.set()
-        while not self.gate.wait(0.01):
-            assert on_step is not None
-            on_step()  # raises where nobody waits any more
+        try:
+            while not self.gate.wait(0.01):
+                assert on_step is not None
+                on_step()  # raises where nobody waits any more
+        finally:
+            self.is_busy = False
         if bad := [sentence.text for sentence in batch if BAD_WORD in sentence.text]:
             raise RuntimeError(f"no translation of {bad[0]}")
         self.texts_seen += [sentence.text for sentence in batch]

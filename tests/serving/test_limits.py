@@ -164,6 +164,7 @@ def test_translation_that_takes_too_long(make_client: MakeClient, shouting: Shou
     assert error_of(answer) == "The translation took longer than 0.2 s"
     assert answer.headers["retry-after"] == "1"
     wait_until(lambda: metric(client, "hf_moe_ted_waiting_characters") == 0)
+    wait_until(lambda: not shouting.is_busy)
     shouting.gate.set()
     assert client.post("/translate", json={**TEXT, "q": "next"}).status_code == 200
     assert shouting.texts_seen == ["next"]
@@ -205,6 +206,7 @@ def test_client_that_goes_away(shouting: Shouting) -> None:
         assert shouting.begun.is_set()
         wait_until(lambda: metric(client, "hf_moe_ted_waiting_characters") == 0)
         wait_until(lambda: metric(client, "hf_moe_ted_requests_in_flight") == 0)
+        wait_until(lambda: not shouting.is_busy)
         shouting.gate.set()
         assert client.post("/translate", json={**TEXT, "q": "next"}).json()["translatedText"] == "NEXT"
         assert 'status="499"' in client.get("/metrics").text

@@ -42,7 +42,6 @@ def serve(
     """Serve a model with LibreTranslate's HTTP API. SIGTERM finishes what is running."""
     from .. import ApiKeys, ServerSettings, bind_address
 
-    logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
     settings = ServerSettings(
         max_characters=max_characters,
         max_texts=max_texts,
@@ -55,8 +54,10 @@ def serve(
         log_texts=log_texts,
     )
     address = bind_address(host, port)
-    # what takes long comes after what may be wrong
-    from .. import BatchedTranslator, TextTranslator, create_app, load_model_and_tokenizer, run_server
+    from .. import create_app, run_server  # the error for a missing extra comes before what takes long to load
+
+    logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
+    from .. import BatchedTranslator, TextTranslator, load_model_and_tokenizer
 
     texts = TextTranslator(
         *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL"),
