@@ -40,19 +40,8 @@ def serve(
     device: Device = None,
 ) -> None:
     """Serve a model with LibreTranslate's HTTP API. SIGTERM finishes what is running."""
-    from .. import (
-        ApiKeys,
-        BatchedTranslator,
-        ServerSettings,
-        TextTranslator,
-        bind_address,
-        create_app,
-        load_model_and_tokenizer,
-        mount_page,
-        run_server,
-    )
+    from .. import ApiKeys, ServerSettings, bind_address
 
-    logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
     settings = ServerSettings(
         max_characters=max_characters,
         max_texts=max_texts,
@@ -65,6 +54,11 @@ def serve(
         log_texts=log_texts,
     )
     address = bind_address(host, port)
+    from .. import create_app, run_server  # the error for a missing extra comes before what takes long to load
+
+    logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
+    from .. import BatchedTranslator, TextTranslator, load_model_and_tokenizer
+
     texts = TextTranslator(
         *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL"),
         num_beams=beams,
@@ -74,5 +68,7 @@ def serve(
     translator = BatchedTranslator(texts, max_waiting_characters=max_waiting_characters)
     app = create_app(translator, settings)
     if page:
-        app = mount_page(app, translator)
+        from .. import mount_page
+
+        app = mount_page(app, translator, api_keys=settings.api_keys, max_characters=max_characters)
     run_server(app, address, proxy=proxy, stop_timeout_s=request_timeout)

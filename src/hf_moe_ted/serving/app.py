@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 try:
-    import multipart  # noqa: F401  (of forms with files)
     import prometheus_client  # noqa: F401
+    import python_multipart  # noqa: F401  (forms with files need it)
     from babel import Locale  # noqa: F401
     from fastapi import FastAPI, Request, Response
     from fastapi.responses import FileResponse, JSONResponse

@@ -34,10 +34,14 @@ class DocumentTranslator:
     Args:
         translator: of all clients.
         languages: of its model.
+
+    Attributes:
+        max_alternatives: that its beam search has.
     """
 
     def __init__(self, translator: BatchedTranslator, languages: ServedLanguages):
         self._translator, self._languages = translator, languages
+        self.max_alternatives = translator.translator.num_beams - 1
 
     async def translate(
         self, documents: Sequence[Document], src_lang: str, tgt_lang: str, *, num_alternatives: int = 0
@@ -46,11 +50,13 @@ class DocumentTranslator:
         Args:
             src_lang: as the tokenizer names it, or `auto`: found in each document.
             tgt_lang: as the tokenizer names it. A document in this language stays as it is.
-            num_alternatives: of documents that are one text, as many as the search has beams for.
+            num_alternatives: at most `max_alternatives`; documents with marks in texts have none.
 
         Raises:
             QueueFullError: too much waits for the model already.
         """
+        if any(document.has_parts for document in documents):
+            num_alternatives = self.max_alternatives
         found = [(src_lang, 100.0)] * len(documents)
         if src_lang == AUTO:
             found = await asyncio.to_thread(lambda: [self._languages.detect(each.sample)[0] for each in documents])
@@ -102,17 +108,16 @@ def _chunked(texts: Sequence[str]) -> Iterator[list[str]]:
 def _joined(
     document: Document, translated: Sequence[TranslatedText], src_lang: str, confidence: float
 ) -> TranslatedDocument:
-    text, of_join = document.join([of_text.text for of_text in translated])
+    ranked = [(of_text.text, *of_text.alternatives) for of_text in translated]
+    text, of_join = document.join(ranked)
     of_model = [
         problem
         for of_text, is_shown in zip(translated, document.is_shown, strict=True)
         if is_shown
         for problem in of_text.problems
     ]
-    num_alternatives = min((len(of_text.alternatives) for of_text in translated), default=0)
-    others = (
-        document.join([of_text.alternatives[rank] for of_text in translated])[0] for rank in range(num_alternatives)
-    )
+    num_ranks = 1 if document.has_parts else min(map(len, ranked), default=1)
+    others = (document.join([of_text[rank:] for of_text in ranked])[0] for rank in range(1, num_ranks))
     alternatives = tuple(other for other in dict.fromkeys(others) if other not in ("", text))
     problems = tuple(dict.fromkeys((*of_model, *of_join)))
     return TranslatedDocument(

@@ -23,22 +23,28 @@ class Document:
         source: the whole of it.
         texts: to translate, in order.
         is_shown: of each text, whether it stands in the result as it is, so that its problems count.
-        join: the document of the translations of `texts`, and problems that came of it.
+        join: the document of translations of each of `texts`, the best first, and problems that came of it.
+        has_parts: whether `join` makes use of other translations than the best.
         sample: its beginning as plain text, to find its language by.
     """
 
     source: str
     texts: tuple[str, ...]
     is_shown: tuple[bool, ...]
-    join: Callable[[Sequence[str]], tuple[str, tuple[str, ...]]]
+    join: Callable[[Sequence[Sequence[str]]], tuple[str, tuple[str, ...]]]
     sample: str
+    has_parts: bool = False
 
 
 def plain_document(source: str) -> Document:
     """Text that is cut at line ends, where it is long: lines are never translated together."""
     chunks = _chunks(source)
     return Document(
-        source, chunks, (True,) * len(chunks), lambda texts: ("".join(texts), ()), source[:_SAMPLE_CHARACTERS]
+        source,
+        chunks,
+        (True,) * len(chunks),
+        lambda texts: ("".join(text[0] for text in texts), ()),
+        source[:_SAMPLE_CHARACTERS],
     )
 
 
@@ -57,7 +63,7 @@ def srt_document(source: str) -> Document:
         flat += part.passages if isinstance(part, Cue) else [part]
     inner = _of_passages(source, flat)
 
-    def join(texts: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    def join(texts: Sequence[Sequence[str]]) -> tuple[str, tuple[str, ...]]:
         rendered, problems = _render(flat, texts)
         pieces, position = [], 0
         for part in parts:
@@ -90,7 +96,7 @@ def read_file(name: str, content: bytes) -> Document:
     mark, text = ("\ufeff", text[1:]) if text.startswith("\ufeff") else ("", text)
     document = DOCUMENT_OF_SUFFIX[suffix](text)
 
-    def join(texts: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    def join(texts: Sequence[Sequence[str]]) -> tuple[str, tuple[str, ...]]:
         joined, problems = document.join(texts)
         return mark + joined, problems
 
@@ -102,15 +108,15 @@ def _of_passages(source: str, parts: Sequence[Passage | str]) -> Document:
     texts = tuple(text for passage in passages for text in passage.texts)
     is_shown = tuple(index == 0 for passage in passages for index in range(len(passage.texts)))
 
-    def join(translations: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    def join(translations: Sequence[Sequence[str]]) -> tuple[str, tuple[str, ...]]:
         rendered, problems = _render(parts, translations)
         return "".join(rendered), problems
 
     firsts = [passage.texts[0] for passage in passages if passage.texts]
-    return Document(source, texts, is_shown, join, "\n".join(firsts)[:_SAMPLE_CHARACTERS])
+    return Document(source, texts, is_shown, join, "\n".join(firsts)[:_SAMPLE_CHARACTERS], not all(is_shown))
 
 
-def _render(parts: Sequence[Passage | str], translations: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+def _render(parts: Sequence[Passage | str], translations: Sequence[Sequence[str]]) -> tuple[list[str], tuple[str, ...]]:
     rendered, problems, position = [], [], 0
     for part in parts:
         if isinstance(part, str):

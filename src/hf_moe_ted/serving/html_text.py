@@ -181,7 +181,7 @@ def html_passages(source: str) -> list[Passage | str]:
             continue
         if token.kind == "other" or token.name in _INLINE:
             depth += (token.kind == "open" and token.name not in _VOID) - (token.kind == "close" and depth > 0)
-            pieces.append(Piece(token.raw))
+            pieces.append(Piece(token.raw, None, depth))
         else:
             end_passage()
             depth = 0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from uvicorn import Config
 
 KEEP_ALIVE_S = 5
 MAX_CONNECTIONS = 4_096
@@ -40,14 +41,8 @@ def bind_address(host: str, port: int) -> socket.socket:
     return bound
 
 
-def run_server(app: "FastAPI", address: socket.socket, *, proxy: str | None = None, stop_timeout_s: int = 600) -> None:
-    """Serves until SIGTERM or SIGINT; then what has begun is finished, and nothing new is taken.
-
-    Args:
-        app: of `create_app`.
-        address: of `bind_address`.
-        proxy: address of a proxy whose `X-Forwarded-For` says where a request comes from; by default none is believed.
-        stop_timeout_s: for what is running when the server is stopped.
+def server_config(app: "FastAPI", *, proxy: str | None = None, stop_timeout_s: int = 600) -> "Config":
+    """How uvicorn serves an app; for the arguments see `run_server`.
 
     Raises:
         ValueError: a package of the extra `serve` is not installed.
@@ -58,8 +53,7 @@ def run_server(app: "FastAPI", address: socket.socket, *, proxy: str | None = No
         from .connection import PatientConnection
     except ImportError as error:
         raise ValueError(f"the server needs {error.name}: `pip install 'hf-moe-ted[serve]'`") from error
-    _allow_connections()
-    config = uvicorn.Config(
+    return uvicorn.Config(
         app,
         http=PatientConnection,
         ws="none",
@@ -72,6 +66,24 @@ def run_server(app: "FastAPI", address: socket.socket, *, proxy: str | None = No
         forwarded_allow_ips=proxy,
         server_header=False,
     )
+
+
+def run_server(app: "FastAPI", address: socket.socket, *, proxy: str | None = None, stop_timeout_s: int = 600) -> None:
+    """Serves until SIGTERM or SIGINT; then what has begun is finished, and nothing new is taken.
+
+    Args:
+        app: of `create_app`.
+        address: of `bind_address`.
+        proxy: address of a proxy whose `X-Forwarded-For` says where a request comes from; by default none is believed.
+        stop_timeout_s: for what is running when the server is stopped.
+
+    Raises:
+        ValueError: a package of the extra `serve` is not installed.
+    """
+    config = server_config(app, proxy=proxy, stop_timeout_s=stop_timeout_s)
+    import uvicorn
+
+    _allow_connections()
     host, port = address.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     logging.getLogger("hf_moe_ted.serving").info("http://%s:%d", shown, port)
@@ -93,4 +105,4 @@ def _allow_connections() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-__all__ = ["bind_address", "run_server"]
+__all__ = ["bind_address", "run_server", "server_config"]

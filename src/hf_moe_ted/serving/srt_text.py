@@ -44,8 +44,10 @@ def srt_parts(source: str) -> list[Cue | str]:
     lines = re.split(r"(\r\n|\n|\r)", source)
     texts, ends = lines[::2], [*lines[1::2], ""]
     times = [index for index, line in enumerate(texts) if _TIMES.fullmatch(line)]
-    if source.strip() and not times:
-        raise ValueError("there is no line with times, such as 00:00:01,000 --> 00:00:02,500: is it a file of SRT?")
+    if not times:
+        if source.strip():
+            raise ValueError("there is no line with times, such as 00:00:01,000 --> 00:00:02,500: is it a file of SRT?")
+        return [source]
     parts: list[Cue | str] = []
     position = 0
     for start, next_time in zip(times, [*times[1:], len(texts)], strict=True):
@@ -71,9 +73,9 @@ def _pieces(text: str) -> list[Piece]:
         if mark.start() > position:
             raw = text[position : mark.start()]
             pieces.append(Piece(raw, raw, depth))
-        pieces.append(Piece(mark.group()))
         if mark.group().startswith("<"):
             depth = max(depth + (-1 if mark.group().startswith("</") else 1), 0)
+        pieces.append(Piece(mark.group(), None, depth))
         position = mark.end()
     if position < len(text):
         pieces.append(Piece(text[position:], text[position:], depth))

@@ -53,7 +53,6 @@ class TranslationApi:
     ):
         self._settings, self._languages, self._metrics, self._files = settings, languages, metrics, files
         self._documents = DocumentTranslator(translator, languages)
-        self._max_alternatives = translator.translator.num_beams - 1
         self._rate = RateLimit(settings.requests_per_minute)
         self._num_in_flight = 0
 
@@ -192,7 +191,7 @@ class TranslationApi:
         self, request: Request, documents: Sequence[Document], source: str, target: str, num_alternatives: int = 0
     ) -> list[TranslatedDocument]:
         work = self._documents.translate(
-            documents, source, target, num_alternatives=min(num_alternatives, self._max_alternatives)
+            documents, source, target, num_alternatives=min(num_alternatives, self._documents.max_alternatives)
         )
         try:
             found = await _unless_client_leaves(request, work, self._settings.request_timeout_s)
