@@ -2,18 +2,12 @@
 
 import hashlib
 import os
-import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import regex
-
-# Characters of words, where words have ends that can be seen: not in the scripts that write no spaces between them.
-_SCRIPTS_WITHOUT_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
-_WORD = regex.compile(rf"(?V1)[[\p{{L}}\p{{M}}\p{{N}}_\u200C\u200D]--[{_SCRIPTS_WITHOUT_SPACES}]]+")
-_TOKEN = regex.compile(rf"{_WORD.pattern}|\s+|.", flags=regex.DOTALL)
+from .words import split_words, words_with_spans
 
 HEADER = ("source", "target")
 
@@ -61,7 +55,7 @@ class Glossary:
 
     def __init__(self, entries: Iterable[GlossaryEntry | tuple[str, str | None]]):
         pairs = (entry if isinstance(entry, GlossaryEntry) else GlossaryEntry(*entry) for entry in entries)
-        found: dict[str, GlossaryEntry] = {}
+        found: dict[tuple[str, ...], GlossaryEntry] = {}
         for entry in pairs:
             _add(found, entry, "")
         object.__setattr__(self, "entries", tuple(found.values()))
@@ -79,7 +73,7 @@ class Glossary:
             content = Path(path).read_bytes()
         except OSError as error:
             raise ValueError(f"glossary {path} cannot be read: {error.strerror}") from error
-        found: dict[str, GlossaryEntry] = {}
+        found: dict[tuple[str, ...], GlossaryEntry] = {}
         for number, entry in _entries(content, f"glossary {path}"):
             _add(found, entry, f"glossary {path}, line {number}: ")
         return cls(found.values())
@@ -88,38 +82,38 @@ class Glossary:
         """The terms of a sentence, in its order. They start and end where words do, the longest at a place counts, and
         none overlap. In scripts without spaces between words a term stands anywhere. The time is linear in the
         length of the sentence, whatever the size of the glossary."""
-        places = [(match[0], match.start(), match.end()) for match in _TOKEN.finditer(sentence)]
-        tokens = [_normalized(token) for token, _, _ in places]
-        folded = [token.casefold() for token in tokens]
+        words, spans = words_with_spans(sentence)
+        folded = [word.casefold() for word in words]
         occurrences, index = [], 0
-        while index < len(tokens):
-            length, entry = self._longest(tokens, folded, index)
+        while index < len(words):
+            length, entry = self._longest(words, folded, index)
             if entry is not None:
-                start, end = places[index][1], places[index + length - 1][2]
+                start, end = spans[index][0], spans[index + length - 1][1]
                 source = sentence[start:end]
                 target = source if entry.target is None else entry.target
                 occurrences.append(TermOccurrence(start, end, source, target, _is_any_case(entry.source)))
             index += length
         return occurrences
 
-    def _longest(self, tokens: list[str], folded: list[str], index: int) -> tuple[int, GlossaryEntry | None]:
+    def _longest(self, words: list[str], folded: list[str], index: int) -> tuple[int, GlossaryEntry | None]:
+        """The entry at a place, as it is written before one of any case, and its number of words."""
         for length in self._lengths.get(folded[index], ()):
-            for words, is_any_case in ((tokens, False), (folded, True)):
-                entry = self._by_tokens.get((is_any_case, *words[index : index + length]))
-                if entry is not None and index + length <= len(tokens):
-                    return length, entry
+            if index + length <= len(words):
+                for here in (words, folded):
+                    if (entry := self._by_words.get(tuple(here[index : index + length]))) is not None:
+                        return length, entry
         return 1, None
 
     @cached_property
-    def _by_tokens(self) -> dict[tuple[bool | str, ...], GlossaryEntry]:
-        return {(_is_any_case(entry.source), *split_words(entry.source)): entry for entry in self.entries}
+    def _by_words(self) -> dict[tuple[str, ...], GlossaryEntry]:
+        return {_key(entry.source): entry for entry in self.entries}
 
     @cached_property
     def _lengths(self) -> dict[str, list[int]]:
         """Of the first words of terms in lower case: how many words such terms have, the most first."""
         lengths: dict[str, set[int]] = {}
-        for _, *words in self._by_tokens:
-            lengths.setdefault(str(words[0]).casefold(), set()).add(len(words))
+        for words in self._by_words:
+            lengths.setdefault(words[0].casefold(), set()).add(len(words))
         return {word: sorted(of_word, reverse=True) for word, of_word in lengths.items()}
 
     @cached_property
@@ -129,65 +123,20 @@ class Glossary:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def split_words(text: str) -> tuple[str, ...]:
-    """Words, and each character between them; white space of any kind is one space, letters are normalized to NFC."""
-    return tuple(_normalized(token) for token in _TOKEN.findall(text))
-
-
-def count_phrase(phrase: str, text: str, *, may_be_capitalized: bool = False) -> int:
-    """How often a text has a phrase as whole words.
-
-    Args:
-        may_be_capitalized: whether the phrase may have a capital letter at the start of the text.
-    """
-    wanted = split_words(phrase)
-    if wanted[0].casefold() not in unicodedata.normalize("NFC", text).casefold():
-        return 0  # much faster
-    words = split_words(text)
-    first = next((index for index, word in enumerate(words) if _is_word(word)), 0)
-    capital = split_words(capitalized(phrase)) if may_be_capitalized else wanted
-    count, index = 0, 0
-    while index + len(wanted) <= len(words):
-        here = words[index : index + len(wanted)]
-        is_here = here == wanted or (index == first and here == capital)
-        count += is_here
-        index += len(wanted) if is_here else 1
-    return count
-
-
-def capitalized(text: str) -> str:
-    """With its first letter upper case; the others stay."""
-    return text[:1].upper() + text[1:]
-
-
-def starts_in_word(text: str) -> bool:
-    """Whether a word that stands before the text would go on with it."""
-    return _WORD.match(text) is not None
-
-
-def ends_in_word(text: str) -> bool:
-    """Whether a word that stands after the text would go on from it."""
-    return text != "" and _WORD.match(text[-1]) is not None
-
-
-def _is_word(token: str) -> bool:
-    return any(map(str.isalnum, token))
-
-
-def _normalized(token: str) -> str:
-    return " " if token.isspace() else unicodedata.normalize("NFC", token)
-
-
 def _is_any_case(source: str) -> bool:
     return source == source.lower()
 
 
-def _add(found: dict[str, GlossaryEntry], entry: GlossaryEntry, where: str) -> None:
-    source = "".join(split_words(entry.source))
-    source = source.casefold() if _is_any_case(source) else source
-    if not source.strip():
+def _key(source: str) -> tuple[str, ...]:
+    """Words by which a term is found; no term with capital letters has those of one without."""
+    words = split_words(source)
+    return tuple(word.casefold() for word in words) if _is_any_case(source) else words
+
+
+def _add(found: dict[tuple[str, ...], GlossaryEntry], entry: GlossaryEntry, where: str) -> None:
+    if not entry.source.strip():
         raise ValueError(f"{where}a glossary entry needs a source term, got {entry.source!r} -> {entry.target!r}")
-    other = found.setdefault(source, entry)
+    other = found.setdefault(_key(entry.source), entry)
     if other.target != entry.target:
         raise ValueError(
             f"{where}{entry.source!r} has two targets in the glossary, {other.target!r} and {entry.target!r}; keep one"
@@ -221,5 +170,4 @@ def _cells(line: bytes, where: str) -> list[str]:
     return cells
 
 
-__all__ = ["Glossary", "GlossaryEntry", "TermOccurrence", "capitalized", "count_phrase", "ends_in_word",
-           "split_words", "starts_in_word"]
+__all__ = ["Glossary", "GlossaryEntry", "TermOccurrence"]

@@ -1,118 +1,49 @@
 """Beam search for translations that have certain phrases: grid beam search (Hokamp and Liu 2017, section 3).
 
-Beams are kept apart by how many of the phrases they have, so that one that has paid for a phrase is not compared with
-one that has not yet. It is the `custom_generate` of `model.generate`.
+Beams are kept apart, in banks, by how many of the phrases they have begun. So a beam that has paid for a phrase is not
+compared with one that has not yet. In each step a beam may go on with any token, or begin a phrase that it misses; what
+is begun is written to its end.
 
-Shape suffixes: B beams of all sentences, V vocabulary, L tokens so far.
+Shape letters: B beams of all sentences, L tokens, V words of the vocabulary.
 """
 
-import copy
-import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.generation.utils import GenerateBeamEncoderDecoderOutput
 
-from .glossary import capitalized, count_phrase, ends_in_word, starts_in_word
+from .phrases import Phrase, PhraseTokens, Spelling
+
+MAX_BEAMS = 4  # times num_beams: of a sentence, in all banks
+IMPOSSIBLE = -1e8  # log-probability
 
 
-@dataclass(frozen=True)
-class Phrase:
-    """What a translation has to have.
-
-    Attributes:
-        text: of it.
-        count: how often.
-        is_word: whether it stands apart from the words around it; otherwise anywhere.
-        may_be_capitalized: whether it may have a capital letter at the start of the translation.
+class Hypothesis(NamedTuple):
     """
-
-    text: str
-    count: int = 1
-    is_word: bool = True
-    may_be_capitalized: bool = False
-
-    def is_in(self, translation: str) -> bool:
-        if not self.is_word:
-            return translation.count(self.text) >= self.count
-        return count_phrase(self.text, translation, may_be_capitalized=self.may_be_capitalized) >= self.count
-
-
-@dataclass(frozen=True)
-class _Spelling:
-    """One way to write a phrase in tokens.
-
     Attributes:
-        is_at_start, is_after_word: whether it can stand at the start of a translation, and after a letter.
+        tokens: of a translation, with the one that decoding starts from.
+        score: log-probability per token, as beam search ranks them.
+        has_ended: whether it was not cut.
     """
 
     tokens: tuple[int, ...]
-    is_at_start: bool
-    is_after_word: bool
-
-
-class PhraseTokens:
-    """How a tokenizer writes phrases.
-
-    Args:
-        tokenizer: one for translation.
-    """
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        self.spellings = functools.lru_cache(2**14)(self._spellings)
-        self.continues_word = functools.lru_cache(2**18)(self._continues_word)
-        self.ends_in_word = functools.lru_cache(2**18)(self._ends_in_word)
-
-    def _spellings(self, phrase: Phrase) -> tuple[_Spelling, ...]:
-        """At the start, after a space, after other text; with a capital letter at the start if it may have one."""
-        after_word = not (phrase.is_word and starts_in_word(phrase.text))
-        found = [
-            _Spelling(self._tokens("", phrase.text), True, False),
-            _Spelling(self._tokens("a", f" {phrase.text}"), False, True),
-            _Spelling(self._tokens("(", phrase.text), False, after_word),
-        ]
-        if phrase.may_be_capitalized and capitalized(phrase.text) != phrase.text:
-            found.append(_Spelling(self._tokens("", capitalized(phrase.text)), True, False))
-        return tuple(spelling for spelling in dict.fromkeys(found) if spelling.tokens)
-
-    def _tokens(self, before: str, text: str) -> tuple[int, ...]:
-        """Of a text after other text; none if a token belongs to both."""
-        first = self._encode(before) if before else ()
-        both = self._encode(before + text)
-        return both[len(first) :] if both[: len(first)] == first else ()
-
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
-
-    def _continues_word(self, token_id: int) -> bool:
-        token = self.tokenizer.convert_ids_to_tokens(token_id)
-        if token.startswith("▁") or token_id in self.tokenizer.all_special_ids:
-            return False
-        return starts_in_word(self.tokenizer.convert_tokens_to_string([token]))
-
-    def _ends_in_word(self, token_id: int) -> bool:
-        token = self.tokenizer.convert_ids_to_tokens(token_id)
-        text = self.tokenizer.convert_tokens_to_string([token])
-        return text.endswith("\ufffd") or ends_in_word(text)  # a part of a character may be one of a letter
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+    score: float
+    has_ended: bool
 
 
 class _Beam(NamedTuple):
     """
     Attributes:
-        row: of the batch.
-        parent: its beam of the step before, in the cache.
-        tokens: with those that decoding starts from.
+        row: its sentence.
+        parent: the beam that it goes on from, among all of the step before.
+        tokens: with the one that decoding starts from.
         score: sum of log-probabilities.
-        missing: of each phrase, how often it has yet to come.
-        begun: tokens that the phrase goes on with.
-        is_after_phrase: whether its last token ended a phrase, after which no word goes on.
+        missing: of each phrase, how often it has yet to be begun.
+        begun: tokens that its phrase goes on with.
+        ends_word: whether the phrase that it has begun, or that its last token ended, is the end of a word.
     """
 
     row: int
@@ -121,153 +52,170 @@ class _Beam(NamedTuple):
     score: float
     missing: tuple[int, ...]
     begun: tuple[int, ...] = ()
-    is_after_phrase: bool = False
+    ends_word: bool = False
 
 
 class _Step(NamedTuple):
-    """A beam and its next token, with what comes of them."""
+    """A token that a beam may go on with; `beam` is its number in its sentence, the others are those of `_Beam`."""
 
     score: float
     beam: int
     token: int
     missing: tuple[int, ...]
     begun: tuple[int, ...] = ()
-    ends_phrase: bool = False
-
-
-class _Finished(NamedTuple):
-    score: float
-    tokens: tuple[int, ...]
-
-
-class _Row:
-    """A sentence of the batch: its phrases, and what was found."""
-
-    def __init__(self, phrases: Sequence[Phrase], beams_per_bank: int, texts: PhraseTokens, settings: Any):
-        self.phrases, self.width, self.texts, self.settings = phrases, beams_per_bank, texts, settings
-        self.finished: list[_Finished] = []
-        self.is_done = False
-
-    def step(self, beams: Sequence[_Beam], first: int, log_probs_BV: Tensor, is_last: bool) -> list[_Beam]:
-        """The next beams.
-
-        Args:
-            beams: of this row.
-            first: index of the first of them among the beams of all rows.
-            log_probs_BV: of all rows.
-        """
-        banks: dict[int, list[_Step]] = {}
-        for candidate in self._candidates(beams, log_probs_BV[first : first + len(beams)]):
-            banks.setdefault(sum(candidate.missing), []).append(candidate)
-        chosen = [beam for bank in banks.values() for beam in self._best(bank, beams, first)]
-        if is_last or not chosen:
-            self._end(chosen)
-            return []
-        if len(self.finished) >= self.width and self._cannot_improve(chosen, len(chosen[0].tokens)):
-            return []
-        return chosen
-
-    def _best(self, bank: list[_Step], beams: Sequence[_Beam], first: int) -> list[_Beam]:
-        """The best of those that have as many phrases; of those that end, the ones among the first are finished."""
-        chosen: dict[tuple[Any, ...], _Beam] = {}
-        rank = 0
-        for step in sorted(bank, key=lambda step: -step.score):
-            parent = beams[step.beam]
-            ends = step.token in self.settings.eos
-            if ends and (rank >= self.width or not self._may_end(parent)):
-                continue
-            beam = _Beam(
-                parent.row, first + step.beam, (*parent.tokens, step.token), step.score, step.missing, step.begun,
-                step.ends_phrase,
-            )
-            if ends:
-                self._finish(beam)
-            else:
-                chosen.setdefault((beam.tokens, beam.begun), beam)
-            rank += 1
-            if len(chosen) == self.width:
-                break
-        return list(chosen.values())
-
-    def _may_end(self, beam: _Beam) -> bool:
-        """Whether it has all phrases; it may have come to one by other tokens."""
-        if not any(beam.missing):
-            return True
-        text = self.texts.decode(beam.tokens)
-        return all(phrase.is_in(text) for phrase in self.phrases)
-
-    def _cannot_improve(self, beams: Sequence[_Beam], num_tokens: int) -> bool:
-        if self.settings.early_stopping is True:
-            return True
-        running = [beam.score for beam in beams if not any(beam.missing)] if self.settings.stop_early else [beam.score for beam in beams]
-        if not running: return True
-        best = max(running)
-        return self._ranked(best, num_tokens) <= self.finished[-1].score
-
-    def _ranked(self, score: float, num_tokens: int) -> float:
-        return score / max(1, num_tokens - self.settings.prompt_length) ** self.settings.length_penalty
-
-    def _finish(self, beam: _Beam) -> None:
-        self.finished.append(_Finished(self._ranked(beam.score, len(beam.tokens)), beam.tokens))
-        self.finished.sort(key=lambda f: -f.score)
-        del self.finished[self.width :]
-
-    def _end(self, beams: list[_Beam]) -> None:
-        """Fills up with those that did not end: those with the most phrases first."""
-        order = sorted(beams, key=lambda b: (sum(b.missing) + bool(b.begun), -b.score))
-        for beam in order[: self.width - len(self.finished)]:
-            self.finished.append(_Finished(self._ranked(beam.score, len(beam.tokens)), beam.tokens))
-
-    def _candidates(self, beams: Sequence[_Beam], log_probs: Tensor) -> list[_Step]:
-        values, ids = log_probs.topk(min(2 * self.width + 8, log_probs.shape[-1]))
-        found: list[_Step] = []
-        forced: list[tuple[int, int, tuple[int, ...], tuple[int, ...]]] = []
-        for index, (beam, of_beam, tokens) in enumerate(zip(beams, values.tolist(), ids.tolist(), strict=True)):
-            if beam.begun:
-                forced.append((index, beam.begun[0], beam.begun[1:], beam.missing))
-                continue
-            for value, token in zip(of_beam, tokens, strict=True):
-                missing = (0,) * len(beam.missing) if token in self.settings.eos else beam.missing
-                if not (beam.is_after_phrase and self.texts.continues_word(token)):
-                    found.append(_Step(beam.score + value, index, token, missing))
-            if len(beam.tokens) > self.settings.prompt_length:
-                forced += [
-                    (index, spelling.tokens[0], spelling.tokens[1:], self._less(beam.missing, phrase))
-                    for spelling, phrase in self._starts(beam)
-                ]
-        if forced:
-            scores = log_probs[[f[0] for f in forced], [f[1] for f in forced]].tolist()
-            found += [
-                _Step(beams[index].score + score, index, token, missing, begun, not begun)
-                for (index, token, begun, missing), score in zip(forced, scores, strict=True)
-            ]
-        return [step for step in found if step.score > -1e8]
-
-    @staticmethod
-    def _less(missing: tuple[int, ...], phrase: int) -> tuple[int, ...]:
-        return tuple(count - (index == phrase) for index, count in enumerate(missing))
-
-    def _starts(self, beam: _Beam) -> list[tuple[_Spelling, int]]:
-        is_first = len(beam.tokens) == self.settings.prompt_length + 1
-        in_word = not is_first and self.texts.ends_in_word(beam.tokens[-1])
-        return [
-            (spelling, index)
-            for index, (phrase, count) in enumerate(zip(self.phrases, beam.missing, strict=True))
-            if count > 0
-            for spelling in self.texts.spellings(phrase)
-            if (spelling.is_at_start if is_first else not spelling.is_at_start or True)
-            and (is_first or spelling.is_after_word or not in_word)
-        ]
+    ends_word: bool = False
 
 
 @dataclass(frozen=True)
 class _Settings:
-    eos: frozenset[int]
+    num_beams: int
+    num_sequences: int
     prompt_length: int
     length_penalty: float
     early_stopping: bool | str | None
-    words: bool = True
-    stop_early: bool = True
+    eos: frozenset[int]
+    phrase_tokens: PhraseTokens
+
+
+@dataclass
+class _Row:
+    """A sentence.
+
+    Attributes:
+        limit: of new tokens.
+        finished: translations that have all phrases, the best first.
+    """
+
+    phrases: Sequence[Phrase]
+    limit: int
+    settings: _Settings
+    finished: list[Hypothesis] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        num_banks = 1 + sum(phrase.count for phrase in self.phrases)
+        self.max_beams = MAX_BEAMS * self.settings.num_beams
+        self.bank_size = max(1, min(self.settings.num_beams, self.max_beams // num_banks))
+        self.num_wanted = max(self.bank_size, self.settings.num_sequences)
+
+    def step(self, beams: Sequence[_Beam], first: int, log_probs_BV: Tensor) -> list[_Beam]:
+        """The beams that follow; none when the sentence is done.
+
+        Args:
+            beams: of this sentence.
+            first: number of the first one among all beams.
+            log_probs_BV: of these beams.
+        """
+        banks: dict[int, list[_Step]] = {}
+        for step in self._steps(beams, log_probs_BV):
+            banks.setdefault(sum(step.missing), []).append(step)
+        chosen = [beam for _, bank in sorted(banks.items()) for beam in self._best(bank, beams, first)]
+        chosen = chosen[: self.max_beams]  # those with most of the phrases
+        if not chosen or len(chosen[0].tokens) - self.settings.prompt_length >= self.limit:
+            self._cut(chosen or beams)
+            return []
+        return [] if self._is_done(chosen) else chosen
+
+    def _steps(self, beams: Sequence[_Beam], log_probs_BV: Tensor) -> list[_Step]:
+        values, ids = log_probs_BV.topk(min(2 * self.bank_size + 8, log_probs_BV.shape[-1]))
+        steps: list[_Step] = []
+        forced: list[_Step] = []  # the scores of the tokens are not in them yet
+        for number, (beam, of_beam, tokens) in enumerate(zip(beams, values.tolist(), ids.tolist(), strict=True)):
+            if beam.begun:
+                forced.append(_forced_step(beam, number, beam.begun, beam.missing, beam.ends_word))
+                continue
+            steps += [
+                _Step(beam.score + value, number, token, self._missing_after(beam, token))
+                for value, token in zip(of_beam, tokens, strict=True)
+                if not (beam.ends_word and self.settings.phrase_tokens.continues_word(token))
+            ]
+            forced += self._begun(beam, number)
+        if forced:
+            values = log_probs_BV[[step.beam for step in forced], [step.token for step in forced]]
+            steps += [s._replace(score=s.score + value) for s, value in zip(forced, values.tolist(), strict=True)]
+        return [step for step in steps if step.score > IMPOSSIBLE]
+
+    def _missing_after(self, beam: _Beam, token: int) -> tuple[int, ...]:
+        """A beam that ends is one of those that have all phrases; `_may_end` looks whether it has."""
+        return (0,) * len(beam.missing) if token in self.settings.eos else beam.missing
+
+    def _begun(self, beam: _Beam, number: int) -> list[_Step]:
+        """The phrases that a beam misses begin, in the spellings that fit behind its last token."""
+        num_new = len(beam.tokens) - self.settings.prompt_length
+        if num_new == 0:  # the token of the language comes first
+            return []
+        is_start = num_new == 1
+        is_after_word = not is_start and self.settings.phrase_tokens.ends_in_word(beam.tokens[-1])
+
+        def fits(spelling: Spelling) -> bool:
+            return spelling.is_at_start == is_start and (spelling.is_after_word or not is_after_word)
+
+        return [
+            _forced_step(beam, number, spelling.tokens, _without(beam.missing, index), phrase.ends_word)
+            for index, phrase in enumerate(self.phrases)
+            if beam.missing[index] > 0
+            for spelling in self.settings.phrase_tokens.spellings(phrase)
+            if fits(spelling)
+        ]
+
+    def _best(self, bank: list[_Step], beams: Sequence[_Beam], first: int) -> list[_Beam]:
+        """The best that go on; those that end among the best are finished, as beam search does."""
+        chosen: dict[tuple[Any, ...], _Beam] = {}
+        rank = 0
+        for step in sorted(bank, key=lambda step: -step.score):
+            parent = beams[step.beam]
+            tokens = (*parent.tokens, step.token)
+            if step.token not in self.settings.eos:
+                beam = _Beam(parent.row, first + step.beam, tokens, *step[:1], *step[3:])
+                chosen.setdefault((tokens, step.begun), beam)
+            elif rank < self.bank_size and self._may_end(parent):
+                self.finished.append(Hypothesis(tokens, self._ranked(step.score, len(tokens)), True))
+            else:
+                continue
+            rank += 1
+            if len(chosen) == self.bank_size:
+                break
+        self.finished = sorted(self.finished, key=lambda hypothesis: -hypothesis.score)[: self.num_wanted]
+        return list(chosen.values())
+
+    def _may_end(self, beam: _Beam) -> bool:
+        """Whether it has all phrases; also if it came to them by itself, perhaps in other tokens."""
+        if not any(beam.missing):
+            return True
+        text = self.settings.phrase_tokens.decode(beam.tokens)
+        return all(phrase.is_in(text) for phrase in self.phrases)
+
+    def _is_done(self, beams: Sequence[_Beam]) -> bool:
+        """Whether no beam that has all phrases can be better than what is finished.
+
+        The others are not waited for: those that miss a phrase at the end of the sentence often repeat themselves,
+        which has a good score.
+        """
+        if len(self.finished) < self.num_wanted:
+            return False
+        complete = [beam.score for beam in beams if not any(beam.missing)]
+        if not complete or self.settings.early_stopping is True:
+            return True
+        return self._ranked(max(complete), len(beams[0].tokens)) <= self.finished[-1].score
+
+    def _cut(self, beams: Sequence[_Beam]) -> None:
+        """At the limit, beams fill up what did not end; those with the most phrases first."""
+        order = sorted(beams, key=lambda beam: (sum(beam.missing) + bool(beam.begun), -beam.score))
+        for beam in order[: self.num_wanted - len(self.finished)]:
+            self.finished.append(Hypothesis(beam.tokens, self._ranked(beam.score, len(beam.tokens)), False))
+
+    def _ranked(self, score: float, num_tokens: int) -> float:
+        return score / (num_tokens - self.settings.prompt_length) ** self.settings.length_penalty
+
+
+def _forced_step(
+    beam: _Beam, number: int, tokens: tuple[int, ...], missing: tuple[int, ...], ends_word: bool
+) -> _Step:
+    """A beam goes on with the first of some tokens; the score of the token is not in it yet."""
+    return _Step(beam.score, number, tokens[0], missing, tokens[1:], ends_word)
+
+
+def _without(missing: tuple[int, ...], index: int) -> tuple[int, ...]:
+    return (*missing[:index], missing[index] - 1, *missing[index + 1 :])
 
 
 def grid_search(
@@ -276,55 +224,95 @@ def grid_search(
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: Any,
-    phrases: Sequence[Sequence[Phrase]] = (),
-    texts: Any = None,
-    width: int = 4,
-    max_beams: int = 16,
-    stop_early: bool = True,
+    *,
+    phrases: Sequence[Sequence[Phrase]],
+    phrase_tokens: PhraseTokens,
+    limits: Sequence[int],
+    beams_of_grid: int,
+    sequences_of_grid: int = 1,
+    on_step: Callable[[], None] | None = None,
     **model_kwargs: Any,
-) -> Any:
+) -> list[list[Hypothesis]]:
+    """The `custom_generate` of `model.generate(..., num_beams=1)`; without phrases it is plain beam search.
+
+    Args:
+        phrases: of each sentence, what its translation has to have.
+        phrase_tokens: of the tokenizer.
+        limits: of each sentence, how long its translation may be, in tokens.
+        beams_of_grid: `num_beams` of a search without phrases; a sentence with phrases has up to four times as many.
+        sequences_of_grid: translations of each sentence that are wanted.
+        on_step: is called after each token; what it raises ends the work.
+
+    Returns:
+        Of each sentence its translations, the best first; at least one. A translation that misses a phrase was cut.
+    """
     settings = _Settings(
-        frozenset(generation_config._eos_token_tensor.tolist()),
-        input_ids.shape[1],
-        generation_config.length_penalty if generation_config.length_penalty is not None else 1.0,
-        generation_config.early_stopping, True, stop_early,
+        num_beams=beams_of_grid,
+        num_sequences=sequences_of_grid,
+        prompt_length=input_ids.shape[1],
+        length_penalty=1.0 if generation_config.length_penalty is None else generation_config.length_penalty,
+        early_stopping=generation_config.early_stopping,
+        eos=frozenset(generation_config._eos_token_tensor.tolist()),
+        phrase_tokens=phrase_tokens,
     )
-    rows = [
-        _Row(of_row, max(1, min(width, max_beams // (1 + sum(p.count for p in of_row)))), texts, settings) for of_row in phrases
-    ]
+    rows = [_Row(of_row, limit, settings) for of_row, limit in zip(phrases, limits, strict=True)]
     beams = [
-        _Beam(index, index, tuple(ids), 0.0, tuple(p.count for p in row.phrases))
-        for index, (row, ids) in enumerate(zip(rows, input_ids.tolist(), strict=True))
+        _Beam(number, number, tuple(tokens), 0.0, tuple(phrase.count for phrase in rows[number].phrases))
+        for number, tokens in enumerate(input_ids.tolist())
     ]
-    encoder_outputs, mask = model_kwargs["encoder_outputs"], model_kwargs["attention_mask"]
-    name = next(name for name in ("past_key_values", "cache") if model_kwargs.get(name) is not None)
-    cache = model_kwargs[name]
-    max_length = generation_config.max_length
-    hidden = encoder_outputs.last_hidden_state
-    device = input_ids.device
+    decoder = _Decoder(model, model_kwargs)
     while beams:
-        of_row = torch.tensor([beam.row for beam in beams], device=device)
-        tokens_BL = torch.tensor([beam.tokens for beam in beams], device=device)
-        outputs = type(encoder_outputs)(last_hidden_state=hidden[of_row])
-        out = model(
-            decoder_input_ids=tokens_BL if tokens_BL.shape[1] == settings.prompt_length else tokens_BL[:, -1:],
-            encoder_outputs=outputs, attention_mask=mask[of_row], use_cache=True, return_dict=True, **{name: cache},
+        tokens_BL = torch.tensor([beam.tokens for beam in beams], device=input_ids.device)
+        log_probs_BV = logits_processor(tokens_BL, decoder.log_probs(tokens_BL, [beam.row for beam in beams]))
+        beams = _next_beams(beams, rows, log_probs_BV)
+        decoder.keep([beam.parent for beam in beams])
+        if on_step is not None:
+            on_step()
+    return [row.finished for row in rows]
+
+
+def _next_beams(beams: Sequence[_Beam], rows: Sequence[_Row], log_probs_BV: Tensor) -> list[_Beam]:
+    following: list[_Beam] = []
+    first = 0
+    for row, of_row in groupby(beams, key=lambda beam: beam.row):
+        own = list(of_row)
+        following += rows[row].step(own, first, log_probs_BV[first : first + len(own)])
+        first += len(own)
+    return following
+
+
+class _Decoder:
+    """The decoder of a model, with as many beams in each step as there are."""
+
+    def __init__(self, model: Any, model_kwargs: dict[str, Any]):
+        self.model = model
+        self.encoder_outputs, self.mask = model_kwargs["encoder_outputs"], model_kwargs["attention_mask"]
+        self.cache_name = next(n for n in ("past_key_values", "cache") if model_kwargs.get(n) is not None)
+        self.cache = model_kwargs[self.cache_name]
+        self.num_decoded = 0
+        self.rows: list[int] = []
+
+    def log_probs(self, tokens_BL: Tensor, rows: list[int]) -> Tensor:
+        """Of the tokens that follow, [B, V] float32; `rows` are the sentences of the beams."""
+        self.rows = rows
+        index_B = torch.tensor(rows, device=self.mask.device)
+        outputs = self.model(
+            decoder_input_ids=tokens_BL[:, self.num_decoded :],
+            encoder_outputs=type(self.encoder_outputs)(last_hidden_state=self.encoder_outputs.last_hidden_state[index_B]),
+            attention_mask=self.mask[index_B],
+            use_cache=True,
+            return_dict=True,
+            **{self.cache_name: self.cache},
         )
-        log_probs_BV = logits_processor(tokens_BL, out.logits[:, -1].float().log_softmax(-1))
-        is_last = tokens_BL.shape[1] + 1 >= max_length
-        chosen = []
-        start = 0
-        while start < len(beams):
-            end = start
-            while end < len(beams) and beams[end].row == beams[start].row:
-                end += 1
-            chosen += rows[beams[start].row].step(beams[start:end], start, log_probs_BV, is_last)
-            start = end
-        same = [b.row for b in beams] == [b.row for b in chosen]
-        beams = chosen
-        if beams:
-            (cache.self_attention_cache if same else cache).reorder_cache(torch.tensor([beam.parent for beam in beams], device=device))
-    longest = max(len(f.tokens) for row in rows for f in row.finished[:1])
-    pad = int(generation_config._pad_token_tensor)
-    sequences = torch.tensor([[*r.finished[0].tokens, *[pad] * (longest - len(r.finished[0].tokens))] for r in rows], device=device)
-    return GenerateBeamEncoderDecoderOutput(sequences=sequences, sequences_scores=torch.tensor([r.finished[0].score for r in rows]))
+        self.num_decoded = tokens_BL.shape[1]
+        return outputs.logits[:, -1].float().log_softmax(dim=-1)
+
+    def keep(self, parents: list[int]) -> None:
+        """The cache of the beams that go on, in the order of those that follow."""
+        if parents:
+            is_same = [self.rows[parent] for parent in parents] == self.rows
+            cache = self.cache.self_attention_cache if is_same else self.cache  # the source stays
+            cache.reorder_cache(torch.tensor(parents, device=self.mask.device))
+
+
+__all__ = ["Hypothesis", "grid_search"]
