@@ -2,12 +2,14 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from .words import split_words, words_with_spans
+from .placeholders import placeholder_spans
+from .words import count_phrase, split_words, words_with_spans
 
 HEADER = ("source", "target")
 
@@ -79,21 +81,36 @@ class Glossary:
         return cls(found.values())
 
     def terms_in(self, sentence: str) -> list[TermOccurrence]:
-        """The terms of a sentence, in its order. They start and end where words do, the longest at a place counts, and
-        none overlap. In scripts without spaces between words a term stands anywhere. The time is linear in the
-        length of the sentence, whatever the size of the glossary."""
+        """The terms of a sentence, in its order.
+
+        They start and end where words do, in scripts without spaces anywhere. The longest at a place counts, and none
+        overlap. What is inside a placeholder (`<file>`) is no term. Time is linear in the length of the sentence,
+        whatever the size of the glossary.
+        """
+        placeholders = placeholder_spans(sentence)
         words, spans = words_with_spans(sentence)
         folded = [word.casefold() for word in words]
         occurrences, index = [], 0
         while index < len(words):
             length, entry = self._longest(words, folded, index)
-            if entry is not None:
-                start, end = spans[index][0], spans[index + length - 1][1]
+            start, end = spans[index][0], spans[index + length - 1][1]
+            if entry is not None and not any(_is_inside((start, end), span) for span in placeholders):
                 source = sentence[start:end]
                 target = source if entry.target is None else entry.target
                 occurrences.append(TermOccurrence(start, end, source, target, _is_any_case(entry.source)))
             index += length
         return occurrences
+
+    def missing_terms(self, sentence: str, translation: str) -> list[TermOccurrence]:
+        """The terms of a sentence that a translation has not in the form of the glossary, or not as often."""
+        missing = []
+        num_wanted: Counter[str] = Counter()
+        for term in self.terms_in(sentence):
+            num_wanted[term.target] += 1
+            found = count_phrase(term.target, translation, may_be_capitalized=term.is_any_case)
+            if found < num_wanted[term.target]:
+                missing.append(term)
+        return missing
 
     def _longest(self, words: list[str], folded: list[str], index: int) -> tuple[int, GlossaryEntry | None]:
         """The entry at a place, as it is written before one of any case, and its number of words."""
@@ -121,6 +138,10 @@ class Glossary:
         """Of its entries, in any order."""
         lines = sorted(f"{entry.source}\t{'' if entry.target is None else entry.target}" for entry in self.entries)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _is_inside(span: tuple[int, int], other: tuple[int, int]) -> bool:
+    return other[0] <= span[0] and span[1] <= other[1] and span != other
 
 
 def _is_any_case(source: str) -> bool:
@@ -164,7 +185,9 @@ def _cells(line: bytes, where: str) -> list[str]:
         raise ValueError(f"{where} has a NUL character; save the file as UTF-8 (not UTF-16), without it")
     cells = [cell.strip() for cell in text.split("\t")]
     if len(cells) > 2:
-        raise ValueError(f"{where} has {len(cells)} columns; a line is `source<tab>target`, or a source alone: {text!r}")
+        raise ValueError(
+            f"{where} has {len(cells)} columns; a line is `source<tab>target`, or a source alone: {text!r}"
+        )
     if not cells[0]:
         raise ValueError(f"{where} has no source term: {text!r}; write `source<tab>target`")
     return cells

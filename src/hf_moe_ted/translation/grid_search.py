@@ -165,7 +165,9 @@ class _Row:
             parent = beams[step.beam]
             tokens = (*parent.tokens, step.token)
             if step.token not in self.settings.eos:
-                beam = _Beam(parent.row, first + step.beam, tokens, *step[:1], *step[3:])
+                beam = _Beam(
+                    parent.row, first + step.beam, tokens, step.score, step.missing, step.begun, step.ends_word
+                )
                 chosen.setdefault((tokens, step.begun), beam)
             elif rank < self.bank_size and self._may_end(parent):
                 self.finished.append(Hypothesis(tokens, self._ranked(step.score, len(tokens)), True))
@@ -207,9 +209,7 @@ class _Row:
         return score / (num_tokens - self.settings.prompt_length) ** self.settings.length_penalty
 
 
-def _forced_step(
-    beam: _Beam, number: int, tokens: tuple[int, ...], missing: tuple[int, ...], ends_word: bool
-) -> _Step:
+def _forced_step(beam: _Beam, number: int, tokens: tuple[int, ...], missing: tuple[int, ...], ends_word: bool) -> _Step:
     """A beam goes on with the first of some tokens; the score of the token is not in it yet."""
     return _Step(beam.score, number, tokens[0], missing, tokens[1:], ends_word)
 
@@ -298,7 +298,9 @@ class _Decoder:
         index_B = torch.tensor(rows, device=self.mask.device)
         outputs = self.model(
             decoder_input_ids=tokens_BL[:, self.num_decoded :],
-            encoder_outputs=type(self.encoder_outputs)(last_hidden_state=self.encoder_outputs.last_hidden_state[index_B]),
+            encoder_outputs=type(self.encoder_outputs)(
+                last_hidden_state=self.encoder_outputs.last_hidden_state[index_B]
+            ),
             attention_mask=self.mask[index_B],
             use_cache=True,
             return_dict=True,

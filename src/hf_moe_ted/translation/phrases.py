@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..models.language_codes import languages_kept
-from .glossary import Glossary, TermOccurrence
+from .glossary import Glossary
 from .placeholders import placeholder_spans
 from .words import capitalized, count_phrase, ends_in_word, starts_in_word
 
@@ -49,30 +49,23 @@ class Phrase:
         return self.count_in(translation) >= self.count
 
 
-def phrases_of(sentence: str, glossary: Glossary | None = None) -> tuple[Phrase, ...]:
+def phrases_of(sentence: str, glossary: Glossary | None, *, keep_placeholders: bool = True) -> tuple[Phrase, ...]:
     """What the translation of a sentence has to have: its terms as the glossary has them, its placeholders as they are.
 
-    A term inside a placeholder is a part of the placeholder; a placeholder that belongs to a term is left to it.
+    A placeholder that is part of a term is left to the term.
     """
-    spans = placeholder_spans(sentence)
     terms = [] if glossary is None else glossary.terms_in(sentence)
-    terms = [term for term in terms if not any(_is_inside((term.start, term.end), span) for span in spans)]
-    spans = [span for span in spans if not any(start < span[1] and span[0] < end for start, end in map(_span, terms))]
     counts = Counter((term.target, term.is_any_case) for term in terms)
     sources = {term.target: term.source for term in reversed(terms)}
-    names = Counter(sentence[start:end] for start, end in spans)
+    names = Counter(
+        sentence[start:end]
+        for start, end in (placeholder_spans(sentence) if keep_placeholders else ())
+        if not any(term.start < end and start < term.end for term in terms)
+    )
     return (
         *(Phrase(text, count, sources[text], is_any_case) for (text, is_any_case), count in counts.items()),
         *(Phrase(name, count) for name, count in names.items()),
     )
-
-
-def _span(term: TermOccurrence) -> tuple[int, int]:
-    return term.start, term.end
-
-
-def _is_inside(span: tuple[int, int], other: tuple[int, int]) -> bool:
-    return other[0] <= span[0] and span[1] <= other[1] and span != other
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class SentenceTranslator:
         src_lang: str,
         tgt_lang: str,
         num_sequences: int = 1,
-        phrases_of: Callable[[str], tuple[Phrase, ...]] = lambda _: (),
+        phrases: Sequence[tuple[Phrase, ...]] | None = None,
     ) -> list[SourceSentence]:
         """The texts as sentences, each at most `max_source_tokens` long if it is to be translated."""
         if not texts:
@@ -111,9 +111,9 @@ class SentenceTranslator:
                 input_ids=tuple(ids),
                 first_token=encoded["forced_bos_token_id"],
                 num_sequences=num_sequences,
-                phrases=phrases_of(text),
+                phrases=of_text,
             )
-            for text, ids in zip(texts, encoded["input_ids"], strict=True)
+            for text, ids, of_text in zip(texts, encoded["input_ids"], phrases or [()] * len(texts), strict=True)
         ]
 
     def batches(self, sentences: Iterable[SourceSentence]) -> Iterator[list[SourceSentence]]:

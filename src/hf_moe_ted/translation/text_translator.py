@@ -124,6 +124,8 @@ class TextTranslator:
             and 32 more, at most what the model has positions for.
         num_alternatives: other translations of each sentence; less than `num_beams`.
         split: whether texts are split into sentences; otherwise each line is one. Lines are never joined.
+        keep_placeholders: whether translations have to have the placeholders of their sources (`%s`, `{name}`, `<b>`,
+            URLs, ...); otherwise it is only reported if they have not.
 
     Raises:
         ValueError: a number that cannot be, or a tokenizer without languages.
@@ -139,11 +141,12 @@ class TextTranslator:
         max_new_tokens: int | None = None,
         num_alternatives: int = 0,
         split: bool = True,
+        keep_placeholders: bool = True,
     ):
         self._sentences = SentenceTranslator(
             model, tokenizer, num_beams=num_beams, batch_tokens=batch_tokens, max_new_tokens=max_new_tokens
         )
-        self.split = split
+        self.split, self.keep_placeholders = split, keep_placeholders
         self.num_sequences = self._num_sequences(num_alternatives)
 
     @property
@@ -296,9 +299,8 @@ class TextTranslator:
         max_tokens = self._sentences.max_source_tokens
 
         def encode(texts: Sequence[str]) -> list[SourceSentence]:
-            return self._sentences.encode(
-                texts, src_lang, tgt_lang, num_sequences, lambda text: phrases_of(text, glossary)
-            )
+            phrases = [phrases_of(text, glossary, keep_placeholders=self.keep_placeholders) for text in texts]
+            return self._sentences.encode(texts, src_lang, tgt_lang, num_sequences, phrases)
 
         def count_tokens(texts: Sequence[str]) -> list[int]:
             return [len(sentence.input_ids) for sentence in self._sentences.encode(texts, src_lang, tgt_lang)]
