@@ -1,15 +1,15 @@
 """Beam search for translations that have certain phrases: grid beam search (Hokamp and Liu 2017, section 3).
 
-Beams are kept apart, in banks, by how many of the phrases they have begun. So a beam that has paid for a phrase is not
-compared with one that has not yet. In each step a beam may go on with any token, or begin a phrase that it misses; what
-is begun is written to its end.
+Beams are kept apart, in banks, by how many of the phrases they have, and how many tokens one that they have begun goes
+on with. So a beam that has paid for a phrase is not compared with one that has not yet. In each step a beam may go on
+with any token, or begin a phrase that it misses; what is begun is written to its end.
 
 Shape letters: B beams of all sentences, L tokens, V words of the vocabulary.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .phrases import Phrase, PhraseTokens, Spelling
 
-MAX_BEAMS = 4  # times num_beams: of a sentence, in all banks
+MAX_BEAMS = 8  # times num_beams: of a sentence, in all banks; mostly it has half as many
 IMPOSSIBLE = -1e8  # log-probability
 
 
@@ -94,7 +94,7 @@ class _Row:
     def __post_init__(self) -> None:
         num_banks = 1 + sum(phrase.count for phrase in self.phrases)
         self.max_beams = MAX_BEAMS * self.settings.num_beams
-        self.bank_size = max(1, min(self.settings.num_beams, self.max_beams // num_banks))
+        self.bank_size = max(1, min(self.settings.num_beams, self.max_beams // 2 // num_banks))
         self.num_wanted = max(self.bank_size, self.settings.num_sequences)
 
     def step(self, beams: Sequence[_Beam], first: int, log_probs_BV: Tensor) -> list[_Beam]:
@@ -105,9 +105,9 @@ class _Row:
             first: number of the first one among all beams.
             log_probs_BV: of these beams.
         """
-        banks: dict[int, list[_Step]] = {}
+        banks: dict[tuple[int, int], list[_Step]] = {}
         for step in self._steps(beams, log_probs_BV):
-            banks.setdefault(sum(step.missing), []).append(step)
+            banks.setdefault((sum(step.missing), len(step.begun)), []).append(step)
         chosen = [beam for _, bank in sorted(banks.items()) for beam in self._best(bank, beams, first)]
         chosen = chosen[: self.max_beams]  # those with most of the phrases
         if not chosen or len(chosen[0].tokens) - self.settings.prompt_length >= self.limit:
@@ -116,23 +116,31 @@ class _Row:
         return [] if self._is_done(chosen) else chosen
 
     def _steps(self, beams: Sequence[_Beam], log_probs_BV: Tensor) -> list[_Step]:
-        values, ids = log_probs_BV.topk(min(2 * self.bank_size + 8, log_probs_BV.shape[-1]))
+        best = log_probs_BV.topk(min(2 * self.bank_size, log_probs_BV.shape[-1]))
         steps: list[_Step] = []
         forced: list[_Step] = []  # the scores of the tokens are not in them yet
-        for number, (beam, of_beam, tokens) in enumerate(zip(beams, values.tolist(), ids.tolist(), strict=True)):
+        for number, (beam, values, tokens) in enumerate(zip(beams, *map(Tensor.tolist, best), strict=True)):
             if beam.begun:
                 forced.append(_forced_step(beam, number, beam.begun, beam.missing, beam.ends_word))
                 continue
+            if beam.ends_word:
+                values, tokens = self._outside_word(log_probs_BV[number])
             steps += [
                 _Step(beam.score + value, number, token, self._missing_after(beam, token))
-                for value, token in zip(of_beam, tokens, strict=True)
-                if not (beam.ends_word and self.settings.phrase_tokens.continues_word(token))
+                for value, token in zip(values, tokens, strict=True)
             ]
             forced += self._begun(beam, number)
         if forced:
-            values = log_probs_BV[[step.beam for step in forced], [step.token for step in forced]]
-            steps += [s._replace(score=s.score + value) for s, value in zip(forced, values.tolist(), strict=True)]
+            added = log_probs_BV[[step.beam for step in forced], [step.token for step in forced]].tolist()
+            steps += [s._replace(score=s.score + value) for s, value in zip(forced, added, strict=True)]
         return [step for step in steps if step.score > IMPOSSIBLE]
+
+    def _outside_word(self, log_probs_V: Tensor) -> tuple[list[float], list[int]]:
+        """The best tokens that do not go on with a word, and their log-probabilities."""
+        in_order = log_probs_V.argsort(descending=True).tolist()
+        free = (token for token in in_order if not self.settings.phrase_tokens.continues_word(token))
+        tokens = list(islice(free, 2 * self.bank_size))
+        return log_probs_V[tokens].tolist(), tokens
 
     def _missing_after(self, beam: _Beam, token: int) -> tuple[int, ...]:
         """A beam that ends is one of those that have all phrases; `_may_end` looks whether it has."""
@@ -159,6 +167,7 @@ class _Row:
 
     def _best(self, bank: list[_Step], beams: Sequence[_Beam], first: int) -> list[_Beam]:
         """The best that go on; those that end among the best are finished, as beam search does."""
+        size = max(1, self.bank_size // 2) if bank[0].begun else self.bank_size
         chosen: dict[tuple[Any, ...], _Beam] = {}
         rank = 0
         for step in sorted(bank, key=lambda step: -step.score):
@@ -169,12 +178,12 @@ class _Row:
                     parent.row, first + step.beam, tokens, step.score, step.missing, step.begun, step.ends_word
                 )
                 chosen.setdefault((tokens, step.begun), beam)
-            elif rank < self.bank_size and self._may_end(parent):
+            elif rank < size and self._may_end(parent):
                 self.finished.append(Hypothesis(tokens, self._ranked(step.score, len(tokens)), True))
             else:
                 continue
             rank += 1
-            if len(chosen) == self.bank_size:
+            if len(chosen) == size:
                 break
         self.finished = sorted(self.finished, key=lambda hypothesis: -hypothesis.score)[: self.num_wanted]
         return list(chosen.values())
@@ -239,7 +248,7 @@ def grid_search(
         phrases: of each sentence, what its translation has to have.
         phrase_tokens: of the tokenizer.
         limits: of each sentence, how long its translation may be, in tokens.
-        beams_of_grid: `num_beams` of a search without phrases; a sentence with phrases has up to four times as many.
+        beams_of_grid: `num_beams` of a search without phrases; a sentence with phrases has up to eight times as many.
         sequences_of_grid: translations of each sentence that are wanted.
         on_step: is called after each token; what it raises ends the work.
 

@@ -126,15 +126,17 @@ class PhraseTokens:
 
     def _continues_word(self, token_id: int) -> bool:
         """Whether a token goes on with the word before it."""
-        token = self._tokenizer.convert_ids_to_tokens(token_id)
-        if token.startswith("▁") or token_id in self._special_ids:
-            return False
-        return starts_in_word(self._tokenizer.convert_tokens_to_string([token]))
+        token = self._tokenizer.convert_ids_to_tokens(token_id) or ""
+        is_apart = token.startswith("▁") or token_id in self._special_ids
+        return not is_apart and starts_in_word(self._text(token))
 
     def _ends_in_word(self, token_id: int) -> bool:
         """Whether a letter after a token would go on with its word."""
-        text = self._tokenizer.convert_tokens_to_string([self._tokenizer.convert_ids_to_tokens(token_id)])
+        text = self._text(self._tokenizer.convert_ids_to_tokens(token_id) or "")
         return text.endswith("\N{REPLACEMENT CHARACTER}") or ends_in_word(text)  # bytes may be those of a letter
+
+    def _text(self, token: str) -> str:
+        return self._tokenizer.convert_tokens_to_string([token]) if token else ""
 
 
 __all__ = ["Phrase", "PhraseTokens", "Spelling", "phrases_of"]
