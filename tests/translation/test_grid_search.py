@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
-from transformers import M2M100Config, M2M100ForConditionalGeneration, M2M100Tokenizer, NllbTokenizer
+from transformers import LogitsProcessor, M2M100Config, M2M100ForConditionalGeneration, M2M100Tokenizer, NllbTokenizer
 from translation_cases import TEXTS, MakeModel
 
 from hf_moe_ted import Glossary, ZCodeM3Tokenizer
@@ -75,6 +75,16 @@ def demo_like(make_model: MakeModel) -> Any:
     return model
 
 
+class LikelyEnd(LogitsProcessor):
+    """So that ends are among the best tokens, as beam search wants them."""
+
+    bonus = 9.0
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        scores[:, 2] += self.bonus
+        return scores
+
+
 def test_a_wide_search_finds_the_best_of_all(model: Any, tokenizer: ZCodeM3Tokenizer) -> None:
     """Every translation of up to two tokens and the end, by brute force."""
     inputs = tokenizer(SENTENCES[:1], src_lang="en", return_tensors="pt")
@@ -90,12 +100,13 @@ def test_a_wide_search_finds_the_best_of_all(model: Any, tokenizer: ZCodeM3Token
         fourths = torch.tensor([[eos, first, token, phrase_id] for token in range(vocab_size)])
         before_phrase = model(**many, decoder_input_ids=fourths).logits[:, -1].log_softmax(-1)[:, eos]
     second = log_probs[0, 1]  # after the language
-    scores = {(phrase_id, eos): (second[phrase_id] + log_probs[phrase_id, 2, eos]) / 3}
+    ends = after_phrase + LikelyEnd.bonus, before_phrase + LikelyEnd.bonus
+    scores = {(phrase_id, eos): (second[phrase_id] + log_probs[phrase_id, 2, eos] + LikelyEnd.bonus) / 3}
     for token in set(range(vocab_size)) - {eos}:
-        scores[phrase_id, token, eos] = (second[phrase_id] + log_probs[phrase_id, 2, token] + after_phrase[token]) / 4
-        scores[token, phrase_id, eos] = (second[token] + log_probs[token, 2, phrase_id] + before_phrase[token]) / 4
+        scores[phrase_id, token, eos] = (second[phrase_id] + log_probs[phrase_id, 2, token] + ends[0][token]) / 4
+        scores[token, phrase_id, eos] = (second[token] + log_probs[token, 2, phrase_id] + ends[1][token]) / 4
     best = max(scores, key=lambda tokens: scores[tokens])
-    [[found, *_]] = search(model, tokenizer, [[Phrase("q")]], vocab_size**2, limit=4)
+    [[found, *_]] = search(model, tokenizer, [[Phrase("q")]], 2 * vocab_size, limit=4, logits_processor=[LikelyEnd()])
     assert found.tokens == (eos, first, *best) and found.has_ended
     assert found.score == pytest.approx(float(scores[best]), abs=1e-5)
 
@@ -109,7 +120,7 @@ def test_each_sentence_has_its_phrases(model: Any, tokenizer: ZCodeM3Tokenizer, 
     ]
     found = search(model, tokenizer, phrases, num_beams, limit=60)
     texts = decoded(tokenizer, found)
-    for text, row, of_row in zip(texts, found, phrases, strict=True):
+    for text, of_row in zip(texts, phrases, strict=True):
         assert all(phrase.is_in(text) for phrase in of_row), text
     [[alone, *_]] = search(model, tokenizer, [phrases[0]], num_beams, limit=60)
     assert found[0][0].tokens == alone.tokens  # whatever the others are
