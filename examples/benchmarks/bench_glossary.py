@@ -43,7 +43,7 @@ DATA = Path(__file__).parents[1] / "data"
 DIRECTIONS = "en-de,en-fr,en-es,en-ru,en-tr,en-ja,en-zh,de-en"
 WORD = regex.compile(r"[\p{L}\p{M}]+")
 NO_SPACES = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}]+")
-PLACEHOLDERS = ("$1", "%s", "{name}", "https://example.org/a?b=1", "`--flag`", "&amp;")
+PLACEHOLDERS = ("$1", "%s", "{name}")
 MIN_LETTERS, MIN_COUNT, MAX_SHARE, MIN_DICE = 4, 8, 0.05, 0.7
 BONUSES = (2.0,)
 
