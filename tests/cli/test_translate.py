@@ -13,13 +13,27 @@ def test_lines(model_and_text: tuple[Path, Path]) -> None:
     model, _ = model_and_text
     source, output, table = (model.parent / name for name in ("in.txt", "out.txt", "out.jsonl"))
     source.write_text("Save. Close it!\n\nThe file %s\n", encoding="utf-8")
-    printed = run_here("translate", model, source, output, *OPTIONS)
+    printed = run_here("translate", model, source, output, *OPTIONS, "--no-keep-placeholders")
     run_here("translate", model, source, table, *OPTIONS, "--src", "auto")
     assert output.read_bytes().count(b"\n") == 3
     rows = [json.loads(line) for line in table.read_text(encoding="utf-8").split("\n")[:-1]]
     assert [row["source"] for row in rows] == ["Save. Close it!", "", "The file %s"]
     assert "row 3 should be looked at: 'The file %s': not as often as in the source: %s" in printed
     assert message_of("translate", model, source, output, *OPTIONS).startswith(f"output ({output}) exists")
+
+
+def test_glossary(model_and_text: tuple[Path, Path]) -> None:
+    model, _ = model_and_text
+    source, output, terms = (model.parent / name for name in ("terms-in.txt", "terms-out.txt", "terms.tsv"))
+    source.write_text("The disk is full\nA much longer term\n", encoding="utf-8")
+    terms.write_text("disk\tHDD\nterm\tWort mit mehr als sechs Tokens\n", encoding="utf-8")
+    printed = run_here("translate", model, source, output, *OPTIONS, "--glossary", terms)
+    assert "HDD" in output.read_text(encoding="utf-8")
+    assert "not as in the glossary: term -> Wort mit mehr als sechs Tokens" in printed
+    terms.write_text("a\tb\tc\n", encoding="utf-8")
+    assert f"glossary {terms}, line 1 has 3 columns" in message_of(
+        "translate", model, source, output, *OPTIONS, "--glossary", terms
+    )
 
 
 def test_standard_input(model_and_text: tuple[Path, Path]) -> None:

@@ -28,6 +28,7 @@ class Shouting(TextTranslator):
         begun: is set when a batch has begun.
         is_busy: whether a batch runs.
         texts_seen: sentences of all batches that were finished.
+        phrases_seen: what their translations had to have.
     """
 
     def __init__(self, **options: Any):
@@ -36,6 +37,7 @@ class Shouting(TextTranslator):
         self.gate.set()
         self.is_busy = False
         self.texts_seen: list[str] = []
+        self.phrases_seen: list[str] = []
 
     def translate_batch(
         self, batch: Sequence[SourceSentence], on_step: Callable[[], None] | None = None
@@ -51,6 +53,7 @@ class Shouting(TextTranslator):
         if bad := [sentence.text for sentence in batch if BAD_WORD in sentence.text]:
             raise RuntimeError(f"no translation of {bad[0]}")
         self.texts_seen += [sentence.text for sentence in batch]
+        self.phrases_seen += [phrase.text for sentence in batch for phrase in sentence.phrases]
         return [self._shouted(sentence) for sentence in batch]
 
     def _shouted(self, sentence: SourceSentence) -> TranslatedSentence:

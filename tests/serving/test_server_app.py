@@ -7,6 +7,8 @@ import pytest
 from serving_cases import BAD_WORD, MakeClient, Shouting, error_of
 from starlette.testclient import TestClient
 
+from hf_moe_ted import Glossary
+
 PAIR = {"source": "en", "target": "de"}
 
 
@@ -40,6 +42,23 @@ def test_forms_of_language_codes(client: TestClient) -> None:
 def test_problems(client: TestClient) -> None:
     answer = client.post("/translate", json={"q": ["a nonsense", "some sense"], **PAIR}).json()
     assert answer["problems"] == [["'a nonsense': is empty of sense"], []]
+
+
+def test_glossary(client: TestClient, shouting: Shouting) -> None:
+    fields = {"q": ["close the tab", "save"], **PAIR, "glossary": {"tab": "REITER", "save": None}}
+    assert client.post("/translate", json=fields).status_code == 200
+    assert shouting.phrases_seen == ["REITER", "save"]
+    for bad, message in (({" ": "a"}, "glossary"), ({"a": 1}, "glossary"), ("a\tb", "glossary")):
+        answer = client.post("/translate", json={**fields, "glossary": bad})
+        assert (answer.status_code, message in error_of(answer)) == (400, True)
+
+
+def test_glossary_of_the_server(make_client: MakeClient, shouting: Shouting) -> None:
+    client = make_client(glossary=Glossary([("tab", "REITER")]))
+    client.post("/translate", json={"q": "close the tab", **PAIR})
+    client.post("/translate", json={"q": "a tab", **PAIR, "glossary": {"tab": "KARTE"}})
+    client.post("/translate_file", files={"file": ("a.txt", "one tab")}, data=PAIR)
+    assert shouting.phrases_seen == ["REITER", "KARTE", "REITER"]
 
 
 def test_same_language_stays(client: TestClient, shouting: Shouting) -> None:

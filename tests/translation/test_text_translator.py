@@ -6,7 +6,7 @@ import pytest
 import torch
 from translation_cases import MakeModel
 
-from hf_moe_ted import ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer
+from hf_moe_ted import Glossary, ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer
 from hf_moe_ted.translation.text_translator import CUT, TextTranslator
 
 TEXT = "  One sentence. Another one!\r\n\r\n\tThe third, which is longer than the others?  Yes.\n"
@@ -68,7 +68,7 @@ def test_alternatives(model: Any, tokenizer: ZCodeM3Tokenizer) -> None:
 
 
 def test_what_a_reader_should_look_at(model: Any, tokenizer: ZCodeM3Tokenizer) -> None:
-    translator = TextTranslator(model, tokenizer, num_beams=1, max_new_tokens=3)
+    translator = TextTranslator(model, tokenizer, num_beams=1, max_new_tokens=3, keep_placeholders=False)
     [text] = translator.translate(["Save the file %s in the folder {name} of the disk"], "en", "de")
     problems = text.sentences[0].problems
     assert "not as often as in the source: %s {name}" in problems
@@ -197,3 +197,37 @@ def test_a_stream_begins_with_one_sentence(
     assert (first.text[:2], sizes) == ("  ", [1])
     assert len(list(stream)) == 3
     assert sizes == [1, 2, 1]
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_glossary_and_placeholders(model: Any, tokenizer: ZCodeM3Tokenizer, num_beams: int) -> None:
+    """Sentences without terms are translated as without a glossary; the others have them."""
+    translator = TextTranslator(model, tokenizer, num_beams=num_beams, max_new_tokens=40)
+    texts = ["Close the tab. Yes.", "Save %s as <b>it</b>. No."]
+    plain = translator.translate(texts, "en", "de")
+    glossary = Glossary([("tab", "Reiter"), ("save", None)])
+    terms = translator.translate(texts, "en", "de", glossary=glossary)
+    assert [text.sentences[1] for text in terms] == [text.sentences[1] for text in plain]
+    assert glossary.missing_terms(texts[0], terms[0].text) == []
+    for name in ("Save", "%s", "<b>", "</b>"):
+        assert name in terms[1].text
+    assert all(name in plain[1].text for name in ("%s", "<b>", "</b>"))
+    reported = TextTranslator(model, tokenizer, num_beams=num_beams, max_new_tokens=40, keep_placeholders=False)
+    [[problem, *_]] = [reported.translate(texts[1:], "en", "de")[0].sentences[0].problems]
+    assert problem == "not as often as in the source: %s <b> </b>"
+
+
+def test_alternatives_with_a_glossary(model: Any, tokenizer: ZCodeM3Tokenizer) -> None:
+    translator = TextTranslator(model, tokenizer, num_beams=4, max_new_tokens=30)
+    [text] = translator.translate(
+        ["close the tab"], "en", "de", glossary=Glossary([("tab", "Reiter")]), num_alternatives=2
+    )
+    [sentence] = text.sentences
+    assert "Reiter" in sentence.text and len({sentence.text, *sentence.alternatives}) == 3 == len(sentence.scores)
+
+
+def test_terms_that_do_not_fit_are_reported(model: Any, tokenizer: ZCodeM3Tokenizer) -> None:
+    translator = TextTranslator(model, tokenizer, num_beams=2, max_new_tokens=5)
+    [text] = translator.translate(["the tab"], "en", "de", glossary=Glossary([("tab", "Registerkarte")]))
+    assert "not as in the glossary: tab -> Registerkarte" in text.sentences[0].problems
+    assert CUT in text.sentences[0].problems

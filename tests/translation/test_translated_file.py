@@ -12,7 +12,7 @@ import datasets
 import pytest
 from translation_cases import MakeModel
 
-from hf_moe_ted import ZCodeM3Tokenizer
+from hf_moe_ted import Glossary, ZCodeM3Tokenizer
 from hf_moe_ted.testing import run_distributed_test
 from hf_moe_ted.translation import translated_file
 from hf_moe_ted.translation.text_rows import paragraphs, read_rows
@@ -26,7 +26,7 @@ PAIR = {"src_lang": "en", "tgt_lang": "de"}
 @pytest.fixture
 def translator(make_model: MakeModel, tokenizer: ZCodeM3Tokenizer, monkeypatch: pytest.MonkeyPatch) -> TextTranslator:
     monkeypatch.setattr(translated_file, "ROWS_AT_ONCE", 2)
-    return TextTranslator(make_model(), tokenizer, num_beams=1, max_new_tokens=6)
+    return TextTranslator(make_model(), tokenizer, num_beams=1, max_new_tokens=6, keep_placeholders=False)
 
 
 @pytest.fixture
@@ -81,11 +81,11 @@ def test_interrupted(translator: TextTranslator, source: Path, monkeypatch: pyte
     translate = translator.translate
     calls: list[Any] = []
 
-    def stop_at_third(texts: Any, *args: Any) -> Any:
+    def stop_at_third(texts: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(texts)
         if len(texts) and len([call for call in calls if call]) == 3:
             raise KeyboardInterrupt
-        return translate(texts, *args)
+        return translate(texts, *args, **kwargs)
 
     monkeypatch.setattr(translator, "translate", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
@@ -118,6 +118,27 @@ def test_another_call_does_not_go_on(translator: TextTranslator, source: Path, m
     translate_file(translator, source, output, **PAIR, overwrite=True)
     with pytest.raises(ValueError, match=r"output \(.*out.txt\) exists; choose another name, or overwrite it"):
         translate_file(translator, source, output, **PAIR)
+
+
+def test_glossary(translator: TextTranslator, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its terms are in the output, and a run goes on only with the same."""
+    output, glossary = source.with_name("out.txt"), Glossary([("seven", "7")])
+    translate_file(translator, source, output, **PAIR, glossary=glossary)
+    assert "7" in output.read_text(encoding="utf-8").split("\n")[5]
+    translate = translator.translate
+
+    def stop(texts: Any, *args: Any, **kwargs: Any) -> Any:
+        if "four" in texts:
+            raise KeyboardInterrupt
+        return translate(texts, *args, **kwargs)
+
+    monkeypatch.setattr(translator, "translate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        translate_file(translator, source, output, **PAIR, glossary=glossary, overwrite=True)
+    monkeypatch.undo()
+    output.unlink()
+    with pytest.raises(ValueError, match="was begun with another glossary; give the same again"):
+        translate_file(translator, source, output, **PAIR, glossary=Glossary([("seven", "8")]))
 
 
 def test_bad_arguments(translator: TextTranslator, source: Path) -> None:

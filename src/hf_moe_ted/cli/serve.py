@@ -34,13 +34,14 @@ def serve(
     max_waiting_characters: Annotated[int, typer.Option(help="For the model; more: 503.")] = 1_000_000,
     requests_per_minute: Annotated[int, typer.Option(help="Of a key, or an address; more: 429.")] = 6_000,
     request_timeout: Annotated[int, typer.Option(help="Seconds for a translation; longer: 503.")] = 600,
+    glossary: Annotated[Path | None, typer.Option(help="TSV of terms, for requests without their own.")] = None,
     log_texts: Annotated[bool, typer.Option("--log-texts", help="Write what users send to the log.")] = False,
     page: Annotated[bool, typer.Option(help="A page at /, to translate in a browser.")] = True,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
     """Serve a model with LibreTranslate's HTTP API. SIGTERM finishes what is running."""
-    from .. import ApiKeys, ServerSettings, bind_address
+    from .. import ApiKeys, Glossary, ServerSettings, bind_address
 
     settings = ServerSettings(
         max_characters=max_characters,
@@ -51,6 +52,7 @@ def serve(
         request_timeout_s=request_timeout,
         api_keys=None if api_keys is None else ApiKeys.from_file(api_keys),
         cors_origins=tuple(cors or ()),
+        glossary=None if glossary is None else Glossary.from_file(glossary),
         log_texts=log_texts,
     )
     address = bind_address(host, port)

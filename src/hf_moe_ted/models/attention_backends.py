@@ -1,6 +1,9 @@
-"""Where PyTorch's attention cannot be trusted with gradients."""
+"""Where PyTorch's choice of an attention kernel does harm: gradients that are NaN, and plans for each new shape."""
 
 import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -8,6 +11,10 @@ from transformers.utils import is_torchdynamo_compiling, logging
 from transformers.utils.import_utils import is_torch_greater_or_equal
 
 logger = logging.get_logger(__name__)
+
+_switch = threading.Lock()
+_num_without_cudnn = 0
+_was_enabled = True
 
 
 @functools.cache
@@ -46,4 +53,26 @@ def warn_of_cudnn_backward(query: Tensor, attention_mask: object) -> None:
         )
 
 
-__all__ = ["has_faulty_cudnn_backward", "warn_of_cudnn_backward"]
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Attention by other kernels than cuDNN's, in all threads of the process.
+
+    cuDNN makes a plan for each new shape, some milliseconds of the host, and each token of a generation has a new
+    length: texts of ever new lengths took six times as long on an H200. It is PyTorch's first choice there.
+    """
+    global _num_without_cudnn, _was_enabled
+    with _switch:
+        if _num_without_cudnn == 0:
+            _was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        _num_without_cudnn += 1
+    try:
+        yield
+    finally:
+        with _switch:
+            _num_without_cudnn -= 1
+            if _num_without_cudnn == 0:
+                torch.backends.cuda.enable_cudnn_sdp(_was_enabled)
+
+
+__all__ = ["has_faulty_cudnn_backward", "warn_of_cudnn_backward", "without_cudnn_attention"]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 
+from .attention_backends import without_cudnn_attention
 from .router import refused_if_not_finite, require_finite_routers
 
 
@@ -73,7 +74,8 @@ class ZCodeM3GenerationMixin(GenerationMixin):
         watch = _NaNWatch()
         processors = LogitsProcessorList([*(logits_processor or []), watch])
         generate: Callable = super().generate  # type: ignore[misc]  # the mixin has a protocol for `self`
-        output = generate(inputs, generation_config, processors, *args, **kwargs)
+        with without_cudnn_attention():
+            output = generate(inputs, generation_config, processors, *args, **kwargs)
         if watch.has_nan is not None and watch.has_nan:
             with refused_if_not_finite(model):
                 again = {name: value for name, value in kwargs.items() if name != "streamer"}

@@ -1,6 +1,6 @@
 """What clients send and get: the fields of LibreTranslate's API, and a few more."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator
 from pydantic_core import PydanticCustomError
@@ -26,6 +26,10 @@ class TranslateRequest(DetectRequest):
     target: str = Field(min_length=1, description="Language to translate to.")
     format: Literal["text", "html", ""] | None = Field(default=None, description="By default text.")
     alternatives: int | None = Field(default=None, ge=0, description="Other translations that are wished for.")
+
+    glossary: dict[Annotated[str, Field(pattern=r"\S")], str | None] | None = Field(
+        default=None, description="Terms and their translations; null: not translated. Only in JSON."
+    )
 
     @field_validator("alternatives", mode="before")
     @classmethod
@@ -124,6 +128,7 @@ def _of_request(model: type[BaseModel], languages: ServedLanguages) -> dict[str,
 
 def _body(schema: dict[str, Any]) -> dict[str, Any]:
     form = {**schema, "properties": {name: _in_form(field) for name, field in schema["properties"].items()}}
+    form["properties"].pop("glossary", None)
     kinds = {"application/json": schema, "application/x-www-form-urlencoded": form, "multipart/form-data": form}
     content = {kind: {"schema": of_kind} for kind, of_kind in kinds.items()}
     return {"requestBody": {"required": True, "content": content}}

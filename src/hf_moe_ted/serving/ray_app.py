@@ -55,7 +55,8 @@ def build(args: RayArguments) -> serve.Application:
         settings = ServerSettings(api_keys=api_keys, **args.settings)  # type: ignore[arg-type]  # checked there
         return create_app(BatchedTranslator(translator), settings)
 
-    return serve.deployment(serve.ingress(app)(), name="Translator").bind()
+    deployment = serve.deployment(serve.ingress(app)(), name="Translator")
+    return deployment.bind()  # type: ignore[attr-defined]  # of a class it is a Deployment
 
 
 __all__ = ["RayArguments", "build"]

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 
+from ..translation.glossary import Glossary
 from .api_keys import ApiKeys
 
 
@@ -22,6 +23,7 @@ class ServerSettings:
         request_timeout_s: for a translation; then it is given up with 503.
         api_keys: who may translate and detect; `None`: everybody.
         cors_origins: pages of which other sites may call the server from a browser; `("*",)` for all.
+        glossary: of requests that have none of their own.
         log_texts: whether texts and translations are written to the log; otherwise only their numbers are.
 
     Raises:
@@ -39,6 +41,7 @@ class ServerSettings:
     request_timeout_s: float = 600.0
     api_keys: ApiKeys | None = None
     cors_origins: tuple[str, ...] = ()
+    glossary: Glossary | None = None
     log_texts: bool = False
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from ..translation.glossary import Glossary
 from .api_schema import DetectRequest, FileRequest, TranslateRequest
 from .batched_translator import BatchedTranslator, ClosedError, QueueFullError
 from .document_translation import DocumentTranslator, TranslatedDocument
@@ -65,12 +66,13 @@ class TranslationApi:
         async with self._in_flight():
             fields = await self._fields(request, TranslateRequest)
             source, target = self._pair(fields)
+            glossary = _glossary(fields)
             is_list = isinstance(fields.q, list)
             texts = self._texts(fields)
             read = html_document if fields.format == "html" else plain_document
             documents = await asyncio.to_thread(lambda: [read(text) for text in texts])
             num_alternatives = 0 if fields.format == "html" else fields.alternatives or 0
-            found = await self._translated(request, documents, source, target, num_alternatives)
+            found = await self._translated(request, documents, source, target, num_alternatives, glossary)
             self._log_texts(texts, found)
         answer: Answer = {"translatedText": [of_text.text for of_text in found]}
         if source == AUTO:
@@ -188,10 +190,20 @@ class TranslationApi:
         return texts
 
     async def _translated(
-        self, request: Request, documents: Sequence[Document], source: str, target: str, num_alternatives: int = 0
+        self,
+        request: Request,
+        documents: Sequence[Document],
+        source: str,
+        target: str,
+        num_alternatives: int = 0,
+        glossary: Glossary | None = None,
     ) -> list[TranslatedDocument]:
         work = self._documents.translate(
-            documents, source, target, num_alternatives=min(num_alternatives, self._documents.max_alternatives)
+            documents,
+            source,
+            target,
+            num_alternatives=min(num_alternatives, self._documents.max_alternatives),
+            glossary=glossary or self._settings.glossary,
         )
         try:
             found = await _unless_client_leaves(request, work, self._settings.request_timeout_s)
@@ -209,6 +221,15 @@ class TranslationApi:
         if self._settings.log_texts:
             for text, of_text in zip(texts, found, strict=True):
                 logger.info("%r -> %r", text, of_text.text)
+
+
+def _glossary(fields: TranslateRequest) -> Glossary | None:
+    if not fields.glossary:
+        return None
+    try:
+        return Glossary(fields.glossary.items())
+    except ValueError as error:
+        raise HTTPException(400, f"Invalid request: {error}") from None
 
 
 async def _unless_client_leaves(request: Request, work: Coroutine[Any, Any, Result], timeout_s: float) -> Result:

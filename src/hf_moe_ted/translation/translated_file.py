@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from .arriving_lines import ArrivingLines
+from .glossary import Glossary
 from .text_rows import (
     CSV,
     LINES,
@@ -61,6 +62,7 @@ def translate_file(
     tgt_lang: str,
     column: str | None = None,
     wrapped: bool = False,
+    glossary: Glossary | None = None,
     overwrite: bool = False,
 ) -> FileTranslation:
     """Translate lines, or a column of a table.
@@ -82,6 +84,7 @@ def translate_file(
         column: with the texts; by default `source`, `text` or `sentence`.
         wrapped: the lines of a paragraph are one text, as in documents whose lines were broken at some width. The
             output has one line for each paragraph.
+        glossary: see [`TextTranslator.translate`].
         overwrite: replace `output`, and begin again if there is a partial one.
 
     Raises:
@@ -91,7 +94,7 @@ def translate_file(
     source, output = (None if path is None else Path(path) for path in (source, output))
     if wrapped and kind_of(source) != LINES:
         raise ValueError(f"wrapped is for text; {source} is a table, whose cells may have several lines anyway")
-    run = _Run(translator, source, output, src_lang, tgt_lang, column, wrapped, overwrite)
+    run = _Run(translator, source, output, src_lang, tgt_lang, column, wrapped, glossary, overwrite)
     with run.opened() as rows:
         run.translate(rows)
     return run.result
@@ -107,10 +110,12 @@ class _Run:
         tgt_lang: str,
         column: str | None,
         wrapped: bool,
+        glossary: Glossary | None,
         overwrite: bool,
     ):
         self.translator, self.source, self.output = translator, source, output
-        self.src_lang, self.tgt_lang, self.column, self.wrapped = src_lang, tgt_lang, column, wrapped
+        self.src_lang, self.tgt_lang, self.glossary = src_lang, tgt_lang, glossary
+        self.column, self.wrapped = column, wrapped
         self.arriving: ArrivingLines | None = None  # standard input
         self.result = FileTranslation()
         self.kind = kind_of(output)
@@ -136,7 +141,14 @@ class _Run:
             "languages": [self.src_lang, self.tgt_lang],
             "column": self.column,
             "wrapped": self.wrapped,
-            "options": [translator.num_beams, translator.num_sequences, translator.max_new_tokens, translator.split],
+            "glossary": None if self.glossary is None else self.glossary.sha256,
+            "options": [
+                translator.num_beams,
+                translator.num_sequences,
+                translator.max_new_tokens,
+                translator.split,
+                translator.keep_placeholders,
+            ],
         }
 
     def _find_partial(self, overwrite: bool) -> None:
@@ -234,7 +246,7 @@ class _Run:
         order = sorted(range(len(chunk)), key=lambda index: len(chunk[index].text or ""))
         mine = order[self.state.process_index :: self.state.num_processes]
         texts = self.translator.translate(
-            [chunk[index].text or "" for index in mine], self.src_lang, self.tgt_lang, count
+            [chunk[index].text or "" for index in mine], self.src_lang, self.tgt_lang, count, glossary=self.glossary
         )
         if self.state.num_processes == 1:
             return [text for _, text in sorted(zip(mine, texts, strict=True), key=lambda pair: pair[0])], num_tokens
