@@ -6,6 +6,7 @@ from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
 from hf_moe_ted.models.language_codes import (
     LanguageCode,
     find_language,
+    is_right_to_left,
     language_ids,
     parse_language,
     parse_languages,
@@ -115,3 +116,13 @@ def test_languages_of_a_tokenizer_beside_other_special_tokens(nllb_tokenizer) ->
     assert before["deu_Latn"] == nllb_tokenizer.convert_tokens_to_ids("deu_Latn")
     with pytest.raises(ValueError, match="str has no languages"):
         language_ids("en")
+
+
+def test_right_to_left() -> None:
+    assert [code for code in SHORT if is_right_to_left(code)] == ["he", "ar"]
+    of_nllb = {code for code in FAIRSEQ_LANGUAGE_CODES if is_right_to_left(code)}
+    assert of_nllb == {code for code in FAIRSEQ_LANGUAGE_CODES if code[-4:] in ("Arab", "Hebr")}
+    # without a script, a language is written as NLLB has it, where it has it in one script only
+    only_one = [code for code in FAIRSEQ_LANGUAGE_CODES if sum(c[:3] == code[:3] for c in FAIRSEQ_LANGUAGE_CODES) == 1]
+    assert [code for code in only_one if is_right_to_left(code[:3]) != is_right_to_left(code)] == []
+    assert is_right_to_left("fa-IR") and is_right_to_left("uz-Arab") and not is_right_to_left("ur-Latn")

@@ -32,6 +32,7 @@ from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
 from ..models.moe_layer import ZCodeM3MoELayer
 from ..models.router import Routing, modules_in_use
 from .expert_statistics import ExpertStatistics, LayerStatistics, ModelFingerprint
+from .teacher_forcing import TeacherForcedBatch
 
 BATCHES_PER_BUCKET = 16
 
@@ -134,28 +135,11 @@ def _recording(recorders: Iterable["_LayerRecorder"]) -> Iterator[None]:
             handle.remove()
 
 
-@torch.no_grad()
 def _run(model: Any, recorders: Mapping[str, "_LayerRecorder"], sentences: Sequence[EncodedSentence]) -> None:
-    start = [model.config.decoder_start_token_id]
-    source_ids, source_mask = _pad([s.source for s in sentences], model)
-    target_ids, target_mask = _pad([start + s.target[:-1] for s in sentences], model)
+    batch = TeacherForcedBatch.of(sentences, model)
     for name, recorder in recorders.items():
-        recorder.is_token_T = (source_mask if side_of(name) == "encoder" else target_mask).flatten()
-    model(
-        input_ids=source_ids,
-        attention_mask=source_mask,
-        decoder_input_ids=target_ids,
-        decoder_attention_mask=target_mask,
-        use_cache=False,
-    )
-
-
-def _pad(rows: list[list[int]], model: Any) -> tuple[Tensor, Tensor]:
-    """int64[B, L] and bool[B, L], False for padding."""
-    length = max(map(len, rows))
-    ids = torch.tensor([row + [model.config.pad_token_id] * (length - len(row)) for row in rows])
-    mask = torch.arange(length) < torch.tensor([len(row) for row in rows]).unsqueeze(-1)
-    return ids.to(model.device), mask.to(model.device)
+        recorder.is_token_T = (batch.source_mask if side_of(name) == "encoder" else batch.target_mask).flatten()
+    batch.run(model)
 
 
 class _LayerRecorder:
