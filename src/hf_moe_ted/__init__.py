@@ -61,6 +61,8 @@ if TYPE_CHECKING:
     from .routing.language_routing import LanguageRoutingCallback as LanguageRoutingCallback
     from .routing.router_statistics import RouterStatisticsCallback as RouterStatisticsCallback
     from .routing.statistics_collection import collect_expert_statistics as collect_expert_statistics
+    from .routing.token_routing import TokenRouting as TokenRouting
+    from .routing.token_routing import token_routing as token_routing
     from .tensors.conversion_report import ConversionReport as ConversionReport
     from .tensors.whole_model import load_model_and_tokenizer as load_model_and_tokenizer
     from .training.multitask_trainer import MultitaskSeq2SeqTrainer as MultitaskSeq2SeqTrainer
@@ -110,6 +112,7 @@ _MODULE_OF_NAME = {
     "TextTranslator": "translation.text_translator",
     "TiledAdamW": "optim.tiled_adamw",
     "TokenBudgetBatchSampler": "data.batch_sampler",
+    "TokenRouting": "routing.token_routing",
     "TranslatedSentence": "translation.text_translator",
     "TranslatedText": "translation.text_translator",
     "TranslationQuality": "evaluation.translation_quality",
@@ -139,6 +142,7 @@ _MODULE_OF_NAME = {
     "resolve_language": "models.language_codes",
     "score_translations": "evaluation.translation_scores",
     "token_lengths": "data.batch_sampler",
+    "token_routing": "routing.token_routing",
     "translate_file": "translation.translated_file",
     "upcycle_dense_checkpoint": "conversion.upcycling",
     "write_compression_report": "compression.report.report_folder",
