@@ -119,6 +119,35 @@ def test_a_batch_that_does_not_fit_is_halved(
     assert sizes == [4, 2, 1, 1, 2, 1, 1]
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_batch_of_several_languages_and_lengths(model: Any, tokenizer: ZCodeM3Tokenizer, num_beams: int) -> None:
+    translator = TextTranslator(model, tokenizer, num_beams=num_beams)
+    pairs = [("en", "de"), ("fr", "en"), ("de", "fr")]
+    texts = ["Yes.", "No, this one is longer than the others.", "Perhaps."]
+    plans = [translator.plan([text], *pair)[0] for text, pair in zip(texts, pairs, strict=True)]
+    [batch] = translator.batches(sentence for plan in plans for parts in plan.sentences for sentence in parts)
+    translated = dict(zip(batch, translator.translate_batch(batch), strict=True))
+    for plan, text, pair in zip(plans, texts, pairs, strict=True):
+        # the random model never ends: where a sentence is cut must not depend on the others
+        assert [plan.whole(translated)] == translator.translate([text], *pair)
+
+
+def test_work_can_be_ended_between_two_tokens(model: Any, tokenizer: ZCodeM3Tokenizer) -> None:
+    translator = TextTranslator(model, tokenizer, num_beams=2, max_new_tokens=20)
+    [plan] = translator.plan([TEXT], "en", "de")
+    [batch] = translator.batches(sentence for parts in plan.sentences for sentence in parts)
+    steps: list[None] = []
+
+    def on_step() -> None:
+        steps.append(None)
+        if len(steps) == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        translator.translate_batch(batch, on_step)
+    assert len(steps) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,19 +1,18 @@
 """Whole texts through a model: split into sentences, translated in batches of like length, put back together."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.language_detection import UNDETERMINED, LanguageDetector, detector_code
-from ..models.language_codes import language_ids, languages_kept, resolve_language
+from ..models.language_codes import resolve_language
 from ..models.segments import Segments, split_long, split_sentences
 from .placeholders import lost_placeholders
+from .sentence_translator import GeneratedSentence, OnStep, SentenceTranslator, SourceSentence
 
 AUTO = "auto"
 
@@ -67,8 +66,51 @@ class TranslatedText:
         return tuple(f"{s.source[:60]!r}: {problem}" for s in self.sentences for problem in s.problems)
 
 
+@dataclass(frozen=True)
+class PlannedText:
+    """A text whose sentences wait for their translations.
+
+    Attributes:
+        src_lang, tgt_lang: as the tokenizer names them.
+        segments: its sentences and what stands between them.
+        parts: of each sentence, the parts that the model has positions for, mostly one.
+        sentences: the parts, as they are to be translated.
+        num_sequences: translations of each.
+    """
+
+    src_lang: str
+    tgt_lang: str
+    segments: Segments
+    parts: tuple[Segments, ...]
+    sentences: tuple[tuple[SourceSentence, ...], ...]
+    num_sequences: int
+
+    def whole(self, translated: Mapping[SourceSentence, TranslatedSentence]) -> TranslatedText:
+        """The text with the translations of its sentences."""
+        found = [[translated[part] for part in parts] for parts in self.sentences]
+        ranked = [[[sentence.text, *sentence.alternatives] for sentence in of_sentence] for of_sentence in found]
+
+        def text(rank: int) -> str:
+            sentences = [
+                parts.join([texts[rank] for texts in of_sentence], self.tgt_lang)
+                for parts, of_sentence in zip(self.parts, ranked, strict=True)
+            ]
+            return self.segments.join(sentences, self.tgt_lang)
+
+        return TranslatedText(
+            text=text(0),
+            src_lang=self.src_lang,
+            tgt_lang=self.tgt_lang,
+            sentences=tuple(sentence for of_sentence in found for sentence in of_sentence),
+            alternatives=tuple(text(rank) for rank in range(1, self.num_sequences)),
+        )
+
+
 class TextTranslator:
     """Translates texts of any length with an encoder-decoder model for translation.
+
+    `translate` is `plan`, `translate_batch` for each of the `batches` of all sentences, and `whole` of each plan; a
+    server mixes the sentences of several plans. Threads may share it.
 
     Args:
         model: a [`ZCodeM3ForConditionalGeneration`], or `M2M100ForConditionalGeneration` (also NLLB) of transformers.
@@ -95,25 +137,41 @@ class TextTranslator:
         num_alternatives: int = 0,
         split: bool = True,
     ):
-        numbers = {"num_beams": num_beams, "batch_tokens": batch_tokens, "max_new_tokens": max_new_tokens}
-        for name, number in numbers.items():
-            if number is not None and number < 1:
-                raise ValueError(f"{name} ({number}) must be at least 1")
-        if not 0 <= num_alternatives < num_beams:
-            raise ValueError(
-                f"num_alternatives ({num_alternatives}) must be less than num_beams ({num_beams}), whose beams they are"
-            )
-        if not hasattr(tokenizer, "_build_translation_inputs"):
-            raise ValueError(f"{type(tokenizer).__name__} must be a tokenizer for translation: a ZCodeM3Tokenizer")
-        self.model: Any = model
-        self.tokenizer: Any = tokenizer
-        self.languages = list(language_ids(tokenizer))
-        self.num_beams, self.batch_tokens, self.split = num_beams, batch_tokens, split
-        self.num_sequences = num_alternatives + 1
-        positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-        self.max_source_tokens = min(positions, tokenizer.model_max_length)
-        self.max_new_tokens = min(max_new_tokens or positions, positions)
-        self._cuts_early = max_new_tokens is None
+        self._sentences = SentenceTranslator(
+            model, tokenizer, num_beams=num_beams, batch_tokens=batch_tokens, max_new_tokens=max_new_tokens
+        )
+        self.split = split
+        self.num_sequences = self._num_sequences(num_alternatives)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that translates."""
+        return self._sentences.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the model."""
+        return self._sentences.tokenizer
+
+    @property
+    def languages(self) -> list[str]:
+        """As the tokenizer names them."""
+        return self._sentences.languages
+
+    @property
+    def num_beams(self) -> int:
+        """Of the beam search."""
+        return self._sentences.num_beams
+
+    @property
+    def batch_tokens(self) -> int:
+        """Source tokens of a batch, padding included."""
+        return self._sentences.batch_tokens
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The longest translation of a sentence, in tokens."""
+        return self._sentences.max_new_tokens
 
     def translate(
         self,
@@ -121,6 +179,8 @@ class TextTranslator:
         src_lang: str,
         tgt_lang: str,
         on_batch: Callable[[int, int], None] | None = None,
+        *,
+        num_alternatives: int | None = None,
     ) -> list[TranslatedText]:
         """
         Args:
@@ -130,10 +190,25 @@ class TextTranslator:
                 language that py3langid finds in each text; it knows no scripts, so that the first of several forms of
                 a language is taken (`zho_Hans`).
             on_batch: is told after each batch how many sentences and source tokens were translated.
+            num_alternatives: of each sentence; by default those of the translator.
 
         Raises:
-            ValueError: an unknown language, or a text that is no string or has no language that could be found.
+            ValueError: an unknown language, a text that is no string or has no language that could be found, or more
+                alternatives than there are other beams.
         """
+        plans = self.plan(texts, src_lang, tgt_lang, num_alternatives=num_alternatives)
+        translated: dict[SourceSentence, TranslatedSentence] = {}
+        for batch in self.batches(sentence for plan in plans for part in plan.sentences for sentence in part):
+            translated |= zip(batch, self.translate_batch(batch), strict=True)
+            if on_batch is not None:
+                on_batch(len(batch), sum(len(sentence.input_ids) for sentence in batch))
+        return [plan.whole(translated) for plan in plans]
+
+    def plan(
+        self, texts: Sequence[str], src_lang: str, tgt_lang: str, *, num_alternatives: int | None = None
+    ) -> list[PlannedText]:
+        """What has to be translated; for arguments and errors see `translate`."""
+        num_sequences = self._num_sequences(num_alternatives)
         tgt_lang = resolve_language(tgt_lang, self.languages, name="tgt_lang")
         if src_lang != AUTO:
             src_lang = resolve_language(src_lang, self.languages, name="src_lang")
@@ -142,39 +217,48 @@ class TextTranslator:
             split_sentences(text, language if self.split else None)
             for text, language in zip(texts, languages, strict=True)
         ]
-        wanted: dict[str, dict[str, None]] = defaultdict(dict)  # sentences by language, each once
+        by_language: dict[str, dict[str, None]] = defaultdict(dict)  # sentences, each once
         for segments, language in zip(split, languages, strict=True):
-            wanted[language] |= dict.fromkeys(segments.sentences)
-        found: dict[tuple[str, str], list[TranslatedSentence]] = {}
-        joined: dict[tuple[str, str], list[str]] = {}
-        for language, sentences in wanted.items():
-            for sentence, parts, translated in self._sentences([*sentences], language, tgt_lang, on_batch):
-                found[language, sentence] = translated
-                joined[language, sentence] = self._join(parts, translated, tgt_lang)
+            by_language[language] |= dict.fromkeys(segments.sentences)
+        parts = {
+            language: self._parts([*sentences], language, tgt_lang, num_sequences)
+            for language, sentences in by_language.items()
+        }
         return [
-            self._whole(segments, [(language, s) for s in segments.sentences], found, joined, tgt_lang, language)
+            PlannedText(
+                language,
+                tgt_lang,
+                segments,
+                *_transposed(parts[language][s] for s in segments.sentences),
+                num_sequences,
+            )
             for segments, language in zip(split, languages, strict=True)
         ]
 
-    def _whole(
-        self,
-        segments: Segments,
-        keys: list[tuple[str, str]],
-        found: dict[tuple[str, str], list[TranslatedSentence]],
-        joined: dict[tuple[str, str], list[str]],
-        tgt_lang: str,
-        language: str,
-    ) -> TranslatedText:
-        texts = [segments.join([joined[key][rank] for key in keys], tgt_lang) for rank in range(self.num_sequences)]
-        sentences = tuple(sentence for key in keys for sentence in found[key])
-        return TranslatedText(
-            text=texts[0], src_lang=language, tgt_lang=tgt_lang, sentences=sentences, alternatives=tuple(texts[1:])
-        )
+    def batches(self, sentences: Iterable[SourceSentence]) -> Iterator[list[SourceSentence]]:
+        """Sentences of like length, each once; the longest first, so that what does not fit in memory fails at once."""
+        return self._sentences.batches(dict.fromkeys(sentences))
 
-    def _join(self, parts: Segments, translated: Sequence[TranslatedSentence], tgt_lang: str) -> list[str]:
-        """A sentence of translated parts, and its alternatives."""
-        ranked = [[sentence.text, *sentence.alternatives] for sentence in translated]
-        return [parts.join([texts[rank] for texts in ranked], tgt_lang) for rank in range(self.num_sequences)]
+    def translate_batch(
+        self, batch: Sequence[SourceSentence], on_step: OnStep | None = None
+    ) -> list[TranslatedSentence]:
+        """
+        Args:
+            batch: sentences, which may be of several languages.
+            on_step: is called after each token of the batch; what it raises ends the work.
+        """
+        generated = self._sentences.generate(batch, on_step)
+        return [self._translated(*both) for both in zip(batch, generated, strict=True)]
+
+    def _num_sequences(self, num_alternatives: int | None) -> int:
+        if num_alternatives is None:
+            return self.num_sequences
+        if not 0 <= num_alternatives < self.num_beams:
+            raise ValueError(
+                f"num_alternatives ({num_alternatives}) must be less than num_beams ({self.num_beams}), whose beams "
+                "they are"
+            )
+        return num_alternatives + 1
 
     def _language_of(self, text: Any, index: int, src_lang: str) -> str:
         if not isinstance(text, str):
@@ -194,104 +278,36 @@ class TextTranslator:
     def _detector(self) -> LanguageDetector:
         return LanguageDetector(self._language_of_code.values())
 
-    def _sentences(
-        self, sentences: list[str], src_lang: str, tgt_lang: str, on_batch: Callable[[int, int], None] | None
-    ) -> Iterator[tuple[str, Segments, list[TranslatedSentence]]]:
-        """Each sentence, the parts that the model has positions for, and their translations."""
-        counts = self._count_tokens(sentences, src_lang, tgt_lang)
-        parts = [
-            Segments((sentence,), ("", ""))
-            if count <= self.max_source_tokens
-            else split_long(
-                sentence, self.max_source_tokens, lambda texts: self._count_tokens(texts, src_lang, tgt_lang)
-            )
-            for sentence, count in zip(sentences, counts, strict=True)
-        ]
-        each = list(dict.fromkeys(part for of_sentence in parts for part in of_sentence.sentences))
-        translated = self._translate(each, src_lang, tgt_lang, on_batch)
-        for sentence, of_sentence in zip(sentences, parts, strict=True):
-            yield sentence, of_sentence, [translated[part] for part in of_sentence.sentences]
+    def _parts(
+        self, sentences: list[str], src_lang: str, tgt_lang: str, num_sequences: int
+    ) -> dict[str, tuple[Segments, tuple[SourceSentence, ...]]]:
+        """Each sentence in the parts that the model has positions for, mostly one."""
+        max_tokens = self._sentences.max_source_tokens
 
-    def _encode(self, texts: Sequence[str], src_lang: str, tgt_lang: str) -> Any:
-        with languages_kept(self.tokenizer):
-            return self.tokenizer._build_translation_inputs(
-                list(texts), return_tensors=None, src_lang=src_lang, tgt_lang=tgt_lang, verbose=False
-            )
+        def encode(texts: Sequence[str]) -> list[SourceSentence]:
+            return self._sentences.encode(texts, src_lang, tgt_lang, num_sequences)
 
-    def _count_tokens(self, texts: Sequence[str], src_lang: str, tgt_lang: str) -> list[int]:
-        return [len(ids) for ids in self._encode(texts, src_lang, tgt_lang)["input_ids"]] if texts else []
+        def count_tokens(texts: Sequence[str]) -> list[int]:
+            return [len(sentence.input_ids) for sentence in encode(texts)]
 
-    def _translate(
-        self, texts: list[str], src_lang: str, tgt_lang: str, on_batch: Callable[[int, int], None] | None
-    ) -> dict[str, TranslatedSentence]:
-        if not texts:
-            return {}
-        encoded = self._encode(texts, src_lang, tgt_lang)
-        forced = encoded["forced_bos_token_id"]
-        ids = encoded["input_ids"]
-        translated: dict[str, TranslatedSentence] = {}
-        for batch in self._batches([len(of_text) for of_text in ids]):
-            results = self._generate([ids[index] for index in batch], forced)
-            for index, (outputs, scores, is_cut) in zip(batch, results, strict=True):
-                problems = self._problems(texts[index], outputs[0], tgt_lang)
-                translated[texts[index]] = TranslatedSentence(
-                    source=texts[index],
-                    text=outputs[0],
-                    alternatives=tuple(outputs[1:]),
-                    scores=tuple(scores),
-                    problems=(*problems, *([CUT] if is_cut else [])),
-                )
-            if on_batch is not None:
-                on_batch(len(batch), sum(len(ids[index]) for index in batch))
-        return translated
+        parts: dict[str, tuple[Segments, tuple[SourceSentence, ...]]] = {}
+        for sentence, encoded in zip(sentences, encode(sentences), strict=True):
+            if len(encoded.input_ids) <= max_tokens:
+                parts[sentence] = Segments((sentence,), ("", "")), (encoded,)
+            else:
+                split = split_long(sentence, max_tokens, count_tokens)
+                parts[sentence] = split, tuple(encode(split.sentences))
+        return parts
 
-    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
-        """The longest first, so that what does not fit in memory fails at once."""
-        batch: list[int] = []
-        for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-            if batch and (len(batch) + 1) * lengths[batch[0]] > self.batch_tokens:
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
-
-    def _generate(self, ids: list[list[int]], forced: Any) -> list[tuple[list[str], list[float], bool]]:
-        """Of each source: its translations, their scores, and whether the first was cut."""
-        try:
-            return self._generate_at_once(ids, forced)
-        except torch.OutOfMemoryError:
-            if len(ids) == 1:
-                raise
-            torch.cuda.empty_cache()
-        middle = len(ids) // 2
-        return self._generate(ids[:middle], forced) + self._generate(ids[middle:], forced)
-
-    @torch.inference_mode()
-    def _generate_at_once(self, ids: list[list[int]], forced: Any) -> list[tuple[list[str], list[float], bool]]:
-        inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.model.device)
-        longest = max(map(len, ids))
-        max_new_tokens = min(self.max_new_tokens, 4 * longest + 32) if self._cuts_early else self.max_new_tokens
-        outputs = self.model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            forced_bos_token_id=forced,
-            num_beams=self.num_beams,
-            num_return_sequences=self.num_sequences,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_scores=self.num_sequences > 1,
+    def _translated(self, source: SourceSentence, generated: GeneratedSentence) -> TranslatedSentence:
+        problems = self._problems(source.text, generated.texts[0], source.tgt_lang)
+        return TranslatedSentence(
+            source=source.text,
+            text=generated.texts[0],
+            alternatives=generated.texts[1:],
+            scores=generated.scores,
+            problems=(*problems, *([CUT] if generated.is_cut else [])),
         )
-        sequences: Tensor = outputs.sequences  # [B * num_sequences, L]
-        end = torch.as_tensor(self.model.generation_config.eos_token_id, device=sequences.device)
-        has_ended = torch.isin(sequences[:, 1:], end).any(dim=1)[:: self.num_sequences].tolist()
-        texts = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
-        scores = outputs.sequences_scores.tolist() if self.num_sequences > 1 else []
-        return [
-            (texts[start : start + self.num_sequences], scores[start : start + self.num_sequences], not ended)
-            for start, ended in zip(range(0, len(texts), self.num_sequences), has_ended, strict=True)
-        ]
 
     def _problems(self, source: str, translation: str, tgt_lang: str) -> list[str]:
         problems = []
@@ -308,4 +324,11 @@ class TextTranslator:
         return problems
 
 
-__all__ = ["AUTO", "TextTranslator", "TranslatedSentence", "TranslatedText"]
+def _transposed(
+    parts: Iterable[tuple[Segments, tuple[SourceSentence, ...]]],
+) -> tuple[tuple[Segments, ...], tuple[tuple[SourceSentence, ...], ...]]:
+    both = list(parts)
+    return tuple(segments for segments, _ in both), tuple(sentences for _, sentences in both)
+
+
+__all__ = ["AUTO", "PlannedText", "TextTranslator", "TranslatedSentence", "TranslatedText"]
