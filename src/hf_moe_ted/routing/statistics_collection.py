@@ -100,8 +100,17 @@ def collect_expert_statistics(
                 _run(model, recorders, batch)
             totals.add(pair, encoded, recorders)
     check_languages(totals.num_sentences, languages)
-    weights = {name: _whole(layer.router.weight) for name, layer in layers.items()}
-    return totals.statistics(ModelFingerprint.of(model.config, weights))
+    return totals.statistics(fingerprint_of(model))
+
+
+def fingerprint_of(model: ZCodeM3PreTrainedModel) -> ModelFingerprint:
+    """By what statistics know a model that is loaded.
+
+    Raises:
+        ValueError: it has no MoE layer.
+    """
+    weights = {name: _whole(layer.router.weight) for name, layer in _named_moe_layers(model).items()}
+    return ModelFingerprint.of(model.config, weights)
 
 
 def _check_options(model: ZCodeM3PreTrainedModel, batch_size: int, max_tokens: int | None) -> None:
@@ -266,4 +275,4 @@ def _whole(weight: Any) -> Tensor:
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
-__all__ = ["collect_expert_statistics"]
+__all__ = ["collect_expert_statistics", "fingerprint_of"]

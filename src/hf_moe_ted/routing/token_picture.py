@@ -1,4 +1,4 @@
-"""Pictures in HTML of what the routers did: tokens as boxes in the colour of their expert, and languages that are alike.
+"""Pictures in HTML of what the routers did: tokens in the colour of their expert, and languages that are alike.
 
 Every text is escaped; the pictures need no script, no style sheet and no network.
 """
@@ -95,8 +95,9 @@ def _box(
     else:
         style, numbers = _FULL, "full"
     text = escape(token.replace("\n", "⏎").replace("\r", "")) or "·"
+    title = _title(computed, chosen, weights)
     return (
-        f'<span class="token" data-experts="{numbers}" style="{_BOX}{style}" title="{_title(computed, chosen, weights)}">'
+        f'<span class="token" data-experts="{numbers}" style="{_BOX}{style}" title="{title}">'
         f'<bdi>{text}</bdi><sub style="margin-inline-start:3px;">{numbers}</sub></span>'
     )
 

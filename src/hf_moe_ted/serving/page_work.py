@@ -1,0 +1,114 @@
+"""What the page does, without the page: texts and files translated within limits, and pictures of routing."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..routing.expert_statistics import ExpertStatistics
+from ..routing.statistics_collection import fingerprint_of
+from ..routing.token_picture import similar_languages_picture, token_picture
+from ..routing.token_routing import has_experts, token_routing
+from ..translation.text_translator import TranslatedText
+from .batched_translator import BatchedTranslator
+from .page_text import status_html
+
+HOW_TO_MAKE_STATISTICS = (
+    "Which languages are routed alike is read from statistics of this model on real text: make them with "
+    "hf-moe-ted expert-statistics MODEL DATA FOLDER, and start the server with --statistics FOLDER."
+)
+DENSE = "This model is dense: it has no experts that tokens could go to."
+
+
+class PageWork:
+    """
+    Args:
+        translator: shared with all other clients.
+        max_characters: of a text.
+        max_file_bytes: of a file.
+        wait_s: how long a client (its address) has to wait before it may ask again, 0 if it may now; a call counts.
+        statistics: of the same model, for the languages that are routed alike.
+
+    Raises:
+        ValueError: the statistics are of another model.
+    """
+
+    def __init__(
+        self,
+        translator: BatchedTranslator,
+        *,
+        max_characters: int,
+        max_file_bytes: int,
+        wait_s: Callable[[str], float] | None = None,
+        statistics: ExpertStatistics | None = None,
+    ):
+        self._translator, self._wait_s, self._statistics = translator, wait_s, statistics
+        self._text_translator = translator.translator
+        self.max_characters, self.max_file_bytes = max_characters, max_file_bytes
+        self.languages = list(self._text_translator.languages)
+        self.max_alternatives = self._text_translator.num_beams - 1
+        self.has_experts = has_experts(self._text_translator.model)
+        if statistics is not None:
+            model: Any = self._text_translator.model
+            statistics.fingerprint.require_equal(fingerprint_of(model), "the statistics and the model of the page")
+
+    async def translate(
+        self, text: str, src_lang: str, tgt_lang: str, num_alternatives: int, client: str
+    ) -> TranslatedText:
+        """
+        Raises:
+            ValueError: the text is too long, or says what it is translated to; an unknown language; asked too often.
+            QueueFullError: too much waits.
+        """
+        if len(text) > self.max_characters:
+            raise ValueError(
+                f"the text has {len(text):,} characters, this page takes {self.max_characters:,}: send it in parts, or "
+                "as a file"
+            )
+        self._check(src_lang, tgt_lang, client)
+        translated = await self._translator.translate([text], src_lang, tgt_lang, num_alternatives=num_alternatives)
+        return translated[0]
+
+    async def translate_file(self, path: Path, src_lang: str, tgt_lang: str, client: str) -> tuple[str, TranslatedText]:
+        """The name of the translated file, and its text.
+
+        Raises:
+            ValueError: as `translate`; the file is too large, or no text in UTF-8.
+        """
+        self._check(src_lang, tgt_lang, client)
+        num_bytes = path.stat().st_size
+        if num_bytes > self.max_file_bytes:
+            raise ValueError(f"the file has {num_bytes:,} bytes, this page takes {self.max_file_bytes:,}")
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"the file is not UTF-8: byte {error.start} cannot be read; save it as UTF-8"
+            ) from None
+        translated = (await self._translator.translate([text], src_lang, tgt_lang))[0]
+        return f"{path.stem}.{tgt_lang}{path.suffix}", translated
+
+    def picture(self, source: str, translation: str, src_lang: str, tgt_lang: str) -> str:
+        """HTML: the tokens of a sentence and of its translation in the colours of their experts.
+
+        Raises:
+            ValueError: see `token_routing`.
+        """
+        model, tokenizer = self._text_translator.model, self._text_translator.tokenizer
+        return token_picture(token_routing(model, tokenizer, source, translation, src_lang, tgt_lang))
+
+    def similar_languages(self, src_lang: str, tgt_lang: str) -> str:
+        """HTML: the languages whose routing is like that of the two; without statistics, how to make them."""
+        if self._statistics is None:
+            return status_html(HOW_TO_MAKE_STATISTICS)
+        return similar_languages_picture(self._statistics, src_lang, tgt_lang)
+
+    def _check(self, src_lang: str, tgt_lang: str, client: str) -> None:
+        if src_lang == tgt_lang:
+            raise ValueError(f"the text would be translated from {src_lang} to {tgt_lang}: choose two languages")
+        wait_s = 0.0 if self._wait_s is None else self._wait_s(client)
+        if wait_s > 0:
+            raise ValueError(f"too many requests from here: wait {math.ceil(wait_s)} seconds")
+
+
+__all__ = ["DENSE", "HOW_TO_MAKE_STATISTICS", "PageWork"]
