@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from .routing.statistics_collection import collect_expert_statistics as collect_expert_statistics
     from .routing.token_routing import TokenRouting as TokenRouting
     from .routing.token_routing import token_routing as token_routing
+    from .serving.batched_translator import BatchedTranslator as BatchedTranslator
     from .tensors.conversion_report import ConversionReport as ConversionReport
     from .tensors.whole_model import load_model_and_tokenizer as load_model_and_tokenizer
     from .training.multitask_trainer import MultitaskSeq2SeqTrainer as MultitaskSeq2SeqTrainer
@@ -81,6 +82,7 @@ except PackageNotFoundError:  # a source tree that is not installed
 
 _MODULE_OF_NAME = {
     "AggregationReport": "compression.report.compression_report",
+    "BatchedTranslator": "serving.batched_translator",
     "ConversionReport": "tensors.conversion_report",
     "DataCollatorForMultitaskSeq2Seq": "data.collator",
     "DeepSpeedLayout": "conversion.deepspeed.reader",

@@ -18,7 +18,9 @@ GOLDEN_ANGLE = 0.381966  # of a full turn: hues of neighbours are far from each 
 NUM_EVEN_HUES = 12  # more cannot be told apart by the hue alone
 _LIGHTNESSES = (0.82, 0.32, 0.6, 0.45)
 _BOX = "display:inline-block;margin:1px;padding:1px 5px;border-radius:4px;white-space:pre;line-height:1.5;"
+_INK = "color:inherit;"  # whatever a style sheet around the picture says of all elements
 _FULL = "background:transparent;color:inherit;border:1px dashed currentColor;"
+_CAPTION = "<p>Each token has the number and the colour of its expert; point at one for the router's weights.</p>"
 _TEXT_OF_SIDE = {"encoder": "Source, in the encoder", "decoder": "Translation, in the decoder"}
 
 
@@ -60,7 +62,7 @@ def token_picture(routing: TokenRouting) -> str:
     and their weights, stands in its title. One that no expert computed, because its experts were full, has a dashed
     border and no colour.
     """
-    return "".join(_side(side) for side in (routing.encoder, routing.decoder))
+    return _CAPTION + "".join(_side(side) for side in (routing.encoder, routing.decoder))
 
 
 def _side(side: SideRouting) -> str:
@@ -98,7 +100,7 @@ def _box(
     title = _title(computed, chosen, weights)
     return (
         f'<span class="token" data-experts="{numbers}" style="{_BOX}{style}" title="{title}">'
-        f'<bdi>{text}</bdi><sub style="margin-inline-start:3px;">{numbers}</sub></span>'
+        f'<bdi style="{_INK}">{text}</bdi><sub style="{_INK}margin-inline-start:3px;">{numbers}</sub></span>'
     )
 
 

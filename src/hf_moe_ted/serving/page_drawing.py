@@ -81,7 +81,7 @@ class _Drawing:
             self.src_lang = gr.Dropdown(
                 [("Detect language", AUTO), *languages], value=AUTO, label="Translate from", elem_id="src_lang"
             )
-            self.swap = gr.Button("Swap languages", size="sm", min_width=80, elem_id="swap")
+            self.swap = gr.Button("Swap languages", size="sm", scale=0, min_width=150, elem_id="swap")
             self.tgt_lang = gr.Dropdown(languages, value=languages[0], label="Translate to", elem_id="tgt_lang")
 
     def _draw_text(self) -> None:
@@ -103,9 +103,7 @@ class _Drawing:
         self.sentence = gr.Dropdown(
             [], label="Sentence", elem_id="sentence", visible=False, type="index", filterable=False
         )
-        self.picture = gr.HTML(
-            "" if self._work.has_experts else status_html(DENSE), elem_id="experts", js_on_load=None
-        )
+        self.picture = gr.HTML("" if self._work.has_experts else status_html(DENSE), elem_id="experts", js_on_load=None)
 
     def _draw_file(self) -> None:
         self.file = gr.File(label="File to translate (txt, UTF-8)", file_types=[".txt"], elem_id="file")
@@ -189,19 +187,21 @@ class _Drawing:
         """The picture of a sentence, and the languages that are routed alike."""
         if state is None or index is None:
             return ""
-        languages = state["src_lang"], state["tgt_lang"]
+        src_lang, tgt_lang = state["src_lang"], state["tgt_lang"]
         try:
-            picture = await asyncio.to_thread(self._work.picture, *state["sentences"][index], *languages)
+            source, translation = state["sentences"][index]
+            picture = await asyncio.to_thread(self._work.picture, source, translation, src_lang, tgt_lang)
         except ValueError as error:
             return error_html(str(error))
-        return picture + self._work.similar_languages(*languages)
+        return picture + self._work.similar_languages(src_lang, tgt_lang)
 
     def _on_swap(
         self, state: dict[str, Any] | None, src_lang: str, tgt_lang: str, source: str, translation: str
     ) -> tuple[str, str, str]:
         """Source and target language, and the text, which is the translation if there is one."""
         if src_lang == AUTO:
-            src_lang = state["src_lang"] if state is not None else next(x for x in self._work.languages if x != tgt_lang)
+            others = (language for language in self._work.languages if language != tgt_lang)
+            src_lang = next(others, tgt_lang) if state is None else state["src_lang"]
         return tgt_lang, src_lang, translation or source
 
     async def _on_file(

@@ -82,9 +82,7 @@ class PageWork:
         try:
             text = path.read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"the file is not UTF-8: byte {error.start} cannot be read; save it as UTF-8"
-            ) from None
+            raise ValueError(f"the file is not UTF-8: byte {error.start} cannot be read; save it as UTF-8") from None
         translated = (await self._translator.translate([text], src_lang, tgt_lang))[0]
         return f"{path.stem}.{tgt_lang}{path.suffix}", translated
 

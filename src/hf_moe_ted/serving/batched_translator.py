@@ -1,0 +1,301 @@
+"""One model, many clients: the sentences of all that wait, in batches of like length."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from ..translation.sentence_translator import SourceSentence
+from ..translation.text_translator import PlannedText, TextTranslator, TranslatedSentence, TranslatedText
+from .turns import Turns
+
+MAX_WAITS = 5  # times wait_s, for others to join a batch
+MIN_RETRY_S = 1.0
+
+
+class QueueFullError(Exception):
+    """So much waits that a request was not accepted.
+
+    Attributes:
+        retry_after_s: when it may be, by how fast the requests before it were.
+    """
+
+    def __init__(self, retry_after_s: float):
+        super().__init__(f"too many texts wait to be translated; try again in {retry_after_s:.0f} s")
+        self.retry_after_s = retry_after_s
+
+
+class ClosedError(Exception):
+    """The translator finishes what it has and accepts nothing more."""
+
+
+@dataclass(eq=False)
+class _Request:
+    """Texts of a client on their way.
+
+    Attributes:
+        waiting: sentences that no batch has taken, the longest first.
+        num_open: sentences that have no translation.
+        arrival_s: when its sentences were known.
+        num_characters: of all its sentences.
+    """
+
+    plans: list[PlannedText]
+    waiting: list[SourceSentence]
+    num_open: int
+    arrival_s: float
+    num_characters: int
+    done: Future[list[TranslatedText]]
+    translated: dict[SourceSentence, TranslatedSentence] = field(default_factory=dict)
+
+
+class _AbandonedError(Exception):
+    """Nobody waits for a batch any more."""
+
+
+class _Lane:
+    """Requests of one kind, and the thread that translates them."""
+
+    def __init__(self, translate: Callable[["_Lane"], None], name: str):
+        self.requests: list[_Request] = []
+        self.thread = threading.Thread(target=translate, args=(self,), name=name, daemon=True)
+
+
+class BatchedTranslator:
+    """Translates for many clients at once.
+
+    Sentences of all requests that wait go through the model together, in batches of like length under the translator's
+    `batch_tokens`. A short request does not wait for a long document: its batch goes between two tokens of the
+    document's. Both get the same share of time, so that neither waits for ever. Of requests of a kind the one that
+    came first is first, but a small one overtakes one that is larger by more than its head start.
+
+    Args:
+        translator: with the model, which nobody else should use meanwhile.
+        wait_s: how long a batch waits for others to join, from the last one that did; at most five times as long from
+            the first.
+        max_waiting_characters: of all texts that are not translated yet; what comes then is refused. One request alone
+            may be longer.
+        short_tokens: source tokens of a request that is short; by default a quarter of the translator's `batch_tokens`.
+
+    Raises:
+        ValueError: a number that cannot be.
+    """
+
+    def __init__(
+        self,
+        translator: TextTranslator,
+        *,
+        wait_s: float = 0.005,
+        max_waiting_characters: int = 1_000_000,
+        short_tokens: int | None = None,
+    ):
+        for name, number in {"wait_s": wait_s, "max_waiting_characters": max_waiting_characters}.items():
+            if number < 0:
+                raise ValueError(f"{name} ({number}) must not be negative")
+        self.translator = translator
+        self.max_waiting_characters = max_waiting_characters
+        self._wait_s = wait_s
+        self._short_tokens = translator.batch_tokens // 4 if short_tokens is None else short_tokens
+        self._changed = threading.Condition()
+        self._turns = Turns()
+        self._short = _Lane(self._run, "short texts")
+        self._long = _Lane(self._run, "long texts")
+        self._is_closed = False
+        self._num_planning = self._num_characters = 0
+        self._seconds_per_character = 0.0
+        self._planners = ThreadPoolExecutor(4, "planning")
+        for lane in (self._short, self._long):
+            lane.thread.start()
+
+    @property
+    def num_waiting_characters(self) -> int:
+        """Of all texts that are not translated yet."""
+        return self._num_characters
+
+    async def translate(
+        self, texts: Sequence[str], src_lang: str, tgt_lang: str, *, num_alternatives: int = 0
+    ) -> list[TranslatedText]:
+        """As [`TextTranslator.translate`]. If the task that waits is cancelled, so is the work.
+
+        Raises:
+            ValueError: as there.
+            QueueFullError: too much waits already.
+            ClosedError: after `close`.
+        """
+        num_characters = sum(len(text) for text in texts if isinstance(text, str))
+        self._accept(num_characters)
+        done: Future[list[TranslatedText]] = Future()
+        try:
+            planning = self._planners.submit(self._plan, list(texts), src_lang, tgt_lang, num_alternatives, done)
+            planning.add_done_callback(self._planned)
+            return await asyncio.wrap_future(done)
+        finally:
+            done.cancel()
+            self._leave(num_characters)
+
+    async def close(self) -> None:
+        """Finish what was accepted; refuse what comes after."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        for lane in (self._short, self._long):
+            await asyncio.to_thread(lane.thread.join)
+        self._planners.shutdown()
+
+    # what happens to a request
+
+    def _accept(self, num_characters: int) -> None:
+        with self._changed:
+            if self._is_closed:
+                raise ClosedError("the translator is closed")
+            if self._num_characters and self._num_characters + num_characters > self.max_waiting_characters:
+                raise QueueFullError(max(MIN_RETRY_S, self._num_characters * self._seconds_per_character))
+            self._num_characters += num_characters
+            self._num_planning += 1
+
+    def _plan(
+        self,
+        texts: list[str],
+        src_lang: str,
+        tgt_lang: str,
+        num_alternatives: int,
+        done: Future[list[TranslatedText]],
+    ) -> None:
+        if done.cancelled():
+            return
+        try:
+            plans = self.translator.plan(texts, src_lang, tgt_lang, num_alternatives=num_alternatives)
+        except Exception as error:  # of this request, whoever made it
+            _give(done, error)
+            return
+        sentences = {sentence: None for plan in plans for parts in plan.sentences for sentence in parts}
+        waiting = sorted(sentences, key=lambda sentence: -len(sentence.input_ids))
+        num_tokens = sum(len(sentence.input_ids) for sentence in waiting)
+        num_characters = sum(len(sentence.text) for sentence in waiting)
+        request = _Request(plans, waiting, len(waiting), time.perf_counter(), num_characters, done)
+        if not waiting:
+            _give(done, [plan.whole({}) for plan in plans])
+            return
+        with self._changed:
+            lane = self._short if num_tokens <= self._short_tokens else self._long
+            lane.requests.append(request)
+
+    def _planned(self, _: Future[None]) -> None:
+        with self._changed:
+            self._num_planning -= 1
+            self._changed.notify_all()
+
+    def _leave(self, num_characters: int) -> None:
+        """A request is done, has failed or was cancelled."""
+        with self._changed:
+            self._num_characters -= num_characters
+            self._changed.notify_all()
+
+    # what happens in a lane
+
+    def _run(self, lane: _Lane) -> None:
+        while batch := self._next_batch(lane):
+            with self._turns.short() if lane is self._short else self._turns.long():
+                start = time.perf_counter()
+                self._translate(batch, self._turns.between_tokens if lane is self._long else lambda: None)
+                of_batch = (time.perf_counter() - start) / sum(len(sentence.text) for sentence in batch)
+            self._seconds_per_character = 0.8 * (self._seconds_per_character or of_batch) + 0.2 * of_batch
+            del batch  # whose texts nobody needs while nothing waits
+
+    def _next_batch(self, lane: _Lane) -> dict[SourceSentence, list[_Request]]:
+        """Sentences and who waits for them; none when the translator is closed and nothing is left."""
+        with self._changed:
+            while True:
+                self._changed.wait_for(lambda: lane.requests or (self._is_closed and self._num_planning == 0))
+                if not lane.requests:
+                    return {}
+                if lane is self._short:
+                    self._wait_for_others(lane)
+                if batch := self._take(lane):
+                    return batch
+
+    def _wait_for_others(self, lane: _Lane) -> None:
+        first_s = min(request.arrival_s for request in lane.requests)
+        while True:
+            last_s = max((request.arrival_s for request in lane.requests), default=first_s)
+            until = first_s + MAX_WAITS * self._wait_s
+            if not self._num_planning:
+                until = min(until, last_s + self._wait_s)
+            left = until - time.perf_counter()
+            if left <= 0:
+                return
+            self._changed.wait(left)
+
+    def _take(self, lane: _Lane) -> dict[SourceSentence, list[_Request]]:
+        lane.requests = [request for request in lane.requests if request.waiting and not request.done.cancelled()]
+        order = sorted(
+            lane.requests, key=lambda request: request.arrival_s + request.num_characters * self._seconds_per_character
+        )
+        batch: dict[SourceSentence, list[_Request]] = {}
+        longest = 0
+        for request in order:
+            while request.waiting:
+                sentence = request.waiting[0]
+                length = max(longest, len(sentence.input_ids))
+                if batch and sentence not in batch and (len(batch) + 1) * length > self.translator.batch_tokens:
+                    break
+                batch.setdefault(sentence, []).append(request)
+                longest = length
+                del request.waiting[0]
+        return batch
+
+    def _translate(self, batch: dict[SourceSentence, list[_Request]], between_tokens: Callable[[], None]) -> None:
+        def on_step() -> None:
+            between_tokens()
+            if all(request.done.cancelled() for requests in batch.values() for request in requests):
+                raise _AbandonedError
+
+        try:
+            on_step()
+            results = self.translator.translate_batch(list(batch), on_step)
+        except _AbandonedError:
+            return
+        except Exception as error:  # of the model: told to whom it concerns, and the others go on
+            self._failed(batch, error, between_tokens)
+            return
+        for (sentence, requests), translated in zip(batch.items(), results, strict=True):
+            for request in requests:
+                self._deliver(request, sentence, translated)
+
+    def _failed(
+        self, batch: dict[SourceSentence, list[_Request]], error: Exception, between_tokens: Callable[[], None]
+    ) -> None:
+        """Each request of a batch again by itself, so that only the one that cannot be translated fails."""
+        requests = _unique(request for requests in batch.values() for request in requests)
+        if len(requests) == 1:
+            requests[0].waiting.clear()
+            _give(requests[0].done, error)
+            return
+        for request in requests:
+            own = {sentence: [request] for sentence, concerned in batch.items() if request in concerned}
+            self._translate(own, between_tokens)
+
+    def _deliver(self, request: _Request, sentence: SourceSentence, translated: TranslatedSentence) -> None:
+        request.translated[sentence] = translated
+        request.num_open -= 1
+        if request.num_open == 0:
+            _give(request.done, [plan.whole(request.translated) for plan in request.plans])
+
+
+def _unique(requests: Iterable[_Request]) -> list[_Request]:
+    return list(dict.fromkeys(requests))
+
+
+def _give(done: Future[list[TranslatedText]], result: list[TranslatedText] | Exception) -> None:
+    """To the client, if it still waits."""
+    if not done.set_running_or_notify_cancel():
+        return
+    if isinstance(result, Exception):
+        done.set_exception(result)
+    else:
+        done.set_result(result)
+
+
+__all__ = ["BatchedTranslator", "ClosedError", "QueueFullError"]

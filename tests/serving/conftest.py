@@ -1,0 +1,3 @@
+from translation_cases import make_model, tokenizer
+
+__all__ = ["make_model", "tokenizer"]
