@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from .routing.token_routing import TokenRouting as TokenRouting
     from .routing.token_routing import token_routing as token_routing
     from .serving.batched_translator import BatchedTranslator as BatchedTranslator
+    from .serving.page import mount_page as mount_page
     from .tensors.conversion_report import ConversionReport as ConversionReport
     from .tensors.whole_model import load_model_and_tokenizer as load_model_and_tokenizer
     from .training.multitask_trainer import MultitaskSeq2SeqTrainer as MultitaskSeq2SeqTrainer
@@ -136,6 +137,7 @@ _MODULE_OF_NAME = {
     "inspect_deepspeed_checkpoint": "conversion.deepspeed.reader",
     "load_model_and_tokenizer": "tensors.whole_model",
     "merge_experts": "compression.merge",
+    "mount_page": "serving.page",
     "open_parallel_text": "evaluation.text_file",
     "parse_languages": "models.language_codes",
     "prune_experts": "compression.prune",

@@ -9,16 +9,14 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Container
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
-from ..routing.expert_statistics import ExpertStatistics
 from .batched_translator import BatchedTranslator
-from .page_work import PageWork
+from .page_work import PageOptions, PageWork
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-    from gradio import Blocks
 
 
 def mount_page(
@@ -31,48 +29,18 @@ def mount_page(
         translator: shared with all other clients.
         api_keys: of the server. Where there are any, the page, its files and its events need a log-in, whose password
             is a key, whatever the name.
-        options: of `build_page`.
-
-    Raises:
-        ValueError: see `build_page`.
-    """
-    page = build_page(translator, **options)
-    from .page_drawing import mount
-
-    return mount(app, page, None if api_keys is None else lambda name, key: key in api_keys)
-
-
-def build_page(
-    translator: BatchedTranslator,
-    *,
-    title: str = "Translate",
-    max_characters: int = 10_000,
-    max_file_bytes: int = 1_000_000,
-    wait_s: Callable[[str], float] | None = None,
-    statistics: ExpertStatistics | None = None,
-) -> "Blocks":
-    """The page, to be mounted or launched.
-
-    Args:
-        translator: shared with all other clients.
-        title: of the page.
-        max_characters: of a text.
-        max_file_bytes: of a file.
-        wait_s: how long a client (its address) has to wait before it may ask again, 0 if it may now; a call counts.
-        statistics: of the same model, for the languages that are routed alike.
+        options: of [`PageOptions`].
 
     Raises:
         ValueError: Gradio is not installed, or the statistics are of another model.
     """
-    work = PageWork(
-        translator, max_characters=max_characters, max_file_bytes=max_file_bytes, wait_s=wait_s, statistics=statistics
-    )
+    work = PageWork(translator, PageOptions(**options))
     try:
-        from .page_drawing import draw
+        from .page_drawing import draw, mount
     except ImportError as error:
         raise ValueError("the page needs Gradio: pip install 'hf-moe-ted[serve]'") from error
     _keep_files_private()
-    return draw(work, title)
+    return mount(app, draw(work), work, None if api_keys is None else lambda name, key: key in api_keys)
 
 
 def _keep_files_private() -> None:
@@ -82,4 +50,4 @@ def _keep_files_private() -> None:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
-__all__ = ["build_page", "mount_page"]
+__all__ = ["mount_page"]

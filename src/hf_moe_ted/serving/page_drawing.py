@@ -8,11 +8,14 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
+from gradio.utils import get_upload_folder
+from starlette.middleware import Middleware
 
 from ..models.language_codes import is_right_to_left
 from ..translation.text_translator import AUTO, TranslatedText
 from .batched_translator import ClosedError, QueueFullError
 from .latest_only import LatestOnly
+from .page_guard import PageGuard
 from .page_text import alternatives_html, error_html, problems_html, status_html
 from .page_work import DENSE, PageWork
 
@@ -22,6 +25,12 @@ MAX_RUNNING_EVENTS = 64
 FILE_LIFETIME_S = 1_800
 MAX_SENTENCE_LABEL = 60
 
+# when the browser asked: requests overtake each other on their way
+_WITH_ORDER = "(...inputs) => [...inputs.slice(0, -1), performance.now()]"
+
+_COPY = """text => navigator.clipboard ? navigator.clipboard.writeText(text)
+    : window.alert("Browsers let pages copy over https only: select the text and copy it.")"""
+
 # the box that is typed in follows the direction of each paragraph
 _CSS = """
 #source textarea { unicode-bidi: plaintext; text-align: start; }
@@ -29,15 +38,17 @@ _CSS = """
 """
 
 
-def mount(app: FastAPI, page: gr.Blocks, auth: Callable[[str, str], bool] | None) -> FastAPI:
+def mount(app: FastAPI, page: gr.Blocks, work: PageWork, auth: Callable[[str, str], bool] | None) -> FastAPI:
     """Put the page at `/`, with everything off that would leave the machine or open files of it."""
+    guard = Middleware(PageGuard, work.options.max_characters, work.options.max_file_bytes, get_upload_folder)
     return gr.mount_gradio_app(
         app,
         page,
         path="/",
         auth=auth,
         auth_message="This server needs an API key: give it as the password, with any name.",
-        max_file_size=page.max_file_size,
+        app_kwargs={"middleware": [guard]},
+        max_file_size=work.options.max_file_bytes,
         allowed_paths=[],
         show_error=False,
         ssr_mode=False,
@@ -51,11 +62,11 @@ def mount(app: FastAPI, page: gr.Blocks, auth: Callable[[str, str], bool] | None
     )
 
 
-def draw(work: PageWork, title: str) -> gr.Blocks:
+def draw(work: PageWork) -> gr.Blocks:
     """The page, its events wired."""
+    title = work.options.title
     with gr.Blocks(analytics_enabled=False, title=title, delete_cache=(FILE_LIFETIME_S // 2, FILE_LIFETIME_S)) as page:
-        _Drawing(work, title).wire(page)
-    page.max_file_size = work.max_file_bytes
+        _Drawing(work).wire(page)
     page.queue(max_size=MAX_WAITING_EVENTS, default_concurrency_limit=MAX_RUNNING_EVENTS, api_open=False)
     return page
 
@@ -63,16 +74,17 @@ def draw(work: PageWork, title: str) -> gr.Blocks:
 class _Drawing:
     """The components of the page, and what happens with them."""
 
-    def __init__(self, work: PageWork, title: str):
+    def __init__(self, work: PageWork):
         self._work = work
         self._latest = LatestOnly()
-        gr.Markdown(f"# {title}")
+        gr.Markdown(f"# {work.options.title}")
         self._draw_languages()
         self.message = gr.HTML(elem_id="message", js_on_load=None)
         with gr.Tab("Text"):
             self._draw_text()
         with gr.Tab("File"):
             self._draw_file()
+        self.order = gr.Number(0, visible=False)  # see `_WITH_ORDER`
         self.state = gr.State(None)  # of the translation that is shown, see `_state_of`
 
     def _draw_languages(self) -> None:
@@ -90,8 +102,10 @@ class _Drawing:
                 label="Text", lines=6, max_lines=20, placeholder="Type or paste a text", elem_id="source"
             )
             self.translation = gr.Textbox(
-                label="Translation", lines=6, max_lines=20, interactive=False, buttons=["copy"], elem_id="translation"
+                label="Translation", lines=6, max_lines=20, interactive=False, elem_id="translation"
             )
+        # Gradio's own button for it takes the label of the text box away from screen readers
+        self.copy = gr.Button("Copy the translation", size="sm", elem_id="copy")
         self.num_alternatives = gr.Slider(
             0, self._work.max_alternatives, value=0, step=1, label="Other translations of each sentence",
             elem_id="num_alternatives", visible=self._work.max_alternatives > 0,
@@ -113,11 +127,12 @@ class _Drawing:
 
     def wire(self, page: gr.Blocks) -> None:
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        gr.on(
-            [self.source.input, self.src_lang.change, self.tgt_lang.change, self.num_alternatives.release],
+        gr.on(  # `source.input` is only told of keys: not of what is pasted, deleted, or written with an input method
+            [self.source.change, self.src_lang.change, self.tgt_lang.change, self.num_alternatives.release],
             self._on_text,
-            [self.source, self.src_lang, self.tgt_lang, self.num_alternatives],
+            [self.source, self.src_lang, self.tgt_lang, self.num_alternatives, self.order],
             [self.translation, self.message, self.details, self.state],
+            js=_WITH_ORDER,
             trigger_mode="multiple",  # a newer one ends the older, see `LatestOnly`
             **private,
         )
@@ -143,6 +158,7 @@ class _Drawing:
             self._on_swap, [self.state, self.src_lang, self.tgt_lang, self.source, self.translation],
             [self.src_lang, self.tgt_lang, self.source], **private,
         )  # fmt: skip
+        self.copy.click(None, self.translation, js=_COPY, api_visibility="private")
         self.translate_file.click(
             self._on_file,
             [self.file, self.src_lang, self.tgt_lang],
@@ -152,12 +168,12 @@ class _Drawing:
         page.unload(self._on_unload)
 
     async def _on_text(
-        self, text: str, src_lang: str, tgt_lang: str, num_alternatives: int, request: gr.Request
+        self, text: str, src_lang: str, tgt_lang: str, num_alternatives: int, order: float, request: gr.Request
     ) -> tuple[Any, ...]:
         """Translation, message, details and state."""
         work = self._translated(text, src_lang, tgt_lang, int(num_alternatives), _client(request))
         try:
-            translated = await self._latest.run(str(request.session_hash), work)
+            translated = await self._latest.run(str(request.session_hash), order, work)
         except (ValueError, QueueFullError, ClosedError) as error:
             return "", error_html(str(error)), "", None
         if translated is None:
@@ -219,7 +235,7 @@ class _Drawing:
         return str(folder / name), status_html(f"Translated from {translated.src_lang}."), problems_html([translated])
 
     def _on_unload(self, request: gr.Request) -> None:
-        self._latest.cancel(str(request.session_hash))
+        self._latest.forget(str(request.session_hash))
 
 
 def _state_of(translated: TranslatedText) -> dict[str, Any]:

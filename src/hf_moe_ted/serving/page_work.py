@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +21,45 @@ HOW_TO_MAKE_STATISTICS = (
 DENSE = "This model is dense: it has no experts that tokens could go to."
 
 
-class PageWork:
-    """
-    Args:
-        translator: shared with all other clients.
+@dataclass(frozen=True, kw_only=True)
+class PageOptions:
+    """What a page is and allows.
+
+    Attributes:
+        title: of the page.
         max_characters: of a text.
         max_file_bytes: of a file.
         wait_s: how long a client (its address) has to wait before it may ask again, 0 if it may now; a call counts.
         statistics: of the same model, for the languages that are routed alike.
+    """
+
+    title: str = "Translate"
+    max_characters: int = 10_000
+    max_file_bytes: int = 1_000_000
+    wait_s: Callable[[str], float] | None = None
+    statistics: ExpertStatistics | None = None
+
+
+class PageWork:
+    """
+    Args:
+        translator: shared with all other clients.
+        options: limits and statistics.
 
     Raises:
         ValueError: the statistics are of another model.
     """
 
-    def __init__(
-        self,
-        translator: BatchedTranslator,
-        *,
-        max_characters: int,
-        max_file_bytes: int,
-        wait_s: Callable[[str], float] | None = None,
-        statistics: ExpertStatistics | None = None,
-    ):
-        self._translator, self._wait_s, self._statistics = translator, wait_s, statistics
+    def __init__(self, translator: BatchedTranslator, options: PageOptions):
+        self._translator = translator
         self._text_translator = translator.translator
-        self.max_characters, self.max_file_bytes = max_characters, max_file_bytes
+        self.options = options
         self.languages = list(self._text_translator.languages)
         self.max_alternatives = self._text_translator.num_beams - 1
         self.has_experts = has_experts(self._text_translator.model)
-        if statistics is not None:
+        if options.statistics is not None:
             model: Any = self._text_translator.model
-            statistics.fingerprint.require_equal(fingerprint_of(model), "the statistics and the model of the page")
+            options.statistics.fingerprint.require_equal(fingerprint_of(model), "the statistics and the model")
 
     async def translate(
         self, text: str, src_lang: str, tgt_lang: str, num_alternatives: int, client: str
@@ -60,11 +69,9 @@ class PageWork:
             ValueError: the text is too long, or says what it is translated to; an unknown language; asked too often.
             QueueFullError: too much waits.
         """
-        if len(text) > self.max_characters:
-            raise ValueError(
-                f"the text has {len(text):,} characters, this page takes {self.max_characters:,}: send it in parts, or "
-                "as a file"
-            )
+        if len(text) > self.options.max_characters:
+            limit = f"{self.options.max_characters:,}"
+            raise ValueError(f"the text has {len(text):,} characters, this page takes {limit}: send it in parts")
         self._check(src_lang, tgt_lang, client)
         translated = await self._translator.translate([text], src_lang, tgt_lang, num_alternatives=num_alternatives)
         return translated[0]
@@ -77,8 +84,8 @@ class PageWork:
         """
         self._check(src_lang, tgt_lang, client)
         num_bytes = path.stat().st_size
-        if num_bytes > self.max_file_bytes:
-            raise ValueError(f"the file has {num_bytes:,} bytes, this page takes {self.max_file_bytes:,}")
+        if num_bytes > self.options.max_file_bytes:
+            raise ValueError(f"the file has {num_bytes:,} bytes, this page takes {self.options.max_file_bytes:,}")
         try:
             text = path.read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
@@ -97,16 +104,16 @@ class PageWork:
 
     def similar_languages(self, src_lang: str, tgt_lang: str) -> str:
         """HTML: the languages whose routing is like that of the two; without statistics, how to make them."""
-        if self._statistics is None:
+        if self.options.statistics is None:
             return status_html(HOW_TO_MAKE_STATISTICS)
-        return similar_languages_picture(self._statistics, src_lang, tgt_lang)
+        return similar_languages_picture(self.options.statistics, src_lang, tgt_lang)
 
     def _check(self, src_lang: str, tgt_lang: str, client: str) -> None:
         if src_lang == tgt_lang:
             raise ValueError(f"the text would be translated from {src_lang} to {tgt_lang}: choose two languages")
-        wait_s = 0.0 if self._wait_s is None else self._wait_s(client)
+        wait_s = 0.0 if self.options.wait_s is None else self.options.wait_s(client)
         if wait_s > 0:
             raise ValueError(f"too many requests from here: wait {math.ceil(wait_s)} seconds")
 
 
-__all__ = ["DENSE", "HOW_TO_MAKE_STATISTICS", "PageWork"]
+__all__ = ["DENSE", "HOW_TO_MAKE_STATISTICS", "PageOptions", "PageWork"]
