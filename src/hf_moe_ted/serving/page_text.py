@@ -56,7 +56,7 @@ def alternatives_html(text: TranslatedText) -> str:
 
 def _cell(text: str, language: str) -> str:
     direction = "rtl" if is_right_to_left(language) else "ltr"
-    return f'<td dir="{direction}" style="white-space:pre-wrap;">{escape(text)}</td>'
+    return f'<td dir="{direction}" style="white-space:pre-wrap;text-align:start;">{escape(text)}</td>'
 
 
 def _table(name: str, caption: str, columns: Iterable[str], rows: str) -> str:
