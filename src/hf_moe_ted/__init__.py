@@ -76,6 +76,8 @@ if TYPE_CHECKING:
     from .training.multitask_trainer import MultitaskSeq2SeqTrainer as MultitaskSeq2SeqTrainer
     from .training.multitask_trainer import MultitaskTrainerMixin as MultitaskTrainerMixin
     from .training.multitask_trainer import MultitaskTrainingArguments as MultitaskTrainingArguments
+    from .translation.glossary import Glossary as Glossary
+    from .translation.glossary import GlossaryEntry as GlossaryEntry
     from .translation.text_translator import TextTranslator as TextTranslator
     from .translation.text_translator import TranslatedSentence as TranslatedSentence
     from .translation.text_translator import TranslatedText as TranslatedText
@@ -99,6 +101,8 @@ _MODULE_OF_NAME = {
     "ExpertQuantizationConfig": "compression.quantized_experts",
     "ExpertStatistics": "routing.expert_statistics",
     "FileTranslation": "translation.translated_file",
+    "Glossary": "translation.glossary",
+    "GlossaryEntry": "translation.glossary",
     "LanguageRoutingCallback": "routing.language_routing",
     "LayerStatistics": "routing.expert_statistics",
     "MergingReport": "compression.report.compression_report",

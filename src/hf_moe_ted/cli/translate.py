@@ -32,6 +32,9 @@ def translate(
     column: Annotated[
         str | None, typer.Option(help="Column of a table with the texts; default: source, text or sentence.")
     ] = None,
+    glossary: Annotated[
+        Path | None, typer.Option(help="TSV of terms and their translations; a term alone is not translated.")
+    ] = None,
     beams: Annotated[int, typer.Option(help="1 is greedy.")] = 4,
     alternatives: Annotated[int, typer.Option(help="Other translations of each text; less than beams.")] = 0,
     batch_tokens: Annotated[int, typer.Option(help="Source tokens of a batch.")] = 4096,
@@ -39,13 +42,17 @@ def translate(
         int | None, typer.Option(help="Where a sentence that has not ended is cut; default: by its source.")
     ] = None,
     split: Annotated[bool, typer.Option(help="Split texts into sentences, or take each line as one.")] = True,
+    keep_placeholders: Annotated[
+        bool, typer.Option(help="Search for translations with the placeholders of the text, or report what is lost.")
+    ] = True,
     dtype: Dtype = None,
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output, and begin again.")] = False,
 ) -> None:
     """Translate text of any length. An interrupted run goes on where it was; torchrun shares the rows among GPUs."""
-    from .. import TextTranslator, load_model_and_tokenizer, translate_file
+    from .. import Glossary, TextTranslator, load_model_and_tokenizer, translate_file
 
+    terms = None if glossary is None else Glossary.from_file(glossary)
     translator = TextTranslator(
         *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL"),
         num_beams=beams,
@@ -53,6 +60,7 @@ def translate(
         batch_tokens=batch_tokens,
         max_new_tokens=max_new_tokens,
         split=split,
+        keep_placeholders=keep_placeholders,
     )
     result = translate_file(
         translator,
@@ -61,6 +69,7 @@ def translate(
         src_lang=src,
         tgt_lang=tgt,
         column=column,
+        glossary=terms,
         overwrite=overwrite,
     )
     _show("was not translated", {number: (error,) for number, error in result.errors.items()})

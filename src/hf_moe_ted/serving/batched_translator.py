@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from ..translation.glossary import Glossary
 from ..translation.sentence_translator import SourceSentence
 from ..translation.text_translator import PlannedText, TextTranslator, TranslatedSentence, TranslatedText
 from .turns import Turns
@@ -115,7 +116,13 @@ class BatchedTranslator:
         return self._num_characters
 
     async def translate(
-        self, texts: Sequence[str], src_lang: str, tgt_lang: str, *, num_alternatives: int = 0
+        self,
+        texts: Sequence[str],
+        src_lang: str,
+        tgt_lang: str,
+        *,
+        glossary: Glossary | None = None,
+        num_alternatives: int = 0,
     ) -> list[TranslatedText]:
         """As [`TextTranslator.translate`]. If the task that waits is cancelled, so is the work.
 
@@ -128,7 +135,9 @@ class BatchedTranslator:
         self._accept(num_characters)
         done: Future[list[TranslatedText]] = Future()
         try:
-            planning = self._planners.submit(self._plan, list(texts), src_lang, tgt_lang, num_alternatives, done)
+            planning = self._planners.submit(
+                self._plan, list(texts), src_lang, tgt_lang, glossary, num_alternatives, done
+            )
             planning.add_done_callback(self._planned)
             return await asyncio.wrap_future(done)
         finally:
@@ -160,13 +169,16 @@ class BatchedTranslator:
         texts: list[str],
         src_lang: str,
         tgt_lang: str,
+        glossary: Glossary | None,
         num_alternatives: int,
         done: Future[list[TranslatedText]],
     ) -> None:
         if done.cancelled():
             return
         try:
-            plans = self.translator.plan(texts, src_lang, tgt_lang, num_alternatives=num_alternatives)
+            plans = self.translator.plan(
+                texts, src_lang, tgt_lang, glossary=glossary, num_alternatives=num_alternatives
+            )
         except Exception as error:  # of this request, whoever made it
             _give(done, error)
             return

@@ -30,6 +30,11 @@ def placeholders(text: str) -> list[str]:
     return _PLACEHOLDER.findall(text)
 
 
+def placeholder_spans(text: str) -> list[tuple[int, int]]:
+    """Where each of the `placeholders` starts and ends."""
+    return [match.span() for match in _PLACEHOLDER.finditer(text)]
+
+
 def lost_placeholders(source: str, translation: str) -> list[str]:
     """The placeholders that a translation has less often than its source, or more often."""
     before = Counter(placeholders(source))
@@ -39,4 +44,4 @@ def lost_placeholders(source: str, translation: str) -> list[str]:
     return [*missing, *(name for name in added if name not in before and not any(name in other for other in before))]
 
 
-__all__ = ["lost_placeholders", "placeholders"]
+__all__ = ["lost_placeholders", "placeholder_spans", "placeholders"]

@@ -3,6 +3,7 @@
 Shape letters: B sentences of a batch, N sequences of each, beams among them, L tokens, V words of the vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import LogitsProcessor, StoppingCriteria
 
 from ..models.language_codes import language_ids, languages_kept
+from .grid_search import MAX_BEAMS, Hypothesis, grid_search
+from .phrases import Phrase, PhraseTokens
 
 OnStep = Callable[[], None]
 
@@ -27,6 +30,7 @@ class SourceSentence:
         input_ids: its tokens, with those of the language and of the end.
         first_token: with which the translation begins: the one of its language.
         num_sequences: translations that are wanted: the best one and its alternatives.
+        phrases: what its translation has to have.
     """
 
     text: str
@@ -35,6 +39,11 @@ class SourceSentence:
     input_ids: tuple[int, ...]
     first_token: int
     num_sequences: int = 1
+    phrases: tuple[Phrase, ...] = ()
+
+    def missing(self, translation: str) -> list[Phrase]:
+        """The phrases that a translation has not, or not as often as it has to."""
+        return [phrase for phrase in self.phrases if not phrase.is_in(translation)]
 
 
 @dataclass(frozen=True)
@@ -77,9 +86,15 @@ class SentenceTranslator:
         self.max_source_tokens = min(positions, tokenizer.model_max_length)
         self.max_new_tokens = min(max_new_tokens or positions, positions)
         self._cuts_early = max_new_tokens is None
+        self._phrase_tokens = PhraseTokens(tokenizer)
 
     def encode(
-        self, texts: Sequence[str], src_lang: str, tgt_lang: str, num_sequences: int = 1
+        self,
+        texts: Sequence[str],
+        src_lang: str,
+        tgt_lang: str,
+        num_sequences: int = 1,
+        phrases: Sequence[tuple[Phrase, ...]] | None = None,
     ) -> list[SourceSentence]:
         """The texts as sentences, each at most `max_source_tokens` long if it is to be translated."""
         if not texts:
@@ -96,8 +111,9 @@ class SentenceTranslator:
                 input_ids=tuple(ids),
                 first_token=encoded["forced_bos_token_id"],
                 num_sequences=num_sequences,
+                phrases=of_text,
             )
-            for text, ids in zip(texts, encoded["input_ids"], strict=True)
+            for text, ids, of_text in zip(texts, encoded["input_ids"], phrases or [()] * len(texts), strict=True)
         ]
 
     def batches(self, sentences: Iterable[SourceSentence]) -> Iterator[list[SourceSentence]]:
@@ -114,12 +130,15 @@ class SentenceTranslator:
     def generate(self, batch: Sequence[SourceSentence], on_step: OnStep | None = None) -> list[GeneratedSentence]:
         """Translate a batch, whose languages may differ; in parts, if it does not fit in the memory of a GPU.
 
+        Sentences whose translation by plain beam search has not all of their phrases are translated again, by a search
+        for what has them. So a sentence that needs no help has the translation that it would have without phrases.
+
         Args:
             batch: B sentences.
             on_step: is called after each token of the batch; what it raises ends the work.
         """
         try:
-            return self._generate(batch, on_step)
+            return self._with_phrases(batch, self._generate(batch, on_step), on_step)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
@@ -127,28 +146,47 @@ class SentenceTranslator:
         middle = len(batch) // 2
         return self.generate(batch[:middle], on_step) + self.generate(batch[middle:], on_step)
 
+    def _with_phrases(
+        self, batch: Sequence[SourceSentence], generated: list[GeneratedSentence], on_step: OnStep | None
+    ) -> list[GeneratedSentence]:
+        """What the phrases are missing in is replaced."""
+        again = [index for index, of_one in enumerate(generated) if batch[index].missing(of_one.texts[0])]
+        num_at_once = math.ceil(len(batch) / MAX_BEAMS)  # each has so many times more beams
+        for start in range(0, len(again), num_at_once):
+            indices = again[start : start + num_at_once]
+            found = self._search([batch[index] for index in indices], on_step)
+            for index, hypotheses in zip(indices, found, strict=True):
+                generated[index] = self._merged(hypotheses, generated[index], batch[index].num_sequences)
+        return generated
+
+    def _merged(self, found: list[Hypothesis], plain: GeneratedSentence, num_sequences: int) -> GeneratedSentence:
+        """If fewer were found than are wanted, those of the plain search follow."""
+        tokens = [list(hypothesis.tokens) for hypothesis in found]
+        scores = dict(zip(self._decoded(tokens), [hypothesis.score for hypothesis in found], strict=True))
+        for text, score in zip(plain.texts, plain.scores, strict=False):  # one translation has no score
+            scores.setdefault(text, score)
+        texts = tuple(scores)[:num_sequences]
+        return GeneratedSentence(
+            texts, tuple(scores[text] for text in texts) if num_sequences > 1 else (), not found[0].has_ended
+        )
+
     @torch.inference_mode()
     def _generate(self, batch: Sequence[SourceSentence], on_step: OnStep | None) -> list[GeneratedSentence]:
-        ids = [list(sentence.input_ids) for sentence in batch]
-        inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.model.device)
         limits = [self._max_new_tokens(sentence) for sentence in batch]
         num_sequences = max(sentence.num_sequences for sentence in batch)
         outputs = self.model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            logits_processor=[_FirstTokens([sentence.first_token for sentence in batch], self.model.device)],
+            **self._inputs(batch),
             stopping_criteria=[_Limits(limits, self.model.device, on_step)],
             num_beams=self.num_beams,
             num_return_sequences=num_sequences,
             max_new_tokens=max(limits),
-            do_sample=False,
             return_dict_in_generate=True,
             output_scores=num_sequences > 1,
         )
         sequences: Tensor = outputs.sequences  # [B * N, L]
         end = torch.as_tensor(self.model.generation_config.eos_token_id, device=sequences.device)
         has_ended = torch.isin(sequences[:, 1:], end).any(dim=1)[::num_sequences].tolist()
-        texts = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        texts = self._decoded(sequences)
         scores = outputs.sequences_scores.tolist() if num_sequences > 1 else []
         generated = []
         for index, sentence in enumerate(batch):
@@ -156,6 +194,37 @@ class SentenceTranslator:
             own_scores = tuple(scores[own]) if sentence.num_sequences > 1 else ()
             generated.append(GeneratedSentence(tuple(texts[own]), own_scores, not has_ended[index]))
         return generated
+
+    @torch.inference_mode()
+    def _search(self, batch: Sequence[SourceSentence], on_step: OnStep | None) -> list[list[Hypothesis]]:
+        limits = [self._max_new_tokens(sentence) for sentence in batch]
+        return self.model.generate(
+            **self._inputs(batch),
+            custom_generate=grid_search,
+            phrases=[sentence.phrases for sentence in batch],
+            phrase_tokens=self._phrase_tokens,
+            limits=limits,
+            beams_of_grid=self.num_beams,
+            sequences_of_grid=max(sentence.num_sequences for sentence in batch),
+            on_step=on_step,
+            num_beams=1,
+            max_new_tokens=max(limits),
+            use_cache=True,
+        )
+
+    def _inputs(self, batch: Sequence[SourceSentence]) -> dict[str, Any]:
+        ids = [list(sentence.input_ids) for sentence in batch]
+        inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.model.device)
+        first_tokens = [sentence.first_token for sentence in batch]
+        return {
+            "input_ids": inputs["input_ids"],
+            "attention_mask": inputs["attention_mask"],
+            "logits_processor": [_FirstTokens(first_tokens, self.model.device)],
+            "do_sample": False,
+        }
+
+    def _decoded(self, sequences: Tensor | list[list[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
 
     def _max_new_tokens(self, sentence: SourceSentence) -> int:
         """By the sentence alone, so that its translation does not depend on its batch."""

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..evaluation.language_detection import UNDETERMINED, LanguageDetector, detector_code
 from ..models.language_codes import resolve_language
 from ..models.segments import Segments, split_long, split_sentences
+from .glossary import Glossary
+from .phrases import phrases_of
 from .placeholders import lost_placeholders
 from .sentence_translator import GeneratedSentence, OnStep, SentenceTranslator, SourceSentence
 
@@ -33,8 +35,9 @@ class TranslatedSentence:
         alternatives: other translations, the best first; the beams of the search.
         scores: of the translation and its alternatives: log-probability per token, as beam search ranks them; empty
             without alternatives.
-        problems: what a reader should look at, in words: places for values or tags that were lost, an unusual length,
-            another language than was asked for, a translation that was cut.
+        problems: what a reader should look at, in words: places for values or tags that were lost, terms of the
+            glossary that it has not, an unusual length, another language than was asked for, a translation that was
+            cut.
     """
 
     source: str
@@ -121,6 +124,8 @@ class TextTranslator:
             and 32 more, at most what the model has positions for.
         num_alternatives: other translations of each sentence; less than `num_beams`.
         split: whether texts are split into sentences; otherwise each line is one. Lines are never joined.
+        keep_placeholders: whether translations have to have the placeholders of their sources (`%s`, `{name}`, `<b>`,
+            URLs, ...); otherwise it is only reported if they have not.
 
     Raises:
         ValueError: a number that cannot be, or a tokenizer without languages.
@@ -136,11 +141,12 @@ class TextTranslator:
         max_new_tokens: int | None = None,
         num_alternatives: int = 0,
         split: bool = True,
+        keep_placeholders: bool = True,
     ):
         self._sentences = SentenceTranslator(
             model, tokenizer, num_beams=num_beams, batch_tokens=batch_tokens, max_new_tokens=max_new_tokens
         )
-        self.split = split
+        self.split, self.keep_placeholders = split, keep_placeholders
         self.num_sequences = self._num_sequences(num_alternatives)
 
     @property
@@ -180,6 +186,7 @@ class TextTranslator:
         tgt_lang: str,
         on_batch: Callable[[int, int], None] | None = None,
         *,
+        glossary: Glossary | None = None,
         num_alternatives: int | None = None,
     ) -> list[TranslatedText]:
         """
@@ -190,13 +197,14 @@ class TextTranslator:
                 language that py3langid finds in each text; it knows no scripts, so that the first of several forms of
                 a language is taken (`zho_Hans`).
             on_batch: is told after each batch how many sentences and source tokens were translated.
+            glossary: terms that the translations are to have. Where one has not, its `problems` say so.
             num_alternatives: of each sentence; by default those of the translator.
 
         Raises:
             ValueError: an unknown language, a text that is no string or has no language that could be found, or more
                 alternatives than there are other beams.
         """
-        plans = self.plan(texts, src_lang, tgt_lang, num_alternatives=num_alternatives)
+        plans = self.plan(texts, src_lang, tgt_lang, glossary=glossary, num_alternatives=num_alternatives)
         translated: dict[SourceSentence, TranslatedSentence] = {}
         for batch in self.batches(sentence for plan in plans for part in plan.sentences for sentence in part):
             translated |= zip(batch, self.translate_batch(batch), strict=True)
@@ -205,7 +213,13 @@ class TextTranslator:
         return [plan.whole(translated) for plan in plans]
 
     def plan(
-        self, texts: Sequence[str], src_lang: str, tgt_lang: str, *, num_alternatives: int | None = None
+        self,
+        texts: Sequence[str],
+        src_lang: str,
+        tgt_lang: str,
+        *,
+        glossary: Glossary | None = None,
+        num_alternatives: int | None = None,
     ) -> list[PlannedText]:
         """What has to be translated; for arguments and errors see `translate`."""
         num_sequences = self._num_sequences(num_alternatives)
@@ -221,7 +235,7 @@ class TextTranslator:
         for segments, language in zip(split, languages, strict=True):
             by_language[language] |= dict.fromkeys(segments.sentences)
         parts = {
-            language: self._parts([*sentences], language, tgt_lang, num_sequences)
+            language: self._parts([*sentences], language, tgt_lang, glossary, num_sequences)
             for language, sentences in by_language.items()
         }
         return [
@@ -279,16 +293,17 @@ class TextTranslator:
         return LanguageDetector(self._language_of_code.values())
 
     def _parts(
-        self, sentences: list[str], src_lang: str, tgt_lang: str, num_sequences: int
+        self, sentences: list[str], src_lang: str, tgt_lang: str, glossary: Glossary | None, num_sequences: int
     ) -> dict[str, tuple[Segments, tuple[SourceSentence, ...]]]:
         """Each sentence in the parts that the model has positions for, mostly one."""
         max_tokens = self._sentences.max_source_tokens
 
         def encode(texts: Sequence[str]) -> list[SourceSentence]:
-            return self._sentences.encode(texts, src_lang, tgt_lang, num_sequences)
+            phrases = [phrases_of(text, glossary, keep_placeholders=self.keep_placeholders) for text in texts]
+            return self._sentences.encode(texts, src_lang, tgt_lang, num_sequences, phrases)
 
         def count_tokens(texts: Sequence[str]) -> list[int]:
-            return [len(sentence.input_ids) for sentence in encode(texts)]
+            return [len(sentence.input_ids) for sentence in self._sentences.encode(texts, src_lang, tgt_lang)]
 
         parts: dict[str, tuple[Segments, tuple[SourceSentence, ...]]] = {}
         for sentence, encoded in zip(sentences, encode(sentences), strict=True):
@@ -300,7 +315,7 @@ class TextTranslator:
         return parts
 
     def _translated(self, source: SourceSentence, generated: GeneratedSentence) -> TranslatedSentence:
-        problems = self._problems(source.text, generated.texts[0], source.tgt_lang)
+        problems = self._problems(source, generated.texts[0])
         return TranslatedSentence(
             source=source.text,
             text=generated.texts[0],
@@ -309,10 +324,16 @@ class TextTranslator:
             problems=(*problems, *([CUT] if generated.is_cut else [])),
         )
 
-    def _problems(self, source: str, translation: str, tgt_lang: str) -> list[str]:
+    def _problems(self, sentence: SourceSentence, translation: str) -> list[str]:
+        source, tgt_lang = sentence.text, sentence.tgt_lang
         problems = []
         if lost := lost_placeholders(source, translation):
             problems.append(f"not as often as in the source: {' '.join(lost)}")
+        problems += [
+            f"not as in the glossary: {phrase.source} -> {phrase.text}"
+            for phrase in sentence.missing(translation)
+            if phrase.is_term
+        ]
         num_bytes = len(source.encode())
         ratio = len(translation.encode()) / num_bytes
         if num_bytes >= MIN_RATIO_BYTES and not MIN_LENGTH_RATIO <= ratio <= MAX_LENGTH_RATIO:

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from .glossary import Glossary
 from .text_rows import LINES, PARQUET, TextRow, kind_of, read_rows, to_parquet, written
 from .text_translator import TextTranslator, TranslatedText
 
@@ -46,6 +47,7 @@ def translate_file(
     src_lang: str,
     tgt_lang: str,
     column: str | None = None,
+    glossary: Glossary | None = None,
     overwrite: bool = False,
 ) -> FileTranslation:
     """Translate lines, or a column of a table.
@@ -64,6 +66,7 @@ def translate_file(
         output: file, `None` for standard output.
         src_lang, tgt_lang: see [`TextTranslator.translate`].
         column: with the texts; by default `source`, `text` or `sentence`.
+        glossary: see [`TextTranslator.translate`].
         overwrite: replace `output`, and begin again if there is a partial one.
 
     Raises:
@@ -71,7 +74,7 @@ def translate_file(
             column; an unknown language.
     """
     source, output = (None if path is None else Path(path) for path in (source, output))
-    run = _Run(translator, source, output, src_lang, tgt_lang, column, overwrite)
+    run = _Run(translator, source, output, src_lang, tgt_lang, column, glossary, overwrite)
     with run.opened() as rows:
         run.translate(rows)
     return run.result
@@ -86,10 +89,11 @@ class _Run:
         src_lang: str,
         tgt_lang: str,
         column: str | None,
+        glossary: Glossary | None,
         overwrite: bool,
     ):
         self.translator, self.source, self.output = translator, source, output
-        self.src_lang, self.tgt_lang, self.column = src_lang, tgt_lang, column
+        self.src_lang, self.tgt_lang, self.column, self.glossary = src_lang, tgt_lang, column, glossary
         self.result = FileTranslation()
         self.kind = kind_of(output)
         self.state = PartialState(cpu=translator.model.device.type == "cpu")
@@ -111,7 +115,14 @@ class _Run:
             "model": translator.model.name_or_path,
             "languages": [self.src_lang, self.tgt_lang],
             "column": self.column,
-            "options": [translator.num_beams, translator.num_sequences, translator.max_new_tokens, translator.split],
+            "glossary": None if self.glossary is None else self.glossary.sha256,
+            "options": [
+                translator.num_beams,
+                translator.num_sequences,
+                translator.max_new_tokens,
+                translator.split,
+                translator.keep_placeholders,
+            ],
         }
 
     def _find_partial(self, overwrite: bool) -> None:
@@ -175,7 +186,7 @@ class _Run:
         order = sorted(range(len(chunk)), key=lambda index: len(chunk[index].text or ""))
         mine = order[self.state.process_index :: self.state.num_processes]
         texts = self.translator.translate(
-            [chunk[index].text or "" for index in mine], self.src_lang, self.tgt_lang, count
+            [chunk[index].text or "" for index in mine], self.src_lang, self.tgt_lang, count, glossary=self.glossary
         )
         if self.state.num_processes == 1:
             return [text for _, text in sorted(zip(mine, texts, strict=True), key=lambda pair: pair[0])], num_tokens

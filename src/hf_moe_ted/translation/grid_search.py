@@ -1,0 +1,320 @@
+"""Beam search for translations that have certain phrases: grid beam search (Hokamp and Liu 2017, section 3).
+
+Beams are kept apart, in banks, by how many of the phrases they have begun. So a beam that has paid for a phrase is not
+compared with one that has not yet. In each step a beam may go on with any token, or begin a phrase that it misses; what
+is begun is written to its end.
+
+Shape letters: B beams of all sentences, L tokens, V words of the vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .phrases import Phrase, PhraseTokens, Spelling
+
+MAX_BEAMS = 4  # times num_beams: of a sentence, in all banks
+IMPOSSIBLE = -1e8  # log-probability
+
+
+class Hypothesis(NamedTuple):
+    """
+    Attributes:
+        tokens: of a translation, with the one that decoding starts from.
+        score: log-probability per token, as beam search ranks them.
+        has_ended: whether it was not cut.
+    """
+
+    tokens: tuple[int, ...]
+    score: float
+    has_ended: bool
+
+
+class _Beam(NamedTuple):
+    """
+    Attributes:
+        row: its sentence.
+        parent: the beam that it goes on from, among all of the step before.
+        tokens: with the one that decoding starts from.
+        score: sum of log-probabilities.
+        missing: of each phrase, how often it has yet to be begun.
+        begun: tokens that its phrase goes on with.
+        ends_word: whether the phrase that it has begun, or that its last token ended, is the end of a word.
+    """
+
+    row: int
+    parent: int
+    tokens: tuple[int, ...]
+    score: float
+    missing: tuple[int, ...]
+    begun: tuple[int, ...] = ()
+    ends_word: bool = False
+
+
+class _Step(NamedTuple):
+    """A token that a beam may go on with; `beam` is its number in its sentence, the others are those of `_Beam`."""
+
+    score: float
+    beam: int
+    token: int
+    missing: tuple[int, ...]
+    begun: tuple[int, ...] = ()
+    ends_word: bool = False
+
+
+@dataclass(frozen=True)
+class _Settings:
+    num_beams: int
+    num_sequences: int
+    prompt_length: int
+    length_penalty: float
+    early_stopping: bool | str | None
+    eos: frozenset[int]
+    phrase_tokens: PhraseTokens
+
+
+@dataclass
+class _Row:
+    """A sentence.
+
+    Attributes:
+        limit: of new tokens.
+        finished: translations that have all phrases, the best first.
+    """
+
+    phrases: Sequence[Phrase]
+    limit: int
+    settings: _Settings
+    finished: list[Hypothesis] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        num_banks = 1 + sum(phrase.count for phrase in self.phrases)
+        self.max_beams = MAX_BEAMS * self.settings.num_beams
+        self.bank_size = max(1, min(self.settings.num_beams, self.max_beams // num_banks))
+        self.num_wanted = max(self.bank_size, self.settings.num_sequences)
+
+    def step(self, beams: Sequence[_Beam], first: int, log_probs_BV: Tensor) -> list[_Beam]:
+        """The beams that follow; none when the sentence is done.
+
+        Args:
+            beams: of this sentence.
+            first: number of the first one among all beams.
+            log_probs_BV: of these beams.
+        """
+        banks: dict[int, list[_Step]] = {}
+        for step in self._steps(beams, log_probs_BV):
+            banks.setdefault(sum(step.missing), []).append(step)
+        chosen = [beam for _, bank in sorted(banks.items()) for beam in self._best(bank, beams, first)]
+        chosen = chosen[: self.max_beams]  # those with most of the phrases
+        if not chosen or len(chosen[0].tokens) - self.settings.prompt_length >= self.limit:
+            self._cut(chosen or beams)
+            return []
+        return [] if self._is_done(chosen) else chosen
+
+    def _steps(self, beams: Sequence[_Beam], log_probs_BV: Tensor) -> list[_Step]:
+        values, ids = log_probs_BV.topk(min(2 * self.bank_size + 8, log_probs_BV.shape[-1]))
+        steps: list[_Step] = []
+        forced: list[_Step] = []  # the scores of the tokens are not in them yet
+        for number, (beam, of_beam, tokens) in enumerate(zip(beams, values.tolist(), ids.tolist(), strict=True)):
+            if beam.begun:
+                forced.append(_forced_step(beam, number, beam.begun, beam.missing, beam.ends_word))
+                continue
+            steps += [
+                _Step(beam.score + value, number, token, self._missing_after(beam, token))
+                for value, token in zip(of_beam, tokens, strict=True)
+                if not (beam.ends_word and self.settings.phrase_tokens.continues_word(token))
+            ]
+            forced += self._begun(beam, number)
+        if forced:
+            values = log_probs_BV[[step.beam for step in forced], [step.token for step in forced]]
+            steps += [s._replace(score=s.score + value) for s, value in zip(forced, values.tolist(), strict=True)]
+        return [step for step in steps if step.score > IMPOSSIBLE]
+
+    def _missing_after(self, beam: _Beam, token: int) -> tuple[int, ...]:
+        """A beam that ends is one of those that have all phrases; `_may_end` looks whether it has."""
+        return (0,) * len(beam.missing) if token in self.settings.eos else beam.missing
+
+    def _begun(self, beam: _Beam, number: int) -> list[_Step]:
+        """The phrases that a beam misses begin, in the spellings that fit behind its last token."""
+        num_new = len(beam.tokens) - self.settings.prompt_length
+        if num_new == 0:  # the token of the language comes first
+            return []
+        is_start = num_new == 1
+        is_after_word = not is_start and self.settings.phrase_tokens.ends_in_word(beam.tokens[-1])
+
+        def fits(spelling: Spelling) -> bool:
+            return spelling.is_at_start == is_start and (spelling.is_after_word or not is_after_word)
+
+        return [
+            _forced_step(beam, number, spelling.tokens, _without(beam.missing, index), phrase.ends_word)
+            for index, phrase in enumerate(self.phrases)
+            if beam.missing[index] > 0
+            for spelling in self.settings.phrase_tokens.spellings(phrase)
+            if fits(spelling)
+        ]
+
+    def _best(self, bank: list[_Step], beams: Sequence[_Beam], first: int) -> list[_Beam]:
+        """The best that go on; those that end among the best are finished, as beam search does."""
+        chosen: dict[tuple[Any, ...], _Beam] = {}
+        rank = 0
+        for step in sorted(bank, key=lambda step: -step.score):
+            parent = beams[step.beam]
+            tokens = (*parent.tokens, step.token)
+            if step.token not in self.settings.eos:
+                beam = _Beam(
+                    parent.row, first + step.beam, tokens, step.score, step.missing, step.begun, step.ends_word
+                )
+                chosen.setdefault((tokens, step.begun), beam)
+            elif rank < self.bank_size and self._may_end(parent):
+                self.finished.append(Hypothesis(tokens, self._ranked(step.score, len(tokens)), True))
+            else:
+                continue
+            rank += 1
+            if len(chosen) == self.bank_size:
+                break
+        self.finished = sorted(self.finished, key=lambda hypothesis: -hypothesis.score)[: self.num_wanted]
+        return list(chosen.values())
+
+    def _may_end(self, beam: _Beam) -> bool:
+        """Whether it has all phrases; also if it came to them by itself, perhaps in other tokens."""
+        if not any(beam.missing):
+            return True
+        text = self.settings.phrase_tokens.decode(beam.tokens)
+        return all(phrase.is_in(text) for phrase in self.phrases)
+
+    def _is_done(self, beams: Sequence[_Beam]) -> bool:
+        """Whether no beam that has all phrases can be better than what is finished.
+
+        The others are not waited for: those that miss a phrase at the end of the sentence often repeat themselves,
+        which has a good score.
+        """
+        if len(self.finished) < self.num_wanted:
+            return False
+        complete = [beam.score for beam in beams if not any(beam.missing)]
+        if not complete or self.settings.early_stopping is True:
+            return True
+        return self._ranked(max(complete), len(beams[0].tokens)) <= self.finished[-1].score
+
+    def _cut(self, beams: Sequence[_Beam]) -> None:
+        """At the limit, beams fill up what did not end; those with the most phrases first."""
+        order = sorted(beams, key=lambda beam: (sum(beam.missing) + bool(beam.begun), -beam.score))
+        for beam in order[: self.num_wanted - len(self.finished)]:
+            self.finished.append(Hypothesis(beam.tokens, self._ranked(beam.score, len(beam.tokens)), False))
+
+    def _ranked(self, score: float, num_tokens: int) -> float:
+        return score / (num_tokens - self.settings.prompt_length) ** self.settings.length_penalty
+
+
+def _forced_step(beam: _Beam, number: int, tokens: tuple[int, ...], missing: tuple[int, ...], ends_word: bool) -> _Step:
+    """A beam goes on with the first of some tokens; the score of the token is not in it yet."""
+    return _Step(beam.score, number, tokens[0], missing, tokens[1:], ends_word)
+
+
+def _without(missing: tuple[int, ...], index: int) -> tuple[int, ...]:
+    return (*missing[:index], missing[index] - 1, *missing[index + 1 :])
+
+
+def grid_search(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    *,
+    phrases: Sequence[Sequence[Phrase]],
+    phrase_tokens: PhraseTokens,
+    limits: Sequence[int],
+    beams_of_grid: int,
+    sequences_of_grid: int = 1,
+    on_step: Callable[[], None] | None = None,
+    **model_kwargs: Any,
+) -> list[list[Hypothesis]]:
+    """The `custom_generate` of `model.generate(..., num_beams=1)`; without phrases it is plain beam search.
+
+    Args:
+        phrases: of each sentence, what its translation has to have.
+        phrase_tokens: of the tokenizer.
+        limits: of each sentence, how long its translation may be, in tokens.
+        beams_of_grid: `num_beams` of a search without phrases; a sentence with phrases has up to four times as many.
+        sequences_of_grid: translations of each sentence that are wanted.
+        on_step: is called after each token; what it raises ends the work.
+
+    Returns:
+        Of each sentence its translations, the best first; at least one. A translation that misses a phrase was cut.
+    """
+    settings = _Settings(
+        num_beams=beams_of_grid,
+        num_sequences=sequences_of_grid,
+        prompt_length=input_ids.shape[1],
+        length_penalty=1.0 if generation_config.length_penalty is None else generation_config.length_penalty,
+        early_stopping=generation_config.early_stopping,
+        eos=frozenset(generation_config._eos_token_tensor.tolist()),
+        phrase_tokens=phrase_tokens,
+    )
+    rows = [_Row(of_row, limit, settings) for of_row, limit in zip(phrases, limits, strict=True)]
+    beams = [
+        _Beam(number, number, tuple(tokens), 0.0, tuple(phrase.count for phrase in rows[number].phrases))
+        for number, tokens in enumerate(input_ids.tolist())
+    ]
+    decoder = _Decoder(model, model_kwargs)
+    while beams:
+        tokens_BL = torch.tensor([beam.tokens for beam in beams], device=input_ids.device)
+        log_probs_BV = logits_processor(tokens_BL, decoder.log_probs(tokens_BL, [beam.row for beam in beams]))
+        beams = _next_beams(beams, rows, log_probs_BV)
+        decoder.keep([beam.parent for beam in beams])
+        if on_step is not None:
+            on_step()
+    return [row.finished for row in rows]
+
+
+def _next_beams(beams: Sequence[_Beam], rows: Sequence[_Row], log_probs_BV: Tensor) -> list[_Beam]:
+    following: list[_Beam] = []
+    first = 0
+    for row, of_row in groupby(beams, key=lambda beam: beam.row):
+        own = list(of_row)
+        following += rows[row].step(own, first, log_probs_BV[first : first + len(own)])
+        first += len(own)
+    return following
+
+
+class _Decoder:
+    """The decoder of a model, with as many beams in each step as there are."""
+
+    def __init__(self, model: Any, model_kwargs: dict[str, Any]):
+        self.model = model
+        self.encoder_outputs, self.mask = model_kwargs["encoder_outputs"], model_kwargs["attention_mask"]
+        self.cache_name = next(n for n in ("past_key_values", "cache") if model_kwargs.get(n) is not None)
+        self.cache = model_kwargs[self.cache_name]
+        self.num_decoded = 0
+        self.rows: list[int] = []
+
+    def log_probs(self, tokens_BL: Tensor, rows: list[int]) -> Tensor:
+        """Of the tokens that follow, [B, V] float32; `rows` are the sentences of the beams."""
+        self.rows = rows
+        index_B = torch.tensor(rows, device=self.mask.device)
+        outputs = self.model(
+            decoder_input_ids=tokens_BL[:, self.num_decoded :],
+            encoder_outputs=type(self.encoder_outputs)(
+                last_hidden_state=self.encoder_outputs.last_hidden_state[index_B]
+            ),
+            attention_mask=self.mask[index_B],
+            use_cache=True,
+            return_dict=True,
+            **{self.cache_name: self.cache},
+        )
+        self.num_decoded = tokens_BL.shape[1]
+        return outputs.logits[:, -1].float().log_softmax(dim=-1)
+
+    def keep(self, parents: list[int]) -> None:
+        """The cache of the beams that go on, in the order of those that follow."""
+        if parents:
+            is_same = [self.rows[parent] for parent in parents] == self.rows
+            cache = self.cache.self_attention_cache if is_same else self.cache  # the source stays
+            cache.reorder_cache(torch.tensor(parents, device=self.mask.device))
+
+
+__all__ = ["Hypothesis", "grid_search"]

@@ -1,0 +1,140 @@
+"""What a translation has to have: the terms of a glossary, and placeholders; and how a tokenizer writes it."""
+
+import functools
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..models.language_codes import languages_kept
+from .glossary import Glossary
+from .placeholders import placeholder_spans
+from .words import capitalized, count_phrase, ends_in_word, starts_in_word
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """
+    Attributes:
+        text: what the translation has to have.
+        count: how often.
+        source: the term of the glossary that it translates, as the sentence has it; `None` for a placeholder, which
+            may stand anywhere. A term stands apart from the words around it.
+        may_be_capitalized: whether it may have a capital letter at the start of the translation.
+    """
+
+    text: str
+    count: int = 1
+    source: str | None = None
+    may_be_capitalized: bool = False
+
+    @property
+    def is_term(self) -> bool:
+        return self.source is not None
+
+    @property
+    def ends_word(self) -> bool:
+        """Whether no letter may follow."""
+        return self.is_term and ends_in_word(self.text)
+
+    def count_in(self, translation: str) -> int:
+        """How often it is there."""
+        if not self.is_term:
+            return translation.count(self.text)
+        return count_phrase(self.text, translation, may_be_capitalized=self.may_be_capitalized)
+
+    def is_in(self, translation: str) -> bool:
+        """Whether it is there as often as it has to be."""
+        return self.count_in(translation) >= self.count
+
+
+def phrases_of(sentence: str, glossary: Glossary | None, *, keep_placeholders: bool = True) -> tuple[Phrase, ...]:
+    """What the translation of a sentence has to have: its terms as the glossary has them, its placeholders as they are.
+
+    A placeholder that is part of a term is left to the term.
+    """
+    terms = [] if glossary is None else glossary.terms_in(sentence)
+    counts = Counter((term.target, term.is_any_case) for term in terms)
+    sources = {term.target: term.source for term in reversed(terms)}
+    names = Counter(
+        sentence[start:end]
+        for start, end in (placeholder_spans(sentence) if keep_placeholders else ())
+        if not any(term.start < end and start < term.end for term in terms)
+    )
+    return (
+        *(Phrase(text, count, sources[text], is_any_case) for (text, is_any_case), count in counts.items()),
+        *(Phrase(name, count) for name, count in names.items()),
+    )
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """One way to write a phrase in tokens.
+
+    Attributes:
+        tokens: one or more.
+        is_at_start: whether it is one for the start of a translation, or for the places behind it.
+        is_after_word: whether it can follow a letter or a digit.
+    """
+
+    tokens: tuple[int, ...]
+    is_at_start: bool
+    is_after_word: bool
+
+
+class PhraseTokens:
+    """How a tokenizer writes phrases, and where words end among its tokens. Threads may share it.
+
+    Args:
+        tokenizer: one for translation.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._lock = threading.Lock()
+        self.spellings = functools.lru_cache(2**12)(self._spellings)
+        self.continues_word = functools.lru_cache(2**16)(self._continues_word)
+        self.ends_in_word = functools.lru_cache(2**16)(self._ends_in_word)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text, without special tokens."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def _spellings(self, phrase: Phrase) -> tuple[Spelling, ...]:
+        """At the start, with a capital letter if it may have one; after a space; after other text."""
+        may_follow_word = not (phrase.is_term and starts_in_word(phrase.text))
+        at_start = [phrase.text, capitalized(phrase.text)] if phrase.may_be_capitalized else [phrase.text]
+        found = [
+            *(Spelling(self._tokens("", text), True, False) for text in at_start),
+            Spelling(self._tokens("a", f" {phrase.text}"), False, True),
+            Spelling(self._tokens("(", phrase.text), False, may_follow_word),
+        ]
+        return tuple(spelling for spelling in dict.fromkeys(found) if spelling.tokens)
+
+    def _tokens(self, before: str, text: str) -> tuple[int, ...]:
+        """Of a text after other text; none if a token belongs to both."""
+        first, both = self._encode(before), self._encode(before + text)
+        return both[len(first) :] if both[: len(first)] == first else ()
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        if not text:
+            return ()
+        with languages_kept(self._tokenizer):
+            return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _continues_word(self, token_id: int) -> bool:
+        """Whether a token goes on with the word before it."""
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        if token.startswith("▁") or token_id in self._special_ids:
+            return False
+        return starts_in_word(self._tokenizer.convert_tokens_to_string([token]))
+
+    def _ends_in_word(self, token_id: int) -> bool:
+        """Whether a letter after a token would go on with its word."""
+        text = self._tokenizer.convert_tokens_to_string([self._tokenizer.convert_ids_to_tokens(token_id)])
+        return text.endswith("\N{REPLACEMENT CHARACTER}") or ends_in_word(text)  # bytes may be those of a letter
+
+
+__all__ = ["Phrase", "PhraseTokens", "Spelling", "phrases_of"]

@@ -1,0 +1,67 @@
+"""Words of a text in any script, and phrases as whole words."""
+
+import unicodedata
+
+import regex
+
+# Characters of words, where words have ends that can be seen: not in the scripts that write no spaces between them.
+_SCRIPTS_WITHOUT_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
+_WORD = regex.compile(rf"(?V1)[[\p{{L}}\p{{M}}\p{{N}}_\u200C\u200D]--[{_SCRIPTS_WITHOUT_SPACES}]]+")
+_PIECE = regex.compile(rf"{_WORD.pattern}|\s+|.", flags=regex.DOTALL)
+
+
+def words_with_spans(text: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """Words, each character between them, white space of any kind as one space; and where they start and end.
+
+    In scripts without spaces each character is one. Letters are normalized to NFC.
+    """
+    pieces = [(_normalized(match[0]), match.span()) for match in _PIECE.finditer(text)]
+    return [word for word, _ in pieces], [span for _, span in pieces]
+
+
+def split_words(text: str) -> tuple[str, ...]:
+    """As `words_with_spans`."""
+    return tuple(map(_normalized, _PIECE.findall(text)))
+
+
+def count_phrase(phrase: str, text: str, *, may_be_capitalized: bool = False) -> int:
+    """How often a text has a phrase as whole words, where none overlap.
+
+    Args:
+        may_be_capitalized: whether the first word of the text may have a capital letter that the phrase has not.
+    """
+    wanted = split_words(phrase)
+    if wanted[0].casefold() not in unicodedata.normalize("NFC", text).casefold():
+        return 0  # without a look at each word
+    words = split_words(text)
+    first = next((index for index, word in enumerate(words) if any(map(str.isalnum, word))), 0)
+    capital = split_words(capitalized(phrase)) if may_be_capitalized else wanted
+    count = index = 0
+    while index + len(wanted) <= len(words):
+        here = words[index : index + len(wanted)]
+        is_here = here == wanted or (index == first and here == capital)
+        count += is_here
+        index += len(wanted) if is_here else 1
+    return count
+
+
+def capitalized(text: str) -> str:
+    """With its first letter upper case; the others stay."""
+    return text[:1].upper() + text[1:]
+
+
+def starts_in_word(text: str) -> bool:
+    """Whether a word that stands before the text would go on with it."""
+    return _WORD.match(text) is not None
+
+
+def ends_in_word(text: str) -> bool:
+    """Whether a word that stands after the text would go on from it."""
+    return _WORD.fullmatch(text[-1:]) is not None
+
+
+def _normalized(piece: str) -> str:
+    return " " if piece.isspace() else unicodedata.normalize("NFC", piece)
+
+
+__all__ = ["capitalized", "count_phrase", "ends_in_word", "split_words", "starts_in_word", "words_with_spans"]
