@@ -63,11 +63,10 @@ if TYPE_CHECKING:
     from .routing.statistics_collection import collect_expert_statistics as collect_expert_statistics
     from .routing.token_routing import TokenRouting as TokenRouting
     from .routing.token_routing import token_routing as token_routing
-    from .serving.batched_translator import BatchedTranslator as BatchedTranslator
-    from .serving.page import mount_page as mount_page
     from .serving.api_keys import ApiKeys as ApiKeys
     from .serving.app import create_app as create_app
     from .serving.batched_translator import BatchedTranslator as BatchedTranslator
+    from .serving.page import mount_page as mount_page
     from .serving.server import bind_address as bind_address
     from .serving.server import run_server as run_server
     from .serving.settings import ServerSettings as ServerSettings

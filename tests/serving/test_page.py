@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from hf_moe_ted import BatchedTranslator, TextTranslator, load_model_and_tokenizer, token_routing
+from hf_moe_ted import ApiKeys, BatchedTranslator, TextTranslator, load_model_and_tokenizer, token_routing
 
 pytest.importorskip("gradio")
 import uvicorn
@@ -23,6 +23,7 @@ from fastapi.testclient import TestClient
 
 from hf_moe_ted.routing.token_picture import expert_colours
 from hf_moe_ted.serving.page import mount_page
+from hf_moe_ted.translation.glossary import Glossary
 
 DEMO = Path(__file__).parents[2] / "examples" / "checkpoints" / "zcode_m3_demo"
 CHROMIUM = Path("/usr/bin/chromium")
@@ -113,8 +114,8 @@ def page(context: Any, address: str, seen: Seen) -> Iterator[Any]:
     page.on("request", lambda request: seen.urls.append(request.url))
     page.on("pageerror", lambda error: seen.errors.append(str(error)))
     page.goto(address)
-    choose(page, "Translate from", "en")
-    choose(page, "Translate to", "de")
+    choose(page, "Translate from", "English")
+    choose(page, "Translate to", "German")
     yield page
     page.close()
 
@@ -148,7 +149,7 @@ def test_typed_text_is_translated(page: Any, translator: Counted, text_translato
     assert asked[-1] == text and len(asked) < len(text) / 2, "it is not translated again for each letter"
     page.keyboard.press("Backspace")  # no key that writes
     expect(translation(page)).to_have_value(text_translator.translate([text[:-1]], "en", "de")[0].text)
-    choose(page, "Translate to", "fr")
+    choose(page, "Translate to", "French")
     in_french = text_translator.translate([text], "en", "fr")[0].text
     expect(translation(page)).to_have_value(in_french)
     page.get_by_role("button", name="Swap languages").click()
@@ -157,11 +158,11 @@ def test_typed_text_is_translated(page: Any, translator: Counted, text_translato
     expect(translation(page)).to_have_value(back)
     choose(page, "Translate from", "Detect language")
     page.get_by_label("Text", exact=True).fill("Die Datei konnte nicht gespeichert werden.")
-    expect(page.locator("#message")).to_have_text(re.compile("Translated from de"))
+    expect(page.locator("#message")).to_have_text(re.compile("Translated from German"))
 
 
 def test_alternatives_and_what_should_be_looked_at(page: Any, text_translator: TextTranslator) -> None:
-    text = "Close all tabs. Save the file to %s?"
+    text = "Close all tabs. Open $1 and {name} in `code` now."
     page.get_by_label("Text", exact=True).fill(text)
     slider = page.locator("#num_alternatives input[type=range]")
     slider.focus()
@@ -174,7 +175,7 @@ def test_alternatives_and_what_should_be_looked_at(page: Any, text_translator: T
             row = table.locator("tr", has=page.get_by_role("cell", name=other, exact=True))
             expect(row.first).to_contain_text(f"{score:.3f}")
     flagged = [problem for sentence in expected.sentences for problem in sentence.problems]
-    assert flagged, "the demo model loses the place for a value here"
+    assert flagged, "the demo model loses places for values here"
     expect(page.locator("#details table.problems")).to_contain_text(flagged[0])
     slider.focus()
     slider.press("ArrowLeft")
@@ -183,7 +184,7 @@ def test_alternatives_and_what_should_be_looked_at(page: Any, text_translator: T
 
 
 def test_right_to_left(page: Any, text_translator: TextTranslator) -> None:
-    choose(page, "Translate to", "ar")
+    choose(page, "Translate to", "Arabic")
     page.get_by_label("Text", exact=True).fill("Close all tabs.")
     expect(translation(page)).to_have_value(text_translator.translate(["Close all tabs."], "en", "ar")[0].text)
     expect(translation(page)).to_have_css("direction", "rtl")
@@ -191,7 +192,7 @@ def test_right_to_left(page: Any, text_translator: TextTranslator) -> None:
     decoder = page.locator("#experts table[data-side=decoder] td").first
     expect(decoder).to_have_css("direction", "rtl")
     expect(page.locator("#experts table[data-side=encoder] td").first).to_have_css("direction", "ltr")
-    choose(page, "Translate to", "de")
+    choose(page, "Translate to", "German")
     expect(translation(page)).to_have_css("direction", "ltr")
 
 
@@ -221,10 +222,10 @@ def test_which_experts_each_token_went_to(page: Any, text_translator: TextTransl
 
 def test_errors_are_said_in_words(page: Any) -> None:
     alert = page.locator("#message [role=alert]")
-    choose(page, "Translate to", "en")
+    choose(page, "Translate to", "English")
     page.get_by_label("Text", exact=True).fill("yes")
     expect(alert).to_contain_text("The text would be translated from en to en: choose two languages")
-    choose(page, "Translate to", "de")
+    choose(page, "Translate to", "German")
     expect(alert).to_have_count(0)
     page.get_by_label("Text", exact=True).fill("x" * 201)
     expect(alert).to_contain_text("The text has 201 characters, this page takes 200")
@@ -262,6 +263,18 @@ def test_file_in_and_out(page: Any, text_translator: TextTranslator, tmp_path: P
     assert download.value.path().read_bytes() == expected.encode()
 
 
+def test_glossary(page: Any, text_translator: TextTranslator) -> None:
+    glossary = Glossary([("tabs", "Reiter")])
+    expected = text_translator.translate(["Close all tabs"], "en", "de", glossary=glossary)[0].text
+    assert "Reiter" in expected
+    page.get_by_label("Text", exact=True).fill("Close all tabs")
+    page.get_by_role("button", name=re.compile("^Glossary")).click()
+    page.get_by_label("Terms and their translations").fill("tabs = Reiter")
+    expect(translation(page)).to_have_value(expected)
+    page.get_by_label("Terms and their translations").fill("a = b = c")
+    expect(page.locator("#message [role=alert]")).to_contain_text("Line 1 of the glossary must be a term")
+
+
 def test_every_control_has_a_name(page: Any) -> None:
     controls = page.locator("input:visible, textarea:visible, button:visible, select:visible")
     names = controls.evaluate_all(
@@ -294,7 +307,7 @@ def test_a_key_is_needed_where_the_server_has_keys(translator: Counted) -> None:
     def health() -> str:
         return "well"
 
-    client = TestClient(mount_page(app, translator, api_keys={"secret"}))
+    client = TestClient(mount_page(app, translator, api_keys=ApiKeys(["secret"])))
     event = {"data": [], "fn_index": 0, "session_hash": "x"}
 
     def answers() -> list[int]:

@@ -1,6 +1,7 @@
 """What the page does without its drawing: limits, files, pictures."""
 
 import asyncio
+import html
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from hf_moe_ted import (
     token_routing,
 )
 from hf_moe_ted.routing.token_picture import token_picture
-from hf_moe_ted.serving.page_work import HOW_TO_MAKE_STATISTICS, PageOptions, PageWork
+from hf_moe_ted.serving.page_work import HOW_TO_MAKE_STATISTICS, PageOptions, PageWork, glossary_of
+from hf_moe_ted.translation.glossary import Glossary
 
 TEXT = "close all tabs.\n\nyes\n"
 
@@ -40,7 +42,7 @@ def with_work(translator: TextTranslator, use: Callable[[PageWork], Awaitable[An
 
 
 def test_text_is_that_of_the_translator(translator: TextTranslator) -> None:
-    found = with_work(translator, lambda work: work.translate(TEXT, "en", "de", 1, "me"))
+    found = with_work(translator, lambda work: work.translate(TEXT, "en", "de", 1, "", "me"))
     assert found == translator.translate([TEXT], "en", "de", num_alternatives=1)[0]
     assert found.sentences[0].alternatives
 
@@ -48,9 +50,51 @@ def test_text_is_that_of_the_translator(translator: TextTranslator) -> None:
 def test_file_is_that_of_the_translator(translator: TextTranslator, tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes("\ufeffclose\r\n\r\nyes".encode())
-    name, found = with_work(translator, lambda work: work.translate_file(path, "en", "de", "me"))
+    name, found = with_work(translator, lambda work: work.translate_file(path, "en", "de", "", "me"))
     assert name == "notes.de.txt"
-    assert found == translator.translate(["\ufeffclose\r\n\r\nyes"], "en", "de")[0]
+    assert found.text == "\ufeff" + translator.translate(["close\r\n\r\nyes"], "en", "de")[0].text
+
+
+def test_html_file(translator: TextTranslator, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text("<p id=1>yes</p>")
+    name, found = with_work(translator, lambda work: work.translate_file(tmp_path / "page.html", "en", "de", "", "me"))
+    assert name == "page.de.html"
+    assert found.text == f"<p id=1>{html.escape(translator.translate(['yes'], 'en', 'de')[0].text, quote=False)}</p>"
+
+
+def test_glossary(translator: TextTranslator, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("close tabs")
+
+    async def use(work: PageWork) -> Any:
+        text = await work.translate("close tabs", "en", "de", 0, "tabs = Reiter", "me")
+        return text, (await work.translate_file(tmp_path / "x.txt", "en", "de", "tabs\tReiter", "me"))[1]
+
+    of_text, of_file = with_work(translator, use)
+    assert of_text == translator.translate(["close tabs"], "en", "de", glossary=Glossary([("tabs", "Reiter")]))[0]
+    assert of_text != translator.translate(["close tabs"], "en", "de")[0]
+    assert of_file.text == of_text.text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", None),
+        ("# a\n\n", None),
+        (
+            "tab\tReiter\r\nfull disk = volle Platte\nChromium",
+            [("tab", "Reiter"), ("full disk", "volle Platte"), ("Chromium", None)],
+        ),
+        ("a = b\tc = d", [("a = b", "c = d")]),
+    ],
+)
+def test_glossary_that_is_typed(text: str, expected: Any) -> None:
+    assert glossary_of(text) == (None if expected is None else Glossary(expected))
+
+
+@pytest.mark.parametrize("text", ["a\tb\n\nc\td\te", "x\n#\n\tb", "x\n\na = b = c"])
+def test_wrong_glossary(text: str) -> None:
+    with pytest.raises(ValueError, match="line 3 of the glossary must be a term"):
+        glossary_of(text)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +107,7 @@ def test_file_is_that_of_the_translator(translator: TextTranslator, tmp_path: Pa
 )
 def test_wrong_text(text: str, languages: tuple[str, str], message: str, translator: TextTranslator) -> None:
     with pytest.raises(ValueError, match=message):
-        with_work(translator, lambda work: work.translate(text, *languages, 0, "me"))
+        with_work(translator, lambda work: work.translate(text, *languages, 0, "", "me"))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +117,7 @@ def test_wrong_text(text: str, languages: tuple[str, str], message: str, transla
 def test_wrong_file(content: bytes, message: str, translator: TextTranslator, tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        with_work(translator, lambda work: work.translate_file(tmp_path / "x.txt", "en", "de", "me"))
+        with_work(translator, lambda work: work.translate_file(tmp_path / "x.txt", "en", "de", "", "me"))
 
 
 def test_rate_of_each_client(translator: TextTranslator, tmp_path: Path) -> None:
@@ -85,11 +129,11 @@ def test_rate_of_each_client(translator: TextTranslator, tmp_path: Path) -> None
         return 2.5 if asked.count(client) > 1 else 0.0
 
     async def use(work: PageWork) -> None:
-        await work.translate("yes", "en", "de", 0, "me")
-        await work.translate_file(tmp_path / "x.txt", "en", "de", "you")
+        await work.translate("yes", "en", "de", 0, "", "me")
+        await work.translate_file(tmp_path / "x.txt", "en", "de", "", "you")
         for again in (
-            work.translate("yes", "en", "de", 0, "me"),
-            work.translate_file(tmp_path / "x.txt", "en", "de", "you"),
+            work.translate("yes", "en", "de", 0, "", "me"),
+            work.translate_file(tmp_path / "x.txt", "en", "de", "", "you"),
         ):
             with pytest.raises(ValueError, match="too many requests from here: wait 3 seconds"):
                 await again

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ..translation.glossary import Glossary
 from ..translation.text_translator import TranslatedText
 from .batched_translator import BatchedTranslator, QueueFullError
 from .documents import CHUNK_CHARACTERS, Document
@@ -44,13 +45,20 @@ class DocumentTranslator:
         self.max_alternatives = translator.translator.num_beams - 1
 
     async def translate(
-        self, documents: Sequence[Document], src_lang: str, tgt_lang: str, *, num_alternatives: int = 0
+        self,
+        documents: Sequence[Document],
+        src_lang: str,
+        tgt_lang: str,
+        *,
+        num_alternatives: int = 0,
+        glossary: Glossary | None = None,
     ) -> list[TranslatedDocument]:
         """
         Args:
             src_lang: as the tokenizer names it, or `auto`: found in each document.
             tgt_lang: as the tokenizer names it. A document in this language stays as it is.
             num_alternatives: at most `max_alternatives`; documents with marks in texts have none.
+            glossary: of terms, see [`TextTranslator.translate`].
 
         Raises:
             QueueFullError: too much waits for the model already.
@@ -67,14 +75,14 @@ class DocumentTranslator:
         translated: dict[int, TranslatedDocument] = {}
         for language, indices in by_language.items():
             texts = [text for index in indices for text in documents[index].texts]
-            results = iter(await self._translate_texts(texts, language, tgt_lang, num_alternatives))
+            results = iter(await self._translate_texts(texts, language, tgt_lang, num_alternatives, glossary))
             for index in indices:
                 of_document = [next(results) for _ in documents[index].texts]
                 translated[index] = _joined(documents[index], of_document, language, found[index][1])
         return [translated.get(index) or _same(document, *found[index]) for index, document in enumerate(documents)]
 
     async def _translate_texts(
-        self, texts: list[str], src_lang: str, tgt_lang: str, num_alternatives: int
+        self, texts: list[str], src_lang: str, tgt_lang: str, num_alternatives: int, glossary: Glossary | None
     ) -> list[TranslatedText]:
         """In chunks, one after another; only the first is refused where too much waits, what has begun goes on."""
         results: list[TranslatedText] = []
@@ -82,7 +90,7 @@ class DocumentTranslator:
             while True:
                 try:
                     results += await self._translator.translate(
-                        chunk, src_lang, tgt_lang, num_alternatives=num_alternatives
+                        chunk, src_lang, tgt_lang, num_alternatives=num_alternatives, glossary=glossary
                     )
                     break
                 except QueueFullError as error:

@@ -9,9 +9,9 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
+from .api_keys import ApiKeys
 from .batched_translator import BatchedTranslator
 from .page_work import PageOptions, PageWork
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def mount_page(
-    app: "FastAPI", translator: BatchedTranslator, *, api_keys: Container[str] | None = None, **options: Any
+    app: "FastAPI", translator: BatchedTranslator, *, api_keys: ApiKeys | None = None, **options: Any
 ) -> "FastAPI":
     """Put the page at `/` of a server, behind all routes that it has by now.
 

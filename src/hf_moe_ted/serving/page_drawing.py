@@ -14,9 +14,11 @@ from starlette.middleware import Middleware
 from ..models.language_codes import is_right_to_left
 from ..translation.text_translator import AUTO, TranslatedText
 from .batched_translator import ClosedError, QueueFullError
+from .documents import DOCUMENT_OF_SUFFIX
+from .languages import language_name
 from .latest_only import LatestOnly
 from .page_guard import PageGuard
-from .page_text import alternatives_html, error_html, problems_html, status_html
+from .page_text import alternatives_html, error_html, problem_list_html, problems_html, status_html
 from .page_work import DENSE, PageWork
 
 DEBOUNCE_S = 0.3
@@ -84,22 +86,24 @@ class _Drawing:
             self._draw_text()
         with gr.Tab("File"):
             self._draw_file()
+        with gr.Accordion("Glossary", open=False):
+            self._draw_glossary()
         self.order = gr.Number(0, visible=False)  # see `_WITH_ORDER`
         self.state = gr.State(None)  # of the translation that is shown, see `_state_of`
 
     def _draw_languages(self) -> None:
-        languages = self._work.languages
+        languages = [(language_name(language), language) for language in self._work.languages]
         with gr.Row():
             self.src_lang = gr.Dropdown(
                 [("Detect language", AUTO), *languages], value=AUTO, label="Translate from", elem_id="src_lang"
             )
             self.swap = gr.Button("Swap languages", size="sm", scale=0, min_width=150, elem_id="swap")
-            self.tgt_lang = gr.Dropdown(languages, value=languages[0], label="Translate to", elem_id="tgt_lang")
+            self.tgt_lang = gr.Dropdown(languages, value=languages[0][1], label="Translate to", elem_id="tgt_lang")
 
     def _draw_text(self) -> None:
         with gr.Row():
             self.source = gr.Textbox(
-                label="Text", lines=6, max_lines=20, placeholder="Type or paste a text", elem_id="source"
+                "", label="Text", lines=6, max_lines=20, placeholder="Type or paste a text", elem_id="source"
             )
             self.translation = gr.Textbox(
                 label="Translation", lines=6, max_lines=20, interactive=False, elem_id="translation"
@@ -120,17 +124,38 @@ class _Drawing:
         self.picture = gr.HTML("" if self._work.has_experts else status_html(DENSE), elem_id="experts", js_on_load=None)
 
     def _draw_file(self) -> None:
-        self.file = gr.File(label="File to translate (txt, UTF-8)", file_types=[".txt"], elem_id="file")
+        self.file = gr.File(
+            label="File to translate (txt, html or srt, UTF-8)", file_types=[*DOCUMENT_OF_SUFFIX], elem_id="file"
+        )
         self.translate_file = gr.Button("Translate the file", variant="primary", elem_id="translate_file")
         self.translated_file = gr.File(label="Translated file", interactive=False, elem_id="translated_file")
         self.file_details = gr.HTML(elem_id="file_details", js_on_load=None)
 
+    def _draw_glossary(self) -> None:
+        self.glossary = gr.Textbox(
+            "",  # what is not drawn yet has no value otherwise
+            label="Terms and their translations",
+            info="A term a line, then a tab or ' = ' and its translation; alone, it is not translated.",
+            lines=3,
+            max_lines=12,
+            elem_id="glossary",
+        )
+        self.glossary_file = gr.UploadButton(
+            "Load a glossary from a file (TSV, UTF-8)", file_types=[".tsv", ".txt"], size="sm", elem_id="glossary_file"
+        )
+
     def wire(self, page: gr.Blocks) -> None:
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         gr.on(  # `source.input` is only told of keys: not of what is pasted, deleted, or written with an input method
-            [self.source.change, self.src_lang.change, self.tgt_lang.change, self.num_alternatives.release],
+            [
+                self.source.change,
+                self.src_lang.change,
+                self.tgt_lang.change,
+                self.num_alternatives.release,
+                self.glossary.change,
+            ],
             self._on_text,
-            [self.source, self.src_lang, self.tgt_lang, self.num_alternatives, self.order],
+            [self.source, self.src_lang, self.tgt_lang, self.num_alternatives, self.glossary, self.order],
             [self.translation, self.message, self.details, self.state],
             js=_WITH_ORDER,
             trigger_mode="multiple",  # a newer one ends the older, see `LatestOnly`
@@ -158,27 +183,35 @@ class _Drawing:
             self._on_swap, [self.state, self.src_lang, self.tgt_lang, self.source, self.translation],
             [self.src_lang, self.tgt_lang, self.source], **private,
         )  # fmt: skip
+        self.glossary_file.upload(self._on_glossary_file, self.glossary_file, [self.glossary, self.message], **private)
         self.copy.click(None, self.translation, js=_COPY, api_visibility="private")
         self.translate_file.click(
             self._on_file,
-            [self.file, self.src_lang, self.tgt_lang],
+            [self.file, self.src_lang, self.tgt_lang, self.glossary],
             [self.translated_file, self.message, self.file_details],
             api_visibility="private",
         )
         page.unload(self._on_unload)
 
     async def _on_text(
-        self, text: str, src_lang: str, tgt_lang: str, num_alternatives: int, order: float, request: gr.Request
+        self,
+        text: str,
+        src_lang: str,
+        tgt_lang: str,
+        num_alternatives: int,
+        glossary: str,
+        order: float,
+        request: gr.Request,
     ) -> tuple[Any, ...]:
         """Translation, message, details and state."""
-        work = self._translated(text, src_lang, tgt_lang, int(num_alternatives), _client(request))
+        work = self._translated(text, src_lang, tgt_lang, int(num_alternatives), glossary, _client(request))
         try:
             translated = await self._latest.run(str(request.session_hash), order, work)
         except (ValueError, QueueFullError, ClosedError) as error:
             return "", error_html(str(error)), "", None
         if translated is None:
             return (gr.skip(),) * 4
-        found = f"Translated from {translated.src_lang}." if src_lang == AUTO and text.strip() else ""
+        found = f"Translated from {language_name(translated.src_lang)}." if src_lang == AUTO and text.strip() else ""
         return (
             gr.Textbox(translated.text, rtl=is_right_to_left(translated.tgt_lang)),
             status_html(found),
@@ -221,18 +254,28 @@ class _Drawing:
         return tgt_lang, src_lang, translation or source
 
     async def _on_file(
-        self, path: str | None, src_lang: str, tgt_lang: str, request: gr.Request
+        self, path: str | None, src_lang: str, tgt_lang: str, glossary: str, request: gr.Request
     ) -> tuple[str | None, str, str]:
         """Translated file, message and details."""
         if path is None:
             return None, error_html("choose a file first"), ""
         try:
-            name, translated = await self._work.translate_file(Path(path), src_lang, tgt_lang, _client(request))
+            name, translated = await self._work.translate_file(
+                Path(path), src_lang, tgt_lang, glossary, _client(request)
+            )
         except (ValueError, QueueFullError, ClosedError) as error:
             return None, error_html(str(error)), ""
         folder = Path(tempfile.mkdtemp(dir=self.file.GRADIO_CACHE))
         (folder / name).write_bytes(translated.text.encode())
-        return str(folder / name), status_html(f"Translated from {translated.src_lang}."), problems_html([translated])
+        status = status_html(f"Translated from {language_name(translated.src_lang)}.")
+        return str(folder / name), status, problem_list_html(translated.problems)
+
+    def _on_glossary_file(self, path: str) -> tuple[Any, str]:
+        """Glossary and message."""
+        try:
+            return Path(path).read_bytes().decode("utf-8-sig"), ""
+        except UnicodeDecodeError as error:
+            return gr.skip(), error_html(f"the glossary is not UTF-8: byte {error.start} cannot be read")
 
     def _on_unload(self, request: gr.Request) -> None:
         self._latest.forget(str(request.session_hash))

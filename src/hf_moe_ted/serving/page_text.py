@@ -54,6 +54,12 @@ def alternatives_html(text: TranslatedText) -> str:
     return _table("alternatives", "Other translations", ("Sentence", "Translation", "Log-probability per token"), items)
 
 
+def problem_list_html(problems: Iterable[str]) -> str:
+    """What should be looked at in a file; nothing if there is nothing."""
+    items = "".join(f"<li>{escape(problem)}</li>" for problem in problems)
+    return f'<h4>To look at</h4><ul class="problems">{items}</ul>' if items else ""
+
+
 def _cell(text: str, language: str) -> str:
     direction = "rtl" if is_right_to_left(language) else "ltr"
     return f'<td dir="{direction}" style="white-space:pre-wrap;text-align:start;">{escape(text)}</td>'
@@ -67,4 +73,4 @@ def _table(name: str, caption: str, columns: Iterable[str], rows: str) -> str:
     )
 
 
-__all__ = ["alternatives_html", "error_html", "problems_html", "status_html"]
+__all__ = ["alternatives_html", "error_html", "problem_list_html", "problems_html", "status_html"]

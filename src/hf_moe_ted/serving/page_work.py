@@ -1,5 +1,6 @@
 """What the page does, without the page: texts and files translated within limits, and pictures of routing."""
 
+import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +11,12 @@ from ..routing.expert_statistics import ExpertStatistics
 from ..routing.statistics_collection import fingerprint_of
 from ..routing.token_picture import similar_languages_picture, token_picture
 from ..routing.token_routing import has_experts, token_routing
+from ..translation.glossary import Glossary
 from ..translation.text_translator import TranslatedText
 from .batched_translator import BatchedTranslator
+from .document_translation import DocumentTranslator, TranslatedDocument
+from .documents import read_file
+from .languages import ServedLanguages
 from .page_text import status_html
 
 HOW_TO_MAKE_STATISTICS = (
@@ -55,6 +60,7 @@ class PageWork:
         self._text_translator = translator.translator
         self.options = options
         self.languages = list(self._text_translator.languages)
+        self._documents = DocumentTranslator(translator, ServedLanguages(self.languages))
         self.max_alternatives = self._text_translator.num_beams - 1
         self.has_experts = has_experts(self._text_translator.model)
         if options.statistics is not None:
@@ -62,35 +68,36 @@ class PageWork:
             options.statistics.fingerprint.require_equal(fingerprint_of(model), "the statistics and the model")
 
     async def translate(
-        self, text: str, src_lang: str, tgt_lang: str, num_alternatives: int, client: str
+        self, text: str, src_lang: str, tgt_lang: str, num_alternatives: int, glossary: str, client: str
     ) -> TranslatedText:
         """
         Raises:
-            ValueError: the text is too long, or says what it is translated to; an unknown language; asked too often.
+            ValueError: the text is too long; an unknown language, or twice the same; a wrong glossary; asked too often.
             QueueFullError: too much waits.
         """
         if len(text) > self.options.max_characters:
             limit = f"{self.options.max_characters:,}"
             raise ValueError(f"the text has {len(text):,} characters, this page takes {limit}: send it in parts")
         self._check(src_lang, tgt_lang, client)
-        translated = await self._translator.translate([text], src_lang, tgt_lang, num_alternatives=num_alternatives)
-        return translated[0]
+        [translated] = await self._translator.translate(
+            [text], src_lang, tgt_lang, num_alternatives=num_alternatives, glossary=glossary_of(glossary)
+        )
+        return translated
 
-    async def translate_file(self, path: Path, src_lang: str, tgt_lang: str, client: str) -> tuple[str, TranslatedText]:
-        """The name of the translated file, and its text.
+    async def translate_file(
+        self, path: Path, src_lang: str, tgt_lang: str, glossary: str, client: str
+    ) -> tuple[str, TranslatedDocument]:
+        """The name of the translated file, and what came of it.
 
         Raises:
-            ValueError: as `translate`; the file is too large, or no text in UTF-8.
+            ValueError: as `translate`; the file is too large, of another kind, or no text in UTF-8.
         """
         self._check(src_lang, tgt_lang, client)
         num_bytes = path.stat().st_size
         if num_bytes > self.options.max_file_bytes:
             raise ValueError(f"the file has {num_bytes:,} bytes, this page takes {self.options.max_file_bytes:,}")
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"the file is not UTF-8: byte {error.start} cannot be read; save it as UTF-8") from None
-        translated = (await self._translator.translate([text], src_lang, tgt_lang))[0]
+        document = await asyncio.to_thread(read_file, path.name, path.read_bytes())
+        [translated] = await self._documents.translate([document], src_lang, tgt_lang, glossary=glossary_of(glossary))
         return f"{path.stem}.{tgt_lang}{path.suffix}", translated
 
     def picture(self, source: str, translation: str, src_lang: str, tgt_lang: str) -> str:
@@ -116,4 +123,24 @@ class PageWork:
             raise ValueError(f"too many requests from here: wait {math.ceil(wait_s)} seconds")
 
 
-__all__ = ["DENSE", "HOW_TO_MAKE_STATISTICS", "PageOptions", "PageWork"]
+def glossary_of(text: str) -> Glossary | None:
+    """A glossary as people type or paste it; `None` for none.
+
+    Each line is a term, and after a tab or ` = ` its translation; alone it is a term that is not translated. Blank
+    lines, and those that start with `#`, are skipped.
+
+    Raises:
+        ValueError: a line is wrong: its number, and why.
+    """
+    entries: list[tuple[str, str | None]] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        cells = [cell.strip() for cell in (line.split("\t") if "\t" in line else line.split(" = "))]
+        if len(cells) > 2 or not cells[0]:
+            raise ValueError(f"line {number} of the glossary must be a term, a tab or ' = ', and its translation")
+        entries.append((cells[0], cells[1] or None if len(cells) == 2 else None))
+    return Glossary(entries) if entries else None
+
+
+__all__ = ["DENSE", "HOW_TO_MAKE_STATISTICS", "PageOptions", "PageWork", "glossary_of"]
