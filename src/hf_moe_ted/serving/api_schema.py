@@ -1,6 +1,5 @@
 """What clients send and get: the fields of LibreTranslate's API, and a few more."""
 
-import copy
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator
@@ -104,13 +103,12 @@ def file_body(languages: ServedLanguages) -> dict[str, Any]:
 
 
 def _texts(settings: ServerSettings) -> dict[str, Any]:
-    text = {"type": "string", "maxLength": settings.max_characters}
+    """Their limits are in words, as more is answered with 413, not with 400 as what does not fit the schema."""
+    limits = f"at most {settings.max_characters} characters, and {settings.max_texts} texts"
+    texts = {"type": "array", "items": {"type": "string"}, "minItems": 1}
     return {
-        "description": "Text, or texts (only in JSON).",
-        "anyOf": [
-            {**text, "minLength": 1},
-            {"type": "array", "items": text, "minItems": 1, "maxItems": settings.max_texts},
-        ],
+        "description": f"Text, or texts (only in JSON); {limits}.",
+        "anyOf": [{"type": "string", "minLength": 1}, texts],
     }
 
 
@@ -125,11 +123,18 @@ def _of_request(model: type[BaseModel], languages: ServedLanguages) -> dict[str,
 
 
 def _body(schema: dict[str, Any]) -> dict[str, Any]:
-    form = copy.deepcopy(schema)
-    form["properties"]["q"] = {"description": "Text.", **schema["properties"]["q"]["anyOf"][0]}
+    form = {**schema, "properties": {name: _in_form(field) for name, field in schema["properties"].items()}}
     kinds = {"application/json": schema, "application/x-www-form-urlencoded": form, "multipart/form-data": form}
     content = {kind: {"schema": of_kind} for kind, of_kind in kinds.items()}
     return {"requestBody": {"required": True, "content": content}}
+
+
+def _in_form(field: dict[str, Any]) -> dict[str, Any]:
+    """A field as a form has it: one text, and nothing but text."""
+    if "anyOf" not in field:
+        return field
+    others = {key: value for key, value in field.items() if key not in ("anyOf", "default")}
+    return {**others, **field["anyOf"][0]}
 
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Bodies of requests: read up to a limit, then taken apart, as JSON or as a form."""
 
 import asyncio
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, ValidationError
@@ -51,7 +51,7 @@ async def parse_body(request: Request, body: bytes, model: type[Model]) -> Model
     try:
         if _is_json(request):
             return model.model_validate_json(body.decode("utf-8"), strict=True)
-        return model.model_validate(await _form_fields(request, body))
+        return model.model_validate(_once(await _form_fields(request, body), model))
     except UnicodeDecodeError:
         raise HTTPException(400, "Invalid request: the text is not UTF-8") from None
     except ValidationError as error:
@@ -67,7 +67,7 @@ async def parse_upload(request: Request, body: bytes, model: type[Model]) -> tup
     form = await _multipart(request, body)
     file = form.get("file")
     try:
-        fields = model.model_validate(_texts_of(form, request))
+        fields = model.model_validate(_once(_texts_of(form, request), model))
     except ValidationError as error:
         raise HTTPException(400, f"Invalid request: {_message(error)}") from None
     return fields, file if isinstance(file, UploadFile) else None
@@ -82,7 +82,7 @@ def _content_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-async def _form_fields(request: Request, body: bytes) -> dict[str, Any]:
+async def _form_fields(request: Request, body: bytes) -> list[tuple[str, str]]:
     kind = _content_type(request)
     if kind == "multipart/form-data":
         body.decode("utf-8")  # otherwise it would be read as Latin-1
@@ -90,7 +90,7 @@ async def _form_fields(request: Request, body: bytes) -> dict[str, Any]:
     pairs = _query(request)
     if kind == "application/x-www-form-urlencoded":
         pairs = pairs + _parsed(body.decode("utf-8"))
-    return _once(pairs)
+    return pairs
 
 
 async def _multipart(request: Request, body: bytes) -> FormData:
@@ -104,8 +104,8 @@ async def _multipart(request: Request, body: bytes) -> FormData:
     )
 
 
-def _texts_of(form: FormData, request: Request) -> dict[str, Any]:
-    return _once(_query(request) + [(name, value) for name, value in form.multi_items() if isinstance(value, str)])
+def _texts_of(form: FormData, request: Request) -> list[tuple[str, str]]:
+    return _query(request) + [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
 
 
 def _query(request: Request) -> list[tuple[str, str]]:
@@ -121,18 +121,19 @@ def _parsed(text: str) -> list[tuple[str, str]]:
         raise HTTPException(400, f"Invalid request: the form has more than {_MAX_FIELDS} fields") from None
 
 
-def _once(pairs: list[tuple[str, str]]) -> dict[str, Any]:
-    """Empty fields are as if they were not there.
+def _once(pairs: list[tuple[str, str]], model: type[BaseModel]) -> dict[str, str]:
+    """The fields of a model; empty ones are as if they were not there.
 
     Raises:
         HTTPException: 400 for a field that comes twice.
     """
-    fields: dict[str, Any] = {}
+    fields: dict[str, str] = {}
     for name, value in pairs:
         if name in fields:
-            raise HTTPException(400, "Invalid request: a field came twice; several texts can be sent as JSON")
-        fields[name] = value
-    return {name: value for name, value in fields.items() if value}
+            raise HTTPException(400, f"Invalid request: {name} came twice; several texts can be sent as JSON")
+        if value and name in model.model_fields:
+            fields[name] = value
+    return fields
 
 
 def _message(error: ValidationError) -> str:
