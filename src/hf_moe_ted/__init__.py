@@ -61,9 +61,12 @@ if TYPE_CHECKING:
     from .routing.language_routing import LanguageRoutingCallback as LanguageRoutingCallback
     from .routing.router_statistics import RouterStatisticsCallback as RouterStatisticsCallback
     from .routing.statistics_collection import collect_expert_statistics as collect_expert_statistics
+    from .routing.token_routing import TokenRouting as TokenRouting
+    from .routing.token_routing import token_routing as token_routing
     from .serving.api_keys import ApiKeys as ApiKeys
     from .serving.app import create_app as create_app
     from .serving.batched_translator import BatchedTranslator as BatchedTranslator
+    from .serving.page import mount_page as mount_page
     from .serving.server import bind_address as bind_address
     from .serving.server import run_server as run_server
     from .serving.settings import ServerSettings as ServerSettings
@@ -123,6 +126,7 @@ _MODULE_OF_NAME = {
     "TextTranslator": "translation.text_translator",
     "TiledAdamW": "optim.tiled_adamw",
     "TokenBudgetBatchSampler": "data.batch_sampler",
+    "TokenRouting": "routing.token_routing",
     "TranslatedSentence": "translation.text_translator",
     "TranslatedText": "translation.text_translator",
     "TranslationQuality": "evaluation.translation_quality",
@@ -146,6 +150,7 @@ _MODULE_OF_NAME = {
     "inspect_deepspeed_checkpoint": "conversion.deepspeed.reader",
     "load_model_and_tokenizer": "tensors.whole_model",
     "merge_experts": "compression.merge",
+    "mount_page": "serving.page",
     "open_parallel_text": "evaluation.text_file",
     "parse_languages": "models.language_codes",
     "prune_experts": "compression.prune",
@@ -155,6 +160,7 @@ _MODULE_OF_NAME = {
     "run_server": "serving.server",
     "score_translations": "evaluation.translation_scores",
     "token_lengths": "data.batch_sampler",
+    "token_routing": "routing.token_routing",
     "translate_file": "translation.translated_file",
     "upcycle_dense_checkpoint": "conversion.upcycling",
     "write_compression_report": "compression.report.report_folder",

@@ -20,6 +20,7 @@ from hf_moe_ted.evaluation.corpus_metrics import off_target
 from hf_moe_ted.models.language_codes import (
     LanguageCode,
     find_language,
+    is_right_to_left,
     language_ids,
     parse_language,
     parse_languages,
@@ -170,3 +171,13 @@ def test_unknown_languages_are_errors_that_list_near_ones(use: Any, message: str
 
 def _pipeline(model: Any, tokenizer: Any, **options: Any) -> ZCodeM3TranslationPipeline:
     return ZCodeM3TranslationPipeline(model=model, tokenizer=tokenizer, device="cpu", **options)
+
+
+def test_right_to_left() -> None:
+    assert [code for code in SHORT if is_right_to_left(code)] == ["he", "ar"]
+    of_nllb = {code for code in FAIRSEQ_LANGUAGE_CODES if is_right_to_left(code)}
+    assert of_nllb == {code for code in FAIRSEQ_LANGUAGE_CODES if code[-4:] in ("Arab", "Hebr")}
+    # without a script, a language is written as NLLB has it, where it has it in one script only
+    only_one = [code for code in FAIRSEQ_LANGUAGE_CODES if sum(c[:3] == code[:3] for c in FAIRSEQ_LANGUAGE_CODES) == 1]
+    assert [code for code in only_one if is_right_to_left(code[:3]) != is_right_to_left(code)] == []
+    assert is_right_to_left("fa-IR") and is_right_to_left("uz-Arab") and not is_right_to_left("ur-Latn")

@@ -37,6 +37,9 @@ def serve(
     glossary: Annotated[Path | None, typer.Option(help="TSV of terms, for requests without their own.")] = None,
     log_texts: Annotated[bool, typer.Option("--log-texts", help="Write what users send to the log.")] = False,
     page: Annotated[bool, typer.Option(help="A page at /, to translate in a browser.")] = True,
+    statistics: Annotated[
+        Path | None, typer.Option(help="Folder of `expert-statistics`: the page shows languages routed alike.")
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -59,7 +62,7 @@ def serve(
     from .. import create_app, run_server  # the error for a missing extra comes before what takes long to load
 
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
-    from .. import BatchedTranslator, TextTranslator, load_model_and_tokenizer
+    from .. import BatchedTranslator, ExpertStatistics, TextTranslator, load_model_and_tokenizer
 
     texts = TextTranslator(
         *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL"),
@@ -72,5 +75,14 @@ def serve(
     if page:
         from .. import mount_page
 
-        app = mount_page(app, translator, api_keys=settings.api_keys, max_characters=max_characters)
+        app = mount_page(
+            app,
+            translator,
+            api_keys=settings.api_keys,
+            requests_per_minute=requests_per_minute,
+            max_characters=max_characters,
+            max_file_bytes=max_file_bytes,
+            statistics=None if statistics is None else ExpertStatistics.load(statistics),
+        )
+    texts.warm_up()
     run_server(app, address, proxy=proxy, stop_timeout_s=request_timeout)

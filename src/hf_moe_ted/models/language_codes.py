@@ -54,6 +54,14 @@ _SCRIPT_WITHOUT_SPACES = {
     **dict.fromkeys(("gan", "hak", "lzh", "nan", "wuu", "yue", "zh"), "Hani"),
     **{"bo": "Tibt", "dz": "Tibt", "ja": "Jpan", "km": "Khmr", "lo": "Laoo", "my": "Mymr", "shn": "Mymr", "th": "Thai"},
 }
+
+# scripts from right to left, and the languages that are written in one where no script is named
+_SCRIPTS_FROM_RIGHT = ("Adlm", "Arab", "Aran", "Hebr", "Mand", "Mend", "Nkoo", "Rohg", "Samr", "Syrc", "Thaa")
+_FROM_RIGHT = (
+    *("acm", "acq", "aeb", "ajp", "apc", "ar", "arc", "ars", "ary", "arz", "azb", "ckb", "dv", "fa", "hbo", "he"),
+    *("ks", "pnb", "prs", "ps", "sd", "sdh", "ug", "ur", "yi"),
+)
+
 _BLEU_TOKENIZER = {
     **dict.fromkeys(_HAN, "zh"),
     **dict.fromkeys(("Hira", "Hrkt", "Jpan", "Kana", "Khmr", "Laoo", "Mymr", "Thai", "Tibt"), "char"),
@@ -173,6 +181,15 @@ def has_spaces_between_sentences(code: str) -> bool:
         return True
     script = parsed.script or _SCRIPT_WITHOUT_SPACES.get(parsed.language, "")
     return script not in (*_HAN, "Hira", "Hrkt", "Jpan", "Kana")
+
+
+def is_right_to_left(code: str) -> bool:
+    """Whether a language is written from right to left; one that is not known here is not."""
+    try:
+        parsed = parse_language(code)
+    except ValueError:
+        return False
+    return parsed.language in _FROM_RIGHT if parsed.script is None else parsed.script in _SCRIPTS_FROM_RIGHT
 
 
 def language_ids(tokenizer: Any) -> dict[str, int]:
@@ -306,6 +323,7 @@ __all__ = [
     "encode_in",
     "find_language",
     "has_spaces_between_sentences",
+    "is_right_to_left",
     "language_ids",
     "languages_kept",
     "parse_language",

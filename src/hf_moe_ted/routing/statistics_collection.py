@@ -26,13 +26,13 @@ from ..evaluation.parallel_text import (
     progress_over,
     read_sentences,
 )
-from ..models.execution_device import execution_device
 from ..models.language_codes import LanguagePair
 from ..models.layer_names import FFN_PATTERN, side_of
 from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
 from ..models.moe_layer import ZCodeM3MoELayer
 from ..models.router import Routing, modules_in_use
 from .expert_statistics import ExpertStatistics, LayerStatistics, ModelFingerprint
+from .teacher_forcing import TeacherForcedBatch
 
 BATCHES_PER_BUCKET = 16
 
@@ -100,8 +100,17 @@ def collect_expert_statistics(
                 _run(model, recorders, batch)
             totals.add(pair, encoded, recorders)
     check_languages(totals.num_sentences, languages)
-    weights = {name: _whole(layer.router.weight) for name, layer in layers.items()}
-    return totals.statistics(ModelFingerprint.of(model.config, weights))
+    return totals.statistics(fingerprint_of(model))
+
+
+def fingerprint_of(model: ZCodeM3PreTrainedModel) -> ModelFingerprint:
+    """By what statistics know a model that is loaded.
+
+    Raises:
+        ValueError: it has no MoE layer.
+    """
+    weights = {name: _whole(layer.router.weight) for name, layer in _named_moe_layers(model).items()}
+    return ModelFingerprint.of(model.config, weights)
 
 
 def _check_options(model: ZCodeM3PreTrainedModel, batch_size: int, max_tokens: int | None) -> None:
@@ -135,29 +144,11 @@ def _recording(recorders: Iterable["_LayerRecorder"]) -> Iterator[None]:
             handle.remove()
 
 
-@torch.no_grad()
 def _run(model: Any, recorders: Mapping[str, "_LayerRecorder"], sentences: Sequence[EncodedSentence]) -> None:
-    start = [model.config.decoder_start_token_id]
-    source_ids, source_mask = _pad([s.source for s in sentences], model)
-    target_ids, target_mask = _pad([start + s.target[:-1] for s in sentences], model)
+    batch = TeacherForcedBatch.of(sentences, model)
     for name, recorder in recorders.items():
-        recorder.is_token_T = (source_mask if side_of(name) == "encoder" else target_mask).flatten()
-    model(
-        input_ids=source_ids,
-        attention_mask=source_mask,
-        decoder_input_ids=target_ids,
-        decoder_attention_mask=target_mask,
-        use_cache=False,
-    )
-
-
-def _pad(rows: list[list[int]], model: Any) -> tuple[Tensor, Tensor]:
-    """int64[B, L] and bool[B, L], False for padding."""
-    length = max(map(len, rows))
-    ids = torch.tensor([row + [model.config.pad_token_id] * (length - len(row)) for row in rows])
-    mask = torch.arange(length) < torch.tensor([len(row) for row in rows]).unsqueeze(-1)
-    device = execution_device(model)
-    return ids.to(device), mask.to(device)
+        recorder.is_token_T = (batch.source_mask if side_of(name) == "encoder" else batch.target_mask).flatten()
+    batch.run(model)
 
 
 class _LayerRecorder:
@@ -284,4 +275,4 @@ def _whole(weight: Any) -> Tensor:
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
-__all__ = ["collect_expert_statistics"]
+__all__ = ["collect_expert_statistics", "fingerprint_of"]

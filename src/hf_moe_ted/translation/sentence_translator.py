@@ -181,7 +181,7 @@ class SentenceTranslator:
         num_sequences = max(sentence.num_sequences for sentence in batch)
         outputs = self._call_model(
             **self._inputs(batch),
-            stopping_criteria=[_Limits(limits, self._device, on_step)],
+            stopping_criteria=[_Limits(limits, self.device, on_step)],
             num_beams=self.num_beams,
             num_return_sequences=num_sequences,
             max_new_tokens=max(limits),
@@ -222,12 +222,13 @@ class SentenceTranslator:
             return self.model.generate(**arguments)
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where the inputs of the model belong."""
         return execution_device(self.model)
 
     def _inputs(self, batch: Sequence[SourceSentence]) -> dict[str, Any]:
         ids = [list(sentence.input_ids) for sentence in batch]
-        inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self._device)
+        inputs = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.device)
         first_tokens = [sentence.first_token for sentence in batch]
         return {
             "input_ids": inputs["input_ids"],

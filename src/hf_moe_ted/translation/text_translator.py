@@ -239,6 +239,13 @@ class TextTranslator:
             yield from (piece.whole(translated) for piece in group)
             start, size = start + size, min(2 * size, MAX_STREAMED_AT_ONCE)
 
+    def warm_up(self) -> None:
+        """Translate some words, so that kernels of a GPU are compiled before somebody waits for them."""
+        if self._sentences.device.type == "cuda":
+            for num_sentences in (1, 8, 64):
+                words = [f"{number} words." for number in range(num_sentences)]
+                self.translate(words, self.languages[0], self.languages[-1])
+
     def plan(
         self,
         texts: Sequence[str],
