@@ -61,7 +61,12 @@ if TYPE_CHECKING:
     from .routing.language_routing import LanguageRoutingCallback as LanguageRoutingCallback
     from .routing.router_statistics import RouterStatisticsCallback as RouterStatisticsCallback
     from .routing.statistics_collection import collect_expert_statistics as collect_expert_statistics
+    from .serving.api_keys import ApiKeys as ApiKeys
+    from .serving.app import create_app as create_app
     from .serving.batched_translator import BatchedTranslator as BatchedTranslator
+    from .serving.server import bind_address as bind_address
+    from .serving.server import run_server as run_server
+    from .serving.settings import ServerSettings as ServerSettings
     from .tensors.conversion_report import ConversionReport as ConversionReport
     from .tensors.whole_model import load_model_and_tokenizer as load_model_and_tokenizer
     from .training.multitask_trainer import MultitaskSeq2SeqTrainer as MultitaskSeq2SeqTrainer
@@ -82,6 +87,7 @@ except PackageNotFoundError:  # a source tree that is not installed
 
 _MODULE_OF_NAME = {
     "AggregationReport": "compression.report.compression_report",
+    "ApiKeys": "serving.api_keys",
     "BatchedTranslator": "serving.batched_translator",
     "ConversionReport": "tensors.conversion_report",
     "DataCollatorForMultitaskSeq2Seq": "data.collator",
@@ -108,6 +114,7 @@ _MODULE_OF_NAME = {
     "QuantizationReport": "compression.report.compression_report",
     "RouterStatisticsCallback": "routing.router_statistics",
     "RuleSet": "conversion.conversion_rules",
+    "ServerSettings": "serving.settings",
     "StreamSource": "data.multitask_stream",
     "TedConfig": "distributed.ted_config",
     "TedPlugin": "distributed.accelerate_plugin",
@@ -127,10 +134,12 @@ _MODULE_OF_NAME = {
     "ZCodeM3Tokenizer": "models.tokenization_zcode_m3",
     "ZCodeM3TranslationPipeline": "models.pipeline_translation",
     "aggregate_experts": "compression.aggregate",
+    "bind_address": "serving.server",
     "collect_expert_statistics": "routing.statistics_collection",
     "communication_aware_context_fn": "distributed.activation_checkpoint",
     "convert_deepspeed_checkpoint": "conversion.deepspeed.converter",
     "convert_nllb_moe_checkpoint": "conversion.nllb_moe",
+    "create_app": "serving.app",
     "evaluate_translation": "evaluation.translation_evaluation",
     "export_deepspeed_checkpoint": "conversion.deepspeed.writer",
     "initialize_checkpoint": "conversion.initialization",
@@ -143,6 +152,7 @@ _MODULE_OF_NAME = {
     "quantize_experts": "compression.quantize",
     "read_deepspeed_state_dict": "conversion.deepspeed.reader",
     "resolve_language": "models.language_codes",
+    "run_server": "serving.server",
     "score_translations": "evaluation.translation_scores",
     "token_lengths": "data.batch_sampler",
     "translate_file": "translation.translated_file",

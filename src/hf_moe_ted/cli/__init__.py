@@ -4,6 +4,7 @@ What a command does is imported in it, so that `--help` and wrong arguments need
 """
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -12,15 +13,35 @@ from .convert import convert, export
 from .errors import one_line_errors
 from .evaluate import evaluate
 from .models import init, inspect
+from .serve import serve
 from .translate import translate
+
+
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        from .. import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version, and exit.")
+    ] = False,
+) -> None:
+    """Multilingual MoE translation models."""
+
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Multilingual MoE translation models.",
     context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},  # --base_config is --base-config
 )
-for command in (translate, init, inspect, prune, expert_statistics, merge, aggregate, quantize, evaluate, report):
+app.callback()(_root)
+for command in (
+    *(translate, serve, init, inspect, prune, expert_statistics, merge, aggregate, quantize, evaluate, report),
+):
     app.command()(command)
 app.add_typer(convert, name="convert")
 app.add_typer(export, name="export")

@@ -1,6 +1,7 @@
 """Which language a text is in, as py3langid guesses it from its bytes, offline."""
 
 import copy
+import math
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
@@ -62,6 +63,19 @@ class LanguageDetector:
             return UNDETERMINED
         code = self._identifier.classify(text)[0]
         return UNDETERMINED if code == _NO_LANGUAGE else code
+
+    def rank(self, text: str) -> list[tuple[str, float]]:
+        """The detector's codes, the likeliest first, with probabilities; none for text without a letter.
+
+        The scores of all bytes of a text are far too sure; divided by the root of their number they are about right, as
+        py3langid itself does it for probabilities.
+        """
+        if self.detect(text) == UNDETERMINED:
+            return []
+        ranked = [(code, score) for code, score in self._identifier.rank(text) if code != _NO_LANGUAGE]
+        temperature = math.sqrt(len(text.encode()))
+        weights = [math.exp((score - ranked[0][1]) / temperature) for _, score in ranked]
+        return [(code, weight / sum(weights)) for (code, _), weight in zip(ranked, weights, strict=True)]
 
 
 @lru_cache(maxsize=8)

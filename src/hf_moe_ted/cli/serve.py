@@ -1,0 +1,74 @@
+"""The command that serves a model over HTTP."""
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Device, Dtype, ModelWithTokenizer
+
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+
+def serve(
+    model: ModelWithTokenizer,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0: reached from other machines.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any that is free.")] = 5000,
+    api_keys: Annotated[Path | None, typer.Option(help="File of keys, one a line; default: everybody may.")] = None,
+    cors: Annotated[
+        list[str] | None, typer.Option(help="Site whose pages may call, such as https://a.org; or *.")
+    ] = None,
+    proxy: Annotated[str | None, typer.Option(help="Address of a proxy whose X-Forwarded-For is believed.")] = None,
+    beams: Annotated[int, typer.Option(help="1 is greedy.")] = 4,
+    batch_tokens: Annotated[int, typer.Option(help="Source tokens of a batch.")] = 4096,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Where a sentence that has not ended is cut; default: by its source.")
+    ] = None,
+    max_characters: Annotated[int, typer.Option(help="Of a request; more: 413.")] = 100_000,
+    max_texts: Annotated[int, typer.Option(help="In a request; more: 413.")] = 1_000,
+    max_file_bytes: Annotated[int, typer.Option(help="Of a file; more: 413.")] = 5_000_000,
+    max_requests: Annotated[int, typer.Option(help="At once; more: 503.")] = 256,
+    max_waiting_characters: Annotated[int, typer.Option(help="For the model; more: 503.")] = 1_000_000,
+    requests_per_minute: Annotated[int, typer.Option(help="Of a key, or an address; more: 429.")] = 6_000,
+    request_timeout: Annotated[int, typer.Option(help="Seconds for a translation; longer: 503.")] = 600,
+    log_texts: Annotated[bool, typer.Option("--log-texts", help="Write what users send to the log.")] = False,
+    page: Annotated[bool, typer.Option(help="A page at /, to translate in a browser.")] = True,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Serve a model with LibreTranslate's HTTP API. SIGTERM finishes what is running."""
+    from .. import ApiKeys, ServerSettings, bind_address
+
+    settings = ServerSettings(
+        max_characters=max_characters,
+        max_texts=max_texts,
+        max_file_bytes=max_file_bytes,
+        max_requests=max_requests,
+        requests_per_minute=requests_per_minute,
+        request_timeout_s=request_timeout,
+        api_keys=None if api_keys is None else ApiKeys.from_file(api_keys),
+        cors_origins=tuple(cors or ()),
+        log_texts=log_texts,
+    )
+    address = bind_address(host, port)
+    from .. import create_app, run_server  # the error for a missing extra comes before what takes long to load
+
+    logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
+    from .. import BatchedTranslator, TextTranslator, load_model_and_tokenizer
+
+    texts = TextTranslator(
+        *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL"),
+        num_beams=beams,
+        batch_tokens=batch_tokens,
+        max_new_tokens=max_new_tokens,
+    )
+    translator = BatchedTranslator(texts, max_waiting_characters=max_waiting_characters)
+    app = create_app(translator, settings)
+    if page:
+        from .. import mount_page
+
+        app = mount_page(app, translator, api_keys=settings.api_keys, max_characters=max_characters)
+    run_server(app, address, proxy=proxy, stop_timeout_s=request_timeout)

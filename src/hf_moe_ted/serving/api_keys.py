@@ -1,0 +1,49 @@
+"""The keys that clients of a server show."""
+
+import hmac
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class ApiKeys:
+    """Keys that are known; never printed.
+
+    Raises:
+        ValueError: there is none.
+    """
+
+    def __init__(self, keys: Iterable[str]):
+        self._keys = tuple(dict.fromkeys(key.encode() for key in keys if key))
+        if not self._keys:
+            raise ValueError("there must be at least one API key")
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "ApiKeys":
+        """One key a line; empty lines, and what begins with `#`, are none.
+
+        Raises:
+            ValueError: the file cannot be read, is not UTF-8 or has no key.
+        """
+        try:
+            lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+            return cls(line for line in lines if not line.startswith("#"))
+        except UnicodeDecodeError:
+            raise ValueError(f"api_keys ({path}) must be text in UTF-8, one key a line") from None
+        except OSError as error:
+            raise ValueError(f"api_keys ({path}) cannot be read: {error.strerror}") from None
+        except ValueError:
+            raise ValueError(f"api_keys ({path}) has no key: write one a line") from None
+
+    def __contains__(self, key: str) -> bool:
+        """Compared with every key in constant time, so that the time tells nothing about them."""
+        given = key.encode()
+        return any([hmac.compare_digest(given, known) for known in self._keys])
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __repr__(self) -> str:
+        return f"ApiKeys({len(self)} keys)"
+
+
+__all__ = ["ApiKeys"]

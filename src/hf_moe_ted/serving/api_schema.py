@@ -1,0 +1,154 @@
+"""What clients send and get: the fields of LibreTranslate's API, and a few more."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, field_validator
+from pydantic_core import PydanticCustomError
+
+from .languages import AUTO, ServedLanguages
+from .settings import ServerSettings
+
+
+class DetectRequest(BaseModel):
+    q: str | list[str] = Field(description="Text, or texts.")
+    api_key: str | None = Field(default=None, description="Where the server has keys.")
+
+    @field_validator("q")
+    @classmethod
+    def _has_text(cls, q: str | list[str]) -> str | list[str]:
+        if not q:
+            raise PydanticCustomError("missing", "there is no text")
+        return q
+
+
+class TranslateRequest(DetectRequest):
+    source: str = Field(min_length=1, description="Language of the texts, or auto.")
+    target: str = Field(min_length=1, description="Language to translate to.")
+    format: Literal["text", "html", ""] | None = Field(default=None, description="By default text.")
+    alternatives: int | None = Field(default=None, ge=0, description="Other translations that are wished for.")
+
+    @field_validator("alternatives", mode="before")
+    @classmethod
+    def _as_number(cls, value: Any) -> Any:
+        """Clients send `"3"` and `3.0`, too."""
+        if isinstance(value, str) and value.isdecimal() and value.isascii() and len(value) < 10:
+            return int(value)
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+class FileRequest(BaseModel):
+    source: str = Field(min_length=1, description="Language of the file, or auto.")
+    target: str = Field(min_length=1, description="Language to translate to.")
+    api_key: str | None = Field(default=None, description="Where the server has keys.")
+
+
+class DetectedLanguage(BaseModel):
+    confidence: float = Field(ge=0, le=100)
+    language: str
+
+
+class Translation(BaseModel):
+    translatedText: str | list[str]
+    detectedLanguage: DetectedLanguage | list[DetectedLanguage] | None = Field(
+        default=None, description="Only with the source auto."
+    )
+    alternatives: list[str] | list[list[str]] | None = Field(default=None, description="Only if asked for.")
+    problems: list[str] | list[list[str]] = Field(description="What a reader should look at.")
+
+
+class FileTranslationAnswer(BaseModel):
+    translatedFileUrl: str
+    problems: list[str]
+
+
+class Language(BaseModel):
+    code: str
+    name: str
+    targets: list[str]
+
+
+class Health(BaseModel):
+    status: Literal["ok"]
+
+
+class Failure(BaseModel):
+    error: str
+
+
+def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Answers that an endpoint may give besides its own, for its documentation."""
+    return {status: {"model": Failure} for status in statuses}
+
+
+def translate_body(languages: ServedLanguages, settings: ServerSettings) -> dict[str, Any]:
+    """The body of `/translate` for OpenAPI."""
+    schema = _of_request(TranslateRequest, languages)
+    schema["properties"]["q"] = _texts(settings)
+    return _body(schema)
+
+
+def detect_body(settings: ServerSettings) -> dict[str, Any]:
+    """The body of `/detect` for OpenAPI."""
+    schema = DetectRequest.model_json_schema()
+    schema["properties"]["q"] = _texts(settings)
+    return _body(schema)
+
+
+def file_body(languages: ServedLanguages) -> dict[str, Any]:
+    """The body of `/translate_file` for OpenAPI."""
+    schema = _of_request(FileRequest, languages)
+    schema["properties"]["file"] = {"type": "string", "format": "binary", "description": "txt, html or srt, in UTF-8."}
+    schema["required"] = [*schema["required"], "file"]
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
+def _texts(settings: ServerSettings) -> dict[str, Any]:
+    """Their limits are in words, as more is answered with 413, not with 400 as what does not fit the schema."""
+    limits = f"at most {settings.max_characters} characters, and {settings.max_texts} texts"
+    texts = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+    return {
+        "description": f"Text, or texts (only in JSON); {limits}.",
+        "anyOf": [{"type": "string", "minLength": 1}, texts],
+    }
+
+
+def _of_request(model: type[BaseModel], languages: ServedLanguages) -> dict[str, Any]:
+    """With the languages of the model. The server takes other forms of their codes, too."""
+    schema = model.model_json_schema()
+    codes = list(languages.code_of.values())
+    for name, known in (("source", [AUTO, *codes]), ("target", codes)):
+        described = schema["properties"][name]["description"]
+        schema["properties"][name] = {"type": "string", "enum": known, "description": described}
+    return schema
+
+
+def _body(schema: dict[str, Any]) -> dict[str, Any]:
+    form = {**schema, "properties": {name: _in_form(field) for name, field in schema["properties"].items()}}
+    kinds = {"application/json": schema, "application/x-www-form-urlencoded": form, "multipart/form-data": form}
+    content = {kind: {"schema": of_kind} for kind, of_kind in kinds.items()}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _in_form(field: dict[str, Any]) -> dict[str, Any]:
+    """A field as a form has it: one text, and nothing but text."""
+    if "anyOf" not in field:
+        return field
+    others = {key: value for key, value in field.items() if key not in ("anyOf", "default")}
+    return {**others, **field["anyOf"][0]}
+
+
+__all__ = [
+    "DetectRequest",
+    "DetectedLanguage",
+    "Failure",
+    "FileRequest",
+    "FileTranslationAnswer",
+    "Health",
+    "Language",
+    "TranslateRequest",
+    "Translation",
+    "detect_body",
+    "failures",
+    "file_body",
+    "translate_body",
+]

@@ -1,0 +1,132 @@
+"""Documents through the model of all clients: their languages, their passages, and what came of them."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ..translation.text_translator import TranslatedText
+from .batched_translator import BatchedTranslator, QueueFullError
+from .documents import CHUNK_CHARACTERS, Document
+from .languages import AUTO, ServedLanguages
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslatedDocument:
+    """
+    Attributes:
+        text: with everything of the source that is not language.
+        src_lang: as the tokenizer names it.
+        confidence: that the source is in it: at most 100.
+        alternatives: other translations of the document, none of which is `text`.
+        problems: what a reader should look at, in words.
+    """
+
+    text: str
+    src_lang: str
+    confidence: float
+    alternatives: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+class DocumentTranslator:
+    """
+    Args:
+        translator: of all clients.
+        languages: of its model.
+
+    Attributes:
+        max_alternatives: that its beam search has.
+    """
+
+    def __init__(self, translator: BatchedTranslator, languages: ServedLanguages):
+        self._translator, self._languages = translator, languages
+        self.max_alternatives = translator.translator.num_beams - 1
+
+    async def translate(
+        self, documents: Sequence[Document], src_lang: str, tgt_lang: str, *, num_alternatives: int = 0
+    ) -> list[TranslatedDocument]:
+        """
+        Args:
+            src_lang: as the tokenizer names it, or `auto`: found in each document.
+            tgt_lang: as the tokenizer names it. A document in this language stays as it is.
+            num_alternatives: at most `max_alternatives`; documents with marks in texts have none.
+
+        Raises:
+            QueueFullError: too much waits for the model already.
+        """
+        if any(document.has_parts for document in documents):
+            num_alternatives = self.max_alternatives
+        found = [(src_lang, 100.0)] * len(documents)
+        if src_lang == AUTO:
+            found = await asyncio.to_thread(lambda: [self._languages.detect(each.sample)[0] for each in documents])
+        by_language: dict[str, list[int]] = defaultdict(list)
+        for index, (language, _) in enumerate(found):
+            if language != tgt_lang:
+                by_language[language].append(index)
+        translated: dict[int, TranslatedDocument] = {}
+        for language, indices in by_language.items():
+            texts = [text for index in indices for text in documents[index].texts]
+            results = iter(await self._translate_texts(texts, language, tgt_lang, num_alternatives))
+            for index in indices:
+                of_document = [next(results) for _ in documents[index].texts]
+                translated[index] = _joined(documents[index], of_document, language, found[index][1])
+        return [translated.get(index) or _same(document, *found[index]) for index, document in enumerate(documents)]
+
+    async def _translate_texts(
+        self, texts: list[str], src_lang: str, tgt_lang: str, num_alternatives: int
+    ) -> list[TranslatedText]:
+        """In chunks, one after another; only the first is refused where too much waits, what has begun goes on."""
+        results: list[TranslatedText] = []
+        for chunk in _chunked(texts):
+            while True:
+                try:
+                    results += await self._translator.translate(
+                        chunk, src_lang, tgt_lang, num_alternatives=num_alternatives
+                    )
+                    break
+                except QueueFullError as error:
+                    if not results:
+                        raise
+                    await asyncio.sleep(error.retry_after_s)
+        return results
+
+
+def _chunked(texts: Sequence[str]) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    size = 0
+    for text in texts:
+        if chunk and size + len(text) > CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(text)
+        size += len(text)
+    if chunk:
+        yield chunk
+
+
+def _joined(
+    document: Document, translated: Sequence[TranslatedText], src_lang: str, confidence: float
+) -> TranslatedDocument:
+    ranked = [(of_text.text, *of_text.alternatives) for of_text in translated]
+    text, of_join = document.join(ranked)
+    of_model = [
+        problem
+        for of_text, is_shown in zip(translated, document.is_shown, strict=True)
+        if is_shown
+        for problem in of_text.problems
+    ]
+    num_ranks = 1 if document.has_parts else min(map(len, ranked), default=1)
+    others = (document.join([of_text[rank:] for of_text in ranked])[0] for rank in range(1, num_ranks))
+    alternatives = tuple(other for other in dict.fromkeys(others) if other not in ("", text))
+    problems = tuple(dict.fromkeys((*of_model, *of_join)))
+    return TranslatedDocument(
+        text=text, src_lang=src_lang, confidence=confidence, alternatives=alternatives, problems=problems
+    )
+
+
+def _same(document: Document, src_lang: str, confidence: float) -> TranslatedDocument:
+    return TranslatedDocument(text=document.source, src_lang=src_lang, confidence=confidence)
+
+
+__all__ = ["DocumentTranslator", "TranslatedDocument"]

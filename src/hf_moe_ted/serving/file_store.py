@@ -1,0 +1,74 @@
+"""Translated files that wait for their download."""
+
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """
+    Attributes:
+        path: where it is.
+        name: what it is called in a download.
+        num_bytes: of it.
+        expires_at: of the store's clock.
+    """
+
+    path: Path
+    name: str
+    num_bytes: int
+    expires_at: float
+
+
+class FileStore:
+    """A folder that only this user can read; it is removed with `close`.
+
+    Args:
+        lifetime_s: after which a file is removed.
+        max_bytes: of all files together.
+        clock: seconds.
+    """
+
+    def __init__(self, lifetime_s: float, max_bytes: int, clock: Callable[[], float] = time.monotonic):
+        self._lifetime_s, self._max_bytes, self._clock = lifetime_s, max_bytes, clock
+        self._folder = Path(tempfile.mkdtemp(prefix="hf-moe-ted-files-"))
+        self._files: dict[str, StoredFile] = {}  # the oldest first
+
+    def has_room(self, num_bytes: int) -> bool:
+        self.remove_expired()
+        return sum(file.num_bytes for file in self._files.values()) + num_bytes <= self._max_bytes
+
+    def seconds_to_room(self) -> float:
+        """Until the oldest file is removed."""
+        oldest = next(iter(self._files.values()), None)
+        return 0.0 if oldest is None else max(oldest.expires_at - self._clock(), 0.0)
+
+    def put(self, name: str, content: bytes) -> str:
+        """Keeps a file; its key, which cannot be guessed and ends with its name."""
+        key = f"{uuid.uuid4()}.{name}"
+        path = self._folder / key.split(".")[0]
+        path.write_bytes(content)
+        self._files[key] = StoredFile(path, name, len(content), self._clock() + self._lifetime_s)
+        return key
+
+    def get(self, key: str) -> StoredFile | None:
+        """`None` for one that is not there, or no longer."""
+        self.remove_expired()
+        return self._files.get(key)
+
+    def remove_expired(self) -> None:
+        now = self._clock()
+        for key in [key for key, file in self._files.items() if file.expires_at <= now]:
+            self._files.pop(key).path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self._files.clear()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+__all__ = ["FileStore", "StoredFile"]

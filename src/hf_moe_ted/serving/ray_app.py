@@ -1,0 +1,61 @@
+"""The server as an application of Ray Serve: replicas on several GPUs or machines, scaled by its configuration.
+
+`serve run examples/serving/ray_serve.yaml` starts it; see docs/serving.md.
+"""
+
+from pathlib import Path
+
+try:
+    from pydantic import BaseModel, ConfigDict
+    from ray import serve
+except ImportError as error:
+    raise ValueError(f"the application of Ray Serve needs {error.name}: `pip install 'hf-moe-ted[ray]'`") from error
+
+from fastapi import FastAPI
+
+
+class RayArguments(BaseModel):
+    """`args` of the application in the configuration of Ray Serve.
+
+    Attributes:
+        model: folder of the model with its tokenizer, which each machine has at the same place.
+        api_keys: file of keys, one a line.
+        settings: of [`ServerSettings`], by name. Limits are those of each replica.
+        num_beams, batch_tokens, max_new_tokens: see [`TextTranslator`].
+        dtype, device: as `hf-moe-ted serve` has them.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    api_keys: Path | None = None
+    settings: dict[str, float] = {}
+    num_beams: int = 4
+    batch_tokens: int = 4096
+    max_new_tokens: int | None = None
+    dtype: str | None = None
+    device: str | None = None
+
+
+def build(args: RayArguments) -> serve.Application:
+    """The application, whose deployment `Translator` may be configured as any other of Ray Serve."""
+
+    def app() -> FastAPI:  # in each replica; the process that builds the application needs no model and no torch
+        from .. import ApiKeys, BatchedTranslator, ServerSettings, TextTranslator, create_app, load_model_and_tokenizer
+
+        model, tokenizer = load_model_and_tokenizer(args.model, args.dtype or "auto", args.device, "model")
+        translator = TextTranslator(
+            model,
+            tokenizer,
+            num_beams=args.num_beams,
+            batch_tokens=args.batch_tokens,
+            max_new_tokens=args.max_new_tokens,
+        )
+        api_keys = None if args.api_keys is None else ApiKeys.from_file(args.api_keys)
+        settings = ServerSettings(api_keys=api_keys, **args.settings)  # type: ignore[arg-type]  # checked there
+        return create_app(BatchedTranslator(translator), settings)
+
+    return serve.deployment(serve.ingress(app)(), name="Translator").bind()
+
+
+__all__ = ["RayArguments", "build"]

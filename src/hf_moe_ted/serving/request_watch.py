@@ -1,0 +1,74 @@
+"""Around all endpoints: every request is counted and logged, and no error gets out of the app.
+
+An error that left the app would be written to the log by the server with its message, and that may have users' text.
+"""
+
+import json
+import logging
+import time
+import traceback
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .server_metrics import ServerMetrics
+
+logger = logging.getLogger("hf_moe_ted.serving")
+
+OTHER = "other"  # endpoints that are not of the API: a label for each path that somebody tries would never end
+
+
+class RequestWatch:
+    """ASGI middleware.
+
+    Args:
+        app: what it is around.
+        metrics: where requests are counted.
+        log_texts: whether messages of errors, which may have texts, are logged.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics, log_texts: bool):
+        self._app, self._metrics, self._log_texts = app, metrics, log_texts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start, status = time.monotonic(), 0
+
+        async def send_and_see(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_see)
+        except Exception as error:
+            self._log_error(error)
+            if status == 0:
+                await _send_error(send_and_see)
+            status = 500
+        finally:
+            self._count(scope, status, time.monotonic() - start)
+
+    def _log_error(self, error: Exception) -> None:
+        message = f": {error}" if self._log_texts else ""
+        places = "".join(traceback.format_tb(error.__traceback__)).rstrip()
+        logger.error("%s%s\n%s", type(error).__name__, message, places)
+
+    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+        endpoint = getattr(scope.get("route"), "path", OTHER)
+        self._metrics.requests.labels(endpoint, str(status)).inc()
+        self._metrics.seconds.labels(endpoint).observe(seconds)
+        logger.info("%s %s %d, %.0f ms", scope["method"], endpoint, status, 1000 * seconds)
+
+
+async def _send_error(send: Send) -> None:
+    body: Any = json.dumps({"error": "Internal error; the log of the server says where"}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 500, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+__all__ = ["RequestWatch", "logger"]
