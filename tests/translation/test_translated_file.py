@@ -164,7 +164,9 @@ def translate_on_ranks(source: Path, output: Path) -> Any:
     from translation_cases import TEXTS, tiny_model
 
     translated_file.ROWS_AT_ONCE = 2
-    translator = TextTranslator(tiny_model(), ZCodeM3Tokenizer(languages=[*TEXTS]), num_beams=1, max_new_tokens=6)
+    translator = TextTranslator(
+        tiny_model(), ZCodeM3Tokenizer(languages=[*TEXTS]), num_beams=1, max_new_tokens=6, keep_placeholders=False
+    )
     return translate_file(translator, source, output, **PAIR)
 
 
