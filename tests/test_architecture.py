@@ -64,7 +64,7 @@ RULES = {
     "routing": Rule(parts=("models", "files", "evaluation")),
     "compression": Rule(parts=("models", "kernels", "files", "tensors", "evaluation", "routing")),
     "translation": Rule(parts=("models", "evaluation")),
-    "serving": Rule(parts=("models", "files", "evaluation", "routing", "translation")),
+    "serving": Rule(parts=("models", "files", "tensors", "evaluation", "routing", "translation")),
     "data": Rule(parts=("models.language_codes", "models.tokenization_zcode_m3")),
     "training": Rule(parts=("models", "data"), packages=("numpy", "torch", "transformers", "accelerate")),
     "distributed": Rule(

@@ -3,7 +3,11 @@ import torch
 
 from hf_moe_ted import ZCodeM3ForConditionalGeneration
 from hf_moe_ted.models import attention_backends
-from hf_moe_ted.models.attention_backends import has_faulty_cudnn_backward, warn_of_cudnn_backward
+from hf_moe_ted.models.attention_backends import (
+    has_faulty_cudnn_backward,
+    warn_of_cudnn_backward,
+    without_cudnn_attention,
+)
 from hf_moe_ted.testing import tiny_config
 
 QUERY = torch.zeros(1, 1, 2, 8, dtype=torch.bfloat16, requires_grad=True)
@@ -71,3 +75,35 @@ def test_models_warn_in_training_only(warnings):
     model.set_attn_implementation("eager")
     model(**inputs)
     assert warnings == []
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_cudnn_is_switched_off_while_somebody_generates(was_enabled):
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(was_enabled)
+    try:
+        first, second = without_cudnn_attention(), without_cudnn_attention()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)  # threads end in any order
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        second.__exit__(None, None, None)
+        assert torch.backends.cuda.cudnn_sdp_enabled() == was_enabled
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_generation_does_without_cudnn(monkeypatch):
+    model = ZCodeM3ForConditionalGeneration(tiny_config()).eval()
+    seen = []
+    monkeypatch.setattr(model.model, "forward", record_cudnn(model.model.forward, seen))
+    model.generate(torch.tensor([[5, 6, 2]]), max_new_tokens=3)
+    assert seen and not any(seen)
+
+
+def record_cudnn(forward, seen):
+    def recorded(*args, **kwargs):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return forward(*args, **kwargs)
+
+    return recorded

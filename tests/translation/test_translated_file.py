@@ -188,8 +188,8 @@ def test_standard_input_is_translated_when_it_is_there(
     calls: list[list[str]] = []
     translate = translator.translate
 
-    def typed(texts: list[str], *args: Any) -> Any:
-        translated = translate(texts, *args)
+    def typed(texts: list[str], *args: Any, **options: Any) -> Any:
+        translated = translate(texts, *args, **options)
         if texts:
             calls.append(sorted(texts))
             if typing:

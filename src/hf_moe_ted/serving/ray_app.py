@@ -41,7 +41,12 @@ def build(args: RayArguments) -> serve.Application:
     """The application, whose deployment `Translator` may be configured as any other of Ray Serve."""
 
     def app() -> FastAPI:  # in each replica; the process that builds the application needs no model and no torch
-        from .. import ApiKeys, BatchedTranslator, ServerSettings, TextTranslator, create_app, load_model_and_tokenizer
+        from ..tensors.whole_model import load_model_and_tokenizer
+        from ..translation.text_translator import TextTranslator
+        from .api_keys import ApiKeys
+        from .app import create_app
+        from .batched_translator import BatchedTranslator
+        from .settings import ServerSettings
 
         model, tokenizer = load_model_and_tokenizer(args.model, args.dtype or "auto", args.device, "model")
         translator = TextTranslator(
@@ -51,6 +56,7 @@ def build(args: RayArguments) -> serve.Application:
             batch_tokens=args.batch_tokens,
             max_new_tokens=args.max_new_tokens,
         )
+        translator.warm_up()
         api_keys = None if args.api_keys is None else ApiKeys.from_file(args.api_keys)
         settings = ServerSettings(api_keys=api_keys, **args.settings)  # type: ignore[arg-type]  # checked there
         return create_app(BatchedTranslator(translator), settings)
