@@ -4,8 +4,7 @@
 
 It starts the server on loopback, and locust (`pip install locust`, maybe in an environment of its own: `--locust
 PATH`) with each number of clients, which ask again as soon as they have an answer. Texts are English sentences of the
-examples' test split, of mixed lengths. Then: a short text beside a document of all sentences; twice the requests per
-second that it can answer; the memory of the server over many requests.
+examples' text, of mixed lengths, so many that clients rarely have the same (which would be translated once). Then: a short text beside a document; twice the requests per second that it can answer; the memory of the server over many requests.
 """
 
 import argparse
@@ -35,9 +34,11 @@ from rich.table import Table
 
 from hf_moe_ted import TextTranslator, load_model_and_tokenizer
 
-DATA = Path(__file__).parents[1] / "data" / "chromium_l10n.test.tsv.xz"
+DATA = Path(__file__).parents[1] / "data" / "chromium_l10n.train.tsv.xz"
 LOCUSTFILE = Path(__file__).with_name("serving_locustfile.py")
 SHORT = "Close all tabs"
+NUM_CHOICES = 8192  # texts of the clients
+MANY_CLIENTS = 512  # more than the server has requests at once
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--per_request", type=int, nargs="+", default=[1, 16], help="sentences of a request")
     parser.add_argument("--seconds", type=int, default=20, help="of each measurement")
-    parser.add_argument("--num_sentences", type=int, default=512)
+    parser.add_argument("--num_sentences", type=int, default=256, help="that are translated offline")
     parser.add_argument("--memory_requests", type=int, default=0, help="requests over which memory is watched")
     parser.add_argument("--beams", type=int, default=4)
     parser.add_argument("--device")
@@ -65,7 +66,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder, served(args) as process:
         sentences = Path(folder) / "sentences.json"
-        sentences.write_text(json.dumps(texts(args.num_sentences)), encoding="utf-8")
+        sentences.write_text(json.dumps(texts(NUM_CHOICES)), encoding="utf-8")
         locust(args, sentences, clients=4, per_request=1, seconds=5)  # warm-up
         results["load"] = [
             locust(args, sentences, clients, per_request, args.seconds)
@@ -74,8 +75,8 @@ def main() -> None:
         ]
         results["beside_document"] = beside_document(args)
         capacity = max(row["requests_per_second"] for row in results["load"] if row["per_request"] == 1)
-        rate = 2 * capacity / 256
-        results["twice_the_load"] = locust(args, sentences, 256, 1, args.seconds, rate=rate)
+        rate = 2 * capacity / MANY_CLIENTS
+        results["twice_the_load"] = locust(args, sentences, MANY_CLIENTS, 1, 2 * args.seconds, rate=rate)
         if args.memory_requests:
             results["memory"] = memory(args, sentences, process)
     show(results)
@@ -124,7 +125,7 @@ def served(args: argparse.Namespace) -> Iterator[psutil.Process]:
     command += [
         word for name in ("device", "dtype") if getattr(args, name) for word in (f"--{name}", getattr(args, name))
     ]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         wait_for(f"http://127.0.0.1:{args.port}/health", process)
         yield psutil.Process(process.pid)
@@ -154,8 +155,10 @@ def locust(
     command += ["--users", str(clients), "--spawn-rate", "1000", "--run-time", f"{seconds}s", "--stop-timeout", "60"]
     command += ["--json", "--loglevel", "ERROR", "--only-summary"]
     environment = {**os.environ, "SENTENCES": str(sentences), "PER_REQUEST": str(per_request), "RATE": str(rate)}
-    # a failed request is in its output, and its exit code
-    output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=False).stdout
+    # a failed request is in its output, and its exit code; its tables for people go to standard error
+    output = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False
+    ).stdout
     stats = {entry["name"]: entry for entry in json.loads(output)}
     translated = stats["/translate"]
     span = translated["last_request_timestamp"] - translated["start_time"]
