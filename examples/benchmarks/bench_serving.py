@@ -4,7 +4,9 @@
 
 It starts the server on loopback, and locust (`pip install locust`, maybe in an environment of its own: `--locust
 PATH`) with each number of clients, which ask again as soon as they have an answer. Texts are English sentences of the
-examples' text, of mixed lengths, so many that clients rarely have the same (which would be translated once). Then: a short text beside a document; twice the requests per second that it can answer; the memory of the server over many requests.
+examples' text, of mixed lengths, so many that clients rarely have the same (which would be translated once). Then: a
+short text beside a document; twice the requests per second that it can answer; the memory of the server over many
+requests.
 """
 
 import argparse
@@ -225,7 +227,7 @@ def memory(args: argparse.Namespace, sentences: Path, process: psutil.Process) -
     """Of the server's process, after each tenth of the requests."""
     found, num_requests = [], 0
     while num_requests < args.memory_requests:
-        num_requests += locust(args, sentences, 16, 1, args.seconds)["num_requests"]
+        num_requests += locust(args, sentences, 64, 1, args.seconds)["num_requests"]
         found.append({"num_requests": num_requests, "mib": process.memory_info().rss / 2**20})
     return found
 
