@@ -63,27 +63,34 @@ def main() -> None:
         print(json.dumps(offline(args)))
         return
     results: dict[str, Any] = {"command": " ".join(sys.argv), "versions": versions()}
-    results["offline"] = json.loads(
-        subprocess.run([sys.executable, *sys.argv, "--offline"], check=True, stdout=subprocess.PIPE).stdout
-    )
+    for name, value in measured(args):
+        results[name] = [*results.get(name, []), value] if name in ("load", "memory") else value
+        if args.output:  # as it comes: the whole takes minutes
+            args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    show(results)
+
+
+def measured(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """Names of results and one after another of them."""
+    output = subprocess.run([sys.executable, *sys.argv, "--offline"], check=True, stdout=subprocess.PIPE).stdout
+    yield "offline", json.loads(output)
     with tempfile.TemporaryDirectory() as folder, served(args) as process:
         sentences = Path(folder) / "sentences.json"
         sentences.write_text(json.dumps(texts(NUM_CHOICES)), encoding="utf-8")
         locust(args, sentences, clients=4, per_request=1, seconds=5)  # warm-up
-        results["load"] = [
-            locust(args, sentences, clients, per_request, args.seconds)
-            for per_request in args.per_request
-            for clients in args.clients
-        ]
-        results["beside_document"] = beside_document(args)
-        capacity = max(row["requests_per_second"] for row in results["load"] if row["per_request"] == 1)
+        capacity = 0.0
+        for per_request in args.per_request:
+            for clients in args.clients:
+                row = locust(args, sentences, clients, per_request, args.seconds)
+                capacity = max(capacity, row["requests_per_second"] if per_request == 1 else 0.0)
+                yield "load", row
+        yield "beside_document", beside_document(args)
         rate = 2 * capacity / MANY_CLIENTS
-        results["twice_the_load"] = locust(args, sentences, MANY_CLIENTS, 1, 2 * args.seconds, rate=rate)
-        if args.memory_requests:
-            results["memory"] = memory(args, sentences, process)
-    show(results)
-    if args.output:
-        args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        yield "twice_the_load", locust(args, sentences, MANY_CLIENTS, 1, 2 * args.seconds, rate=rate)
+        num_requests = 0
+        while num_requests < args.memory_requests:
+            num_requests += locust(args, sentences, 64, 1, args.seconds)["num_requests"]
+            yield "memory", {"num_requests": num_requests, "mib": process.memory_info().rss / 2**20}
 
 
 def texts(number: int) -> list[str]:
@@ -221,15 +228,6 @@ def beside_document(args: argparse.Namespace) -> dict[str, Any]:
         "num_beside": len(beside),
         "document_s": of_document[0],
     }
-
-
-def memory(args: argparse.Namespace, sentences: Path, process: psutil.Process) -> list[dict[str, float]]:
-    """Of the server's process, after each tenth of the requests."""
-    found, num_requests = [], 0
-    while num_requests < args.memory_requests:
-        num_requests += locust(args, sentences, 64, 1, args.seconds)["num_requests"]
-        found.append({"num_requests": num_requests, "mib": process.memory_info().rss / 2**20})
-    return found
 
 
 def show(results: dict[str, Any]) -> None:
