@@ -12,7 +12,7 @@ from translation_cases import MakeModel
 from hf_moe_ted import TextTranslator, ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer
 from hf_moe_ted.serving.batched_translator import BatchedTranslator, ClosedError, QueueFullError
 from hf_moe_ted.translation.sentence_translator import SourceSentence
-from hf_moe_ted.translation.text_translator import TranslatedSentence, TranslatedText
+from hf_moe_ted.translation.text_translator import PlannedText, TranslatedSentence, TranslatedText
 
 DOCUMENT = " ".join(f"This is sentence {number} of a document." for number in range(60))
 
@@ -206,3 +206,24 @@ def test_close_finishes_what_was_accepted(translator: Watched) -> None:
 def test_bad_options(translator: Watched) -> None:
     with pytest.raises(ValueError, match=r"wait_s \(-1\) must not be negative"):
         BatchedTranslator(translator, wait_s=-1)
+
+
+def test_text_that_cannot_be_put_together(translator: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = PlannedText.whole
+
+    def fails(plan: PlannedText, translated: Any) -> TranslatedText:
+        if any(sentence.text == "No." for of_sentence in plan.sentences for sentence in of_sentence):
+            raise IndexError("no such alternative")
+        return whole(plan, translated)
+
+    monkeypatch.setattr(PlannedText, "whole", fails)
+
+    async def use(batched: BatchedTranslator) -> None:
+        both = (batched.translate([text], "en", "de") for text in ("No.", "Yes."))
+        bad, good = await asyncio.wait_for(asyncio.gather(*both, return_exceptions=True), 20)
+        assert isinstance(bad, IndexError)
+        assert good[0].sentences[0].source == "Yes."
+        [text] = await asyncio.wait_for(batched.translate(["Open."], "en", "de"), 20)
+        assert text.sentences[0].source == "Open."
+
+    served(translator, use)

@@ -76,6 +76,12 @@ def test_tokens_are_those_of_another_parser() -> None:
         ("&lt;b&gt; &eacute; &#233;", "&lt;B&gt; É É"),
         ("<p translate=no>keep <b>me</b></p><p>x", "<p translate=no>keep <b>me</b></p><p>X"),
         ('<li translate="no">keep<li>x', '<li translate="no">keep<li>X'),
+        ("<p translate=no>keep<h2>x</h2>y", "<p translate=no>keep<h2>X</h2>Y"),
+        ("<dl><dt translate=no>keep<dd>x</dl>", "<dl><dt translate=no>keep<dd>X</dl>"),
+        ("<table><tr><td translate=no>keep<tr><td>x", "<table><tr><td translate=no>keep<tr><td>X"),
+        ("<table><tr><td translate=no>keep<th>x", "<table><tr><td translate=no>keep<th>X"),
+        ("<table><tr translate=no><td>keep<table><tr><td>me", "<table><tr translate=no><td>keep<table><tr><td>me"),
+        ("<svg/>x <svg>keep</svg> y", "<svg/>X <svg>keep</svg> Y"),
         (
             '<div translate="no">keep <i translate="yes">x</i></div>',
             '<div translate="no">keep <i translate="yes">X</i></div>',

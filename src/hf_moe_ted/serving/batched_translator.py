@@ -188,7 +188,7 @@ class BatchedTranslator:
         num_characters = sum(len(sentence.text) for sentence in waiting)
         request = _Request(plans, waiting, len(waiting), time.perf_counter(), num_characters, done)
         if not waiting:
-            _give(done, [plan.whole({}) for plan in plans])
+            _give_whole(done, plans, {})
             return
         with self._changed:
             lane = self._short if num_tokens <= self._short_tokens else self._long
@@ -293,11 +293,25 @@ class BatchedTranslator:
         request.translated[sentence] = translated
         request.num_open -= 1
         if request.num_open == 0:
-            _give(request.done, [plan.whole(request.translated) for plan in request.plans])
+            _give_whole(request.done, request.plans, request.translated)
 
 
 def _unique(requests: Iterable[_Request]) -> list[_Request]:
     return list(dict.fromkeys(requests))
+
+
+def _give_whole(
+    done: Future[list[TranslatedText]],
+    plans: Iterable[PlannedText],
+    translated: dict[SourceSentence, TranslatedSentence],
+) -> None:
+    """What fails here fails for one client: the thread goes on for the others."""
+    try:
+        texts = [plan.whole(translated) for plan in plans]
+    except Exception as error:
+        _give(done, error)
+    else:
+        _give(done, texts)
 
 
 def _give(done: Future[list[TranslatedText]], result: list[TranslatedText] | Exception) -> None:

@@ -25,7 +25,25 @@ _VOID = {
 _RAW = {"iframe", "noembed", "noframes", "script", "style", "textarea", "title", "xmp"}
 
 _KEPT = {"code", "kbd", "math", "object", "samp", "svg", "var", *_RAW} - {"title"}
-_CLOSED_BY_THE_NEXT = {"dd", "dt", "li", "option", "p", "td", "th", "tr"}
+
+# which elements end where another one begins, although their end tags are left out
+_ENDS_PARAGRAPH = {
+    *("address", "article", "aside", "blockquote", "center", "details", "dialog", "dir", "div", "dl", "fieldset"),
+    *("figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hgroup", "hr", "main"),
+    *("menu", "nav", "ol", "p", "pre", "search", "section", "table", "ul"),
+}
+_CELLS, _ROWS, _BODIES = {"td", "th"}, {"td", "th", "tr"}, {"tbody", "tfoot", "thead"}
+_ENDED_BY = {
+    **{name: {"p"} for name in _ENDS_PARAGRAPH},
+    **{name: {"dd", "dt", "p"} for name in ("dd", "dt")},
+    **{name: {*_CELLS, "p"} for name in _CELLS},
+    **{name: {*_ROWS, *_BODIES, "p"} for name in _BODIES},
+    "li": {"li", "p"},
+    "option": {"option"},
+    "optgroup": {"option", "optgroup"},
+    "tr": {*_ROWS, "p"},
+}
+_MAY_CLOSE_THEMSELVES = {"math", "svg"}  # `<svg/>`; in a tag of HTML the slash means nothing
 
 _START = re.compile(r"<(?=[a-zA-Z!?]|/[^\s])")
 _NAME = re.compile(r"</?([a-zA-Z][^\s/>]*)")
@@ -144,9 +162,13 @@ class _OpenElements:
         if token.kind == "close" and self._counts[token.name]:
             while self._pop() != token.name:
                 pass
-        elif token.kind == "open" and token.name not in _VOID:
-            if token.name in _CLOSED_BY_THE_NEXT and self._stack and self._stack[-1][0] == token.name:
-                self._pop()
+            return
+        if token.kind != "open":
+            return
+        while self._stack and self._stack[-1][0] in _ENDED_BY.get(token.name, ()):
+            self._pop()
+        closes_itself = token.name in _MAY_CLOSE_THEMSELVES and token.raw.endswith("/>")
+        if token.name not in _VOID and not closes_itself:
             is_kept = token.is_kept
             if is_kept is None:
                 is_kept = self.is_kept or token.name in _KEPT

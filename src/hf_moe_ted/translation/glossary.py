@@ -12,6 +12,7 @@ from .placeholders import placeholder_spans
 from .words import count_phrase, split_words, words_with_spans
 
 HEADER = ("source", "target")
+MAX_TERM_CHARACTERS = 500  # of a term or its translation: each sentence with it is searched for it, and reported
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Glossary:
     """Entries, each source once.
 
     Raises:
-        ValueError: an entry without a source, or two of the same source with different targets.
+        ValueError: an entry without a source, with a blank target, or longer than `MAX_TERM_CHARACTERS`; two of the
+            same source with different targets.
     """
 
     entries: tuple[GlossaryEntry, ...]
@@ -157,6 +159,13 @@ def _key(source: str) -> tuple[str, ...]:
 def _add(found: dict[tuple[str, ...], GlossaryEntry], entry: GlossaryEntry, where: str) -> None:
     if not entry.source.strip():
         raise ValueError(f"{where}a glossary entry needs a source term, got {entry.source!r} -> {entry.target!r}")
+    if entry.target is not None and not entry.target.strip():
+        raise ValueError(f"{where}the target of {entry.source!r} in the glossary is blank; None: it is not translated")
+    if max(len(entry.source), len(entry.target or "")) > MAX_TERM_CHARACTERS:
+        raise ValueError(
+            f"{where}{entry.source[:40]!r} or its target has more than {MAX_TERM_CHARACTERS} characters; a glossary is "
+            "of terms"
+        )
     other = found.setdefault(_key(entry.source), entry)
     if other.target != entry.target:
         raise ValueError(

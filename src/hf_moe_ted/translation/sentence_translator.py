@@ -171,6 +171,7 @@ class SentenceTranslator:
         for text, score in zip(plain.texts, plain.scores, strict=False):  # one translation has no score
             scores.setdefault(text, score)
         texts = tuple(scores)[:num_sequences]
+        texts += texts[-1:] * (num_sequences - len(texts))  # different tokens may be the same text
         return GeneratedSentence(
             texts, tuple(scores[text] for text in texts) if num_sequences > 1 else (), not found[0].has_ended
         )
