@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from translation_cases import MakeModel
 
-from hf_moe_ted import TextTranslator, ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer
+from hf_moe_ted import Glossary, TextTranslator, ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer
 from hf_moe_ted.serving.batched_translator import BatchedTranslator, ClosedError, QueueFullError
 from hf_moe_ted.translation.sentence_translator import SourceSentence
 from hf_moe_ted.translation.text_translator import PlannedText, TranslatedSentence, TranslatedText
@@ -32,7 +32,9 @@ class Watched(TextTranslator):
         self.gate.set()
         self.on_token: Callable[[Sequence[SourceSentence]], None] = lambda batch: None
 
-    def translate_batch(self, batch: Sequence[SourceSentence], on_step: Any = None) -> list[TranslatedSentence]:
+    def translate_batch(
+        self, batch: Sequence[SourceSentence], on_step: Any = None, *, search: bool = True
+    ) -> list[TranslatedSentence]:
         self.batches_seen.append([sentence.text for sentence in batch])
         assert self.gate.wait(20)
 
@@ -41,7 +43,7 @@ class Watched(TextTranslator):
             if on_step is not None:
                 on_step()
 
-        return super().translate_batch(batch, step)
+        return super().translate_batch(batch, step, search=search)
 
 
 @pytest.fixture
@@ -117,6 +119,27 @@ def test_a_short_text_does_not_wait_for_a_document(translator: Watched) -> None:
 
     served(translator, use)
     assert ended == ["Yes.", DOCUMENT]
+
+
+def test_who_searches_for_terms_holds_up_nobody(translator: Watched) -> None:
+    """They get what they would get alone, behind those whose translation needs no search."""
+    glossary = Glossary([("tab", "Ei")])
+    ended: list[str] = []
+
+    async def use(batched: BatchedTranslator) -> Any:
+        async def one(text: str) -> Any:
+            translated = await batched.translate([text], "en", "de", glossary=glossary)
+            ended.append(text)
+            return translated
+
+        return await asyncio.gather(*map(one, ("the tab. Yes.", "No.", "a tab")))
+
+    results = served(translator, use)
+    assert ended[0] == "No."
+    assert {"the tab.", "Yes.", "No.", "a tab"} == set(translator.batches_seen[0])
+    alone = [translator.translate([text], "en", "de", glossary=glossary) for text in ("the tab. Yes.", "No.", "a tab")]
+    assert results == alone
+    assert all("Ei" in results[index][0].text for index in (0, 2))
 
 
 def test_who_fails_fails_alone(translator: Watched) -> None:

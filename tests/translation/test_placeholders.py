@@ -1,6 +1,8 @@
+import time
+
 import pytest
 
-from hf_moe_ted.translation.placeholders import lost_placeholders, placeholders
+from hf_moe_ted.translation.placeholders import Markers, count_placeholder, lost_placeholders, placeholders
 
 
 @pytest.mark.parametrize(
@@ -31,3 +33,40 @@ def test_placeholders(text: str, found: list[str]) -> None:
 )
 def test_lost(source: str, translation: str, lost: list[str]) -> None:
     assert lost_placeholders(source, translation) == lost
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://example.org/aを開く", "https://example.org/a"),
+        ("请访问https://example.org/a。", "https://example.org/a"),
+        ("me@example.org으로 보내기", "me@example.org"),
+        ("連絡先はme@example.orgです", "me@example.org"),
+        ("https://ru.wikipedia.org/wiki/Москва.", "https://ru.wikipedia.org/wiki/Москва"),
+    ],
+)
+def test_addresses_end_where_a_script_without_spaces_begins(text: str, expected: str) -> None:
+    assert placeholders(text) == [expected]
+
+
+def test_a_placeholder_inside_a_longer_one_does_not_count() -> None:
+    assert count_placeholder("https://e.org/a", "https://e.org/austart https://e.org/a.") == 1
+    assert lost_placeholders("Open https://e.org/a.", "https://e.org/austart") == [
+        "https://e.org/a",
+        "https://e.org/austart",
+    ]
+
+
+def test_a_long_word_takes_no_long_time() -> None:
+    start = time.process_time()
+    assert placeholders("a" * 200_000) == []
+    assert time.process_time() - start < 2
+
+
+def test_markers() -> None:
+    marked = Markers("<b>Save</b> $1 as {name}, {name}")
+    assert marked.is_other and marked.text == "$2Save$3 $1 as $4, $4"
+    assert marked.restored("$2$1$3: $4 $40 $5") == "<b>$1</b>: {name} $40 $5"
+    assert not Markers("$1 of $2").is_other and not Markers("none").is_other
+    many = " ".join(f"{{p{number}}}" for number in range(12))
+    assert Markers(many).restored(Markers(many).text) == many

@@ -51,6 +51,13 @@ def test_tables() -> None:
     ]
     assert rows_of('text,n\n"one, two",1\n"a ""b""",2\n', CSV) == [(2, "one, two", None), (3, 'a "b"', None)]
     assert rows_of("a,b\nx,y\n", CSV, "b") == [(2, "y", None)]
+    several_lines = b'id,text\n1,"a\nb"\n2,c\n3,\xff\n4,d\n'
+    assert [row[:2] for row in rows_of(several_lines, CSV)] == [
+        (2, "a\nb"),
+        (3, "c"),
+        (4, None),
+        (5, "d"),
+    ]
     assert rows_of(b"source\nok\n\xff\n", CSV)[1] == (3, None, "it is not UTF-8 (invalid start byte at byte 0)")
     with pytest.raises(ValueError, match="there is no column source or text or sentence; the header has a, b"):
         rows_of("a,b\nx,y\n", CSV)

@@ -1,5 +1,6 @@
 """Files: one row for each, in order; an interrupted run goes on and ends as one that was not interrupted."""
 
+import csv
 import io
 import json
 import os
@@ -51,6 +52,38 @@ def test_lines(translator: TextTranslator, source: Path) -> None:
     assert (result.num_rows, result.num_resumed, result.errors) == (6, 0, {})
     assert "not as often as in the source: %s" in result.problems[3][0]
     assert {path.name for path in source.parent.iterdir()} == {"in.txt", "out.txt"}
+
+
+def test_rows_of_json_lines_have_the_columns_of_the_header(
+    translator: TextTranslator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(translated_file, "ROWS_AT_ONCE", 4)
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.csv"
+    lines = ["no JSON", '{"text": "one", "a": 1}', '{"a": 2, "text": "two"}', '{"text": "three", "b": 3}']
+    source.write_text("\n".join(lines))
+    result = translate_file(translator, source, output, **PAIR)
+    with output.open(newline="", encoding="utf-8") as file:
+        rows = [*csv.DictReader(file, strict=True)]
+    assert [*rows[0]] == ["text", "a", "b", "translation", "problems"]
+    assert [(row["text"], row["a"], row["b"]) for row in rows] == [
+        ("", "", ""),
+        ("one", "1", ""),
+        ("two", "2", ""),
+        ("three", "", "3"),
+    ]
+    assert [*result.errors] == [1] and "no JSON" not in output.read_text(encoding="utf-8")
+
+
+def test_a_column_that_comes_late_is_named(
+    translator: TextTranslator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(translated_file, "ROWS_AT_ONCE", 1)
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.tsv"
+    source.write_text('{"text": "one"}\n{"b": 3, "text": "two"}\n')
+    result = translate_file(translator, source, output, **PAIR)
+    assert "left out, as the first rows have no such column: b" in result.problems[2]
+    assert [line.count("\t") for line in output.read_text(encoding="utf-8").splitlines()] == [2, 2, 2]
+    assert "column: b" in output.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("end", ["jsonl", "csv", "tsv", "parquet"])

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..translation.glossary import Glossary
 from ..translation.sentence_translator import SourceSentence
@@ -38,14 +38,14 @@ class _Request:
 
     Attributes:
         waiting: sentences that no batch has taken, the longest first.
-        num_open: sentences that have no translation.
+        open: sentences that have no translation.
         arrival_s: when its sentences were known.
         num_characters: of all its sentences.
     """
 
     plans: list[PlannedText]
     waiting: list[SourceSentence]
-    num_open: int
+    open: set[SourceSentence]
     arrival_s: float
     num_characters: int
     done: Future[list[TranslatedText]]
@@ -61,6 +61,7 @@ class _Lane:
 
     def __init__(self, translate: Callable[["_Lane"], None], name: str):
         self.requests: list[_Request] = []
+        self.is_ended = False
         self.thread = threading.Thread(target=translate, args=(self,), name=name, daemon=True)
 
 
@@ -70,7 +71,8 @@ class BatchedTranslator:
     Sentences of all requests that wait go through the model together, in batches of like length under the translator's
     `batch_tokens`. A short request does not wait for a long document: its batch goes between two tokens of the
     document's. Both get the same share of time, so that neither waits for ever. Of requests of a kind the one that
-    came first is first, but a small one overtakes one that is larger by more than its head start.
+    came first is first, but a small one overtakes one that is larger by more than its head start. A sentence of a short
+    request whose terms or placeholders have to be searched for is a long one from then on.
 
     Args:
         translator: with the model, which nobody else should use meanwhile.
@@ -186,7 +188,7 @@ class BatchedTranslator:
         waiting = sorted(sentences, key=lambda sentence: -len(sentence.input_ids))
         num_tokens = sum(len(sentence.input_ids) for sentence in waiting)
         num_characters = sum(len(sentence.text) for sentence in waiting)
-        request = _Request(plans, waiting, len(waiting), time.perf_counter(), num_characters, done)
+        request = _Request(plans, waiting, set(waiting), time.perf_counter(), num_characters, done)
         if not waiting:
             _give_whole(done, plans, {})
             return
@@ -211,22 +213,29 @@ class BatchedTranslator:
         while batch := self._next_batch(lane):
             with self._turns.short() if lane is self._short else self._turns.long():
                 start = time.perf_counter()
-                self._translate(batch, self._turns.between_tokens if lane is self._long else lambda: None)
+                self._translate(batch, lane)
                 of_batch = (time.perf_counter() - start) / sum(len(sentence.text) for sentence in batch)
             self._seconds_per_character = 0.8 * (self._seconds_per_character or of_batch) + 0.2 * of_batch
             del batch  # whose texts nobody needs while nothing waits
+        with self._changed:
+            lane.is_ended = True
+            self._changed.notify_all()
 
     def _next_batch(self, lane: _Lane) -> dict[SourceSentence, list[_Request]]:
         """Sentences and who waits for them; none when the translator is closed and nothing is left."""
         with self._changed:
             while True:
-                self._changed.wait_for(lambda: lane.requests or (self._is_closed and self._num_planning == 0))
+                self._changed.wait_for(lambda: lane.requests or self._is_over(lane))
                 if not lane.requests:
                     return {}
                 if lane is self._short:
                     self._wait_for_others(lane)
                 if batch := self._take(lane):
                     return batch
+
+    def _is_over(self, lane: _Lane) -> bool:
+        """Whether nothing comes to a lane any more; short requests may become long ones."""
+        return self._is_closed and self._num_planning == 0 and (lane is self._short or self._short.is_ended)
 
     def _wait_for_others(self, lane: _Lane) -> None:
         first_s = min(request.arrival_s for request in lane.requests)
@@ -241,7 +250,7 @@ class BatchedTranslator:
             self._changed.wait(left)
 
     def _take(self, lane: _Lane) -> dict[SourceSentence, list[_Request]]:
-        lane.requests = [request for request in lane.requests if request.waiting and not request.done.cancelled()]
+        lane.requests = [request for request in lane.requests if request.waiting and not request.done.done()]
         order = sorted(
             lane.requests, key=lambda request: request.arrival_s + request.num_characters * self._seconds_per_character
         )
@@ -258,27 +267,34 @@ class BatchedTranslator:
                 del request.waiting[0]
         return batch
 
-    def _translate(self, batch: dict[SourceSentence, list[_Request]], between_tokens: Callable[[], None]) -> None:
+    def _translate(self, batch: dict[SourceSentence, list[_Request]], lane: _Lane) -> None:
         def on_step() -> None:
-            between_tokens()
-            if all(request.done.cancelled() for requests in batch.values() for request in requests):
+            if lane is self._long:
+                self._turns.between_tokens()
+            if all(request.done.done() for requests in batch.values() for request in requests):
                 raise _AbandonedError
 
         try:
             on_step()
-            results = self.translator.translate_batch(list(batch), on_step)
+            results = self.translator.translate_batch(list(batch), on_step, search=lane is self._long)
         except _AbandonedError:
             return
         except Exception as error:  # of the model: told to whom it concerns, and the others go on
-            self._failed(batch, error, between_tokens)
+            self._failed(batch, error, lane)
             return
         for (sentence, requests), translated in zip(batch.items(), results, strict=True):
+            if lane is self._short and sentence.missing(translated.text):
+                self._search_for(sentence, requests)
+                continue
             for request in requests:
                 self._deliver(request, sentence, translated)
 
-    def _failed(
-        self, batch: dict[SourceSentence, list[_Request]], error: Exception, between_tokens: Callable[[], None]
-    ) -> None:
+    def _search_for(self, sentence: SourceSentence, requests: Iterable[_Request]) -> None:
+        with self._changed:
+            self._long.requests += [replace(request, waiting=[sentence]) for request in requests]
+            self._changed.notify_all()
+
+    def _failed(self, batch: dict[SourceSentence, list[_Request]], error: Exception, lane: _Lane) -> None:
         """Each request of a batch again by itself, so that only the one that cannot be translated fails."""
         requests = _unique(request for requests in batch.values() for request in requests)
         if len(requests) == 1:
@@ -287,12 +303,14 @@ class BatchedTranslator:
             return
         for request in requests:
             own = {sentence: [request] for sentence, concerned in batch.items() if request in concerned}
-            self._translate(own, between_tokens)
+            self._translate(own, lane)
 
     def _deliver(self, request: _Request, sentence: SourceSentence, translated: TranslatedSentence) -> None:
-        request.translated[sentence] = translated
-        request.num_open -= 1
-        if request.num_open == 0:
+        with self._changed:  # short and long sentences of a request may end together
+            request.translated[sentence] = translated
+            request.open.discard(sentence)
+            is_whole = not request.open
+        if is_whole:
             _give_whole(request.done, request.plans, request.translated)
 
 
@@ -315,8 +333,8 @@ def _give_whole(
 
 
 def _give(done: Future[list[TranslatedText]], result: list[TranslatedText] | Exception) -> None:
-    """To the client, if it still waits."""
-    if not done.set_running_or_notify_cancel():
+    """To the client, if it still waits; a request whose short sentences failed may have long ones under way."""
+    if done.done() or not done.set_running_or_notify_cancel():
         return
     if isinstance(result, Exception):
         done.set_exception(result)

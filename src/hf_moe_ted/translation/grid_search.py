@@ -189,11 +189,15 @@ class _Row:
         return list(chosen.values())
 
     def _may_end(self, beam: _Beam) -> bool:
-        """Whether it has all phrases; also if it came to them by itself, perhaps in other tokens."""
-        if not any(beam.missing):
+        """Whether it has all phrases; also if it came to them by itself, perhaps in other tokens.
+
+        A placeholder that was written to its end may have become part of another one: of a longer address.
+        """
+        in_question = self.phrases if any(beam.missing) else [p for p in self.phrases if not p.is_term]
+        if not in_question:
             return True
         text = self.settings.phrase_tokens.decode(beam.tokens)
-        return all(phrase.is_in(text) for phrase in self.phrases)
+        return all(phrase.is_in(text) for phrase in in_question)
 
     def _is_done(self, beams: Sequence[_Beam]) -> bool:
         """Whether no beam that has all phrases can be better than what is finished.

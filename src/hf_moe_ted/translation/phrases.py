@@ -9,7 +9,7 @@ from typing import Any
 
 from ..models.language_codes import languages_kept
 from .glossary import Glossary
-from .placeholders import placeholder_spans
+from .placeholders import count_placeholder, placeholder_spans, placeholders
 from .words import capitalized, count_phrase, ends_in_word, starts_in_word
 
 
@@ -19,8 +19,9 @@ class Phrase:
     Attributes:
         text: what the translation has to have.
         count: how often.
-        source: the term of the glossary that it translates, as the sentence has it; `None` for a placeholder, which
-            may stand anywhere. A term stands apart from the words around it.
+        source: the term of the glossary that it translates, as the sentence has it; `None` for a placeholder.
+            A term stands apart from the words around it; a placeholder only if a letter there would make it another
+            one, as it does of an address.
         may_be_capitalized: whether it may have a capital letter at the start of the translation.
     """
 
@@ -36,12 +37,19 @@ class Phrase:
     @property
     def ends_word(self) -> bool:
         """Whether no letter may follow."""
-        return self.is_term and ends_in_word(self.text)
+        if not ends_in_word(self.text):
+            return False
+        return self.is_term or placeholders(f"{self.text}a") != placeholders(self.text)
+
+    @property
+    def starts_word(self) -> bool:
+        """Whether no letter may stand before it."""
+        return starts_in_word(self.text) and (self.is_term or bool(placeholders(self.text)))
 
     def count_in(self, translation: str) -> int:
         """How often it is there."""
         if not self.is_term:
-            return translation.count(self.text)
+            return count_placeholder(self.text, translation)
         return count_phrase(self.text, translation, may_be_capitalized=self.may_be_capitalized)
 
     def is_in(self, translation: str) -> bool:
@@ -104,7 +112,7 @@ class PhraseTokens:
 
     def _spellings(self, phrase: Phrase) -> tuple[Spelling, ...]:
         """At the start, with a capital letter if it may have one; after a space; after other text."""
-        may_follow_word = not (phrase.is_term and starts_in_word(phrase.text))
+        may_follow_word = not phrase.starts_word
         at_start = [phrase.text, capitalized(phrase.text)] if phrase.may_be_capitalized else [phrase.text]
         found = [
             *(Spelling(self._tokens("", text), True, False) for text in at_start),

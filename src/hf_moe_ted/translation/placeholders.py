@@ -3,22 +3,28 @@
 import re
 from collections import Counter
 
+# Letters that follow an address without a space: of Thai, Lao, Burmese, Khmer, Chinese, Japanese and Korean.
+_NO_SPACE = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uac00-\ud7af\uff00-\uffef"
+_NAME = rf"(?:[^\W{_NO_SPACE}]|[.+-])"
+
 # Each alternative is one kind; the first that matches at a place counts.
 _PLACEHOLDER = re.compile(
-    r"""
+    rf"""
       `[^`\n]+`                                             # code
-    | (?:https?://|ftp://|www\.)[^\s<>"'`]*[^\s<>"'`.,;:!?)\]}»”]     # addresses, without the end of the sentence
-    | [\w.+-]+@[\w-]+(?:\.[\w-]+)+
+    | (?:https?://|ftp://|www\.)[^\s<>"'`{_NO_SPACE}]*[^\s<>"'`.,;:!?)\]}}»”{_NO_SPACE}]  # without the end
+    | (?<![^\W{_NO_SPACE}])(?<![.+-]){_NAME}+@(?:[^\W{_NO_SPACE}]|-)+(?:\.(?:[^\W{_NO_SPACE}]|-)+)+
     | </?[A-Za-z][^<>\n]*>                                  # tags
     | &(?:[A-Za-z]\w*|\#\d+|\#x[0-9A-Fa-f]+);
-    | \$?\{\{?[^{}\n]*\}?\}                                 # {name}, {{ name }}, ${name}
+    | \$?\{{\{{?[^{{}}\n]*\}}?\}}                                 # {{name}}, {{{{ name }}}}, ${{name}}
     | %\(\w+\)[-+\#0]*\d*(?:\.\d+)?[A-Za-z]                  # %(name)s
     | %(?:\d+\$)?[-+\#0]*(?:\d+|\*)?(?:\.\d+)?(?:hh|h|ll|l|q|L|j|z|t)?[sdiufFeEgGxXoc@](?![A-Za-z])
     | %[1-9](?!\d)                                          # %1
-    | \$(?:\d(?![\d.,]*\d)|[A-Z_]{2,}\$?)                    # $1, $NAME$
+    | \$(?:\d(?![\d.,]*\d)|[A-Z_]{{2,}}\$?)                    # $1, $NAME$
     """,
     re.VERBOSE,
 )
+
+_MARKER = re.compile(r"\$\d(?!\d)")
 
 
 def placeholders(text: str) -> list[str]:
@@ -30,18 +36,63 @@ def placeholders(text: str) -> list[str]:
     return _PLACEHOLDER.findall(text)
 
 
+def without_placeholders(text: str) -> str:
+    """The text, a space in place of each of the `placeholders`."""
+    return _PLACEHOLDER.sub(" ", text)
+
+
 def placeholder_spans(text: str) -> list[tuple[int, int]]:
     """Where each of the `placeholders` starts and ends."""
     return [match.span() for match in _PLACEHOLDER.finditer(text)]
 
 
+def count_placeholder(name: str, text: str) -> int:
+    """How often a text has a placeholder that is not part of another one, as of a longer address."""
+    spans = placeholder_spans(text)
+    found = [(match.start(), match.end()) for match in re.finditer(re.escape(name), text)]
+    return sum(not any(a <= start and end <= b and (a, b) != (start, end) for a, b in spans) for start, end in found)
+
+
 def lost_placeholders(source: str, translation: str) -> list[str]:
     """The placeholders that a translation has less often than its source, or more often."""
     before = Counter(placeholders(source))
-    found = {name: translation.count(name) for name in before}
-    missing = [name for name, count in before.items() if found[name] < count]
+    found = {name: count_placeholder(name, translation) for name in before}
+    missing = [name for name, count in before.items() if found[name] != count]
     added = Counter(placeholders(translation)) - before
     return [*missing, *(name for name in added if name not in before and not any(name in other for other in before))]
 
 
-__all__ = ["lost_placeholders", "placeholder_spans", "placeholders"]
+class Markers:
+    """A sentence with `$1`, `$2`, ... in place of its placeholders, which models copy more often than others.
+
+    Args:
+        text: of the sentence.
+    """
+
+    MAX = 9
+
+    def __init__(self, text: str):
+        names = [name for name in dict.fromkeys(placeholders(text)) if not _MARKER.fullmatch(name)]
+        free = [mark for number in range(1, self.MAX + 1) if (mark := f"${number}") not in text]
+        self._names = dict(zip(free, names, strict=False))
+        marks = {name: mark for mark, name in self._names.items()}
+        self.text = _PLACEHOLDER.sub(lambda match: marks.get(match[0], match[0]), text)
+
+    @property
+    def is_other(self) -> bool:
+        """Whether the sentence with markers is another one."""
+        return bool(self._names)
+
+    def restored(self, translation: str) -> str:
+        """A translation with the placeholders in the places of the markers."""
+        return _MARKER.sub(lambda match: self._names.get(match[0], match[0]), translation)
+
+
+__all__ = [
+    "Markers",
+    "count_placeholder",
+    "lost_placeholders",
+    "placeholder_spans",
+    "placeholders",
+    "without_placeholders",
+]

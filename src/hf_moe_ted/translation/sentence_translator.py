@@ -5,7 +5,7 @@ Shape letters: B sentences of a batch, N sequences of each, beams among them, L 
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,13 @@ from ..models.generation import FirstTokens
 from ..models.language_codes import language_ids, languages_kept
 from .grid_search import MAX_BEAMS, Hypothesis, grid_search
 from .phrases import Phrase, PhraseTokens
+from .placeholders import Markers, lost_placeholders
 
 OnStep = Callable[[], None]
+
+# A translation of a sentence is rarely shorter or longer than so many times its source, in bytes of UTF-8.
+MIN_LENGTH_RATIO, MAX_LENGTH_RATIO = 0.25, 5.0
+MIN_RATIO_BYTES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +137,9 @@ class SentenceTranslator:
         if batch:
             yield batch
 
-    def generate(self, batch: Sequence[SourceSentence], on_step: OnStep | None = None) -> list[GeneratedSentence]:
+    def generate(
+        self, batch: Sequence[SourceSentence], on_step: OnStep | None = None, *, search: bool = True
+    ) -> list[GeneratedSentence]:
         """Translate a batch, whose languages may differ; in parts, if it does not fit in the memory of a GPU.
 
         Sentences whose translation by plain beam search has not all of their phrases are translated again, by a search
@@ -141,39 +148,82 @@ class SentenceTranslator:
         Args:
             batch: B sentences.
             on_step: is called after each token of the batch; what it raises ends the work.
+            search: whether sentences are translated again for their phrases.
         """
         try:
-            return self._with_phrases(batch, self._generate(batch, on_step), on_step)
+            generated = self._generate(batch, on_step)
+            return self._with_phrases(batch, generated, on_step) if search else generated
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
             torch.cuda.empty_cache()
         middle = len(batch) // 2
-        return self.generate(batch[:middle], on_step) + self.generate(batch[middle:], on_step)
+        halves = (self.generate(half, on_step, search=search) for half in (batch[:middle], batch[middle:]))
+        return [of_one for half in halves for of_one in half]
 
     def _with_phrases(
         self, batch: Sequence[SourceSentence], generated: list[GeneratedSentence], on_step: OnStep | None
     ) -> list[GeneratedSentence]:
-        """What the phrases are missing in is replaced."""
+        """What the phrases are missing in is replaced: first with markers for placeholders, then by the search."""
         again = [index for index, of_one in enumerate(generated) if batch[index].missing(of_one.texts[0])]
+        again = self._with_markers(batch, again, generated, on_step)
         num_at_once = math.ceil(len(batch) / MAX_BEAMS)  # each has so many times more beams
         for start in range(0, len(again), num_at_once):
             indices = again[start : start + num_at_once]
             found = self._search([batch[index] for index in indices], on_step)
             for index, hypotheses in zip(indices, found, strict=True):
-                generated[index] = self._merged(hypotheses, generated[index], batch[index].num_sequences)
+                generated[index] = self._merged(hypotheses, generated[index], batch[index])
         return generated
 
-    def _merged(self, found: list[Hypothesis], plain: GeneratedSentence, num_sequences: int) -> GeneratedSentence:
-        """If fewer were found than are wanted, those of the plain search follow."""
-        tokens = [list(hypothesis.tokens) for hypothesis in found]
-        scores = dict(zip(self._decoded(tokens), [hypothesis.score for hypothesis in found], strict=True))
+    def _with_markers(
+        self,
+        batch: Sequence[SourceSentence],
+        again: list[int],
+        generated: list[GeneratedSentence],
+        on_step: OnStep | None,
+    ) -> list[int]:
+        """The sentences that miss a phrase still."""
+        markers = {
+            index: Markers(batch[index].text)
+            for index in again
+            if any(not phrase.is_term for phrase in batch[index].missing(generated[index].texts[0]))
+        }
+        marked = {
+            index: replace(batch[index], text=of_one.text, input_ids=self._one(batch[index], of_one.text).input_ids)
+            for index, of_one in markers.items()
+            if of_one.is_other
+        }
+        marked = {index: s for index, s in marked.items() if len(s.input_ids) <= self.max_source_tokens}
+        if not marked:
+            return again
+        done = set()
+        for index, found in zip(marked, self._generate([*marked.values()], on_step), strict=True):
+            texts = tuple(map(markers[index].restored, found.texts))
+            if not found.is_cut and not batch[index].missing(texts[0]) and _is_clean(batch[index].text, texts[0]):
+                generated[index] = replace(found, texts=texts)
+                done.add(index)
+        return [index for index in again if index not in done]
+
+    def _one(self, sentence: SourceSentence, text: str) -> SourceSentence:
+        return self.encode([text], sentence.src_lang, sentence.tgt_lang)[0]
+
+    def _merged(self, found: list[Hypothesis], plain: GeneratedSentence, sentence: SourceSentence) -> GeneratedSentence:
+        """If fewer were found than are wanted, those of the plain search follow; it stays if it has as many phrases."""
+        texts = self._decoded([list(hypothesis.tokens) for hypothesis in found])
+        is_worse = len(sentence.missing(texts[0])) >= len(sentence.missing(plain.texts[0])) or (
+            not any(phrase.is_term for phrase in sentence.phrases) and not _is_clean(sentence.text, texts[0])
+        )
+        if is_worse:
+            return plain
+        scores = dict(zip(texts, [hypothesis.score for hypothesis in found], strict=True))
         for text, score in zip(plain.texts, plain.scores, strict=False):  # one translation has no score
             scores.setdefault(text, score)
-        texts = tuple(scores)[:num_sequences]
-        texts += texts[-1:] * (num_sequences - len(texts))  # different tokens may be the same text
+        texts = [*scores][: sentence.num_sequences]
+        texts += texts[-1:] * (sentence.num_sequences - len(texts))  # different tokens may be the same text
         return GeneratedSentence(
-            texts, tuple(scores[text] for text in texts) if num_sequences > 1 else (), not found[0].has_ended
+            tuple(texts),
+            tuple(scores[text] for text in texts) if sentence.num_sequences > 1 else (),
+            not found[0].has_ended,
         )
 
     @torch.inference_mode()
@@ -246,6 +296,12 @@ class SentenceTranslator:
         if not self._cuts_early:
             return self.max_new_tokens
         return min(self.max_new_tokens, 4 * len(sentence.input_ids) + 32)
+
+
+def _is_clean(source: str, translation: str) -> bool:
+    """Whether a translation has no placeholder more or less than its source, and is not much longer."""
+    is_long = len(translation.encode()) > MAX_LENGTH_RATIO * max(MIN_RATIO_BYTES, len(source.encode()))
+    return not is_long and not lost_placeholders(source, translation)
 
 
 class _Limits(StoppingCriteria):

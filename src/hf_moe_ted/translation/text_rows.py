@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -152,10 +152,11 @@ def _table(file: BinaryIO, delimiter: str, column: str | None) -> Iterator[TextR
 
     lines = decoded()
     if delimiter == "\t":
-        rows: Iterator[list[str]] = (line.rstrip("\r\n").split("\t") for line in lines)
+        numbered: Iterator[tuple[int, list[str]]] = enumerate((line.rstrip("\r\n").split("\t") for line in lines), 1)
     else:
-        rows = csv.reader(lines, strict=True)
-    header = next(rows, [])
+        reader = csv.reader(lines, strict=True)
+        numbered = ((reader.line_num, cells) for cells in reader)
+    last_line, header = next(numbered, (0, []))
     wanted = [column] if column is not None else list(COLUMNS)
     if not any(name in header for name in wanted):
         raise ValueError(
@@ -164,19 +165,22 @@ def _table(file: BinaryIO, delimiter: str, column: str | None) -> Iterator[TextR
         )
     number = 1
     while True:
+        first_line = last_line + 1
         try:
-            cells = next(rows)
+            last_line, cells = next(numbered)
         except StopIteration:
             return
         except csv.Error as error:
             raise ValueError(f"row {number + 1} is no row of the table: {error}") from error
         number += 1
-        if number in errors:
-            yield TextRow(number, None, error=errors.pop(number))
+        fields = dict(zip_longest(header, cells[: len(header)], fillvalue=""))
+        wrong = [errors.pop(line) for line in range(first_line, last_line + 1) if line in errors]
+        if wrong:  # of a row whose cells have line ends it may be any line
+            yield TextRow(number, None, fields, error=wrong[0])
         elif len(cells) == len(header):
-            yield _of_fields(number, dict(zip(header, cells, strict=True)), column)
+            yield _of_fields(number, fields, column)
         elif cells and any(cells):
-            yield TextRow(number, None, error=f"it has {len(cells)} cells, the header {len(header)}")
+            yield TextRow(number, None, fields, error=f"it has {len(cells)} cells, the header {len(header)}")
 
 
 def _parquet(file: BinaryIO, column: str | None) -> Iterator[TextRow]:

@@ -12,12 +12,17 @@ from ..models.language_detection import AUTO, UNDETERMINED, detector_code, langu
 from ..models.segments import Segments, split_long, split_sentences
 from .glossary import Glossary
 from .phrases import phrases_of
-from .placeholders import lost_placeholders
-from .sentence_translator import GeneratedSentence, OnStep, SentenceTranslator, SourceSentence
+from .placeholders import lost_placeholders, without_placeholders
+from .sentence_translator import (
+    MAX_LENGTH_RATIO,
+    MIN_LENGTH_RATIO,
+    MIN_RATIO_BYTES,
+    GeneratedSentence,
+    OnStep,
+    SentenceTranslator,
+    SourceSentence,
+)
 
-# A translation of a sentence is rarely shorter or longer than so many times its source, in bytes of UTF-8.
-MIN_LENGTH_RATIO, MAX_LENGTH_RATIO = 0.25, 5.0
-MIN_RATIO_BYTES = 20
 MIN_DETECTED_LETTERS = 25  # in shorter texts the detector errs often
 
 MAX_STREAMED_AT_ONCE = 32  # sentences
@@ -288,14 +293,15 @@ class TextTranslator:
         return self._sentences.batches(dict.fromkeys(sentences))
 
     def translate_batch(
-        self, batch: Sequence[SourceSentence], on_step: OnStep | None = None
+        self, batch: Sequence[SourceSentence], on_step: OnStep | None = None, *, search: bool = True
     ) -> list[TranslatedSentence]:
         """
         Args:
             batch: sentences, which may be of several languages.
             on_step: is called after each token of the batch; what it raises ends the work.
+            search: whether sentences whose translation lacks terms of a glossary or placeholders are translated again.
         """
-        generated = self._sentences.generate(batch, on_step)
+        generated = self._sentences.generate(batch, on_step, search=search)
         return [self._translated(*both) for both in zip(batch, generated, strict=True)]
 
     def _num_sequences(self, num_alternatives: int | None) -> int:
@@ -361,8 +367,9 @@ class TextTranslator:
         ratio = len(translation.encode()) / num_bytes
         if num_bytes >= MIN_RATIO_BYTES and not MIN_LENGTH_RATIO <= ratio <= MAX_LENGTH_RATIO:
             problems.append(f"{ratio:.2g} times as long as the source")
-        if detector_code(tgt_lang) is not None and sum(map(str.isalpha, translation)) >= MIN_DETECTED_LETTERS:
-            found = language_finder(tuple(self.languages)).detector.detect(translation)
+        words = without_placeholders(translation)
+        if detector_code(tgt_lang) is not None and sum(map(str.isalpha, words)) >= MIN_DETECTED_LETTERS:
+            found = language_finder(tuple(self.languages)).detector.detect(words)
             if found not in (UNDETERMINED, detector_code(tgt_lang)):
                 problems.append(f"looks like {found}, not {tgt_lang}")
         return problems

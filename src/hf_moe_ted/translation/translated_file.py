@@ -123,6 +123,7 @@ class _Run:
         self.partial = None if output is None else output.with_name(f"{output.name}.partial")
         self.record = None if output is None else output.with_name(f"{output.name}.partial.json")
         self.num_bytes = 0
+        self.columns: list[str] = []  # of a table with a header
         if source is None and self.state.num_processes > 1:
             raise ValueError(f"standard input cannot be shared by {self.state.num_processes} processes: name a file")
         if output is not None and output.exists() and not overwrite:
@@ -166,6 +167,7 @@ class _Run:
                 "go on with it, or overwrite it to begin again"
             )
         self.result.num_resumed, self.num_bytes = record["num_rows"], record["num_bytes"]
+        self.columns = record["columns"]
         self.result.errors = {int(number): error for number, error in record["errors"].items()}
         self.result.problems = {int(number): tuple(problems) for number, problems in record["problems"].items()}
 
@@ -263,7 +265,24 @@ class _Run:
 
     def _text(self, chunk: list[TextRow], translated: list[TranslatedText]) -> str:
         rows = [self._row(row, text) for row, text in zip(chunk, translated, strict=True)]
+        if self.kind in (TSV, CSV):
+            rows = self._in_columns(chunk, rows)
         return written(self.kind, rows, header=self.result.num_rows == 0)
+
+    def _in_columns(self, chunk: list[TextRow], rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Rows of JSON Lines may have other columns, and one that cannot be read has none."""
+        if not self.columns:
+            new = ("translation", "alternatives", "problems")
+            names = dict.fromkeys(name for row in rows for name in row)
+            self.columns = [*(name for name in names if name not in new), *(name for name in new if name in names)]
+        in_columns: list[Mapping[str, Any]] = []
+        for source, row in zip(chunk, rows, strict=True):
+            if further := [name for name in row if name not in self.columns]:
+                problem = f"left out, as the first rows have no such column: {', '.join(further)}"
+                self.result.problems[source.number] = (*self.result.problems.get(source.number, ()), problem)
+                row = {**row, "problems": [*row["problems"], problem]}
+            in_columns.append({name: row.get(name) for name in self.columns})
+        return in_columns
 
     def _row(self, row: TextRow, text: TranslatedText) -> Mapping[str, Any]:
         if self.kind == LINES:
@@ -310,6 +329,7 @@ class _Run:
             "settings": self._settings(),
             "num_rows": self.result.num_rows,
             "num_bytes": self.num_bytes,
+            "columns": self.columns,
             "errors": self.result.errors,
             "problems": self.result.problems,
         }
