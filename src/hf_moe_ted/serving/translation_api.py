@@ -21,13 +21,12 @@ from .documents import DOCUMENT_OF_SUFFIX, Document, html_document, plain_docume
 from .file_store import FileStore
 from .languages import AUTO, ServedLanguages
 from .rate_limit import RateLimit
-from .request_body import parse_body, parse_upload, read_body
+from .request_body import CLIENT_CLOSED_REQUEST, parse_body, parse_upload, read_body
 from .server_metrics import ServerMetrics
 from .settings import ServerSettings
 
 logger = logging.getLogger("hf_moe_ted.serving")
 
-CLIENT_CLOSED_REQUEST = 499  # nobody reads it but the log
 _BUSY_RETRY_S = 1.0
 
 Answer = dict[str, Any]
