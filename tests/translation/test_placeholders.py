@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from hf_moe_ted.translation.placeholders import lost_placeholders, placeholders
@@ -31,3 +33,12 @@ def test_placeholders(text: str, found: list[str]) -> None:
 )
 def test_lost(source: str, translation: str, lost: list[str]) -> None:
     assert lost_placeholders(source, translation) == lost
+
+
+@pytest.mark.parametrize(
+    "text", ["x" * 100_000, "%" + "0" * 100_000, "%(a)" + "0" * 100_000, "a@" * 50_000, "a." * 50_000]
+)
+def test_time_grows_with_the_length_only(text: str) -> None:
+    start = time.perf_counter()
+    placeholders(text)
+    assert time.perf_counter() - start < 5

@@ -3,17 +3,18 @@
 import re
 from collections import Counter
 
-# Each alternative is one kind; the first that matches at a place counts.
+# Each alternative is one kind; the first that matches at a place counts. What may stand for the same as what follows it
+# has a bound, so that the time grows with the length of a text only.
 _PLACEHOLDER = re.compile(
     r"""
       `[^`\n]+`                                             # code
     | (?:https?://|ftp://|www\.)[^\s<>"'`]*[^\s<>"'`.,;:!?)\]}»”]     # addresses, without the end of the sentence
-    | [\w.+-]+@[\w-]+(?:\.[\w-]+)+
+    | [\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)+
     | </?[A-Za-z][^<>\n]*>                                  # tags
     | &(?:[A-Za-z]\w*|\#\d+|\#x[0-9A-Fa-f]+);
     | \$?\{\{?[^{}\n]*\}?\}                                 # {name}, {{ name }}, ${name}
-    | %\(\w+\)[-+\#0]*\d*(?:\.\d+)?[A-Za-z]                  # %(name)s
-    | %(?:\d+\$)?[-+\#0]*(?:\d+|\*)?(?:\.\d+)?(?:hh|h|ll|l|q|L|j|z|t)?[sdiufFeEgGxXoc@](?![A-Za-z])
+    | %\(\w+\)[-+\#0]{0,5}\d{0,9}(?:\.\d{1,9})?[A-Za-z]        # %(name)s
+    | %(?:\d{1,9}\$)?[-+\#0]{0,5}(?:\d{1,9}|\*)?(?:\.\d{1,9})?(?:hh|h|ll|l|q|L|j|z|t)?[sdiufFeEgGxXoc@](?![A-Za-z])
     | %[1-9](?!\d)                                          # %1
     | \$(?:\d(?![\d.,]*\d)|[A-Z_]{2,}\$?)                    # $1, $NAME$
     """,
