@@ -1,22 +1,27 @@
 """No client can take everything: limits, keys, clients that go away or do nothing."""
 
+import asyncio
 import contextlib
 import socket
 import threading
 import time
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from serving_cases import MakeClient, Shouting, error_of, served, wait_until
+from starlette.responses import StreamingResponse
 from starlette.testclient import TestClient
 
-from hf_moe_ted import ApiKeys, ServerSettings
+from hf_moe_ted import ApiKeys, BatchedTranslator, ServerSettings, bind_address, create_app
 from hf_moe_ted.serving.connection import PatientConnection
 from hf_moe_ted.serving.file_store import FileStore
 from hf_moe_ted.serving.rate_limit import RateLimit
+from hf_moe_ted.serving.server import server_config
 
 PAIR = {"source": "en", "target": "de"}
 TEXT = {"q": "close it", **PAIR}
@@ -265,3 +270,41 @@ def test_client_that_stops_reading(shouting: Shouting, monkeypatch: pytest.Monke
             while time.monotonic() < end:
                 connection.send(b"GET / HTTP/1.1\r\n")
                 time.sleep(0.1)
+
+
+def test_client_that_goes_away_in_its_body(shouting: Shouting, caplog: pytest.LogCaptureFixture) -> None:
+    with served(shouting) as url, httpx.Client(base_url=url) as client:
+        head = b"POST /translate HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", httpx.URL(url).port)) as connection:
+            connection.sendall(head + b"q=a")
+            wait_until(lambda: metric(client, "hf_moe_ted_requests_in_flight") == 1)
+        wait_until(lambda: metric(client, "hf_moe_ted_requests_in_flight") == 0)
+        wait_until(lambda: 'endpoint="/translate",status="499"' in client.get("/metrics").text)
+        assert 'status="500"' not in client.get("/metrics").text
+    assert "ERROR" not in caplog.text
+
+
+def test_stop_does_not_wait_for_an_open_page(shouting: Shouting) -> None:
+    app = create_app(BatchedTranslator(shouting, wait_s=0.0))
+
+    @app.get("/gradio_api/heartbeat/{session}")
+    async def heartbeat(session: str) -> StreamingResponse:
+        async def beats() -> AsyncIterator[str]:
+            while True:
+                yield "data: ALIVE\n\n"
+                await asyncio.sleep(0.05)
+
+        return StreamingResponse(beats(), media_type="text/event-stream")
+
+    address = bind_address("127.0.0.1", 0)
+    server = uvicorn.Server(server_config(app, stop_timeout_s=600))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [address]}, daemon=True)
+    thread.start()
+    wait_until(lambda: server.started)
+    url = f"http://127.0.0.1:{address.getsockname()[1]}/gradio_api/heartbeat/s"
+    with httpx.stream("GET", url) as stream:
+        beats = stream.iter_text()  # without a name it would be closed, and the connection with it
+        assert next(beats).startswith("data")
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()

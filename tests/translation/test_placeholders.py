@@ -57,12 +57,6 @@ def test_a_placeholder_inside_a_longer_one_does_not_count() -> None:
     ]
 
 
-def test_a_long_word_takes_no_long_time() -> None:
-    start = time.process_time()
-    assert placeholders("a" * 200_000) == []
-    assert time.process_time() - start < 2
-
-
 def test_markers() -> None:
     marked = Markers("<b>Save</b> $1 as {name}, {name}")
     assert marked.is_other and marked.text == "$2Save$3 $1 as $4, $4"
@@ -70,3 +64,12 @@ def test_markers() -> None:
     assert not Markers("$1 of $2").is_other and not Markers("none").is_other
     many = " ".join(f"{{p{number}}}" for number in range(12))
     assert Markers(many).restored(Markers(many).text) == many
+
+
+@pytest.mark.parametrize(
+    "text", ["x" * 200_000, "%" + "0" * 100_000, "%(a)" + "0" * 100_000, "a@" * 50_000, "a." * 50_000]
+)
+def test_time_grows_with_the_length_only(text: str) -> None:
+    start = time.perf_counter()
+    placeholders(text)
+    assert time.perf_counter() - start < 5

@@ -213,7 +213,11 @@ class BatchedTranslator:
         while batch := self._next_batch(lane):
             with self._turns.short() if lane is self._short else self._turns.long():
                 start = time.perf_counter()
-                self._translate(batch, lane)
+                try:
+                    self._translate(batch, lane)
+                except Exception as error:  # the thread goes on: without it nobody would have an answer
+                    for request in _unique(request for requests in batch.values() for request in requests):
+                        _give(request.done, error)
                 of_batch = (time.perf_counter() - start) / sum(len(sentence.text) for sentence in batch)
             self._seconds_per_character = 0.8 * (self._seconds_per_character or of_batch) + 0.2 * of_batch
             del batch  # whose texts nobody needs while nothing waits

@@ -7,6 +7,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_TIMEOUT_S = 30.0
 WRITE_TIMEOUT_S = 30.0
+_ENDLESS = "/gradio_api/heartbeat/"  # a stream that is there as long as the page is open in a browser
 
 
 class PatientConnection(H11Protocol):
@@ -47,6 +48,12 @@ class PatientConnection(H11Protocol):
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
         self._watch_writing()
+
+    def shutdown(self) -> None:
+        """Of a server that is being stopped: what never ends by itself is not waited for."""
+        super().shutdown()
+        if not self._waits_for_head and _ENDLESS in self.scope["path"]:
+            self.transport.close()
 
     @property
     def _waits_for_head(self) -> bool:

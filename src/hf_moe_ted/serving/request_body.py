@@ -7,8 +7,10 @@ from urllib.parse import parse_qsl
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message
+
+CLIENT_CLOSED_REQUEST = 499  # nobody reads it but the log
 
 _MAX_FIELDS = 100
 
@@ -18,7 +20,8 @@ Model = TypeVar("Model", bound=BaseModel)
 async def read_body(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:
     """
     Raises:
-        HTTPException: 413 for more bytes, before they are read where their number is known; 408 where they do not come.
+        HTTPException: 413 for more bytes, before they are read where their number is known; 408 where they do not come;
+            499 where the client hangs up meanwhile.
     """
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > max_bytes:
@@ -27,6 +30,8 @@ async def read_body(request: Request, *, max_bytes: int, timeout_s: float) -> by
         return await asyncio.wait_for(_read(request, max_bytes), timeout_s)
     except asyncio.TimeoutError:
         raise HTTPException(408, f"The body did not arrive within {timeout_s:g} s") from None
+    except ClientDisconnect:
+        raise HTTPException(CLIENT_CLOSED_REQUEST, "The client closed the request") from None
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:
@@ -145,4 +150,4 @@ def _message(error: ValidationError) -> str:
     return f"{name}: {first['msg']}" if name else str(first["msg"])
 
 
-__all__ = ["parse_body", "parse_upload", "read_body"]
+__all__ = ["CLIENT_CLOSED_REQUEST", "parse_body", "parse_upload", "read_body"]

@@ -16,6 +16,7 @@ from .server_metrics import ServerMetrics
 logger = logging.getLogger("hf_moe_ted.serving")
 
 OTHER = "other"  # endpoints that are not of the API: a label for each path that somebody tries would never end
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 class RequestWatch:
@@ -61,7 +62,8 @@ class RequestWatch:
         endpoint = getattr(scope.get("route"), "path", OTHER)
         self._metrics.requests.labels(endpoint, str(status)).inc()
         self._metrics.seconds.labels(endpoint).observe(seconds)
-        logger.info("%s %s %d, %.0f ms", scope["method"], endpoint, status, 1000 * seconds)
+        method = scope["method"] if scope["method"] in _METHODS else OTHER  # a client may write anything there
+        logger.info("%s %s %d, %.0f ms", method, endpoint, status, 1000 * seconds)
 
 
 async def _send_error(send: Send) -> None:

@@ -21,13 +21,12 @@ from .documents import DOCUMENT_OF_SUFFIX, Document, html_document, plain_docume
 from .file_store import FileStore
 from .languages import AUTO, ServedLanguages
 from .rate_limit import RateLimit
-from .request_body import parse_body, parse_upload, read_body
+from .request_body import CLIENT_CLOSED_REQUEST, parse_body, parse_upload, read_body
 from .server_metrics import ServerMetrics
 from .settings import ServerSettings
 
 logger = logging.getLogger("hf_moe_ted.serving")
 
-CLIENT_CLOSED_REQUEST = 499  # nobody reads it but the log
 _BUSY_RETRY_S = 1.0
 
 Answer = dict[str, Any]
@@ -160,14 +159,14 @@ class TranslationApi:
         """Those with a key where there are keys, and nobody too often."""
         keys = self._settings.api_keys
         client = request.client.host if request.client else ""
-        if keys is not None:
-            if not api_key:
-                raise HTTPException(403, "Please contact the server operator to get an API key")
-            if api_key not in keys:
-                raise HTTPException(403, "Invalid API key")
+        is_known = keys is not None and bool(api_key) and api_key in keys
+        if is_known:
             client = f"key {api_key}"
         if wait_s := self._rate.wait_s(client):
             raise _retry_later(429, "Slowdown: too many requests a minute", wait_s)
+        if keys is not None and not is_known:  # those who guess keys are not answered more often than others
+            reason = "Invalid API key" if api_key else "Please contact the server operator to get an API key"
+            raise HTTPException(403, reason)
 
     def _pair(self, fields: TranslateRequest | FileRequest) -> tuple[str, str]:
         """Source and target as the tokenizer names them."""

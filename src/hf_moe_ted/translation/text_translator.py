@@ -328,8 +328,11 @@ class TextTranslator:
         max_tokens = self._sentences.max_source_tokens
 
         def encode(texts: Sequence[str]) -> list[SourceSentence]:
-            phrases = [phrases_of(text, glossary, keep_placeholders=self.keep_placeholders) for text in texts]
-            return self._sentences.encode(texts, src_lang, tgt_lang, num_sequences, phrases)
+            return self._sentences.encode(texts, src_lang, tgt_lang, num_sequences)
+
+        def with_phrases(encoded: SourceSentence) -> SourceSentence:
+            phrases = phrases_of(encoded.text, glossary, keep_placeholders=self.keep_placeholders)
+            return replace(encoded, phrases=phrases)
 
         def count_tokens(texts: Sequence[str]) -> list[int]:
             return [len(sentence.input_ids) for sentence in self._sentences.encode(texts, src_lang, tgt_lang)]
@@ -337,10 +340,10 @@ class TextTranslator:
         parts: dict[str, tuple[Segments, tuple[SourceSentence, ...]]] = {}
         for sentence, encoded in zip(sentences, encode(sentences), strict=True):
             if len(encoded.input_ids) <= max_tokens:
-                parts[sentence] = Segments((sentence,), ("", "")), (encoded,)
+                parts[sentence] = Segments((sentence,), ("", "")), (with_phrases(encoded),)
             else:
                 split = split_long(sentence, max_tokens, count_tokens)
-                parts[sentence] = split, tuple(encode(split.sentences))
+                parts[sentence] = split, tuple(map(with_phrases, encode(split.sentences)))
         return parts
 
     def _translated(self, source: SourceSentence, generated: GeneratedSentence) -> TranslatedSentence:
