@@ -3,36 +3,23 @@
 import re
 from collections import Counter
 
-<<<<<<< HEAD
 # Letters that follow an address without a space: of Thai, Lao, Burmese, Khmer, Chinese, Japanese and Korean.
 _NO_SPACE = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uac00-\ud7af\uff00-\uffef"
 _NAME = rf"(?:[^\W{_NO_SPACE}]|[.+-])"
 
-# Each alternative is one kind; the first that matches at a place counts.
-=======
 # Each alternative is one kind; the first that matches at a place counts. What may stand for the same as what follows it
 # has a bound, so that the time grows with the length of a text only.
->>>>>>> w-fix1
 _PLACEHOLDER = re.compile(
     rf"""
       `[^`\n]+`                                             # code
-<<<<<<< HEAD
     | (?:https?://|ftp://|www\.)[^\s<>"'`{_NO_SPACE}]*[^\s<>"'`.,;:!?)\]}}»”{_NO_SPACE}]  # without the end
     | (?<![^\W{_NO_SPACE}])(?<![.+-]){_NAME}+@(?:[^\W{_NO_SPACE}]|-)+(?:\.(?:[^\W{_NO_SPACE}]|-)+)+
     | </?[A-Za-z][^<>\n]*>                                  # tags
     | &(?:[A-Za-z]\w*|\#\d+|\#x[0-9A-Fa-f]+);
     | \$?\{{\{{?[^{{}}\n]*\}}?\}}                                 # {{name}}, {{{{ name }}}}, ${{name}}
-    | %\(\w+\)[-+\#0]*\d*(?:\.\d+)?[A-Za-z]                  # %(name)s
-    | %(?:\d+\$)?[-+\#0]*(?:\d+|\*)?(?:\.\d+)?(?:hh|h|ll|l|q|L|j|z|t)?[sdiufFeEgGxXoc@](?![A-Za-z])
-=======
-    | (?:https?://|ftp://|www\.)[^\s<>"'`]*[^\s<>"'`.,;:!?)\]}»”]     # addresses, without the end of the sentence
-    | [\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)+
-    | </?[A-Za-z][^<>\n]*>                                  # tags
-    | &(?:[A-Za-z]\w*|\#\d+|\#x[0-9A-Fa-f]+);
-    | \$?\{\{?[^{}\n]*\}?\}                                 # {name}, {{ name }}, ${name}
-    | %\(\w+\)[-+\#0]{0,5}\d{0,9}(?:\.\d{1,9})?[A-Za-z]        # %(name)s
-    | %(?:\d{1,9}\$)?[-+\#0]{0,5}(?:\d{1,9}|\*)?(?:\.\d{1,9})?(?:hh|h|ll|l|q|L|j|z|t)?[sdiufFeEgGxXoc@](?![A-Za-z])
->>>>>>> w-fix1
+    | %\(\w+\)[-+\#0]{{0,5}}\d{{0,9}}(?:\.\d{{1,9}})?[A-Za-z]  # %(name)s
+    | %(?:\d{{1,9}}\$)?[-+\#0]{{0,5}}(?:\d{{1,9}}|\*)?(?:\.\d{{1,9}})?(?:hh|h|ll|l|q|L|j|z|t)?
+      [sdiufFeEgGxXoc@](?![A-Za-z])
     | %[1-9](?!\d)                                          # %1
     | \$(?:\d(?![\d.,]*\d)|[A-Z_]{{2,}}\$?)                    # $1, $NAME$
     """,
