@@ -210,10 +210,12 @@ class SentenceTranslator:
     def _merged(self, found: list[Hypothesis], plain: GeneratedSentence, sentence: SourceSentence) -> GeneratedSentence:
         """If fewer were found than are wanted, those of the plain search follow; it stays if it has as many phrases."""
         texts = self._decoded([list(hypothesis.tokens) for hypothesis in found])
-        is_worse = len(sentence.missing(texts[0])) >= len(sentence.missing(plain.texts[0])) or (
-            not any(phrase.is_term for phrase in sentence.phrases) and not _is_clean(sentence.text, texts[0])
-        )
-        if is_worse:
+        if not any(phrase.is_term for phrase in sentence.phrases):
+            first = next((i for i, text in enumerate(texts) if _is_clean(sentence.text, text)), None)
+            if first is None:
+                return plain
+            found, texts = found[first:], texts[first:]
+        if len(sentence.missing(texts[0])) >= len(sentence.missing(plain.texts[0])):
             return plain
         scores = dict(zip(texts, [hypothesis.score for hypothesis in found], strict=True))
         for text, score in zip(plain.texts, plain.scores, strict=False):  # one translation has no score
