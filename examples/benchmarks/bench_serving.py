@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--num_sentences", type=int, default=256, help="that are translated offline")
     parser.add_argument("--memory_requests", type=int, default=0, help="requests over which memory is watched")
     parser.add_argument("--beams", type=int, default=4)
+    parser.add_argument("--no_keep_placeholders", action="store_true", help="of the texts, about one in five has one")
     parser.add_argument("--device")
     parser.add_argument("--dtype")
     parser.add_argument("--port", type=int, default=5123)
@@ -115,7 +116,7 @@ def versions() -> dict[str, Any]:
 def offline(args: argparse.Namespace) -> dict[str, float]:
     """Sentences per second of what the command `translate` does, without loading."""
     model, tokenizer = load_model_and_tokenizer(args.model, args.dtype or "auto", args.device)
-    translator = TextTranslator(model, tokenizer, num_beams=args.beams)
+    translator = TextTranslator(model, tokenizer, num_beams=args.beams, keep_placeholders=not args.no_keep_placeholders)
     sentences = texts(args.num_sentences)
     translator.translate(sentences[:16], "en", "de")
     seconds = []
@@ -134,6 +135,7 @@ def served(args: argparse.Namespace) -> Iterator[psutil.Process]:
     command += [
         word for name in ("device", "dtype") if getattr(args, name) for word in (f"--{name}", getattr(args, name))
     ]
+    command += ["--no-keep-placeholders"] if args.no_keep_placeholders else []
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         wait_for(f"http://127.0.0.1:{args.port}/health", process)

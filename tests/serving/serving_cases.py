@@ -40,7 +40,7 @@ class Shouting(TextTranslator):
         self.phrases_seen: list[str] = []
 
     def translate_batch(
-        self, batch: Sequence[SourceSentence], on_step: Callable[[], None] | None = None
+        self, batch: Sequence[SourceSentence], on_step: Callable[[], None] | None = None, *, search: bool = True
     ) -> list[TranslatedSentence]:
         self.is_busy = True
         self.begun.set()

@@ -4,8 +4,20 @@ import json
 from pathlib import Path
 
 import pytest
+from pyarrow import parquet
 
-from hf_moe_ted.translation.text_rows import CSV, JSON_LINES, LINES, PARQUET, TSV, kind_of, read_rows, written
+from hf_moe_ted.translation import text_rows
+from hf_moe_ted.translation.text_rows import (
+    CSV,
+    JSON_LINES,
+    LINES,
+    PARQUET,
+    TSV,
+    kind_of,
+    read_rows,
+    to_parquet,
+    written,
+)
 
 
 def rows_of(content: str | bytes, kind: str, column: str | None = None) -> list[tuple[int, str | None, str | None]]:
@@ -85,3 +97,22 @@ def test_written() -> None:
     assert written(TSV, rows, header=True) == 'source\ttranslation\tproblems\na b\tsay "x"\tone | two\n'
     assert [*csv.reader(io.StringIO(written(CSV, rows, header=False)))] == [["a\tb", 'say "x"', "one | two"]]
     assert json.loads(written(JSON_LINES, rows, header=True)) == rows[0]
+
+
+def test_parquet_keeps_strings_and_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_rows, "PARQUET_ROWS", 2)
+    rows = [
+        {"text": "2024-01-01", "problems": []},
+        {"text": "a", "problems": [], "note": None},
+        {"text": "b", "problems": ["c"], "note": "2024-01-01T00:00:00"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    to_parquet(tmp_path / "rows.jsonl", tmp_path / "rows.parquet")
+    table = parquet.read_table(tmp_path / "rows.parquet")
+    assert table.to_pylist() == [{"note": None, **row} for row in rows]
+
+
+def test_parquet_without_rows(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("")
+    to_parquet(tmp_path / "rows.jsonl", tmp_path / "rows.parquet")
+    assert parquet.read_table(tmp_path / "rows.parquet").num_rows == 0

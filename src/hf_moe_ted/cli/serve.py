@@ -35,6 +35,9 @@ def serve(
     requests_per_minute: Annotated[int, typer.Option(help="Of a key, or an address; more: 429.")] = 6_000,
     request_timeout: Annotated[int, typer.Option(help="Seconds for a translation; longer: 503.")] = 600,
     glossary: Annotated[Path | None, typer.Option(help="TSV of terms, for requests without their own.")] = None,
+    keep_placeholders: Annotated[
+        bool, typer.Option(help="Search for translations with the placeholders of the text, or report what is lost.")
+    ] = True,
     log_texts: Annotated[bool, typer.Option("--log-texts", help="Write what users send to the log.")] = False,
     page: Annotated[bool, typer.Option(help="A page at /, to translate in a browser.")] = True,
     statistics: Annotated[
@@ -69,6 +72,7 @@ def serve(
         num_beams=beams,
         batch_tokens=batch_tokens,
         max_new_tokens=max_new_tokens,
+        keep_placeholders=keep_placeholders,
     )
     translator = BatchedTranslator(texts, max_waiting_characters=max_waiting_characters)
     app = create_app(translator, settings)

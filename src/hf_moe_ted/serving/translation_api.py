@@ -159,7 +159,7 @@ class TranslationApi:
         """Those with a key where there are keys, and nobody too often."""
         keys = self._settings.api_keys
         client = request.client.host if request.client else ""
-        is_known = keys is not None and bool(api_key) and api_key in keys
+        is_known = keys is not None and api_key is not None and api_key in keys
         if is_known:
             client = f"key {api_key}"
         if wait_s := self._rate.wait_s(client):

@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -220,10 +220,32 @@ def written(kind: str, rows: Sequence[Mapping[str, Any]], *, header: bool) -> st
 
 
 def to_parquet(json_lines: Path, path: Path) -> None:
-    """A parquet file of the rows of a file of JSON Lines."""
-    import datasets
+    """A parquet file of the rows of a file of JSON Lines; strings stay strings, whatever they look like."""
+    import pyarrow
+    from pyarrow import parquet
 
-    datasets.Dataset.from_json(str(json_lines), keep_in_memory=False).to_parquet(str(path))
+    empty = pyarrow.schema([("translation", pyarrow.string()), ("problems", pyarrow.list_(pyarrow.string()))])
+    schemas = [table.schema for table in _tables(json_lines)] or [empty]
+    schema = pyarrow.unify_schemas(schemas, promote_options="permissive")
+    with parquet.ParquetWriter(path, schema) as writer:
+        for table in _tables(json_lines, schema):
+            writer.write_table(table)
+
+
+def _tables(json_lines: Path, schema: Any = None) -> Iterator[Any]:
+    """Its rows, some thousand at a time."""
+    import pyarrow
+
+    with json_lines.open(encoding="utf-8", errors="replace") as file:
+        while rows := [json.loads(line) for line in islice(file, PARQUET_ROWS)]:
+            yield pyarrow.Table.from_pylist(rows, schema or _schema(rows))
+
+
+def _schema(rows: list[dict[str, Any]]) -> Any:
+    """Of all columns, where `from_pylist` takes those of the first row."""
+    import pyarrow
+
+    return pyarrow.Table.from_pylist([dict.fromkeys(name for row in rows for name in row), *rows]).schema
 
 
 def _cell(value: Any) -> str:
