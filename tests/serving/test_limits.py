@@ -127,7 +127,7 @@ def test_rate_of_each_client() -> None:
 def test_keys(make_client: MakeClient, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# of Anna\nkey-1\n\n  ключ  \n", encoding="utf-8")
-    client = make_client(api_keys=ApiKeys.from_file(file), requests_per_minute=2)
+    client = make_client(api_keys=ApiKeys.from_file(file), requests_per_minute=5)
     for path, fields in (("/translate", TEXT), ("/detect", {"q": "a"})):
         missing = client.post(path, json=fields)
         wrong = client.post(path, json={**fields, "api_key": "key-2"})
@@ -135,10 +135,13 @@ def test_keys(make_client: MakeClient, tmp_path: Path) -> None:
         assert error_of(missing) == "Please contact the server operator to get an API key"
         assert error_of(wrong) == "Invalid API key"
         assert client.post(path, json={**fields, "api_key": "key-1"}).status_code == 200
+    for _ in range(3):
+        assert client.post("/translate", json={**TEXT, "api_key": "key-1"}).status_code == 200
     assert client.post("/translate", json={**TEXT, "api_key": "key-1"}).status_code == 429
     assert client.post("/translate", data={**TEXT, "api_key": "ключ"}).status_code == 200  # has a rate of its own
     upload = {"files": {"file": ("a.txt", "a")}}
     assert client.post("/translate_file", **upload, data=PAIR).status_code == 403
+    assert client.post("/translate", json={**TEXT, "api_key": "key-3"}).status_code == 429  # too many guesses
     assert client.post("/translate_file", **upload, data={**PAIR, "api_key": "ключ"}).status_code == 200
     assert client.get("/languages").status_code == 200
     assert client.get("/frontend/settings").json()["keyRequired"]

@@ -162,7 +162,7 @@ def test_typed_text_is_translated(page: Any, translator: Counted, text_translato
 
 
 def test_alternatives_and_what_should_be_looked_at(page: Any, text_translator: TextTranslator) -> None:
-    text = "Close all tabs. Open https://example.org/a."
+    text = "Close all tabs. Enter character {name} of $2."
     page.get_by_label("Text", exact=True).fill(text)
     slider = page.locator("#num_alternatives input[type=range]")
     slider.focus()
