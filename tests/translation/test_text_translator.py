@@ -211,7 +211,6 @@ def test_glossary_and_placeholders(model: Any, tokenizer: ZCodeM3Tokenizer, num_
     assert glossary.missing_terms(texts[0], terms[0].text) == []
     for name in ("Save", "%s", "<b>", "</b>"):
         assert name in terms[1].text
-    assert all(name in plain[1].text for name in ("%s", "<b>", "</b>"))
     reported = TextTranslator(model, tokenizer, num_beams=num_beams, max_new_tokens=40, keep_placeholders=False)
     [[problem, *_]] = [reported.translate(texts[1:], "en", "de")[0].sentences[0].problems]
     assert problem == "not as often as in the source: %s <b> </b>"

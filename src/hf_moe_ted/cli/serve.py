@@ -36,7 +36,7 @@ def serve(
     request_timeout: Annotated[int, typer.Option(help="Seconds for a translation; longer: 503.")] = 600,
     glossary: Annotated[Path | None, typer.Option(help="TSV of terms, for requests without their own.")] = None,
     keep_placeholders: Annotated[
-        bool, typer.Option(help="Search for translations with the placeholders of the text, or report what is lost.")
+        bool, typer.Option(help="Try again, with markers, where a placeholder is lost; or only report it.")
     ] = True,
     log_texts: Annotated[bool, typer.Option("--log-texts", help="Write what users send to the log.")] = False,
     page: Annotated[bool, typer.Option(help="A page at /, to translate in a browser.")] = True,

@@ -46,7 +46,7 @@ def translate(
         bool, typer.Option("--wrapped", help="Lines of a paragraph are one text: a line for each paragraph comes out.")
     ] = False,
     keep_placeholders: Annotated[
-        bool, typer.Option(help="Search for translations with the placeholders of the text, or report what is lost.")
+        bool, typer.Option(help="Try again, with markers, where a placeholder is lost; or only report it.")
     ] = True,
     dtype: Dtype = None,
     device: Device = None,

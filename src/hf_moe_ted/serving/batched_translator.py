@@ -72,7 +72,7 @@ class BatchedTranslator:
     `batch_tokens`. A short request does not wait for a long document: its batch goes between two tokens of the
     document's. Both get the same share of time, so that neither waits for ever. Of requests of a kind the one that
     came first is first, but a small one overtakes one that is larger by more than its head start. A sentence of a short
-    request whose terms or placeholders have to be searched for is a long one from then on.
+    request whose terms have to be searched for is a long one from then on.
 
     Args:
         translator: with the model, which nobody else should use meanwhile.
@@ -287,7 +287,7 @@ class BatchedTranslator:
             self._failed(batch, error, lane)
             return
         for (sentence, requests), translated in zip(batch.items(), results, strict=True):
-            if lane is self._short and sentence.missing(translated.text):
+            if lane is self._short and sentence.lacks_terms(translated.text):
                 self._search_for(sentence, requests)
                 continue
             for request in requests:

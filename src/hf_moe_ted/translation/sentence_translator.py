@@ -54,6 +54,10 @@ class SourceSentence:
         """The phrases that a translation has not, or not as often as it has to."""
         return [phrase for phrase in self.phrases if not phrase.is_in(translation)]
 
+    def lacks_terms(self, translation: str) -> bool:
+        """Whether terms of a glossary are missing, for which a search is worth its time."""
+        return any(phrase.is_term for phrase in self.missing(translation))
+
 
 @dataclass(frozen=True)
 class GeneratedSentence:
@@ -142,17 +146,21 @@ class SentenceTranslator:
     ) -> list[GeneratedSentence]:
         """Translate a batch, whose languages may differ; in parts, if it does not fit in the memory of a GPU.
 
-        Sentences whose translation by plain beam search has not all of their phrases are translated again, by a search
-        for what has them. So a sentence that needs no help has the translation that it would have without phrases.
+        Sentences whose translation lacks placeholders are translated again with markers in their places, those that
+        lack terms by a search for what has them. So a sentence that needs no help has the translation that it would
+        have without phrases.
 
         Args:
             batch: B sentences.
             on_step: is called after each token of the batch; what it raises ends the work.
-            search: whether sentences are translated again for their phrases.
+            search: whether sentences that lack terms are searched for.
         """
         try:
             generated = self._generate(batch, on_step)
-            return self._with_phrases(batch, generated, on_step) if search else generated
+            self._with_markers(batch, generated, on_step)
+            if search:
+                self._with_terms(batch, generated, on_step)
+            return generated
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
@@ -161,32 +169,26 @@ class SentenceTranslator:
         halves = (self.generate(half, on_step, search=search) for half in (batch[:middle], batch[middle:]))
         return [of_one for half in halves for of_one in half]
 
-    def _with_phrases(
+    def _with_terms(
         self, batch: Sequence[SourceSentence], generated: list[GeneratedSentence], on_step: OnStep | None
-    ) -> list[GeneratedSentence]:
-        """What the phrases are missing in is replaced: first with markers for placeholders, then by the search."""
-        again = [index for index, of_one in enumerate(generated) if batch[index].missing(of_one.texts[0])]
-        again = self._with_markers(batch, again, generated, on_step)
+    ) -> None:
+        """What lacks terms is replaced by what the search finds."""
+        again = [index for index, of_one in enumerate(generated) if batch[index].lacks_terms(of_one.texts[0])]
         num_at_once = math.ceil(len(batch) / MAX_BEAMS)  # each has so many times more beams
         for start in range(0, len(again), num_at_once):
             indices = again[start : start + num_at_once]
             found = self._search([batch[index] for index in indices], on_step)
             for index, hypotheses in zip(indices, found, strict=True):
                 generated[index] = self._merged(hypotheses, generated[index], batch[index])
-        return generated
 
     def _with_markers(
-        self,
-        batch: Sequence[SourceSentence],
-        again: list[int],
-        generated: list[GeneratedSentence],
-        on_step: OnStep | None,
-    ) -> list[int]:
-        """The sentences that miss a phrase still."""
+        self, batch: Sequence[SourceSentence], generated: list[GeneratedSentence], on_step: OnStep | None
+    ) -> None:
+        """What lacks placeholders is replaced by the translation with markers in their places, if it has all."""
         markers = {
-            index: Markers(batch[index].text)
-            for index in again
-            if any(not phrase.is_term for phrase in batch[index].missing(generated[index].texts[0]))
+            index: Markers(sentence.text)
+            for index, sentence in enumerate(batch)
+            if any(not phrase.is_term for phrase in sentence.missing(generated[index].texts[0]))
         }
         marked = {
             index: replace(batch[index], text=of_one.text, input_ids=self._one(batch[index], of_one.text).input_ids)
@@ -195,26 +197,18 @@ class SentenceTranslator:
         }
         marked = {index: s for index, s in marked.items() if len(s.input_ids) <= self.max_source_tokens}
         if not marked:
-            return again
-        done = set()
+            return
         for index, found in zip(marked, self._generate([*marked.values()], on_step), strict=True):
             texts = tuple(map(markers[index].restored, found.texts))
             if not found.is_cut and not batch[index].missing(texts[0]) and _is_clean(batch[index].text, texts[0]):
                 generated[index] = replace(found, texts=texts)
-                done.add(index)
-        return [index for index in again if index not in done]
 
     def _one(self, sentence: SourceSentence, text: str) -> SourceSentence:
         return self.encode([text], sentence.src_lang, sentence.tgt_lang)[0]
 
     def _merged(self, found: list[Hypothesis], plain: GeneratedSentence, sentence: SourceSentence) -> GeneratedSentence:
-        """If fewer were found than are wanted, those of the plain search follow; it stays if it has as many phrases."""
+        """If fewer were found than are wanted, those without a search follow; they stay if they have as many phrases."""
         texts = self._decoded([list(hypothesis.tokens) for hypothesis in found])
-        if not any(phrase.is_term for phrase in sentence.phrases):
-            first = next((i for i, text in enumerate(texts) if _is_clean(sentence.text, text)), None)
-            if first is None:
-                return plain
-            found, texts = found[first:], texts[first:]
         if len(sentence.missing(texts[0])) >= len(sentence.missing(plain.texts[0])):
             return plain
         scores = dict(zip(texts, [hypothesis.score for hypothesis in found], strict=True))

@@ -299,7 +299,7 @@ class TextTranslator:
         Args:
             batch: sentences, which may be of several languages.
             on_step: is called after each token of the batch; what it raises ends the work.
-            search: whether sentences whose translation lacks terms of a glossary or placeholders are translated again.
+            search: whether sentences whose translation lacks terms of a glossary are searched for.
         """
         generated = self._sentences.generate(batch, on_step, search=search)
         return [self._translated(*both) for both in zip(batch, generated, strict=True)]
