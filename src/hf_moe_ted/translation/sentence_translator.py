@@ -207,7 +207,7 @@ class SentenceTranslator:
         return self.encode([text], sentence.src_lang, sentence.tgt_lang)[0]
 
     def _merged(self, found: list[Hypothesis], plain: GeneratedSentence, sentence: SourceSentence) -> GeneratedSentence:
-        """If fewer were found than are wanted, those without a search follow; they stay if they have as many phrases."""
+        """If fewer were found than are wanted, plain ones follow; they stay if they have as many phrases."""
         texts = self._decoded([list(hypothesis.tokens) for hypothesis in found])
         if len(sentence.missing(texts[0])) >= len(sentence.missing(plain.texts[0])):
             return plain
