@@ -142,6 +142,23 @@ def test_who_searches_for_terms_holds_up_nobody(translator: Watched) -> None:
     assert all("Ei" in results[index][0].text for index in (0, 2))
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_batches_on_a_cpu_are_of_like_length(
+    translator: Watched, monkeypatch: pytest.MonkeyPatch, on_gpu: bool
+) -> None:
+    """There every sentence costs as much as the longest one; on a GPU the batch does."""
+    texts = ["A text of some length, which takes its time", "Another text of like length, a bit shorter", "Yes.", "No."]
+
+    async def use(batched: BatchedTranslator) -> Any:
+        monkeypatch.setattr(batched, "_mixes_lengths", on_gpu)
+        return await asyncio.gather(*(batched.translate([text], "en", "de") for text in texts))
+
+    results = served(translator, use, wait_s=0.1)
+    batches = {frozenset(batch) for batch in translator.batches_seen}
+    assert results == [translator.translate([text], "en", "de") for text in texts]
+    assert batches == ({frozenset(texts)} if on_gpu else {frozenset(texts[:2]), frozenset(texts[2:])})
+
+
 def test_who_fails_fails_alone(translator: Watched) -> None:
     def on_token(batch: Sequence[SourceSentence]) -> None:
         if any("poison" in sentence.text for sentence in batch):

@@ -1,12 +1,14 @@
 """One model, many clients: the sentences of all that wait, in batches of like length."""
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
+from ..models.execution_device import execution_device
 from ..translation.glossary import Glossary
 from ..translation.sentence_translator import SourceSentence
 from ..translation.text_translator import PlannedText, TextTranslator, TranslatedSentence, TranslatedText
@@ -14,6 +16,7 @@ from .turns import Turns
 
 MAX_WAITS = 5  # times wait_s, for others to join a batch
 MIN_RETRY_S = 1.0
+MAX_LENGTH_RATIO = 2.0  # of a batch on a CPU
 
 
 class QueueFullError(Exception):
@@ -102,6 +105,8 @@ class BatchedTranslator:
         self._wait_s = wait_s
         self._short_tokens = translator.batch_tokens // 4 if short_tokens is None else short_tokens
         self._changed = threading.Condition()
+        # on a GPU a batch takes as long as its longest sentence, whatever else is in it; on a CPU each of them does
+        self._mixes_lengths = execution_device(translator.model).type != "cpu"
         self._turns = Turns()
         self._short = _Lane(self._run, "short texts")
         self._long = _Lane(self._run, "long texts")
@@ -259,17 +264,22 @@ class BatchedTranslator:
             lane.requests, key=lambda request: request.arrival_s + request.num_characters * self._seconds_per_character
         )
         batch: dict[SourceSentence, list[_Request]] = {}
-        longest = 0
+        shortest, longest = sys.maxsize, 0
         for request in order:
-            while request.waiting:
-                sentence = request.waiting[0]
-                length = max(longest, len(sentence.input_ids))
-                if batch and sentence not in batch and (len(batch) + 1) * length > self.translator.batch_tokens:
-                    break
-                batch.setdefault(sentence, []).append(request)
-                longest = length
-                del request.waiting[0]
+            left = []
+            for sentence in request.waiting:
+                low, high = min(shortest, len(sentence.input_ids)), max(longest, len(sentence.input_ids))
+                if sentence in batch or not batch or self._fits(len(batch) + 1, low, high):
+                    batch.setdefault(sentence, []).append(request)
+                    shortest, longest = low, high
+                else:
+                    left.append(sentence)
+            request.waiting = left
         return batch
+
+    def _fits(self, num_sentences: int, shortest: int, longest: int) -> bool:
+        is_like = self._mixes_lengths or longest <= MAX_LENGTH_RATIO * shortest
+        return is_like and num_sentences * longest <= self.translator.batch_tokens
 
     def _translate(self, batch: dict[SourceSentence, list[_Request]], lane: _Lane) -> None:
         def on_step() -> None:
