@@ -13,12 +13,20 @@ def execution_device(model: Any) -> torch.device:
     """
     if model.device.type != "meta":
         return model.device
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)  # Accelerate's, which loads the weights of the module
-        device = getattr(hook, "execution_device", None)
-        if device is not None:
-            return torch.device(device)
+    device = offloaded_device(model)
+    if device is not None:
+        return device
     raise ValueError(f"{type(model).__name__} is on the meta device, where weights have no numbers; load it first")
 
 
-__all__ = ["execution_device"]
+def offloaded_device(model: Any) -> torch.device | None:
+    """Where a model computes whose weights Accelerate loads when they are needed; `None` for another."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return None
+
+
+__all__ = ["execution_device", "offloaded_device"]

@@ -10,7 +10,7 @@ from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedMode
 from transformers.pipelines.base import ChunkPipeline
 from transformers.utils import logging
 
-from .execution_device import execution_device
+from .execution_device import offloaded_device
 from .family import check_family
 from .generation import FirstTokens
 from .language_codes import language_ids, languages_kept, resolve_language
@@ -90,8 +90,9 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
         given = {name: value for name, value in kwargs.items() if value is not None or name not in LANGUAGES}
         given = {**languages_of_task(kwargs.get("task")), **without_old_arguments(given), **_where_it_is(model)}
         super().__init__(model, *args, **given)
-        if model.device.type == "meta":
-            self.device = execution_device(model)
+        device = offloaded_device(model)
+        if model.device.type == "meta" and device is not None:
+            self.device = device
 
     @property
     def languages(self) -> list[str]:
