@@ -39,6 +39,15 @@ Split = Annotated[str, typer.Option(help="Split of a dataset of the Hub.")]
 BatchSize = Annotated[int, typer.Option(help="Sentences per batch.")]
 Device = Annotated[str | None, typer.Option(help="Such as cuda, or auto: all GPUs, memory and disk; default: a GPU.")]
 
+Beams = Annotated[int, typer.Option(help="1 is greedy.")]
+BatchTokens = Annotated[int, typer.Option(help="Source tokens of a batch.")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(help="Where a sentence that has not ended is cut; default: by its source.")
+]
+KeepPlaceholders = Annotated[
+    bool, typer.Option(help="Try again, with markers, where a placeholder is lost; or only report it.")
+]
+
 
 def codes(languages: str | None) -> list[str] | None:
     """`"en, de"` -> codes."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Dtype, ModelWithTokenizer
+from .options import BatchTokens, Beams, Device, Dtype, KeepPlaceholders, MaxNewTokens, ModelWithTokenizer
 
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
@@ -22,11 +22,9 @@ def serve(
         list[str] | None, typer.Option(help="Site whose pages may call, such as https://a.org; or *.")
     ] = None,
     proxy: Annotated[str | None, typer.Option(help="Address of a proxy whose X-Forwarded-For is believed.")] = None,
-    beams: Annotated[int, typer.Option(help="1 is greedy.")] = 4,
-    batch_tokens: Annotated[int, typer.Option(help="Source tokens of a batch.")] = 4096,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Where a sentence that has not ended is cut; default: by its source.")
-    ] = None,
+    beams: Beams = 4,
+    batch_tokens: BatchTokens = 4096,
+    max_new_tokens: MaxNewTokens = None,
     max_characters: Annotated[int, typer.Option(help="Of a request; more: 413.")] = 100_000,
     max_texts: Annotated[int, typer.Option(help="In a request; more: 413.")] = 1_000,
     max_file_bytes: Annotated[int, typer.Option(help="Of a file; more: 413.")] = 5_000_000,
@@ -35,9 +33,7 @@ def serve(
     requests_per_minute: Annotated[int, typer.Option(help="Of a key, or an address; more: 429.")] = 6_000,
     request_timeout: Annotated[int, typer.Option(help="Seconds for a translation; longer: 503.")] = 600,
     glossary: Annotated[Path | None, typer.Option(help="TSV of terms, for requests without their own.")] = None,
-    keep_placeholders: Annotated[
-        bool, typer.Option(help="Try again, with markers, where a placeholder is lost; or only report it.")
-    ] = True,
+    keep_placeholders: KeepPlaceholders = True,
     log_texts: Annotated[bool, typer.Option("--log-texts", help="Write what users send to the log.")] = False,
     page: Annotated[bool, typer.Option(help="A page at /, to translate in a browser.")] = True,
     statistics: Annotated[

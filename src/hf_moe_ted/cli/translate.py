@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Dtype, ModelWithTokenizer
+from .options import BatchTokens, Beams, Device, Dtype, KeepPlaceholders, MaxNewTokens, ModelWithTokenizer
 
 MAX_SHOWN = 10
 
@@ -35,19 +35,15 @@ def translate(
     glossary: Annotated[
         Path | None, typer.Option(help="TSV of terms and their translations; a term alone is not translated.")
     ] = None,
-    beams: Annotated[int, typer.Option(help="1 is greedy.")] = 4,
+    beams: Beams = 4,
     alternatives: Annotated[int, typer.Option(help="Other translations of each text; less than beams.")] = 0,
-    batch_tokens: Annotated[int, typer.Option(help="Source tokens of a batch.")] = 4096,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Where a sentence that has not ended is cut; default: by its source.")
-    ] = None,
+    batch_tokens: BatchTokens = 4096,
+    max_new_tokens: MaxNewTokens = None,
     split: Annotated[bool, typer.Option(help="Split texts into sentences, or take each line as one.")] = True,
     wrapped: Annotated[
         bool, typer.Option("--wrapped", help="Lines of a paragraph are one text: a line for each paragraph comes out.")
     ] = False,
-    keep_placeholders: Annotated[
-        bool, typer.Option(help="Try again, with markers, where a placeholder is lost; or only report it.")
-    ] = True,
+    keep_placeholders: KeepPlaceholders = True,
     dtype: Dtype = None,
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output, and begin again.")] = False,
