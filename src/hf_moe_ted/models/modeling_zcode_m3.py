@@ -300,17 +300,17 @@ class ZCodeM3Stack(ZCodeM3PreTrainedModel):
             )
         if not isinstance(self.embed_positions, ZCodeM3UntiedPositions):
             inputs_embeds = inputs_embeds + self.embed_positions(tokens.positions).to(inputs_embeds)
+        elif self.config._attn_implementation not in ("sdpa", "eager"):  # before a mask is made, which may compile
+            raise ValueError(
+                "position_embedding_type='tupe' adds to the attention scores, which attn_implementation="
+                f"{self.config._attn_implementation!r} does not support; use 'sdpa' or 'eager'"
+            )
         return nn.functional.dropout(inputs_embeds, p=self.config.dropout, training=self.training)
 
     def _add_untied_positions(self, attention_mask: Any, tokens: Tokens, is_causal: bool) -> Any:
         """The mask of self-attention; with untied positions, plus their scores."""
         if not isinstance(self.embed_positions, ZCodeM3UntiedPositions):
             return attention_mask
-        if self.config._attn_implementation not in ("sdpa", "eager"):
-            raise ValueError(
-                "position_embedding_type='tupe' adds to the attention scores, which attn_implementation="
-                f"{self.config._attn_implementation!r} does not support; use 'sdpa' or 'eager'"
-            )
         return self.embed_positions.add_to_mask(attention_mask, tokens, is_causal)
 
     def _routed_mask(self, tokens: Tokens) -> Tensor | None:
