@@ -66,9 +66,12 @@ RULES = {
     "translation": Rule(parts=("models", "evaluation")),
     "serving": Rule(parts=("models", "files", "tensors", "evaluation", "routing", "translation")),
     "data": Rule(parts=("models.language_codes", "models.tokenization_zcode_m3")),
-    "training": Rule(parts=("models", "data"), packages=("numpy", "torch", "transformers", "accelerate")),
+    "cuda_graphs": Rule(packages=("torch", "transformers", "accelerate")),
+    "training": Rule(
+        parts=("models", "data", "cuda_graphs"), packages=("numpy", "torch", "transformers", "accelerate")
+    ),
     "distributed": Rule(
-        parts=("models", "kernels", "files", "tensors", "optim"),
+        parts=("models", "kernels", "files", "tensors", "optim", "cuda_graphs"),
         packages=("numpy", "torch", "transformers", "accelerate", "safetensors", "tqdm"),
     ),
     "metrics": Rule(parts=("evaluation.metrics",), packages=()),
@@ -77,7 +80,7 @@ RULES = {
     "__init__": Rule(
         parts=(
             *("_auto_registration", "models", "optim", "tensors", "conversion", "evaluation", "routing", "translation"),
-            *("serving", "compression", "data", "training", "distributed"),
+            *("serving", "compression", "data", "cuda_graphs", "training", "distributed"),
         ),
         packages=(),
     ),

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from .conversion.upcycling import upcycle_dense_checkpoint as upcycle_dense_checkpoint
     from .data.batch_sampler import TokenBudgetBatchSampler as TokenBudgetBatchSampler
     from .data.batch_sampler import token_lengths as token_lengths
+    from .cuda_graphs.trainer_mixin import CudaGraphArguments as CudaGraphArguments
+    from .cuda_graphs.trainer_mixin import CudaGraphSeq2SeqTrainingArguments as CudaGraphSeq2SeqTrainingArguments
+    from .cuda_graphs.trainer_mixin import CudaGraphsTrainerMixin as CudaGraphsTrainerMixin
     from .data.collator import DataCollatorForMultitaskSeq2Seq as DataCollatorForMultitaskSeq2Seq
     from .data.denoising import DenoisingNoise as DenoisingNoise
     from .data.mixture import Mixture as Mixture
@@ -93,6 +96,9 @@ _MODULE_OF_NAME = {
     "ApiKeys": "serving.api_keys",
     "BatchedTranslator": "serving.batched_translator",
     "ConversionReport": "tensors.conversion_report",
+    "CudaGraphArguments": "cuda_graphs.trainer_mixin",
+    "CudaGraphSeq2SeqTrainingArguments": "cuda_graphs.trainer_mixin",
+    "CudaGraphsTrainerMixin": "cuda_graphs.trainer_mixin",
     "DataCollatorForMultitaskSeq2Seq": "data.collator",
     "DeepSpeedLayout": "conversion.deepspeed.reader",
     "DenoisingNoise": "data.denoising",

@@ -24,7 +24,7 @@ class RandomState:
     rank of each tensor-parallel group, so that `set_seed` before it has the usual effect.
 
     A forward that is captured in a CUDA graph is left alone: seeds cannot change in it. Replays draw from the device's
-    generator as it then is, and ranks that share a batch need the same state of it (`torch.cuda.manual_seed`).
+    generator as it then is; `around_replay` seeds it as for a forward.
 
     Attributes:
         num_forwards: forwards so far, but for those of generations.
@@ -37,7 +37,7 @@ class RandomState:
         self.num_forwards = 0
         self.base_seed: int | None = None
         self._saved: list[Any] = []
-        self._is_generating = False
+        self._is_left_alone = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"num_forwards": self.num_forwards, "base_seed": self.base_seed}
@@ -46,28 +46,52 @@ class RandomState:
         self.num_forwards, self.base_seed = state["num_forwards"], state["base_seed"]
 
     def before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._is_generating or _is_capturing():
-            return
+        if not (self._is_left_alone or _is_capturing()):
+            self._begin()
+
+    def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._saved and not (self._is_left_alone or _is_capturing()):
+            _restore_generators(self._saved.pop())
+
+    @contextlib.contextmanager
+    def leave_alone(self) -> Iterator[None]:
+        """Around forwards whose seeds are somebody else's."""
+        before, self._is_left_alone = self._is_left_alone, True
+        try:
+            yield
+        finally:
+            self._is_left_alone = before
+
+    @contextlib.contextmanager
+    def around_replay(self) -> Iterator[None]:
+        """Around the replay of a forward that was captured: it draws what the next forward from Python would."""
+        self._begin()
+        try:
+            with self.leave_alone():
+                yield
+        finally:
+            _restore_generators(self._saved.pop())
+
+    def take_back_forward(self) -> None:
+        """The next forward draws what the last one drew, which is run again."""
+        self.num_forwards -= 1
+
+    def _begin(self) -> None:
         if self.base_seed is None:
             self.base_seed = _of_first_rank(torch.initial_seed(), None)
         self._saved.append(_generator_states())
         seed_generators(self.base_seed, self.num_forwards, self.data_parallel_rank)
         self.num_forwards += 1
 
-    def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._saved and not (self._is_generating or _is_capturing()):
-            _restore_generators(self._saved.pop())
-
     @contextlib.contextmanager
     def during_generation(self) -> Iterator[None]:
         seed = _of_first_rank(int(torch.randint(2**62, ())), self.tensor_parallel_group)
         states = _generator_states()
         seed_generators(seed, self.data_parallel_rank)
-        self._is_generating = True
         try:
-            yield
+            with self.leave_alone():
+                yield
         finally:
-            self._is_generating = False
             _restore_generators(states)
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
+from ..cuda_graphs.trainer_mixin import CudaGraphsTrainerMixin
 from ..files.output import remove_folder, tidy_up_checkpoints
 from ..files.output_kinds import TRAINER_CHECKPOINT
 from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
@@ -23,10 +24,11 @@ from .activation_checkpoint import CommunicationAwareContextFn
 from .checkpoint import atomic_folder, has_weights, load_weights, save_pretrained
 from .counts import CountsOnceMixin
 from .gradient_norm import clip_grad_norm_
+from .layout import layout_of
 from .layout_check import check_is_sharded
 from .parallelize import prepare_for_training
 from .private_transformers import tensor_parallel_size
-from .random_state import load_generators, load_random_state, saved_random_state
+from .random_state import RandomState, load_generators, load_random_state, saved_random_state
 from .refusals import check_training_arguments
 from .samplers import for_data_parallel_ranks, set_epoch
 from .training_state import load_training_state, save_training_state
@@ -42,7 +44,7 @@ from .whole_state import (
 )
 
 
-class TedTrainerMixin(CountsOnceMixin):
+class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
     """What a [`Trainer`] lacks for a model that `from_pretrained(distributed_config=...)` has sharded.
 
     - Optimizer and scheduler are saved as shards, and a checkpoint resumes on any layout and world size, one process
@@ -323,6 +325,28 @@ class TedTrainerMixin(CountsOnceMixin):
         """Parameters that are no DTensors have equal gradients on all ranks if they share one batch."""
         if self._sharded_model.config.distributed_config.dp_size > 1:
             super()._sync_replicated_trainable_parameters(model)
+
+    def _check_can_capture(self) -> None:
+        layout = layout_of(self._sharded_model)
+        if layout is not None and layout.offload is not None:
+            raise ValueError(
+                f"offload ({layout.offload!r}) does not go with cuda_graphs (True): the optimizer steps on the CPU; "
+                "leave offload out"
+            )
+        super()._check_can_capture()
+
+    def _step_to_record(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> tuple[Tensor, Tensor | None]:
+        with self._seeds.leave_alone() if self._seeds is not None else contextlib.nullcontext():
+            return super()._step_to_record(model, inputs, num_items)
+
+    @contextlib.contextmanager
+    def _replaying(self, model: nn.Module) -> Iterator[None]:
+        with self._seeds.around_replay() if self._seeds is not None else contextlib.nullcontext():
+            yield
+
+    @property
+    def _seeds(self) -> RandomState | None:
+        return getattr(self.model, "ted_random_state", None)
 
     @contextlib.contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:

@@ -39,8 +39,8 @@ class _Counts:
     def collect(self) -> Tensor:
         """Take what all processes counted since the last log into the picture."""
         counts_GE = reduce(self.since_log, reduction="sum")
-        self.since_log = torch.zeros_like(self.since_log)
         self.since_picture += counts_GE
+        self.since_log.zero_()  # in place: counting may be part of a CUDA graph
         return counts_GE
 
 

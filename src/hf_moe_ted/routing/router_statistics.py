@@ -17,6 +17,8 @@ from .router_callback import RouterCallback, sparse_routers
 class _Sums:
     """Sums over the forwards since the last log, kept on the device so that adding to them waits for nothing.
 
+    They stay in the same memory, as adding to them may be part of a CUDA graph.
+
     Attributes:
         slots_per_expert: float64[E], slots that each expert computed.
         others: float64[6], slots of real tokens, slots no expert computed, entropies, tokens, router losses: aux and z
@@ -30,7 +32,7 @@ class _Sums:
         mask_T1 = None if routing.token_mask is None else routing.token_mask.unsqueeze(-1)
         probs_TE = routing.logits.softmax(dim=-1)
         entropy_T1 = torch.special.entr(probs_TE).sum(dim=-1, keepdim=True)
-        num_tokens = torch.as_tensor(routing.logits.shape[0], device=probs_TE.device)
+        num_tokens = torch.full((), routing.logits.shape[0], device=probs_TE.device)
         if mask_T1 is not None:
             entropy_T1, num_tokens = entropy_T1 * mask_T1, mask_T1.sum()
         num_slots = num_tokens * routing.expert_ids.shape[-1]
@@ -47,8 +49,16 @@ class _Sums:
                 z_loss.double() * num_tokens,
             ]
         )
-        self.slots_per_expert = computed_E if self.slots_per_expert is None else self.slots_per_expert + computed_E
-        self.others = others if self.others is None else self.others + others
+        if self.slots_per_expert is None or self.others is None:
+            self.slots_per_expert, self.others = computed_E, others
+        else:
+            self.slots_per_expert += computed_E
+            self.others += others
+
+    def reset(self) -> None:
+        for total in (self.slots_per_expert, self.others):
+            if total is not None:
+                total.zero_()
 
     def statistics(self) -> dict[str, Any]:
         """Means over the tokens of all processes."""
@@ -127,7 +137,7 @@ class RouterStatisticsCallback(RouterCallback):
             return {}
         layers = {layer: watched.sums.statistics() for layer, watched in self._watched.items()}
         for watched in self._watched.values():
-            watched.sums = _Sums()
+            watched.sums.reset()
         numbers = {f"router/{layer}/{name}": value for layer, of in layers.items() for name, value in of.items()}
         for layer, of in layers.items() if self.per_expert else ():
             numbers |= {f"router/{layer}/load/{expert}": load for expert, load in enumerate(of["load"])}

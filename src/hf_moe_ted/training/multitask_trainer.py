@@ -17,6 +17,7 @@ from transformers import (
     Trainer,
 )
 
+from ..cuda_graphs.trainer_mixin import CudaGraphArguments, CudaGraphsTrainerMixin
 from ..data.batch_sampler import TokenBudgetBatchSampler
 from ..data.collator import DataCollatorForMultitaskSeq2Seq
 from ..data.mixture import Mixture
@@ -26,7 +27,7 @@ from ..models.language_codes import language_ids
 
 
 @dataclass
-class MultitaskTrainingArguments(Seq2SeqTrainingArguments):
+class MultitaskTrainingArguments(CudaGraphArguments, Seq2SeqTrainingArguments):
     """[`Seq2SeqTrainingArguments`], and how a [`MultitaskDataset`] is drawn from.
 
     `per_device_train_batch_size` has no effect on it, `max_tokens_per_batch` stands in its place. A [`MultitaskStream`]
@@ -41,6 +42,8 @@ class MultitaskTrainingArguments(Seq2SeqTrainingArguments):
 
     Raises:
         ValueError: see [`Mixture`]; `task_weights` that is no JSON, or `remove_unused_columns`.
+
+    `cuda_graphs` and `max_cuda_graphs` are those of [`CudaGraphArguments`].
     """
 
     max_tokens_per_batch: int = field(
@@ -236,7 +239,7 @@ class MultitaskTrainerMixin(Trainer):
         self.label_smoother = None
 
 
-class MultitaskSeq2SeqTrainer(MultitaskTrainerMixin, Seq2SeqTrainer):
+class MultitaskSeq2SeqTrainer(MultitaskTrainerMixin, CudaGraphsTrainerMixin, Seq2SeqTrainer):
     """[`Seq2SeqTrainer`] for multitask training."""
 
 

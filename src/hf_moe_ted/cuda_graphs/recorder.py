@@ -1,0 +1,117 @@
+"""What captures work on a GPU, and replays it in the same memory: CUDA graphs, all of them in one pool of memory."""
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
+
+
+class Recorder(Protocol):
+    """Records calls, and makes them again."""
+
+    def eager(self) -> contextlib.AbstractContextManager[None]:
+        """Where everything runs that is not replayed."""
+
+    def record(self, call: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+        """What a call returns, in memory that each replay writes anew, and the replay. Nothing is computed yet.
+
+        Raises:
+            torch.OutOfMemoryError: the memory of the device is not enough.
+            RuntimeError: the call does what cannot be recorded, such as waiting for the device.
+        """
+
+    def borrow(self, tensor: Tensor) -> Tensor:
+        """The same memory, without keeping it: it is valid until the next replay or record."""
+
+    def forget(self) -> None:
+        """Give the memory back; nothing that was recorded is replayed any more."""
+
+
+class CudaRecorder:
+    """[`Recorder`] by CUDA graphs, in one pool of memory: one graph is as large as the largest of them.
+
+    Graphs share what a graph needs while it runs, so only one runs at a time, and what it returns must be used before
+    the next one runs.
+    """
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @contextlib.contextmanager
+    def eager(self) -> Iterator[None]:
+        # the stream of captures: autograd adds gradients up on the stream that first used the parameter, and a capture
+        # must not depend on another one
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def record(self, call: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+        graph = torch.cuda.CUDAGraph()
+        gc.collect()
+        with _without_garbage_collection():
+            # "thread_local": NCCL's watchdog, a thread of its own, asks for events meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                returned = call()
+        return returned, graph.replay
+
+    def borrow(self, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            return _view_of_memory(tensor)
+        return DTensor.from_local(
+            _view_of_memory(tensor.to_local()),
+            tensor.device_mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
+
+    def forget(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Nothing that belongs to a stream or a graph may go away in the middle of a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """Bytes on a GPU as other libraries hand them to PyTorch, which does not own what it gets in this way."""
+
+    __cuda_array_interface__: dict[str, Any]
+
+
+def _view_of_memory(tensor: Tensor) -> Tensor:
+    if tensor.numel() == 0:
+        return torch.empty_like(tensor)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    interface = {
+        "shape": (span * tensor.element_size(),),
+        "typestr": "|u1",
+        "data": (tensor.data_ptr(), False),
+        "strides": None,
+        "version": 2,
+    }
+    flat = torch.as_tensor(_Memory(interface), device=tensor.device).view(tensor.dtype)
+    return flat.as_strided(tensor.shape, tensor.stride())
+
+
+__all__ = ["CudaRecorder", "Recorder"]

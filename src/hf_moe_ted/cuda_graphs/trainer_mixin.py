@@ -1,0 +1,198 @@
+"""A Trainer whose training steps are replayed as CUDA graphs."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainingArguments, Trainer
+from transformers.utils import logging
+
+from .recorded_step import RecordedStep
+from .recorder import CudaRecorder, Recorder
+from .refusals import check_can_capture
+from .step_store import Signature, StepStore, signature_of
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class CudaGraphArguments:
+    """What [`CudaGraphsTrainerMixin`] reads from the arguments of a Trainer.
+
+    Args:
+        cuda_graphs: whether forward and backward of batches whose shapes come again are captured as CUDA graphs, and
+            replayed. The host then no longer limits a step.
+        max_cuda_graphs: graphs that are kept; the least recently used goes. Keep it above the number of shapes that
+            batches have.
+    """
+
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={"help": "Replay forward and backward as CUDA graphs, one per shape of a batch. Needs a CUDA GPU."},
+    )
+    max_cuda_graphs: int = field(default=32, metadata={"help": "CUDA graphs that are kept at once."})
+
+
+@dataclass
+class CudaGraphSeq2SeqTrainingArguments(CudaGraphArguments, Seq2SeqTrainingArguments):
+    """[`Seq2SeqTrainingArguments`] with `cuda_graphs` and `max_cuda_graphs`."""
+
+
+class CudaGraphsTrainerMixin(Trainer):
+    """Captures forward, loss and backward of a [`Trainer`] once per shape of a batch, and replays them.
+
+    All else runs as always: clipping, optimizer, schedule, callbacks, logging, evaluation, saving. The first three
+    steps of a shape run from Python, the fourth is captured. Steps of shapes that are rare run from Python; so do
+    those whose inputs are not tensors, numbers, strings or `None`. Batches of few shapes come from `length_buckets` of
+    [`MultitaskTrainingArguments`], or from `max_length` and padding to it.
+
+    ```python
+    class GraphedTrainer(CudaGraphsTrainerMixin, Seq2SeqTrainer):
+        pass
+
+    args = CudaGraphSeq2SeqTrainingArguments("runs/graphed", cuda_graphs=True)
+    ```
+
+    Logs of training, and those of its end, have `cuda_graphs/replayed_steps`, `cuda_graphs/eager_steps` and
+    `cuda_graphs/captured`, counted by micro-batch. Losses that are not finite are left out of the logged mean as
+    `logging_nan_inf_filter` does it, without waiting for the device.
+
+    With gradient accumulation a model that FSDP2 shards reduces its gradients after each micro-batch.
+
+    Raises:
+        ValueError: `cuda_graphs` together with what cannot be captured; the message names it.
+    """
+
+    args: Any
+    _step_store: StepStore | None = None
+    _filters_losses = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if not getattr(self.args, "cuda_graphs", False):
+            return
+        if self.args.max_cuda_graphs < 1:
+            raise ValueError(f"max_cuda_graphs ({self.args.max_cuda_graphs}) must be at least 1")
+        self._check_can_capture()
+        self._step_store = StepStore(self._make_recorder(), self.args.max_cuda_graphs)
+
+    # ---- what a subclass may replace ----
+
+    def _check_can_capture(self) -> None:
+        check_can_capture(self)
+
+    def _make_recorder(self) -> Recorder:
+        return CudaRecorder()
+
+    def _step_to_record(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> tuple[Tensor, Tensor | None]:
+        """Loss of a step that is recorded, and a flag on the device that tells that the step does not count."""
+        return super().training_step(model, inputs, num_items), None
+
+    @contextlib.contextmanager
+    def _replaying(self, model: nn.Module) -> Iterator[None]:
+        """Around each replay: random numbers as for a step from Python."""
+        yield
+
+    def _is_valid(self, step: RecordedStep) -> bool:
+        """Whether the last replay counts; if not, its random numbers are put back, and it is run from Python."""
+        return True
+
+    # ---- a step ----
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        store = self._step_store
+        if store is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        step = store.find(
+            self._signature(model, inputs, num_items_in_batch),
+            lambda: self._record(model, inputs, num_items_in_batch),
+        )
+        if step is not None:
+            with self._replaying(model):
+                step.replay(inputs, num_items_in_batch)
+            if self._is_valid(step):
+                store.counts["replayed"] += 1
+                step.hand_over(is_last=self.accelerator.sync_gradients)
+                return self._filtered(step.loss.clone())
+            store.counts["overflowed"] += 1
+        store.counts["eager"] += 1
+        with store.recorder.eager():
+            loss = super().training_step(model, dict(inputs), num_items_in_batch)
+        return self._filtered(loss)
+
+    def _record(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> RecordedStep:
+        assert self._step_store is not None
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return RecordedStep(
+            self._step_store.recorder,
+            lambda inputs, num_items: self._step_to_record(model, inputs, num_items),
+            parameters,
+            inputs,
+            num_items,
+        )
+
+    def _signature(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> Signature | None:
+        """What a step depends on besides the contents of tensors."""
+        of_inputs = signature_of(inputs)
+        if of_inputs is None:
+            return None
+        config = vars(getattr(self.model, "config", object)).items()
+        options = {name: value for name, value in config if isinstance(value, bool | int | float | str)}
+        is_trained = hash(tuple(parameter.requires_grad for parameter in model.parameters()))
+        accumulated = None if torch.is_tensor(num_items) else (num_items, self.current_gradient_accumulation_steps)
+        return of_inputs, accumulated, is_trained, tuple(sorted(options.items()))
+
+    def _filtered(self, loss: Tensor) -> Tensor:
+        """A loss that is not finite counts in the logs as the mean of those since the last log, as by the parent."""
+        if not self._filters_losses:
+            return loss
+        num_logged = 1 + self.state.global_step - self._globalstep_last_logged
+        return torch.where(loss.isfinite(), loss, self._tr_loss / num_logged)
+
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Whole gradients of several micro-batches are in memory of FSDP, which replays would not find again."""
+        if self._step_store is not None:
+            yield
+            return
+        with super()._defer_fsdp_gradient_reduction():
+            yield
+
+    # ---- a training ----
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self._step_store is None:
+            return super().train(*args, **kwargs)
+        self._step_store.clear()  # hooks of callbacks are others in each training
+        self._step_store.counts.clear()
+        self._filters_losses = self.args.logging_nan_inf_filter
+        self.args.logging_nan_inf_filter = False  # the parent's filter waits for the device in each step
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.args.logging_nan_inf_filter, self._filters_losses = self._filters_losses, False
+            self._step_store.clear()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._step_store is not None and ("loss" in logs or "train_runtime" in logs):
+            logs |= self._graph_counts()
+        super().log(logs, *args, **kwargs)
+
+    def _graph_counts(self) -> dict[str, float]:
+        assert self._step_store is not None
+        counts = self._step_store.counts
+        numbers: dict[str, float] = {f"cuda_graphs/{kind}_steps": counts[kind] for kind in ("replayed", "eager")}
+        numbers["cuda_graphs/captured"] = counts["captured"]
+        if counts["overflowed"]:
+            numbers["cuda_graphs/overflowed_steps"] = counts["overflowed"]
+        return numbers
+
+
+__all__ = ["CudaGraphArguments", "CudaGraphSeq2SeqTrainingArguments", "CudaGraphsTrainerMixin"]

@@ -1,0 +1,263 @@
+"""Replayed steps in a Trainer: the numbers of steps from Python, what is recorded, and what is refused."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_recorder import FakeRecorder
+from torch import Tensor
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+
+from hf_moe_ted import (
+    CudaGraphSeq2SeqTrainingArguments,
+    CudaGraphsTrainerMixin,
+    ZCodeM3ForConditionalGeneration,
+)
+from hf_moe_ted.cuda_graphs.step_store import WARMUP_STEPS
+from hf_moe_ted.testing import tiny_config
+
+SHAPES = [(5, 4), (7, 6)]  # source and target
+
+
+class Graphed(CudaGraphsTrainerMixin, Seq2SeqTrainer):
+    """Replays on a CPU."""
+
+    recorder: FakeRecorder
+
+    def _check_can_capture(self) -> None:
+        pass
+
+    def _make_recorder(self) -> FakeRecorder:
+        self.recorder = FakeRecorder()
+        return self.recorder
+
+
+class Norms(TrainerCallback):
+    """Keeps gradients as the optimizer gets them."""
+
+    def __init__(self) -> None:
+        self.of_step: list[list[Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.of_step.append([p.grad.clone() for p in kwargs["model"].parameters() if p.grad is not None])
+
+
+def new_model(**config: Any) -> ZCodeM3ForConditionalGeneration:
+    torch.manual_seed(0)
+    return ZCodeM3ForConditionalGeneration(tiny_config(**{"dropout": 0.1, "capacity_factor": 1.0, **config}))
+
+
+def rows(num_batches: int, batch_size: int = 2) -> list[dict[str, Tensor]]:
+    """Batches of shapes in turn, each of rows of one shape, some with padding."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for number in range(num_batches * batch_size):
+        source, target = SHAPES[number // batch_size % len(SHAPES)]
+        ids = torch.randint(10, 60, (source,), generator=generator)
+        labels = torch.randint(10, 60, (target,), generator=generator)
+        labels[target - number % 3 :] = -100
+        mask = torch.ones_like(ids)
+        mask[source - number % 2 :] = 0
+        decoder_ids = torch.cat([torch.tensor([2]), labels[:-1].clamp(min=1)])
+        made.append({"input_ids": ids, "attention_mask": mask, "labels": labels, "decoder_input_ids": decoder_ids})
+    return made
+
+
+class InOrder(Seq2SeqTrainer):
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+class GraphedInOrder(Graphed, InOrder):
+    pass
+
+
+def trainer_of(
+    folder: Path, kind: type[Trainer] = GraphedInOrder, num_batches: int = 20, model: Any = None, **options: Any
+) -> Any:
+    defaults: dict[str, Any] = {"per_device_train_batch_size": 2, "num_train_epochs": 1, "logging_steps": 1}
+    defaults |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "bf16": False}
+    defaults |= {"remove_unused_columns": False, "learning_rate": 1e-2, "cuda_graphs": issubclass(kind, Graphed)}
+    args = CudaGraphSeq2SeqTrainingArguments(str(folder), **{**defaults, **options})
+    norms = Norms()
+    trainer = kind(
+        new_model() if model is None else model, args, train_dataset=rows(num_batches), callbacks=[norms],
+        data_collator=lambda batch: {name: torch.stack([row[name] for row in batch]) for name in batch[0]},
+    )  # fmt: skip
+    trainer.norms = norms
+    return trainer
+
+
+def logged(trainer: Any) -> list[tuple[float, float]]:
+    return [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log]
+
+
+def assert_same_training(actual: Any, expected: Any) -> None:
+    assert logged(actual) == logged(expected)
+    for name, parameter in actual.model.named_parameters():
+        torch.testing.assert_close(parameter, expected.model.get_parameter(name), rtol=0, atol=0, msg=name)
+    for got, wanted in zip(actual.norms.of_step, expected.norms.of_step, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"gradient_accumulation_steps": 3},
+        {"label_smoothing_factor": 0.1},
+        {"max_grad_norm": 0.0},
+        {"gradient_checkpointing": True},
+        {"bf16": True},
+    ],
+)
+def test_numbers_are_those_of_python(tmp_path: Path, options: dict[str, Any]) -> None:
+    """With dropout: each replay draws the numbers that would have come."""
+    expected = trainer_of(tmp_path, InOrder, **options)
+    expected.train()
+    actual = trainer_of(tmp_path, **options)
+    metrics = actual.train().metrics
+    assert_same_training(actual, expected)
+    captured = len(SHAPES)
+    assert metrics["cuda_graphs/captured"] == actual.recorder.num_recorded == captured
+    assert metrics["cuda_graphs/eager_steps"] == captured * WARMUP_STEPS
+    assert metrics["cuda_graphs/replayed_steps"] == 20 - captured * WARMUP_STEPS
+
+
+def test_counts_are_logged(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert logs[0]["cuda_graphs/eager_steps"] == 1
+    assert logs[0]["cuda_graphs/replayed_steps"] == 0
+    assert logs[-1]["cuda_graphs/replayed_steps"] == 14
+
+
+def test_without_the_option_nothing_is_recorded(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, cuda_graphs=False)
+    trainer.train()
+    assert not hasattr(trainer, "recorder")
+    assert not any(key.startswith("cuda_graphs") for log in trainer.state.log_history for key in log)
+
+
+def test_resume_goes_on_with_the_draws_that_would_have_come(tmp_path: Path) -> None:
+    whole = trainer_of(tmp_path, save_strategy="steps", save_steps=13)
+    whole.train()
+    resumed = trainer_of(tmp_path, save_strategy="steps", save_steps=13)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-13"))
+    assert logged(resumed) == logged(whole)
+    for name, parameter in resumed.model.named_parameters():
+        torch.testing.assert_close(parameter, whole.model.get_parameter(name), rtol=0, atol=0, msg=name)
+
+
+def test_least_recently_used_goes(tmp_path: Path) -> None:
+    expected = trainer_of(tmp_path, InOrder, num_batches=14)
+    expected.train()
+    trainer = trainer_of(tmp_path, max_cuda_graphs=1, num_batches=14)
+    metrics = trainer.train().metrics
+    assert_same_training(trainer, expected)
+    assert metrics["cuda_graphs/captured"] >= 2
+    assert metrics["cuda_graphs/eager_steps"] > 2 * WARMUP_STEPS
+
+
+def test_rare_shapes_run_from_python(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, num_batches=2 * WARMUP_STEPS)
+    assert trainer.train().metrics["cuda_graphs/captured"] == 0
+
+
+def test_values_that_are_no_tensors(tmp_path: Path) -> None:
+    """A number is part of the signature; anything else runs from Python."""
+    trainer = trainer_of(tmp_path, num_batches=9)
+    collate = trainer.data_collator
+    trainer.data_collator = lambda batch: collate(batch) | {"output_router_logits": True}
+    assert trainer.train().metrics["cuda_graphs/captured"] == len(SHAPES)
+    trainer = trainer_of(tmp_path, num_batches=9)
+    trainer.data_collator = lambda batch: collate(batch) | {"encoder_outputs": None, "inputs_embeds": None}
+    assert trainer.train().metrics["cuda_graphs/captured"] == len(SHAPES)
+    trainer = trainer_of(tmp_path, num_batches=9)
+    trainer._signature = lambda *args: None  # such as of a list
+    assert trainer.train().metrics["cuda_graphs/eager_steps"] == 9
+
+
+class Unfreezing(TrainerCallback):
+    """Trains the embedding from the tenth step on, with more dropout."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["model"].model.shared.weight.requires_grad_(state.global_step >= 10)
+        kwargs["model"].config.attention_dropout = 0.0 if state.global_step < 10 else 0.2
+
+
+def test_what_changes_in_the_middle_is_recorded_anew(tmp_path: Path) -> None:
+    trainers = []
+    for kind in (GraphedInOrder, InOrder):
+        trainer = trainer_of(tmp_path, kind, num_batches=24)
+        trainer.add_callback(Unfreezing())
+        trainers.append((trainer, trainer.train().metrics))
+    assert_same_training(trainers[0][0], trainers[1][0])
+    assert trainers[0][1]["cuda_graphs/captured"] == 2 * len(SHAPES)
+
+
+def test_no_memory_to_record(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("hf_moe_ted"), "propagate", True)
+    expected = trainer_of(tmp_path, InOrder)
+    expected.train()
+    trainer = trainer_of(tmp_path)
+    trainer.recorder.errors = [None, torch.OutOfMemoryError("no")]
+    metrics = trainer.train().metrics
+    assert_same_training(trainer, expected)
+    assert metrics["cuda_graphs/captured"] == 1
+    assert "needs more memory" in caplog.text and "input_ids [2, 7]" in caplog.text
+
+
+def test_step_that_cannot_be_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = trainer_of(tmp_path, InOrder)
+    expected.train()
+    trainer = trainer_of(tmp_path)
+    trainer.recorder.errors = [RuntimeError("operation not permitted when stream is capturing")]
+    metrics = trainer.train().metrics
+    assert_same_training(trainer, expected)
+    assert metrics["cuda_graphs/eager_steps"] == 20
+
+
+def test_losses_that_are_not_finite_are_filtered_as_always(tmp_path: Path) -> None:
+    class Broken(InOrder):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            return loss * torch.nan if self.state.global_step == 4 else loss
+
+    class BrokenGraphed(Graphed, Broken):
+        pass
+
+    losses = []
+    for kind in (BrokenGraphed, Broken):
+        trainer = trainer_of(tmp_path, kind, num_batches=8, logging_steps=8)
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+        assert trainer.args.logging_nan_inf_filter
+    assert losses[0] == losses[1]
+
+
+def test_second_training_records_anew(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    trainer.train()
+    trainer.train()
+    assert trainer.recorder.num_recorded == 2 * len(SHAPES)
+    assert trainer.state.log_history[-1]["cuda_graphs/captured"] == len(SHAPES)
+
+
+def test_refused_without_a_gpu(tmp_path: Path) -> None:
+    class Plain(CudaGraphsTrainerMixin, Seq2SeqTrainer):
+        pass
+
+    args = CudaGraphSeq2SeqTrainingArguments(str(tmp_path), cuda_graphs=True, use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match=r"cuda_graphs \(True\) needs a CUDA GPU"):
+        Plain(new_model(), args)
+
+
+def test_refused_number_of_graphs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"max_cuda_graphs \(0\) must be at least 1"):
+        trainer_of(tmp_path, max_cuda_graphs=0)
