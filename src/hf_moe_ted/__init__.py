@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from .conversion.initialization import initialize_checkpoint as initialize_checkpoint
     from .conversion.nllb_moe import convert_nllb_moe_checkpoint as convert_nllb_moe_checkpoint
     from .conversion.upcycling import upcycle_dense_checkpoint as upcycle_dense_checkpoint
-    from .data.batch_sampler import TokenBudgetBatchSampler as TokenBudgetBatchSampler
-    from .data.batch_sampler import token_lengths as token_lengths
     from .cuda_graphs.trainer_mixin import CudaGraphArguments as CudaGraphArguments
     from .cuda_graphs.trainer_mixin import CudaGraphSeq2SeqTrainingArguments as CudaGraphSeq2SeqTrainingArguments
     from .cuda_graphs.trainer_mixin import CudaGraphsTrainerMixin as CudaGraphsTrainerMixin
+    from .data.batch_sampler import TokenBudgetBatchSampler as TokenBudgetBatchSampler
+    from .data.batch_sampler import token_lengths as token_lengths
     from .data.collator import DataCollatorForMultitaskSeq2Seq as DataCollatorForMultitaskSeq2Seq
     from .data.denoising import DenoisingNoise as DenoisingNoise
     from .data.mixture import Mixture as Mixture

@@ -57,10 +57,10 @@ class CudaRecorder:
     def record(self, call: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
         gc.collect()
-        with _without_garbage_collection():
-            # "thread_local": NCCL's watchdog, a thread of its own, asks for events meanwhile
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                returned = call()
+        # "thread_local": NCCL's watchdog, a thread of its own, asks for events meanwhile
+        options: Any = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+        with _without_garbage_collection(), torch.cuda.graph(graph, **options):
+            returned = call()
         return returned, graph.replay
 
     def borrow(self, tensor: Tensor) -> Tensor:

@@ -1,0 +1,178 @@
+"""Replayed steps of sharded models on gloo: the numbers of steps from Python, and decisions that all ranks share."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from fake_recorder import FakeRecorder
+from ted_cases import ADAMW, write_models
+from torch import Tensor
+from torch.utils.data import SequentialSampler
+
+from hf_moe_ted import CudaGraphSeq2SeqTrainingArguments, TedPlugin, TedSeq2SeqTrainer, ZCodeM3ForConditionalGeneration
+from hf_moe_ted.cuda_graphs.step_store import WARMUP_STEPS
+from hf_moe_ted.testing import run_distributed_test
+
+NUM_STEPS = 8
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "ep4, padded": ({"expert_parallel_size": 4, "pad_expert_input_to_capacity": True}, {"max_grad_norm": 0.5}),
+    "tp2 x ep2": (
+        {"tensor_parallel_size": 2, "expert_parallel_size": 2},
+        {"gradient_accumulation_steps": 2, "activation_checkpointing": True},
+    ),
+    "ep2, zero 3": ({"expert_parallel_size": 2, "zero_stage": 3}, {"gradient_accumulation_steps": 2}),
+}
+
+
+class Ordered(TedSeq2SeqTrainer):
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return SequentialSampler(self.train_dataset)
+
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        yield  # as with CUDA graphs: to compare bit by bit
+
+
+class Graphed(Ordered):
+    recorder: FakeRecorder
+
+    def _check_can_capture(self) -> None:
+        pass
+
+    def _make_recorder(self) -> FakeRecorder:
+        self.recorder = FakeRecorder()
+        return self.recorder
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a rank has: logs of each step, its shards, and counts of steps."""
+
+    logs: list[tuple[float, float]]
+    parameters: dict[str, Tensor]
+    counts: dict[str, float]
+
+
+def rows(num_micro_batches: int, batch_size: int, seed: int) -> list[dict[str, Tensor]]:
+    """Micro-batches of two shapes in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for number in range(num_micro_batches * batch_size):
+        source, target = ((6, 4), (9, 7))[number // batch_size % 2]
+        ids = torch.randint(5, 96, (source,), generator=generator)
+        labels = torch.randint(5, 96, (target,), generator=generator)
+        labels[target - number % 3 :] = -100
+        made.append({"input_ids": ids, "labels": labels})
+    return made
+
+
+def trainer_of(folder: str, kind: Any, layout: dict[str, Any], options: dict[str, Any]) -> Any:
+    plugin = TedPlugin(**layout)
+    model = ZCodeM3ForConditionalGeneration.from_pretrained(folder, distributed_config=plugin.distributed_config)
+    num_micro_batches = NUM_STEPS * options.get("gradient_accumulation_steps", 1)
+    args = CudaGraphSeq2SeqTrainingArguments(
+        tempfile.mkdtemp(),
+        **{
+            "parallelism_config": plugin,
+            "max_steps": NUM_STEPS,
+            "per_device_train_batch_size": 2,
+            "learning_rate": ADAMW["lr"],
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "cuda_graphs": kind is Graphed,
+            "activation_checkpointing_kwargs": plugin.activation_checkpointing_kwargs,
+            **options,
+        },
+    )
+    optimizer = plugin.tiled_adamw(**ADAMW)
+    dataset = rows(num_micro_batches, 2 * plugin.dp_shard_size, seed=3)
+    return kind(model=model, args=args, train_dataset=dataset, optimizer_cls_and_kwargs=optimizer)
+
+
+def trained(trainer: Any) -> Trained:
+    counts = trainer.train().metrics
+    logs = [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "grad_norm" in log]
+    parameters = {name: _local(parameter).detach() for name, parameter in trainer.model.named_parameters()}
+    return Trained(logs, parameters, {name: n for name, n in counts.items() if name.startswith("cuda_graphs/")})
+
+
+def _local(parameter: Any) -> Tensor:
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def run_layouts(folder: str) -> dict[str, tuple[Trained, Trained]]:
+    results = {}
+    for name, (layout, options) in LAYOUTS.items():
+        torch.manual_seed(dist.get_rank())  # ranks that share a batch must draw the same nevertheless
+        results[name] = tuple(trained(trainer_of(folder, kind, layout, options)) for kind in (Ordered, Graphed))
+    return results
+
+
+class Uneven(Graphed):
+    """Rank 1 has other shapes in the odd steps."""
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        inputs = super()._prepare_inputs(inputs)
+        if dist.get_rank() == 1 and self.state.global_step % 2:
+            inputs = inputs | {"input_ids": inputs["input_ids"][:, :-1]}
+        return inputs
+
+
+class FailsOnOneRank(Graphed):
+    def _make_recorder(self) -> FakeRecorder:
+        recorder = super()._make_recorder()
+        recorder.errors = [RuntimeError("not permitted")] if dist.get_rank() == 2 else []
+        return recorder
+
+
+class MemoryEndsOnOneRank(Graphed):
+    def _make_recorder(self) -> FakeRecorder:
+        recorder = super()._make_recorder()
+        recorder.errors = [torch.OutOfMemoryError("no")] if dist.get_rank() == 2 else []
+        return recorder
+
+
+def run_decisions(folder: str) -> dict[str, Any]:
+    layout = {"expert_parallel_size": 4}
+    found: dict[str, Any] = {}
+    for kind in (Uneven, MemoryEndsOnOneRank):
+        trainer = trainer_of(folder, kind, layout, {"cuda_graphs": True})
+        found[kind.__name__] = trained(trainer).counts
+    trainer = trainer_of(folder, FailsOnOneRank, layout, {"cuda_graphs": True})
+    with pytest.raises(RuntimeError, match="could not be captured") as error:
+        trainer.train()
+    return found | {"error": str(error.value)}
+
+
+def test_replayed_steps_are_those_of_python(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """With dropout, jitter and random token selection."""
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder, ["random"])
+    by_rank = run_distributed_test(run_layouts, 4, str(folder / "random"))
+    for rank, results in enumerate(by_rank):
+        for name, (expected, actual) in results.items():
+            where = f"{name}, rank {rank}"
+            assert actual.logs == expected.logs, where
+            assert actual.counts["cuda_graphs/captured"] == 2, where
+            assert actual.counts["cuda_graphs/eager_steps"] == 2 * WARMUP_STEPS, where
+            for parameter, value in actual.parameters.items():
+                torch.testing.assert_close(value, expected.parameters[parameter], rtol=0, atol=0, msg=where)
+
+
+def test_ranks_decide_alike(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder, ["random"])
+    by_rank = run_distributed_test(run_decisions, 4, str(folder / "random"))
+    for rank, found in enumerate(by_rank):
+        assert found["Uneven"]["cuda_graphs/replayed_steps"] == NUM_STEPS // 2 - WARMUP_STEPS
+        assert found["Uneven"]["cuda_graphs/captured"] == 1
+        assert found["MemoryEndsOnOneRank"]["cuda_graphs/eager_steps"] == NUM_STEPS
+        assert ("not permitted" if rank == 2 else "on another process") in found["error"]
