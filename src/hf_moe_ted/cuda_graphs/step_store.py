@@ -85,7 +85,9 @@ class StepStore:
         while len(self._steps) >= self.max_graphs:
             oldest, _ = self._steps.popitem(last=False)
             del self._num_seen[oldest]
-        step, outcome, error = None, _Outcome.RECORDED, None
+        outcome = _Outcome.RECORDED
+        step: RecordedStep | None = None
+        error: Exception | None = None
         try:
             step = record()
         except torch.OutOfMemoryError as raised:

@@ -35,6 +35,14 @@ class CudaGraphArguments:
     )
     max_cuda_graphs: int = field(default=32, metadata={"help": "CUDA graphs that are kept at once."})
 
+    def __post_init__(self) -> None:
+        parent: Any = super()  # arguments of a Trainer
+        parent.__post_init__()
+        arguments: Any = self
+        if self.cuda_graphs and arguments.dataloader_pin_memory:
+            # a copy to the device that blocks waits for all that was started before
+            arguments.accelerator_config.non_blocking = True
+
 
 @dataclass
 class CudaGraphSeq2SeqTrainingArguments(CudaGraphArguments, Seq2SeqTrainingArguments):

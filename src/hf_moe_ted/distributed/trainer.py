@@ -155,7 +155,7 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
         if not self.is_distributed_loading_by_transformers:
             super()._save(output_dir, state_dict)
             return
-        folder: str = output_dir or self.args.output_dir  # type: ignore[assignment]  # None only where nothing is saved
+        folder: str = output_dir or self.args.output_dir  # None only where nothing is saved
         save_pretrained(self._sharded_model, folder)
         if self.args.should_save:
             if self.processing_class is not None:

@@ -161,6 +161,7 @@ class MultitaskTrainerMixin(Trainer):
             process_index=0,
             put_on_device=True,
             dispatch_batches=False,
+            non_blocking=self.accelerator.non_blocking,
         )
 
     def _loader_of_dataset(self, dataset: MultitaskDataset) -> DataLoader:
