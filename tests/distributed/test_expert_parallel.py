@@ -1,5 +1,8 @@
 """Experts over ranks against a plain loop over all experts, in outputs and in all gradients."""
 
+import contextlib
+import functools
+import operator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +17,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils.checkpoint import checkpoint
 
 from hf_moe_ted import TedPlugin, ZCodeM3ForConditionalGeneration
+from hf_moe_ted.distributed.bounded_exchange import bounded_expert_load
 from hf_moe_ted.distributed.expert_parallel import inner_placement, layout_of_experts
 from hf_moe_ted.models.experts import ZCodeM3Experts
 from hf_moe_ted.testing import run_distributed_test
@@ -32,6 +36,13 @@ LAYOUTS |= {
     f"{name}, padded": LAYOUTS[name] | {"pad_expert_input_to_capacity": True}
     for name in ("ep4", "tp4, etp2 x ep2", "tp4, etp1 x ep4", "tp4, etp2 x ep2, all sent")
 }
+# exchanges within a bound that is always enough: the name of the layout that they must be bit-equal to
+BOUNDED = {
+    f"{name}, bounded": name
+    for name in LAYOUTS
+    if "expert_parallel_size" in LAYOUTS[name] and not name.endswith("padded")
+}
+LAYOUTS |= {name: LAYOUTS[unbounded] for name, unbounded in BOUNDED.items()}
 # tokens and, of each, the experts that may be chosen; 4 is none
 INPUTS: dict[str, tuple[int, list[int]]] = {
     "many": (37, [0, 1, 2, 3, 4]),
@@ -40,7 +51,9 @@ INPUTS: dict[str, tuple[int, list[int]]] = {
     "fewer than ranks": (3, [0, 1, 3]),
     "no tokens": (0, [0]),
 }
-CASES = [(layout, inputs, "grouped_mm") for layout in LAYOUTS for inputs in INPUTS]
+CASES = [(layout, inputs, "grouped_mm") for layout in LAYOUTS if layout not in BOUNDED for inputs in INPUTS]
+# which keeps the order of the rows of an expert
+CASES += [(layout, inputs, "zcode_grouped") for names in BOUNDED.items() for layout in names for inputs in INPUTS]
 CASES += [("tp4, etp2 x ep2", "many", implementation) for implementation in ("eager", "batched_mm")]
 
 
@@ -65,20 +78,25 @@ def run_all(folder: str) -> dict[Any, Any]:
     for case in CASES:
         layout, inputs, implementation = case
         plugin = TedPlugin(**LAYOUTS[layout])
-        if (layout, implementation) not in models:
-            models[layout, implementation] = ZCodeM3ForConditionalGeneration.from_pretrained(
+        model_of = BOUNDED.get(layout, layout), implementation
+        if model_of not in models:
+            models[model_of] = ZCodeM3ForConditionalGeneration.from_pretrained(
                 f"{folder}/top2",
                 distributed_config=plugin.distributed_config,
                 experts_implementation=implementation,
                 capacity_factor=1.0,
             )
-        experts: Any = models[layout, implementation].model.encoder.layers[1].ffn.experts
+        experts: Any = models[model_of].model.encoder.layers[1].ffn.experts
         experts.zero_grad()
         batch = dist.get_rank() // plugin.tp_size
         hidden, ids, weights = inputs_of(inputs, batch)
-        experts.max_tokens_per_expert = lambda num_tokens: 2 * num_tokens  # which only layouts that pad ask for
-        output = experts(hidden, ids, weights)
-        output.backward(gradient_of(output, batch))
+        # which only layouts that pad ask for, and under a bound those in which it is less
+        experts.max_tokens_per_expert = functools.partial(operator.mul, 8 if layout in BOUNDED else 2)
+        bound = bounded_expert_load(experts, 4.0) if layout in BOUNDED else contextlib.nullcontext()
+        with bound as overflow:
+            output = experts(hidden, ids, weights)
+            output.backward(gradient_of(output, batch))
+            assert overflow is None or not overflow.any_rank()
         gradients = parts_of({name: p.grad for name, p in experts.named_parameters()})
         results[case] = output.detach(), hidden.grad, weights.grad, gradients
     experts = models["ep4, padded", "grouped_mm"].model.encoder.layers[1].ffn.experts
@@ -115,6 +133,19 @@ def test_as_a_loop_over_all_experts(launched: tuple[Path, list], case: tuple[str
     expected = {name: parameter.grad for name, parameter in experts.named_parameters()}
     errors = relative_errors([results[case][3] for results in by_rank], expected)
     assert {name: error for name, error in errors.items() if error > 1e-5} == {}
+
+
+@pytest.mark.parametrize("layout", BOUNDED)
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_rows_within_a_bound_change_no_bit(launched: tuple[Path, list], layout: str, inputs: str) -> None:
+    for results in launched[1]:
+        *bounded, gradients = results[layout, inputs, "zcode_grouped"]
+        *unbounded, expected = results[BOUNDED[layout], inputs, "zcode_grouped"]
+        assert all(map(torch.equal, bounded, unbounded))
+        for name, parts in expected.items():
+            assert all(torch.equal(local, part[1]) for (_, local), part in zip(gradients[name], parts, strict=True)), (
+                name
+            )
 
 
 def test_other_capacities_on_other_ranks_are_refused(launched: tuple[Path, list]) -> None:

@@ -160,7 +160,7 @@ def test_captured_forwards_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
 
     seeded = dropped_twice()
     assert state.num_forwards == 2
-    monkeypatch.setattr(random_state, "_is_capturing", lambda: True)
+    monkeypatch.setattr(random_state, "is_capturing", lambda: True)
     captured = dropped_twice()
     torch.manual_seed(0)
     expected = [torch.nn.functional.dropout(torch.ones(100), 0.5) for _ in range(2)]

@@ -27,6 +27,9 @@ class CudaGraphArguments:
             replayed. The host then no longer limits a step.
         max_cuda_graphs: graphs that are kept; the least recently used goes. Keep it above the number of shapes that
             batches have.
+        expert_load_bound: rows that a rank may send to another one in a captured step, in parts of what it sends when
+            all ranks get as many tokens. Only for expert parallelism without a capacity: a step that needs more is run
+            again from Python, and counted as `cuda_graphs/overflowed_steps`.
     """
 
     cuda_graphs: bool = field(
@@ -34,6 +37,14 @@ class CudaGraphArguments:
         metadata={"help": "Replay forward and backward as CUDA graphs, one per shape of a batch. Needs a CUDA GPU."},
     )
     max_cuda_graphs: int = field(default=32, metadata={"help": "CUDA graphs that are kept at once."})
+
+    expert_load_bound: float = field(
+        default=1.5,
+        metadata={
+            "help": "Rows that a rank may send to another in a captured step, in parts of a balanced load; for expert "
+            "parallelism without a capacity."
+        },
+    )
 
     def __post_init__(self) -> None:
         parent: Any = super()  # arguments of a Trainer

@@ -33,11 +33,12 @@ from .collectives import (
     sum_over_group,
     take_share,
 )
+from .expert_load import ExpertLoadOverflow, experts_of_rows, rows_within_bound
 from .layout import Layout, layout_of
 from .local_shard import LocalShard
 from .mesh import expert_mesh, fold_mesh
 from .private_torch import StridedShard, assert_async, parameter_table
-from .random_state import seed_generators
+from .random_state import is_capturing, seed_generators
 
 
 class TedExpertShard(ExpertParallelLayer):
@@ -104,8 +105,8 @@ class Dispatch:
 
     Attributes:
         slot_R: integer[R], the slot, `token * K + k`, of each row that is sent, -1 for one that only fills up to the
-            capacity; rows stand by rank and expert.
-        row_TK: integer[T, K], the row of each slot; -1 for a slot that no expert computes.
+            capacity or the bound; rows stand by rank and expert.
+        row_TK: integer[T, K], the row of each slot; -1 for a slot that no expert computes or that found no row.
         send_sizes, receive_sizes: rows to and from each rank of the expert-parallel group.
         received_sizes: rows that each rank of the expert-tensor-parallel group received.
         expert_ids_V: int64[V], the local expert of each row that the experts get; their number for one that is none's.
@@ -131,17 +132,26 @@ class TedExpertParallel(EPImplementation):
     With `pad_expert_input_to_capacity` each sends as many rows to each expert as its capacity allows, zeros behind
     those that it has, and the host need not know how many these are. Ranks with the same tokens then divide the queue
     of each expert in place of the tokens, its slots in turn, so that each has its part of the capacity.
+
+    While `overflow` is set ([`bounded_expert_load`]) each sends as many rows to each rank, which its experts share. The
+    rows of an expert are then those that it gets without a bound, in the same order. Slots that find no row are not
+    sent, and `overflow` says so.
+
+    Attributes:
+        overflow: the bound, and what is noted of it; `None` for exchanges of what there is.
     """
 
-    def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh):
+    def __init__(self, experts: Any, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh):
         super().__init__(experts, ep_mesh, tp_mesh)
         self.num_local_experts: Any  # an int, which the parent reads off a module
         layout = layout_of_experts(experts)
         axes = expert_mesh(ep_mesh, layout.expert_tensor_parallel_size)
-        self.experts: Any = experts
+        self.experts = experts
+        experts.ted_exchange = self  # for `bounded_expert_load`
         self.ep_group, self.etp_group = axes["ted_ep"].get_group(), axes["etp"].get_group()
         self.num_experts = self.num_local_experts * self.ep_group.size()
         self.overlap_chunks = layout.overlap_chunks
+        self.overflow: ExpertLoadOverflow | None = None
         self.pads_to_capacity = layout.pad_expert_input_to_capacity and self.ep_group.size() > 1
         if self.pads_to_capacity and not hasattr(experts, "max_tokens_per_expert"):
             raise ValueError(
@@ -171,11 +181,12 @@ class TedExpertParallel(EPImplementation):
         """
         if self.ep_group.size() == 1:
             return self._run_split_experts(hidden_states, top_k_index, top_k_weights)
-        capacity = self.experts.max_tokens_per_expert(hidden_states.shape[0]) if self.pads_to_capacity else None
-        if capacity is not None:
+        capacity = self._capacity(hidden_states.shape[0])
+        max_rows = self._max_rows(top_k_index, capacity)
+        if capacity is not None and (self.pads_to_capacity or self._capacity_is_smaller(capacity, max_rows)):
             return self._run_experts_to_capacity(hidden_states, top_k_index, top_k_weights, capacity)
         if self.share_group.size() == 1:
-            return self._run_experts(hidden_states, top_k_index, top_k_weights)
+            return self._run_experts(hidden_states, top_k_index, top_k_weights, max_rows)
         sizes = even_shares(hidden_states.shape[0], self.share_group.size())
         rank = self.share_group.rank()
         with self._random_numbers_apart():
@@ -183,8 +194,38 @@ class TedExpertParallel(EPImplementation):
                 take_share(hidden_states, sizes, self.share_group),
                 top_k_index.split(sizes)[rank],
                 take_share(top_k_weights, sizes, self.share_group),
+                max_rows,
             )
         return join_shares(output, sizes, self.share_group)
+
+    def reads_sizes(self) -> bool:
+        """Whether the host waits for the routing in training, to know how many rows are exchanged."""
+        if self.ep_group.size() == 1 or self.overflow is not None:
+            return False
+        return not (self.pads_to_capacity and self._capacity(1) is not None)
+
+    def _capacity(self, num_tokens: int) -> int | None:
+        """Of an expert, for the tokens of this rank's batch, if exchanges may depend on it."""
+        if not (self.pads_to_capacity or self.overflow is not None) or not hasattr(
+            self.experts, "max_tokens_per_expert"
+        ):
+            return None
+        return self.experts.max_tokens_per_expert(num_tokens)
+
+    def _max_rows(self, expert_ids_TK: Tensor, capacity: int | None) -> int | None:
+        """Rows of one chunk for each rank, where there is a bound; never more than there can be slots."""
+        if self.overflow is None:
+            return None
+        num_tokens = -(-expert_ids_TK.shape[0] // self.share_group.size())
+        num_slots = -(-num_tokens // self.overlap_chunks) * expert_ids_TK.shape[1]
+        max_rows = self.overflow.max_rows(num_slots, self.ep_group.size())
+        return max_rows if capacity is None else min(max_rows, max(1, self.num_local_experts * capacity))
+
+    def _capacity_is_smaller(self, capacity: int, max_rows: int | None) -> bool:
+        """Whether rows up to the capacity are fewer than those within the bound; they cannot overflow."""
+        if max_rows is None or self.overlap_chunks > 1:
+            return False
+        return self.num_local_experts * -(-capacity // self.share_group.size()) < max_rows
 
     def _run_split_experts(self, hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """All experts are here, in slices: no token moves, the ranks of the group add up what each has computed."""
@@ -193,11 +234,14 @@ class TedExpertParallel(EPImplementation):
             output_TD = self.experts_forward(inputs[0], expert_ids_TK, inputs[1])
         return sum_over_group(output_TD, self.etp_group)
 
-    def _run_experts(self, hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def _run_experts(
+        self, hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, max_rows: int | None
+    ) -> Tensor:
         """Exchange chunk by chunk: all leave at once, and each comes back while the experts work on the next."""
         num_chunks = self.overlap_chunks
         sizes = even_shares(hidden_TD.shape[0], num_chunks)
-        dispatches = self._plan(expert_ids_TK.split(sizes))
+        chunks = expert_ids_TK.split(sizes)
+        dispatches = self._plan(chunks) if max_rows is None else self._plan_within_bound(chunks, max_rows)
         sent = [
             StartExchange.apply(
                 SpreadTokens.apply(chunk, d.slot_R, d.row_TK), d.send_sizes, d.receive_sizes, self.ep_group
@@ -250,15 +294,8 @@ class TedExpertParallel(EPImplementation):
         slot_of_row.scatter_(0, row_TK.flatten().where(row_TK.flatten() >= 0, num_rows), slots)
 
         own_counts_E = (counts_E - self.share_group.rank() + num_shares - 1) // num_shares
-        capacity_P1 = counts_E.new_full((ep_size, 1), capacity)
-        received_PE = exchange_even(torch.cat([own_counts_E.view(ep_size, num_local), capacity_P1], 1), self.ep_group)
-        assert_async(
-            (received_PE[:, -1] == capacity).all(),
-            "pad_expert_input_to_capacity needs batches of the same shape on all data-parallel ranks",
-        )
-        if self.drops_duplicates:
-            received_PE = gather_even(received_PE, self.etp_group)
-        is_row_PEC = torch.arange(capacity, device=row_TK.device) < received_PE[:, :-1].unsqueeze(-1)
+        received_PE = self._exchange_counts(own_counts_E.view(ep_size, num_local), capacity)
+        is_row_PEC = torch.arange(capacity, device=row_TK.device) < received_PE.unsqueeze(-1)
         experts_E1 = torch.arange(num_local, device=row_TK.device).unsqueeze(-1)
         sizes = [num_local * capacity] * ep_size
         return Dispatch(
@@ -269,6 +306,41 @@ class TedExpertParallel(EPImplementation):
             received_sizes=[sum(sizes)] * (self.etp_group.size() if self.drops_duplicates else 1),
             expert_ids_V=torch.where(is_row_PEC, experts_E1, num_local).flatten(),
         )
+
+    def _exchange_counts(self, counts_PN: Tensor, max_rows: int) -> Tensor:
+        """Row `i` of integer[P, N] to rank `i`; what this rank's group received, integer[P or etp * P, N].
+
+        `max_rows` goes along, as exchanges of a size that the ranks do not agree on would hang.
+        """
+        max_rows_P1 = counts_PN.new_full((counts_PN.shape[0], 1), max_rows)
+        received_PN = exchange_even(torch.cat([counts_PN, max_rows_P1], 1), self.ep_group)
+        assert_async(
+            (received_PN[:, -1] == max_rows).all(),
+            "an exchange whose size follows from shapes needs batches of the same shape on all data-parallel ranks",
+        )
+        if self.drops_duplicates:
+            received_PN = gather_even(received_PN, self.etp_group)
+        return received_PN[:, :-1]
+
+    def _plan_within_bound(self, chunks: tuple[Tensor, ...], max_rows: int) -> list[Dispatch]:
+        """`max_rows` for each rank in each chunk; nothing is read back to the host."""
+        ep_size, num_groups = self.ep_group.size(), self.etp_group.size() if self.drops_duplicates else 1
+        rows = [rows_within_bound(ids_TK, self.num_experts, ep_size, max_rows) for ids_TK in chunks]
+        if self.overflow is not None:
+            self.overflow.note(torch.stack([chunk.num_slots_P for chunk in rows]), max_rows)
+        received = self._exchange_counts(torch.cat([chunk.ends_PE for chunk in rows], 1), max_rows)
+        sizes = [max_rows] * ep_size
+        return [
+            Dispatch(
+                slot_R=chunk.slot_R,
+                row_TK=chunk.row_TK,
+                send_sizes=sizes,
+                receive_sizes=sizes,
+                received_sizes=[sum(sizes)] * num_groups,
+                expert_ids_V=experts_of_rows(ends_PE, max_rows),
+            )
+            for chunk, ends_PE in zip(rows, received.split(self.num_local_experts, dim=1), strict=True)
+        ]
 
     def _plan(self, chunks: tuple[Tensor, ...]) -> list[Dispatch]:
         """Rows and sizes of each chunk; the sizes are read back to the host once for all."""
@@ -331,8 +403,8 @@ class TedExpertParallel(EPImplementation):
         Behind the experts all of them draw the same again, however many rows they had. Recomputation in backward draws
         what forward drew, as all seeds come from the generator that it has put back.
         """
-        if not (self.experts.training and _draws_random_numbers(self.experts)):
-            yield
+        if not (self.experts.training and _draws_random_numbers(self.experts)) or is_capturing():
+            yield  # in a graph, whose seeds cannot change, all have as many rows: the same numbers for other tokens
             return
         seed = int(torch.randint(2**62, ()))
         seed_generators(seed, self.part_of_group)

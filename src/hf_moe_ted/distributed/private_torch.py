@@ -7,13 +7,14 @@ Named elsewhere, where a name from here would say nothing more:
 - `_last_lr`, `_schedulers`: keys of what schedulers return as their `state_dict`.
 """
 
+from dataclasses import dataclass
 from datetime import timedelta
 from operator import attrgetter
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout as set_group_timeout  # meshes make groups without one
 from torch.distributed.tensor import DTensor
@@ -44,12 +45,38 @@ def local_of(param: Tensor) -> tuple[Tensor, Any]:
     return (param._local_tensor, param._spec) if isinstance(param, DTensor) else (param, None)
 
 
+@dataclass(frozen=True)
+class FSDPParameter:
+    """A parameter of FSDP2, which shows one of its forms at a time.
+
+    Attributes:
+        sharded: with the gradients that the optimizer sees.
+        whole: with the gradients of an accumulation that are not reduced yet; `None` before it was gathered once.
+        state: in whose `unsharded_accumulated_grad` those stand if the reduction has another dtype.
+    """
+
+    sharded: nn.Parameter
+    whole: nn.Parameter | None
+    state: Any
+
+
+def fsdp_parameters(module: Any) -> list[FSDPParameter]:
+    """Those that FSDP2 manages with this module, and not with one inside."""
+    group = module._get_fsdp_state()._fsdp_param_group
+    return [
+        FSDPParameter(state.sharded_param, getattr(state, "_unsharded_param", None), state)
+        for state in (group.fsdp_params if group is not None else ())
+    ]
+
+
 __all__ = [
+    "FSDPParameter",
     "StridedShard",
     "assert_async",
     "c10d",
     "foreach_mul_",
     "foreach_norm",
+    "fsdp_parameters",
     "local_of",
     "parameter_table",
     "root_mesh",

@@ -46,11 +46,11 @@ class RandomState:
         self.num_forwards, self.base_seed = state["num_forwards"], state["base_seed"]
 
     def before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not (self._is_left_alone or _is_capturing()):
+        if not (self._is_left_alone or is_capturing()):
             self._begin()
 
     def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._saved and not (self._is_left_alone or _is_capturing()):
+        if self._saved and not (self._is_left_alone or is_capturing()):
             _restore_generators(self._saved.pop())
 
     @contextlib.contextmanager
@@ -129,7 +129,7 @@ def saved_random_state(model: nn.Module) -> dict[str, Any]:
         one.
     """
     state = getattr(model, "ted_random_state", None)
-    by_process = [(_data_parallel_rank(model), _all_generator_states())]
+    by_process = [(_data_parallel_rank(model), all_generator_states())]
     if dist.is_initialized():
         own, by_process = by_process[0], by_process * dist.get_world_size()
         dist.all_gather_object(by_process, own)
@@ -159,14 +159,15 @@ def load_generators(model: nn.Module, saved: dict[str, Any]) -> None:
     """
     states = saved.get("generators")
     if states:
-        _set_all_generator_states(states[_data_parallel_rank(model) % len(states)])
+        set_all_generator_states(states[_data_parallel_rank(model) % len(states)])
         return
     state = getattr(model, "ted_random_state", None)
     if state is not None and state.tensor_parallel_group is not None:
-        _set_all_generator_states(_of_first_rank(_all_generator_states(), state.tensor_parallel_group))
+        set_all_generator_states(_of_first_rank(all_generator_states(), state.tensor_parallel_group))
 
 
-def _is_capturing() -> bool:
+def is_capturing() -> bool:
+    """Whether a CUDA graph captures what the current stream gets."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
@@ -184,7 +185,7 @@ def _data_parallel_rank(model: nn.Module) -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _all_generator_states() -> dict[str, Any]:
+def all_generator_states() -> dict[str, Any]:
     """Of Python, NumPy and torch, as numbers, strings, tensors, and tuples of them."""
     algorithm, keys, *rest = np.random.get_state()
     on_cpu, on_device = _generator_states()
@@ -196,7 +197,8 @@ def _all_generator_states() -> dict[str, Any]:
     }
 
 
-def _set_all_generator_states(states: dict[str, Any]) -> None:
+def set_all_generator_states(states: dict[str, Any]) -> None:
+    """Put them where they were when [`all_generator_states`] gave these."""
     random.setstate(states["python"])
     algorithm, keys, *rest = states["numpy"]
     np.random.set_state((algorithm, keys.numpy().astype(np.uint32), *rest))
@@ -223,9 +225,12 @@ def _restore_generators(states: tuple[torch.Tensor, torch.Tensor | None]) -> Non
 
 __all__ = [
     "RandomState",
+    "all_generator_states",
+    "is_capturing",
     "load_generators",
     "load_random_state",
     "saved_random_state",
     "seed_generators",
+    "set_all_generator_states",
     "synchronize_random_state",
 ]

@@ -15,14 +15,17 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
+from ..cuda_graphs.recorded_step import RecordedStep
 from ..cuda_graphs.trainer_mixin import CudaGraphsTrainerMixin
 from ..files.output import remove_folder, tidy_up_checkpoints
 from ..files.output_kinds import TRAINER_CHECKPOINT
 from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
 from .accelerate_plugin import TRAINING_STATE, TedPlugin
 from .activation_checkpoint import CommunicationAwareContextFn
+from .bounded_exchange import bounded_expert_load
 from .checkpoint import atomic_folder, has_weights, load_weights, save_pretrained
 from .counts import CountsOnceMixin
+from .expert_load import EXPERT_LOAD_BOUND
 from .gradient_norm import clip_grad_norm_
 from .layout import layout_of
 from .layout_check import check_is_sharded
@@ -336,13 +339,25 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
         super()._check_can_capture()
 
     def _step_to_record(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> tuple[Tensor, Tensor | None]:
-        with self._seeds.leave_alone() if self._seeds is not None else contextlib.nullcontext():
+        if self._seeds is None:
             return super()._step_to_record(model, inputs, num_items)
+        bound = getattr(self.args, "expert_load_bound", EXPERT_LOAD_BOUND)
+        with self._seeds.leave_alone(), bounded_expert_load(self._sharded_model, bound) as overflow:
+            loss, _ = super()._step_to_record(model, inputs, num_items)
+            return loss, overflow.any_rank()
 
     @contextlib.contextmanager
     def _replaying(self, model: nn.Module) -> Iterator[None]:
         with self._seeds.around_replay() if self._seeds is not None else contextlib.nullcontext():
             yield
+
+    def _is_valid(self, step: RecordedStep) -> bool:
+        """Whether each rank had rows for all tokens; waits for the device only where it is not sure before."""
+        if step.is_invalid is None or not step.is_invalid:
+            return True
+        assert self._seeds is not None
+        self._seeds.take_back_forward()
+        return False
 
     @property
     def _seeds(self) -> RandomState | None:

@@ -89,7 +89,7 @@ class CombineRows(torch.autograd.Function):
             )
             return *grads, None, None
         grad_RD = _tokens_of_rows(grad_TD, slot_R, row_TK.shape[1])
-        weight_R1 = weights_TK.flatten().index_select(0, slot_R.clamp(min=0)).unsqueeze(-1)
+        weight_R1 = _tokens_of_rows(weights_TK.reshape(-1, 1), slot_R, top_k=1)  # each slot as a token of its own
         products_R1 = (grad_RD * rows_RD).sum(dim=-1, keepdim=True)
         return grad_RD * weight_R1, rows_of_tokens(products_R1, row_TK).squeeze(-1), None, None
 
@@ -107,7 +107,7 @@ def rows_of_tokens(rows_RD: Tensor, row_TK: Tensor) -> Tensor:
     """float[T, K, D], zeros for slots without a row."""
     if rows_RD.shape[0] == 0:
         return rows_RD.new_zeros(*row_TK.shape, rows_RD.shape[1])
-    gathered = rows_RD.index_select(0, row_TK.flatten().clamp(min=0)).view(*row_TK.shape, -1)
+    gathered = rows_RD.index_select(0, row_TK.flatten().clamp(min=0)).view(*row_TK.shape, rows_RD.shape[1])
     return gathered.masked_fill((row_TK < 0).unsqueeze(-1), 0.0)
 
 
