@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from hf_moe_ted import TedPlugin, ZCodeM3ForConditionalGeneration
+from hf_moe_ted.distributed.bounded_exchange import bounded_expert_load
 from hf_moe_ted.distributed.gradient_norm import clip_grad_norm_
 from hf_moe_ted.distributed.parallelize import prepare_for_training
 from hf_moe_ted.distributed.random_state import RandomState
@@ -112,6 +113,7 @@ class Case:
             rank has nothing but padding).
         checkpointing: of activations: `None`, "full" or "communication-aware".
         accumulation: micro-batches per step and rank.
+        load_bound: of `bounded_expert_load`, which must be enough; `None` for exchanges of what there is.
     """
 
     layout: dict[str, Any] = field(default_factory=dict)
@@ -119,6 +121,7 @@ class Case:
     data: str = "even"
     checkpointing: str | None = None
     accumulation: int = 1
+    load_bound: float | None = None
 
     def data_parallel_size(self, world_size: int) -> int:
         return world_size // self.layout.get("tensor_parallel_size", 1)
@@ -221,9 +224,18 @@ def run_once(run: Run) -> float:
     return run()
 
 
+def run_within_bound(model: nn.Module, bound: float, run: Run) -> float:
+    with bounded_expert_load(model, bound) as overflow:
+        loss = run()
+        assert not overflow.any_rank()
+    return loss
+
+
 def train_sharded(folder: str, case: Case) -> Trained:
     model, plugin = load_sharded(folder, case)
-    return train(model, plugin, case)
+    if case.load_bound is None:
+        return train(model, plugin, case)
+    return train(model, plugin, case, functools.partial(run_within_bound, model, case.load_bound))
 
 
 def load_sharded(folder: str, case: Case, **options: Any) -> tuple[Any, TedPlugin]:

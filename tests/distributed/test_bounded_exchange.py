@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ted_cases import (
+    CONFIGS,
     NUM_STEPS,
     SEED,
     Case,
@@ -21,6 +22,7 @@ from ted_cases import (
     assert_as_one_process,
     load_sharded,
     run_once,
+    run_within_bound,
     train,
     write_models,
 )
@@ -36,12 +38,12 @@ from hf_moe_ted.distributed.step_snapshot import StepSnapshot
 from hf_moe_ted.testing import run_distributed_test
 
 ALWAYS_ENOUGH = 4.0
+NUM_TOKENS = 16  # of a layer alone
 EP4 = {"expert_parallel_size": 4}
 TP2_EP2 = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
 ALL_SENT = {"duplicate_token_dropping": False}
 ETP1 = {"tensor_parallel_size": 2, "expert_parallel_size": 4, "expert_tensor_parallel_size": 1}
-FOLDED = {"tensor_parallel_size": 4, "expert_parallel_size": 2, "expert_tensor_parallel_size": 2}
-FOUR = {
+CASES = {
     "ep4, accumulation": Case(EP4, "noisy", accumulation=2),
     "ep4, zero 2, overlap": Case(EP4 | {"zero_stage": 2, "overlap_chunks": 2}, "noisy", accumulation=2),
     "ep2 x edp2, zero 3": Case(
@@ -51,8 +53,6 @@ FOUR = {
     "tp2 x ep2, all sent": Case(TP2_EP2 | ALL_SENT, "noisy", checkpointing="full"),
     "tp2, etp1 x ep4": Case(ETP1, "noisy"),
 }
-EIGHT = {"tp4, etp2 x ep2 x edp2": Case(FOLDED, "noisy", accumulation=2, checkpointing="communication-aware")}
-CASES = FOUR | EIGHT
 MIXTRAL = Case(EP4, "mixtral")
 
 
@@ -65,11 +65,13 @@ class Found:
         unbounded: the same without one.
         rerun: the parameters after training in which it was not always enough, and how often; by step, and by
             micro-batch if there are several.
+        loads: of one layer, with equally popular experts, and without on the last ranks.
     """
 
     bounded: Trained
     unbounded: Trained
     rerun: list[tuple[Parts, int]]
+    loads: tuple["Load", "Load"]
 
 
 class Reruns:
@@ -97,9 +99,29 @@ class Reruns:
         return loss
 
 
-def run_case(folder: str, case: Case) -> Found:
-    # which keeps the order of an expert's rows
-    model, plugin = load_sharded(f"{folder}/{case.model}", case, experts_implementation="zcode_grouped")
+def run_all(folder: str) -> dict[str, Any]:
+    results: dict[str, Any] = {"mixtral": train_mixtral(folder)}
+    for name, case in CASES.items():
+        try:
+            # which keeps the order of an expert's rows
+            model, plugin = load_sharded(f"{folder}/noisy", case, experts_implementation="zcode_grouped")
+            results[name] = run_case(model, plugin, case)
+        except Exception as error:
+            raise RuntimeError(f"case {name!r} failed") from error
+    results["drawn"] = draw_as_captured(model)
+    results["refused"] = refused_by(model)
+    return results
+
+
+def train_mixtral(folder: str) -> Trained:
+    """Checkpointed, with all collectives kept."""
+    model, plugin = load_sharded(f"{folder}/mixtral", MIXTRAL)
+    context_fn = CommunicationAwareContextFn(every_collective=True)
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": context_fn})
+    return train(model, plugin, MIXTRAL, functools.partial(run_within_bound, model, ALWAYS_ENOUGH))
+
+
+def run_case(model: Any, plugin: TedPlugin, case: Case) -> Found:
     initial = [local_of(parameter)[0].detach().clone() for parameter in model.parameters()]
 
     def again(
@@ -108,28 +130,14 @@ def run_case(folder: str, case: Case) -> Found:
         put_back(model, initial)
         return train(model, plugin, case, run_step, run_micro_batch)
 
-    found = Found(again(functools.partial(run_within_enough, model)), again(), [])
+    within_enough = functools.partial(run_within_bound, model, ALWAYS_ENOUGH)
+    found = Found(again(within_enough), again(), [], loads_of(model, plugin))
     steps = Reruns(model, keep_gradients=False)
     found.rerun.append((again(steps).parameters, steps.num_reruns))
     if case.accumulation > 1:
         micro_batches = Reruns(model, keep_gradients=True)
         found.rerun.append((again(run_once, micro_batches).parameters, micro_batches.num_reruns))
     return found
-
-
-def run_within_enough(model: Any, run: Run) -> float:
-    with bounded_expert_load(model, ALWAYS_ENOUGH) as overflow:
-        loss = run()
-        assert not overflow.any_rank()
-    return loss
-
-
-def train_mixtral(folder: str) -> Trained:
-    """Checkpointed, with all collectives kept."""
-    model, plugin = load_sharded(f"{folder}/mixtral", MIXTRAL)
-    context_fn = CommunicationAwareContextFn(every_collective=True)
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": context_fn})
-    return train(model, plugin, MIXTRAL, functools.partial(run_within_enough, model))
 
 
 def put_back(model: Any, initial: list[Tensor]) -> None:
@@ -143,50 +151,33 @@ def put_back(model: Any, initial: list[Tensor]) -> None:
     model.ted_random_state.load_state_dict({"num_forwards": 0, "base_seed": SEED})
 
 
-def run_cases(folder: str, cases: dict[str, Case]) -> dict[str, Any]:
-    results: dict[str, Any] = {}
-    for name, case in cases.items():
-        try:
-            results[name] = run_case(folder, case)
-        except Exception as error:
-            raise RuntimeError(f"case {name!r} failed") from error
-    if dist.get_world_size() == 4:
-        results["mixtral"] = train_mixtral(folder)
-        results["loads"] = {name: loads_of(folder, layout) for name, layout in LOADS.items()}
-        results["attempts"] = attempts(folder)
-    return results
-
-
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Any]]]:
+def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("models")
-    write_models(folder, {"noisy", "mixtral", "top1"})
-    found: dict[str, list[Any]] = {}
-    for world_size, cases in ((4, FOUR), (8, EIGHT)):
-        by_rank = run_distributed_test(run_cases, world_size, str(folder), cases)
-        found |= {name: [results[name] for results in by_rank] for name in by_rank[0]}
-    return folder, found
+    write_models(folder, {"noisy", "mixtral"})
+    return folder, run_distributed_test(run_all, 4, str(folder))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_bound_that_is_enough_changes_nothing(launched: tuple[Path, dict[str, list[Found]]], name: str) -> None:
-    folder, results = launched
-    by_rank = results[name]
-    assert_as_one_process(folder, CASES[name], [found.bounded for found in by_rank])
-    for found in by_rank:
-        assert (found.bounded.losses, found.bounded.norms) == (found.unbounded.losses, found.unbounded.norms)
-        assert_equal(found.bounded.gradients, found.unbounded.gradients)
-        assert_equal(found.bounded.parameters, found.unbounded.parameters)
+def test_a_bound_that_is_enough_changes_nothing(launched: tuple[Path, list[dict[str, Found]]], name: str) -> None:
+    folder, by_rank = launched
+    assert_as_one_process(folder, CASES[name], [results[name].bounded for results in by_rank])
+    for results in by_rank:
+        bounded, unbounded = results[name].bounded, results[name].unbounded
+        assert (bounded.losses, bounded.norms) == (unbounded.losses, unbounded.norms)
+        assert_equal(bounded.gradients, unbounded.gradients)
+        assert_equal(bounded.parameters, unbounded.parameters)
 
 
-def test_other_models(launched: tuple[Path, dict[str, list[Any]]]) -> None:
-    assert_as_one_process(launched[0], MIXTRAL, launched[1]["mixtral"])
+def test_other_models(launched: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, by_rank = launched
+    assert_as_one_process(folder, MIXTRAL, [results["mixtral"] for results in by_rank])
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_steps_that_overflow_are_run_again(launched: tuple[Path, dict[str, list[Found]]], name: str) -> None:
-    for found in launched[1][name]:
-        expected_reruns = [1, NUM_STEPS * CASES[name].accumulation // 2]  # every second
+def test_steps_that_overflow_are_run_again(launched: tuple[Path, list[dict[str, Found]]], name: str) -> None:
+    for results in launched[1]:
+        found, expected_reruns = results[name], [1, NUM_STEPS * CASES[name].accumulation // 2]  # every second
         for (parameters, num_reruns), expected in zip(found.rerun, expected_reruns, strict=False):
             assert num_reruns == expected
             assert_equal(parameters, found.unbounded.parameters)
@@ -196,17 +187,6 @@ def assert_equal(found: Parts, expected: Parts) -> None:
     assert found.keys() == expected.keys()
     for name, parts in expected.items():
         assert all(torch.equal(part[1], other[1]) for part, other in zip(found[name], parts, strict=True)), name
-
-
-LOADS = {
-    "ep4": EP4,
-    "tp2 x ep2": TP2_EP2,
-    "tp2 x ep2, all sent": TP2_EP2 | ALL_SENT,
-    "tp2, etp1 x ep4": ETP1,
-    "tp4, etp2 x ep2": FOLDED,
-    "tp4": {"tensor_parallel_size": 4},
-}
-NUM_TOKENS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,81 +207,86 @@ class Load:
     reads_sizes: list[bool]
 
 
-def loads_of(folder: str, layout: dict[str, Any]) -> list[Load]:
+def loads_of(model: Any, plugin: TedPlugin) -> tuple[Load, Load]:
     """With equally popular experts on all ranks, and with one expert for all tokens of the last batch."""
-    plugin = TedPlugin(**layout)
-    load = ZCodeM3ForConditionalGeneration.from_pretrained
-    model: Any = load(f"{folder}/top1", distributed_config=plugin.distributed_config)
     experts = model.model.encoder.layers[1].ffn.experts
     is_last = dist.get_rank() // plugin.tp_size == plugin.dp_shard_size - 1
     hidden = torch.randn(NUM_TOKENS, 32, generator=torch.Generator().manual_seed(0))
     even = torch.arange(NUM_TOKENS) % 4
-    found = []
-    for ids in (even, torch.full_like(even, 2) if is_last else even):
+
+    def load(ids: Tensor) -> Load:
         inputs = hidden, ids.unsqueeze(1), torch.ones(NUM_TOKENS, 1)
         reading = [reads_sizes(model)]
         with bounded_expert_load(model) as overflow:
-            output = experts(*inputs)
-            peak, any_rank = overflow.peak(), overflow.any_rank()
+            output = experts(*inputs).detach()
             reading.append(reads_sizes(model))
+            peak, any_rank = float(overflow.peak()), bool(overflow.any_rank())
         reading.append(reads_sizes(model))
-        found.append(Load(float(peak), bool(any_rank), output.detach(), experts(*inputs).detach(), reading))
-    return found
+        return Load(peak, any_rank, output, experts(*inputs).detach(), reading)
+
+    return load(even), load(torch.full_like(even, 2) if is_last else even)
 
 
-@pytest.mark.parametrize("name", LOADS)
-def test_all_ranks_know_that_one_had_no_rows(launched: tuple[Path, dict[str, list[Any]]], name: str) -> None:
-    tp, ep = LOADS[name].get("tensor_parallel_size", 1), LOADS[name].get("expert_parallel_size", 1)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "overlap_chunks" not in case.layout])
+def test_all_ranks_know_that_one_had_no_rows(launched: tuple[Path, list[dict[str, Found]]], name: str) -> None:
+    layout = CASES[name].layout
+    tp, ep = layout.get("tensor_parallel_size", 1), layout["expert_parallel_size"]
     num_tokens = NUM_TOKENS // (1 if name.endswith("all sent") else tp)  # those that a rank sends
     max_rows = math.ceil(1.5 * num_tokens / ep)
-    for rank, by_layout in enumerate(launched[1]["loads"]):
-        even, uneven = by_layout[name]
-        assert even.reads_sizes == uneven.reads_sizes == [ep > 1, False, ep > 1]
+    for rank, results in enumerate(launched[1]):
+        even, uneven = results[name].loads
+        assert even.reads_sizes == uneven.reads_sizes == [True, False, True]
         assert torch.equal(even.output, even.expected) and not even.any_rank
-        if ep == 1:  # no token goes anywhere
-            assert (uneven.peak, uneven.any_rank) == (0.0, False)
-            continue
         assert even.peak == pytest.approx(num_tokens / ep / max_rows)
         assert uneven.peak == pytest.approx(num_tokens / max_rows) and uneven.any_rank
         is_sent = torch.arange(NUM_TOKENS) % num_tokens < (max_rows if rank // tp == 4 // tp - 1 else NUM_TOKENS)
         expected = uneven.expected.masked_fill(~is_sent.unsqueeze(1), 0.0)
         torch.testing.assert_close(uneven.output, expected, rtol=1e-5, atol=1e-6)
-        assert uneven.expected[~is_sent].all()
+        assert uneven.expected[~is_sent].any(dim=1).all()
 
 
-def attempts(folder: str) -> tuple[dict[str, str], list[Tensor]]:
-    """What is refused; and what is dropped in the activations, and drawn behind them, while a graph is captured."""
-    plugin = TedPlugin(**ETP1)
-    load = ZCodeM3ForConditionalGeneration.from_pretrained
-    options: dict[str, Any] = {"experts_implementation": "eager", "activation_function": "sigmoid"}
-    model: Any = load(f"{folder}/top1", distributed_config=plugin.distributed_config, **options).train()
-    experts = model.model.encoder.layers[1].ffn.experts
-    experts.act_fn.dropout = 0.5
+def run_experts(experts: Any, num_tokens: int) -> None:
+    ids = torch.arange(num_tokens).unsqueeze(1) % 4
+    experts(torch.ones(num_tokens, 32), ids, torch.ones(num_tokens, 1))
+
+
+def draw_as_captured(model: Any) -> list[Tensor]:
+    """Which activations are dropped while a graph is captured, and what is drawn behind them."""
+    experts = model.train().model.encoder.layers[1].ffn.experts
+    experts.act_fn.dropout, experts.act_fn.activation = 0.5, torch.nn.Sigmoid()  # which is never 0
     drawn: list[Tensor] = []
-    experts.act_fn.register_forward_hook(lambda module, args, out: drawn.append((out != 0).flatten()))
-
-    def run(num_tokens: int) -> None:
-        experts(torch.ones(num_tokens, 32), torch.arange(num_tokens).unsqueeze(1) % 4, torch.ones(num_tokens, 1))
-
+    hook = experts.act_fn.register_forward_hook(lambda module, args, out: drawn.append((out != 0).flatten()))
     torch.manual_seed(0)
     with mock.patch.object(expert_parallel, "is_capturing", return_value=True), bounded_expert_load(model):
-        run(NUM_TOKENS)
-    drawn.append(torch.rand(4))
+        run_experts(experts, NUM_TOKENS)
+    hook.remove()
+    return [*drawn, torch.rand(4)]
+
+
+def test_ranks_draw_the_same_while_a_graph_is_captured(launched: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Seeds cannot change there: ranks with other tokens draw the same numbers, and as many."""
+    first, *others = (results["drawn"] for results in launched[1])
+    assert len(first) > 1
+    for drawn in others:
+        assert all(map(torch.equal, drawn, first))
+
+
+def refused_by(model: Any) -> dict[str, str]:
     refused = {}
     with bounded_expert_load(model):
         with pytest.raises(ValueError) as error, bounded_expert_load(model):
             pass
         refused["nested"] = str(error.value)
         with pytest.raises(RuntimeError) as error:
-            run(NUM_TOKENS + 8 * (dist.get_rank() // 2))
+            run_experts(model.model.encoder.layers[1].ffn.experts, NUM_TOKENS + 8 * (dist.get_rank() // 2))
         refused["other shapes"] = str(error.value)
-    return refused, drawn
+    return refused
 
 
-def test_what_is_refused(launched: tuple[Path, dict[str, list[Any]]]) -> None:
-    for refused, _ in launched[1]["attempts"]:
-        assert "bounded_expert_load inside bounded_expert_load" in refused["nested"]
-        assert "needs batches of the same shape on all data-parallel ranks" in refused["other shapes"]
+def test_what_is_refused(launched: tuple[Path, list[dict[str, Any]]]) -> None:
+    for results in launched[1]:
+        assert "bounded_expert_load inside bounded_expert_load" in results["refused"]["nested"]
+        assert "needs batches of the same shape on all data-parallel ranks" in results["refused"]["other shapes"]
 
 
 def test_experts_of_another_implementation_are_refused() -> None:
@@ -312,9 +297,11 @@ def test_experts_of_another_implementation_are_refused() -> None:
             attempt()
 
 
-def test_ranks_draw_the_same_while_a_graph_is_captured(launched: tuple[Path, dict[str, list[Any]]]) -> None:
-    """As seeds cannot change there; else those with other tokens draw other numbers, and as many only by chance."""
-    (_, drawn), *others = launched[1]["attempts"]
-    assert len(drawn) > 1
-    for _, found in others:
-        assert all(map(torch.equal, found, drawn))
+def test_a_model_without_exchanges_runs_as_ever() -> None:
+    model = ZCodeM3ForConditionalGeneration(CONFIGS["top2"]())
+    ids = torch.randint(5, 96, (2, 7))
+    assert not reads_sizes(model)
+    expected = model(input_ids=ids, labels=ids).loss
+    with bounded_expert_load(model) as overflow:
+        assert torch.equal(model(input_ids=ids, labels=ids).loss, expected)
+        assert not overflow.any_rank() and overflow.peak() == 0
