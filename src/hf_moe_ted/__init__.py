@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from .data.multitask_stream import StreamSource as StreamSource
     from .distributed.accelerate_plugin import TedPlugin as TedPlugin
     from .distributed.activation_checkpoint import communication_aware_context_fn as communication_aware_context_fn
+    from .distributed.bounded_exchange import bounded_expert_load as bounded_expert_load
+    from .distributed.step_snapshot import StepSnapshot as StepSnapshot
     from .distributed.ted_config import TedConfig as TedConfig
     from .distributed.trainer import TedSeq2SeqTrainer as TedSeq2SeqTrainer
     from .distributed.trainer import TedTrainer as TedTrainer
@@ -124,6 +126,7 @@ _MODULE_OF_NAME = {
     "RouterStatisticsCallback": "routing.router_statistics",
     "RuleSet": "conversion.conversion_rules",
     "ServerSettings": "serving.settings",
+    "StepSnapshot": "distributed.step_snapshot",
     "StreamSource": "data.multitask_stream",
     "TedConfig": "distributed.ted_config",
     "TedPlugin": "distributed.accelerate_plugin",
@@ -145,6 +148,7 @@ _MODULE_OF_NAME = {
     "ZCodeM3TranslationPipeline": "models.pipeline_translation",
     "aggregate_experts": "compression.aggregate",
     "bind_address": "serving.server",
+    "bounded_expert_load": "distributed.bounded_exchange",
     "collect_expert_statistics": "routing.statistics_collection",
     "communication_aware_context_fn": "distributed.activation_checkpoint",
     "convert_deepspeed_checkpoint": "conversion.deepspeed.converter",

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from hf_moe_ted import TedPlugin, ZCodeM3ForConditionalGeneration
+from hf_moe_ted.distributed.bounded_exchange import bounded_expert_load
 from hf_moe_ted.distributed.gradient_norm import clip_grad_norm_
 from hf_moe_ted.distributed.parallelize import prepare_for_training
 from hf_moe_ted.distributed.random_state import RandomState
@@ -84,11 +85,21 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **_SMALL | {"capacity_factor": 0.5}, min_capacity=1, token_drop_policy="position",
         expert_map=[[4, 2, 0, 1, 4, 3], [3, 4, 4, 1, 0, 2]],
     ),
+    # nothing is dropped, and most tokens want the first two experts
+    "noisy": lambda: tiny_config(
+        **_SMALL | {"router_noise_policy": "jitter"}, num_experts_per_tok=2, router_bias=True,
+        router_jitter_noise=0.1, dropout=0.1, moe_token_dropout=0.2,
+    ),
     "mixtral": lambda: MixtralConfig(**_CAUSAL, num_local_experts=4),
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **_CAUSAL, num_experts=4, moe_intermediate_size=24, head_dim=8, mlp_only_layers=[0], norm_topk_prob=True
     ),
 }  # fmt: skip
+ROUTER_BIAS = {
+    "skewed": [0.0, 60.0, 0.0, 30.0],  # all tokens: expert 1, then expert 3
+    "skewed2": [0.0, 60.0, 0.0, 30.0],
+    "noisy": [1.5, 3.0, 0.0, 0.0],
+}
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,7 @@ class Case:
             rank has nothing but padding).
         checkpointing: of activations: `None`, "full" or "communication-aware".
         accumulation: micro-batches per step and rank.
+        load_bound: of `bounded_expert_load`, which must be enough; `None` for exchanges of what there is.
     """
 
     layout: dict[str, Any] = field(default_factory=dict)
@@ -109,6 +121,7 @@ class Case:
     data: str = "even"
     checkpointing: str | None = None
     accumulation: int = 1
+    load_bound: float | None = None
 
     def data_parallel_size(self, world_size: int) -> int:
         return world_size // self.layout.get("tensor_parallel_size", 1)
@@ -154,8 +167,8 @@ def write_models(folder: Path, names: set[str]) -> None:
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-                if name.startswith("skewed") and parameter_name.endswith("router.bias"):
-                    parameter.copy_(torch.tensor([0.0, 60.0, 0.0, 30.0]))  # all tokens: expert 1, then expert 3
+                if name in ROUTER_BIAS and parameter_name.endswith("router.bias"):
+                    parameter.copy_(torch.tensor(ROUTER_BIAS[name]))
         model.save_pretrained(folder / name)
 
 
@@ -204,34 +217,71 @@ def run_cases(folder: str, cases: Mapping[str, Case]) -> dict[str, Trained]:
     return results
 
 
+Run = Callable[[], float]  # of a step or of a micro-batch: adds to the gradients, gives the loss
+
+
+def run_once(run: Run) -> float:
+    return run()
+
+
+def run_within_bound(model: nn.Module, bound: float, run: Run) -> float:
+    with bounded_expert_load(model, bound) as overflow:
+        loss = run()
+        assert not overflow.any_rank()
+    return loss
+
+
 def train_sharded(folder: str, case: Case) -> Trained:
+    model, plugin = load_sharded(folder, case)
+    if case.load_bound is None:
+        return train(model, plugin, case)
+    return train(model, plugin, case, functools.partial(run_within_bound, model, case.load_bound))
+
+
+def load_sharded(folder: str, case: Case, **options: Any) -> tuple[Any, TedPlugin]:
     plugin = TedPlugin(**case.layout, communication_aware_checkpointing=case.checkpointing != "full")
-    model = model_class(folder).from_pretrained(folder, distributed_config=plugin.distributed_config)
+    model = model_class(folder).from_pretrained(folder, distributed_config=plugin.distributed_config, **options)
     set_up(model, plugin, case)
-    data_parallel_size, causal = plugin.dp_shard_size, is_causal(folder)
-    data_parallel_rank = dist.get_rank() // plugin.tp_size
+    return model, plugin
+
+
+def train(
+    model: Any,
+    plugin: TedPlugin,
+    case: Case,
+    run_step: Callable[[Run], float] = run_once,
+    run_micro_batch: Callable[[Run], float] = run_once,
+) -> Trained:
+    """`run_step` and `run_micro_batch` run what they get, maybe more than once."""
+    data_parallel_size, causal = plugin.dp_shard_size, model.config.is_encoder_decoder is not True
+    first = dist.get_rank() // plugin.tp_size * case.accumulation
     optimizer_class, options = plugin.tiled_adamw(**ADAMW)
     optimizer = optimizer_class(model.parameters(), **options)
     losses, norms, gradients = [], [], {}
     for step in range(NUM_STEPS):
         parts = micro_batches(case, step, data_parallel_size * case.accumulation, causal=causal)
         total = num_labels(parts, causal=causal)
-        loss_of_step = 0.0
-        first = data_parallel_rank * case.accumulation
-        for index, part in enumerate(parts[first : first + case.accumulation]):
+        own_parts = parts[first : first + case.accumulation]
+
+        def backward(index: int, own_parts: Any = own_parts, total: int = total) -> float:
             if plugin.distributed_config.zero_stage != 2 and hasattr(model, "set_requires_gradient_sync"):
                 model.set_requires_gradient_sync(index == case.accumulation - 1)
-            loss = model(**part, num_items_in_batch=torch.tensor(total)).loss
+            loss = model(**own_parts[index], num_items_in_batch=torch.tensor(total)).loss
             (loss * data_parallel_size).backward()
-            loss_of_step += loss.item()
-        losses.append(loss_of_step)
+            return loss.item()
+
+        def accumulate(backward: Callable[[int], float] = backward) -> float:
+            indices = range(case.accumulation)
+            return sum(run_micro_batch(functools.partial(backward, index)) for index in indices)
+
+        losses.append(run_step(accumulate))
         if step == 0:
             gradients = parts_of({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         norms.append(float(clip_grad_norm_(model.parameters(), MAX_NORM)))
         optimizer.step()
         optimizer.zero_grad()
     parameters = parts_of(dict(model.named_parameters()))  # before a forward without backward gathers them
-    losses.append(evaluation_loss(model, parts[first : first + case.accumulation], total))
+    losses.append(evaluation_loss(model, own_parts, total))
     return Trained(losses, norms, gradients, parameters)
 
 

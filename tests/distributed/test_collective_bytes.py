@@ -1,5 +1,7 @@
 """Every collective that a layer runs, with its bytes, is the one that its formula says, forward and backward."""
 
+import contextlib
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,7 @@ from ted_cases import CONFIGS, CollectiveCounter, Log, write_models
 from torch import Tensor
 
 from hf_moe_ted import TedPlugin, ZCodeM3ForConditionalGeneration
+from hf_moe_ted.distributed.bounded_exchange import bounded_expert_load
 from hf_moe_ted.distributed.collectives import even_shares
 from hf_moe_ted.distributed.parallelize import LAYERS_PER_UNIT
 from hf_moe_ted.testing import run_distributed_test
@@ -18,7 +21,7 @@ from hf_moe_ted.testing import run_distributed_test
 WORLD, NUM_EXPERTS, TOP_K, WIDTH, FFN, VOCAB = 4, 4, 2, 32, 64, 96
 FLOAT, INT64 = 4, 8
 NUM_TOKENS = 21  # which neither tensor-parallel ranks nor chunks divide evenly
-CAPACITY = 20  # of each expert, for layouts that pad to it
+MANY = 10**6  # a capacity that changes nothing
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Layout:
     drops_duplicates: bool = True
     chunks: int = 1
     pads: bool = False
+    bound: float | None = None
+    capacity: int = MANY
 
     def plugin(self, **more: Any) -> TedPlugin:
         return TedPlugin(
@@ -46,6 +51,11 @@ class Layout:
         """Ranks that hold the same tokens and send each another part of them."""
         return self.tp if self.drops_duplicates or self.etp == 1 else self.tp // self.etp
 
+    @property
+    def shares_queues(self) -> bool:
+        """Whether those ranks share the queues of the experts, and not the tokens."""
+        return self.pads or (self.bound is not None and self.capacity < MANY and self.num_shares > 1)
+
 
 LAYOUTS = {
     "ep4": Layout(ep=4),
@@ -58,11 +68,20 @@ LAYOUTS = {
     "tp4, etp2 x ep2": Layout(tp=4, ep=2, etp=2),
     "tp4, etp2 x ep2, all sent": Layout(tp=4, ep=2, etp=2, drops_duplicates=False),
     "tp4, etp1 x ep4": Layout(tp=4, ep=4),
-    "ep4, padded": Layout(ep=4, pads=True),
-    "tp2 x ep2, padded": Layout(tp=2, ep=2, etp=2, pads=True),
-    "tp2 x ep2, padded, all sent": Layout(tp=2, ep=2, etp=2, drops_duplicates=False, pads=True),
-    "tp4, etp1 x ep4, padded": Layout(tp=4, ep=4, pads=True),
+    "ep4, padded": Layout(ep=4, pads=True, capacity=20),
+    "tp2 x ep2, padded": Layout(tp=2, ep=2, etp=2, pads=True, capacity=20),
+    "tp2 x ep2, padded, all sent": Layout(tp=2, ep=2, etp=2, drops_duplicates=False, pads=True, capacity=20),
+    "tp4, etp1 x ep4, padded": Layout(tp=4, ep=4, pads=True, capacity=20),
+    "ep4, bounded": Layout(ep=4, bound=1.5),
+    "ep4, bounded in 2 chunks": Layout(ep=4, bound=1.5, chunks=2),
+    "tp2 x ep2, bounded": Layout(tp=2, ep=2, etp=2, bound=1.5),
+    "tp2 x ep2, bounded, all sent": Layout(tp=2, ep=2, etp=2, drops_duplicates=False, bound=1.5),
+    "tp4, etp1 x ep4, bounded": Layout(tp=4, ep=4, bound=1.5),
+    # a capacity that is less than the bound
+    "ep4, bounded, capacity": Layout(ep=4, bound=4.0, capacity=20),
+    "tp2 x ep2, bounded, capacity": Layout(tp=2, ep=2, etp=2, bound=4.0, capacity=20),
 }
+CHECKPOINTED = ("tp2 x ep2", "ep4", "ep4, bounded")
 CHECKPOINTING = (None, "full", "communication-aware")
 
 
@@ -87,9 +106,10 @@ def count_experts(folder: str, layout: Layout) -> tuple[Log, Log]:
     load = ZCodeM3ForConditionalGeneration.from_pretrained
     model: Any = load(folder, distributed_config=layout.plugin().distributed_config, capacity_factor=1.0)
     experts = model.model.encoder.layers[1].ffn.experts
-    experts.max_tokens_per_expert = lambda num_tokens: CAPACITY
+    experts.max_tokens_per_expert = lambda num_tokens: layout.capacity
     inputs = inputs_of(dist.get_rank() // layout.tp)
-    return count(lambda: experts(*inputs))
+    with bounded_expert_load(model, layout.bound) if layout.bound else contextlib.nullcontext():
+        return count(lambda: experts(*inputs))
 
 
 def count_blocks(folder: str) -> dict[str, tuple[Log, Log]]:
@@ -122,16 +142,31 @@ def count_model(folder: str, layout: Layout, checkpointing: str | None, **option
     if checkpointing is not None:
         model.activation_checkpointing_enable(plugin.activation_checkpointing_kwargs)
     ids = torch.randint(5, VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
-    model(input_ids=ids, labels=ids).loss.backward()
-    return count(lambda: model(input_ids=ids, labels=ids).loss)
+    with bounded_expert_load(model, layout.bound) if layout.bound else contextlib.nullcontext():
+        model(input_ids=ids, labels=ids).loss.backward()
+        return count(lambda: model(input_ids=ids, labels=ids).loss)
+
+
+def count_overflow(folder: str) -> Log:
+    """What a bounded step runs more than another, whose rows are as many."""
+    load = ZCodeM3ForConditionalGeneration.from_pretrained
+    model: Any = load(folder, distributed_config=LAYOUTS["ep4"].plugin().distributed_config)
+    experts = model.model.encoder.layers[1].ffn.experts
+    with bounded_expert_load(model, 4.0) as overflow, CollectiveCounter() as counter:
+        for batch in range(2):
+            experts(*inputs_of(batch))
+        before = counter.log.copy()
+        overflow.any_rank()
+    return counter.log - before
 
 
 def count_all(folder: str) -> dict[Any, Any]:
     results: dict[Any, Any] = {name: count_experts(folder, layout) for name, layout in LAYOUTS.items()}
     results["blocks"] = count_blocks(folder)
-    for name in ("tp2 x ep2", "ep4"):
+    for name in CHECKPOINTED:
         for checkpointing in CHECKPOINTING:
             results[name, checkpointing] = count_model(folder, LAYOUTS[name], checkpointing)
+    results["overflow"] = count_overflow(folder)
     results["zero 3"] = count_model(folder, LAYOUTS["ep4"], None, zero_stage=3)
     return results
 
@@ -150,8 +185,12 @@ def log_of(**counts: list[int]) -> Log:
 
 def rows_to(layout: Layout, source: int, chunk: int) -> list[int]:
     """Rows that a rank sends to each rank of its expert-parallel group."""
-    if layout.pads:
-        return [NUM_EXPERTS // layout.ep * CAPACITY // layout.num_shares] * layout.ep
+    if layout.shares_queues:
+        return [NUM_EXPERTS // layout.ep * math.ceil(layout.capacity / layout.num_shares)] * layout.ep
+    if layout.bound:  # the share of the first rank, and the first chunk of it, are the longest
+        num_slots = even_shares(even_shares(NUM_TOKENS, layout.num_shares)[0], layout.chunks)[0] * TOP_K
+        bound = math.ceil(layout.bound * num_slots / layout.ep)
+        return [min(bound, num_slots, NUM_EXPERTS // layout.ep * layout.capacity)] * layout.ep
     _, ids, _ = inputs_of(source // layout.tp)
     share = source % layout.tp if layout.num_shares == layout.tp else source % layout.tp // layout.etp
     ids = ids.split(even_shares(NUM_TOKENS, layout.num_shares))[share]
@@ -174,8 +213,8 @@ def expected_of_experts(layout: Layout, rank: int) -> tuple[Log, Log]:
         return log_of(all_reduce=[tokens]), log_of(all_reduce=[tokens, weights])
     row = WIDTH * FLOAT
     sizes = layout.chunks * NUM_EXPERTS * INT64  # how many rows go to which expert
-    if layout.pads:
-        sizes += layout.ep * INT64  # and the capacity, which must be equal
+    if layout.pads or layout.bound:
+        sizes += layout.ep * INT64  # and the rows for each, which must be equal
     drops_duplicates = layout.drops_duplicates and layout.etp > 1
     rows, gathers, reductions, sums = [], [], [], []
     for chunk in range(layout.chunks):
@@ -196,8 +235,8 @@ def expected_of_experts(layout: Layout, rank: int) -> tuple[Log, Log]:
         elements = NUM_EXPERTS // layout.ep * (2 * WIDTH * FFN + FFN + WIDTH) * layout.ep * layout.tp // WORLD
         forward["c10d._allgather_base_", elements * FLOAT] += 1
         backward["c10d._reduce_scatter_base_", elements * FLOAT * WORLD // layout.ep] += 1
-    if layout.num_shares > 1 and layout.pads:  # experts' queues are shared, not tokens
-        share = NUM_EXPERTS * CAPACITY // layout.num_shares
+    if layout.num_shares > 1 and layout.shares_queues:
+        share = sum(rows_to(layout, rank, 0))
         forward += log_of(all_gather_into_tensor=[share * row])
         backward += log_of(all_gather_into_tensor=[share * row])
     elif layout.num_shares > 1:
@@ -211,6 +250,11 @@ def expected_of_experts(layout: Layout, rank: int) -> tuple[Log, Log]:
 def test_experts(by_rank: list[dict[Any, Any]], name: str) -> None:
     for rank, results in enumerate(by_rank):
         assert results[name] == expected_of_experts(LAYOUTS[name], rank)
+
+
+def test_overflow_takes_one_collective_of_a_number(by_rank: list[dict[Any, Any]]) -> None:
+    for results in by_rank:
+        assert results["overflow"] == log_of(all_reduce=[FLOAT])
 
 
 @pytest.mark.parametrize(("name", "size"), [("tp2 x ep2", 2), ("tp4, etp2 x ep2", 2), ("tp2 x ep2, padded", 2)])
@@ -251,7 +295,7 @@ def test_dense_blocks(by_rank: list[dict[Any, Any]]) -> None:
         assert results["blocks"] == expected
 
 
-@pytest.mark.parametrize("name", ["tp2 x ep2", "ep4"])
+@pytest.mark.parametrize("name", CHECKPOINTED)
 def test_communication_aware_checkpointing_repeats_none(by_rank: list[dict[Any, Any]], name: str) -> None:
     for results in by_rank:
         forward, backward = results[name, None]
@@ -261,7 +305,7 @@ def test_communication_aware_checkpointing_repeats_none(by_rank: list[dict[Any, 
         repeated = full_backward - backward
         assert full_backward == backward + repeated  # nothing is left out
         functional = Counter({key: n for key, n in forward.items() if key[0].startswith("_c10d_functional")})
-        if name == "ep4":
+        if name != "tp2 x ep2":
             assert repeated == functional
         else:  # embedding and loss are in no layer, and recomputing stops before the last sum of each
             assert repeated < functional

@@ -88,6 +88,9 @@ EIGHT = {
     ),
     "tp2 x ep4": Case({"tensor_parallel_size": 2, "expert_parallel_size": 4}, model="dropping"),
     "tp4, etp2 x ep2 x edp2, padded": Case(FOLDED | PADDED, model="dropping"),
+    "tp4, etp2 x ep2 x edp2, bounded": Case(
+        FOLDED, model="top2", checkpointing="communication-aware", accumulation=2, load_bound=2.0
+    ),
     "ep4 x edp2, a rank without tokens": Case(EP4, model="skewed", data="idle"),
 }
 CASES = FOUR | EIGHT

@@ -38,16 +38,15 @@ class ExpertLoadOverflow:
                 f"tokens; {EXPERT_LOAD_BOUND} is the default"
             )
         self.bound = bound
-        self._peak: Tensor | None = None  # float32[]
+        self._peaks: list[Tensor] = []  # float32[] each; not their maximum, as recomputation runs the same operations
 
     def max_rows(self, num_slots: int, num_ranks: int) -> int:
         """Rows for each of `num_ranks` ranks, of which one may get all slots; at least one."""
         return max(1, min(math.ceil(self.bound * num_slots / num_ranks), num_slots))
 
     def note(self, num_slots_P: Tensor, max_rows: int) -> None:
-        """Note integer[P], the slots that each rank should get, and the rows that there are for each."""
-        peak = num_slots_P.max().float() / max_rows
-        self._peak = peak if self._peak is None else torch.maximum(self._peak, peak)
+        """Note the slots that each rank should get, integer[..., P], and the rows that there are for each."""
+        self._peaks.append(num_slots_P.max().float() / max_rows)
 
     def peak(self) -> Tensor:
         """float32[], the largest load on any rank so far, in parts of the rows that there were for it.
@@ -55,10 +54,10 @@ class ExpertLoadOverflow:
         Above 1 if slots were left behind, exactly; 0 if no tokens go between ranks. A collective over all ranks of the
         job, which may call it in a graph, behind backward.
         """
-        if self._peak is None:
+        if not self._peaks:
             return torch.zeros(())
         world: Any = dist.group.WORLD
-        return max_over(self._peak, world)
+        return max_over(torch.stack(self._peaks).max(), world)
 
     def any_rank(self) -> Tensor:
         """bool[], whether any rank left slots behind, in any layer; the same on all ranks. A collective, as `peak`."""
