@@ -47,7 +47,9 @@ class Routing:
 
     def num_tokens_per_expert(self) -> Tensor:
         """int64[num_experts], tokens that each expert computes."""
-        return torch.bincount(self.expert_ids.flatten(), minlength=self.num_experts + 1)[: self.num_experts]
+        ids = self.expert_ids.flatten()
+        # not `bincount`, which waits for the device and breaks compiled graphs
+        return ids.new_zeros(self.num_experts + 1).scatter_add_(0, ids, torch.ones_like(ids))[: self.num_experts]
 
     def dropped_share(self) -> Tensor:
         """float32 scalar, the share of the chosen slots of real tokens that no expert computes."""
