@@ -32,11 +32,8 @@ def make_layer(expert_map: tuple[int, ...], implementation: str = "eager", **ove
 
 
 def route(layer: ZCodeM3MoELayer, hidden: Tensor) -> tuple[Tensor, Routing]:
-    routings: list[Routing] = []
-    hook = layer.router.register_forward_hook(lambda module, args, output: routings.append(output[1]))
-    output = layer(hidden.unsqueeze(0)).squeeze(0)
-    hook.remove()
-    return output, routings[0]
+    output, routing = layer(hidden.unsqueeze(0))
+    return output.squeeze(0), routing
 
 
 def inputs() -> Tensor:

@@ -78,6 +78,21 @@ def test_compiled_training_step_equals_eager(implementation):
         torch.testing.assert_close(gradient, expected[1][name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("with_checkpointing", [False, True])
+@pytest.mark.parametrize("implementation", ["zcode_grouped", "zcode_fused"])
+def test_each_layer_compiles_as_one_graph_in_training(implementation, with_checkpointing):
+    model, batch = model_and_batch(capacity_factor=1.0, token_drop_policy="position")
+    expected = loss_and_gradients(model, batch, implementation, enabled=False)
+    if with_checkpointing:
+        model.activation_checkpointing_enable()
+    for layer in [*model.model.encoder.layers, *model.model.decoder.layers]:
+        layer.compile(fullgraph=True)  # an error at the first graph break
+    loss, gradients = loss_and_gradients(model, batch, implementation, enabled=False)
+    torch.testing.assert_close(loss, expected[0])
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[1][name], rtol=1e-3, atol=1e-5, msg=name)
+
+
 def test_training_steps_of_a_cuda_graph_equal_eager_ones():
     losses = {}
     for as_graph in (False, True):

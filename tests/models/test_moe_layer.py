@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from hf_moe_ted import ZCodeM3Config
 from hf_moe_ted.models.losses import load_balancing_loss, router_z_loss
 from hf_moe_ted.models.moe_layer import ZCodeM3DenseFFN, ZCodeM3MoELayer
-from hf_moe_ted.models.router import Routing
 from hf_moe_ted.testing import tiny_config
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm", "zcode_grouped")
@@ -44,14 +43,6 @@ def _inputs(padding: str | None, seed: int = 1) -> tuple[Tensor, Tensor | None]:
     lengths = torch.tensor([7, 3, 5]).unsqueeze(1)
     positions = torch.arange(LENGTH)
     return hidden, positions < lengths if padding == "right" else positions >= LENGTH - lengths
-
-
-def _run(layer: ZCodeM3MoELayer, hidden: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Routing]:
-    routings: list[Routing] = []
-    hook = layer.router.register_forward_hook(lambda module, args, output: routings.append(output[1]))
-    output = layer(hidden, mask)
-    hook.remove()
-    return output, routings[0]
 
 
 # --- the reference
@@ -154,7 +145,7 @@ def test_layer_equals_dense_reference(
 
     torch.manual_seed(5)
     inputs = hidden.clone().requires_grad_()
-    output, routing = _run(layer, inputs, mask)
+    output, routing = layer(inputs, mask)
     aux_loss = load_balancing_loss(routing.logits, routing.choices, routing.token_mask)
     z_loss = router_z_loss(routing.logits, routing.token_mask)
     output_TD = output.view(-1, D_MODEL)
@@ -199,7 +190,7 @@ def test_every_expert_has_a_gradient_and_it_is_zero_without_tokens(implementatio
     with torch.no_grad():
         layer.router.bias.copy_(torch.tensor([0.0, 0.0, -100.0, 0.0]))
     hidden, _ = _inputs(None)
-    output, routing = _run(layer, hidden)
+    output, routing = layer(hidden)
     (output * torch.randn_like(output)).sum().backward()
     num_tokens = routing.num_tokens_per_expert()
     assert (num_tokens > 0).tolist() == [True, True, False, True]
@@ -213,7 +204,7 @@ def test_router_learns_from_the_output_only_if_a_weight_depends_on_it() -> None:
     """With one expert per token, normalised weights are 1: only the router losses train the router then."""
     for normalize, learns in ((None, True), ("after_dropping", False)):
         layer = _layer(_config(normalize_router_weights=normalize, capacity_factor=None))
-        (layer(_inputs(None)[0]) ** 2).sum().backward()
+        (layer(_inputs(None)[0])[0] ** 2).sum().backward()
         assert (layer.router.weight.grad.abs().max() > 1e-3) == learns
 
 
@@ -221,7 +212,7 @@ def test_router_learns_from_the_output_only_if_a_weight_depends_on_it() -> None:
 def test_dropped_and_padding_tokens_get_zeros(implementation: str) -> None:
     layer = _layer(_config(implementation, capacity_factor=0.5, min_capacity=0, token_drop_policy="position"))
     hidden, mask = _inputs("right")
-    output, routing = _run(layer, hidden, mask)
+    output, routing = layer(hidden, mask)
     skipped = (routing.expert_ids == NUM_EXPERTS).view(BATCH, LENGTH)
     assert (skipped & mask).any(), "a token is dropped"
     assert skipped[~mask].all()
@@ -236,8 +227,8 @@ def test_padding_changes_nothing_for_real_tokens(implementation: str, padding: s
     config = _config(implementation, capacity_factor=0.7, min_capacity=0, token_drop_policy="position")
     layer = _layer(config)
     hidden, mask = _inputs(padding)
-    output, routing = _run(layer, hidden, mask)
-    alone, alone_routing = _run(layer, hidden[mask].unsqueeze(0))
+    output, routing = layer(hidden, mask)
+    alone, alone_routing = layer(hidden[mask].unsqueeze(0))
     torch.testing.assert_close(output[mask], alone[0])
     assert alone_routing.dropped_share() > 0
     torch.testing.assert_close(routing.dropped_share(), alone_routing.dropped_share())
@@ -251,14 +242,14 @@ def test_padding_changes_nothing_for_real_tokens(implementation: str, padding: s
         torch.testing.assert_close(loss, alone_loss)
 
     noisy = torch.where(mask.unsqueeze(-1), hidden, 100.0 * torch.randn_like(hidden))
-    torch.testing.assert_close(layer(noisy, mask), output)
+    torch.testing.assert_close(layer(noisy, mask)[0], output)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_batch_of_padding_only(implementation: str) -> None:
     layer = _layer(_config(implementation, capacity_factor=1.0, num_experts_per_tok=2))
     hidden = _inputs(None)[0].requires_grad_()
-    output = layer(hidden, torch.zeros(BATCH, LENGTH, dtype=torch.bool))
+    output, _ = layer(hidden, torch.zeros(BATCH, LENGTH, dtype=torch.bool))
     assert output.count_nonzero() == 0
     (output * torch.randn_like(output)).sum().backward()
     for gradient in [hidden.grad, *(parameter.grad for parameter in layer.parameters())]:
@@ -269,9 +260,9 @@ def test_batch_of_padding_only(implementation: str) -> None:
 def test_evaluation_does_not_depend_on_the_other_tokens() -> None:
     layer = _layer(_config(capacity_factor=0.5, min_capacity=0)).eval()
     hidden, _ = _inputs(None)
-    together = layer(hidden)
+    together, _ = layer(hidden)
     for sentence in range(BATCH):
-        torch.testing.assert_close(layer(hidden[sentence : sentence + 1]), together[sentence : sentence + 1])
+        torch.testing.assert_close(layer(hidden[sentence : sentence + 1])[0], together[sentence : sentence + 1])
 
 
 def test_experts_see_the_input_without_jitter() -> None:
@@ -281,7 +272,7 @@ def test_experts_see_the_input_without_jitter() -> None:
     layer.experts.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     hidden, _ = _inputs(None)
     before = hidden.clone()
-    _, routing = _run(layer, hidden)
+    _, routing = layer(hidden)
     assert not torch.equal(routing.logits, hidden.view(-1, D_MODEL) @ layer.router.weight.T + layer.router.bias)
     assert torch.equal(seen[0], before.view(-1, D_MODEL))
     assert torch.equal(hidden, before)
@@ -291,10 +282,10 @@ def test_experts_see_the_input_without_jitter() -> None:
 def test_half_precision_layer_keeps_its_dtype_and_the_values(implementation: str) -> None:
     layer = _layer(_config(implementation, num_experts_per_tok=2, capacity_factor=None)).bfloat16()
     hidden = _inputs(None)[0].bfloat16()
-    output, routing = _run(layer, hidden)
+    output, routing = layer(hidden)
     assert output.dtype == torch.bfloat16
     assert routing.weights.dtype == torch.float32
-    expected = layer.float()(hidden.float())
+    expected, _ = layer.float()(hidden.float())
     torch.testing.assert_close(output.float(), expected, atol=0.05, rtol=0.05)
 
 
@@ -302,13 +293,13 @@ def test_half_precision_layer_keeps_its_dtype_and_the_values(implementation: str
 def test_residual_branch_is_mixed_in_by_learned_coefficients(implementation: str) -> None:
     layer = _layer(_config(implementation, use_residual=True, capacity_factor=None))
     hidden, mask = _inputs("right")
-    output, _ = _run(layer, hidden, mask)
+    output, _ = layer(hidden, mask)
     residual, layer.residual = layer.residual, None
     assert residual is not None
     coefficients = (hidden @ residual.coefficient.weight.T + residual.coefficient.bias).softmax(dim=-1)
     mlp = residual.mlp
     dense = (hidden @ mlp.fc1.weight.T + mlp.fc1.bias).clamp(min=0) @ mlp.fc2.weight.T + mlp.fc2.bias
-    expected = layer(hidden, mask) * coefficients[..., :1] + dense * coefficients[..., 1:]
+    expected = layer(hidden, mask)[0] * coefficients[..., :1] + dense * coefficients[..., 1:]
     torch.testing.assert_close(output, expected)
 
 
@@ -322,11 +313,11 @@ def test_expert_output_masking(implementation: str) -> None:
     plain.load_state_dict(layer.state_dict())
     hidden = torch.randn(1, 2000, D_MODEL)
 
-    torch.testing.assert_close(layer.eval()(hidden), plain.eval()(hidden) * (1 - probability))
+    torch.testing.assert_close(layer.eval()(hidden)[0], plain.eval()(hidden)[0] * (1 - probability))
 
-    _, routing = _run(plain, hidden)
+    _, routing = plain(hidden)
     torch.manual_seed(5)
-    output = layer.train()(hidden)
+    output, _ = layer.train()(hidden)
     torch.manual_seed(5)
     kept_TK = torch.rand(2000, 2) >= probability
     assert kept_TK.float().mean().item() == pytest.approx(1 - probability, abs=0.03)
@@ -365,7 +356,7 @@ def test_a_change_of_the_config_acts(field: str) -> None:
 
     def output(layer: ZCodeM3MoELayer) -> Tensor:
         torch.manual_seed(1)
-        return layer(torch.randn(3, 9, 32))
+        return layer(torch.randn(3, 9, 32))[0]
 
     def layer(**overrides: Any) -> ZCodeM3MoELayer:
         torch.manual_seed(0)

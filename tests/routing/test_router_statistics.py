@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from callback_cases import LAYERS, SETTLED, Reporter, settled_trainer
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from hf_moe_ted import RouterStatisticsCallback, ZCodeM3ForConditionalGeneration
 from hf_moe_ted.models.losses import load_balancing_loss, router_z_loss
@@ -187,3 +187,23 @@ WRAPPED: dict[str, Any] = {
 def test_routers_of_wrapped_models(wrapped: Any) -> None:
     routers = sparse_routers(wrapped(ZCodeM3ForConditionalGeneration(tiny_config())))
     assert sorted(routers) == sorted(LAYERS) and {router.num_experts for router in routers.values()} == {4}
+
+
+def test_numbers_of_compiled_layers() -> None:
+    torch.manual_seed(0)
+    model: Any = ZCodeM3ForConditionalGeneration(tiny_config(router_noise_policy=None, token_drop_policy="position"))
+    batch = {"input_ids": torch.randint(3, 96, (3, 9)), "labels": torch.randint(3, 96, (3, 9))}
+    callback, numbers = RouterStatisticsCallback(), []
+    for _ in range(2):
+        handles = callback.watch(model, TrainingArguments("unused", use_cpu=True))
+        model.train()(**batch)
+        numbers.append(callback.numbers())
+        for handle in handles:
+            handle.remove()
+        torch.compiler.reset()
+        for layer in (*model.model.encoder.layers, *model.model.decoder.layers):
+            layer.compile(backend="eager")
+    torch.compiler.reset()
+    assert numbers[0].keys() == numbers[1].keys() and f"router/{LAYERS[0]}/entropy" in numbers[0]
+    for name, value in numbers[0].items():
+        assert numbers[1][name] == pytest.approx(value), name

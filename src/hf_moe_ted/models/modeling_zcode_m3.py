@@ -35,6 +35,7 @@ from .moe_layer import ZCodeM3DenseFFN, ZCodeM3MoELayer
 from .nllb_moe import weight_conversions
 from .outputs import (
     CACHE_NAME,
+    RouterOutputs,
     ZCodeM3ModelOutput,
     ZCodeM3Output,
     encoder_outputs_of,
@@ -45,11 +46,10 @@ from .parallel_plans import expert_parallel_plan, tensor_parallel_plan
 from .positions import (
     Tokens,
     ZCodeM3SinusoidalPositionalEmbedding,
-    ZCodeM3UntiedPositions,
     positional_embedding,
     tokens_of,
 )
-from .router import ZCodeM3Router
+from .router import Routing, ZCodeM3Router
 from .router_losses import router_losses
 from .structure import fixed_fields, refuse_changed_structure
 
@@ -81,9 +81,19 @@ def _feed_forward(config: ZCodeM3Config, side: Side, layer_idx: int) -> ZCodeM3D
 
 
 class ZCodeM3Layer(GradientCheckpointingLayer):
-    """What the layers of encoder and decoder share: a branch is added to the hidden states with dropout."""
+    """What the layers of encoder and decoder share: a branch is added to the hidden states with dropout.
+
+    A layer returns what its router decided, as hooks that record it would break the graph of a compiled layer.
+    """
 
     dropout = FieldOfConfig()
+    final_layer_norm: nn.LayerNorm
+    ffn: nn.Module
+
+    def _feed_forward(self, hidden_states: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Routing | None]:
+        output = self.ffn(self.final_layer_norm(hidden_states), token_mask)
+        branch, routing = output if isinstance(output, tuple) else (output, None)
+        return self._add(hidden_states, branch), routing
 
     def _add(self, hidden_states: Tensor, branch: Tensor) -> Tensor:
         return hidden_states + nn.functional.dropout(branch, p=self.dropout, training=self.training)
@@ -100,11 +110,15 @@ class ZCodeM3EncoderLayer(ZCodeM3Layer):
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None, token_mask: Tensor | None, **kwargs: Any
-    ) -> Tensor:
-        """hidden_states float[batch, length, d_model]; token_mask bool[batch, length], False for no expert."""
+    ) -> tuple[Tensor, Routing | None]:
+        """hidden_states float[batch, length, d_model]; token_mask bool[batch, length], False for no expert.
+
+        Returns:
+            float[batch, length, d_model], and of a sparse layer what its router decided.
+        """
         attended, _ = self.self_attn(self.self_attn_layer_norm(hidden_states), attention_mask, **kwargs)
         hidden_states = self._add(hidden_states, attended)
-        return self._add(hidden_states, self.ffn(self.final_layer_norm(hidden_states), token_mask))
+        return self._feed_forward(hidden_states, token_mask)
 
 
 class ZCodeM3DecoderLayer(ZCodeM3Layer):
@@ -127,7 +141,7 @@ class ZCodeM3DecoderLayer(ZCodeM3Layer):
         encoder_attention_mask: Tensor | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Routing | None]:
         """As the encoder's; encoder_hidden_states float[batch, source_length, d_model]."""
         attended, _ = self.self_attn(self.self_attn_layer_norm(hidden_states), attention_mask, cache=cache, **kwargs)
         hidden_states = self._add(hidden_states, attended)
@@ -140,7 +154,7 @@ class ZCodeM3DecoderLayer(ZCodeM3Layer):
                 **kwargs,
             )
             hidden_states = self._add(hidden_states, attended)
-        return self._add(hidden_states, self.ffn(self.final_layer_norm(hidden_states), token_mask))
+        return self._feed_forward(hidden_states, token_mask)
 
 
 class ZCodeM3PreTrainedModel(PreTrainedModel):
@@ -298,7 +312,7 @@ class ZCodeM3Stack(ZCodeM3PreTrainedModel):
                 f"sequence of {int(tokens.positions.max())} tokens is longer than max_position_embeddings ({limit}): "
                 "truncate it (truncation=True, max_length=...) or generate fewer tokens (max_new_tokens)"
             )
-        if not isinstance(self.embed_positions, ZCodeM3UntiedPositions):
+        if not self._has_untied_positions:
             inputs_embeds = inputs_embeds + self.embed_positions(tokens.positions).to(inputs_embeds)
         elif self.config._attn_implementation not in ("sdpa", "eager"):  # before a mask is made, which may compile
             raise ValueError(
@@ -309,12 +323,24 @@ class ZCodeM3Stack(ZCodeM3PreTrainedModel):
 
     def _add_untied_positions(self, attention_mask: Any, tokens: Tokens, is_causal: bool) -> Any:
         """The mask of self-attention; with untied positions, plus their scores."""
-        if not isinstance(self.embed_positions, ZCodeM3UntiedPositions):
+        if not self._has_untied_positions:
             return attention_mask
-        return self.embed_positions.add_to_mask(attention_mask, tokens, is_causal)
+        positions: Any = self.embed_positions
+        return positions.add_to_mask(attention_mask, tokens, is_causal)
+
+    @property
+    def _has_untied_positions(self) -> bool:
+        return self.config.position_embedding_type == "tupe"  # by the module's class not where it is compiled
 
     def _routed_mask(self, tokens: Tokens) -> Tensor | None:
         return tokens.mask if self.config.router_ignore_padding_tokens else None
+
+    def _through_layers(self, hidden_states: Tensor, *args: Any, collected: RouterOutputs, **kwargs: Any) -> Tensor:
+        """Hidden states behind the last layer and its LayerNorm: float[batch, length, d_model]."""
+        for layer in self.layers:
+            hidden_states, routing = layer(hidden_states, *args, **kwargs)
+            collected.keep(routing)
+        return self.layer_norm(hidden_states)
 
 
 class ZCodeM3Encoder(ZCodeM3Stack):
@@ -323,20 +349,20 @@ class ZCodeM3Encoder(ZCodeM3Stack):
     _can_record_outputs = {
         "hidden_states": ZCodeM3EncoderLayer,
         "attentions": ZCodeM3Attention,
-        "router_logits": OutputRecorder(ZCodeM3Router, index=0),
-        "routings": OutputRecorder(ZCodeM3Router, index=1),
     }
 
     def __init__(self, config: ZCodeM3Config):
         super().__init__(config, "encoder", [ZCodeM3EncoderLayer(config, i) for i in range(config.encoder_layers)])
 
+    @can_return_tuple
     @merge_with_config_defaults
-    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        output_router_logits: bool | None = None,
+        output_routings: bool = False,
         **kwargs: Any,
     ) -> MoEModelOutput:
         refuse_unknown_arguments(self, kwargs)
@@ -347,10 +373,21 @@ class ZCodeM3Encoder(ZCodeM3Stack):
             config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
         )
         self_attention_mask = self._add_untied_positions(self_attention_mask, tokens, is_causal=False)
-        routed_mask = self._routed_mask(tokens)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, self_attention_mask, routed_mask, **kwargs)
-        return MoEModelOutput(last_hidden_state=self.layer_norm(hidden_states))
+        collected = RouterOutputs(self.config, output_router_logits, output_routings)
+        output = self._run_layers(
+            hidden_states,
+            self_attention_mask,
+            self._routed_mask(tokens),
+            collected=collected,
+            return_dict=True,
+            **kwargs,
+        )
+        return collected.add_to(output)
+
+    @capture_outputs
+    def _run_layers(self, *args: Any, **kwargs: Any) -> MoEModelOutput:
+        """With hidden states and attentions if they are asked for, by hooks on the layers."""
+        return MoEModelOutput(last_hidden_state=self._through_layers(*args, **kwargs))
 
 
 class ZCodeM3Decoder(ZCodeM3Stack):
@@ -360,15 +397,13 @@ class ZCodeM3Decoder(ZCodeM3Stack):
         "hidden_states": ZCodeM3DecoderLayer,
         "attentions": OutputRecorder(ZCodeM3Attention, layer_name="self_attn", index=1),
         "cross_attentions": OutputRecorder(ZCodeM3Attention, layer_name="encoder_attn", index=1),
-        "router_logits": OutputRecorder(ZCodeM3Router, index=0),
-        "routings": OutputRecorder(ZCodeM3Router, index=1),
     }
 
     def __init__(self, config: ZCodeM3Config):
         super().__init__(config, "decoder", [ZCodeM3DecoderLayer(config, i) for i in range(config.decoder_layers)])
 
+    @can_return_tuple
     @merge_with_config_defaults
-    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -379,6 +414,8 @@ class ZCodeM3Decoder(ZCodeM3Stack):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
+        output_router_logits: bool | None = None,
+        output_routings: bool = False,
         **kwargs: Any,
     ) -> MoEModelOutputWithPastAndCrossAttentions:
         refuse_unknown_arguments(self, kwargs)
@@ -402,19 +439,25 @@ class ZCodeM3Decoder(ZCodeM3Stack):
             attention_mask=encoder_attention_mask,
             encoder_hidden_states=encoder_hidden_states,
         )
-        routed_mask = self._routed_mask(tokens)
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                self_attention_mask,
-                routed_mask,
-                encoder_hidden_states,
-                encoder_attention_mask=cross_attention_mask,
-                cache=cache,
-                **kwargs,
-            )
+        collected = RouterOutputs(self.config, output_router_logits, output_routings)
+        output = self._run_layers(
+            hidden_states,
+            self_attention_mask,
+            self._routed_mask(tokens),
+            encoder_hidden_states,
+            encoder_attention_mask=cross_attention_mask,
+            cache=cache,
+            collected=collected,
+            return_dict=True,
+            **kwargs,
+        )
+        return collected.add_to(output)
+
+    @capture_outputs
+    def _run_layers(self, *args: Any, cache: Cache | None, **kwargs: Any) -> MoEModelOutputWithPastAndCrossAttentions:
         returned: dict[str, Any] = {CACHE_NAME: cache}
-        return MoEModelOutputWithPastAndCrossAttentions(last_hidden_state=self.layer_norm(hidden_states), **returned)
+        last_hidden_state = self._through_layers(*args, cache=cache, **kwargs)
+        return MoEModelOutputWithPastAndCrossAttentions(last_hidden_state=last_hidden_state, **returned)
 
     def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache that a call writes, a new one if it has to."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .configuration_zcode_m3 import ZCodeM3Config
 from .experts import ActivationWithDropout, ZCodeM3Experts
 from .field_of_config import FieldOfConfig
-from .router import ZCodeM3Router
+from .router import Routing, ZCodeM3Router
 
 
 class ZCodeM3DenseFFN(nn.Module):
@@ -39,14 +39,15 @@ class ZCodeM3MoELayer(nn.Module):
         self.experts._is_expert_parallel = True
         self.residual = ZCodeM3ResidualBranch(config, ffn_dim) if config.use_residual else None
 
-    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Routing]:
         """
         Args:
             hidden_states: float[batch, length, d_model].
             token_mask: bool[batch, length], *optional*, False for tokens that go to no expert.
 
         Returns:
-            float[batch, length, d_model]; without a dense branch zeros for tokens that went to no expert.
+            float[batch, length, d_model], without a dense branch zeros for tokens that went to no expert, and what the
+            router decided.
         """
         tokens_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         mask_T = None if token_mask is None else token_mask.reshape(-1)
@@ -55,7 +56,7 @@ class ZCodeM3MoELayer(nn.Module):
         output_TD = self.experts(tokens_TD, routing.expert_ids, weights_TK)
         if self.residual is not None:
             output_TD = self.residual(tokens_TD, output_TD)
-        return output_TD.view_as(hidden_states)
+        return output_TD.view_as(hidden_states), routing
 
     def _mask_outputs(self, weights_TK: Tensor) -> Tensor:
         """Expert output masking (NLLB, https://huggingface.co/papers/2207.04672, section 6.2.1), on the weights."""

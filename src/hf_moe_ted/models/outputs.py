@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers.modeling_outputs import MoEModelOutput, Seq2SeqMoEModelOutput, Seq2SeqMoEOutput
 
+from .configuration_zcode_m3 import ZCodeM3Config
 from .router import Routing
 
 # transformers 5.24 renamed `past_key_values`, in arguments and in outputs
@@ -30,6 +31,33 @@ class ZCodeM3Output(Seq2SeqMoEOutput):
 
     encoder_routings: tuple[Routing, ...] | None = None
     decoder_routings: tuple[Routing, ...] | None = None
+
+
+class RouterOutputs:
+    """What the routers of an encoder or a decoder decide in a call, kept as far as the call asks for it.
+
+    Args:
+        config: says whether logits are asked for where the call does not.
+        output_router_logits, output_routings: of the call.
+    """
+
+    def __init__(self, config: ZCodeM3Config, output_router_logits: bool | None, output_routings: bool):
+        self.with_logits = config.output_router_logits if output_router_logits is None else output_router_logits
+        self.with_routings = output_routings
+        self._routings: list[Routing] = []
+
+    def keep(self, routing: Routing | None) -> None:
+        """Take what a layer returned, `None` of a dense one."""
+        if routing is not None and (self.with_logits or self.with_routings):
+            self._routings.append(routing)
+
+    def add_to(self, output: Any) -> Any:
+        """Put `router_logits` and `routings` behind the other fields of an output."""
+        if self.with_logits:
+            output["router_logits"] = tuple(routing.logits for routing in self._routings)
+        if self.with_routings:
+            output["routings"] = tuple(self._routings)
+        return output
 
 
 def encoder_outputs_of(encoder_outputs: Any) -> Any:
@@ -84,6 +112,7 @@ def output_with_head(
 
 __all__ = [
     "CACHE_NAME",
+    "RouterOutputs",
     "ZCodeM3ModelOutput",
     "ZCodeM3Output",
     "encoder_outputs_of",

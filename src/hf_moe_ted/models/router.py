@@ -48,7 +48,7 @@ class Routing:
     def num_tokens_per_expert(self) -> Tensor:
         """int64[num_experts], tokens that each expert computes."""
         ids = self.expert_ids.flatten()
-        # `bincount` waits for a GPU
+        # not `bincount`, which waits for the device and breaks compiled graphs
         return ids.new_zeros(self.num_experts + 1).scatter_add_(0, ids, torch.ones_like(ids))[: self.num_experts]
 
     def dropped_share(self) -> Tensor:

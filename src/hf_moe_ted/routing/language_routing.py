@@ -111,6 +111,7 @@ languages together do, 0 to 1, mean over the layers of a side |
     def _hook(self, layer: str) -> Any:
         side = layer.split(".")[0]
 
+        @torch.compiler.disable  # which would make a graph for each layer
         @torch.no_grad()
         def count(router: nn.Module, args: Any, output: tuple[Tensor, Routing]) -> None:
             if not router.training or side not in self._languages_of_batch:

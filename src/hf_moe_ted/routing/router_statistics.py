@@ -125,6 +125,7 @@ class RouterStatisticsCallback(RouterCallback):
 
     @staticmethod
     def _hook(watched: _Watched) -> Any:
+        @torch.compiler.disable  # which would make a graph for each layer
         @torch.no_grad()
         def add(router: nn.Module, args: Any, output: tuple[Tensor, Routing]) -> None:
             if router.training:
