@@ -21,10 +21,14 @@ def print_plan(sampler: TokenBudgetBatchSampler, config: ZCodeM3Config, args: Mu
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     draws = sampler.draws(0)[:, 0]
     print_mixture(sampler, draws)
-    tokens = int(sampler.lengths[draws].sum())
-    padded = num_batches * sampler.max_tokens_per_batch
+    statistics = sampler.statistics()
     print(f"\nan epoch: {num_batches:,} batches of up to {sampler.max_tokens_per_batch:,} tokens, ", end="")
-    print(f"{tokens:,} tokens that are no padding ({tokens / padded:.0%} of the batches)")
+    print(
+        f"{statistics.num_tokens:,} tokens that are no padding, {statistics.num_padded_tokens:,} with padding ", end=""
+    )
+    print(f"({statistics.padding_share:.1%})")
+    if sampler.signatures:
+        print(f"{statistics}\n")
     print(f"training: {steps:,} steps, {steps / steps_per_epoch:.2f} epochs, ", end="")
     print(f"{steps * args.gradient_accumulation_steps * sampler.max_tokens_per_batch:,} tokens at most")
     print_memory(config, args.max_tokens_per_batch)

@@ -9,7 +9,8 @@ fields by name, and `seeds` it is an experiment, whose runs are done one after a
 
 Fields on the command line override those of the recipe and its variants; `--variants`, `--seeds` select runs. A run
 goes on from its last checkpoint, if it saves any. `--dry_run` trains no model and prints for each variant the mixture,
-the tokens of each language, steps and memory. Files hold lines of lang, English and target, see `multitask_data.py`.
+the tokens of each language, steps, shapes of batches and memory. Files hold lines of lang, English and target, see
+`multitask_data.py`.
 
 Each run leaves `result.json` (losses over steps and seconds, numbers of the routers) and, with `max_test_samples`,
 `translations.json` in `output_dir/<variant>/seed_<seed>`.
@@ -196,8 +197,9 @@ def collator_of(run: Run, tokenizer: Any, model: Any = None) -> DataCollatorForM
     """The data collator of a run."""
     args = run.data
     noise = DenoisingNoise(args.mask_ratio, args.poisson_lambda, args.sentence_distance, args.word_dropout)
+    multiple = 8 if run.training.length_buckets is None else None
     return DataCollatorForMultitaskSeq2Seq(
-        tokenizer, model, noise=noise, max_length=args.max_length, pad_to_multiple_of=8
+        tokenizer, model, noise=noise, max_length=args.max_length, pad_to_multiple_of=multiple
     )
 
 
@@ -299,6 +301,8 @@ def main() -> None:
                 mixture=run.training.mixture(),
                 examples_per_epoch=run.training.examples_per_epoch,
                 seed=run.seed,
+                length_buckets=run.training.length_buckets,
+                max_signatures=run.training.max_signatures,
                 lengths=lengths_of(text, run, tokenizer),
             )
             print_plan(sampler, config_of(run, tokenizer), run.training)

@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from .cuda_graphs.trainer_mixin import CudaGraphsTrainerMixin as CudaGraphsTrainerMixin
     from .data.batch_sampler import TokenBudgetBatchSampler as TokenBudgetBatchSampler
     from .data.batch_sampler import token_lengths as token_lengths
+    from .data.batch_statistics import BatchStatistics as BatchStatistics
     from .data.collator import DataCollatorForMultitaskSeq2Seq as DataCollatorForMultitaskSeq2Seq
     from .data.denoising import DenoisingNoise as DenoisingNoise
+    from .data.length_buckets import propose_length_buckets as propose_length_buckets
     from .data.mixture import Mixture as Mixture
     from .data.multitask_dataset import MultitaskDataset as MultitaskDataset
     from .data.multitask_stream import MultitaskStream as MultitaskStream
@@ -96,6 +98,7 @@ except PackageNotFoundError:  # a source tree that is not installed
 _MODULE_OF_NAME = {
     "AggregationReport": "compression.report.compression_report",
     "ApiKeys": "serving.api_keys",
+    "BatchStatistics": "data.batch_statistics",
     "BatchedTranslator": "serving.batched_translator",
     "ConversionReport": "tensors.conversion_report",
     "CudaGraphArguments": "cuda_graphs.trainer_mixin",
@@ -163,6 +166,7 @@ _MODULE_OF_NAME = {
     "mount_page": "serving.page",
     "open_parallel_text": "evaluation.text_file",
     "parse_languages": "models.language_codes",
+    "propose_length_buckets": "data.length_buckets",
     "prune_experts": "compression.prune",
     "quantize_experts": "compression.quantize",
     "read_deepspeed_state_dict": "conversion.deepspeed.reader",

@@ -1,16 +1,30 @@
-"""Epochs of batches: budget, coverage, mixture, seeds; against a slow reference that pads."""
+"""Epochs of batches: budget, coverage, mixture, seeds, few shapes; against a slow reference that pads."""
 
+import lzma
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import skip_first_batches
+from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import DataLoader
 
-from hf_moe_ted import DataCollatorForMultitaskSeq2Seq, Mixture, MultitaskDataset, TokenBudgetBatchSampler
+from hf_moe_ted import (
+    DataCollatorForMultitaskSeq2Seq,
+    Mixture,
+    MultitaskDataset,
+    TokenBudgetBatchSampler,
+    ZCodeM3Tokenizer,
+    propose_length_buckets,
+)
 from hf_moe_ted.data.batch_sampler import batch_ends, token_lengths
 
 BUDGET = 160
+BUCKETS = [16, 24, 32, 48]
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def pairs(num_rows: int, tgt_lang: str, seed: int = 0) -> list[dict[str, str]]:
@@ -157,3 +171,142 @@ def test_what_holds_for_all_budgets(dataset: Any, collator: Any) -> None:
             assert len(batch) * of_batch.max(axis=0).sum() <= budget
         with pytest.raises(ValueError, match=rf"max_tokens_per_batch \({longest - 1}\) is less than the tokens of one"):
             TokenBudgetBatchSampler(dataset, collator, longest - 1, **options)
+
+
+def shapes_of(batches: Any) -> list[tuple[int, int, int]]:
+    """The shape of each batch of draws, which the draws say."""
+    lengths = [{draw.padded_lengths for draw in batch} for batch in batches]
+    assert all(len(of_batch) == 1 for of_batch in lengths)
+    return [(len(batch), *next(iter(of_batch))) for batch, of_batch in zip(batches, lengths, strict=True)]
+
+
+def sampler_of(dataset: Any, collator: Any, **options: Any) -> TokenBudgetBatchSampler:
+    return TokenBudgetBatchSampler(dataset, collator, BUDGET, **{"length_buckets": BUCKETS, **options})
+
+
+def test_few_shapes_are_those_of_the_tensors(dataset: Any, collator: Any) -> None:
+    sampler = sampler_of(dataset, collator)
+    tensors = list(DataLoader(dataset, batch_sampler=sampler, collate_fn=collator))
+    padded = 0
+    for batch, (rows, source, target) in zip(tensors, shapes_of(list(sampler)), strict=True):
+        assert batch["input_ids"].shape == batch["attention_mask"].shape == (rows, source)
+        assert batch["labels"].shape == (rows, target)
+        assert rows * (source + target) <= BUDGET
+        padded += rows * (source + target)
+    statistics = sampler.statistics()
+    counts = Counter(shapes_of(list(sampler)))
+    assert {shape.signature: shape.num_batches for shape in statistics.signatures + statistics.leftovers} == counts
+    assert statistics.num_padded_tokens == padded
+    assert statistics.num_tokens == sampler.lengths.sum()
+    assert len(statistics.signatures) <= len(sampler.signatures) <= 24
+    assert statistics.leftover_share < 0.2
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_ranks_have_the_same_shape_in_each_step(num_ranks: int, dataset: Any, collator: Any) -> None:
+    """By the shares that Accelerate makes."""
+    sampler = sampler_of(dataset, collator, data_parallel_size=num_ranks)
+    epochs = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        shards = [[*BatchSamplerShard(sampler, num_ranks, rank)] for rank in range(num_ranks)]
+        shapes = [shapes_of(shard) for shard in shards]
+        assert all(of_rank == shapes[0] for of_rank in shapes)
+        assert len(sampler) == num_ranks * len(shapes[0]) == len([*sampler])
+        drawn = [draw.example for shard in shards for batch in shard for draw in batch if draw.example is not None]
+        assert sorted(drawn) == [*range(len(dataset))]
+        epochs.append([[draw.example for draw in batch] for batch in shards[-1]])
+    assert epochs[0] != epochs[1] != epochs[2]
+    sampler.set_epoch(0)
+    again = [*BatchSamplerShard(sampler, num_ranks, num_ranks - 1)]
+    assert [[draw.example for draw in batch] for batch in again] == epochs[0]
+
+
+def test_more_ranks_than_examples(collator: Any) -> None:
+    dataset = MultitaskDataset(pairs(2, "de"))
+    sampler = sampler_of(dataset, collator, data_parallel_size=3)
+    batches = list(sampler)
+    assert len({*shapes_of(batches)}) == 1 and len(batches) == 3
+    assert sorted(str(draw.example) for batch in batches for draw in batch) == ["0", "1", "None"]
+    only_padding = next(batch for batch in batches if batch[0].example is None)
+    assert (collator(dataset.__getitems__(only_padding))["labels"] == -100).all()
+
+
+def test_shapes_stay_over_epochs_and_mixtures(dataset: Any, collator: Any) -> None:
+    mixture = Mixture(50.0, temperature_warmup_epochs=2)
+    sampler = sampler_of(dataset, collator, mixture=mixture, data_parallel_size=2)
+    assert {len(epoch_of(sampler, epoch)) for epoch in range(4)} == {len(sampler)}
+    assert len({len(sampler._batches_of(epoch)) for epoch in range(4)}) > 1
+    assert sampler.signatures == sampler_of(dataset, collator, mixture=mixture, data_parallel_size=2).signatures
+    for epoch in range(4):
+        used = [shape.signature for shape in sampler.statistics(epoch).signatures]
+        assert {*used} <= {*sampler.signatures}
+        shapes = shapes_of(epoch_of(sampler, epoch))
+        assert shapes[::2] == shapes[1::2]
+
+
+def test_skipping_batches_goes_on_with_the_next(dataset: Any, collator: Any) -> None:
+    loader = DataLoader(dataset, batch_sampler=sampler_of(dataset, collator), collate_fn=collator)
+    expected = list(loader)
+    for batch, other in zip(skip_first_batches(loader, 5), expected[5:], strict=True):
+        assert all(torch.equal(batch[name], other[name]) for name in other)
+
+
+def test_real_text() -> None:
+    """Padding, shapes, and that batches are of several languages."""
+    with lzma.open(EXAMPLES / "data" / "chromium_l10n.train.tsv.xz", "rt", encoding="utf-8") as file:
+        rows = [line.rstrip("\n").split("\t") for line in file][1:]
+    tokenizer = ZCodeM3Tokenizer.from_pretrained(EXAMPLES / "checkpoints" / "zcode_m3_demo")
+    known = [row for row in rows[::24] if row[0] in tokenizer.languages]
+    text = [{"source": row[1], "target": row[2], "src_lang": "en", "tgt_lang": row[0]} for row in known]
+    dataset = MultitaskDataset(text, both_directions=True)
+    collator = DataCollatorForMultitaskSeq2Seq(tokenizer, max_length=128)
+    lengths = token_lengths(dataset, collator)
+    options: dict[str, Any] = {"lengths": lengths, "data_parallel_size": 2}
+    by_hand, proposed = (
+        TokenBudgetBatchSampler(dataset, collator, 512, length_buckets=buckets, **options)
+        for buckets in ([16, 32, 64, 128], propose_length_buckets(lengths))
+    )
+    assert proposed.statistics().padding_share < 0.2 < by_hand.statistics().padding_share
+    assert len(proposed.signatures) <= 24
+    assert proposed.statistics().leftover_share < 0.03
+    languages = [
+        {dataset.components[dataset.component_numbers[draw.example]] for draw in batch if draw.example is not None}
+        for batch in proposed
+    ]
+    assert np.mean([len(of_batch) for of_batch in languages]) > 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"length_buckets": [16, 20]}, r"length_buckets ends at 20, and a text has \d+ tokens"),
+        ({"length_buckets": [18, 64]}, r"length_buckets \(\[18\]\) must be multiples of pad_to_multiple_of \(4\)"),
+        ({"length_buckets": [16, 160]}, r"max_tokens_per_batch \(160\) is less than the tokens of one example, 320"),
+        ({"length_buckets": [64, 32]}, r"length_buckets \(\[64, 32\]\) must be in ascending order"),
+        ({"max_signatures": 0}, r"max_signatures \(0\) must be at least 1"),
+        ({"data_parallel_size": 0}, r"data_parallel_size \(0\) must be at least 1"),
+    ],
+)
+def test_bad_buckets(options: dict[str, Any], message: str, dataset: Any, collator: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        sampler_of(dataset, collator, **options)
+
+
+def test_buckets_beyond_the_positions_of_the_model(dataset: Any, tokenizer: Any) -> None:
+    model: Any = torch.nn.Module()
+    model.config = type("Config", (), {"max_position_embeddings": 48})
+    collator = DataCollatorForMultitaskSeq2Seq(tokenizer, model)
+    with pytest.raises(
+        ValueError, match=r"length_buckets pads a text of \d+ tokens to 56, and the model has positions"
+    ):
+        sampler_of(dataset, collator, length_buckets=[16, 56], lengths=np.full((len(dataset), 2), 40))
+    assert sampler_of(dataset, collator, length_buckets=[16, 48, 56], lengths=np.full((len(dataset), 2), 40))
+
+
+def test_lengths_of_another_collator_are_noticed(dataset: Any, collator: Any) -> None:
+    sampler = sampler_of(dataset, collator, lengths=np.full((len(dataset), 2), 5))
+    with pytest.raises(
+        ValueError, match=r"input_ids of an example has \d+ tokens in a batch of 16; token_lengths must"
+    ):
+        list(DataLoader(dataset, batch_sampler=sampler, collate_fn=collator))

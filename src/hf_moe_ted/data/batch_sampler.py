@@ -1,18 +1,22 @@
 """TokenBudgetBatchSampler: epochs of a multitask mixture, in batches of similar length with a budget of tokens."""
 
-from collections.abc import Iterator
-from itertools import chain
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
 
+from .batch_statistics import BatchStatistics, batch_statistics
+from .bucketed_batches import PADDING, Batch, bucketed_batches
 from .collator import DataCollatorForMultitaskSeq2Seq
+from .length_buckets import MAX_SIGNATURES, BatchSignature, choose_signatures
 from .mixture import Mixture, apportion
 from .multitask_dataset import Draw, MultitaskDataset
 from .number_checks import require_integer
 from .progress import progress_bar
+from .token_budget import batch_ends, batches_by_length, checked_buckets, padded_lengths
 
-_CHUNK = 10_000  # examples that are tokenized at once, or whose lengths are Python numbers at once
+_CHUNK = 10_000  # examples that are tokenized at once
 
 
 class TokenBudgetBatchSampler(Sampler[list[Draw]]):
@@ -22,6 +26,11 @@ class TokenBudgetBatchSampler(Sampler[list[Draw]]):
     all its examples in a random order before one comes again, from one epoch to the next, too; with a temperature of 1
     and no weights every example comes once per epoch. Examples of similar lengths make a batch and batches come in
     random order.
+
+    With `length_buckets` batches have few shapes, the `signatures`: each a fixed number of rows, and lengths that are
+    buckets, which the collator pads to. They are chosen so that padding is least, for all epochs and with the mixture
+    after its warmup. In each run of `data_parallel_size` batches, one per rank, all have the same shape. What is over
+    at the end of an epoch, and few long texts, are in batches of other shapes, where a rank may have a row of padding.
 
     All of it follows from `seed` and the epoch, so that skipping batches resumes exactly, noise included. Every epoch
     has as many batches as the first: what later ones have more (with a temperature, as lengths differ) is left out, and
@@ -37,11 +46,15 @@ class TokenBudgetBatchSampler(Sampler[list[Draw]]):
         mixture: how often components are drawn.
         examples_per_epoch: by default those of the dataset.
         seed: of everything random.
+        length_buckets: lengths in tokens, ascending, that sources and targets are padded to; by default to the longest
+            of a batch.
+        max_signatures: shapes that batches have at most with `length_buckets`, but for those that are left over.
+        data_parallel_size: ranks that the batches are spread over, for `length_buckets`.
         lengths: int[len(dataset), 2], what `token_lengths` counts, which it does if they are not given.
 
     Raises:
-        ValueError: a budget that is less than the longest example, an epoch without examples, lengths that are none, or
-            what `Mixture.probabilities` raises.
+        ValueError: a budget that is less than the longest example, an epoch without examples, lengths that are none, a
+            text beyond the last bucket, or what `Mixture.probabilities` raises.
     """
 
     def __init__(
@@ -53,6 +66,9 @@ class TokenBudgetBatchSampler(Sampler[list[Draw]]):
         mixture: Mixture | None = None,
         examples_per_epoch: int | None = None,
         seed: int = 0,
+        length_buckets: Sequence[int] | None = None,
+        max_signatures: int = MAX_SIGNATURES,
+        data_parallel_size: int = 1,
         lengths: np.ndarray | None = None,
     ):
         self.dataset = dataset
@@ -63,12 +79,17 @@ class TokenBudgetBatchSampler(Sampler[list[Draw]]):
         require_integer("examples_per_epoch", self.examples_per_epoch, 1)
         require_integer("max_tokens_per_batch", max_tokens_per_batch, 1)
         require_integer("seed", seed, 0)
+        require_integer("max_signatures", max_signatures, 1)
+        require_integer("data_parallel_size", data_parallel_size, 1)
+        self.data_parallel_size = data_parallel_size
+        self.length_buckets = checked_buckets(length_buckets, collator)
         self.lengths = token_lengths(dataset, collator) if lengths is None else np.asarray(lengths)
         if self.lengths.shape != (len(dataset), 2):
             raise ValueError(f"lengths has the shape {self.lengths.shape}, it must be ({len(dataset)}, 2)")
         if self.lengths.dtype.kind not in "iu" or self.lengths.min() < 1:
             raise ValueError(f"lengths ({self.lengths.dtype}) must be integers from 1 up, tokens of source and target")
-        self.padded_lengths = padded_lengths(self.lengths, collator, max_tokens_per_batch)
+        self.padded_lengths = padded_lengths(self.lengths, collator, max_tokens_per_batch, self.length_buckets)
+        self.signatures = [] if self.length_buckets is None else self._choose_signatures(max_signatures)
         order = np.argsort(dataset.component_numbers, kind="stable")
         self._examples_of = np.split(order, np.cumsum(dataset.sizes)[:-1])
         self._num_batches = len(self._batches_of(0))
@@ -83,7 +104,15 @@ class TokenBudgetBatchSampler(Sampler[list[Draw]]):
     def __iter__(self) -> Iterator[list[Draw]]:
         batches = self._batches_of(self.dataset.epoch)
         for number in range(self._num_batches):
-            yield [Draw(*draw) for draw in batches[number % len(batches)].tolist()]
+            draws, lengths = batches[number % len(batches)]
+            yield [Draw(None if example == PADDING else example, seed, lengths) for example, seed in draws.tolist()]
+
+    def statistics(self, epoch: int = 0) -> BatchStatistics:
+        """Shapes, batches and padding of an epoch."""
+        batches = self._batches_of(epoch)
+        taken = [batches[number % len(batches)] for number in range(self._num_batches)]
+        of_dataset = [Batch(draws[:, 0], lengths) for draws, lengths in taken]
+        return batch_statistics(of_dataset, self.lengths, self.signatures, self.data_parallel_size)
 
     def component_counts(self, epoch: int) -> np.ndarray:
         """int64[num_components], examples that an epoch draws of each."""
@@ -113,62 +142,29 @@ class TokenBudgetBatchSampler(Sampler[list[Draw]]):
         skipped = start - first * len(examples)
         return np.concatenate([examples[:0], *shuffled])[skipped : skipped + count]
 
-    def _batches_of(self, epoch: int) -> list[np.ndarray]:
-        """int64[size, 2] arrays of draws, in the order of the epoch."""
+    def _batches_of(self, epoch: int) -> list[tuple[np.ndarray, tuple[int, int] | None]]:
+        """Draws int64[num_rows, 2] and padded lengths of each batch, in the order of the epoch."""
         random = np.random.default_rng([self.seed, 2, epoch])
         draws = self.draws(epoch)
         lengths = self.padded_lengths[draws[:, 0]]
-        return [draws[batch] for batch in batches_by_length(lengths, self.max_tokens_per_batch, random)]
+        if self.length_buckets is None:
+            return [(draws[batch], None) for batch in batches_by_length(lengths, self.max_tokens_per_batch, random)]
+        batches = bucketed_batches(lengths, self.signatures, self.max_tokens_per_batch, self.data_parallel_size, random)
+        draws = np.concatenate([draws, [[PADDING, 0]]])  # the last row, which is that of the place PADDING
+        return [(draws[batch.places], batch.padded_lengths) for batch in batches]
 
-
-def padded_lengths(lengths: np.ndarray, collator: DataCollatorForMultitaskSeq2Seq, max_tokens: int) -> np.ndarray:
-    """Lengths int[N, 2] of source and target as the collator pads them.
-
-    Raises:
-        ValueError: one is longer than a batch of `max_tokens`.
-    """
-    multiple = collator.pad_to_multiple_of or 1
-    padded = -(-lengths // multiple) * multiple
-    longest = int(padded.sum(axis=1).max())
-    if longest > max_tokens:
-        raise ValueError(
-            f"max_tokens_per_batch ({max_tokens}) is less than the tokens of one example, {longest} of source and "
-            f"target with padding; raise it, or lower max_length ({collator.max_length}) of the collator"
+    def _choose_signatures(self, max_signatures: int) -> list[BatchSignature]:
+        tasks = [component.task for component in self.dataset.components]
+        warm = math.ceil(self.mixture.temperature_warmup_epochs)
+        probabilities = self.mixture.probabilities(tasks, self.dataset.sizes, warm)
+        weights = self.examples_per_epoch * probabilities / self.dataset.sizes
+        return choose_signatures(
+            self.padded_lengths,
+            self.max_tokens_per_batch,
+            weights_N=weights[self.dataset.component_numbers],
+            max_signatures=max_signatures,
+            num_ranks=self.data_parallel_size,
         )
-    return padded
-
-
-def batches_by_length(lengths: np.ndarray, max_tokens: int, random: np.random.Generator) -> list[np.ndarray]:
-    """Numbers of examples in batches of similar length, in random order.
-
-    Args:
-        lengths: int[N, 2], padded tokens of source and target of each example.
-        max_tokens: of a batch, as of `batch_ends`.
-        random: for examples of equal length, and the order of the batches.
-    """
-    # By the longer side: to sort by both saves some padding more, but then a batch has few languages and tasks, as the
-    # one that is longer in tokens mostly stands on the same side.
-    order = np.lexsort((random.random(len(lengths)), lengths.max(axis=1)))
-    batches = np.split(order, batch_ends(lengths[order], max_tokens)[:-1])
-    return [batches[number] for number in random.permutation(len(batches))]
-
-
-def batch_ends(lengths: np.ndarray, max_tokens: int) -> list[int]:
-    """Where batches end that take as many examples, in their order, as fit with padding.
-
-    Args:
-        lengths: int[N, 2], tokens of source and target.
-        max_tokens: at most `(longest source + longest target) * examples` of a batch; more only for one example alone.
-    """
-    ends = []
-    start = source = target = 0
-    chunks = (lengths[first : first + _CHUNK].tolist() for first in range(0, len(lengths), _CHUNK))
-    for place, (example_source, example_target) in enumerate(chain.from_iterable(chunks)):
-        source, target = max(source, example_source), max(target, example_target)
-        if place > start and (source + target) * (place + 1 - start) > max_tokens:
-            ends.append(place)
-            start, source, target = place, example_source, example_target
-    return [*ends, len(lengths)]
 
 
 def token_lengths(dataset: MultitaskDataset, collator: DataCollatorForMultitaskSeq2Seq) -> np.ndarray:
@@ -182,4 +178,4 @@ def token_lengths(dataset: MultitaskDataset, collator: DataCollatorForMultitaskS
     return lengths
 
 
-__all__ = ["TokenBudgetBatchSampler", "batch_ends", "batches_by_length", "padded_lengths", "token_lengths"]
+__all__ = ["TokenBudgetBatchSampler", "batch_ends", "token_lengths"]

@@ -8,7 +8,7 @@ from transformers import BatchEncoding, DataCollatorForSeq2Seq
 
 from ..models.language_codes import encode_in, language_ids, resolve_language
 from .denoising import DenoisingNoise
-from .multitask_rows import DENOISING, TRANSLATION, Example, examples_of_row
+from .multitask_rows import DENOISING, PADDING, TRANSLATION, Example, examples_of_row
 
 
 class _Affixes(NamedTuple):
@@ -76,13 +76,18 @@ class DataCollatorForMultitaskSeq2Seq:
         """A batch of examples, or of what `encode` has made of them."""
         is_encoded = bool(features) and "input_ids" in features[0]
         encoded = [dict(feature) for feature in features] if is_encoded else self.encode(features)
-        names = ("input_ids", "attention_mask", "labels")
-        return self._padding([{name: example[name] for name in names} for example in encoded])
+        batch = self._padding([self._padded(example) for example in encoded])
+        is_padding = [not example["labels"] for example in encoded]
+        if any(is_padding) and "decoder_input_ids" in batch:
+            # else the token that decoding starts from would be a token of the batch, also to the routers
+            batch["decoder_input_ids"][is_padding] = self.tokenizer.pad_token_id
+        return batch
 
     def encode(self, features: Sequence[Mapping[str, Any]]) -> list[dict[str, list[int]]]:
         """`input_ids`, `attention_mask` and `labels` of each example, lists of its own length.
 
-        Noise has the `noise_seed` of the example, or its place in the batch.
+        Noise has the `noise_seed` of the example, or its place in the batch. Examples that a sampler with
+        `length_buckets` draws have `padded_lengths`, too; rows of padding (`PADDING_ROW`) have no tokens.
         """
         examples = [self._example(feature, place) for place, feature in enumerate(features)]
         sources = [
@@ -92,14 +97,17 @@ class DataCollatorForMultitaskSeq2Seq:
             for place, example in enumerate(examples)
         ]
         ids = self._ids(sources + [example["target"] for example in examples])
-        encoded = []
+        encoded: list[dict[str, list[int]]] = []
         for example, source, target in zip(examples, ids[: len(examples)], ids[len(examples) :], strict=True):
             if example["task"] == DENOISING:
                 # masks part what would be one token, so that the text might get longer than the batch has room for
                 source = source[: len(target)]
-            input_ids = self._tagged(source, example["src_lang"], is_target=False)
-            labels = self._tagged(target, example["tgt_lang"], is_target=True)
+            is_padding = example["task"] == PADDING
+            input_ids = [] if is_padding else self._tagged(source, example["src_lang"], is_target=False)
+            labels = [] if is_padding else self._tagged(target, example["tgt_lang"], is_target=True)
             encoded.append({"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "labels": labels})
+            if "padded_lengths" in example:
+                encoded[-1]["padded_lengths"] = list(example["padded_lengths"])
         return encoded
 
     def lengths(self, examples: Sequence[Example]) -> list[tuple[int, int]]:
@@ -120,8 +128,31 @@ class DataCollatorForMultitaskSeq2Seq:
             for example in examples
         ]
 
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that the model has positions for, `None` where that is not known."""
+        return getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+
+    def _padded(self, example: Mapping[str, list[int]]) -> dict[str, list[int]]:
+        """What the model gets of an example, in the lengths that were drawn with it."""
+        columns = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "labels": self.label_pad_token_id}
+        if "padded_lengths" not in example:
+            return {name: example[name] for name in columns}
+        source, target = example["padded_lengths"]
+        padded = {}
+        for (name, filler), length in zip(columns.items(), (source, source, target), strict=True):
+            num_missing = length - len(example[name])
+            if num_missing < 0:
+                raise ValueError(
+                    f"{name} of an example has {len(example[name])} tokens in a batch of {length}; token_lengths must "
+                    "be counted with the tokenizer and max_length of this collator"
+                )
+            missing = [filler] * num_missing
+            padded[name] = missing + example[name] if self.tokenizer.padding_side == "left" else example[name] + missing
+        return padded
+
     def _checked_max_length(self) -> int | None:
-        max_positions = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        max_positions = self.max_positions
         multiple = self.pad_to_multiple_of or 1
         if max_positions is not None:
             max_positions -= max_positions % multiple  # padding stands in positions, too

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from .multitask_rows import (
     DENOISING,
+    PADDING_ROW,
     TRANSLATION,
     Component,
     Example,
@@ -33,12 +34,14 @@ class Draw(NamedTuple):
     """An example that a sampler has drawn.
 
     Attributes:
-        example: its number in the [`MultitaskDataset`].
+        example: its number in the [`MultitaskDataset`]; `None` for a row of padding, which fills a batch.
         noise_seed: of the noise that this time is put on it.
+        padded_lengths: tokens that source and target of its batch are padded to, if the sampler says so.
     """
 
-    example: int
+    example: int | None
     noise_seed: int
+    padded_lengths: tuple[int, int] | None = None
 
 
 class MultitaskDataset(Dataset):
@@ -147,27 +150,34 @@ class MultitaskDataset(Dataset):
     def __getitems__(self, indices: Sequence[int | Draw]) -> list[Example]:
         """Examples by number, each with a `noise_seed`: that of the draw, or the number itself."""
         draws = [self._draw(index) for index in indices]
-        tasks = [self.components[self.component_numbers[draw.example]].task for draw in draws]
+        task_of = {
+            d.example: self.components[self.component_numbers[d.example]].task for d in draws if d.example is not None
+        }
         texts: dict[tuple[str, int], Any] = {}
-        for task in {*tasks}:
-            rows = sorted(
-                {int(self._row[d.example]) for d, of_task in zip(draws, tasks, strict=True) if of_task == task}
-            )
+        for task in {*task_of.values()}:
+            rows = sorted({int(self._row[example]) for example, of_task in task_of.items() if of_task == task})
             texts |= {(task, row): text for row, text in zip(rows, _rows(self._datasets[task], rows), strict=True)}
-        examples = []
-        for task, draw in zip(tasks, draws, strict=True):
-            row_number = int(self._row[draw.example])
-            of_row = self._examples(task, row_number, texts[task, row_number])
-            examples.append({**of_row[self._place[draw.example]], "noise_seed": draw.noise_seed})
-        return examples
+        return [self._drawn(draw, task_of, texts) for draw in draws]
+
+    def _drawn(self, draw: Draw, task_of: dict[int, str], texts: dict[tuple[str, int], Any]) -> Example:
+        """An example with what was drawn with it."""
+        lengths = {} if draw.padded_lengths is None else {"padded_lengths": draw.padded_lengths}
+        if draw.example is None:
+            return {**PADDING_ROW, **lengths}
+        task, row_number = task_of[draw.example], int(self._row[draw.example])
+        of_row = self._examples(task, row_number, texts[task, row_number])
+        return {**of_row[self._place[draw.example]], "noise_seed": draw.noise_seed, **lengths}
 
     def _draw(self, index: int | Draw) -> Draw:
         """An example as it was drawn, or by its number, which is the seed of its noise then."""
-        asked = operator.index(index.example if isinstance(index, Draw) else index)
+        example: Any = index.example if isinstance(index, Draw) else index
+        if isinstance(index, Draw) and example is None:
+            return index
+        asked = operator.index(example)
         if not -len(self) <= asked < len(self):
             raise IndexError(f"there is no example {asked}: the dataset has {len(self)}")
         number = asked % len(self)
-        return Draw(number, index.noise_seed if isinstance(index, Draw) else number)
+        return index._replace(example=number) if isinstance(index, Draw) else Draw(number, number)
 
 
 def _sides_of_rows(dataset: Any, task: str) -> Iterator[Sequence[Side]]:

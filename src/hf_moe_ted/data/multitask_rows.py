@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 TRANSLATION = "translation"
 DENOISING = "denoising"
 TASKS = (TRANSLATION, DENOISING)
+PADDING = "padding"  # in the place of a task: a row of a batch that is no example
 _TEXT_COLUMNS = ("source", "target", "src_lang", "tgt_lang")
 
 Example = dict[str, Any]
@@ -35,6 +36,9 @@ class Component(NamedTuple):
     def example(self, source: str, target: str) -> Example:
         """An example of this component."""
         return {**self._asdict(), "source": source, "target": target}
+
+
+PADDING_ROW: Example = {"task": PADDING, "source": "", "target": "", "src_lang": "", "tgt_lang": ""}
 
 
 def examples_of_row(row: Any, task: str, *, both_directions: bool, where: str) -> list[Example]:

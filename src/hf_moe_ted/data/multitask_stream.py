@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .batch_sampler import batches_by_length, padded_lengths
+from .bucketed_batches import PADDING, bucketed_batches
 from .collator import DataCollatorForMultitaskSeq2Seq
+from .length_buckets import MAX_SIGNATURES, BatchSignature, choose_signatures
 from .mixture import Mixture
-from .multitask_rows import TASKS, Example, examples_of_row, is_empty
+from .multitask_rows import PADDING_ROW, TASKS, Example, examples_of_row, is_empty
 from .number_checks import require_integer, require_number
+from .token_budget import batches_by_length, checked_buckets, padded_lengths
 
 Encoded = dict[str, list[int]]
 
@@ -51,6 +53,10 @@ class MultitaskStream(IterableDataset):
     most `max_tokens_per_batch` tokens, which come in random order. A source that ends starts again, so all ranks have
     batches for as long as they ask; training is as long as `max_steps`. Examples without text on one side are left out.
 
+    With `length_buckets` batches have few shapes, those that suit the first buffer best, and all ranks one of the same
+    shape in each step, as with [`TokenBudgetBatchSampler`]. Every rank counts the tokens of all rows then. What is over
+    in a buffer is in batches of other shapes, so that large buffers have fewer of them.
+
     What is drawn follows from `seed` and the sources alone. `state_dict()` after a batch and `load_state_dict()` go on
     with the next; rows of the current pass are read again for that, as streams that shuffle in a buffer lose it
     otherwise. The state is that of the object that was iterated: with a worker, its copy in the worker, and with a
@@ -64,10 +70,13 @@ class MultitaskStream(IterableDataset):
         both_directions: whether translations go backwards, too.
         buffer_rows: rows that are sorted by length at once.
         seed: of everything random.
+        length_buckets: lengths in tokens, ascending, that sources and targets are padded to; by default to the longest
+            of a batch.
+        max_signatures: shapes that batches have at most with `length_buckets`, but for those that are left over.
 
     Raises:
         ValueError: no source, or what [`Mixture`] raises; when iterated a source without rows, rows without text, an
-            example that is longer than a batch, or more than one worker.
+            example that is longer than a batch or the last bucket, or more than one worker.
 
     Example:
 
@@ -89,6 +98,8 @@ class MultitaskStream(IterableDataset):
         both_directions: bool = False,
         buffer_rows: int = 10_000,
         seed: int = 0,
+        length_buckets: Sequence[int] | None = None,
+        max_signatures: int = MAX_SIGNATURES,
     ):
         if not sources:
             raise ValueError("sources is empty: a stream needs at least one StreamSource")
@@ -96,6 +107,7 @@ class MultitaskStream(IterableDataset):
             ("buffer_rows", buffer_rows, 1),
             ("max_tokens_per_batch", max_tokens_per_batch, 1),
             ("seed", seed, 0),
+            ("max_signatures", max_signatures, 1),
         ):
             require_integer(name, value, minimum)
         self.sources = list(sources)
@@ -105,9 +117,16 @@ class MultitaskStream(IterableDataset):
         self.both_directions = both_directions
         self.buffer_rows = buffer_rows
         self.seed = seed
+        self.length_buckets = checked_buckets(length_buckets, collator)
+        self.max_signatures = max_signatures
         self.num_shards, self.shard_index = 1, 0
         self._probabilities(0)  # raises what is wrong with it
-        self._start: dict[str, Any] = {"num_draws": 0, "passes": [(0, 0)] * len(self.sources), "num_batches": 0}
+        self._start: dict[str, Any] = {
+            "num_draws": 0,
+            "passes": [(0, 0)] * len(self.sources),
+            "num_batches": 0,
+            "signatures": None,  # until the first buffer is read
+        }
         self._state = self._start
 
     def shard(self, num_shards: int, index: int) -> "MultitaskStream":
@@ -133,6 +152,8 @@ class MultitaskStream(IterableDataset):
             both_directions=self.both_directions,
             buffer_rows=self.buffer_rows,
             seed=self.seed,
+            length_buckets=self.length_buckets,
+            max_signatures=self.max_signatures,
         )
         shard.num_shards, shard.shard_index = num_shards, index
         shard._start = shard._state = self._start
@@ -155,7 +176,12 @@ class MultitaskStream(IterableDataset):
         ):
             if of_state != ours:
                 raise ValueError(f"the state is of a stream with {of_state} {name}, this one has {ours}")
-        self._start = self._state = {name: state_dict[name] for name in self._state}
+        signatures = state_dict.get("signatures")
+        is_begun = state_dict["num_draws"] + state_dict["num_batches"] > 0
+        if is_begun and (signatures is None) != (self.length_buckets is None):
+            has = "without" if signatures is None else "with"
+            raise ValueError(f"the state is of a stream {has} length_buckets, this one has {self.length_buckets}")
+        self._start = self._state = {**{name: state_dict.get(name) for name in self._state}, "signatures": signatures}
 
     def __iter__(self) -> Iterator[list[Encoded]]:
         worker = get_worker_info()
@@ -166,12 +192,18 @@ class MultitaskStream(IterableDataset):
             )
         places, num_draws, num_done = self._start["passes"], self._start["num_draws"], self._start["num_batches"]
         readers = [_Reader(source, *place) for source, place in zip(self.sources, places, strict=True)]
+        signatures = self._start["signatures"]
         while True:
             before = {"num_draws": num_draws, "passes": [reader.place for reader in readers]}
-            batches = self._batches(readers, num_draws)
+            random = np.random.default_rng([self.seed, num_draws])
+            examples = self._draw(readers, num_draws, random)
+            if self.length_buckets is None:
+                batches = self._batches(examples, random)
+            else:
+                batches, signatures = self._bucketed_batches(examples, signatures, random)
             for number in range(num_done, len(batches)):
-                self._state = {**before, "num_batches": number + 1}
-                yield batches[number]
+                self._state = {**before, "num_batches": number + 1, "signatures": signatures}
+                yield batches[number] if self.length_buckets is None else self.collator.encode(batches[number])
             num_draws += self.buffer_rows * self.num_shards
             num_done = 0
 
@@ -179,27 +211,50 @@ class MultitaskStream(IterableDataset):
         sizes = [source.size for source in self.sources]
         return self.mixture.probabilities([source.task for source in self.sources], sizes, num_draws / sum(sizes))
 
-    def _batches(self, readers: list["_Reader"], num_draws: int) -> list[list[Encoded]]:
-        """Fill the buffer and cut it into batches."""
-        random = np.random.default_rng([self.seed, num_draws])
+    def _draw(self, readers: list["_Reader"], num_draws: int, random: np.random.Generator) -> list[Example]:
+        """Fill the buffer; shapes that are the same on all ranks need the rows of all."""
         num_rows = self.buffer_rows * self.num_shards
         drawn = random.choice(len(readers), size=num_rows, p=self._probabilities(num_draws)).tolist()
         noise_seeds = random.integers(2**63, size=num_rows).tolist()
         examples: list[Example] = []
         for number, (source, noise_seed) in enumerate(zip(drawn, noise_seeds, strict=True)):
             row, where = readers[source].next_row()
-            if number % self.num_shards == self.shard_index:
+            if number % self.num_shards == self.shard_index or self.length_buckets is not None:
                 task = self.sources[source].task
                 of_row = examples_of_row(row, task, both_directions=self.both_directions, where=where)
                 with_text = [example for example in of_row if not is_empty(example["source"], example["target"])]
                 examples += [{**example, "noise_seed": noise_seed} for example in with_text]
         if not examples:
             raise ValueError(f"{self.buffer_rows} rows drawn one after another have no text on one side")
+        return examples
+
+    def _batches(self, examples: list[Example], random: np.random.Generator) -> list[list[Encoded]]:
+        """Cut the buffer into batches."""
         encoded = self.collator.encode(examples)
         lengths = np.array([(len(example["input_ids"]), len(example["labels"])) for example in encoded])
         lengths = padded_lengths(lengths, self.collator, self.max_tokens_per_batch)
         batches = batches_by_length(lengths, self.max_tokens_per_batch, random)
         return [[encoded[place] for place in batch] for batch in batches]
+
+    def _bucketed_batches(
+        self, examples: list[Example], signatures: Sequence[Any] | None, random: np.random.Generator
+    ) -> tuple[list[list[Example]], list[BatchSignature]]:
+        """The batches of this shard, not encoded yet, and their signatures, which the first buffer decides."""
+        lengths = np.array(self.collator.lengths(examples))
+        padded = padded_lengths(lengths, self.collator, self.max_tokens_per_batch, self.length_buckets)
+        if signatures is None:
+            signatures = choose_signatures(
+                padded, self.max_tokens_per_batch, max_signatures=self.max_signatures, num_ranks=self.num_shards
+            )
+        chosen = [BatchSignature(*signature) for signature in signatures]
+        batches = bucketed_batches(padded, chosen, self.max_tokens_per_batch, self.num_shards, random)
+        return [
+            [
+                {**(PADDING_ROW if place == PADDING else examples[place]), "padded_lengths": batch.padded_lengths}
+                for place in batch.places.tolist()
+            ]
+            for batch in batches[self.shard_index :: self.num_shards]
+        ], chosen
 
 
 def _check_state(state: Any) -> None:
@@ -213,6 +268,11 @@ def _check_state(state: Any) -> None:
             raise ValueError(f"passes of the state has {place!r}, it must have a pass and a row of each source")
         for number in place:
             require_integer("passes of the state", number, 0)
+    for signature in state.get("signatures") or ():
+        if not isinstance(signature, Sequence) or len(signature) != 3:
+            raise ValueError(f"signatures of the state has {signature!r}, it must have rows and two lengths of each")
+        for number in signature:
+            require_integer("signatures of the state", number, 1)
 
 
 class _Reader:

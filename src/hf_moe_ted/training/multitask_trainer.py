@@ -20,6 +20,7 @@ from transformers import (
 from ..cuda_graphs.trainer_mixin import CudaGraphArguments, CudaGraphsTrainerMixin
 from ..data.batch_sampler import TokenBudgetBatchSampler
 from ..data.collator import DataCollatorForMultitaskSeq2Seq
+from ..data.length_buckets import MAX_SIGNATURES, check_length_buckets
 from ..data.mixture import Mixture
 from ..data.multitask_dataset import MultitaskDataset
 from ..data.multitask_stream import MultitaskStream
@@ -39,11 +40,16 @@ class MultitaskTrainingArguments(CudaGraphArguments, Seq2SeqTrainingArguments):
         temperature_warmup_epochs: epochs in which `T` rises from 1.
         task_weights: share of the examples by task, a dictionary or its JSON; by default tasks count by size.
         examples_per_epoch: by default those of the dataset.
+        length_buckets: lengths in tokens, ascending, that sources and targets are padded to, so that batches have few
+            shapes, and data-parallel ranks the same one in a step; [`propose_length_buckets`] finds good ones. By
+            default batches are as long as their longest.
+        max_signatures: shapes that batches have at most with `length_buckets`, but for those that are left over.
 
     Raises:
-        ValueError: see [`Mixture`]; `task_weights` that is no JSON, or `remove_unused_columns`.
+        ValueError: see [`Mixture`]; `task_weights` that is no JSON, `length_buckets` that are none, or
+            `remove_unused_columns`.
 
-    `cuda_graphs` and `max_cuda_graphs` are those of [`CudaGraphArguments`].
+    `cuda_graphs`, `max_cuda_graphs` and `expert_load_bound` are those of [`CudaGraphArguments`].
     """
 
     max_tokens_per_batch: int = field(
@@ -61,6 +67,12 @@ class MultitaskTrainingArguments(CudaGraphArguments, Seq2SeqTrainingArguments):
     examples_per_epoch: int | None = field(
         default=None, metadata={"help": "Examples that an epoch draws; default: those of the dataset."}
     )
+    length_buckets: list[int] | None = field(
+        default=None, metadata={"help": "Lengths that texts are padded to, in tokens; default: the longest of a batch."}
+    )
+    max_signatures: int = field(
+        default=MAX_SIGNATURES, metadata={"help": "Shapes that batches have at most with length_buckets."}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must be False: the collator needs text and languages, not the model."}
     )
@@ -73,6 +85,8 @@ class MultitaskTrainingArguments(CudaGraphArguments, Seq2SeqTrainingArguments):
             except json.JSONDecodeError as error:
                 raise ValueError(f"task_weights ({self.task_weights!r}) must be a JSON dictionary") from error
         self.mixture()  # raises what is wrong with it
+        if self.length_buckets is not None:
+            self.length_buckets = check_length_buckets(self.length_buckets)
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns (True) must be False: the collator needs the columns of the text")
 
@@ -125,7 +139,8 @@ class MultitaskTrainerMixin(Trainer):
         args, kwargs: of the [`Trainer`].
 
     Raises:
-        ValueError: arguments or a collator of another kind, or two different label smoothings.
+        ValueError: arguments or a collator of another kind, two different label smoothings, or `length_buckets` that a
+            [`MultitaskStream`] does not have.
     """
 
     args: MultitaskTrainingArguments
@@ -151,8 +166,12 @@ class MultitaskTrainerMixin(Trainer):
         return super().get_train_dataloader()
 
     def _loader_of_stream(self, stream: MultitaskStream) -> DataLoader:
-        tp_size = self.get_tp_size()
-        shard = stream.shard(self.args.world_size // tp_size, self.args.process_index // tp_size)
+        if self.args.length_buckets not in (None, stream.length_buckets):
+            raise ValueError(
+                f"length_buckets ({self.args.length_buckets}) of the arguments are not those of the MultitaskStream "
+                f"({stream.length_buckets}); give them to the stream"
+            )
+        shard = stream.shard(self._data_parallel_size, self.args.process_index // self.get_tp_size())
         # as `Accelerator.prepare` does, but for the shares of the ranks, which the stream has made
         return prepare_data_loader(
             DataLoader(shard, batch_size=None, **self._loader_options()),
@@ -173,9 +192,16 @@ class MultitaskTrainerMixin(Trainer):
             mixture=self.args.mixture(),
             examples_per_epoch=self.args.examples_per_epoch,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            length_buckets=self.args.length_buckets,
+            max_signatures=self.args.max_signatures,
+            data_parallel_size=self._data_parallel_size,
             lengths=self.token_lengths,
         )
         return self.accelerator.prepare(DataLoader(dataset, batch_sampler=sampler, **self._loader_options()))
+
+    @property
+    def _data_parallel_size(self) -> int:
+        return int(self.args.world_size // self.get_tp_size())
 
     def _loader_options(self) -> dict[str, Any]:
         names = ("num_workers", "pin_memory", "persistent_workers", "multiprocessing_context", "in_order")
