@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models
 from transformers import NllbTokenizer, PreTrainedTokenizerFast
 
 from hf_moe_ted import DataCollatorForMultitaskSeq2Seq, DenoisingNoise, ZCodeM3ForConditionalGeneration
+from hf_moe_ted.data.multitask_rows import PADDING_ROW
 from hf_moe_ted.testing import tiny_config
 
 PAIR = {"source": "Open", "target": "Öffnen", "src_lang": "en", "tgt_lang": "de"}
@@ -160,3 +161,54 @@ def test_bad_input(tokenizer: Any) -> None:
     plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), pad_token="<pad>")
     with pytest.raises(ValueError, match="has no src_lang and tgt_lang: it knows no language tags"):
         DataCollatorForMultitaskSeq2Seq(plain)
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_lengths_that_a_sampler_has_drawn(padding_side: str, tokenizer: Any) -> None:
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.padding_side = padding_side
+    model = ZCodeM3ForConditionalGeneration(tiny_config(vocab_size=len(tokenizer)))
+    collator = DataCollatorForMultitaskSeq2Seq(tokenizer, model)
+    alone = collator([PAIR])
+    rows = [{**collator.encode([PAIR])[0], "padded_lengths": [12, 20]}, PADDING_ROW | {"padded_lengths": (12, 20)}]
+    assert collator.encode([rows[1]]) == [
+        {"input_ids": [], "attention_mask": [], "labels": [], "padded_lengths": [12, 20]}
+    ]
+    batch = collator([rows[0], *collator.encode([rows[1]])])
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 12)
+    assert batch["labels"].shape == batch["decoder_input_ids"].shape == (2, 20)
+    assert batch["input_ids"][0][batch["attention_mask"][0].bool()].tolist() == alone["input_ids"][0].tolist()
+    assert batch["labels"][0][batch["labels"][0] != -100].tolist() == alone["labels"][0].tolist()
+    assert batch["attention_mask"][0, 0 if padding_side == "left" else -1] == 0
+    # a row of padding has no token at all, not even the one that decoding starts from
+    assert not batch["attention_mask"][1].any() and (batch["labels"][1] == -100).all()
+    assert (batch["input_ids"][1] == tokenizer.pad_token_id).all()
+    assert (batch["decoder_input_ids"][1] == tokenizer.pad_token_id).all()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_rows_of_padding_change_nothing(attention: str, tokenizer: Any) -> None:
+    """Not the losses, nor the gradients, nor what the routers count."""
+    torch.manual_seed(0)
+    config = tiny_config(vocab_size=len(tokenizer), dropout=0.0, capacity_factor=None, attn_implementation=attention)
+    model = ZCodeM3ForConditionalGeneration(config).train()
+    collator = DataCollatorForMultitaskSeq2Seq(tokenizer, model)
+    lengths = {"padded_lengths": (16, 16)}
+    rows = [{"task": "translation", **PAIR, **lengths}, {"task": "translation", **PAIR, "target": "Auf", **lengths}]
+    seen = []
+    for batch in (collator(rows), collator([*rows, PADDING_ROW | lengths, PADDING_ROW | lengths])):
+        model.zero_grad()
+        num_items = (batch["labels"] != -100).sum()
+        outputs = model(**batch, num_items_in_batch=num_items, output_router_logits=True, output_routings=True)
+        outputs.loss.backward()
+        gradients = torch.cat([weight.grad.flatten() for weight in model.parameters()])
+        losses = [outputs.loss, outputs.encoder_aux_loss, outputs.decoder_aux_loss, outputs.decoder_z_loss]
+        routed = [each.token_mask.sum() for each in outputs.encoder_routings + outputs.decoder_routings]
+        seen.append((torch.stack(losses).detach(), gradients, torch.stack(routed)))
+    torch.testing.assert_close(seen[0][0], seen[1][0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(seen[0][1], seen[1][1], rtol=1e-5, atol=1e-7)
+    assert torch.equal(seen[0][2], seen[1][2])
+    only_padding = model(**collator([PADDING_ROW | lengths] * 2), num_items_in_batch=torch.tensor(5))
+    only_padding.loss.backward()
+    assert only_padding.loss.item() == 0
+    assert all(torch.isfinite(weight.grad).all() for weight in model.parameters())

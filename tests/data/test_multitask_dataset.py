@@ -180,3 +180,12 @@ def test_examples_by_every_kind_of_number() -> None:
     for number in (1.0, "1", None):
         with pytest.raises(TypeError):
             dataset[number]
+
+
+def test_draws_carry_the_lengths_of_their_batch() -> None:
+    dataset = MultitaskDataset([{"source": "Open", "target": "Öffnen", "src_lang": "en", "tgt_lang": "de"}])
+    drawn = dataset.__getitems__([Draw(0, 7, (16, 32)), Draw(None, 0, (16, 32)), Draw(0, 3)])
+    assert [example["source"] for example in drawn] == ["Open", "", "Open"]
+    assert [example["task"] for example in drawn] == ["translation", "padding", "translation"]
+    assert [example.get("padded_lengths") for example in drawn] == [(16, 32), (16, 32), None]
+    assert [example.get("noise_seed") for example in drawn] == [7, None, 3]

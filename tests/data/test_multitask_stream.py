@@ -191,3 +191,80 @@ def test_bad_numbers(collator: Any) -> None:
     for size in (0, -1, float("nan"), float("inf"), "9"):
         with pytest.raises(ValueError, match="size"):
             StreamSource("translation", PAIRS, size)
+
+
+BUCKETS = {"length_buckets": [12, 16, 24, 32], "buffer_rows": 60, "both_directions": True}
+
+
+def shape_of(batch: Any, collator: Any) -> tuple[int, int, int]:
+    tensors = collator(batch)
+    (source, target), *others = {tuple(example["padded_lengths"]) for example in batch}
+    assert not others
+    assert tensors["input_ids"].shape == (len(batch), source) and tensors["labels"].shape == (len(batch), target)
+    return (len(batch), source, target)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_ranks_have_the_same_few_shapes(num_ranks: int, collator: Any, tokenizer: Any) -> None:
+    shards = [stream_of(collator, **BUCKETS).shard(num_ranks, rank) for rank in range(num_ranks)]
+    steps, iterators = [], [iter(shard) for shard in shards]
+    for _ in range(60):
+        batches = [next(iterator) for iterator in iterators]
+        shapes = {shape_of(batch, collator) for batch in batches}
+        assert len(shapes) == 1
+        assert all(rows * (source + target) <= 160 for rows, source, target in shapes)
+        steps.append((shapes.pop(), batches))
+        assert len({repr(shard.state_dict()) for shard in shards}) == 1
+    signatures = {tuple(signature) for signature in shards[0].state_dict()["signatures"]}
+    assert sum(shape in signatures for shape, _ in steps) > 40
+    # a pass of the sources is in the batches of all ranks together
+    texts = Counter(targets([batch for _, batches in steps for batch in batches], tokenizer))
+    assert {f"target {number}" for number in range(30)} <= {*texts}
+
+
+def test_a_buffer_is_in_its_batches_once(collator: Any, tokenizer: Any) -> None:
+    one = stream_of(
+        collator, **{**BUCKETS, "length_buckets": None, "max_tokens_per_batch": 100_000, "buffer_rows": 120}
+    )
+    expected = sorted(targets([next(iter(one))], tokenizer))
+    found: list[str] = []
+    for shard in (stream_of(collator, **BUCKETS).shard(2, rank) for rank in range(2)):
+        for batch in shard:
+            if shard.state_dict()["num_draws"]:
+                break
+            found += targets([[example for example in batch if example["labels"]]], tokenizer)
+    assert sorted(found) == expected
+
+
+@pytest.mark.parametrize("num_batches", [0, 1, 7, 50])
+def test_few_shapes_resume_with_the_next_batch(num_batches: int, collator: Any) -> None:
+    expected = list(islice(stream_of(collator, **BUCKETS), 60))
+    first = stream_of(collator, **BUCKETS)
+    for _ in islice(first, num_batches):
+        pass
+    resumed = stream_of(collator, **BUCKETS)
+    resumed.load_state_dict(first.state_dict())
+    assert list(islice(resumed, 60 - num_batches)) == expected[num_batches:]
+
+
+def test_states_with_and_without_buckets(collator: Any) -> None:
+    plain, bucketed = stream_of(collator), stream_of(collator, **BUCKETS)
+    next(iter(plain)), next(iter(bucketed))
+    with pytest.raises(ValueError, match=r"the state is of a stream without length_buckets, this one has \[12, 16"):
+        stream_of(collator, **BUCKETS).load_state_dict(plain.state_dict())
+    with pytest.raises(ValueError, match="the state is of a stream with length_buckets, this one has None"):
+        stream_of(collator).load_state_dict(bucketed.state_dict())
+    old = {name: value for name, value in plain.state_dict().items() if name != "signatures"}
+    stream_of(collator).load_state_dict(old)
+    for damaged, message in (([3], "signatures of the state has 3"), ([(0, 1, 1)], r"signatures of the state \(0\)")):
+        with pytest.raises(ValueError, match=message):
+            bucketed.load_state_dict({**bucketed.state_dict(), "signatures": damaged})
+
+
+def test_bad_buckets(collator: Any) -> None:
+    with pytest.raises(ValueError, match="length_buckets ends at 10, and a text has"):
+        next(iter(stream_of(collator, length_buckets=[8, 10])))
+    with pytest.raises(ValueError, match=r"length_buckets \(\[16, 8\]\) must be in ascending order"):
+        stream_of(collator, length_buckets=[16, 8])
+    with pytest.raises(ValueError, match=r"max_signatures \(0\) must be at least 1"):
+        stream_of(collator, max_signatures=0)

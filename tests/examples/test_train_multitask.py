@@ -19,6 +19,7 @@ LINES = [
     for number in range(12)
     for lang in ("de", "is")
 ]
+TABLE = ["rows", "source", "target", "batches", "steps", "padding"]
 TINY = {**SIZES, "max_position_embeddings": 64, "capacity_factor": 1.0}
 RECIPE: dict[str, Any] = {
     "vocab_size": 320,
@@ -100,6 +101,24 @@ def test_dry_run_prints_the_plan(
     assert sparse.split(", of which a token uses ")[0] != dense.split(", of which a token uses ")[0]
     assert dense.split(", of which a token uses ") == [dense.split(", of")[0]] * 2
     assert not (folder / "runs" / "sparse").exists()
+    assert "signatures" not in printed
+
+
+def test_dry_run_prints_the_shapes_of_batches(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    buckets = ["--length_buckets", "16", "32", "48", "--max_signatures", "3"]
+    run(folder, monkeypatch, "--dry_run", "--variants", "dense", *buckets)
+    lines = capsys.readouterr().out.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.split() == TABLE)
+    rows = [line.split() for line in lines[start + 1 :]]
+    rows = rows[: next(number for number, row in enumerate(rows) if "signatures," in row) + 1]
+    signatures = [row for row in rows if len(row) == len(TABLE) and row[1] != "other"]
+    assert 1 <= len(signatures) == int(rows[-1][0]) <= 3
+    for num_rows, source, target, num_batches, share, padding in signatures:
+        assert {source, target} <= {"16", "32", "48"}
+        assert int(num_rows) == 512 // (int(source) + int(target)) and int(num_batches) > 0
+        assert 0 < float(share.rstrip("%")) <= 100 and 0 <= float(padding.rstrip("%")) < 100
 
 
 def test_experiment_and_report(

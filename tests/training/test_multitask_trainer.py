@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import DataCollatorForSeq2Seq, HfArgumentParser, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from hf_moe_ted import (
     DataCollatorForMultitaskSeq2Seq,
@@ -149,6 +149,76 @@ def test_resumes_in_the_middle_of_an_epoch_with_the_same_numbers(is_streamed: bo
         assert torch.equal(weight, other), name
 
 
+BUCKETS = [16, 24, 32, 48]
+
+
+def shapes_of(loader: Any) -> list[tuple[int, int, int]]:
+    return [(*batch["input_ids"].shape, batch["labels"].shape[1]) for batch in loader]
+
+
+def test_length_buckets_are_an_option_of_the_arguments(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, length_buckets=BUCKETS, max_steps=8, save_strategy="steps", save_steps=5)
+    shapes = shapes_of(trainer.get_train_dataloader())
+    sampler = trainer.get_train_dataloader().batch_sampler
+    assert {*sampler.signatures} & {*shapes} and {length for shape in shapes for length in shape[1:]} <= {*BUCKETS}
+    trainer.train()
+    resumed = trainer_of(tmp_path, length_buckets=BUCKETS, max_steps=8)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert losses(resumed)[5:] == losses(trainer)[5:]
+    one = trainer_of(tmp_path, length_buckets=BUCKETS, max_signatures=1).get_train_dataloader().batch_sampler
+    assert len(one.signatures) == 1 < len(sampler.signatures)
+
+
+def test_length_buckets_of_the_command_line(tmp_path: Path) -> None:
+    argv = ["--output_dir", str(tmp_path), "--length_buckets", "16", "32", "--max_signatures", "8"]
+    (args,) = HfArgumentParser(MultitaskTrainingArguments).parse_args_into_dataclasses(argv)
+    assert (args.length_buckets, args.max_signatures) == ([16, 32], 8)
+    (args,) = HfArgumentParser(MultitaskTrainingArguments).parse_args_into_dataclasses(argv[:2])
+    assert (args.length_buckets, args.max_signatures) == (None, 24)
+    assert arguments(tmp_path, length_buckets=range(8, 25, 8)).to_dict()["length_buckets"] == [8, 16, 24]
+
+
+def test_length_buckets_of_a_stream_are_its_own(tmp_path: Path) -> None:
+    sources = [StreamSource("translation", PAIRS, size=40)]
+    bucketed = MultitaskStream(sources, DataCollatorForMultitaskSeq2Seq(TOKENIZER), 256, length_buckets=BUCKETS)
+    trainer = trainer_of(tmp_path, bucketed, max_steps=3)
+    trainer.train()
+    same = trainer_of(tmp_path, bucketed, max_steps=3, length_buckets=BUCKETS)
+    assert next(iter(same.get_train_dataloader()))["input_ids"].shape[1] in BUCKETS
+    with pytest.raises(ValueError, match=r"length_buckets \(\[16\]\) of the arguments are not those of the Multitask"):
+        trainer_of(tmp_path, bucketed, max_steps=3, length_buckets=[16]).get_train_dataloader()
+    with pytest.raises(ValueError, match=r"are not those of the MultitaskStream \(None\); give them to the stream"):
+        trainer_of(tmp_path, stream(), max_steps=3, length_buckets=BUCKETS).get_train_dataloader()
+
+
+def shapes_of_rank(folder: str) -> dict[str, Any]:
+    """Shapes of the training batches of this rank, and its losses."""
+
+    class Trainer(MultitaskSeq2SeqTrainer):
+        def training_step(self, model: Any, inputs: Any, *args: Any) -> Any:
+            shapes.append((*inputs["input_ids"].shape, inputs["labels"].shape[1]))
+            return super().training_step(model, inputs, *args)
+
+    shapes: list[tuple[int, ...]] = []
+    model = new_model(router_aux_loss_coef=0.01)
+    trainer = Trainer(
+        model=model,
+        args=arguments(folder, length_buckets=BUCKETS, num_train_epochs=1, ddp_find_unused_parameters=True),
+        train_dataset=MultitaskDataset(PAIRS[:33], TEXTS, both_directions=True),
+        data_collator=DataCollatorForMultitaskSeq2Seq(TOKENIZER, model),
+    )
+    trainer.train()
+    return {"shapes": shapes, "losses": losses(trainer), "steps": trainer.state.global_step}
+
+
+@pytest.mark.slow
+def test_ranks_train_on_the_same_shape_in_each_step(tmp_path: Path) -> None:
+    ranks = run_distributed_test(shapes_of_rank, 2, str(tmp_path), timeout_s=120.0)
+    assert ranks[0]["shapes"] == ranks[1]["shapes"]
+    assert len(ranks[0]["shapes"]) == ranks[0]["steps"]
+    assert all(loss == loss for loss in ranks[0]["losses"])  # no NaN
+
+
 def seen_by_rank(folder: str, checkpoint: str, tp_size: int, is_streamed: bool) -> dict[str, Any]:
     """Sources that this rank has trained on, and its losses, with a checkpoint in the middle of the second epoch."""
     plugin = TedPlugin(tensor_parallel_size=tp_size)
@@ -270,6 +340,7 @@ def test_other_datasets_are_as_always(tmp_path: Path) -> None:
         ({"sampling_temperature": -1.0}, r"temperature \(-1.0\) must be positive"),
         ({"task_weights": '{"translation": 0.5}'}, "sum to 1, not 0.5"),
         ({"task_weights": "translation=1"}, r"task_weights \('translation=1'\) must be a JSON dictionary"),
+        ({"length_buckets": [32, 16]}, r"length_buckets \(\[32, 16\]\) must be in ascending order"),
         ({"remove_unused_columns": True}, r"remove_unused_columns \(True\) must be False"),
     ],
 )
