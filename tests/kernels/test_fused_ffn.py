@@ -61,6 +61,22 @@ def test_half_precision(poisoned_buffers):
     assert_near(fused(experts, hidden, ids, weights, cotangent), expected, 1e-2, cotangent)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has one way to read blocks")
+@pytest.mark.parametrize("capability", [(8, 9), (12, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter has no bfloat16
+def test_experts_of_other_gpus_equal_the_reference(capability, dtype, poisoned_buffers, monkeypatch):
+    monkeypatch.setattr(fused_ffn, "_capability", lambda _: capability)
+    experts = make_experts(3, 24, 40, torch.float32)
+    hidden, cotangent = torch.randn(2, 201, 24, device=DEVICE)
+    ids, weights = routing("some dropped", 201, 1, 3), torch.rand(201, 1, device=DEVICE)
+    if dtype != torch.float32:
+        experts, hidden, cotangent = experts.to(dtype), hidden.to(dtype), cotangent.to(dtype)
+    cotangent = without_kinks(experts, hidden, ids, cotangent)
+    expected = reference(experts, hidden, ids, weights, cotangent)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert_near(fused(experts, hidden, ids, weights, cotangent), expected, tolerance, cotangent)
+
+
 def test_weights_of_zero_have_gradients():
     experts = make_experts(2, 16, 16, torch.float32)
     hidden, cotangent = torch.randn(2, 9, 16, device=DEVICE)

@@ -38,26 +38,31 @@ class GemmConfig:
     programs_per_sm: int = 1
 
 
-def row_config(num_rows: int, num_experts: int, dtype: torch.dtype) -> GemmConfig:
+# Of 16-bit products, for at most 16 rows of an expert, for at most 48, and for more. Where a program has no 227 KiB of
+# shared memory, as on a Hopper, 99 must do (compute capability 8.6, 8.9, 12.0), also where there are 163 (8.0).
+_ROW_CONFIGS = GemmConfig(16, 64, 128, 4, 4, 2), GemmConfig(64, 256, 64, 4, 4), GemmConfig(128, 256, 64, 8, 4)
+_ROW_CONFIGS_OF_99_KIB = GemmConfig(16, 64, 128, 4, 4), GemmConfig(64, 128, 64, 4, 3), GemmConfig(128, 128, 64, 8, 3)
+
+
+def row_config(num_rows: int, num_experts: int, dtype: torch.dtype, device: torch.device) -> GemmConfig:
     """For products of the rows of an expert with its weights."""
     rows_per_expert = num_rows / num_experts
     if dtype == torch.float32:
         return GemmConfig(64 if rows_per_expert > 16 else 16, 64, 32, 4, 3, 2)
-    if rows_per_expert <= 16:
-        return GemmConfig(16, 64, 128, 4, 4, 2)
-    if rows_per_expert <= 48:
-        return GemmConfig(64, 256, 64, 4, 4)
-    return GemmConfig(128, 256, 64, 8, 4)
+    configs = _ROW_CONFIGS if _has_much_shared_memory(device) else _ROW_CONFIGS_OF_99_KIB
+    return configs[0] if rows_per_expert <= 16 else configs[1] if rows_per_expert <= 48 else configs[2]
 
 
-def weight_config(dtype: torch.dtype) -> GemmConfig:
+def weight_config(dtype: torch.dtype, device: torch.device) -> GemmConfig:
     """For gradients of weights."""
-    return GemmConfig(64, 64, 32, 4, 3, 2) if dtype == torch.float32 else GemmConfig(128, 128, 32, 4, 5, 2)
+    if dtype == torch.float32:
+        return GemmConfig(64, 64, 32, 4, 3, 2)
+    return GemmConfig(128, 128, 32, 4, 5, 2) if _has_much_shared_memory(device) else GemmConfig(128, 128, 32, 8, 4)
 
 
-def rows_step(block_m: int, dtype: torch.dtype) -> int:
+def rows_step(block_m: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows of an expert that gradients of its weights take at once."""
-    return min(block_m, weight_config(dtype).block_k)
+    return min(block_m, weight_config(dtype, device).block_k)
 
 
 @on_device_of_first
@@ -274,19 +279,20 @@ def _row_product(
     unweighted: Tensor | None = None,
     inner: Tensor | None = None,
 ) -> None:
-    config = row_config(plan.num_slots, plan.num_experts, a.dtype)
+    config = row_config(plan.num_slots, plan.num_experts, a.dtype, a.device)
     is_transposed = kind in ("up", "down")
     num_columns = b.shape[1] if is_transposed else b.shape[2]
     b_block = [config.block_n, config.block_k] if is_transposed else [config.block_k, config.block_n]
     num_programs = _num_multiprocessors(a.device) * config.programs_per_sm
     triton_ffn.grouped_gemm_kernel[(num_programs,)](
-        TensorDescriptor.from_tensor(a, [plan.block_m, config.block_k]),
-        TensorDescriptor.from_tensor(b, [1, *b_block]),
+        _described(a, [plan.block_m, config.block_k]),
+        _described(b, [1, *b_block]),
         out,
         unweighted,
         bias,
         weights,
-        None if inner is None else TensorDescriptor.from_tensor(inner, [plan.block_m, config.block_n // 2]),
+        None if inner is None else _described(inner, [plan.block_m, config.block_n // 2]),
+        None if _has_tma(a.device) else a.shape[0],
         *plan.of_rows_and_tiles,
         num_columns,
         a.shape[1],
@@ -304,14 +310,15 @@ def _row_product(
 
 
 def _weight_product(a: Tensor, b: Tensor, plan: RowPlan) -> Tensor:
-    config = weight_config(a.dtype)
+    config = weight_config(a.dtype, a.device)
     out = a.new_empty(plan.num_experts, a.shape[1], b.shape[1])
     num_programs = _num_multiprocessors(a.device) * config.programs_per_sm
     triton_ffn.grad_weight_kernel[(num_programs,)](
-        TensorDescriptor.from_tensor(a, [plan.row_multiple, config.block_m]),
-        TensorDescriptor.from_tensor(b, [plan.row_multiple, config.block_n]),
+        _described(a, [plan.row_multiple, config.block_m]),
+        _described(b, [plan.row_multiple, config.block_n]),
         out,
         plan.offsets,
+        None if _has_tma(a.device) else a.shape[0],
         a.shape[1],
         b.shape[1],
         plan.num_experts,
@@ -333,6 +340,25 @@ def _sum_rows(values: Tensor, plan: RowPlan) -> Tensor:
     return out
 
 
+def _described(tensor: Tensor, block: list[int]) -> TensorDescriptor | Tensor:
+    """What kernels take for a tensor that they read by blocks; where there is no TMA, they describe it themselves."""
+    return TensorDescriptor.from_tensor(tensor, block) if _has_tma(tensor.device) else tensor
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """9.0, a Hopper's, where the kernels are interpreted."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def _has_tma(device: torch.device) -> bool:
+    return _capability(device) >= (9, 0)
+
+
+def _has_much_shared_memory(device: torch.device) -> bool:
+    return (9, 0) <= _capability(device) < (12, 0)
+
+
 @functools.cache
 def _num_multiprocessors(device: torch.device) -> int:
     """4 where the kernels are interpreted."""
@@ -346,8 +372,8 @@ def fused_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tens
 
     Args:
         experts: module with `up_proj` [E, F, D], `up_proj_bias` [E, F], `down_proj` [E, D, F], `down_proj_bias` [E, D],
-            `num_experts`, in float32, bfloat16 or float16, on a GPU with TMA; D and F multiples of 8. Their activation
-            is ReLU, without dropout.
+            `num_experts`, in float32, bfloat16 or float16, on a GPU of compute capability 8.0 or more; D and F
+            multiples of 8. Their activation is ReLU, without dropout.
         hidden_TD: float[T, D].
         top_k_index: int64[T, K]; `num_experts` for a slot that no expert computes.
         top_k_weights: float[T, K].
@@ -366,9 +392,10 @@ def fused_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tens
         small_batch = small_batch_relu_experts_op if is_compiling else small_batch_relu_experts
         output_TKD = small_batch(top_k_index.contiguous(), *inputs)
     else:
-        block_m = row_config(num_slots, experts.num_experts, inputs[0].dtype).block_m
+        dtype, device = inputs[0].dtype, inputs[0].device
+        block_m = row_config(num_slots, experts.num_experts, dtype, device).block_m
         experts_need_gradient = needs_gradient and any(x.requires_grad for x in parameters)
-        row_multiple = rows_step(block_m, inputs[0].dtype) if experts_need_gradient else 1
+        row_multiple = rows_step(block_m, dtype, device) if experts_need_gradient else 1
         plan_function, experts_function = (
             (plan_rows_op, relu_experts_op) if is_compiling else (plan_rows, _ReluExperts.apply)
         )

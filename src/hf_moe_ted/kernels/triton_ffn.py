@@ -70,7 +70,7 @@ def gather_rows_kernel(
             tl.store(dots + part * num_slots + slots, dot, mask=is_row)
 
 
-@triton.jit(do_not_specialize_on_alignment=["weights"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["weights"])
 def grouped_gemm_kernel(
     a_desc,
     b_desc,
@@ -79,6 +79,7 @@ def grouped_gemm_kernel(
     bias,
     weights,
     inner_desc,
+    num_rows,
     order,
     offsets,
     row_ends,
@@ -102,7 +103,20 @@ def grouped_gemm_kernel(
     - "down": (product + bias) * weight, to slots; without the weight to `unweighted`, unless that is `None`.
     - "grad_inner": product where `inner` is positive, to rows, zeros where there is no slot.
     - "grad_input": product, to slots.
+
+    `a_desc`, `b_desc` and `inner_desc` are descriptors, with `None` for `num_rows`; or, where there is no TMA, pointers
+    to `num_rows` rows and to the experts' weights.
     """
+    if num_rows is not None:
+        # Strides that are known, for copies of 16 bytes, and two dimensions, for copies that nobody waits for. What is
+        # read behind an expert's weights are those of the next: for columns that are not stored, or times zeros.
+        a_desc = tl.make_tensor_descriptor(a_desc, [num_rows, K], [K, 1], [BLOCK_M, BLOCK_K])
+        if TRANSPOSED_B:
+            b_desc = tl.make_tensor_descriptor(b_desc, [num_experts * N, K], [K, 1], [BLOCK_N, BLOCK_K])
+        else:
+            b_desc = tl.make_tensor_descriptor(b_desc, [num_experts * K, N], [N, 1], [BLOCK_K, BLOCK_N])
+        if KIND == "grad_inner":
+            inner_desc = tl.make_tensor_descriptor(inner_desc, [num_rows, N], [N, 1], [BLOCK_M, BLOCK_N // 2])
     num_columns = tl.cdiv(N, BLOCK_N)
     num_tiles = tl.load(tile_ends + num_experts - 1) * num_columns
     for index in tl.range(tl.program_id(0), num_tiles, NUM_PROGRAMS, flatten=True):
@@ -113,7 +127,9 @@ def grouped_gemm_kernel(
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, K, BLOCK_K):
             a = a_desc.load([first, k])
-            if TRANSPOSED_B:
+            if num_rows is not None:
+                b = b_desc.load([expert * N + n, k]).T if TRANSPOSED_B else b_desc.load([expert * K + k, n])
+            elif TRANSPOSED_B:
                 b = b_desc.load([expert, n, k]).reshape(BLOCK_N, BLOCK_K).T
             else:
                 b = b_desc.load([expert, k, n]).reshape(BLOCK_K, BLOCK_N)
@@ -153,12 +169,13 @@ def _store_tile(out, values, target, is_target, n, N):
     tl.store(out + target.to(tl.int64)[:, None] * N + columns[None, :], values.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def grad_weight_kernel(
     a_desc,
     b_desc,
     out,
     offsets,
+    num_rows,
     M,
     N,
     num_experts,
@@ -170,8 +187,12 @@ def grad_weight_kernel(
 ):
     """out[e] = a[rows of e].T @ b[rows of e], zeros for an expert without rows.
 
-    First rows are multiples of `BLOCK_K`; rows without a slot are zeros in `a` and finite in `b`.
+    First rows are multiples of `BLOCK_K`; rows without a slot are zeros in `a` and finite in `b`. Descriptors as in
+    `grouped_gemm_kernel`.
     """
+    if num_rows is not None:
+        a_desc = tl.make_tensor_descriptor(a_desc, [num_rows, M], [M, 1], [BLOCK_K, BLOCK_M])
+        b_desc = tl.make_tensor_descriptor(b_desc, [num_rows, N], [N, 1], [BLOCK_K, BLOCK_N])
     num_columns = tl.cdiv(N, BLOCK_N)
     tiles_per_expert = tl.cdiv(M, BLOCK_M) * num_columns
     for index in tl.range(tl.program_id(0), num_experts * tiles_per_expert, NUM_PROGRAMS):
