@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from .compression.report.compression_report import MergingReport as MergingReport
     from .compression.report.compression_report import PruningReport as PruningReport
     from .compression.report.compression_report import QuantizationReport as QuantizationReport
+    from .compression.report.compression_report import TrimmingReport as TrimmingReport
     from .compression.report.report_folder import write_compression_report as write_compression_report
+    from .compression.trim import TrimmingResult as TrimmingResult
+    from .compression.trim import trim_vocabulary as trim_vocabulary
     from .conversion.conversion_rules import RuleSet as RuleSet
     from .conversion.deepspeed.converter import convert_deepspeed_checkpoint as convert_deepspeed_checkpoint
     from .conversion.deepspeed.reader import DeepSpeedLayout as DeepSpeedLayout
@@ -131,6 +134,8 @@ _MODULE_OF_NAME = {
     "TranslatedText": "translation.text_translator",
     "TranslationQuality": "evaluation.translation_quality",
     "TranslationScores": "evaluation.translation_scores",
+    "TrimmingReport": "compression.report.compression_report",
+    "TrimmingResult": "compression.trim",
     "ZCodeM3Config": "models.configuration_zcode_m3",
     "ZCodeM3ForConditionalGeneration": "models.modeling_zcode_m3",
     "ZCodeM3Model": "models.modeling_zcode_m3",
@@ -162,6 +167,7 @@ _MODULE_OF_NAME = {
     "token_lengths": "data.batch_sampler",
     "token_routing": "routing.token_routing",
     "translate_file": "translation.translated_file",
+    "trim_vocabulary": "compression.trim",
     "upcycle_dense_checkpoint": "conversion.upcycling",
     "write_compression_report": "compression.report.report_folder",
 }

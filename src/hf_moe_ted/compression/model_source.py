@@ -120,15 +120,18 @@ def open_source(
     *,
     overwrite: bool,
     purpose: str,
+    allow_merged: bool = False,
 ) -> ModelSource:
     """The source for a purpose, such as `"prune a folder"`, for whose result there is a place.
+
+    `allow_merged` as in `ModelSource.open`.
 
     Raises:
         ValueError: see `check_output_dir` and `ModelSource.open`; a folder without `output_dir`.
     """
     if output_dir is not None:
         check_output_dir(output_dir, overwrite=overwrite, sources=[model_or_folder])
-    source = ModelSource.open(model_or_folder)
+    source = ModelSource.open(model_or_folder, allow_merged=allow_merged)
     if output_dir is None and source.model is None:
         raise ValueError(f"output_dir is required to {purpose} ({source.path})")
     return source
