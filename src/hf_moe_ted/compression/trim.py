@@ -65,7 +65,7 @@ def trim_vocabulary(
     A text whose tokens are all kept is encoded as before, which is verified for every text of `dataset`, and the model
     computes the same logits for what is kept. Kept as well are the special tokens, the tags of `languages`, single
     bytes or characters, and what kept tokens are merged of: nothing becomes unknown, other words are encoded in smaller
-    pieces. The model was not trained to read those, so `dataset` should have much text, more than is translated later.
+    pieces. (Of M2M100Tokenizer a text with unknown tokens may have fewer of them.) The model was not trained to read those, so `dataset` should have much text, more than is translated later.
 
     It works on pruned and merged models, before they are quantized.
 
@@ -133,6 +133,7 @@ class _Trim:
         counts: language -> its texts and their tokens.
         languages: whose tags stay.
         kept: ids of the full model, ascending.
+        gone: ids of the tags that go, a few of which may be among `kept` as rows of nothing.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -140,10 +141,12 @@ class _Trim:
     counts: dict[str, TokenCounts]
     languages: tuple[str, ...]
     kept: tuple[int, ...]
+    gone: frozenset[int]
 
     @property
     def new_of_old(self) -> dict[int, int]:
-        return {old: new for new, old in enumerate(self.kept)}
+        """Id -> id in the smaller model, of tokens that its tokenizer has."""
+        return {old: new for new, old in enumerate(self.kept) if old not in self.gone}
 
     def write_tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
         """The smaller tokenizer, whose files are in a folder then."""
@@ -200,8 +203,9 @@ def _plan(
     used = {*(total >= min_count).nonzero().flatten().tolist()}
     kept = used | needed_by(used) | {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
     kept |= {index for ids in named.values() for index in ids}
-    kept |= {*range(source.config.pad_token_id)}  # type: ignore[arg-type]  # positions are counted from there
-    return _Trim(tokenizer, texts, counts, left, tuple(sorted(kept - {*gone.values()})))
+    pad_token_id: Any = source.config.pad_token_id  # from which positions are counted, so it stays
+    rows = tuple(sorted(kept - {*gone.values()} | {*range(pad_token_id)}))
+    return _Trim(tokenizer, texts, counts, left, rows, frozenset(gone.values()))
 
 
 def _languages_left(counts: Collection[str], chosen: Sequence[str] | None) -> tuple[str, ...]:

@@ -186,8 +186,9 @@ class _SentencePieceTrimming:
         self._tokenizer.save_pretrained(folder)
         ids: dict[str, int] = self._tokenizer.encoder
         for piece in self._proto.pieces:
-            # a piece without an id was unknown, and still is
-            if piece.type == _NORMAL and piece.piece in ids and ids[piece.piece] not in new_of_old:
+            is_kept = ids.get(piece.piece) in new_of_old
+            # a piece without an id was unknown; others may be taken apart into it
+            if piece.type == _NORMAL and not is_kept and all(character in ids for character in piece.piece):
                 piece.type = _UNUSED
         names = self._tokenizer.vocab_files_names
         (folder / names["spm_file"]).write_bytes(self._proto.SerializeToString())
