@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .conversion.deepspeed.reader import read_deepspeed_state_dict as read_deepspeed_state_dict
     from .conversion.deepspeed.writer import export_deepspeed_checkpoint as export_deepspeed_checkpoint
     from .conversion.initialization import initialize_checkpoint as initialize_checkpoint
+    from .conversion.m2m100_export import export_m2m100 as export_m2m100
     from .conversion.nllb_moe import convert_nllb_moe_checkpoint as convert_nllb_moe_checkpoint
     from .conversion.upcycling import upcycle_dense_checkpoint as upcycle_dense_checkpoint
     from .data.batch_sampler import TokenBudgetBatchSampler as TokenBudgetBatchSampler
@@ -151,6 +152,7 @@ _MODULE_OF_NAME = {
     "create_app": "serving.app",
     "evaluate_translation": "evaluation.translation_evaluation",
     "export_deepspeed_checkpoint": "conversion.deepspeed.writer",
+    "export_m2m100": "conversion.m2m100_export",
     "initialize_checkpoint": "conversion.initialization",
     "inspect_deepspeed_checkpoint": "conversion.deepspeed.reader",
     "load_model_and_tokenizer": "tensors.whole_model",

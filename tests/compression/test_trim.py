@@ -420,7 +420,7 @@ def test_models_that_are_refused(zcode: ZCodeM3Tokenizer, tmp_path: Path) -> Non
     from peft import LoraConfig, get_peft_model
 
     model = tiny_model(vocab_size=size_of(zcode))
-    with pytest.raises(ValueError, match="is quantized already .*before they are"):
+    with pytest.raises(ValueError, match="is quantized already"):
         zcode_result(quantize_experts(model), zcode)
     saved(tmp_path / "full", model, zcode)
     quantize_experts(tmp_path / "full", output_dir=tmp_path / "int8")

@@ -64,8 +64,9 @@ def trim_vocabulary(
 
     A text whose tokens are all kept is encoded as before, which is verified for every text of `dataset`, and the model
     computes the same logits for what is kept. Kept as well are the special tokens, the tags of `languages`, single
-    bytes or characters, and what kept tokens are merged of: nothing becomes unknown, other words are encoded in smaller
-    pieces. (Of M2M100Tokenizer a text with unknown tokens may have fewer of them.) The model was not trained to read those, so `dataset` should have much text, more than is translated later.
+    bytes or characters, and what kept tokens are merged of: nothing becomes unknown (of M2M100Tokenizer a text with
+    unknown tokens may have fewer of them), other words are encoded in smaller pieces. The model was not trained to read
+    those, so `dataset` should have much text, more than is translated later.
 
     It works on pruned and merged models, before they are quantized.
 
