@@ -1,83 +1,33 @@
 """A trimmed model computes what the full one does with the columns of removed tokens at minus infinity."""
 
 import copy
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, M2M100Tokenizer, NllbTokenizer
+from transformers import AutoTokenizer, NllbTokenizer
 from translation_cases import TEXTS, parallel_rows, tiny_model
+from trimming_cases import (
+    CORPUS,
+    OTHER,
+    TOKENIZERS,
+    m2m100_tokenizer,
+    nllb_tokenizer,
+    rows_for,
+    size_of,
+    zcode_tokenizer,
+)
 
 from hf_moe_ted import ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer, merge_experts, prune_experts, quantize_experts
 from hf_moe_ted.compression.report.compression_report import TrimmingReport, report_from_dict
 from hf_moe_ted.compression.trim import TrimmingResult, trim_vocabulary
-from hf_moe_ted.compression.trimmed_tokenizer import trimming_of
 from hf_moe_ted.routing.statistics_collection import collect_expert_statistics
 from hf_moe_ted.tensors.lazy_tensors import TensorFile
 
-LANGUAGES = ["en", "de", "fr"]
-NLLB = {"en": "eng_Latn", "de": "deu_Latn", "fr": "fra_Latn"}
-CORPUS = [text for texts in TEXTS.values() for text in texts] * 4 + ["Überall Ähren", "où êtes-vous", "quick brown fox"]
-OTHER = ["closed tabs, saved twice", "die Platten sind voll: nichts", "brown disques", "日本語 and Ω", "a\tb\nc"]
 PAD = 1
-
-
-def zcode_tokenizer(folder: Path) -> ZCodeM3Tokenizer:
-    return ZCodeM3Tokenizer(languages=LANGUAGES).train_new_from_iterator(CORPUS, vocab_size=340)
-
-
-def nllb_tokenizer(folder: Path) -> NllbTokenizer:
-    """With tags at the end and rows without a token behind them, as in the published checkpoints."""
-    tags = [*NLLB.values()]
-    trained = NllbTokenizer(extra_special_tokens=tags).train_new_from_iterator(CORPUS, vocab_size=150)
-    content = json.loads(trained.backend_tokenizer.to_str())["model"]
-    pieces = sorted({*content["vocab"]} - {*tags}, key=content["vocab"].__getitem__)
-    vocab = {piece: index for index, piece in enumerate(pieces)}
-    merges = [tuple(pair) for pair in content["merges"]]
-    return NllbTokenizer(vocab=vocab, merges=merges, extra_special_tokens=tags)
-
-
-def m2m100_tokenizer(folder: Path, kind: str = "bpe") -> M2M100Tokenizer:
-    """Whose ids are in another order than the pieces of SentencePiece, of which one has no id."""
-    sentencepiece = pytest.importorskip("sentencepiece")
-    pytest.importorskip("google.protobuf")
-    folder.mkdir(exist_ok=True)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
-        model_prefix=str(folder / "sp"),
-        vocab_size=150,
-        model_type=kind,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "sp.model"))
-    names = sorted(pieces.id_to_piece(index) for index in range(3, pieces.get_piece_size()) if index != 20)
-    vocab = ["<s>", "<pad>", "</s>", "<unk>", *names]
-    (folder / "vocab.json").write_text(json.dumps({piece: number for number, piece in enumerate(vocab)}))
-    files = str(folder / "vocab.json"), str(folder / "sp.model")
-    tags = [*M2M100Tokenizer(*files).lang_token_to_id]
-    return M2M100Tokenizer(*files, additional_special_tokens=tags)
-
-
-TOKENIZERS: dict[str, Callable[[Path], Any]] = {
-    "zcode": zcode_tokenizer,
-    "nllb": nllb_tokenizer,
-    "m2m100-bpe": m2m100_tokenizer,
-    "m2m100-unigram": lambda folder: m2m100_tokenizer(folder, "unigram"),
-}
-
-
-def rows_for(tokenizer: Any) -> list[dict[str, str]]:
-    codes = NLLB if isinstance(tokenizer, NllbTokenizer) else {code: code for code in LANGUAGES}
-    return [row | {name: codes[row[name]] for name in ("src_lang", "tgt_lang")} for row in parallel_rows()]
-
-
-def size_of(tokenizer: Any) -> int:
-    return max(tokenizer.get_vocab().values()) + 1
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
@@ -338,26 +288,6 @@ def test_card_and_report(zcode: ZCodeM3Tokenizer, tmp_path: Path) -> None:
 # --- tokenizers
 
 
-def test_unigram_of_the_tokenizers_library() -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    backend = Tokenizer(models.Unigram())
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    special = ["<s>", "<pad>", "</s>", "<unk>", "__en__", "__de__"]
-    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False)
-    backend.train_from_iterator(CORPUS, trainer)
-    unigram = ZCodeM3Tokenizer(tokenizer_object=backend, languages=["en", "de"])
-    result = trim_vocabulary(
-        tiny_model(vocab_size=size_of(unigram)), unigram, dataset=["close all tabs"], languages=["en"]
-    )
-    assert len(result.kept_tokens) < size_of(unigram)
-    before, after = (
-        each(OTHER + CORPUS, add_special_tokens=False)["input_ids"] for each in (unigram, result.tokenizer)
-    )
-    assert result.tokenizer.languages == ["en"]
-    assert sum(ids.count(unigram.unk_token_id) for ids in before) == sum(ids.count(3) for ids in after)
-
-
 def test_default_and_last_languages_are_no_wish(tmp_path: Path) -> None:
     """NLLB's default source is English."""
     nllb = nllb_tokenizer(tmp_path)
@@ -443,24 +373,6 @@ def test_trimmed_and_quantized(zcode: ZCodeM3Tokenizer, tmp_path: Path) -> None:
     smaller = AutoTokenizer.from_pretrained(tmp_path / "int8", src_lang="en")
     assert model.config.vocab_size == len(smaller) < size_of(zcode)
     assert model.generate(**smaller("yes", return_tensors="pt"), max_new_tokens=3).shape[1] <= 4
-
-
-@pytest.fixture
-def bpe_with_dropout(zcode: ZCodeM3Tokenizer) -> Iterator[ZCodeM3Tokenizer]:
-    zcode.backend_tokenizer.model.dropout = 0.5
-    return zcode
-
-
-def test_tokenizers_that_are_refused(bpe_with_dropout: ZCodeM3Tokenizer) -> None:
-    from tokenizers import Tokenizer, models
-    from transformers import ByT5Tokenizer
-
-    with pytest.raises(ValueError, match=r"has dropout \(0.5\)"):
-        trimming_of(bpe_with_dropout)
-    with pytest.raises(ValueError, match="has a model of type 'WordLevel'"):
-        trimming_of(ZCodeM3Tokenizer(tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))))
-    with pytest.raises(ValueError, match=r"tokenizer \(ByT5Tokenizer\) cannot be trimmed"):
-        trimming_of(ByT5Tokenizer())
 
 
 def test_m2m100_needs_a_folder(tmp_path: Path) -> None:

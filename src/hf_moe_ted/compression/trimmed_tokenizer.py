@@ -109,7 +109,7 @@ class _BackendTrimming:
         self._tokenizer.save_pretrained(folder)
         _rewrite_json(folder / "tokenizer.json", lambda content: self._trim(content, new_of_old))
         gone = {
-            self._tokenizer.convert_ids_to_tokens(tag): language
+            str(self._tokenizer.convert_ids_to_tokens(tag)): language
             for language, tag in tags_that_go(self._tokenizer, languages).items()
         }
         _rewrite_json(
@@ -168,8 +168,9 @@ class _SentencePieceTrimming:
                 "trimming an M2M100Tokenizer writes a model of SentencePiece, which needs protobuf: "
                 "pip install sentencepiece protobuf"
             ) from None
-        self._tokenizer = tokenizer
-        self._proto: Any = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.sp_model.serialized_model_proto())
+        self._tokenizer: Any = tokenizer
+        messages: Any = sentencepiece_model_pb2  # which are made when it is imported
+        self._proto: Any = messages.ModelProto.FromString(self._tokenizer.sp_model.serialized_model_proto())
 
     def needed(self, used: Collection[int]) -> set[int]:
         ids: dict[str, int] = self._tokenizer.encoder

@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, M2M100Config, M2M100ForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    M2M100Tokenizer,
+    PreTrainedTokenizerBase,
+)
 
 from ..files.json_file import read_json_object
 from ..files.output_kinds import M2M100_EXPORT
@@ -88,13 +94,10 @@ def export_m2m100(
     )
     source = _open(model_or_folder)
     _check_dense(source.config, source.path)
-    config = M2M100Config(
-        **{name: getattr(source.config, name) for name in M2M100_FIELDS},
-        encoder_layerdrop=0.0,
-        decoder_layerdrop=0.0,
-        exported_from=ZCodeM3Config.model_type,
-    )
-    save_tokenizer = _tokenizer_files(source.folder, tokenizer, config.vocab_size)
+    fields: dict[str, Any] = {name: getattr(source.config, name) for name in M2M100_FIELDS}
+    fields |= {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "exported_from": ZCodeM3Config.model_type}
+    config = M2M100Config(**fields)
+    save_tokenizer = _tokenizer_saver(source.folder, tokenizer, config.vocab_size)
     warnings = _warnings(source.config)
     if save_tokenizer is None:
         warnings.append("there is no tokenizer; CTranslate2's converter needs it in the folder")
@@ -129,28 +132,32 @@ class _Source:
 
 
 def _open(model_or_folder: ZCodeM3ForConditionalGeneration | str | os.PathLike[str]) -> _Source:
+    """Config and weights, which are checked: names, shapes and dtypes at once, numbers as they are read."""
     if isinstance(model_or_folder, ZCodeM3ForConditionalGeneration):
         path, folder = Path(type(model_or_folder).__name__), None
-        config = model_or_folder.config
-        generation_config = model_or_folder.generation_config
-        is_quantized = getattr(model_or_folder, "hf_quantizer", None) is not None
+        config, generation_config = model_or_folder.config, model_or_folder.generation_config
+        _refuse_quantized(path, config, getattr(model_or_folder, "hf_quantizer", None))
+        tensors = tensors_of_model(model_or_folder)
     elif isinstance(model_or_folder, str | os.PathLike):
         path = folder = Path(model_or_folder)
-        config, is_quantized = read_zcode_m3_config(folder, "model_or_folder"), False
+        config, generation_config = read_zcode_m3_config(folder, "model_or_folder"), read_generation_config(folder)
         check_no_adapter(folder)
-        generation_config = read_generation_config(folder)
+        _refuse_quantized(path, config)
+        tensors = open_pretrained_tensors(folder)
     else:
         raise ValueError(
             "model_or_folder must be a ZCodeM3ForConditionalGeneration or the folder of one, got "
             f"{type(model_or_folder).__name__}"
         )
-    if is_quantized or getattr(config, "quantization_config", None):
-        raise ValueError(f"{path} is quantized (quantization_config); export the weights before they are quantized")
-    tensors = open_pretrained_tensors(folder) if folder is not None else tensors_of_model(model_or_folder)  # type: ignore[arg-type]
     model = meta_model(config)
     tensors = drop_tied_copies(tensors, model.all_tied_weights_keys)
     check_tensors(tensors.specs, stored_specs(model), str(path))
     return _Source(path, folder, config, tensors, _with_length(generation_config, config))
+
+
+def _refuse_quantized(path: Path, config: ZCodeM3Config, quantizer: Any = None) -> None:
+    if quantizer is not None or getattr(config, "quantization_config", None):
+        raise ValueError(f"{path} is quantized (quantization_config); export the weights before they are quantized")
 
 
 def _with_length(generation_config: GenerationConfig | None, config: ZCodeM3Config) -> GenerationConfig:
@@ -240,19 +247,19 @@ def _dense_tensors(source: _Source, config: M2M100Config) -> LazyTensors:
     return LazyTensors(specs, read_into=read_into)
 
 
-def _tokenizer_files(
+def _tokenizer_saver(
     folder: Path | None, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
 ) -> Callable[[Path], None] | None:
     """What puts the tokenizer into the new folder; `None` without one."""
-    names = [name for name in TOKENIZER_FILES if folder is not None and (folder / name).is_file()]
-    if tokenizer is None and not names:
+    files = [] if folder is None else [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if tokenizer is None and not files:
         return None
 
     def save(new_folder: Path) -> None:
         if tokenizer is not None:
             tokenizer.save_pretrained(new_folder)
-        for name in names if tokenizer is None and folder is not None else ():
-            shutil.copyfile(folder / name, new_folder / name)
+        for path in files if tokenizer is None else ():
+            shutil.copyfile(path, new_folder / path.name)
         _adapt_tokenizer_config(new_folder, vocab_size)
 
     return save
@@ -266,8 +273,6 @@ def _adapt_tokenizer_config(folder: Path, vocab_size: int) -> None:
     content = read_json_object(path, "tokenizer config")
     content.pop("auto_map", None)
     if content.get("tokenizer_class") == "M2M100Tokenizer" and (folder / "vocab.json").is_file():
-        from transformers import M2M100Tokenizer
-
         tokenizer = M2M100Tokenizer.from_pretrained(folder)
         content["num_madeup_words"] = max(0, vocab_size - len(tokenizer.get_vocab()))
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
