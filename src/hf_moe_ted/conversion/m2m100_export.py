@@ -133,6 +133,7 @@ class _Source:
 
 def _open(model_or_folder: ZCodeM3ForConditionalGeneration | str | os.PathLike[str]) -> _Source:
     """Config and weights, which are checked: names, shapes and dtypes at once, numbers as they are read."""
+    generation_config: GenerationConfig | None
     if isinstance(model_or_folder, ZCodeM3ForConditionalGeneration):
         path, folder = Path(type(model_or_folder).__name__), None
         config, generation_config = model_or_folder.config, model_or_folder.generation_config
@@ -182,8 +183,8 @@ def _check_dense(config: ZCodeM3Config, path: Path) -> None:
     if several:
         listed = ", ".join(f"{layer}: {count}" for layer, count in several.items())
         raise ValueError(
-            f"{path} has several experts in {len(several)} layers ({listed}), and M2M100 has none; keep one per layer "
-            "(hf-moe-ted prune --keep 1) and train it further, distil a dense model of it, or serve it by this package"
+            f"{path} has several experts in {len(several)} layers ({listed}), and M2M100 has none; {_way_to_one(config)} "
+            "and train it further, distil a dense model of it, or serve it by this package"
         )
     if moe_layers(config) and (reasons := _why_not_constant(config)):
         raise ValueError(
@@ -207,10 +208,20 @@ def _why_not_constant(config: ZCodeM3Config) -> list[str]:
     is_normalized = config.normalize_router_weights is not None
     if not all(_is_weight_one(config, rows, is_normalized) for side in SIDES for rows in _rows(config, side)):
         reasons.append(
-            "the rows of merged or removed experts share the router's probability (expert_map); prune to one expert "
-            "(hf-moe-ted prune --keep 1), or merge a model whose normalize_router_weights is set"
+            "the rows of merged or removed experts share the router's probability (expert_map), and "
+            "normalize_router_weights is not set, or rows are never chosen; of the model that it was made of, "
+            f"{_way_to_one(config)}"
         )
     return reasons
+
+
+def _way_to_one(config: ZCodeM3Config) -> str:
+    """How experts become one whose output is not scaled."""
+    if config.num_experts_per_tok == 1:
+        return "keep one per layer (hf-moe-ted prune --keep 1)"
+    if config.normalize_router_weights is not None:
+        return "merge them to one per layer (hf-moe-ted merge --keep 1)"
+    return "keep one per layer, with num_experts_per_tok set to 1 in its config (hf-moe-ted prune --keep 1)"
 
 
 def _rows(config: ZCodeM3Config, side: Any) -> list[list[int]]:
