@@ -183,8 +183,8 @@ def _check_dense(config: ZCodeM3Config, path: Path) -> None:
     if several:
         listed = ", ".join(f"{layer}: {count}" for layer, count in several.items())
         raise ValueError(
-            f"{path} has several experts in {len(several)} layers ({listed}), and M2M100 has none; {_way_to_one(config)} "
-            "and train it further, distil a dense model of it, or serve it by this package"
+            f"{path} has several experts in {len(several)} layers ({listed}), and M2M100 has none; "
+            f"{_way_to_one(config)} and train it further, distil a dense model of it, or serve it by this package"
         )
     if moe_layers(config) and (reasons := _why_not_constant(config)):
         raise ValueError(
