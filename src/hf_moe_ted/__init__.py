@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from .compression.report.compression_report import MergingReport as MergingReport
     from .compression.report.compression_report import PruningReport as PruningReport
     from .compression.report.compression_report import QuantizationReport as QuantizationReport
+    from .compression.report.compression_report import TrimmingReport as TrimmingReport
     from .compression.report.report_folder import write_compression_report as write_compression_report
+    from .compression.trim import TrimmingResult as TrimmingResult
+    from .compression.trim import trim_vocabulary as trim_vocabulary
     from .conversion.conversion_rules import RuleSet as RuleSet
     from .conversion.deepspeed.converter import convert_deepspeed_checkpoint as convert_deepspeed_checkpoint
     from .conversion.deepspeed.reader import DeepSpeedLayout as DeepSpeedLayout
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from .conversion.deepspeed.reader import read_deepspeed_state_dict as read_deepspeed_state_dict
     from .conversion.deepspeed.writer import export_deepspeed_checkpoint as export_deepspeed_checkpoint
     from .conversion.initialization import initialize_checkpoint as initialize_checkpoint
+    from .conversion.m2m100_export import export_m2m100 as export_m2m100
     from .conversion.nllb_moe import convert_nllb_moe_checkpoint as convert_nllb_moe_checkpoint
     from .conversion.upcycling import upcycle_dense_checkpoint as upcycle_dense_checkpoint
     from .cuda_graphs.trainer_mixin import CudaGraphArguments as CudaGraphArguments
@@ -143,6 +147,8 @@ _MODULE_OF_NAME = {
     "TranslatedText": "translation.text_translator",
     "TranslationQuality": "evaluation.translation_quality",
     "TranslationScores": "evaluation.translation_scores",
+    "TrimmingReport": "compression.report.compression_report",
+    "TrimmingResult": "compression.trim",
     "ZCodeM3Config": "models.configuration_zcode_m3",
     "ZCodeM3ForConditionalGeneration": "models.modeling_zcode_m3",
     "ZCodeM3Model": "models.modeling_zcode_m3",
@@ -159,6 +165,7 @@ _MODULE_OF_NAME = {
     "create_app": "serving.app",
     "evaluate_translation": "evaluation.translation_evaluation",
     "export_deepspeed_checkpoint": "conversion.deepspeed.writer",
+    "export_m2m100": "conversion.m2m100_export",
     "initialize_checkpoint": "conversion.initialization",
     "inspect_deepspeed_checkpoint": "conversion.deepspeed.reader",
     "load_model_and_tokenizer": "tensors.whole_model",
@@ -176,6 +183,7 @@ _MODULE_OF_NAME = {
     "token_lengths": "data.batch_sampler",
     "token_routing": "routing.token_routing",
     "translate_file": "translation.translated_file",
+    "trim_vocabulary": "compression.trim",
     "upcycle_dense_checkpoint": "conversion.upcycling",
     "write_compression_report": "compression.report.report_folder",
 }

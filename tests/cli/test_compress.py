@@ -78,6 +78,24 @@ def test_aggregate_and_quantize(model_and_text: tuple[Path, Path], tmp_path: Pat
     run_here("quantize", full, "--output", tmp_path / "int4", "--overwrite")
 
 
+def test_trim(tmp_path: Path) -> None:
+    rows = [
+        {"translation": {"en": "Close", "de": "Schlie\u00dfen"}},
+        {"translation": {"en": "Save", "fr": "Enregistrer"}},
+    ]
+    text = tmp_path / "rows.jsonl"
+    text.write_text("\n".join(map(json.dumps, rows)))
+    small = tmp_path / "small"
+    printed = run_here("trim", DEMO, text, "--output", small, "--languages", "EN, deu_Latn", "--max-shard-size", "9MB")
+    assert "of 12,000 tokens kept" in printed and "de: 1 texts" in printed and "fr" not in printed
+    assert ZCodeM3ForConditionalGeneration.from_pretrained(small).config.vocab_size < 400
+    assert len([*small.glob("*.safetensors")]) > 1
+    assert "output_dir" in message_of("trim", DEMO, text, "--output", small)
+    message = message_of("trim", DEMO, text, "--output", small, "--overwrite", "--languages", "en,ja")
+    assert "no text in ja" in message
+    run_here("trim", DEMO, text, "--output", small, "--overwrite", "--min-count", "2")
+
+
 def test_overwriting_deletes_nothing_else(tmp_path: Path) -> None:
     """A folder that holds the source, and more."""
     model = initialized(tmp_path / "runs" / "model")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_runs import message_of, run, run_here
+from cli_runs import initialized, message_of, run, run_here
+from transformers import M2M100ForConditionalGeneration
 from typer.testing import CliRunner
 
 from hf_moe_ted import ZCodeM3ForConditionalGeneration, read_deepspeed_state_dict
@@ -54,6 +55,19 @@ def test_deepspeed_there_and_back(tmp_path: Path) -> None:
     inspected = run("inspect", tmp_path / "broken")
     assert inspected.returncode == 1
     assert "problem: " in inspected.stdout
+
+
+def test_export_m2m100(tmp_path: Path) -> None:
+    run_here(
+        "prune", initialized(tmp_path / "full"), "--keep", "1", "--criterion", "random", "--output", tmp_path / "one"
+    )
+    printed = run_here("export", "m2m100", tmp_path / "one", tmp_path / "m2m100", "--dtype", "float16")
+    assert "tensors of float16" in printed and "experts of the sparse layers: none" in printed
+    model = M2M100ForConditionalGeneration.from_pretrained(tmp_path / "m2m100", dtype="auto")
+    assert model.dtype == torch.float16
+    assert "prune --keep 1" in message_of("export", "m2m100", tmp_path / "full", tmp_path / "other")
+    assert "is not empty" in message_of("export", "m2m100", tmp_path / "one", tmp_path / "m2m100")
+    run_here("export", "m2m100", tmp_path / "one", tmp_path / "m2m100", "--overwrite", "--max-shard-size", "100KB")
 
 
 def test_config_overrides_are_a_json_object(tmp_path: Path) -> None:

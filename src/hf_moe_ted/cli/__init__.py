@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .compress import aggregate, expert_statistics, merge, prune, quantize, report
+from .compress import aggregate, expert_statistics, merge, prune, quantize, report, trim
 from .convert import convert, export
 from .errors import one_line_errors
 from .evaluate import evaluate
@@ -40,7 +40,7 @@ app = typer.Typer(
 )
 app.callback()(_root)
 for command in (
-    *(translate, serve, init, inspect, prune, expert_statistics, merge, aggregate, quantize, evaluate, report),
+    *(translate, serve, init, inspect, prune, expert_statistics, merge, aggregate, quantize, trim, evaluate, report),
 ):
     app.command()(command)
 app.add_typer(convert, name="convert")

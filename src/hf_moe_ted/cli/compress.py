@@ -161,6 +161,34 @@ def quantize(
     print(quantized.hf_quantizer.report)
 
 
+def trim(
+    model: ModelWithTokenizer,
+    data: Data,
+    output: Output,
+    languages: Annotated[
+        str | None, typer.Option(help="Whose texts count and whose tags stay, en,de; default: all of DATA.")
+    ] = None,
+    min_count: Annotated[int, typer.Option(help="How often a token must be in the texts.")] = 1,
+    subset: Subset = None,
+    split: Split = "train",
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+) -> None:
+    """A smaller model with the tokens that some text uses, and its tokenizer."""
+    from .. import open_parallel_text, trim_vocabulary
+
+    result = trim_vocabulary(
+        model,
+        dataset=open_parallel_text(data, subset, split),
+        languages=codes(languages),
+        min_count=min_count,
+        output_dir=output,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+    )
+    print(result.report)
+
+
 def report(
     model: Annotated[Path, typer.Argument(help="Folder of a compressed model, with compression_report.json.")],
     before: Annotated[

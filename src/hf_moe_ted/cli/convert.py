@@ -142,3 +142,17 @@ def export_deepspeed(
         overwrite=overwrite,
     )
     print(f"{folder} -> {output_dir}")
+
+
+@export.command("m2m100")
+def m2m100(
+    folder: Annotated[Path, typer.Argument(help="A ZCodeM3 folder whose layers are all dense, or have one expert.")],
+    output_dir: OutputDir,
+    dtype: Dtype = None,
+    max_shard_size: MaxShardSize = "5GB",
+    overwrite: Overwrite = False,
+) -> None:
+    """A dense ZCodeM3 folder to M2M100, for transformers without this package and for CTranslate2."""
+    from .. import export_m2m100
+
+    print(export_m2m100(folder, output_dir, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite))

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ..files.output import check_output_dir
 from ..models.configuration_zcode_m3 import ZCodeM3Config
@@ -18,8 +16,9 @@ from ..models.layer_names import SIDES, ffn_name, moe_layers
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..routing.expert_statistics import ModelFingerprint
 from ..tensors.config_file import read_zcode_m3_config
-from ..tensors.lazy_tensors import LazyTensors, checked_weights
+from ..tensors.lazy_tensors import LazyTensors
 from ..tensors.model_folder import copy_tokenizer_and_generation_config, drop_tied_copies, meta_model, stored_specs
+from ..tensors.model_in_memory import tensors_of_model
 from ..tensors.safetensors_io import check_tensors, open_pretrained_tensors, write_pretrained_tensors
 from ..tensors.whole_model import check_no_adapter
 from .report.compression_report import CompressionReport
@@ -120,15 +119,18 @@ def open_source(
     *,
     overwrite: bool,
     purpose: str,
+    allow_merged: bool = False,
 ) -> ModelSource:
     """The source for a purpose, such as `"prune a folder"`, for whose result there is a place.
+
+    `allow_merged` as in `ModelSource.open`.
 
     Raises:
         ValueError: see `check_output_dir` and `ModelSource.open`; a folder without `output_dir`.
     """
     if output_dir is not None:
         check_output_dir(output_dir, overwrite=overwrite, sources=[model_or_folder])
-    source = ModelSource.open(model_or_folder)
+    source = ModelSource.open(model_or_folder, allow_merged=allow_merged)
     if output_dir is None and source.model is None:
         raise ValueError(f"output_dir is required to {purpose} ({source.path})")
     return source
@@ -154,32 +156,15 @@ def _open_folder(folder: Path) -> ModelSource:
 
 
 def _open_model(model: ZCodeM3ForConditionalGeneration) -> ModelSource:
-    if adapted := [name for name, module in model.named_modules() if hasattr(module, "adapter_layer_names")]:
-        raise ValueError(
-            f"{adapted[0]} has an adapter of PEFT; merge adapters into the weights with merge_and_unload() first, or "
-            "give the model without them"
-        )
-    weights: dict[str, Tensor] = model.state_dict()
-    for name, weight in weights.items():
-        if isinstance(weight, DTensor) or weight.is_meta:
-            raise ValueError(f"{name} is not all in the memory of this process; save the model and give the folder")
-    # mostly one tensor; if they are two, `drop_tied_copies` refuses those that differ
-    tied = model.all_tied_weights_keys
-    one = {name for name in tied if name in weights and weights[name].data_ptr() == weights[tied[name]].data_ptr()}
+    tensors = tensors_of_model(model)
     path = Path(type(model).__name__)
-    tensors = LazyTensors(
-        {name: weight.to("meta") for name, weight in weights.items() if name not in one},
-        lambda name: weights[name].cpu().clone(),
-        lambda name, index: weights[name][index].cpu().clone(),
-        where=lambda _: f"the model in memory ({path})",
-    )
 
     def save_generation_config(folder: Path) -> None:
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
 
     card = derived_card([model.name_or_path or str(path)])
-    return ModelSource(path, model.config, checked_weights(tensors), save_generation_config, card, model)
+    return ModelSource(path, model.config, tensors, save_generation_config, card, model)
 
 
 __all__ = ["CompressionResult", "ModelSource", "open_source", "set_num_experts"]

@@ -72,6 +72,13 @@ MODEL = OutputKind(
     with_file="compression_report.json",
     more_files=_REPORT_FILES,
 )
+M2M100_EXPORT = OutputKind(
+    "an exported M2M100 model",
+    _MODEL_FILES,
+    "config.json",
+    rb'"exported_from"\s*:\s*"zcode_m3"',
+    last="config.json",
+)
 DEEPSPEED_EXPORT = OutputKind(
     "an exported DeepSpeed checkpoint",
     r"latest|global_step0/(layer_\d+_expert_\d+_)?mp_rank_\d+_model_states\.pt",
@@ -110,6 +117,7 @@ __all__ = [
     "ACCELERATOR_STATE",
     "DEEPSPEED_EXPORT",
     "EXPERT_STATISTICS",
+    "M2M100_EXPORT",
     "MODEL",
     "TRAINER_CHECKPOINT",
     "TRAINING_STATE",

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from ..files.json_file import read_json_object
 from ..files.messages import shorten
 from ..files.output import check_output_dir, new_folder
-from ..models.configuration_zcode_m3 import ZCodeM3Config
+from ..files.output_kinds import MODEL, OutputKind
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from .config_file import config_errors
 from .conversion_report import ConversionReport
@@ -44,15 +44,19 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return parsed
 
 
-def meta_model(config: ZCodeM3Config) -> ZCodeM3ForConditionalGeneration:
+def meta_model(config: Any, model_class: Any = ZCodeM3ForConditionalGeneration) -> Any:
     """The model of a config without memory for its weights.
+
+    Args:
+        config: of a model of the class.
+        model_class: what is made.
 
     Raises:
         ValueError: its sizes are too large to be counted.
     """
     try:
         with torch.device("meta"):
-            return ZCodeM3ForConditionalGeneration(config)
+            return model_class(config)
     except Exception as error:  # more numbers than can be counted, or a field that only transformers looks at
         raise ValueError(f"the config describes no model: {shorten(error, 600)}") from error
 
@@ -79,7 +83,7 @@ def drop_tied_copies(tensors: LazyTensors, tied: Mapping[str, str]) -> LazyTenso
     return tensors.under_names(name_in_source)
 
 
-def stored_specs(model: ZCodeM3ForConditionalGeneration) -> dict[str, Tensor]:
+def stored_specs(model: Any) -> dict[str, Tensor]:
     """What a folder of a model holds: its tensors without those that are copies of others."""
     tied = model.all_tied_weights_keys
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
@@ -93,6 +97,7 @@ def model_folder_writer(
     overwrite: bool,
     sources: Sequence[Any] = (),
     also_read: Sequence[Any] = (),
+    kind: OutputKind = MODEL,
 ) -> Callable[..., ConversionReport]:
     """Begin a conversion: check `dtype` and `output_dir`, see `check_output_dir`, before there is any work for them.
 
@@ -100,7 +105,7 @@ def model_folder_writer(
         `write_model_folder` of what is given here.
     """
     start, path, parsed = time.perf_counter(), Path(output_dir), parse_dtype(dtype)
-    check_output_dir(path, overwrite=overwrite, sources=sources, also_read=also_read)
+    check_output_dir(path, overwrite=overwrite, kind=kind, sources=sources, also_read=also_read)
     return partial(
         write_model_folder,
         output_dir=path,
@@ -108,47 +113,54 @@ def model_folder_writer(
         dtype=parsed,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
+        kind=kind,
     )
 
 
 def write_model_folder(
     tensors: LazyTensors,
-    config: ZCodeM3Config,
+    config: Any,
     output_dir: Path,
     *,
+    model_class: Any = ZCodeM3ForConditionalGeneration,
     source: Path,
     start: float,
     dtype: torch.dtype | None = None,
+    loaded_dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    kind: OutputKind = MODEL,
     save_others: Sequence[Callable[[Path], Any]] = (),
     warnings: Sequence[str] = (),
 ) -> ConversionReport:
     """Check tensors against the config, then write them, the config and what else belongs to a model.
 
     Args:
-        tensors: under our names, maybe with copies of tied weights.
+        tensors: under the names of the model, maybe with copies of tied weights.
         config: of the model; `dtype` and `architectures` are set.
         output_dir: appears when everything is in it.
+        model_class: of the model.
         source: what was converted, for messages and the report.
         start: `time.perf_counter()` at the beginning.
         dtype: of floating-point tensors, as they are by default.
+        loaded_dtype: that the config names if `dtype` is none, by default that of the tensors.
         max_shard_size: of a weight file, bytes or a string such as `"5GB"`.
-        overwrite: whether to replace an `output_dir` that is not empty and an earlier model of this package.
+        overwrite: whether to replace an `output_dir` that is not empty and an earlier output of its kind.
+        kind: what is written.
         save_others: called with the folder, to put a tokenizer or a generation config there.
         warnings: for the report.
 
     Raises:
         ValueError: the tensors are not those of the config, or `output_dir` is not empty.
     """
-    model = meta_model(config)
+    model = meta_model(config, model_class)
     tensors = drop_tied_copies(tensors, model.all_tied_weights_keys)
     expected = stored_specs(model)
     check_tensors(tensors.specs, expected, str(source))
     tensors = tensors.under_names({name: name for name in expected})
-    config.dtype = dtype or tensors.specs["model.shared.weight"].dtype
+    config.dtype = dtype or loaded_dtype or tensors.specs["model.shared.weight"].dtype
     config.architectures = [type(model).__name__]
-    with new_folder(output_dir, overwrite=overwrite) as folder:
+    with new_folder(output_dir, overwrite=overwrite, kind=kind) as folder:
         weight_files = write_pretrained_tensors(tensors, folder, max_shard_size=max_shard_size, dtype=dtype)
         config.save_pretrained(folder)
         for save in save_others:

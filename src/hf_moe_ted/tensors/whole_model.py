@@ -122,12 +122,7 @@ def load_model_and_tokenizer(
         model_class=M2M100ForConditionalGeneration if model_type == M2M_100 else ZCodeM3ForConditionalGeneration,
         device_map="auto" if device == "auto" else None,
     )
-    if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
-        raise ValueError(f"{argument} ({folder}) has no tokenizer; save it there with tokenizer.save_pretrained")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise ValueError(f"the tokenizer of {argument} ({folder}) cannot be loaded: {shorten(error, 600)}") from error
+    tokenizer = load_tokenizer(folder, argument)
     if device == "auto":
         return model, tokenizer
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -140,4 +135,22 @@ def load_model_and_tokenizer(
         raise ValueError(f"device ({device!r}) cannot be used: {message}") from error
 
 
-__all__ = ["check_no_adapter", "load_model_and_tokenizer", "load_whole_model"]
+def load_tokenizer(folder: Path, argument: str = "model") -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder.
+
+    Args:
+        folder: of a model.
+        argument: what messages call the folder.
+
+    Raises:
+        ValueError: there is none, or a file of it is damaged.
+    """
+    if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
+        raise ValueError(f"{argument} ({folder}) has no tokenizer; save it there with tokenizer.save_pretrained")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"the tokenizer of {argument} ({folder}) cannot be loaded: {shorten(error, 600)}") from error
+
+
+__all__ = ["check_no_adapter", "load_model_and_tokenizer", "load_tokenizer", "load_whole_model"]

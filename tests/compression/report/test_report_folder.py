@@ -19,6 +19,7 @@ from hf_moe_ted import (
     merge_experts,
     prune_experts,
     quantize_experts,
+    trim_vocabulary,
     write_compression_report,
 )
 from hf_moe_ted.compression.report.compression_report import report_from_dict
@@ -27,7 +28,7 @@ from hf_moe_ted.compression.report.report_pictures import PICTURES
 from hf_moe_ted.routing.routing_similarity import nearest_languages
 
 MakeQuality = Any
-OPERATIONS = ("prune", "merge", "aggregate", "quantize")
+OPERATIONS = ("prune", "merge", "aggregate", "quantize", "trim")
 TEXT = "# A model\n\nIt translates, and it is ours.\n"
 PAIRS = {("en", "de"): 50.0, ("de", "en"): 60.0, ("en", "fr"): 40.0, ("fr", "en"): 45.0}
 AFTER = {("en", "de"): 20.0, ("de", "en"): 59.0, ("en", "fr"): 41.0, ("fr", "en"): 40.0}
@@ -55,6 +56,8 @@ def compress(operation: str, source: Path, statistics: ExpertStatistics) -> Path
         merge_experts(source, statistics, keep=2, output_dir=folder)
     elif operation == "aggregate":
         aggregate_experts([source, source], folder)
+    elif operation == "trim":
+        trim_vocabulary(source, dataset=["close all tabs"], languages=["en", "de"], output_dir=folder)
     else:
         quantize_experts(source, output_dir=folder)
     return folder
@@ -81,6 +84,7 @@ def test_every_operation(operation: str, source: Path, statistics: ExpertStatist
         "merge": "| encoder 1 | 4 | 2 |\n",
         "aggregate": "| encoder 1 | 4 + 4 | 8 |",
         "quantize": "| encoder 1 | 0.",
+        "trim": "| text | 1 | 14 -> 14 | 0.00% -> 0.00% | 0 |",
     }
     assert expected[operation] in text
     drawn = {"experts_per_layer.png", "routing_by_language.png", "language_similarity.png"}

@@ -195,7 +195,60 @@ class QuantizationReport(CompressionReport):
         return {layer: {"relative error of the weights": f"{e:.2%}"} for layer, e in self.relative_errors.items()}
 
 
-_KINDS = {kind.operation: kind for kind in (PruningReport, MergingReport, AggregationReport, QuantizationReport)}
+@dataclass(frozen=True, kw_only=True)
+class TrimmingReport(CompressionReport):
+    """What a trimming of the vocabulary kept.
+
+    Attributes:
+        num_tokens_before, num_tokens_after: rows of the embeddings.
+        num_experts: name of each MoE layer -> its experts, which stay.
+        texts: language -> `num_texts`, and of all these together `num_tokens_before` and `num_tokens_after`,
+            `num_unknown_before` and `num_unknown_after`, and `num_changed`, the texts that are encoded otherwise.
+    """
+
+    operation: ClassVar[str] = "trim_vocabulary"
+    title: ClassVar[str] = "Trimmed vocabulary"
+
+    num_tokens_before: int
+    num_tokens_after: int
+    num_experts: dict[str, int]
+    texts: dict[str, dict[str, int]]
+
+    def lines(self) -> list[str]:
+        encodings = self.encodings()
+        return [
+            f"{self.source}: {self.num_tokens_after:,} of {self.num_tokens_before:,} tokens kept",
+            *super().lines(),
+            *(
+                f"{language}: {row['texts']} texts, {row['tokens']} tokens, {row['unknown']} unknown, "
+                f"{row['encoded otherwise']} texts encoded otherwise"
+                for language, row in encodings.items()
+            ),
+        ]
+
+    def layers(self) -> dict[str, dict[str, str]]:
+        return {layer: {"experts": str(num_experts)} for layer, num_experts in self.num_experts.items()}
+
+    def encodings(self) -> dict[str, dict[str, str]]:
+        """Language -> how its texts are encoded before -> after, by column."""
+        return {
+            language: {
+                "texts": f"{text['num_texts']:,}",
+                "tokens": f"{text['num_tokens_before']:,} -> {text['num_tokens_after']:,}",
+                "unknown": " -> ".join(
+                    f"{text[f'num_unknown_{stage}'] / max(1, text[f'num_tokens_{stage}']):.2%}"
+                    for stage in ("before", "after")
+                ),
+                "encoded otherwise": f"{text['num_changed']:,}",
+            }
+            for language, text in self.texts.items()
+        }
+
+
+_KINDS = {
+    kind.operation: kind
+    for kind in (PruningReport, MergingReport, AggregationReport, QuantizationReport, TrimmingReport)
+}
 
 
 def report_from_dict(fields: Mapping[str, Any]) -> CompressionReport:
@@ -214,7 +267,7 @@ def report_from_dict(fields: Mapping[str, Any]) -> CompressionReport:
         num_lines, num_layers = len(report.lines()), len(report.layers())
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(f"its fields are not of the same MoE layers: {error}") from error
-    if not (num_lines and num_layers):
+    if not (num_lines and (num_layers or kind is TrimmingReport)):  # of a dense model, too
         raise ValueError("there is no MoE layer in it")
     return report
 
@@ -238,5 +291,6 @@ __all__ = [
     "MergingReport",
     "PruningReport",
     "QuantizationReport",
+    "TrimmingReport",
     "report_from_dict",
 ]

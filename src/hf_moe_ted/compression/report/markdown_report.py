@@ -6,7 +6,7 @@ from statistics import fmean
 from ...evaluation.translation_quality import DirectionQuality, MeanQuality
 from ...models.layer_names import SIDES
 from ...routing.pictures import has_matplotlib, short_name
-from .compression_report import AggregationReport, FewerExpertsReport, PruningReport
+from .compression_report import AggregationReport, FewerExpertsReport, PruningReport, TrimmingReport
 from .markdown_text import as_code, as_text
 from .model_card import display_name
 from .report_pictures import PICTURES
@@ -39,18 +39,19 @@ def full_report(summary: Summary, pictures: Sequence[str]) -> str:
         summary: what there is to say.
         pictures: names of those that there are.
     """
+    report = summary.report
     arguments = [
         f"{as_code(name)} {as_text(str(value))}"
-        for name, value in summary.report.arguments.items()
+        for name, value in report.arguments.items()
         if name != "checkpoints"  # which stand in the line before
     ]
     parts = [
-        f"# Compression report: {summary.report.title.lower()}",
+        f"# Compression report: {report.title.lower()}",
         *_overview(summary),
         *([f"Arguments: {', '.join(arguments)}."] if arguments else []),
         *(["## Every direction", _how_measured(summary), _directions(summary)] if summary.qualities else []),
-        "## Experts",
-        _experts(summary),
+        *(["## Vocabulary", _vocabulary(report)] if isinstance(report, TrimmingReport) else []),
+        *(["## Experts", _experts(summary)] if report.layers() else []),
         "## Languages",
         _languages(summary),
         *_pictures(pictures),
@@ -95,6 +96,8 @@ def _sizes(summary: Summary) -> str:
     if isinstance(report, FewerExpertsReport):
         counts = (report.num_experts_before, report.num_experts_after)
         rows.append(["experts, all layers", *(f"{sum(count.values()):,}" for count in counts)])
+    if isinstance(report, TrimmingReport):
+        rows.append(["tokens", f"{report.num_tokens_before:,}", f"{report.num_tokens_after:,}"])
     if qualities:
         rows.append(["sentences per second", *(f"{quality.sentences_per_s:,.1f}" for quality in qualities)])
         rows.append(["weights in memory, MB", *(_megabytes(quality.num_bytes) for quality in qualities)])
@@ -139,6 +142,13 @@ def _scores(stages: Sequence[DirectionQuality | MeanQuality]) -> list[str]:
     """A cell for each score, with those of all stages."""
     rows = [(f"{s.chrf:.1f}", f"{s.bleu:.1f}", f"{s.length_ratio:.2f}", _percent(s.off_target)) for s in stages]
     return [" → ".join(cells) for cells in zip(*rows, strict=True)]
+
+
+def _vocabulary(report: TrimmingReport) -> str:
+    """How the texts that decided are encoded, before and after, by language."""
+    rows = report.encodings()
+    columns = next(iter(rows.values()), {})
+    return _table(["language", *columns], [[language, *row.values()] for language, row in rows.items()])
 
 
 def _experts(summary: Summary) -> str:

@@ -53,7 +53,7 @@ def write_compression_report(
     unless it is given again.
 
     Args:
-        output_dir: of `prune_experts`, `merge_experts`, `aggregate_experts` or `quantize_experts`.
+        output_dir: of `prune_experts`, `merge_experts`, `aggregate_experts`, `quantize_experts` or `trim_vocabulary`.
         before: of `evaluate_translation` for the model that was compressed.
         after: the same for this model, on the same text.
         trained: the same for this model after further training, to show how much it recovers.

@@ -1,0 +1,271 @@
+"""Tokenizers with fewer tokens, which encode every text of the tokens that are left as before.
+
+Why that holds: byte-pair encoding merges the pair of the lowest rank again and again, so a text of kept tokens needs
+the merges that make these, which are kept, and no merge that is gone had been chosen. In a unigram model the best
+segmentation stays the best when others go, as long as the score of the unknown stays. SentencePiece has a type of piece
+for it: an unused piece still takes part in merging, and is then taken apart.
+"""
+
+import json
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import M2M100Tokenizer, PreTrainedTokenizerBase
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+from ..models.language_codes import language_ids
+
+_PROCESSORS = ("TemplateProcessing", "ByteLevel", "Sequence")
+_LISTS_OF_SPECIAL_TOKENS = ("extra_special_tokens", "additional_special_tokens")
+_OF_LOADING = ("is_local", "local_files_only")  # which `save_pretrained` writes, too
+_NORMAL, _UNUSED = 1, 5  # of SentencePiece's `ModelProto.SentencePiece.Type`
+
+
+class TokenizerTrimming(Protocol):
+    """How a kind of tokenizer loses tokens."""
+
+    def needed(self, used: Collection[int]) -> set[int]:
+        """Ids without which `used` would not be made, or something could not be encoded that can be now."""
+
+    def write(self, folder: Path, new_of_old: Mapping[int, int], languages: Collection[str]) -> None:
+        """Put the files of the smaller tokenizer into a folder that is empty.
+
+        Args:
+            folder: it is there.
+            new_of_old: id -> id there, of all tokens that are kept, ascending in both.
+            languages: the languages that are left.
+        """
+
+
+def trimming_of(tokenizer: PreTrainedTokenizerBase) -> TokenizerTrimming:
+    """How a tokenizer loses tokens.
+
+    Raises:
+        ValueError: it is of a kind that is not known here.
+    """
+    if isinstance(tokenizer, M2M100Tokenizer):
+        return _SentencePieceTrimming(tokenizer)
+    if isinstance(tokenizer, TokenizersBackend):
+        return _BackendTrimming(tokenizer)
+    raise ValueError(
+        f"tokenizer ({type(tokenizer).__name__}) cannot be trimmed; it must be a ZCodeM3Tokenizer, NllbTokenizer, "
+        "M2M100Tokenizer, or another one of the tokenizers library"
+    )
+
+
+def tags_that_go(tokenizer: PreTrainedTokenizerBase, languages: Collection[str]) -> dict[str, int]:
+    """Language -> id of its tag, of those that are not among `languages` and can go.
+
+    M2M100Tokenizer has its 100 languages in its code, so all of them stay.
+    """
+    if isinstance(tokenizer, M2M100Tokenizer):
+        return {}
+    return {language: tag for language, tag in language_ids(tokenizer).items() if language not in languages}
+
+
+class _BackendTrimming:
+    """Of the *tokenizers* library: byte-pair encoding, or unigram."""
+
+    def __init__(self, tokenizer: TokenizersBackend):
+        self._tokenizer = tokenizer
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        self._model: dict[str, Any] = content["model"]
+        self._check(content)
+        vocabulary = self._model["vocab"]
+        pieces = vocabulary if isinstance(vocabulary, dict) else {item[0]: i for i, item in enumerate(vocabulary)}
+        self._id_of_piece: dict[str, int] = pieces
+
+    def _check(self, content: Mapping[str, Any]) -> None:
+        name, kind = type(self._tokenizer).__name__, self._model.get("type")
+        if kind not in ("BPE", "Unigram"):
+            raise ValueError(f"tokenizer ({name}) has a model of type {kind!r}, which must be 'BPE' or 'Unigram'")
+        for option in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+            if self._model.get(option):
+                raise ValueError(f"tokenizer ({name}) has {option} ({self._model[option]!r}), which cannot be trimmed")
+        for processor in _processors(content["post_processor"]):
+            if processor["type"] not in _PROCESSORS:
+                raise ValueError(f"tokenizer ({name}) has a {processor['type']}, and must have one of {_PROCESSORS}")
+
+    def needed(self, used: Collection[int]) -> set[int]:
+        ids = self._id_of_piece
+        needed = {index for piece, index in ids.items() if len(piece) == 1}  # bytes, or characters
+        if self._model["type"] == "Unigram":
+            scores = [score for _, score in self._model["vocab"]]
+            needed.add(scores.index(min(scores)))  # on which the score of the unknown depends
+            needed |= _with_lone_characters(ids)
+        else:
+            chains = _Merges(self._model["merges"])
+            piece_of_id = {index: piece for piece, index in ids.items()}
+            pieces = (piece_of_id[index] for index in used if index in piece_of_id)
+            needed |= {ids[part] for piece in pieces for part in chains.parts_of(piece)}
+        if self._model.get("byte_fallback"):
+            needed |= {ids[piece] for byte in range(256) if (piece := f"<0x{byte:02X}>") in ids}
+        return needed
+
+    def write(self, folder: Path, new_of_old: Mapping[int, int], languages: Collection[str]) -> None:
+        self._tokenizer.save_pretrained(folder)
+        _rewrite_json(folder / "tokenizer.json", lambda content: self._trim(content, new_of_old))
+        gone = {
+            str(self._tokenizer.convert_ids_to_tokens(tag)): language
+            for language, tag in tags_that_go(self._tokenizer, languages).items()
+        }
+        _rewrite_json(
+            folder / "tokenizer_config.json", lambda content: _trim_config(content, new_of_old, gone, languages)
+        )
+
+    def _trim(self, content: dict[str, Any], new_of_old: Mapping[int, int]) -> dict[str, Any]:
+        model, added = content["model"], content["added_tokens"]
+        content["added_tokens"] = [
+            token | {"id": new_of_old[token["id"]]} for token in added if token["id"] in new_of_old
+        ]
+        for processor in _processors(content["post_processor"]):
+            if processor["type"] == "TemplateProcessing":
+                _trim_template(processor, new_of_old)
+        kept = {piece: new_of_old[index] for piece, index in self._id_of_piece.items() if index in new_of_old}
+        if model["type"] == "BPE":
+            model["vocab"] = kept
+            model["merges"] = [pair for pair in map(_pair, model["merges"]) if {*pair, "".join(pair)} <= kept.keys()]
+            return content
+        model["vocab"] = [item for item in model["vocab"] if item[0] in kept]
+        if [*kept.values()] != [*range(len(kept))]:
+            raise ValueError("tokenizer has added tokens before pieces of its unigram model, and cannot be trimmed")
+        if model["unk_id"] is not None:
+            model["unk_id"] = new_of_old[model["unk_id"]]
+        return content
+
+
+class _Merges:
+    """The merges of byte-pair encoding, those that come first in front."""
+
+    def __init__(self, merges: Iterable[Any]):
+        self._rank = {_pair(merge): rank for rank, merge in enumerate(merges)}
+
+    def parts_of(self, piece: str) -> set[str]:
+        """The piece and all that it is merged of, but for its characters."""
+        parts, made = [*piece], {piece}
+        while (index := self._first_to_merge(parts)) is not None:
+            parts[index : index + 2] = [parts[index] + parts[index + 1]]
+            made.add(parts[index])
+        return made
+
+    def _first_to_merge(self, parts: list[str]) -> int | None:
+        ranks = [self._rank.get(pair, math.inf) for pair in pairwise(parts)]
+        best = min(ranks, default=math.inf)
+        return None if best == math.inf else ranks.index(best)
+
+
+class _SentencePieceTrimming:
+    """M2M100Tokenizer: a model of SentencePiece, byte-pair encoding or unigram, and ids of its own for the pieces."""
+
+    def __init__(self, tokenizer: M2M100Tokenizer):
+        try:
+            from sentencepiece import sentencepiece_model_pb2
+        except ImportError:
+            raise ValueError(
+                "trimming an M2M100Tokenizer writes a model of SentencePiece, which needs protobuf: "
+                "pip install sentencepiece protobuf"
+            ) from None
+        self._tokenizer: Any = tokenizer
+        messages: Any = sentencepiece_model_pb2  # which are made when it is imported
+        self._proto: Any = messages.ModelProto.FromString(self._tokenizer.sp_model.serialized_model_proto())
+
+    def needed(self, used: Collection[int]) -> set[int]:
+        ids: dict[str, int] = self._tokenizer.encoder
+        normal = {piece.piece: piece.score for piece in self._proto.pieces if piece.type == _NORMAL}
+        needed = {ids[piece.piece] for piece in self._proto.pieces if piece.type != _NORMAL and piece.piece in ids}
+        known = {piece: ids[piece] for piece in normal if piece in ids}
+        needed |= {index for piece, index in known.items() if len(piece) == 1} | _with_lone_characters(known)
+        # on which the scores of the unknown and of user-defined pieces depend
+        extremes = [choose(normal, key=normal.__getitem__) for choose in (min, max)] if normal else []
+        needed |= {ids[piece] for piece in extremes if piece in ids}
+        return needed | {*self._tokenizer.lang_code_to_id.values()}
+
+    def write(self, folder: Path, new_of_old: Mapping[int, int], languages: Collection[str]) -> None:
+        self._tokenizer.save_pretrained(folder)
+        ids: dict[str, int] = self._tokenizer.encoder
+        for piece in self._proto.pieces:
+            is_kept = ids.get(piece.piece) in new_of_old
+            # a piece without an id was unknown; others may be taken apart into it
+            if piece.type == _NORMAL and not is_kept and all(character in ids for character in piece.piece):
+                piece.type = _UNUSED
+        names = self._tokenizer.vocab_files_names
+        (folder / names["spm_file"]).write_bytes(self._proto.SerializeToString())
+        kept = {piece: new_of_old[index] for piece, index in ids.items() if index in new_of_old}
+        (folder / names["vocab_file"]).write_text(json.dumps(kept, indent=2), encoding="utf-8")
+        _rewrite_json(
+            folder / "tokenizer_config.json",
+            lambda content: _trim_config(content | {"num_madeup_words": 0}, new_of_old, {}, languages),
+        )
+
+
+def _with_lone_characters(id_of_piece: Mapping[str, int]) -> set[int]:
+    """Ids of pieces with a character that is no piece itself: without them it would be unknown."""
+    return {index for piece, index in id_of_piece.items() if any(character not in id_of_piece for character in piece)}
+
+
+def _pair(merge: Any) -> tuple[str, str]:
+    first, second = merge.split(" ") if isinstance(merge, str) else merge
+    return first, second
+
+
+def _processors(processor: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """A post-processor, or those that it is a sequence of."""
+    if processor is None:
+        return []
+    return [processor, *(part for inner in processor.get("processors", []) for part in _processors(inner))]
+
+
+def _trim_template(processor: dict[str, Any], new_of_old: Mapping[int, int]) -> None:
+    """Other ids in a template; what refers to a token that is gone is left out."""
+    tokens = processor["special_tokens"]
+    processor["special_tokens"] = kept = {
+        name: token | {"ids": [new_of_old[index] for index in token["ids"]]}
+        for name, token in tokens.items()
+        if all(index in new_of_old for index in token["ids"])
+    }
+    for form in ("single", "pair"):
+        processor[form] = [
+            part for part in processor[form] if "SpecialToken" not in part or part["SpecialToken"]["id"] in kept
+        ]
+
+
+def _trim_config(
+    content: dict[str, Any], new_of_old: Mapping[int, int], gone: Mapping[str, str], languages: Collection[str]
+) -> dict[str, Any]:
+    """`tokenizer_config.json` without the tags that are gone.
+
+    Args:
+        content: of the file.
+        new_of_old: id -> new id of each kept token.
+        gone: tag -> its language.
+        languages: that are left.
+    """
+    for name in _OF_LOADING:
+        content.pop(name, None)
+    for name in _LISTS_OF_SPECIAL_TOKENS:
+        if isinstance(content.get(name), list):
+            content[name] = [token for token in content[name] if _content(token) not in gone]
+    if added := content.get("added_tokens_decoder"):
+        content["added_tokens_decoder"] = {
+            str(new_of_old[int(index)]): token for index, token in added.items() if int(index) in new_of_old
+        }
+    # nobody asked for these, they were the last ones or the default
+    for name, instead in (("src_lang", next(iter(languages))), ("tgt_lang", None)):
+        if content.get(name) in gone.values():
+            content[name] = instead
+    return content
+
+
+def _content(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else str(token)
+
+
+def _rewrite_json(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    changed = change(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+__all__ = ["TokenizerTrimming", "tags_that_go", "trimming_of"]
