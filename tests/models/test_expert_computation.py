@@ -78,6 +78,35 @@ def test_default(device: str, width: int, dtype: torch.dtype, expected: str) -> 
     assert default_computation(device, {"d_model": 32, "ffn_dim": width}, dtype) == expected
 
 
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    messages: list[str] = []
+    monkeypatch.setattr(expert_computation.logger, "warning_once", messages.append)
+    return messages
+
+
+def test_slow_default_says_why(warnings: list[str]) -> None:
+    default_computation("cuda", WIDTHS, torch.float32)
+    default_computation("cuda", {}, torch.float32)
+    assert warnings == []
+    default_computation("cuda", {"d_model": 32, "ffn_dim": 20}, torch.float32)
+    assert warnings == [
+        "experts are computed by a slow loop, experts_implementation='eager': 'grouped_mm' needs widths that are "
+        "multiples of 8, got {'ffn_dim': 20}"
+    ]
+
+
+def test_slow_loop_of_a_share_says_why(warnings: list[str]) -> None:
+    experts_of("zcode_grouped")(*inputs_of(experts_of("zcode_grouped")))
+    assert warnings == []
+    experts = experts_of("zcode_fused", ffn_dim=20)  # as no config may have it
+    experts(*inputs_of(experts))
+    assert warnings == [
+        "experts are computed one after the other, which is slow on GPUs: 'zcode_grouped' needs widths that are "
+        "multiples of 8, got {'ffn_dim': 20}"
+    ]
+
+
 def test_a_model_without_experts_takes_the_defaults_of_any_widths() -> None:
     assert default_computation("cpu", {}, torch.float64) == "grouped_mm"
     for name in NAMES:

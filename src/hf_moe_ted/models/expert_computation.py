@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+from transformers.utils import logging
 
 try:
     from hf_moe_ted.kernels import experts_implementations as kernels
 except ImportError:  # remote code without the package
     kernels = None  # type: ignore[assignment]
+
+logger = logging.get_logger(__name__)
 
 ExpertsFunction = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
@@ -151,12 +154,22 @@ def _is_plain_relu(act_fn: nn.Module) -> bool:
 
 
 def default_computation(device_type: str, widths: Mapping[str, int], dtype: torch.dtype) -> str:
-    """The name of the first row that is a default on a device (`"cuda"` or `"cpu"`) and takes widths and dtype."""
-    return next(
-        name
+    """The name of the first row that is a default on a device (`"cuda"` or `"cpu"`) and takes widths and dtype.
+
+    Warns if that is the loop, which waits for the device at each expert.
+    """
+    reasons = {
+        name: row.why_not(widths, dtype, any_dtype=True)
         for name, row in COMPUTATIONS.items()
-        if device_type in row.default_on and row.why_not(widths, dtype, any_dtype=True) is None
-    )
+        if device_type in row.default_on
+    }
+    default = next(name for name, reason in reasons.items() if reason is None)
+    if default == "eager":
+        logger.warning_once(
+            f"experts are computed by a slow loop, experts_implementation='eager': 'grouped_mm' needs "
+            f"{reasons['grouped_mm']}"
+        )
+    return default
 
 
 def check_computation(name: str, widths: Mapping[str, int], dtype: torch.dtype) -> None:
@@ -204,7 +217,12 @@ def _function_that_hands_over(row: ExpertComputation) -> ExpertsFunction:
     function = kernels.EXPERTS_IMPLEMENTATIONS.get(row.name, instead)  # that of Triton may be missing
 
     def experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        runs = instead if row.why_not_now(experts) else function
+        reason = row.why_not_now(experts)
+        if reason and row.instead == "zcode_cpu" and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"experts are computed one after the other, which is slow on GPUs: {row.name!r} needs {reason}"
+            )
+        runs = instead if reason else function
         return runs(experts, hidden_TD, top_k_index, top_k_weights)
 
     return experts_forward
