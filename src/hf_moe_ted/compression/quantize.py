@@ -1,4 +1,4 @@
-"""Experts in 8 or 4 bits per weight, and all else in 8 or as it was: a smaller model of the same architecture, for inference."""
+"""Experts in 8 or 4 bits per weight, all else in 8 or as it was: the same architecture, smaller, for inference."""
 
 import copy
 import logging
@@ -73,8 +73,8 @@ def quantize_experts(
 
     Raises:
         ValueError: before anything is written: the model is quantized already, spread over processes, has an adapter or
-            no experts; weights that are missing or not finite; other `bits` or `what`, or a `group_size` that does not divide a
-            width; `output_dir` is not empty.
+            no experts; weights that are missing or not finite; other `bits` or `what`, or a `group_size` that does not
+            divide a width; `output_dir` is not empty.
     """
     if output_dir is not None:
         check_output_dir(output_dir, overwrite=overwrite, sources=[model_or_folder])

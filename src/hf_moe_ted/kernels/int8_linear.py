@@ -53,7 +53,7 @@ class Int8Rows(NamedTuple):
     """Rounded activations.
 
     Attributes:
-        rounded_RI: float32[R, I], integers from `-int8_levels()` to `int8_levels()`; if that is `None`, the activations.
+        rounded_RI: float32[R, I], integers from `-int8_levels()` to `int8_levels()`; the activations if that is `None`.
         step_R1: float32[R, 1], the factor of each row.
     """
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 _ROOM = 16  # beams' steps that fit in a new buffer behind what is there
+_WORTH_COMPACTING = 0.75  # if at most such a share of the keys stays
 
 
 class AppendedLayer(DynamicLayer):
@@ -87,7 +88,7 @@ class BeamCache(EncoderDecoderCache):
             return
         is_used_BK = self.attends_BNK.any(dim=1)
         num_used = int(is_used_BK.sum(dim=1).max())
-        if num_used > num_keys // 2:
+        if num_used > _WORTH_COMPACTING * num_keys:
             return
         keys_BK = is_used_BK.int().argsort(dim=1, descending=True, stable=True)[:, :num_used]
         self.attends_BNK = self.attends_BNK.gather(2, keys_BK.unsqueeze(1).expand(-1, num_beams, -1))
