@@ -1,4 +1,4 @@
-"""Quantized experts on integer products (`experts_implementation="zcode_cpu"`), beside those on rounded weights."""
+"""Quantized experts on integer products (what they run on without being asked to), beside those on rounded weights."""
 
 import copy
 from collections.abc import Callable
@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration
-from hf_moe_ted.compression import quantized_experts
 from hf_moe_ted.compression.quantize import quantize_experts
 from hf_moe_ted.compression.quantized_experts import QuantizedExperts
-from hf_moe_ted.kernels.int8_linear import PackedInt8Weights, has_exact_int8_products
+from hf_moe_ted.kernels import int8_linear
 
 MakeModel = Callable[..., ZCodeM3ForConditionalGeneration]
 EXPERTS = "model.encoder.layers.1.ffn.experts"
@@ -24,7 +23,7 @@ def tokens() -> Tensor:
 
 
 @torch.no_grad()
-def logits_of(model: Any, implementation: str = "zcode_cpu") -> Tensor:
+def logits_of(model: Any, implementation: str = "grouped_mm") -> Tensor:
     model.set_experts_implementation(implementation)
     return model(input_ids=tokens(), decoder_input_ids=tokens().flip(0)).logits
 
@@ -38,32 +37,21 @@ def exact_output(experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> 
     return (outputs * factor.scatter_add(1, ids, weights.double())[:, :-1, None]).sum(dim=1)
 
 
-@pytest.fixture(params=["processor", "reference"], autouse=True)
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Integer products of the processor, where it has exact ones, and everywhere those of `reference_products`."""
-    if request.param == "processor":
-        if not has_exact_int8_products():
-            pytest.skip("needs a processor with exact int8 products")
-    else:
-        monkeypatch.setattr(quantized_experts, "has_exact_int8_products", lambda: True)
-        monkeypatch.setattr(PackedInt8Weights, "linear", reference_products)
+@pytest.fixture(params=["processor", "no VNNI"], autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The integer products of the processor, and those of one without VNNI."""
+    if int8_linear.int8_levels() is None:
+        pytest.skip("needs a processor with integer products")
+    if request.param == "no VNNI":
+        monkeypatch.setattr(int8_linear, "has_exact_int8_products", lambda: False)
+        monkeypatch.setattr(int8_linear, "int8_levels", lambda: 63)
     return request.param
-
-
-def reference_products(
-    _: Any, inputs_RI: Tensor, key: Any, weight_OI: Tensor, scale_O: Tensor, bias_O: Tensor
-) -> Tensor:
-    """What `PackedInt8Weights.linear` computes, in float64: each row rounded to 8 bits with a scale of its own."""
-    rows_RI = inputs_RI.double()
-    step_R1 = (rows_RI.abs().amax(dim=-1, keepdim=True) / 127).clamp(min=1e-30)
-    sums_RO = (rows_RI / step_R1).round() @ weight_OI.double().T
-    return (sums_RO * step_R1 * scale_O.double() + bias_O.double()).float()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_tokens", [1, 16, 128])
 @torch.no_grad()
-def test_relative_error_is_under_two_percent(num_tokens: int, dtype: torch.dtype) -> None:
+def test_relative_error_is_under_three_percent(num_tokens: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(num_tokens)
     config = ZCodeM3Config(
         vocab_size=8, d_model=256, encoder_layers=2, decoder_layers=1, encoder_ffn_dim=1024, decoder_sparse_step=0,
@@ -77,11 +65,10 @@ def test_relative_error_is_under_two_percent(num_tokens: int, dtype: torch.dtype
     hidden = torch.randn(num_tokens, 256, generator=generator).to(dtype)
     ids = torch.rand(num_tokens, 9, generator=generator).topk(2).indices  # the id 8 is a dropped slot
     weights = torch.rand(num_tokens, 2, generator=generator).to(dtype)
-    quantized.set_experts_implementation("zcode_cpu")
     output = quantized.get_submodule(EXPERTS)(hidden, ids, weights)
     expected = exact_output(experts, hidden, ids, weights)
     assert output.dtype == dtype
-    assert 0.005 < (output.double() - expected).norm() / expected.norm() < 0.02
+    assert 0.005 < (output.double() - expected).norm() / expected.norm() < 0.03
     assert output[(ids == 8).all(dim=1)].count_nonzero() == 0
 
 
@@ -99,8 +86,7 @@ def test_model(dtype: torch.dtype, make_model: MakeModel, tmp_path: Path) -> Non
     # packed weights are neither stored nor copied
     assert [*quantized.state_dict()] == names
     assert torch.equal(logits_of(copy.deepcopy(quantized)), on_integers)
-    loaded = ZCodeM3ForConditionalGeneration.from_pretrained(tmp_path / "small", experts_implementation="zcode_cpu")
-    assert loaded.config._experts_implementation == "zcode_cpu"
+    loaded = ZCodeM3ForConditionalGeneration.from_pretrained(tmp_path / "small")
     with torch.no_grad():
         again = loaded(input_ids=tokens(), decoder_input_ids=tokens().flip(0)).logits
     assert torch.equal(again, on_integers)
@@ -109,7 +95,6 @@ def test_model(dtype: torch.dtype, make_model: MakeModel, tmp_path: Path) -> Non
 @torch.no_grad()
 def test_a_token_does_not_depend_on_its_batch(make_model: MakeModel) -> None:
     quantized = quantize_experts(make_model())
-    quantized.set_experts_implementation("zcode_cpu")
     experts: Any = quantized.get_submodule(EXPERTS)
     hidden = torch.randn(20, 32, generator=torch.Generator().manual_seed(3))
     ids, weights = torch.arange(20).unsqueeze(-1) % 4, torch.ones(20, 1)
@@ -132,7 +117,6 @@ def test_changed_weights_count(make_model: MakeModel) -> None:
 def test_generates(make_model: MakeModel) -> None:
     model = make_model()
     quantized = quantize_experts(model)
-    quantized.set_experts_implementation("zcode_cpu")
     options = {"input_ids": tokens(), "num_beams": 2, "max_new_tokens": 8, "do_sample": False}
     assert torch.equal(quantized.generate(**options), model.generate(**options))
 
@@ -148,12 +132,11 @@ def test_with_gradients_or_without_exact_products_weights_are_rounded_only(
 ) -> None:
     quantized = quantize_experts(make_model())
     expected = logits_of(quantized, "eager")
-    quantized.set_experts_implementation("zcode_cpu")
     batch = {"input_ids": tokens(), "decoder_input_ids": tokens().flip(0)}
     logits = quantized(**batch).logits
     assert torch.equal(logits, expected)
     logits.sum().backward()
     assert quantized.model.shared.weight.grad is not None
-    monkeypatch.setattr(quantized_experts, "has_exact_int8_products", lambda: False)
-    assert torch.equal(logits_of(quantized), expected)
+    monkeypatch.setattr(int8_linear, "int8_levels", lambda: None)
+    torch.testing.assert_close(logits_of(quantized), expected)
     assert isinstance(quantized.get_submodule(EXPERTS), QuantizedExperts)

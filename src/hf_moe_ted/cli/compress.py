@@ -149,6 +149,9 @@ def quantize(
     group_size: Annotated[
         int | None, typer.Option(help="Weights per scale; default: a row for 8 bits, up to 128 for 4.")
     ] = None,
+    what: Annotated[
+        str, typer.Option(help="experts, or all: attention, feed-forward and vocabulary in 8 bits, too; fast on CPUs.")
+    ] = "experts",
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
 ) -> None:
@@ -156,7 +159,7 @@ def quantize(
     from .. import quantize_experts
 
     quantized: Any = quantize_experts(
-        model, bits, group_size, output_dir=output, max_shard_size=max_shard_size, overwrite=overwrite
+        model, bits, group_size, what=what, output_dir=output, max_shard_size=max_shard_size, overwrite=overwrite
     )
     print(quantized.hf_quantizer.report)
 

@@ -1,4 +1,4 @@
-"""Experts in 8 or 4 bits per weight: a smaller model of the same architecture, for inference."""
+"""Experts in 8 or 4 bits per weight, all else in 8 or as it was: the same architecture, smaller, for inference."""
 
 import copy
 import logging
@@ -21,6 +21,7 @@ from ..tensors.model_folder import copy_tokenizer_and_generation_config
 from ..tensors.whole_model import load_whole_model
 from .model_source import ModelSource
 from .quantized_experts import ExpertQuantizationConfig, ExpertQuantizer
+from .quantized_linear import modules_of_parts
 from .report.compression_report import QuantizationReport
 from .report.model_card import derived_card
 from .report.report_folder import describe
@@ -37,16 +38,17 @@ def quantize_experts(
     bits: int = 8,
     group_size: int | None = None,
     *,
+    what: str = "experts",
     output_dir: str | os.PathLike[str] | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
 ) -> ZCodeM3ForConditionalGeneration:
-    """Round the weights of the experts to 8 or 4 bits; all else stays as it is.
+    """Round the weights of the experts to 8 or 4 bits, and with `what="all"` those of other large matrices to 8.
 
     Weight-only, symmetric, rounded to nearest, without calibration, as in https://huggingface.co/papers/2211.10017: its
-    authors measured -0.007 BLEU with 8 bits and -0.167 with 4, per channel. Each expert's weights become floats again
-    while it computes, so what is saved is memory, not time. With 8 bits per channel,
-    `model.set_experts_implementation("zcode_cpu")` saves time on CPUs, too: see [`QuantizedExperts`].
+    authors measured -0.007 BLEU with 8 bits and -0.167 with 4, per channel. Weights become floats again while they
+    compute, so what is saved is memory, not time. But on CPUs what has 8 bits per channel multiplies integers, which is
+    several times as fast as float32: see [`QuantizedExperts`]. For translations on a CPU take `what="all"`.
 
     The model is saved with `save_pretrained` and loaded with `from_pretrained`, as it was. Loading with
     `quantization_config=ExpertQuantizationConfig(bits=4)` quantizes, too. Errors and sizes are logged, and are in
@@ -59,6 +61,8 @@ def quantize_experts(
         group_size: so many weights along the input of a matrix share a scale, which has the dtype of the weights; it
             divides `d_model` and the inner widths of the experts. By default one scale per output channel for 8 bits,
             and for 4 bits the largest power of two up to 128 that divides the widths.
+        what: "experts", or "all" for attention, dense feed-forward, the projection to the vocabulary and the embeddings
+            that are tied to it, too: 8 bits and one scale per output channel or word.
         output_dir: a new folder for the model, which appears when everything is in it, `compression_report.json`
             and `report.md` included. From a folder the tokenizer comes along.
         max_shard_size: of the weight files, bytes or a string such as `"5GB"`.
@@ -69,8 +73,8 @@ def quantize_experts(
 
     Raises:
         ValueError: before anything is written: the model is quantized already, spread over processes, has an adapter or
-            no experts; weights that are missing or not finite; other `bits`, or a `group_size` that does not divide a
-            width; `output_dir` is not empty.
+            no experts; weights that are missing or not finite; other `bits` or `what`, or a `group_size` that does not
+            divide a width; `output_dir` is not empty.
     """
     if output_dir is not None:
         check_output_dir(output_dir, overwrite=overwrite, sources=[model_or_folder])
@@ -78,9 +82,9 @@ def quantize_experts(
     card = derived_card([model.name_or_path or str(source)], relation="quantized")
     if bits == 4 and group_size is None:
         group_size = _default_group_size(model)
-    quantizer = ExpertQuantizer(ExpertQuantizationConfig(bits, group_size), pre_quantized=False)
-    # experts are not copied: they are replaced
-    quantized: Any = copy.deepcopy(model, {id(module): module for module in _experts_of(model)})
+    quantizer = ExpertQuantizer(ExpertQuantizationConfig(bits, group_size, what=what), pre_quantized=False)
+    replaced = [*_experts_of(model), *(modules_of_parts(model) if what == "all" else ())]  # these are not copied
+    quantized: Any = copy.deepcopy(model, {id(module): module for module in replaced})
     quantizer.preprocess_model(quantized)  # with the next two lines, what `from_pretrained` does
     quantized.hf_quantizer = quantizer
     quantizer.postprocess_model(quantized)
@@ -142,7 +146,7 @@ def _report(
     quantization = quantizer.quantization_config
     return QuantizationReport(
         source=source,
-        arguments={"bits": quantization.bits, "group_size": quantization.group_size},
+        arguments={"bits": quantization.bits, "group_size": quantization.group_size, "what": quantization.what},
         num_parameters_before=num_parameters(before),
         num_parameters_after=num_parameters(before),
         num_bytes_before=num_bytes(before),
@@ -151,6 +155,7 @@ def _report(
         bits=quantization.bits,
         group_size=quantization.group_size,
         relative_errors=quantizer.relative_errors,
+        errors_of_parts=quantizer.errors_of_parts,
     )
 
 

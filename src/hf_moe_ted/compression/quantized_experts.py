@@ -8,7 +8,6 @@ width, G weights per scale.
 """
 
 import copy
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +16,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..kernels.cpu_ffn import run_expert_by_expert
-from ..kernels.int8_linear import PackedInt8Weights, has_exact_int8_products
+from ..kernels.cpu_ffn import run_on_sorted_rows
+from ..kernels.int8_linear import Int8Rows, PackedInt8Weights
+from .quantized_linear import QuantizedEmbedding, QuantizedLinear, quantize_parts, replace_by_quantized
+from .rounding import dequantize_weight, quantize_weight, relative_error, squared_error_and_norm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 METHOD = "zcode_experts"
 BITS = (8, 4)
+WHAT = ("experts", "all")
 
 _PROJECTIONS = ("up_proj", "down_proj")
 
@@ -43,14 +45,25 @@ class ExpertQuantizationConfig(QuantizationConfigMixin):
         bits: 8 or 4 per weight.
         group_size: so many weights along the input share a scale; it divides both widths of the experts. `None`: a
             whole row, one output channel.
+        what: "experts", or "all" for attention, dense feed-forward, the projection to the vocabulary and the embeddings
+            tied to it, too, in 8 bits and per channel whatever the experts have.
 
     Raises:
-        ValueError: other `bits`, a `group_size` that is not positive, or an unknown option.
+        ValueError: other `bits`, a `group_size` that is not positive, another `what`, or an unknown option.
     """
 
-    def __init__(self, bits: int = 8, group_size: int | None = None, quant_method: str = METHOD, **unknown: Any):
+    def __init__(
+        self,
+        bits: int = 8,
+        group_size: int | None = None,
+        quant_method: str = METHOD,
+        what: str = "experts",
+        **unknown: Any,
+    ):
         if unknown:
-            raise ValueError(f"{METHOD} has no option {', '.join(unknown)}; its options are bits and group_size")
+            raise ValueError(f"{METHOD} has no option {', '.join(unknown)}; its options are bits, group_size and what")
+        if what not in WHAT:
+            raise ValueError(f"what ({what!r}) must be one of {WHAT}")
         if bits not in BITS:
             raise ValueError(f"bits ({bits!r}) must be one of {BITS}")
         if group_size is not None and group_size < 1:
@@ -58,52 +71,23 @@ class ExpertQuantizationConfig(QuantizationConfigMixin):
         self.quant_method = quant_method  # type: ignore[assignment]  # an enum of the methods within transformers
         self.bits = bits
         self.group_size = group_size
+        self.what = what
 
-
-def quantize_weight(weight_EOI: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:
-    """Round weights to integers in `[-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1]` times a scale.
-
-    Args:
-        weight_EOI: float[..., I].
-        bits: 8 or 4.
-        group_size: weights along I per scale, a divisor of I; `None` for I.
-
-    Returns:
-        int8[..., I], or for 4 bits uint8[..., I / 2] with two numbers plus 8 in each byte, the first in its low half;
-        and the scales [..., I / G] in the dtype of the weights.
-    """
-    largest = 2 ** (bits - 1) - 1
-    grouped = weight_EOI.unflatten(-1, (-1, group_size or weight_EOI.shape[-1])).float()
-    scale = (grouped.abs().amax(dim=-1) / largest).to(weight_EOI.dtype)
-    # rounded with the scale that is stored; where that is 0, all weights of the group are 0 or too small for the dtype
-    divisor = scale.float().masked_fill(scale == 0, torch.inf).unsqueeze(-1)
-    integers = (grouped / divisor).round().clamp(-largest, largest).flatten(-2).to(torch.int8)
-    return (integers if bits == 8 else _pack_pairs(integers)), scale
-
-
-def dequantize_weight(packed: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The weights, float[..., I], in the dtype of the scales, that `quantize_weight` has rounded."""
-    integers = packed if bits == 8 else _unpack_pairs(packed)
-    groups = integers.unflatten(-1, (scale.shape[-1], -1))
-    return (groups.to(scale.dtype) * scale.unsqueeze(-1)).flatten(-2)
-
-
-def _pack_pairs(integers: Tensor) -> Tensor:
-    pairs = (integers + 8).to(torch.uint8).unflatten(-1, (-1, 2))
-    return pairs[..., 0] | (pairs[..., 1] << 4)
-
-
-def _unpack_pairs(packed: Tensor) -> Tensor:
-    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).to(torch.int8) - 8
+    def to_dict(self) -> dict[str, Any]:
+        """As the parent's; without `what` where only experts are quantized, so that older versions read it."""
+        fields = super().to_dict()
+        if self.what == "experts":
+            del fields["what"]
+        return fields
 
 
 class QuantizedExperts(nn.Module):
     """[`ZCodeM3Experts`] whose weights are integers; those of one expert at a time become floats while it computes.
 
-    With `experts_implementation="zcode_cpu"`, 8 bits and one scale per channel, on a processor with exact int8 products
-    (`has_exact_int8_products`), activations are rounded to 8 bits, too, each token's with a scale of its own, and
-    multiplied as integers. That is several times as fast as float32, adds about as much rounding error as the weights
-    have, and takes one more byte per weight of the experts that are used, for weights in the order of the processor.
+    On CPUs, with 8 bits, one scale per channel and no gradients, activations are rounded, too, each token's with a step
+    of its own, and multiplied as integers: see [`PackedInt8Weights`] for the kernels, which take one or two more bytes
+    per weight of the experts that are used. That is several times as fast as float32 and adds about as much rounding
+    error as the weights have. `experts_implementation="eager"` computes with rounded weights and floats, as elsewhere.
 
     Parameters: `up_proj_packed` and `down_proj_packed` int8[E, O, I] or, with 4 bits, uint8[E, O, I / 2];
     `up_proj_scale` and `down_proj_scale` float[E, O, I / G]; `up_proj_bias` [E, F], `down_proj_bias` [E, D].
@@ -150,16 +134,10 @@ class QuantizedExperts(nn.Module):
                 packed, scale = quantize_weight(weight, self.bits, self.group_size)
                 self.get_parameter(f"{name}_packed")[expert] = packed
                 self.get_parameter(f"{name}_scale")[expert] = scale
-                exact = weight.double()
-                error = (dequantize_weight(packed, scale, self.bits).double() - exact).square().sum().item()
-                if not math.isfinite(error):
-                    raise ValueError(
-                        f"{name} of expert {expert} has NaN or infinity, or weights too large for {weight.dtype}; "
-                        "quantize a model that is whole"
-                    )
+                error, norm = squared_error_and_norm(weight, packed, scale, self.bits, f"{name} of expert {expert}")
                 squared_error += error
-                squared_norm += exact.square().sum().item()
-        return (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
+                squared_norm += norm
+        return relative_error(squared_error, squared_norm)
 
     def weight(self, name: str, expert: int) -> Tensor:
         """float[O, I], `"up_proj"` or `"down_proj"` of one expert."""
@@ -184,8 +162,8 @@ class QuantizedExperts(nn.Module):
                 "quantized experts cannot be trained: train the model before it is quantized, or call model.eval()"
             )
         if self._multiplies_integers():
-            return run_expert_by_expert(
-                hidden_states, top_k_index, top_k_weights, self.num_experts, self._network_of_integers
+            return run_on_sorted_rows(
+                hidden_states, top_k_index, top_k_weights, self.num_experts, self._networks_of_integers
             )
         output = torch.zeros_like(hidden_states)
         for expert in top_k_index[top_k_index < self.num_experts].unique().tolist():
@@ -201,27 +179,33 @@ class QuantizedExperts(nn.Module):
 
     def _multiplies_integers(self) -> bool:
         return (
-            self.config._experts_implementation == "zcode_cpu"
+            self.config._experts_implementation != "eager"
             and self.bits == 8
             and self.group_size is None
             and self.get_parameter("up_proj_packed").device.type == "cpu"
             and not torch.is_grad_enabled()  # rounding has no gradient
-            and has_exact_int8_products()
         )
 
-    def _network_of_integers(self, expert: int, rows_RD: Tensor) -> Tensor:
-        """float32[R, D] of one expert."""
-        inner_RF = self.act_fn(self._linear_of_integers("up_proj", expert, rows_RD))
-        return self._linear_of_integers("down_proj", expert, inner_RF)
+    def _networks_of_integers(self, rows_RD: Tensor, num_rows_E: list[int], expert_R: Tensor) -> Tensor:
+        """float32[R, D] of rows that stand in the order of their experts."""
+        inner_RF = self.act_fn(self._linears_of_integers("up_proj", rows_RD, num_rows_E, expert_R))
+        return self._linears_of_integers("down_proj", inner_RF, num_rows_E, expert_R)
 
-    def _linear_of_integers(self, name: str, expert: int, inputs_RI: Tensor) -> Tensor:
-        weight_OI, scale_O1, bias_O = (
-            self.get_parameter(f"{name}_{kind}")[expert] for kind in ("packed", "scale", "bias")
-        )
-        return self._packed_weights.linear(inputs_RI, (name, expert), weight_OI, scale_O1.squeeze(-1), bias_O)
+    def _linears_of_integers(self, name: str, inputs_RI: Tensor, num_rows_E: list[int], expert_R: Tensor) -> Tensor:
+        weight_EOI, scale_EO1, bias_EO = (self.get_parameter(f"{name}_{kind}") for kind in ("packed", "scale", "bias"))
+        rows = Int8Rows.of(inputs_RI)
+        products = [
+            self._packed_weights.product(rows_RI, (name, expert), weight_EOI[expert], scale_EO1[expert].squeeze(-1))
+            for expert, rows_RI in enumerate(rows.rounded_RI.split(num_rows_E))
+            if len(rows_RI)
+        ]
+        return torch.cat(products).mul_(rows.step_R1).add_(bias_EO.index_select(0, expert_R))
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, bits={self.bits}, group_size={self.group_size}"
+
+
+QUANTIZED_MODULES = (QuantizedExperts, QuantizedLinear, QuantizedEmbedding)
 
 
 @register_quantizer(METHOD)
@@ -230,6 +214,7 @@ class ExpertQuantizer(HfQuantizer):
 
     Attributes:
         relative_errors: name of each MoE layer -> relative error of its experts' weights, if they were quantized here.
+        errors_of_parts: the same of all else that was quantized: "attention", "feed-forward", "vocabulary".
         report: of `quantize_experts`, if it was used.
     """
 
@@ -239,6 +224,7 @@ class ExpertQuantizer(HfQuantizer):
     def __init__(self, quantization_config: ExpertQuantizationConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.relative_errors: dict[str, float] = {}
+        self.errors_of_parts: dict[str, float] = {}
         self.report: CompressionReport | None = None
 
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
@@ -250,14 +236,18 @@ class ExpertQuantizer(HfQuantizer):
         if self.pre_quantized:
             for name, experts in _experts_of(model).items():
                 model.set_submodule(name, QuantizedExperts(experts, self.quantization_config, model.config))
+            if self.quantization_config.what == "all":
+                replace_by_quantized(model)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         for name, experts in _experts_of(model).items():
             quantized = QuantizedExperts(experts, self.quantization_config, model.config)
             self.relative_errors[name.removesuffix(".experts")] = quantized.quantize_from(experts)
             model.set_submodule(name, quantized.train(experts.training))
+        if self.quantization_config.what == "all" and not self.pre_quantized:
+            self.errors_of_parts = quantize_parts(model)
         for module in model.modules():
-            if isinstance(module, QuantizedExperts):
+            if isinstance(module, QUANTIZED_MODULES):
                 module.requires_grad_(False)  # loading makes new parameters
 
     def is_serializable(self) -> bool:

@@ -18,6 +18,7 @@ from .private_torch import onednn_linear
 MIN_PRODUCTS_FOR_ONEDNN = 2**21  # below, its start costs more than MKL's slower products
 
 Network = Callable[[int, Tensor], Tensor]
+Networks = Callable[[Tensor, list[int], Tensor], Tensor]
 
 
 def cpu_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -48,9 +49,25 @@ def cpu_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tensor
     return run_expert_by_expert(hidden_TD, top_k_index, top_k_weights, experts.num_experts, network)
 
 
-@torch.compiler.disable  # how many rows an expert has is no constant of a graph
 def run_expert_by_expert(
     hidden_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor, num_experts: int, network: Network
+) -> Tensor:
+    """As [`run_on_sorted_rows`] with the network of one expert, `(expert, float[R, D]) -> float[R, D]`."""
+
+    def networks(rows_RD: Tensor, num_rows_E: list[int], _: Tensor) -> Tensor:
+        outputs = [
+            network(expert, of_expert_RD)
+            for expert, of_expert_RD in enumerate(rows_RD.split(num_rows_E))
+            if len(of_expert_RD) or torch.is_grad_enabled()  # an expert without tokens has gradients, too, of zeros
+        ]
+        return torch.cat(outputs)
+
+    return run_on_sorted_rows(hidden_TD, top_k_index, top_k_weights, num_experts, networks)
+
+
+@torch.compiler.disable  # how many rows an expert has is no constant of a graph
+def run_on_sorted_rows(
+    hidden_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor, num_experts: int, networks: Networks
 ) -> Tensor:
     """The weighted sum, for each token, of its experts' outputs.
 
@@ -59,7 +76,8 @@ def run_expert_by_expert(
         top_k_index: int64[T, K]; `num_experts` and above for a slot that no expert computes.
         top_k_weights: float[T, K].
         num_experts: E.
-        network: of one expert, `(expert, float[R, D]) -> float[R, D]`.
+        networks: of all experts, `(float[R, D], rows of each expert, int64[R]) -> float[R, D]`, for rows that stand in
+            the order of their experts, whose numbers are the int64[R].
 
     Returns:
         float[T, D] in the dtype of `hidden_TD`; zeros for a token that none computes.
@@ -67,18 +85,17 @@ def run_expert_by_expert(
     num_tokens, top_k = top_k_index.shape
     sorted_R, slot_R = top_k_index.flatten().sort(stable=True)
     num_rows_E = torch.bincount(sorted_R, minlength=num_experts).tolist()[:num_experts]
-    slot_R = slot_R[: sum(num_rows_E)]
-    rows_of_expert = hidden_TD.index_select(0, slot_R // top_k).split(num_rows_E)
-    outputs = [
-        network(expert, rows_RD)
-        for expert, rows_RD in enumerate(rows_of_expert)
-        if len(rows_RD) or torch.is_grad_enabled()  # an expert without tokens has gradients, too, of zeros
-    ]
-    if not outputs:
+    num_rows = sum(num_rows_E)
+    if not num_rows and not torch.is_grad_enabled():
         return torch.zeros_like(hidden_TD)
-    weighted_RD = torch.cat(outputs) * top_k_weights.flatten().index_select(0, slot_R).unsqueeze(-1)
+    slot_R = slot_R[:num_rows]
+    token_R = slot_R if top_k == 1 else slot_R // top_k
+    outputs_RD = networks(hidden_TD.index_select(0, token_R), num_rows_E, sorted_R[:num_rows])
+    weighted_RD = outputs_RD * top_k_weights.flatten().index_select(0, slot_R).unsqueeze(-1)
     slots_RD = weighted_RD.new_zeros(num_tokens * top_k, hidden_TD.shape[1]).index_copy(0, slot_R, weighted_RD)
-    return slots_RD.view(num_tokens, top_k, hidden_TD.shape[1]).sum(dim=1).to(hidden_TD.dtype)
+    if top_k > 1:
+        slots_RD = slots_RD.view(num_tokens, top_k, hidden_TD.shape[1]).sum(dim=1)
+    return slots_RD.to(hidden_TD.dtype)
 
 
 def _linear(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -95,4 +112,4 @@ def _linear(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.nn.functional.linear(inputs, weight, bias)
 
 
-__all__ = ["cpu_ffn_experts_forward", "run_expert_by_expert"]
+__all__ = ["cpu_ffn_experts_forward", "run_expert_by_expert", "run_on_sorted_rows"]

@@ -1,66 +1,176 @@
-"""Linear layers on int8 weights with oneDNN's int8 products: activations are quantized as they come.
+"""Linear layers on int8 weights: activations are quantized as they come, and products are those of integers.
 
-Each row of activations is divided by a scale of its own, so that what a token becomes does not depend on the others,
-and rounded to 8 bits. Sums are exact in int32; scales and bias come in float32 afterwards.
+Each row of activations is divided by a step of its own, so that what a token becomes does not depend on the others,
+and rounded. Sums are exact in int32; steps, scales and bias come in float32 afterwards. Which kernel runs is decided
+here, by what the processor does:
+
+| processor | few rows | many rows | levels of an activation |
+|---|---|---|---|
+| x86 with VNNI or AMX | FBGEMM | oneDNN | 255 |
+| x86 with AVX2 | FBGEMM | FBGEMM | 127: two products are added up in int16, where more would overflow |
+| others | PyTorch's for float32, on weights that were made float32 once | the same | all of float32 |
 
 Shape letters: R rows, O output width, I input width.
 """
 
+import platform
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .private_torch import count_of_writes, onednn_int8_product, onednn_pack
+from .private_torch import (
+    count_of_writes,
+    fbgemm_int8_product,
+    fbgemm_pack,
+    has_fbgemm,
+    onednn_int8_product,
+    onednn_pack,
+)
 
-_LARGEST = 127
-_SHIFT = 128  # oneDNN is fast with unsigned activations only; it takes the shift out of the sums again
+_ALL_LEVELS = 127  # on either side of 0
+_HALF_THE_LEVELS = 63
+_MAX_FEW_ROWS = 16  # FBGEMM reads the weights faster, oneDNN has the faster products
+
+
+class Int8Layer(NamedTuple):
+    """A linear layer, `inputs @ (weight * scale).T + bias`.
+
+    Attributes:
+        weight_OI: int8[O, I], from -127 to 127.
+        scale_O: float[O].
+        bias_O: float[O] or `None`.
+    """
+
+    weight_OI: Tensor
+    scale_O: Tensor
+    bias_O: Tensor | None
+
+
+class Int8Rows(NamedTuple):
+    """Rounded activations.
+
+    Attributes:
+        rounded_RI: float32[R, I], integers from `-int8_levels()` to `int8_levels()`; the activations if that is `None`.
+        step_R1: float32[R, 1], the factor of each row.
+    """
+
+    rounded_RI: Tensor
+    step_R1: Tensor
+
+    @classmethod
+    def of(cls, inputs_RI: Tensor) -> "Int8Rows":
+        """The rows of float[R, I]."""
+        inputs_RI = inputs_RI.float()
+        levels = int8_levels()
+        if levels is None:
+            return cls(inputs_RI, inputs_RI.new_ones(len(inputs_RI), 1))
+        step_R1 = inputs_RI.abs().amax(dim=-1, keepdim=True).div_(levels)
+        step_R1 = step_R1.clamp_(min=torch.finfo(torch.float32).tiny)
+        return cls((inputs_RI / step_R1).round_(), step_R1)
+
+
+class _Packed(NamedTuple):
+    version: tuple[int, ...]
+    weight: Any
+    scale_O: Tensor
+    bias_O: Tensor | None
 
 
 class PackedInt8Weights:
-    """int8 matrices in the order in which oneDNN reads them, made when they are first used.
+    """int8 matrices in the order in which kernels read them, made when they are first used.
 
-    A packed matrix takes one byte per weight, beside the original. It is made anew when that has changed. Copies and
-    pickles of this object, and so of a module that has it, are empty.
+    A packed matrix takes one byte per weight, beside the original; with VNNI two, if it is used for few rows and for
+    many; four where there are no int8 products. It is made anew when the original has changed. Copies and pickles of
+    this object, and so of a module that has it, are empty.
     """
 
     def __init__(self) -> None:
-        self._packed: dict[Any, tuple[tuple[int, int], Tensor]] = {}
+        self._packed: dict[Hashable, _Packed] = {}
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()
 
-    def linear(self, inputs_RI: Tensor, key: Any, weight_OI: Tensor, scale_O: Tensor, bias_O: Tensor) -> Tensor:
+    def linear(
+        self, inputs_RI: Tensor, key: Hashable, weight_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None = None
+    ) -> Tensor:
         """`inputs @ (weight * scale).T + bias`.
 
         Args:
             inputs_RI: float[R, I].
             key: of the matrix among those of this object.
-            weight_OI: int8[O, I], from -127 to 127.
-            scale_O: float[O].
-            bias_O: float[O].
+            weight_OI, scale_O, bias_O: as those of [`Int8Layer`].
 
         Returns:
             float32[R, O].
         """
-        inputs_RI = inputs_RI.float()
-        largest_R1 = inputs_RI.abs().amax(dim=-1, keepdim=True)
-        step_R1 = largest_R1.div_(_LARGEST).clamp_(min=torch.finfo(torch.float32).tiny)
-        integers_RI = (inputs_RI / step_R1).round_().add_(_SHIFT).to(torch.uint8)
-        sums_RO = _product(integers_RI, self._pack(key, weight_OI), scale_O.float())
-        return sums_RO.mul_(step_R1).add_(bias_O)
+        return self.layers(inputs_RI, key, [Int8Layer(weight_OI, scale_O, bias_O)])
 
-    def _pack(self, key: Any, weight_OI: Tensor) -> Tensor:
-        version = (weight_OI.data_ptr(), count_of_writes(weight_OI))
-        if key not in self._packed or self._packed[key][0] != version:
-            self._packed[key] = (version, onednn_pack(weight_OI))
-        return self._packed[key][1]
+    def layers(self, inputs_RI: Tensor, key: Hashable, layers: Sequence[Int8Layer]) -> Tensor:
+        """The outputs of several layers of the same inputs, one behind the other: float32[R, sum of O]."""
+        rows = Int8Rows.of(inputs_RI)
+        packed, kernel = self._pack(len(inputs_RI), key, layers)
+        output_RO = _PRODUCTS[kernel](rows.rounded_RI, packed).mul_(rows.step_R1)
+        return output_RO if packed.bias_O is None else output_RO.add_(packed.bias_O)
+
+    def product(self, rounded_RI: Tensor, key: Hashable, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
+        """float32[R, O] of rows of [`Int8Rows`], before the factor of each row."""
+        packed, kernel = self._pack(len(rounded_RI), key, [Int8Layer(weight_OI, scale_O, None)])
+        return _PRODUCTS[kernel](rounded_RI, packed)
+
+    def _pack(self, num_rows: int, key: Hashable, layers: Sequence[Int8Layer]) -> tuple[_Packed, str]:
+        kernel = _kernel(num_rows > _MAX_FEW_ROWS)
+        version = tuple(n for layer in layers for tensor in layer if tensor is not None for n in _version(tensor))
+        packed = self._packed.get((key, kernel))
+        if packed is None or packed.version != version:
+            packed = self._packed[key, kernel] = _packed(version, layers, kernel)
+        return packed, kernel
 
 
-def _product(integers_RI: Tensor, packed_weight: Tensor, scale_O: Tensor) -> Tensor:
-    """float32[R, O], sums of products of `integers - 128` and weights, times the scale."""
-    return onednn_int8_product(integers_RI, _SHIFT, packed_weight, scale_O, _zeros(len(scale_O)))
+def _version(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), count_of_writes(tensor)
+
+
+def _kernel(has_many_rows: bool) -> str:
+    """The name of the kernel in `_PRODUCTS`."""
+    if int8_levels() is None:
+        return "float32"
+    if has_exact_int8_products() and (has_many_rows or not has_fbgemm()):
+        return "onednn"
+    return "fbgemm"
+
+
+def _packed(version: tuple[int, ...], layers: Sequence[Int8Layer], kernel: str) -> _Packed:
+    weights, scales, biases = zip(*layers, strict=True)
+    weight_OI = weights[0] if len(weights) == 1 else torch.cat(weights)
+    scale_O = torch.cat(scales).float()
+    bias_O = None
+    if any(bias is not None for bias in biases):
+        of_layers = zip(biases, scales, strict=True)
+        bias_O = torch.cat([torch.zeros_like(scale) if bias is None else bias for bias, scale in of_layers]).float()
+    if kernel == "onednn":
+        return _Packed(version, onednn_pack(weight_OI), scale_O, bias_O)
+    if kernel == "fbgemm":
+        return _Packed(version, fbgemm_pack(weight_OI, scale_O), scale_O, bias_O)
+    return _Packed(version, weight_OI * scale_O.unsqueeze(-1), scale_O, bias_O)
+
+
+def _onednn_product(rounded_RI: Tensor, packed: _Packed) -> Tensor:
+    return onednn_int8_product(rounded_RI, packed.weight, packed.scale_O, _zeros(len(packed.scale_O)))
+
+
+def _fbgemm_product(rounded_RI: Tensor, packed: _Packed) -> Tensor:
+    return fbgemm_int8_product(rounded_RI, (int8_levels() or _ALL_LEVELS) + 1, packed.weight)
+
+
+def _float_product(rounded_RI: Tensor, packed: _Packed) -> Tensor:
+    return torch.nn.functional.linear(rounded_RI, packed.weight)
+
+
+# float32[R, O], sums of products of rows and weights, times the scale
+_PRODUCTS = {"onednn": _onednn_product, "fbgemm": _fbgemm_product, "float32": _float_product}
 
 
 @lru_cache
@@ -70,18 +180,30 @@ def _zeros(num_zeros: int) -> Tensor:
 
 
 @lru_cache
+def int8_levels() -> int | None:
+    """How many levels on either side of 0 activations have here; `None` where int8 products are slow or not exact."""
+    if not (has_fbgemm() or has_exact_int8_products()):
+        return None
+    return _ALL_LEVELS if has_exact_int8_products() else _HALF_THE_LEVELS
+
+
+@lru_cache
 def has_exact_int8_products() -> bool:
-    """Whether this processor adds up int8 products in int32.
+    """Whether this processor adds up int8 products in int32, which oneDNN and FBGEMM make use of.
 
     Those without VNNI add pairs in int16, where PyTorch either halves the weights or lets sums overflow.
     """
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
         return False
-    weight_OI = torch.full((32, 64), _LARGEST, dtype=torch.int8)  # odd, so that halves are not exact
-    integers_RI = torch.full((2, 64), 255, dtype=torch.uint8)  # sums of two products go beyond int16
-    packed = onednn_pack(weight_OI)
-    expected = (integers_RI.double() - _SHIFT) @ weight_OI.double().T
-    return torch.equal(_product(integers_RI, packed, torch.ones(32)).double(), expected)
+    weight_OI = torch.full((32, 64), _ALL_LEVELS, dtype=torch.int8)  # odd, so that halves are not exact
+    integers_RI = torch.full((2, 64), float(_ALL_LEVELS))  # sums of two products go beyond int16
+    ones_O = torch.ones(32)
+    expected = integers_RI.double() @ weight_OI.double().T
+    output = onednn_int8_product(integers_RI, onednn_pack(weight_OI), ones_O, _zeros(32))
+    if has_fbgemm():
+        fbgemm_output = fbgemm_int8_product(integers_RI, _ALL_LEVELS + 1, fbgemm_pack(weight_OI, ones_O))
+        return torch.equal(output.double(), expected) and torch.equal(fbgemm_output.double(), expected)
+    return torch.equal(output.double(), expected)
 
 
-__all__ = ["PackedInt8Weights", "has_exact_int8_products"]
+__all__ = ["Int8Layer", "Int8Rows", "PackedInt8Weights", "has_exact_int8_products", "int8_levels"]

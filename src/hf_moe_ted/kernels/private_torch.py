@@ -1,10 +1,17 @@
-"""What PyTorch has no public name for, read in 2.13: products of oneDNN, and counters of writes.
+"""What PyTorch has no public name for, read in 2.13: products of oneDNN and FBGEMM, and counters of writes.
 
 `torch.nn.functional.linear` gives float32 to MKL, and `torch.ao` has int8 products inside quantized models only.
 """
 
+import threading
+import warnings
+from typing import Any
+
 import torch
 from torch import Tensor
+
+_SHIFT = 128
+_engine_switch = threading.Lock()
 
 
 def onednn_linear(inputs_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
@@ -17,13 +24,39 @@ def onednn_pack(weight_OI: Tensor) -> Tensor:
     return torch.ops.onednn.qlinear_prepack(weight_OI, None)
 
 
-def onednn_int8_product(
-    integers_RI: Tensor, shift: int, packed_weight: Tensor, scale_O: Tensor, zero_points_O: Tensor
-) -> Tensor:
-    """float32[R, O], sums of products of `integers - shift`, of uint8, and packed int8 weights, times the scale."""
+def onednn_int8_product(rounded_RI: Tensor, packed_weight: Any, scale_O: Tensor, zero_points_O: Tensor) -> Tensor:
+    """float32[R, O], sums of products of integers from -128 to 127, in float32, and packed weights, times the scale."""
+    # oneDNN is fast with unsigned numbers only; it takes the shift out of the sums again
+    integers_RI = (rounded_RI + _SHIFT).to(torch.uint8)
     return torch.ops.onednn.qlinear_pointwise(
-        integers_RI, 1.0, shift, packed_weight, scale_O, zero_points_O, None, 1.0, 0, torch.float32, "none", [], ""
+        integers_RI, 1.0, _SHIFT, packed_weight, scale_O, zero_points_O, None, 1.0, 0, torch.float32, "none", [], ""
     )  # fmt: skip
+
+
+def has_fbgemm() -> bool:
+    """Whether PyTorch has FBGEMM's kernels here: on x86 with AVX2."""
+    return "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def fbgemm_pack(weight_OI: Tensor, scale_O: Tensor) -> Any:
+    """An int8 matrix and its scales in the order in which [`fbgemm_int8_product`] reads them."""
+    zero_points_O = torch.zeros(len(scale_O), dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*quantized tensor", category=UserWarning)  # FBGEMM takes no other
+        quantized = torch._make_per_channel_quantized_tensor(weight_OI.contiguous(), scale_O.double(), zero_points_O, 0)
+    with _engine_switch:
+        engine = torch.backends.quantized.engine
+        torch.backends.quantized.engine = "fbgemm"  # the one that packs; products find theirs by the packed weight
+        try:
+            return torch.ops.quantized.linear_prepack(quantized, None)
+        finally:
+            torch.backends.quantized.engine = engine
+
+
+def fbgemm_int8_product(rounded_RI: Tensor, shift: int, packed_weight: Any) -> Tensor:
+    """float32[R, O], sums of products of integers in float32, not below `-shift`, and weights, times their scale."""
+    product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+    return product(rounded_RI, 1.0, shift, packed_weight)
 
 
 def count_of_writes(tensor: Tensor) -> int:
@@ -31,4 +64,12 @@ def count_of_writes(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-__all__ = ["count_of_writes", "onednn_int8_product", "onednn_linear", "onednn_pack"]
+__all__ = [
+    "count_of_writes",
+    "fbgemm_int8_product",
+    "fbgemm_pack",
+    "has_fbgemm",
+    "onednn_int8_product",
+    "onednn_linear",
+    "onednn_pack",
+]

@@ -76,8 +76,14 @@ class ZCodeM3Attention(nn.Module):
         Returns:
             float[batch, length, d_model], and the attention weights if the implementation gives them.
         """
-        query = self._split_heads(self.q_proj(hidden_states))
-        key, value = self._keys_and_values(hidden_states, key_value_states, cache)
+        if key_value_states is None:
+            query, key, value = self._projected(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+            own_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+            if own_cache is not None:
+                key, value = own_cache.update(key, value, self.layer_idx)
+        else:
+            [query] = self._projected(hidden_states, self.q_proj)
+            key, value = self._keys_and_values_of_source(key_value_states, cache)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -98,22 +104,23 @@ class ZCodeM3Attention(nn.Module):
     def _split_heads(self, states: Tensor) -> Tensor:
         return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
-    def _keys_and_values(
-        self, hidden_states: Tensor, key_value_states: Tensor | None, cache: Cache | None
-    ) -> tuple[Tensor, Tensor]:
-        is_cross_attention = key_value_states is not None
+    def _projected(self, states: Tensor, first: nn.Module, *others: nn.Module) -> list[Tensor]:
+        """float[batch, heads, length, head_dim] of each projection; quantized ones compute them in one product."""
+        with_others = getattr(first, "with_others", None) if others else None
+        projected = with_others(others, states) if with_others else [layer(states) for layer in (first, *others)]
+        return [self._split_heads(states) for states in projected]
+
+    def _keys_and_values_of_source(self, states: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
         own_cache = cache
         if isinstance(cache, EncoderDecoderCache):
-            own_cache = cache.cross_attention_cache if is_cross_attention else cache.self_attention_cache
-            if is_cross_attention and cache.is_updated.get(self.layer_idx):
+            own_cache = cache.cross_attention_cache
+            if cache.is_updated.get(self.layer_idx):
                 layer: Any = own_cache.layers[self.layer_idx]
                 return layer.keys, layer.values
-
-        states = hidden_states if key_value_states is None else key_value_states
-        key, value = self._split_heads(self.k_proj(states)), self._split_heads(self.v_proj(states))
+        key, value = self._projected(states, self.k_proj, self.v_proj)
         if own_cache is not None:
             key, value = own_cache.update(key, value, self.layer_idx)
-            if is_cross_attention and isinstance(cache, EncoderDecoderCache):
+            if isinstance(cache, EncoderDecoderCache):
                 cache.is_updated[self.layer_idx] = True
         return key, value
 

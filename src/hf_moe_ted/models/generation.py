@@ -6,9 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.utils import logging
 
 from .attention_backends import without_cudnn_attention
+from .beam_search import beam_search, why_not
 from .router import refused_if_not_finite, require_finite_routers
+
+logger = logging.get_logger(__name__)
 
 
 class FirstTokens(LogitsProcessor):
@@ -17,8 +21,12 @@ class FirstTokens(LogitsProcessor):
     def __init__(self, token_ids: Sequence[int]):
         self._token_ids = list(token_ids)
 
+    def is_active(self, length: int) -> bool:
+        """Whether it changes scores behind so many tokens."""
+        return length == 1
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if input_ids.shape[1] > 1:
+        if not self.is_active(input_ids.shape[1]):
             return scores
         num_beams = len(scores) // len(self._token_ids)
         first_tokens = torch.tensor(self._token_ids, device=scores.device).repeat_interleave(num_beams).unsqueeze(1)
@@ -26,14 +34,29 @@ class FirstTokens(LogitsProcessor):
 
 
 class _NaNWatch(LogitsProcessor):
-    """Changes nothing and waits for nothing; `has_nan` is a bool scalar on the device of the scores."""
+    """Changes nothing and waits for nothing; `has_nan` is a bool scalar on the device of the scores.
+
+    Attributes:
+        has_own_cache: whether the call that it watches makes its cache, which nobody sees.
+    """
 
     has_nan: Tensor | None = None
 
+    def __init__(self, has_own_cache: bool = True):
+        self.has_own_cache = has_own_cache
+
+    def is_active(self, length: int) -> bool:
+        """Never, where `look` is called."""
+        return False
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.look(scores)
+        return scores
+
+    def look(self, scores: Tensor) -> None:
+        """At numbers that are NaN if a logit is."""
         has_nan = scores.isnan().any()
         self.has_nan = has_nan if self.has_nan is None else self.has_nan | has_nan
-        return scores
 
 
 class ZCodeM3GenerationMixin(GenerationMixin):
@@ -71,7 +94,7 @@ class ZCodeM3GenerationMixin(GenerationMixin):
             model.model._refuse_changed_structure()
         require_finite_routers(model)
         kwargs.pop("labels", None)  # of Seq2SeqTrainer's batches; transformers would give them to the encoder
-        watch = _NaNWatch()
+        watch = _NaNWatch(has_own_cache=all(kwargs.get(name) is None for name in ("past_key_values", "cache")))
         processors = LogitsProcessorList([*(logits_processor or []), watch])
         generate: Callable = super().generate  # type: ignore[misc]  # the mixin has a protocol for `self`
         with without_cudnn_attention():
@@ -82,6 +105,27 @@ class ZCodeM3GenerationMixin(GenerationMixin):
                 generate(inputs, generation_config, logits_processor, *args, **again)
             raise ValueError("logits became NaN in generation, though all routers are finite: weights may be damaged")
         return output
+
+    def _beam_search(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        """The search of beam_search.py, or for what that does not have the one of transformers."""
+        model: Any = self
+        watch = next((processor for processor in logits_processor if isinstance(processor, _NaNWatch)), None)
+        reason = "a cache of the caller" if watch is None or not watch.has_own_cache else None
+        reason = reason or why_not(model, generation_config, synced_gpus, model_kwargs)
+        arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if watch is not None and reason is None:
+            return beam_search(model, *arguments, watch.look, **model_kwargs)
+        logger.debug("beam search of transformers, because of %s", reason)
+        search: Callable = super()._beam_search  # type: ignore[misc]
+        return search(*arguments, synced_gpus=synced_gpus, **model_kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As the parent, without the tokenizers of stop strings, which transformers hands on to `forward`."""

@@ -173,6 +173,7 @@ class QuantizationReport(CompressionReport):
         bits: per weight of an expert.
         group_size: weights per scale; `None` for a row.
         relative_errors: name of each MoE layer -> `||rounded - exact|| / ||exact||` of its experts' weight matrices.
+        errors_of_parts: the same of all else that has 8 bits now, by part; empty if only experts have.
     """
 
     operation: ClassVar[str] = "quantize_experts"
@@ -181,15 +182,21 @@ class QuantizationReport(CompressionReport):
     bits: int
     group_size: int | None
     relative_errors: dict[str, float]
+    errors_of_parts: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def lines(self) -> list[str]:
         groups = "per channel" if self.group_size is None else f"in groups of {self.group_size}"
         errors = ", ".join(f"{error:.2%}" for error in self.relative_errors.values())
-        return [
+        lines = [
             f"{self.source}: experts in {self.bits} bits, {groups}",
             *super().lines(),
             f"relative error of the experts' weights, by layer: {errors}",
         ]
+        if self.errors_of_parts:
+            parts = ", ".join(f"{part} {error:.2%}" for part, error in self.errors_of_parts.items())
+            lines[0] += "; all else in 8 bits, per channel"
+            lines.append(f"of the other weights: {parts}")
+        return lines
 
     def layers(self) -> dict[str, dict[str, str]]:
         return {layer: {"relative error of the weights": f"{e:.2%}"} for layer, e in self.relative_errors.items()}
@@ -262,7 +269,10 @@ def report_from_dict(fields: Mapping[str, Any]) -> CompressionReport:
         raise ValueError(f"operation ({shorten(operation, 80)}) must be one of {', '.join(_KINDS)}")
     kind = _KINDS[operation]
     names = {field.name for field in dataclasses.fields(kind)}
-    report: CompressionReport = from_fields(kind, {name: value for name, value in fields.items() if name in names})
+    known = {name: value for name, value in fields.items() if name in names}
+    if kind is QuantizationReport:
+        known.setdefault("errors_of_parts", {})  # older reports have none
+    report: CompressionReport = from_fields(kind, known)
     try:
         num_lines, num_layers = len(report.lines()), len(report.layers())
     except (KeyError, IndexError, ValueError) as error:

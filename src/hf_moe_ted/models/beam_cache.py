@@ -1,0 +1,99 @@
+"""Keys and values of beam search that nobody reorders: what was written stays, and a mask says whose it is.
+
+All beams of a sentence write into one sequence of keys. A beam attends to those of its own past, wherever they stand,
+so that a reordering of beams is one of a small mask. Keys of the source are there once for all beams.
+
+Shape letters: B sentences, N beams of each, K keys, H heads, D head width.
+"""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+
+_ROOM = 16  # beams' steps that fit in a new buffer behind what is there
+_WORTH_COMPACTING = 0.75  # if at most such a share of the keys stays
+
+
+class AppendedLayer(DynamicLayer):
+    """Keys and values [B, H, K, D] at the beginning of buffers with room for more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers: list[Tensor] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append [B, H, length, D] and return all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        past, length = self.get_seq_length(), key_states.shape[-2]
+        if not self._buffers or past + length > self._buffers[0].shape[-2]:
+            self._grow(key_states, past + _ROOM * length)
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, past : past + length] = states
+        self.keys, self.values = (buffer[:, :, : past + length] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def _grow(self, states: Tensor, num_keys: int) -> None:
+        batch_size, num_heads, _, width = states.shape
+        buffers = [states.new_empty(batch_size, num_heads, num_keys, width) for _ in range(2)]
+        past = self.get_seq_length()
+        for buffer, old in zip(buffers, self._buffers, strict=False):
+            buffer[:, :, :past] = old[:, :, :past]
+        self._buffers = buffers
+
+    def keep(self, sentences: Tensor) -> None:
+        """The sentences, int64, that stay."""
+        past = self.get_seq_length()
+        self._buffers = [buffer.index_select(0, sentences) for buffer in self._buffers]
+        self.keys, self.values = (buffer[:, :, :past] for buffer in self._buffers)
+
+    def compact(self, keys_BK: Tensor) -> None:
+        """The keys, int64[B, K] of each sentence, that stay, in this order."""
+        index = keys_BK[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
+        self._buffers = [states.gather(2, index) for states in (self.keys, self.values)]
+        self.keys, self.values = self._buffers
+
+
+class BeamCache(EncoderDecoderCache):
+    """A cache whose self-attention has [`AppendedLayer`], and the mask that belongs to it.
+
+    Attributes:
+        attends_BNK: bool, which keys a beam attends to.
+    """
+
+    def __init__(self, num_sentences: int, num_beams: int, prompt_length: int, device: torch.device):
+        own, of_source = (Cache(layer_class_to_replicate=AppendedLayer) for _ in range(2))
+        super().__init__(own, of_source)
+        self.attends_BNK = torch.ones(num_sentences, num_beams, prompt_length, dtype=torch.bool, device=device)
+        self._is_own_NN = torch.eye(num_beams, dtype=torch.bool, device=device)
+
+    def continue_from(self, parents_BN: Tensor) -> None:
+        """Each beam goes on from one of its sentence, and has a key more, its own."""
+        self._compact()
+        past_BNK = self.attends_BNK.gather(1, parents_BN.unsqueeze(-1).expand(-1, -1, self.attends_BNK.shape[-1]))
+        self.attends_BNK = torch.cat([past_BNK, self._is_own_NN.expand(len(past_BNK), -1, -1)], dim=-1)
+
+    def keep(self, sentences: Tensor) -> None:
+        """The sentences, int64, that stay."""
+        self.attends_BNK = self.attends_BNK.index_select(0, sentences)
+        for layer in (*self.self_attention_cache.layers, *self.cross_attention_cache.layers):
+            layer.keep(sentences)
+
+    def _compact(self) -> None:
+        """Once in a while, leave out keys that no beam attends to any more: most of them are of beams that ended."""
+        num_keys, num_beams = self.attends_BNK.shape[-1], self.attends_BNK.shape[1]
+        if num_keys % (_ROOM * num_beams) >= num_beams:
+            return
+        is_used_BK = self.attends_BNK.any(dim=1)
+        num_used = int(is_used_BK.sum(dim=1).max())
+        if num_used > _WORTH_COMPACTING * num_keys:
+            return
+        keys_BK = is_used_BK.int().argsort(dim=1, descending=True, stable=True)[:, :num_used]
+        self.attends_BNK = self.attends_BNK.gather(2, keys_BK.unsqueeze(1).expand(-1, num_beams, -1))
+        for layer in self.self_attention_cache.layers:
+            layer.compact(keys_BK)
+
+
+__all__ = ["AppendedLayer", "BeamCache"]

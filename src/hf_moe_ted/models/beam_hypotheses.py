@@ -1,0 +1,176 @@
+"""What beam search keeps of each sentence, after transformers' own (`GenerationMixin._beam_search`).
+
+Shape letters: B sentences that are not done, N beams of each, C candidates of each, L tokens.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+IMPOSSIBLE = -1e9  # added to the score of what must not be chosen
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The best continuations of the beams of each sentence, the best first.
+
+    Attributes:
+        scores_BC: float32, sums of log-probabilities.
+        parents_BC: int64, the beam that each goes on from.
+        tokens_BC: int64.
+    """
+
+    scores_BC: Tensor
+    parents_BC: Tensor
+    tokens_BC: Tensor
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How hypotheses are compared.
+
+    Attributes:
+        length_penalty: exponent of the length by which sums of log-probabilities are divided.
+        early_stopping: as in `GenerationConfig`.
+        prompt_length, max_length: in tokens.
+    """
+
+    length_penalty: float
+    early_stopping: bool | str | None
+    prompt_length: int
+    max_length: int
+
+    def ranked(self, scores: Tensor, length: int) -> Tensor:
+        """Of sums of log-probabilities of hypotheses with so many tokens."""
+        return scores / (length - self.prompt_length) ** self.length_penalty
+
+    def best_possible(self, scores: Tensor, length: int) -> Tensor:
+        """What running beams of a length may get."""
+        is_longest_best = self.early_stopping == "never" and self.length_penalty > 0.0
+        return self.ranked(scores, self.max_length if is_longest_best else length)
+
+
+@dataclass
+class Hypotheses:
+    """Beams that run and translations that have ended, with as many places for each.
+
+    Attributes:
+        sentences_B: int64, numbers of the sentences in the batch.
+        running_BNL, ended_BNL: int64, tokens.
+        running_rows_BNL, ended_rows_BNL: int32, the row (sentence times N plus beam) that each new token goes on from,
+            -1 behind the end.
+        running_scores_BN: float32, sums of log-probabilities.
+        ended_scores_BN: float32, ranked, the best first.
+        has_ended_BN: whether there is an ended translation in a place.
+        may_improve_B1: whether a running beam might still be better than an ended one.
+    """
+
+    sentences_B: Tensor
+    running_BNL: Tensor
+    running_rows_BNL: Tensor
+    running_scores_BN: Tensor
+    ended_BNL: Tensor
+    ended_rows_BNL: Tensor
+    ended_scores_BN: Tensor
+    has_ended_BN: Tensor
+    may_improve_B1: Tensor
+
+    @classmethod
+    def start(cls, prompts_BL: Tensor, num_beams: int, max_length: int, fill: int) -> "Hypotheses":
+        """Beams that are the prompts, of which the first one counts."""
+        num_sentences, length = prompts_BL.shape
+        device = prompts_BL.device
+        tokens_BNL = torch.full((num_sentences, num_beams, max_length), fill, dtype=torch.int64, device=device)
+        tokens_BNL[:, :, :length] = prompts_BL.unsqueeze(1)
+        rows_BNL = torch.full((num_sentences, num_beams, max_length - length), -1, dtype=torch.int32, device=device)
+        scores_BN = torch.zeros(num_sentences, num_beams, device=device)
+        scores_BN[:, 1:] = IMPOSSIBLE
+        return cls(
+            sentences_B=torch.arange(num_sentences, device=device),
+            running_BNL=tokens_BNL,
+            running_rows_BNL=rows_BNL,
+            running_scores_BN=scores_BN,
+            ended_BNL=tokens_BNL.clone(),
+            ended_rows_BNL=rows_BNL.clone(),
+            ended_scores_BN=torch.full_like(scores_BN, IMPOSSIBLE),
+            has_ended_BN=torch.zeros_like(scores_BN, dtype=torch.bool),
+            may_improve_B1=torch.ones(num_sentences, 1, dtype=torch.bool, device=device),
+        )
+
+    def kept(self, index: Tensor) -> "Hypotheses":
+        """Those of some of the sentences, int64."""
+        return Hypotheses(**{field.name: getattr(self, field.name).index_select(0, index) for field in fields(self)})
+
+    def continued(self, candidates: Candidates, length: int, prompt_length: int) -> tuple[Tensor, Tensor]:
+        """Tokens int64[B, C, L] and rows int32[B, C, L] of the candidates, whose token stands at `length`."""
+        num_beams = self.running_BNL.shape[1]
+        tokens_BCL = _of_beams(self.running_BNL, candidates.parents_BC)
+        tokens_BCL[:, :, length] = candidates.tokens_BC
+        rows_BCL = _of_beams(self.running_rows_BNL, candidates.parents_BC)
+        rows_BCL[:, :, length - prompt_length] = candidates.parents_BC + num_beams * self.sentences_B.unsqueeze(-1)
+        return tokens_BCL, rows_BCL
+
+    def advance(
+        self, candidates: Candidates, continued: tuple[Tensor, Tensor], ends_BC: Tensor, length: int, ranking: Ranking
+    ) -> Tensor:
+        """Take in the candidates.
+
+        Args:
+            continued: of `continued`.
+            ends_BC: bool, which candidates end.
+            length: of the beams before.
+
+        Returns:
+            int64[B, N], the beams that the running ones go on from.
+        """
+        num_beams = self.running_BNL.shape[1]
+        self._take_ended(candidates, continued, ends_BC, length, ranking)
+        scores_BC = candidates.scores_BC + ends_BC * IMPOSSIBLE
+        chosen_BN = scores_BC.topk(num_beams)[1]
+        self.running_BNL, self.running_rows_BNL = (_of_beams(of_beams, chosen_BN) for of_beams in continued)
+        self.running_scores_BN = scores_BC.gather(1, chosen_BN)
+        possible_B1 = ranking.best_possible(self.running_scores_BN[:, :1], length + 1)
+        worst_BN = torch.where(self.has_ended_BN, self.ended_scores_BN.amin(dim=1, keepdim=True), IMPOSSIBLE)
+        self.may_improve_B1 = self.may_improve_B1 & (possible_B1 > worst_BN).any(dim=1, keepdim=True)
+        return candidates.parents_BC.gather(1, chosen_BN)
+
+    def _take_ended(
+        self, candidates: Candidates, continued: tuple[Tensor, Tensor], ends_BC: Tensor, length: int, ranking: Ranking
+    ) -> None:
+        num_beams = self.running_BNL.shape[1]
+        is_taken_BC = ends_BC.clone()
+        is_taken_BC[:, num_beams:] = False  # the others are there to go on
+        is_closed_B1 = ~self.may_improve_B1
+        if ranking.early_stopping is True:
+            is_closed_B1 = is_closed_B1 | self.has_ended_BN.all(dim=1, keepdim=True)
+        scores_BC = ranking.ranked(candidates.scores_BC, length + 1)
+        scores_BC = scores_BC + is_closed_B1 * IMPOSSIBLE + ~is_taken_BC * IMPOSSIBLE
+        scores = torch.cat([self.ended_scores_BN, scores_BC], dim=1)
+        chosen_BN = scores.topk(num_beams)[1]
+        self.ended_scores_BN = scores.gather(1, chosen_BN)
+        self.has_ended_BN = torch.cat([self.has_ended_BN, is_taken_BC], dim=1).gather(1, chosen_BN)
+        self.ended_BNL = _of_beams(torch.cat([self.ended_BNL, continued[0]], dim=1), chosen_BN)
+        self.ended_rows_BNL = _of_beams(torch.cat([self.ended_rows_BNL, continued[1]], dim=1), chosen_BN)
+
+    def is_done_B(self, ranking: Ranking) -> Tensor:
+        """bool[B], the sentences whose translations will not change any more."""
+        is_done_B = ~self.may_improve_B1[:, 0]
+        return is_done_B | self.has_ended_BN.all(dim=1) if ranking.early_stopping is True else is_done_B
+
+
+def together(parts: Iterable[Hypotheses]) -> Hypotheses:
+    """All sentences of the parts, in the order of the batch."""
+    all_parts = list(parts)
+    joined = Hypotheses(
+        **{field.name: torch.cat([getattr(part, field.name) for part in all_parts]) for field in fields(Hypotheses)}
+    )
+    return joined.kept(joined.sentences_B.argsort())
+
+
+def _of_beams(of_beams_BNL: Tensor, beams_BC: Tensor) -> Tensor:
+    return of_beams_BNL.gather(1, beams_BC.unsqueeze(-1).expand(-1, -1, of_beams_BNL.shape[-1]))
+
+
+__all__ = ["Candidates", "Hypotheses", "Ranking", "together"]

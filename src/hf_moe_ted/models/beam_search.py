@@ -1,0 +1,300 @@
+"""Beam search for translations, with the tokens and scores of transformers' (`GenerationMixin._beam_search`).
+
+It takes less time: the decoder runs once per source on keys and values that are never copied (`BeamCache`), with the
+beams of a sentence as its positions; the softmax over the vocabulary is not made where its best numbers are enough; and
+sentences that are done leave the batch.
+
+Shape letters: B sentences that are not done, N beams of each, C candidates of each, R = B * N rows, V words.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation import (
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    GenerateBeamEncoderDecoderOutput,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+)
+
+from .beam_cache import BeamCache
+from .beam_hypotheses import Candidates, Hypotheses, Ranking, together
+
+_WORDS_PER_BLOCK = 128  # among which `best_of_rows` looks for the largest first
+
+# logits processors that do something at some lengths only, and treat each row alike
+_ACTIVE_AT: dict[type, Callable[[Any, int], bool]] = {
+    ForcedBOSTokenLogitsProcessor: lambda processor, length: length == 1,
+    ForcedEOSTokenLogitsProcessor: lambda processor, length: length == processor.max_length - 1,
+    MinLengthLogitsProcessor: lambda processor, length: length < processor.min_length,
+    MinNewTokensLengthLogitsProcessor: lambda processor, length: (
+        length - processor.prompt_length_to_skip < processor.min_new_tokens
+    ),
+}
+_THAT_FORBID_THE_END = (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor)
+_KNOWN_ARGUMENTS = {"encoder_outputs", "attention_mask", "past_key_values", "cache", "use_cache"}
+
+
+def why_not(model: Any, generation_config: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) -> str | None:
+    """What of a generation this search does not have; `None` if it has all."""
+    config = model.config
+    others = {name for name, value in model_kwargs.items() if value is not None} - _KNOWN_ARGUMENTS
+    reasons = {
+        "another device than a CPU": model_kwargs["encoder_outputs"][0].device.type != "cpu",
+        "sampling": generation_config.do_sample,
+        "training mode": model.training,
+        "gradients": torch.is_grad_enabled(),
+        "processes that wait for each other": synced_gpus,
+        f"{', '.join(sorted(others))}": bool(others),
+        "use_cache=False": not model_kwargs.get("use_cache"),
+        "cache_implementation": generation_config.cache_implementation not in (None, "dynamic"),
+        "prefill_chunk_size": generation_config.prefill_chunk_size is not None,
+        "low_memory": generation_config.low_memory,
+        "output_logits": generation_config.output_logits,
+        "output_attentions": generation_config.output_attentions or config.output_attentions,
+        "output_hidden_states": generation_config.output_hidden_states or config.output_hidden_states,
+        "attention other than sdpa and eager": config._attn_implementation not in ("sdpa", "eager"),
+        "untied positions": config.position_embedding_type == "tupe",
+        "a capacity of experts": config.eval_capacity_factor is not None,
+        "second experts by chance": config.second_expert_policy != "all",
+        "hooks of the model": any(
+            module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+            for module in (model, model.model)
+        ),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What stays the same in all steps.
+
+    Attributes:
+        processors: of logits.
+        watch: is given log-sums float[R] of all logits; NaN among those is NaN among these.
+        keeps_all: whether sentences that are done stay: for processors and outputs that know rows by their number.
+        with_scores: whether the scores of all words are kept.
+    """
+
+    model: Any
+    processors: Any
+    watch: Callable[[Tensor], None]
+    criteria: Any
+    ranking: Ranking
+    num_beams: int
+    num_candidates: int
+    eos: Tensor | None
+    keeps_all: bool
+    with_scores: bool
+
+
+@dataclass
+class _Batch:
+    """What changes: sentences that are not done.
+
+    Attributes:
+        source, source_mask: hidden states float[B, S, D] of the encoder, and what its decoder takes as their mask.
+        candidates: int64[all, C, L], the last candidates of all sentences, for criteria that know rows by their number.
+    """
+
+    cache: BeamCache
+    source: Tensor
+    source_mask: Tensor | None
+    hypotheses: Hypotheses
+    candidates: Tensor
+
+    def keep(self, index: Tensor) -> None:
+        self.cache.keep(index)
+        self.source = self.source.index_select(0, index)
+        self.source_mask = None if self.source_mask is None else self.source_mask.index_select(0, index)
+        self.hypotheses = self.hypotheses.kept(index)
+
+
+def beam_search(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    watch: Callable[[Tensor], None],
+    **model_kwargs: Any,
+) -> Any:
+    """As `GenerationMixin._beam_search`, for what `why_not` has nothing against; the cache is not returned.
+
+    Args:
+        watch: is given the log-sum of each row of logits, float[R], in each step.
+    """
+    options = generation_config
+    num_beams, prompts_BL = options.num_beams, input_ids[:: options.num_beams]
+    eos = options._eos_token_tensor
+    num_eos = 0 if eos is None else len(eos)
+    with_scores = bool(options.return_dict_in_generate and options.output_scores)
+    search = _Search(
+        model=model,
+        processors=logits_processor,
+        watch=watch,
+        criteria=stopping_criteria,
+        ranking=Ranking(options.length_penalty, options.early_stopping, input_ids.shape[1], options.max_length),
+        num_beams=num_beams,
+        num_candidates=max(2, 1 + num_eos) * num_beams,
+        eos=eos,
+        keeps_all=with_scores or any(not _treats_rows_alike(processor) for processor in logits_processor),
+        with_scores=with_scores,
+    )
+    fill = -1 if eos is None else int(options._pad_token_tensor or eos[0])
+    batch = _first_batch(search, prompts_BL, fill, model_kwargs)
+    done, scores = _run(search, batch, prompts_BL)
+    return _output(search, options, together([*done, batch.hypotheses]), scores)
+
+
+def _treats_rows_alike(processor: Any) -> bool:
+    return type(processor) in _ACTIVE_AT or hasattr(processor, "is_active")
+
+
+def _first_batch(search: _Search, prompts_BL: Tensor, fill: int, model_kwargs: dict[str, Any]) -> _Batch:
+    num_beams, device = search.num_beams, prompts_BL.device
+    num_sentences, length = prompts_BL.shape
+    source = model_kwargs["encoder_outputs"][0][::num_beams].contiguous()
+    mask = model_kwargs.get("attention_mask")
+    mask = None if mask is None else mask[::num_beams].to(source.device)
+    hypotheses = Hypotheses.start(prompts_BL, num_beams, search.ranking.max_length, fill)
+    candidates = hypotheses.running_BNL[:, :1].expand(-1, search.num_candidates, -1).clone()
+    cache = BeamCache(num_sentences, num_beams, length, device)
+    return _Batch(cache, source, mask, hypotheses, candidates)
+
+
+def _run(search: _Search, batch: _Batch, prompts_BL: Tensor) -> tuple[list[Hypotheses], list[Tensor]]:
+    """Until all are done; returns those that have left the batch, and the scores of all words in each step."""
+    left: list[Hypotheses] = []
+    scores: list[Tensor] = []
+    length = prompts_BL.shape[1]
+    logits = _logits_of_prompts(search, batch, prompts_BL)
+    while True:
+        candidates = _candidates(search, batch.hypotheses, logits, length, scores)
+        continued = batch.hypotheses.continued(candidates, length, search.ranking.prompt_length)
+        batch.candidates[batch.hypotheses.sentences_B] = continued[0]
+        of_all = search.criteria(batch.candidates.flatten(0, 1)[:, : length + 1], tuple(scores) or None)
+        ends_BC = of_all.view(len(batch.candidates), -1)[batch.hypotheses.sentences_B]
+        parents_BN = batch.hypotheses.advance(candidates, continued, ends_BC, length, search.ranking)
+        length += 1
+        is_done_B = batch.hypotheses.is_done_B(search.ranking)
+        if bool(ends_BC.all()) or bool(is_done_B.all()):
+            return left, scores
+        if not search.keeps_all and bool(is_done_B.any()):
+            left.append(batch.hypotheses.kept(is_done_B.nonzero().flatten()))
+            going_on = (~is_done_B).nonzero().flatten()
+            batch.keep(going_on)
+            parents_BN = parents_BN.index_select(0, going_on)
+        batch.cache.continue_from(parents_BN)
+        logits = _logits_of_beams(search, batch, length)
+
+
+def _logits_of_prompts(search: _Search, batch: _Batch, prompts_BL: Tensor) -> Tensor:
+    """float32[R, V]; the beams of a sentence are the same still."""
+    hidden = _decoded(search, batch, prompts_BL, None)
+    return search.model.lm_head(hidden[:, -1]).float().repeat_interleave(search.num_beams, dim=0)
+
+
+def _logits_of_beams(search: _Search, batch: _Batch, length: int) -> Tensor:
+    """float32[R, V]."""
+    tokens_BN = batch.hypotheses.running_BNL[:, :, length - 1]
+    attends_BNK = batch.cache.attends_BNK
+    mask_BNK = torch.zeros(attends_BNK.shape, dtype=batch.source.dtype, device=attends_BNK.device)
+    mask_BNK = mask_BNK.masked_fill(~attends_BNK, torch.finfo(mask_BNK.dtype).min)
+    hidden = _decoded(search, batch, tokens_BN, mask_BNK.unsqueeze(1))
+    return search.model.lm_head(hidden.flatten(0, 1)).float()
+
+
+def _decoded(search: _Search, batch: _Batch, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Hidden states of beams, [B, N, D], each of which stands where its mask says, or of prompts, [B, L, D]."""
+    return search.model.model.decoder(
+        input_ids=tokens,
+        attention_mask=mask,
+        encoder_hidden_states=batch.source,
+        encoder_attention_mask=batch.source_mask,
+        cache=batch.cache,
+        use_cache=True,
+        return_dict=True,
+    ).last_hidden_state
+
+
+def _candidates(
+    search: _Search, hypotheses: Hypotheses, logits_RV: Tensor, length: int, scores: list[Tensor]
+) -> Candidates:
+    """The best continuations; the scores of all words are appended to `scores` if they are wanted."""
+    active = [p for p in search.processors if type(p) not in _ACTIVE_AT or _ACTIVE_AT[type(p)](p, length)]
+    active = [p for p in active if not hasattr(p, "is_active") or p.is_active(length)]
+    log_sum_R = row_logsumexp(logits_RV)
+    search.watch(log_sum_R)
+    if search.with_scores or any(type(processor) not in _THAT_FORBID_THE_END for processor in active):
+        log_probs_RV = logits_RV.sub_(log_sum_R.unsqueeze(-1))
+        tokens_RL = hypotheses.running_BNL[:, :, :length].flatten(0, 1)
+        for processor in search.processors:
+            log_probs_RV = processor(tokens_RL, log_probs_RV)
+        if search.with_scores:
+            scores.append(log_probs_RV.clone())
+        best_RC, tokens_RC = log_probs_RV.topk(min(search.num_candidates, log_probs_RV.shape[-1]))
+    else:
+        for processor in active:
+            logits_RV[:, processor.eos_token_id] = -torch.inf
+        best_RC, tokens_RC = best_of_rows(logits_RV, search.num_candidates)
+        best_RC = best_RC - log_sum_R.unsqueeze(-1)
+    return _best(hypotheses, best_RC, tokens_RC, search.num_candidates)
+
+
+def _best(hypotheses: Hypotheses, best_RC: Tensor, tokens_RC: Tensor, num_candidates: int) -> Candidates:
+    """The best of all beams of a sentence."""
+    num_sentences, num_beams = hypotheses.running_scores_BN.shape
+    of_beams = best_RC.view(num_sentences, num_beams, -1) + hypotheses.running_scores_BN.unsqueeze(-1)
+    scores_BC, index_BC = of_beams.flatten(1).topk(num_candidates)
+    tokens_BC = tokens_RC.view(num_sentences, -1).gather(1, index_BC)
+    return Candidates(scores_BC, index_BC // best_RC.shape[-1], tokens_BC)
+
+
+def row_logsumexp(logits_RV: Tensor) -> Tensor:
+    """float32[R], row by row, so that what is in between stays in the cache of the processor."""
+    if logits_RV.device.type != "cpu":
+        return logits_RV.logsumexp(dim=-1)
+    return torch.cat([row.logsumexp(dim=-1, keepdim=True) for row in logits_RV])
+
+
+def best_of_rows(values_RV: Tensor, num_best: int) -> tuple[Tensor, Tensor]:
+    """As `topk`: the largest are in the blocks with the largest maxima."""
+    num_rows, num_words = values_RV.shape
+    num_blocks = num_words // _WORDS_PER_BLOCK
+    if values_RV.device.type != "cpu" or num_blocks < 2 * num_best:
+        return values_RV.topk(min(num_best, num_words))
+    in_blocks = values_RV[:, : num_blocks * _WORDS_PER_BLOCK].unflatten(1, (num_blocks, _WORDS_PER_BLOCK))
+    block_RC = in_blocks.amax(dim=-1).topk(num_best).indices
+    found = in_blocks.gather(1, block_RC.unsqueeze(-1).expand(-1, -1, _WORDS_PER_BLOCK)).flatten(1)
+    of_block = torch.arange(_WORDS_PER_BLOCK, device=values_RV.device)
+    words = (block_RC.unsqueeze(-1) * _WORDS_PER_BLOCK + of_block).flatten(1)
+    if num_words > num_blocks * _WORDS_PER_BLOCK:
+        rest = torch.arange(num_blocks * _WORDS_PER_BLOCK, num_words, device=values_RV.device)
+        found = torch.cat([found, values_RV[:, num_blocks * _WORDS_PER_BLOCK :]], dim=1)
+        words = torch.cat([words, rest.expand(num_rows, -1)], dim=1)
+    best_RC, index_RC = found.topk(num_best)
+    return best_RC, words.gather(1, index_RC)
+
+
+def _output(search: _Search, options: Any, hypotheses: Hypotheses, scores: list[Tensor]) -> Any:
+    wanted = slice(0, options.num_return_sequences)
+    sequences = hypotheses.ended_BNL[:, wanted].flatten(0, 1)
+    rows = hypotheses.ended_rows_BNL[:, wanted].flatten(0, 1)
+    num_new = int((rows >= 0).sum(dim=1).max())
+    sequences, rows = sequences[:, : search.ranking.prompt_length + num_new], rows[:, :num_new]
+    if not options.return_dict_in_generate:
+        return sequences
+    return GenerateBeamEncoderDecoderOutput(
+        sequences=sequences,
+        sequences_scores=hypotheses.ended_scores_BN[:, wanted].flatten() if search.with_scores else None,
+        scores=tuple(scores) if search.with_scores else None,
+        beam_indices=rows,
+    )
+
+
+__all__ = ["beam_search", "best_of_rows", "row_logsumexp", "why_not"]

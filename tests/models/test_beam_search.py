@@ -1,0 +1,212 @@
+"""The beam search for CPUs beside that of transformers: the same tokens, scores and rows, however sentences end."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationMixin
+
+from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration, quantize_experts
+from hf_moe_ted.models import beam_cache, generation
+from hf_moe_ted.models.beam_search import best_of_rows, row_logsumexp
+from hf_moe_ted.models.generation import FirstTokens
+from hf_moe_ted.testing import tiny_config
+
+PAD, VOCAB = 1, 96
+# a quarter of the words end a sentence, so that sentences end at different steps
+ENDS = {"num_beams": 4, "max_new_tokens": 18, "eos_token_id": list(range(2, 26))}
+TO_THE_LIMIT = {"num_beams": 4, "max_new_tokens": 40, "min_new_tokens": 40}
+
+
+class Downgrade(LogitsProcessor):
+    """Of a user: knows sentences by their rows."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        assert len(scores) == len(input_ids) == 20
+        token_R1 = (torch.arange(20) // 4 + 30).unsqueeze(1)
+        return scores.scatter_add(1, token_R1, torch.full((20, 1), -1.0))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "to the limit": TO_THE_LIMIT,
+    "length penalty": {"length_penalty": 2.0},
+    "early stopping": {"early_stopping": True},
+    "never": {"early_stopping": "never"},
+    "never, short ones preferred": {"early_stopping": "never", "length_penalty": -1.0},
+    "sequences": {"num_return_sequences": 3},
+    "two beams": {"num_beams": 2},
+    "six beams": {"num_beams": 6},
+    "one end": {"eos_token_id": 7},
+    "forced bos": {"forced_bos_token_id": 7},
+    "forced eos": {"forced_eos_token_id": 2},
+    "first tokens": {"logits_processor": [FirstTokens([30, 31, 32, 33, 34])]},
+    "processor of rows": {"logits_processor": [Downgrade()]},
+    "n-grams": {"no_repeat_ngram_size": 2},
+    "repetition": {"repetition_penalty": 1.3},
+    "least new tokens": {"min_new_tokens": 6},
+    "prompt": {"decoder_input_ids": torch.full((5, 3), 2)},
+    "dict": {"return_dict_in_generate": True},
+    "scores": {"num_return_sequences": 2, "output_scores": True, "return_dict_in_generate": True},
+}
+
+
+def make_model(seed: int = 0, **overrides: Any) -> ZCodeM3ForConditionalGeneration:
+    torch.manual_seed(seed)
+    varied = {"init_std": 0.7, "tie_word_embeddings": False, "scale_embedding": False, **overrides}
+    return ZCodeM3ForConditionalGeneration(tiny_config(**varied)).eval()
+
+
+@pytest.fixture
+def source() -> dict[str, Tensor]:
+    ids = torch.randint(3, VOCAB, (5, 9), generator=torch.Generator().manual_seed(3))
+    ids[1, 5:] = ids[3, 7:] = PAD
+    return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One for each call of the search."""
+    numbers: list[int] = []
+    search = generation.beam_search
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        numbers.append(1)
+        return search(*args, **kwargs)
+
+    monkeypatch.setattr(generation, "beam_search", counted)
+    return numbers
+
+
+def of_transformers(model: Any, **options: Any) -> Any:
+    return model.generate(**options, custom_generate=GenerationMixin._beam_search)
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"), [*((name, "sdpa") for name in OPTIONS), ("plain", "eager"), ("prompt", "eager")]
+)
+def test_tokens_and_scores_are_those_of_transformers(
+    name: str, attention: str, source: dict[str, Tensor], calls: list[int]
+) -> None:
+    model = make_model()
+    model.set_attn_implementation(attention)
+    options = {**source, **ENDS, **OPTIONS[name]}
+    output = model.generate(**options)
+    assert calls
+    expected = of_transformers(model, **options)
+    if not isinstance(output, Tensor):
+        assert torch.equal(output.beam_indices, expected.beam_indices)
+        if options.get("output_scores"):
+            torch.testing.assert_close(output.sequences_scores, expected.sequences_scores, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(output.scores, expected.scores, atol=1e-4, rtol=1e-4)
+        output, expected = output.sequences, expected.sequences
+    assert torch.equal(output, expected)
+
+
+def test_sentences_end_at_different_steps(source: dict[str, Tensor]) -> None:
+    """What the comparison above is worth: batches shrink, and not to nothing at once."""
+    sizes = []
+    model = make_model()
+    model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[0]))
+    model.generate(**source, **ENDS)
+    assert sizes[0] == 5 and sizes[1] == 20
+    assert len(set(sizes[1:])) >= 3 and sizes[1:] == sorted(sizes[1:], reverse=True)
+
+
+def test_keys_without_a_beam_are_left_out(source: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    expected = of_transformers(model, **source, **TO_THE_LIMIT)
+    num_keys = []
+    compact = beam_cache.AppendedLayer.compact
+
+    def counted(layer: Any, keys_BK: Tensor) -> None:
+        num_keys.append((layer.keys.shape[2], keys_BK.shape[1]))
+        compact(layer, keys_BK)
+
+    monkeypatch.setattr(beam_cache.AppendedLayer, "compact", counted)
+    assert torch.equal(model.generate(**source, **TO_THE_LIMIT), expected)
+    assert num_keys and all(after <= 0.75 * before for before, after in num_keys)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "reason"),
+    [
+        ({}, {"do_sample": True}, "sampling"),
+        ({}, {"use_cache": False}, "use_cache=False"),
+        ({}, {"cache_implementation": "static"}, "cache_implementation"),
+        ({}, {"output_logits": True, "return_dict_in_generate": True}, "output_logits"),
+        ({}, {"output_router_logits": True}, "output_router_logits"),
+        ({"position_embedding_type": "tupe"}, {}, "untied positions"),
+        ({"eval_capacity_factor": 1.0, "token_drop_policy": "position"}, {}, "a capacity of experts"),
+    ],
+)
+def test_what_it_does_not_have_goes_to_transformers(
+    overrides: dict[str, Any], options: dict[str, Any], reason: str,
+    source: dict[str, Tensor], calls: list[int], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    model = make_model(**overrides)
+    lines: list[str] = []
+    monkeypatch.setattr(generation.logger, "debug", lambda message, *values: lines.append(message % values))
+    torch.manual_seed(1)
+    output = model.generate(**source, **ENDS, **options)
+    assert not calls
+    assert lines == [f"beam search of transformers, because of {reason}"]
+    torch.manual_seed(1)
+    expected = of_transformers(model, **source, **ENDS, **options)
+    of_both = [o if isinstance(o, Tensor) else o.sequences for o in (output, expected)]
+    assert torch.equal(*of_both)
+
+
+def test_hooks_training_and_caches_of_the_user(source: dict[str, Tensor], calls: list[int]) -> None:
+    model = make_model()
+    handle = model.register_forward_hook(lambda *args: None)
+    model.generate(**source, **ENDS)
+    handle.remove()
+    cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+    model.generate(**source, **ENDS, past_key_values=cache)
+    assert cache.get_seq_length() > 0
+    model.train().generate(**source, **ENDS)
+    assert not calls
+
+
+def test_quantized_model(source: dict[str, Tensor], calls: list[int]) -> None:
+    quantized = quantize_experts(make_model(tie_word_embeddings=True), what="all")
+    assert torch.equal(quantized.generate(**source, **ENDS), of_transformers(quantized, **source, **ENDS))
+    assert len(calls) == 1
+
+
+def test_long_searches_of_a_larger_vocabulary(calls: list[int]) -> None:
+    """More words than there are in the blocks that are looked at."""
+    torch.manual_seed(0)
+    config = ZCodeM3Config(
+        vocab_size=5000, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        encoder_attention_heads=4, decoder_attention_heads=4, num_experts=4, num_experts_per_tok=1, init_std=0.5,
+    )  # fmt: skip
+    model = ZCodeM3ForConditionalGeneration(config).eval()
+    options = {"input_ids": torch.randint(3, 5000, (3, 7)), "num_beams": 5, "max_new_tokens": 20}
+    assert torch.equal(model.generate(**options), of_transformers(model, **options))
+    assert calls
+
+
+@pytest.mark.parametrize("num_words", [40, 2048, 5001])
+def test_best_of_rows(num_words: int) -> None:
+    values = torch.randn(6, num_words, generator=torch.Generator().manual_seed(0))
+    values[1, -1] = values[2, 0] = 9.0
+    values[3] = -torch.inf
+    values[3, 17] = 0.0
+    best, words = best_of_rows(values, 8)
+    assert torch.equal(best, values.topk(8).values)
+    assert torch.equal(values.gather(1, words), best)
+    assert all(len(row.unique()) == 8 for row in words)
+    torch.testing.assert_close(row_logsumexp(values), values.logsumexp(dim=-1))
+
+
+def test_numbers_that_are_not_numbers_are_refused(source: dict[str, Tensor], calls: list[int]) -> None:
+    model = make_model()
+    nn.init.constant_(model.lm_head.weight[5:6], torch.nan)
+    with pytest.raises(ValueError, match="logits became NaN"):
+        model.generate(**source, **ENDS)
+    assert calls
