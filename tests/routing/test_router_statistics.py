@@ -201,7 +201,7 @@ def test_numbers_of_compiled_layers() -> None:
         for handle in handles:
             handle.remove()
         torch.compiler.reset()
-        for layer in (*model.model.encoder.layers, *model.model.decoder.layers):
+        for layer in (model.model.encoder.layers[1], model.model.decoder.layers[1]):  # sparse ones
             layer.compile(backend="eager")
     torch.compiler.reset()
     assert numbers[0].keys() == numbers[1].keys() and f"router/{LAYERS[0]}/entropy" in numbers[0]
