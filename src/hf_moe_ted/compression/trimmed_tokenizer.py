@@ -8,7 +8,7 @@ for it: an unused piece still takes part in merging, and is then taken apart.
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -100,7 +100,7 @@ class _BackendTrimming:
             chains = _Merges(self._model["merges"])
             piece_of_id = {index: piece for piece, index in ids.items()}
             pieces = (piece_of_id[index] for index in used if index in piece_of_id)
-            needed |= {ids[part] for piece in pieces for part in chains.parts_of(piece)}
+            needed |= {ids[part] for part in chains.parts_of(pieces)}
         if self._model.get("byte_fallback"):
             needed |= {ids[piece] for byte in range(256) if (piece := f"<0x{byte:02X}>") in ids}
         return needed
@@ -142,14 +142,30 @@ class _Merges:
 
     def __init__(self, merges: Iterable[Any]):
         self._rank = {_pair(merge): rank for rank, merge in enumerate(merges)}
+        self._pairs: dict[str, list[tuple[str, str]]] = {}
+        for pair in self._rank:
+            self._pairs.setdefault("".join(pair), []).append(pair)
 
-    def parts_of(self, piece: str) -> set[str]:
-        """The piece and all that it is merged of, but for its characters."""
-        parts, made = [*piece], {piece}
-        while (index := self._first_to_merge(parts)) is not None:
-            parts[index : index + 2] = [parts[index] + parts[index + 1]]
-            made.add(parts[index])
+    def parts_of(self, pieces: Iterable[str]) -> set[str]:
+        """The pieces and all that they are merged of, but for their characters."""
+        made: set[str] = set()
+        waiting = [*pieces]
+        while waiting:
+            piece = waiting.pop()
+            if len(piece) > 1 and piece not in made:
+                made.add(piece)
+                waiting += self._last_parts(piece)
         return made
+
+    def _last_parts(self, piece: str) -> Sequence[str]:
+        """The two that are merged to it at the end; if no merges make it, what is left of it."""
+        if len(pairs := self._pairs.get(piece, [])) == 1:
+            return pairs[0]
+        before, parts = [*piece], [*piece]
+        while (index := self._first_to_merge(parts)) is not None:
+            before = [*parts]
+            parts[index : index + 2] = [parts[index] + parts[index + 1]]
+        return before if parts == [piece] else parts
 
     def _first_to_merge(self, parts: list[str]) -> int | None:
         ranks = [self._rank.get(pair, math.inf) for pair in pairwise(parts)]
