@@ -11,6 +11,7 @@ from hf_moe_ted import (
     TokenBudgetBatchSampler,
     ZCodeM3Config,
     ZCodeM3ForConditionalGeneration,
+    propose_length_buckets,
 )
 
 
@@ -28,7 +29,8 @@ def print_plan(sampler: TokenBudgetBatchSampler, config: ZCodeM3Config, args: Mu
     )
     print(f"({statistics.padding_share:.1%})")
     if sampler.signatures:
-        print(f"{statistics}\n")
+        proposed = propose_length_buckets(sampler.lengths, max_signatures=args.max_signatures)
+        print(f"{statistics}\nproposed: --length_buckets {' '.join(map(str, proposed))}\n")
     print(f"training: {steps:,} steps, {steps / steps_per_epoch:.2f} epochs, ", end="")
     print(f"{steps * args.gradient_accumulation_steps * sampler.max_tokens_per_batch:,} tokens at most")
     print_memory(config, args.max_tokens_per_batch)

@@ -102,7 +102,7 @@ def test_proposed_buckets_pad_less() -> None:
 
     proposed = propose_length_buckets(lengths)
     assert proposed == check_length_buckets(proposed) and proposed[-1] == 100
-    assert all(bucket % 4 == 0 for bucket in proposed)
+    assert all(bucket % 2 == 0 for bucket in proposed)
     assert padding_of(proposed) < 0.7 * padding_of([16, 32, 48, 64, 96, 128])
     assert padding_of(propose_length_buckets(lengths, max_signatures=48), 48) < padding_of(proposed) < 0.17
     assert padding_of(propose_length_buckets(lengths, multiple_of=16)) > padding_of(proposed)

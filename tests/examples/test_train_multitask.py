@@ -115,6 +115,7 @@ def test_dry_run_prints_the_shapes_of_batches(
     rows = rows[: next(number for number, row in enumerate(rows) if "signatures," in row) + 1]
     signatures = [row for row in rows if len(row) == len(TABLE) and row[1] != "other"]
     assert 1 <= len(signatures) == int(rows[-1][0]) <= 3
+    assert any(line.startswith("proposed: --length_buckets ") for line in lines)
     for num_rows, source, target, num_batches, share, padding in signatures:
         assert {source, target} <= {"16", "32", "48"}
         assert int(num_rows) == 512 // (int(source) + int(target)) and int(num_batches) > 0

@@ -132,7 +132,7 @@ def _best_addition(cost_C: np.ndarray, cost_CC: np.ndarray) -> tuple[int, float]
     return best, float(totals_C[best])
 
 
-def propose_length_buckets(lengths: Any, *, max_signatures: int = MAX_SIGNATURES, multiple_of: int = 4) -> list[int]:
+def propose_length_buckets(lengths: Any, *, max_signatures: int = MAX_SIGNATURES, multiple_of: int = 2) -> list[int]:
     """Buckets for `length_buckets` that leave little padding in batches of `max_signatures` shapes.
 
     They are the lengths of source and target of the shapes that are best when a length may be any multiple, up to 1/16
