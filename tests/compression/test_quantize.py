@@ -25,6 +25,7 @@ from hf_moe_ted.compression.quantized_experts import (
     dequantize_weight,
     quantize_weight,
 )
+from hf_moe_ted.compression.report.compression_report import report_from_dict
 
 MakeModel = Callable[..., ZCodeM3ForConditionalGeneration]
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -193,6 +194,39 @@ def test_quantized_while_loading(make_model: MakeModel, tmp_path: Path) -> None:
     expected = quantize_experts(model, 4, 16)
     assert torch.equal(logits_of(loaded), logits_of(expected))
     assert loaded.hf_quantizer.relative_errors == expected.hf_quantizer.relative_errors
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_all(tied: bool, make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model(tie_word_embeddings=tied)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    quantized: Any = quantize_experts(model, what="all", output_dir=tmp_path / "small")
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    loaded = load(tmp_path / "small")
+    expected = logits_of(model)
+    assert 0 < (logits_of(quantized) - expected).norm() / expected.norm() < 0.05
+    assert torch.equal(logits_of(loaded), logits_of(quantized))
+    for one in (quantized, loaded):
+        assert not any(type(m) is torch.nn.Linear and m.out_features > 2 for m in one.modules())
+        assert (getattr(one.model.shared, "weight_packed", None) is one.lm_head.weight_packed) == tied
+    # attention and feed-forward without integer products: the same weights, activations that are not rounded
+    with torch.enable_grad():
+        exact = loaded(input_ids=tokens(), decoder_input_ids=tokens().flip(0)).logits
+    assert 0 < (exact - logits_of(loaded)).norm() / exact.norm() < 0.05
+    report: Any = quantized.hf_quantizer.report
+    assert report.num_bytes_after == sum(p.nbytes for p in loaded.parameters()) < 0.45 * report.num_bytes_before
+    assert set(report.errors_of_parts) == {"attention", "feed-forward", "vocabulary"}
+    assert 0 < max(report.errors_of_parts.values()) < 0.01
+    config = ExpertQuantizationConfig(what="all")
+    model.save_pretrained(tmp_path / "full")
+    assert torch.equal(logits_of(load(tmp_path / "full", quantization_config=config)), logits_of(quantized))
+
+
+def test_reports_of_earlier_versions_are_read(make_model: MakeModel) -> None:
+    report: Any = quantize_experts(make_model()).hf_quantizer.report
+    fields = json.loads(json.dumps(report.to_dict()))
+    assert fields.pop("errors_of_parts") == {}
+    assert report_from_dict(fields) == report
 
 
 def test_generates(make_model: MakeModel, tmp_path: Path) -> None:

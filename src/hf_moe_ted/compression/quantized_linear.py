@@ -80,7 +80,7 @@ class QuantizedLinear(_QuantizedWeight):
         ):
             return [layer(inputs) for layer in layers]
         outputs = self._outputs_of_integers(inputs, others, "with others")
-        return list(outputs.split([layer.out_features for layer in layers], dim=-1))  # type: ignore[misc]
+        return list(outputs.split([layer.out_features for layer in layers], dim=-1))
 
     def _outputs_of_integers(self, inputs: Tensor, others: Sequence[Any], key: str) -> Tensor:
         layers = [

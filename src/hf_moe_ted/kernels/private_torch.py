@@ -27,10 +27,20 @@ def onednn_pack(weight_OI: Tensor) -> Tensor:
 def onednn_int8_product(rounded_RI: Tensor, packed_weight: Any, scale_O: Tensor, zero_points_O: Tensor) -> Tensor:
     """float32[R, O], sums of products of integers from -128 to 127, in float32, and packed weights, times the scale."""
     # oneDNN is fast with unsigned numbers only; it takes the shift out of the sums again
-    integers_RI = (rounded_RI + _SHIFT).to(torch.uint8)
-    return torch.ops.onednn.qlinear_pointwise(
+    num_rows = len(rounded_RI)
+    # oneDNN compiles a kernel for each new number of rows, in milliseconds: those behind the last one are never read
+    integers_RI = rounded_RI.new_empty((_rounded_up(num_rows), rounded_RI.shape[1]), dtype=torch.uint8)
+    integers_RI[:num_rows] = rounded_RI + _SHIFT
+    output_RO = torch.ops.onednn.qlinear_pointwise(
         integers_RI, 1.0, _SHIFT, packed_weight, scale_O, zero_points_O, None, 1.0, 0, torch.float32, "none", [], ""
     )  # fmt: skip
+    return output_RO[:num_rows]
+
+
+def _rounded_up(num_rows: int) -> int:
+    """To one of four numbers between a power of two and the next, and at least 16."""
+    step = max(16, 1 << max(0, (num_rows - 1).bit_length() - 3))
+    return -(-num_rows // step) * step
 
 
 def has_fbgemm() -> bool:

@@ -6,6 +6,8 @@ so that a reordering of beams is one of a small mask. Keys of the source are the
 Shape letters: B sentences, N beams of each, K keys, H heads, D head width.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
@@ -51,8 +53,9 @@ class AppendedLayer(DynamicLayer):
 
     def compact(self, keys_BK: Tensor) -> None:
         """The keys, int64[B, K] of each sentence, that stay, in this order."""
-        index = keys_BK[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
-        self._buffers = [states.gather(2, index) for states in (self.keys, self.values)]
+        past, (_, num_heads, _, width) = self.get_seq_length(), self._buffers[0].shape
+        index = keys_BK[:, None, :, None].expand(-1, num_heads, -1, width)
+        self._buffers = [buffer[:, :, :past].gather(2, index) for buffer in self._buffers]
         self.keys, self.values = self._buffers
 
 
@@ -78,7 +81,8 @@ class BeamCache(EncoderDecoderCache):
     def keep(self, sentences: Tensor) -> None:
         """The sentences, int64, that stay."""
         self.attends_BNK = self.attends_BNK.index_select(0, sentences)
-        for layer in (*self.self_attention_cache.layers, *self.cross_attention_cache.layers):
+        layers: list[Any] = [*self.self_attention_cache.layers, *self.cross_attention_cache.layers]
+        for layer in layers:
             layer.keep(sentences)
 
     def _compact(self) -> None:
@@ -92,7 +96,8 @@ class BeamCache(EncoderDecoderCache):
             return
         keys_BK = is_used_BK.int().argsort(dim=1, descending=True, stable=True)[:, :num_used]
         self.attends_BNK = self.attends_BNK.gather(2, keys_BK.unsqueeze(1).expand(-1, num_beams, -1))
-        for layer in self.self_attention_cache.layers:
+        layers: list[Any] = self.self_attention_cache.layers
+        for layer in layers:
             layer.compact(keys_BK)
 
 

@@ -289,7 +289,8 @@ def _output(search: _Search, options: Any, hypotheses: Hypotheses, scores: list[
     sequences, rows = sequences[:, : search.ranking.prompt_length + num_new], rows[:, :num_new]
     if not options.return_dict_in_generate:
         return sequences
-    return GenerateBeamEncoderDecoderOutput(
+    output: Any = GenerateBeamEncoderDecoderOutput  # whose annotations are narrower than what it is given
+    return output(
         sequences=sequences,
         sequences_scores=hypotheses.ended_scores_BN[:, wanted].flatten() if search.with_scores else None,
         scores=tuple(scores) if search.with_scores else None,
