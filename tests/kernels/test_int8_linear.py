@@ -13,10 +13,12 @@ from hf_moe_ted.kernels.int8_linear import Int8Layer, PackedInt8Weights, has_exa
 from hf_moe_ted.kernels.private_torch import has_fbgemm
 
 
-@pytest.fixture(params=["processor", "fbgemm", "float32"], autouse=True)
+@pytest.fixture(params=["processor", "processor, large", "fbgemm", "float32"], autouse=True)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The kernels of the processor, those of one without VNNI, and those of one without int8 products."""
-    if request.param == "fbgemm":
+    """The kernels of the processor, those for large matrices, of one without VNNI, and of one without int8 products."""
+    if request.param == "processor, large":
+        monkeypatch.setattr(int8_linear, "_MAX_SMALL_NUMEL", 0)
+    elif request.param == "fbgemm":
         if not has_fbgemm():
             pytest.skip("needs FBGEMM, which is for x86 with AVX2")
         monkeypatch.setattr(int8_linear, "has_exact_int8_products", lambda: False)

@@ -4,7 +4,7 @@ Each row of activations is divided by a step of its own, so that what a token be
 and rounded. Sums are exact in int32; steps, scales and bias come in float32 afterwards. Which kernel runs is decided
 here, by what the processor does:
 
-| processor | few rows | many rows | levels of an activation |
+| processor | few rows, or a small matrix | many rows | levels of an activation |
 |---|---|---|---|
 | x86 with VNNI or AMX | FBGEMM | oneDNN | 255 |
 | x86 with AVX2 | FBGEMM | FBGEMM | 127: two products are added up in int16, where more would overflow |
@@ -33,6 +33,7 @@ from .private_torch import (
 _ALL_LEVELS = 127  # on either side of 0
 _HALF_THE_LEVELS = 63
 _MAX_FEW_ROWS = 16  # FBGEMM reads the weights faster, oneDNN has the faster products
+_MAX_SMALL_NUMEL = 2**18  # weights of a matrix for which a product of oneDNN takes longer to start than to run
 
 
 class Int8Layer(NamedTuple):
@@ -121,7 +122,8 @@ class PackedInt8Weights:
         return _PRODUCTS[kernel](rounded_RI, packed)
 
     def _pack(self, num_rows: int, key: Hashable, layers: Sequence[Int8Layer]) -> tuple[_Packed, str]:
-        kernel = _kernel(num_rows > _MAX_FEW_ROWS)
+        numel = sum(layer.weight_OI.numel() for layer in layers)
+        kernel = _kernel(num_rows > _MAX_FEW_ROWS and numel > _MAX_SMALL_NUMEL)
         version = tuple(n for layer in layers for tensor in layer if tensor is not None for n in _version(tensor))
         packed = self._packed.get((key, kernel))
         if packed is None or packed.version != version:
@@ -133,11 +135,11 @@ def _version(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), count_of_writes(tensor)
 
 
-def _kernel(has_many_rows: bool) -> str:
+def _kernel(is_large: bool) -> str:
     """The name of the kernel in `_PRODUCTS`."""
     if int8_levels() is None:
         return "float32"
-    if has_exact_int8_products() and (has_many_rows or not has_fbgemm()):
+    if has_exact_int8_products() and (is_large or not has_fbgemm()):
         return "onednn"
     return "fbgemm"
 
