@@ -71,13 +71,14 @@ RULES = {
         parts=("models", "kernels", "files", "tensors", "optim"),
         packages=("numpy", "torch", "transformers", "accelerate", "safetensors", "tqdm"),
     ),
+    "planning": Rule(parts=("models", "distributed", "files"), packages=("torch", "transformers")),
     "metrics": Rule(parts=("evaluation.metrics",), packages=()),
     "testing": Rule(parts=("models", "distributed")),
     "_auto_registration": Rule(parts=("models", "compression"), packages=("transformers",)),
     "__init__": Rule(
         parts=(
             *("_auto_registration", "models", "optim", "tensors", "conversion", "evaluation", "routing", "translation"),
-            *("serving", "compression", "data", "training", "distributed"),
+            *("serving", "compression", "data", "training", "distributed", "planning"),
         ),
         packages=(),
     ),
