@@ -56,6 +56,9 @@ if TYPE_CHECKING:
     from .models.pipeline_translation import ZCodeM3TranslationPipeline as ZCodeM3TranslationPipeline
     from .models.tokenization_zcode_m3 import ZCodeM3Tokenizer as ZCodeM3Tokenizer
     from .optim.tiled_adamw import TiledAdamW as TiledAdamW
+    from .planning.gpus import Gpu as Gpu
+    from .planning.training_plan import TrainingPlan as TrainingPlan
+    from .planning.training_plan import plan_training as plan_training
     from .routing.expert_statistics import ExpertStatistics as ExpertStatistics
     from .routing.expert_statistics import LayerStatistics as LayerStatistics
     from .routing.language_routing import LanguageRoutingCallback as LanguageRoutingCallback
@@ -102,6 +105,7 @@ _MODULE_OF_NAME = {
     "FileTranslation": "translation.translated_file",
     "Glossary": "translation.glossary",
     "GlossaryEntry": "translation.glossary",
+    "Gpu": "planning.gpus",
     "LanguageRoutingCallback": "routing.language_routing",
     "LayerStatistics": "routing.expert_statistics",
     "MergingReport": "compression.report.compression_report",
@@ -127,6 +131,7 @@ _MODULE_OF_NAME = {
     "TiledAdamW": "optim.tiled_adamw",
     "TokenBudgetBatchSampler": "data.batch_sampler",
     "TokenRouting": "routing.token_routing",
+    "TrainingPlan": "planning.training_plan",
     "TranslatedSentence": "translation.text_translator",
     "TranslatedText": "translation.text_translator",
     "TranslationQuality": "evaluation.translation_quality",
@@ -153,6 +158,7 @@ _MODULE_OF_NAME = {
     "mount_page": "serving.page",
     "open_parallel_text": "evaluation.text_file",
     "parse_languages": "models.language_codes",
+    "plan_training": "planning.training_plan",
     "prune_experts": "compression.prune",
     "quantize_experts": "compression.quantize",
     "read_deepspeed_state_dict": "conversion.deepspeed.reader",

@@ -55,3 +55,38 @@ class Line:
         named = [*self.sizes.items(), *self.options.items(), ("checkpointing", self.checkpointing)]
         shown = " ".join(f"{name}={value}" for name, value in named)
         return f"{self.base}x{self.num_experts} on {self.num_gpus} {shown}"
+
+
+PADDED = {"pad_expert_input_to_capacity": True}
+ALL_SENT = PADDED | {"duplicate_token_dropping": False}
+TP2_EP2 = {"tp": 2, "ep": 2}
+
+
+def _four_ways(base: str, num_experts: int, milliseconds: tuple[float, float, float, float]) -> list[Line]:
+    """Neither, communication-aware checkpointing, duplicate token dropping, both."""
+    ways: list[tuple[Checkpointing, dict[str, Any]]] = [
+        (FULL, ALL_SENT),
+        (AWARE, ALL_SENT),
+        (FULL, PADDED),
+        (AWARE, PADDED),
+    ]
+    return [
+        Line(base, num_experts, 4, measured, TP2_EP2, checkpointing, options)
+        for measured, (checkpointing, options) in zip(milliseconds, ways, strict=True)
+    ]
+
+
+# milliseconds per step as one CUDA graph, H200, 2026-11-28
+ON_NVLINK = [
+    Line("0.6B", 16, 1, 111.8),
+    Line("0.6B", 16, 2, 107.5, {"ep": 2}, None, PADDED),
+    Line("0.6B", 16, 4, 99.2, {"ep": 4}, None, PADDED),
+    *_four_ways("1.3B", 16, (151.7, 142.7, 153.6, 143.5)),
+    Line("1.3B", 16, 4, 147.2, TP2_EP2, AWARE, PADDED | {"zero_stage": 3}),
+    Line("1.3B", 16, 4, 172.7, {"ep": 4}, AWARE, PADDED),
+    *_four_ways("2.3B", 8, (232.3, 220.1, 234.4, 221.7)),
+    *_four_ways("6.7B", 8, (492.1, 471.9, 495.6, 472.8)),
+]
+# NVLink inside of pairs, sockets between them; and everything through the memory of the host
+ON_TWO_EMULATED_MACHINES = _four_ways("1.3B", 16, (704.4, 630.1, 599.8, 569.2))
+THROUGH_HOST_MEMORY = _four_ways("1.3B", 16, (434.0, 342.5, 444.1, 349.1))

@@ -63,8 +63,8 @@ def test_measured_with_old_loss(line: Line) -> None:
 def test_published() -> None:
     """6.7B x 16 experts on 32 A100 takes 31.3 GB under ZeRO-2 (DeepSpeed pull request 2079).
 
-    Its GPT of 32 layers stands here as 31 encoder layers and one decoder layer, with experts in 16 of them; the batch is
-    not published and is taken as one sequence of 2048 tokens.
+    Its GPT of 32 layers stands here as 31 encoder layers and one decoder layer, with experts in 16 of them; the batch
+    is not published and is taken as one sequence of 2048 tokens.
     """
     width = 4096
     config = ZCodeM3Config(

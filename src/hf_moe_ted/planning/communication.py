@@ -6,6 +6,7 @@ are taken to be evenly loaded.
 Letters: N tokens, D model width, E experts of a layer, K experts per token.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,9 +18,11 @@ from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.router import expert_capacity
 from .parameters import (
     SIDES,
+    HashableConfig,
     expert_data_parallel_size,
     gathered_shape,
     is_spread_expert,
+    layer_groups,
     parameter_shapes,
     shard_shape,
 )
@@ -55,8 +58,8 @@ class Collective:
 
 def collectives_of_step(config: ZCodeM3Config, layout: Layout, workload: Workload) -> list[Collective]:
     """Of one rank, in a step of `workload.accumulation` forwards and backwards, collectives of one rank left out."""
-    once = [*_collectives_of_forward(config, layout, workload)]
-    found = [replace(c, count=c.count * workload.accumulation) for c in once]
+    once = _collectives_of_forward(config, layout, workload)
+    found = [replace(c, count=c.count * workload.accumulation) for c in once if group_of(c.axis, layout)[0] > 1]
     for collective in _collectives_of_zero(config, layout, workload):
         repeats = workload.accumulation
         if collective.operation == "reduce_scatter" and layout.zero_stage != 2:
@@ -68,28 +71,23 @@ def collectives_of_step(config: ZCodeM3Config, layout: Layout, workload: Workloa
 def group_of(axis: Axis, layout: Layout) -> tuple[int, int]:
     """Ranks of a group, and the distance of neighbours in it."""
     tp, etp, ep = layout.tensor_parallel_size, layout.expert_tensor_parallel_size, layout.expert_parallel_size
-    return {
-        "tp": (tp, 1),
-        "etp": (etp, 1),
-        "fold": (tp // etp, etp),
-        "ep": (ep, etp),
-        "dp": (layout.data_parallel_size, tp),
-        "edp": (expert_data_parallel_size(layout), ep * etp),
-    }[axis]
+    if axis in ("tp", "dp"):
+        return (tp, 1) if axis == "tp" else (layout.data_parallel_size, tp)
+    if axis == "edp":
+        return expert_data_parallel_size(layout), ep * etp
+    return {"etp": (etp, 1), "fold": (tp // etp, etp), "ep": (ep, etp)}[axis]
 
 
 # ---- forward, recomputation and backward ----
 
 
 def _collectives_of_forward(config: ZCodeM3Config, layout: Layout, workload: Workload) -> Iterator[Collective]:
-    for side in SIDES:
-        sparse = config.num_experts_per_layer(side)
-        for layer in range(getattr(config, f"{side}_layers")):
-            num_experts = sparse.get(layer)
-            once = [*_of_layer(config, layout, workload, side, num_experts)]
-            yield from once
-            if workload.checkpointing == "full":
-                yield from _recomputed(once, config)
+    for side, num_experts, count in layer_groups(config):
+        of_layer = _of_layer(config, layout, workload, side, num_experts)
+        once = [replace(c, count=c.count * count) for c in of_layer if group_of(c.axis, layout)[0] > 1]
+        yield from once
+        if workload.checkpointing == "full":
+            yield from _recomputed(once, config)
     yield from _outside_of_layers(config, layout, workload)
 
 
@@ -156,12 +154,17 @@ def exchange_of(config: ZCodeM3Config, layout: Layout, num_tokens: int, num_expe
     capacity = num_slots
     if config.capacity_factor is not None:
         factor = config.capacity_factor * top_k
-        capacity = min(int(expert_capacity(num_tokens, num_experts, factor, config.min_capacity)), num_slots)
+        capacity = min(_capacity(num_tokens, num_experts, factor, config.min_capacity), num_slots)
     if layout.pad_expert_input_to_capacity:
         num_rows = num_experts * -(-capacity // num_shares)
         return Exchange(num_rows, num_shares, drops, num_rows)
     kept = min(num_slots, capacity * num_experts)
     return Exchange(round(kept / num_shares), num_shares, drops, -(-num_tokens // num_shares))
+
+
+@functools.lru_cache(maxsize=4096)
+def _capacity(num_tokens: int, num_experts: int, factor: float, min_capacity: int) -> int:
+    return int(expert_capacity(num_tokens, num_experts, factor, min_capacity))
 
 
 def _exchange(
@@ -220,7 +223,7 @@ def _collectives_of_zero(config: ZCodeM3Config, layout: Layout, workload: Worklo
     """A unit's parameters are gathered, its gradients scattered; stage 3 gathers again for backward."""
     if layout.data_parallel_size == 1:
         return
-    for axis, numel in _units(config, layout):
+    for axis, numel in _units(HashableConfig.of(config), layout):
         size = group_of(axis, layout)[0]
         gather = Collective("all_gather", axis, "forward", numel // size * workload.element_bytes, is_zero=True)
         yield gather
@@ -229,12 +232,13 @@ def _collectives_of_zero(config: ZCodeM3Config, layout: Layout, workload: Worklo
         yield Collective("reduce_scatter", axis, "backward", numel * workload.element_bytes, is_zero=True)
 
 
-def _units(config: ZCodeM3Config, layout: Layout) -> Iterator[tuple[Axis, int]]:
+@functools.lru_cache(maxsize=4096)
+def _units(hashable: HashableConfig, layout: Layout) -> tuple[tuple[Axis, int], ...]:
     """Axis and padded elements of what is gathered at once."""
     dense: dict[object, int] = {}
     experts: dict[object, int] = {}
     layers_per_unit = 1 if layout.zero_stage == 3 else LAYERS_PER_UNIT
-    for parameter in parameter_shapes(config):
+    for parameter in parameter_shapes(hashable.config):
         if is_spread_expert(parameter, layout):
             if layout.wraps_experts_in_fsdp:
                 numel = math.prod(gathered_shape(parameter, layout))
@@ -243,8 +247,7 @@ def _units(config: ZCodeM3Config, layout: Layout) -> Iterator[tuple[Axis, int]]:
         unit = None if parameter.layer is None else (parameter.layer[0], parameter.layer[1] // layers_per_unit)
         padded = math.prod(shard_shape(parameter, layout)) * layout.data_parallel_size
         dense[unit] = dense.get(unit, 0) + padded
-    yield from (("dp", numel) for numel in dense.values())
-    yield from (("edp", numel) for numel in experts.values())
+    return (*(("dp", numel) for numel in dense.values()), *(("edp", numel) for numel in experts.values()))
 
 
 # ---- links ----

@@ -4,6 +4,7 @@ Letters as there: N tokens of source or target of a rank's batch, D model width,
 P parameters, G what ZeRO 1 and 2 keep gathered.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -11,10 +12,11 @@ from ..distributed.layout import Layout
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from .communication import exchange_of
 from .parameters import (
-    SIDES,
+    HashableConfig,
     RankParameters,
     gathered_shape,
     is_spread_expert,
+    layer_groups,
     parameter_shapes,
     parameters_of_rank,
 )
@@ -106,8 +108,13 @@ def _gathered_numel(config: ZCodeM3Config, layout: Layout, parameters: RankParam
         return 0
     if layout.zero_stage < 3:
         return _shared_numel(layout, parameters)
+    return _numel_of_two_layers(HashableConfig.of(config), layout)
+
+
+@functools.lru_cache(maxsize=4096)
+def _numel_of_two_layers(hashable: HashableConfig, layout: Layout) -> int:
     largest: dict[object, int] = {}
-    for parameter in parameter_shapes(config):
+    for parameter in parameter_shapes(hashable.config):
         is_alone = is_spread_expert(parameter, layout) and not layout.wraps_experts_in_fsdp
         if parameter.layer is not None and not is_alone:
             numel = math.prod(gathered_shape(parameter, layout))
@@ -134,21 +141,17 @@ def _whole_gradients_numel(layout: Layout, parameters: RankParameters) -> int:
 def _activations(config: ZCodeM3Config, layout: Layout, workload: Workload) -> int:
     """Bytes that all layers keep from forward to backward."""
     total = 0
-    for side in SIDES:
-        sparse = config.num_experts_per_layer(side)
-        for layer in range(getattr(config, f"{side}_layers")):
-            if workload.checkpointing is None:
-                total += _kept_of_layer(config, layout, workload, side, sparse.get(layer))
-            else:
-                total += workload.num_tokens(side) * config.d_model * workload.element_bytes
-            if workload.checkpointing == "communication-aware":
-                total += _kept_of_collectives(config, layout, workload, side, sparse.get(layer))
+    for side, num_experts, count in layer_groups(config):
+        if workload.checkpointing is None:
+            total += count * kept_of_layer(config, layout, workload, side, num_experts)
+        else:
+            total += count * workload.num_tokens(side) * config.d_model * workload.element_bytes
+        if workload.checkpointing == "communication-aware":
+            total += count * _kept_of_collectives(config, layout, workload, side, num_experts)
     return total
 
 
-def _kept_of_layer(
-    config: ZCodeM3Config, layout: Layout, workload: Workload, side: str, num_experts: int | None
-) -> int:
+def kept_of_layer(config: ZCodeM3Config, layout: Layout, workload: Workload, side: str, num_experts: int | None) -> int:
     """Without checkpointing: what autograd saves of a layer whose attention keeps no scores.
 
     Of each block the input of its LayerNorm and the output, which is what its projections read, and a mask of dropout;
@@ -206,11 +209,11 @@ def _exchange_buffers(config: ZCodeM3Config, layout: Layout, workload: Workload)
         return 0
     row = config.d_model * workload.element_bytes
     largest = 0
-    for side in SIDES:
-        for num_experts in {*config.num_experts_per_layer(side).values()}:
+    for side, num_experts, _ in layer_groups(config):
+        if num_experts is not None:
             exchange = exchange_of(config, layout, workload.num_tokens(side), num_experts)
             largest = max(largest, (2 * exchange.num_rows + exchange.computed_rows(layout)) * row)
     return largest
 
 
-__all__ = ["Memory", "memory_of_rank"]
+__all__ = ["Memory", "kept_of_layer", "memory_of_rank"]

@@ -1,8 +1,10 @@
 """The parameters of a ZCodeM3, and how many of them a rank of a layout holds; numbers only, no tensors."""
 
+import functools
 import math
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..distributed.layout import Layout
@@ -34,8 +36,51 @@ class ParameterShape:
         return math.prod(self.shape)
 
 
-def parameter_shapes(config: ZCodeM3Config) -> Iterator[ParameterShape]:
+_FIELDS = (
+    *("vocab_size", "d_model", "encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim"),
+    *("encoder_sparse_step", "decoder_sparse_step", "encoder_sparse_layers", "decoder_sparse_layers", "num_experts"),
+    *("expert_map", "router_bias", "use_residual", "position_embedding_type", "max_position_embeddings"),
+    *("pad_token_id", "tie_word_embeddings"),
+)
+
+
+@dataclass(frozen=True)
+class HashableConfig:
+    """A config by what its parameters depend on: a planner asks for the same ones a thousand times."""
+
+    key: str
+    config: ZCodeM3Config = field(compare=False)
+
+    @classmethod
+    def of(cls, config: ZCodeM3Config) -> "HashableConfig":
+        return cls(repr([getattr(config, name) for name in _FIELDS]), config)
+
+
+def parameter_shapes(config: ZCodeM3Config) -> tuple[ParameterShape, ...]:
     """All parameters of a `ZCodeM3ForConditionalGeneration`, tied ones once."""
+    return _parameter_shapes(HashableConfig.of(config))
+
+
+@functools.lru_cache(maxsize=16)
+def _parameter_shapes(hashable: HashableConfig) -> tuple[ParameterShape, ...]:
+    return tuple(_all_shapes(hashable.config))
+
+
+def layer_groups(config: ZCodeM3Config) -> tuple[tuple[Side, int | None, int], ...]:
+    """Side, experts (`None` for a dense layer), and how many such layers there are."""
+    return _layer_groups(HashableConfig.of(config))
+
+
+@functools.lru_cache(maxsize=16)
+def _layer_groups(hashable: HashableConfig) -> tuple[tuple[Side, int | None, int], ...]:
+    counts: Counter[tuple[Side, int | None]] = Counter()
+    for side in SIDES:
+        sparse = hashable.config.num_experts_per_layer(side)
+        counts.update((side, sparse.get(layer)) for layer in range(getattr(hashable.config, f"{side}_layers")))
+    return tuple((side, num_experts, count) for (side, num_experts), count in counts.items())
+
+
+def _all_shapes(config: ZCodeM3Config) -> Iterator[ParameterShape]:
     num_embeddings = 1 if config.tie_word_embeddings else 4  # of the model, both stacks and the head
     for _ in range(num_embeddings):
         yield ParameterShape((config.vocab_size, config.d_model), "embedding", split_dim=0)
@@ -166,9 +211,14 @@ class RankParameters:
 
 def parameters_of_rank(config: ZCodeM3Config, layout: Layout, rank: int | None = None) -> RankParameters:
     """Parameters of one rank of a layout, exactly; `rank` as for `shard_shape`."""
+    return _parameters_of_rank(HashableConfig.of(config), layout, rank)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parameters_of_rank(hashable: HashableConfig, layout: Layout, rank: int | None) -> RankParameters:
     stored = {"dense": 0, "expert": 0, "embedding": 0}
     gathered = dict(stored)
-    for parameter in parameter_shapes(config):
+    for parameter in _parameter_shapes(hashable):
         stored[parameter.kind] += math.prod(shard_shape(parameter, layout, rank))
         gathered[parameter.kind] += math.prod(gathered_shape(parameter, layout))
     return RankParameters(**stored, **{f"gathered_{kind}": numel for kind, numel in gathered.items()})
@@ -181,12 +231,14 @@ def num_parameters(config: ZCodeM3Config, kind: Kind | None = None) -> int:
 
 __all__ = [
     "SIDES",
+    "HashableConfig",
     "Kind",
     "ParameterShape",
     "RankParameters",
     "expert_data_parallel_size",
     "gathered_shape",
     "is_spread_expert",
+    "layer_groups",
     "num_parameters",
     "parameter_shapes",
     "parameters_of_rank",

@@ -1,7 +1,7 @@
 """One rank of any number of them, in one process: torch's fake process group, and a model without memory.
 
-What comes out is what `from_pretrained(distributed_config=...)` would make on that rank, not what the planner's formulas
-say of it.
+What comes out is what `from_pretrained(distributed_config=...)` would make on that rank, not what the planner's
+formulas say of it.
 """
 
 from collections.abc import Iterator
