@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .data.multitask_stream import StreamSource as StreamSource
     from .distributed.accelerate_plugin import TedPlugin as TedPlugin
     from .distributed.activation_checkpoint import communication_aware_context_fn as communication_aware_context_fn
+    from .distributed.layout import Layout as Layout
     from .distributed.ted_config import TedConfig as TedConfig
     from .distributed.trainer import TedSeq2SeqTrainer as TedSeq2SeqTrainer
     from .distributed.trainer import TedTrainer as TedTrainer
@@ -57,8 +58,12 @@ if TYPE_CHECKING:
     from .models.tokenization_zcode_m3 import ZCodeM3Tokenizer as ZCodeM3Tokenizer
     from .optim.tiled_adamw import TiledAdamW as TiledAdamW
     from .planning.gpus import Gpu as Gpu
+    from .planning.memory import memory_of_rank as memory_of_rank
+    from .planning.parameters import parameters_of_rank as parameters_of_rank
+    from .planning.simulation import local_numels_of_rank as local_numels_of_rank
     from .planning.training_plan import TrainingPlan as TrainingPlan
     from .planning.training_plan import plan_training as plan_training
+    from .planning.workload import Workload as Workload
     from .routing.expert_statistics import ExpertStatistics as ExpertStatistics
     from .routing.expert_statistics import LayerStatistics as LayerStatistics
     from .routing.language_routing import LanguageRoutingCallback as LanguageRoutingCallback
@@ -108,6 +113,7 @@ _MODULE_OF_NAME = {
     "Gpu": "planning.gpus",
     "LanguageRoutingCallback": "routing.language_routing",
     "LayerStatistics": "routing.expert_statistics",
+    "Layout": "distributed.layout",
     "MergingReport": "compression.report.compression_report",
     "MergingResult": "compression.merge",
     "Mixture": "data.mixture",
@@ -136,6 +142,7 @@ _MODULE_OF_NAME = {
     "TranslatedText": "translation.text_translator",
     "TranslationQuality": "evaluation.translation_quality",
     "TranslationScores": "evaluation.translation_scores",
+    "Workload": "planning.workload",
     "ZCodeM3Config": "models.configuration_zcode_m3",
     "ZCodeM3ForConditionalGeneration": "models.modeling_zcode_m3",
     "ZCodeM3Model": "models.modeling_zcode_m3",
@@ -154,9 +161,12 @@ _MODULE_OF_NAME = {
     "initialize_checkpoint": "conversion.initialization",
     "inspect_deepspeed_checkpoint": "conversion.deepspeed.reader",
     "load_model_and_tokenizer": "tensors.whole_model",
+    "local_numels_of_rank": "planning.simulation",
+    "memory_of_rank": "planning.memory",
     "merge_experts": "compression.merge",
     "mount_page": "serving.page",
     "open_parallel_text": "evaluation.text_file",
+    "parameters_of_rank": "planning.parameters",
     "parse_languages": "models.language_codes",
     "plan_training": "planning.training_plan",
     "prune_experts": "compression.prune",

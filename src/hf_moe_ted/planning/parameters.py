@@ -129,12 +129,13 @@ def _layer(config: ZCodeM3Config, side: Side, num_experts: int | None, num_rows:
         shapes.append(ParameterShape((rows,)))
     if config.use_residual:
         shapes += [*dense_ffn, *_linear(2, width)]
-    return shapes + [
+    shapes += [
         ParameterShape((num_experts, ffn_dim, width), "expert", split_dim=1),
         ParameterShape((num_experts, ffn_dim), "expert", split_dim=1),
         ParameterShape((num_experts, width, ffn_dim), "expert", split_dim=2),
         ParameterShape((num_experts, width), "expert"),
     ]
+    return shapes
 
 
 # ---- of one rank ----
