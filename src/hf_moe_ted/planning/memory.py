@@ -33,13 +33,14 @@ class Memory:
 
     Attributes:
         weights, optimizer: shards.
-        gradients: shards, whole only when backward ends; with accumulation in stage 1 whole ones besides.
+        gradients: shards, which are there when backward ends.
         gathered: parameters that ZeRO keeps gathered at the loss.
         logits: and their gradient.
         loss: float32 rows of the loss where logits are split by tensor parallelism.
         activations: what layers keep for backward.
         exchange: what experts get and give of one sparse layer; part of `activations` unless these are recomputed.
         optimizer_tiles: what the step needs besides its states.
+        whole_gradients: that stages 1 and 3 keep from one micro-batch to the next.
         host: shards that are offloaded, of the host's memory.
     """
 

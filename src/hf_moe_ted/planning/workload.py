@@ -41,7 +41,7 @@ class Workload:
         for name in ("batch_size", "source_length", "target_length", "accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
-        known = {
+        known: dict[str, list[str | None]] = {
             "dtype": [*BYTES_OF_DTYPE],
             "optimizer": [*BYTES_OF_STATES],
             "checkpointing": [None, "full", "communication-aware"],
