@@ -67,8 +67,8 @@ def _print_table(layouts: Any) -> None:
         layout, workload, memory = planned.layout, planned.workload, planned.memory
         sizes = (layout.tensor_parallel_size, layout.expert_parallel_size, layout.expert_tensor_parallel_size)
         of_activations = memory.activations + memory.exchange
-        terms = (memory.weights, memory.optimizer, memory.gathered + memory.whole_gradients)
-        terms += (memory.logits + memory.loss, of_activations, memory.peak)
+        gathered, logits = memory.gathered + memory.whole_gradients, memory.logits + memory.loss
+        terms = (memory.weights, memory.optimizer, gathered, logits, of_activations, memory.peak)
         rows.append([
             *map(str, (*sizes, layout.data_parallel_size, layout.zero_stage)), layout.offload or "",
             workload.checkpointing or "none", str(workload.batch_size), str(workload.accumulation),

@@ -106,7 +106,7 @@ def _of_layer(
     is_dense = num_experts is None
     num_blocks = (1 if side == "encoder" else 2) + (config.use_residual and not is_dense)
     for phase in ("forward", "backward"):
-        yield Collective("all_reduce", "tp", phase, states, count=num_blocks)  # type: ignore[arg-type]
+        yield Collective("all_reduce", "tp", phase, states, count=num_blocks)
     if is_dense:
         yield Collective("all_reduce", "tp", "forward", states, is_last_of_layer=True)
         yield Collective("all_reduce", "tp", "backward", states)
@@ -181,7 +181,7 @@ def _exchange(
         yield Collective("all_gather", "etp", "forward", sizes)
     chunks = layout.overlap_chunks
     for phase in ("forward", "backward"):
-        part = Collective("all_to_all", "ep", phase, rows // chunks, count=2 * chunks)  # type: ignore[arg-type]
+        part = Collective("all_to_all", "ep", phase, rows // chunks, count=2 * chunks)
         yield part
         if exchange.drops_duplicates:
             yield replace(part, operation="all_gather", axis="etp", count=chunks)

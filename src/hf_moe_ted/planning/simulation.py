@@ -44,7 +44,8 @@ def sharded_model_of_rank(config: ZCodeM3Config, layout: Layout, rank: int) -> A
         distributed_config = TedConfig.of_layout(layout)
         _, meshes = initialize_distributed_mesh(distributed_config)
         with torch.device("meta"), init.no_tie_weights():
-            model: Any = ZCodeM3ForConditionalGeneration(config).to(torch.bfloat16)
+            whole: Any = ZCodeM3ForConditionalGeneration(config)
+            model = whole.to(torch.bfloat16)
         model.config.distributed_config = distributed_config
         return type(model).maybe_distribute_model(model, distributed_config, meshes)
 
