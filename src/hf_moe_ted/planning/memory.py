@@ -104,7 +104,7 @@ def _tile_bytes(workload: Workload, num_local: int) -> int:
 
 
 def _gathered_numel(config: ZCodeM3Config, layout: Layout, parameters: RankParameters) -> int:
-    """Of parameters that are gathered at the loss: all that is shared in stages 1 and 2, two layers in stage 3."""
+    """Of parameters that are gathered at the loss: what is shared, in stage 3 two layers and embeddings of it."""
     if layout.data_parallel_size == 1:
         return 0
     if layout.zero_stage < 3:
@@ -117,10 +117,11 @@ def _numel_of_two_layers(hashable: HashableConfig, layout: Layout) -> int:
     largest: dict[object, int] = {}
     for parameter in parameter_shapes(hashable.config):
         is_alone = is_spread_expert(parameter, layout) and not layout.wraps_experts_in_fsdp
-        if parameter.layer is not None and not is_alone:
+        if not is_alone:
             numel = math.prod(gathered_shape(parameter, layout))
             largest[parameter.layer] = largest.get(parameter.layer, 0) + numel
-    return sum(sorted(largest.values())[-2:])
+    outside_of_layers = largest.pop(None)  # embeddings and head, which the loss needs
+    return outside_of_layers + sum(sorted(largest.values())[-2:])
 
 
 def _shared_numel(layout: Layout, parameters: RankParameters) -> int:
