@@ -74,13 +74,14 @@ RULES = {
         parts=("models", "kernels", "files", "tensors", "optim", "cuda_graphs"),
         packages=("numpy", "torch", "transformers", "accelerate", "safetensors", "tqdm"),
     ),
+    "planning": Rule(parts=("models", "distributed", "files"), packages=("torch", "transformers")),
     "metrics": Rule(parts=("evaluation.metrics",), packages=()),
     "testing": Rule(parts=("models", "distributed")),
     "_auto_registration": Rule(parts=("models", "compression"), packages=("transformers",)),
     "__init__": Rule(
         parts=(
             *("_auto_registration", "models", "optim", "tensors", "conversion", "evaluation", "routing", "translation"),
-            *("serving", "compression", "data", "cuda_graphs", "training", "distributed"),
+            *("serving", "compression", "data", "cuda_graphs", "training", "distributed", "planning"),
         ),
         packages=(),
     ),

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from .distributed.accelerate_plugin import TedPlugin as TedPlugin
     from .distributed.activation_checkpoint import communication_aware_context_fn as communication_aware_context_fn
     from .distributed.bounded_exchange import bounded_expert_load as bounded_expert_load
+    from .distributed.layout import Layout as Layout
     from .distributed.step_snapshot import StepSnapshot as StepSnapshot
     from .distributed.ted_config import TedConfig as TedConfig
     from .distributed.trainer import TedSeq2SeqTrainer as TedSeq2SeqTrainer
@@ -67,6 +68,13 @@ if TYPE_CHECKING:
     from .models.pipeline_translation import ZCodeM3TranslationPipeline as ZCodeM3TranslationPipeline
     from .models.tokenization_zcode_m3 import ZCodeM3Tokenizer as ZCodeM3Tokenizer
     from .optim.tiled_adamw import TiledAdamW as TiledAdamW
+    from .planning.gpus import Gpu as Gpu
+    from .planning.memory import memory_of_rank as memory_of_rank
+    from .planning.parameters import parameters_of_rank as parameters_of_rank
+    from .planning.simulation import local_numels_of_rank as local_numels_of_rank
+    from .planning.training_plan import TrainingPlan as TrainingPlan
+    from .planning.training_plan import plan_training as plan_training
+    from .planning.workload import Workload as Workload
     from .routing.expert_statistics import ExpertStatistics as ExpertStatistics
     from .routing.expert_statistics import LayerStatistics as LayerStatistics
     from .routing.language_routing import LanguageRoutingCallback as LanguageRoutingCallback
@@ -117,8 +125,10 @@ _MODULE_OF_NAME = {
     "FileTranslation": "translation.translated_file",
     "Glossary": "translation.glossary",
     "GlossaryEntry": "translation.glossary",
+    "Gpu": "planning.gpus",
     "LanguageRoutingCallback": "routing.language_routing",
     "LayerStatistics": "routing.expert_statistics",
+    "Layout": "distributed.layout",
     "MergingReport": "compression.report.compression_report",
     "MergingResult": "compression.merge",
     "Mixture": "data.mixture",
@@ -143,12 +153,14 @@ _MODULE_OF_NAME = {
     "TiledAdamW": "optim.tiled_adamw",
     "TokenBudgetBatchSampler": "data.batch_sampler",
     "TokenRouting": "routing.token_routing",
+    "TrainingPlan": "planning.training_plan",
     "TranslatedSentence": "translation.text_translator",
     "TranslatedText": "translation.text_translator",
     "TranslationQuality": "evaluation.translation_quality",
     "TranslationScores": "evaluation.translation_scores",
     "TrimmingReport": "compression.report.compression_report",
     "TrimmingResult": "compression.trim",
+    "Workload": "planning.workload",
     "ZCodeM3Config": "models.configuration_zcode_m3",
     "ZCodeM3ForConditionalGeneration": "models.modeling_zcode_m3",
     "ZCodeM3Model": "models.modeling_zcode_m3",
@@ -169,10 +181,14 @@ _MODULE_OF_NAME = {
     "initialize_checkpoint": "conversion.initialization",
     "inspect_deepspeed_checkpoint": "conversion.deepspeed.reader",
     "load_model_and_tokenizer": "tensors.whole_model",
+    "local_numels_of_rank": "planning.simulation",
+    "memory_of_rank": "planning.memory",
     "merge_experts": "compression.merge",
     "mount_page": "serving.page",
     "open_parallel_text": "evaluation.text_file",
+    "parameters_of_rank": "planning.parameters",
     "parse_languages": "models.language_codes",
+    "plan_training": "planning.training_plan",
     "propose_length_buckets": "data.length_buckets",
     "prune_experts": "compression.prune",
     "quantize_experts": "compression.quantize",

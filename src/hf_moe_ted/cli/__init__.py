@@ -13,6 +13,7 @@ from .convert import convert, export
 from .errors import one_line_errors
 from .evaluate import evaluate
 from .models import init, inspect
+from .plan import plan
 from .serve import serve
 from .translate import translate
 
@@ -40,7 +41,8 @@ app = typer.Typer(
 )
 app.callback()(_root)
 for command in (
-    *(translate, serve, init, inspect, prune, expert_statistics, merge, aggregate, quantize, trim, evaluate, report),
+    *(translate, serve, plan, init, inspect, prune, expert_statistics, merge, aggregate, quantize, trim),
+    *(evaluate, report),
 ):
     app.command()(command)
 app.add_typer(convert, name="convert")

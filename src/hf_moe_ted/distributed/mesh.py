@@ -33,6 +33,8 @@ def fold_mesh(tp_mesh: DeviceMesh, expert_tensor_parallel_size: int) -> DeviceMe
 def inherit_timeout(mesh: DeviceMesh) -> None:
     """Give the groups of a mesh the timeout of the world, in place of torch's 10 or 30 minutes."""
     timeout = world_timeout(mesh.device_type)
+    if timeout is None:
+        return
     for group in mesh.get_all_groups():
         set_group_timeout(timeout, group)
 

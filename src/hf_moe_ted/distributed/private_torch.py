@@ -34,10 +34,11 @@ root_mesh, unflatten = DeviceMesh._get_root_mesh, DeviceMesh._unflatten
 parameter_table = attrgetter("_parameters")
 
 
-def world_timeout(device_type: str) -> timedelta:
-    """What `init_process_group` got, which nothing else tells."""
+def world_timeout(device_type: str) -> timedelta | None:
+    """What `init_process_group` got, which nothing else tells; `None` for torch's fake group, which never waits."""
     world: Any = dist.group.WORLD
-    return world._get_backend(torch.device(device_type)).options._timeout
+    options = world._get_backend(torch.device(device_type)).options
+    return None if options is None else options._timeout
 
 
 def local_of(param: Tensor) -> tuple[Tensor, Any]:

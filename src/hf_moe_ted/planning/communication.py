@@ -1,0 +1,291 @@
+"""The collectives of a training step of a rank, with their bytes, and the links that these go over.
+
+Bytes are those that a rank gives to a collective, its own part included, as docs/ted.md and tests count them. Experts
+are taken to be evenly loaded.
+
+Letters: N tokens, D model width, E experts of a layer, K experts per token.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ..distributed.layout import Layout
+from ..distributed.parallelize import LAYERS_PER_UNIT
+from ..models.configuration_zcode_m3 import ZCodeM3Config
+from ..models.router import expert_capacity
+from .parameters import (
+    SIDES,
+    HashableConfig,
+    expert_data_parallel_size,
+    gathered_shape,
+    is_spread_expert,
+    layer_groups,
+    parameter_shapes,
+    shard_shape,
+)
+from .workload import Workload
+
+Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+Axis = Literal["tp", "etp", "fold", "ep", "dp", "edp"]
+Phase = Literal["forward", "recomputation", "backward"]
+FLOAT32, INT64 = 4, 8
+
+
+@dataclass(frozen=True)
+class Collective:
+    """
+    Attributes:
+        operation: its kind.
+        axis: whose group it runs in, as in `distributed/mesh.py`.
+        phase: of a forward and its backward.
+        num_bytes: that a rank gives to it.
+        is_zero: whether it is ZeRO's, which runs beside computation.
+        count: of such in the phase.
+        is_last_of_layer: whether nothing of its layer runs behind it.
+    """
+
+    operation: Operation
+    axis: Axis
+    phase: Phase
+    num_bytes: int
+    is_zero: bool = False
+    count: int = 1
+    is_last_of_layer: bool = False
+
+
+def collectives_of_step(config: ZCodeM3Config, layout: Layout, workload: Workload) -> list[Collective]:
+    """Of one rank, in a step of `workload.accumulation` forwards and backwards, collectives of one rank left out."""
+    once = _collectives_of_forward(config, layout, workload)
+    found = [replace(c, count=c.count * workload.accumulation) for c in once if group_of(c.axis, layout)[0] > 1]
+    for collective in _collectives_of_zero(config, layout, workload):
+        repeats = workload.accumulation
+        if collective.operation == "reduce_scatter" and layout.zero_stage != 2:
+            repeats = 1  # at the end of the accumulation
+        found.append(replace(collective, count=collective.count * repeats))
+    return [c for c in found if group_of(c.axis, layout)[0] > 1 and c.num_bytes]
+
+
+def group_of(axis: Axis, layout: Layout) -> tuple[int, int]:
+    """Ranks of a group, and the distance of neighbours in it."""
+    tp, etp, ep = layout.tensor_parallel_size, layout.expert_tensor_parallel_size, layout.expert_parallel_size
+    if axis in ("tp", "dp"):
+        return (tp, 1) if axis == "tp" else (layout.data_parallel_size, tp)
+    if axis == "edp":
+        return expert_data_parallel_size(layout), ep * etp
+    return {"etp": (etp, 1), "fold": (tp // etp, etp), "ep": (ep, etp)}[axis]
+
+
+# ---- forward, recomputation and backward ----
+
+
+def _collectives_of_forward(config: ZCodeM3Config, layout: Layout, workload: Workload) -> Iterator[Collective]:
+    for side, num_experts, count in layer_groups(config):
+        of_layer = _of_layer(config, layout, workload, side, num_experts)
+        once = [replace(c, count=c.count * count) for c in of_layer if group_of(c.axis, layout)[0] > 1]
+        yield from once
+        if workload.checkpointing == "full":
+            yield from _recomputed(once, config)
+    yield from _outside_of_layers(config, layout, workload)
+
+
+def _recomputed(once: list[Collective], config: ZCodeM3Config) -> Iterator[Collective]:
+    """Recomputation stops where backward has all it needs: without dropout, before the last sum of a layer."""
+    for collective in once:
+        if collective.phase == "forward" and (config.dropout > 0 or not collective.is_last_of_layer):
+            yield replace(collective, phase="recomputation")
+
+
+def _of_layer(
+    config: ZCodeM3Config, layout: Layout, workload: Workload, side: str, num_experts: int | None
+) -> Iterator[Collective]:
+    num_tokens = workload.num_tokens(side)
+    states = num_tokens * config.d_model * workload.element_bytes
+    is_dense = num_experts is None
+    num_blocks = (1 if side == "encoder" else 2) + (config.use_residual and not is_dense)
+    for phase in ("forward", "backward"):
+        yield Collective("all_reduce", "tp", phase, states, count=num_blocks)
+    if is_dense:
+        yield Collective("all_reduce", "tp", "forward", states, is_last_of_layer=True)
+        yield Collective("all_reduce", "tp", "backward", states)
+    elif layout.expert_parallel_size == 1:
+        yield from _split_experts(config, num_tokens, states, workload)
+    else:
+        yield from _exchange(config, layout, workload, num_tokens, num_experts or 0)
+
+
+def _split_experts(config: ZCodeM3Config, num_tokens: int, states: int, workload: Workload) -> Iterator[Collective]:
+    """All experts are here, in slices: sums of outputs, and of the gradients of tokens and weights."""
+    weights = num_tokens * config.num_experts_per_tok * workload.element_bytes
+    yield Collective("all_reduce", "etp", "forward", states, is_last_of_layer=not config.use_residual)
+    yield Collective("all_reduce", "etp", "backward", states)
+    yield Collective("all_reduce", "etp", "backward", weights)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The exchange of a sparse layer, of one rank.
+
+    Attributes:
+        num_rows: that it sends; it gets as many where experts are evenly loaded.
+        num_shares: ranks that hold the same tokens and divide them between each other.
+        drops_duplicates: whether the ranks that split an expert gather the rows of all of them.
+        joined_rows: rows, or tokens, of one share that all ranks of the group get in the end.
+    """
+
+    num_rows: int
+    num_shares: int
+    drops_duplicates: bool
+    joined_rows: int
+
+    def computed_rows(self, layout: Layout) -> int:
+        """Rows that the experts of the rank compute."""
+        return self.num_rows * (layout.expert_tensor_parallel_size if self.drops_duplicates else 1)
+
+
+def exchange_of(config: ZCodeM3Config, layout: Layout, num_tokens: int, num_experts: int) -> Exchange:
+    """What a rank exchanges for `num_tokens` tokens of its batch."""
+    tp, etp = layout.tensor_parallel_size, layout.expert_tensor_parallel_size
+    drops = layout.duplicate_token_dropping and layout.expert_parallel_size > 1 and etp > 1
+    num_shares = tp if drops or etp == 1 else tp // etp
+    num_slots, top_k = num_tokens * config.num_experts_per_tok, config.num_experts_per_tok
+    capacity = num_slots
+    if config.capacity_factor is not None:
+        factor = config.capacity_factor * top_k
+        capacity = min(_capacity(num_tokens, num_experts, factor, config.min_capacity), num_slots)
+    if layout.pad_expert_input_to_capacity:
+        num_rows = num_experts * -(-capacity // num_shares)
+        return Exchange(num_rows, num_shares, drops, num_rows)
+    kept = min(num_slots, capacity * num_experts)
+    return Exchange(round(kept / num_shares), num_shares, drops, -(-num_tokens // num_shares))
+
+
+@functools.lru_cache(maxsize=4096)
+def _capacity(num_tokens: int, num_experts: int, factor: float, min_capacity: int) -> int:
+    return int(expert_capacity(num_tokens, num_experts, factor, min_capacity))
+
+
+def _exchange(
+    config: ZCodeM3Config, layout: Layout, workload: Workload, num_tokens: int, num_experts: int
+) -> Iterator[Collective]:
+    exchange = exchange_of(config, layout, num_tokens, num_experts)
+    row = config.d_model * workload.element_bytes
+    rows = exchange.num_rows * row
+    sizes = INT64 * num_experts * layout.overlap_chunks
+    if layout.pad_expert_input_to_capacity:
+        sizes += INT64 * layout.expert_parallel_size  # the capacity, which must be equal
+    yield Collective("all_to_all", "ep", "forward", sizes)
+    if exchange.drops_duplicates:
+        yield Collective("all_gather", "etp", "forward", sizes)
+    chunks = layout.overlap_chunks
+    for phase in ("forward", "backward"):
+        part = Collective("all_to_all", "ep", phase, rows // chunks, count=2 * chunks)
+        yield part
+        if exchange.drops_duplicates:
+            yield replace(part, operation="all_gather", axis="etp", count=chunks)
+            summed = layout.expert_tensor_parallel_size * part.num_bytes
+            yield replace(part, operation="reduce_scatter", axis="etp", num_bytes=summed, count=chunks)
+        else:
+            yield replace(part, operation="all_reduce", axis="etp", count=chunks)
+    if exchange.num_shares > 1:
+        axis: Axis = "tp" if exchange.num_shares == layout.tensor_parallel_size else "fold"
+        joined = Collective("all_gather", axis, "forward", exchange.joined_rows * row)
+        is_last = not (config.use_residual or layout.pad_expert_input_to_capacity)
+        yield replace(joined, is_last_of_layer=is_last)
+        yield replace(joined, phase="backward")
+        if not layout.pad_expert_input_to_capacity:
+            weights = exchange.joined_rows * config.num_experts_per_tok * workload.element_bytes
+            yield replace(joined, phase="backward", num_bytes=weights)
+
+
+def _outside_of_layers(config: ZCodeM3Config, layout: Layout, workload: Workload) -> Iterator[Collective]:
+    """Of tensor parallelism: embeddings, untied positions, the encoder's states, head and loss."""
+    if layout.tensor_parallel_size == 1:
+        return
+    states = {side: workload.num_tokens(side) * config.d_model * workload.element_bytes for side in SIDES}
+    for side in SIDES:
+        yield Collective("all_reduce", "tp", "forward", states[side])
+        if config.position_embedding_type == "tupe":
+            yield Collective("all_reduce", "tp", "backward", states[side], count=2)
+    yield Collective("all_reduce", "tp", "backward", states["encoder"])
+    yield Collective("all_reduce", "tp", "backward", states["decoder"])
+    labels = workload.num_tokens("decoder") * FLOAT32
+    yield Collective("all_reduce", "tp", "forward", labels)
+    yield Collective("all_reduce", "tp", "forward", 3 * labels)
+
+
+# ---- ZeRO ----
+
+
+def _collectives_of_zero(config: ZCodeM3Config, layout: Layout, workload: Workload) -> Iterator[Collective]:
+    """A unit's parameters are gathered, its gradients scattered; stage 3 gathers again for backward."""
+    if layout.data_parallel_size == 1:
+        return
+    for axis, numel in _units(HashableConfig.of(config), layout):
+        size = group_of(axis, layout)[0]
+        gather = Collective("all_gather", axis, "forward", numel // size * workload.element_bytes, is_zero=True)
+        yield gather
+        if layout.zero_stage == 3:
+            yield replace(gather, phase="backward")
+        yield Collective("reduce_scatter", axis, "backward", numel * workload.element_bytes, is_zero=True)
+
+
+@functools.lru_cache(maxsize=4096)
+def _units(hashable: HashableConfig, layout: Layout) -> tuple[tuple[Axis, int], ...]:
+    """Axis and padded elements of what is gathered at once."""
+    dense: dict[object, int] = {}
+    experts: dict[object, int] = {}
+    layers_per_unit = 1 if layout.zero_stage == 3 else LAYERS_PER_UNIT
+    for parameter in parameter_shapes(hashable.config):
+        if is_spread_expert(parameter, layout):
+            if layout.wraps_experts_in_fsdp:
+                numel = math.prod(gathered_shape(parameter, layout))
+                experts[parameter.layer] = experts.get(parameter.layer, 0) + numel
+            continue
+        unit = None if parameter.layer is None else (parameter.layer[0], parameter.layer[1] // layers_per_unit)
+        padded = math.prod(shard_shape(parameter, layout)) * layout.data_parallel_size
+        dense[unit] = dense.get(unit, 0) + padded
+    return (*(("dp", numel) for numel in dense.values()), *(("edp", numel) for numel in experts.values()))
+
+
+# ---- links ----
+
+
+@dataclass(frozen=True)
+class LinkBytes:
+    """Bytes that a rank sends to others, inside its machine and out of it."""
+
+    fast: float
+    slow: float
+
+
+def bytes_over_links(collective: Collective, layout: Layout, gpus_per_node: int) -> LinkBytes:
+    """What one collective sends, as rings (all-to-all: directly); a machine's ranks share what leaves it."""
+    size, stride = group_of(collective.axis, layout)
+    local = max(1, min(size, gpus_per_node // stride))  # ranks of the group in one machine
+    if collective.operation == "all_to_all":
+        share = collective.num_bytes / size
+        return LinkBytes(share * (local - 1), share * (size - local))
+    sent = {
+        "all_reduce": 2 * collective.num_bytes * (size - 1) / size,
+        "all_gather": collective.num_bytes * (size - 1),
+        "reduce_scatter": collective.num_bytes * (size - 1) / size,
+    }[collective.operation]
+    if local == size:
+        return LinkBytes(sent, 0.0)
+    return LinkBytes(sent * (local - 1) / local, sent / local)  # one of `local` hops of a ring leaves the machine
+
+
+__all__ = [
+    "Axis",
+    "Collective",
+    "Exchange",
+    "LinkBytes",
+    "Operation",
+    "bytes_over_links",
+    "collectives_of_step",
+    "exchange_of",
+    "group_of",
+]

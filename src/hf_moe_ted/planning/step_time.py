@@ -1,0 +1,187 @@
+"""How long a training step takes, and what energy: a model of few constants.
+
+It is of a step that the device limits (`pad_expert_input_to_capacity` and a CUDA graph, or large layers): from Python
+the host is slower for small ones. Experts are evenly loaded.
+"""
+
+from dataclasses import dataclass
+
+from ..distributed.layout import Layout
+from ..models.configuration_zcode_m3 import ZCodeM3Config
+from .communication import LinkBytes, bytes_over_links, collectives_of_step
+from .gpus import Gpu
+from .memory import kept_of_layer
+from .parameters import SIDES, layer_groups, parameters_of_rank
+from .workload import Workload
+
+
+@dataclass(frozen=True)
+class TimeConstants:
+    """What turns data sheets into time.
+
+    Fitted on the steps of tests/planning/test_step_time.py (H200, CUDA graphs), so that agreement with those is no
+    proof:
+
+    Attributes:
+        passes_of_kept: how often all but matrix products moves the bytes that a layer keeps for backward.
+        nvlink_efficiency: of the links in a machine, in collectives.
+        collective_s: of each collective, besides its bytes.
+        zero_overlap: share of computation beside which gathers and reductions of ZeRO run. Small, as they and the
+            exchange share the slow link where they were measured.
+
+    Assumed, not measured:
+
+    Attributes:
+        matmul_efficiency: of the peak of matrix products.
+        memory_efficiency: of the bandwidth of memory.
+        network_efficiency: of the links between machines.
+        pcie_gbs, host_memory_gbs: GB/s of a GPU's share, for `offload`.
+        idle_power: share of a GPU's power that it takes while it waits.
+        host_power_w: of CPUs, memory and adapters, per GPU.
+        cooling: energy of the building per energy of its machines (PUE).
+    """
+
+    matmul_efficiency: float = 0.8
+    passes_of_kept: float = 16.6
+    memory_efficiency: float = 0.8
+    nvlink_efficiency: float = 0.51
+    network_efficiency: float = 0.7
+    collective_s: float = 54e-6
+    zero_overlap: float = 0.08
+    pcie_gbs: float = 25.0
+    host_memory_gbs: float = 25.0
+    idle_power: float = 0.2
+    host_power_w: float = 300.0
+    cooling: float = 1.2
+
+
+CONSTANTS = TimeConstants()
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step of a rank.
+
+    Attributes:
+        matmul: matrix products, recomputation included.
+        elementwise: all else that layers and the loss compute.
+        optimizer: the optimizer's step.
+        communication: exchange and tensor parallelism, which nothing overlaps with.
+        exposed_zero: of gathers and reductions of ZeRO, what does not fit beside computation.
+        offload: copies between GPU and host.
+        model_flops: of one rank, without recomputation.
+        fast_bytes, slow_bytes: that a rank sends by kind of collective, inside its machine and out of it.
+    """
+
+    matmul: float
+    elementwise: float
+    optimizer: float
+    communication: float
+    exposed_zero: float
+    offload: float
+    model_flops: float
+    fast_bytes: dict[str, float]
+    slow_bytes: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        waiting = self.communication + self.exposed_zero + self.offload
+        return self.matmul + self.elementwise + self.optimizer + waiting
+
+    @property
+    def busy_share(self) -> float:
+        """Of the step, in which the GPU computes."""
+        return (self.matmul + self.elementwise + self.optimizer) / self.total
+
+
+def time_of_step(
+    config: ZCodeM3Config,
+    layout: Layout,
+    workload: Workload,
+    gpu: Gpu,
+    gpus_per_node: int = 8,
+    constants: TimeConstants = CONSTANTS,
+) -> StepTime:
+    """Of one optimizer step, all its forwards and backwards included."""
+    in_layers, in_head = forward_flops(config, layout, workload)
+    recomputes = workload.checkpointing is not None
+    flops = (4 if recomputes else 3) * in_layers + 3 * in_head
+    matmul = workload.accumulation * flops / (gpu.tflops * 1e12 * constants.matmul_efficiency)
+    memory_rate = gpu.memory_gbs * 1e9 * constants.memory_efficiency
+    moved = constants.passes_of_kept * _kept_bytes(config, layout, workload) * (4 / 3 if recomputes else 1)
+    elementwise = workload.accumulation * moved / memory_rate
+    optimizer, offload = _optimizer_times(config, layout, workload, memory_rate, constants)
+    communication = zero = 0.0
+    fast: dict[str, float] = {}
+    slow: dict[str, float] = {}
+    for collective in collectives_of_step(config, layout, workload):
+        links = bytes_over_links(collective, layout, gpus_per_node)
+        seconds = collective.count * (constants.collective_s + _seconds(links, gpu, constants))
+        for by_kind, sent in ((fast, links.fast), (slow, links.slow)):
+            by_kind[collective.operation] = by_kind.get(collective.operation, 0.0) + collective.count * sent
+        if collective.is_zero:
+            zero += seconds
+        else:
+            communication += seconds
+    exposed = max(0.0, zero - constants.zero_overlap * (matmul + elementwise))
+    model_flops = 3 * workload.accumulation * (in_layers + in_head)
+    return StepTime(matmul, elementwise, optimizer, communication, exposed, offload, model_flops, fast, slow)
+
+
+def forward_flops(config: ZCodeM3Config, layout: Layout, workload: Workload) -> tuple[float, float]:
+    """Of one rank, in its layers and in the head: two per multiplication and addition, one forward."""
+    width, top_k = config.d_model, config.num_experts_per_tok
+    source, target = workload.num_tokens("encoder"), workload.num_tokens("decoder")
+    total = 0.0
+    for side in SIDES:
+        num_tokens, length = workload.num_tokens(side), workload.source_length
+        sparse = config.num_experts_per_layer(side)
+        num_layers, ffn_dim = getattr(config, f"{side}_layers"), getattr(config, f"{side}_ffn_dim")
+        ffn = 4 * width * ffn_dim * num_tokens
+        num_ffns = num_layers + len(sparse) * (top_k - 1 + config.use_residual)
+        attention = 8 * width**2 * num_tokens + 4 * length * width * num_tokens
+        if side == "decoder":  # causal, and to the source
+            attention = 8 * width**2 * num_tokens + 2 * workload.target_length * width * num_tokens
+            attention += 4 * width**2 * (source + target) + 4 * workload.source_length * width * num_tokens
+        total += num_layers * attention + num_ffns * ffn
+    tp = layout.tensor_parallel_size
+    return total / tp, 2 * width * config.vocab_size * target / tp
+
+
+def watts(step: StepTime, gpu: Gpu, constants: TimeConstants = CONSTANTS) -> float:
+    """Mean power that the building takes for one GPU."""
+    load = constants.idle_power + (1 - constants.idle_power) * step.busy_share
+    return constants.cooling * (gpu.power_w * load + constants.host_power_w)
+
+
+def _kept_bytes(config: ZCodeM3Config, layout: Layout, workload: Workload) -> int:
+    """What layers and loss keep for backward without checkpointing, as a measure of the bytes that they move."""
+    total = 2 * workload.element_bytes * workload.num_tokens("decoder") * config.vocab_size
+    total //= layout.tensor_parallel_size * 4  # one pass over logits where layers make several
+    for side, num_experts, count in layer_groups(config):
+        total += count * kept_of_layer(config, layout, workload, side, num_experts)
+    return total
+
+
+def _optimizer_times(
+    config: ZCodeM3Config, layout: Layout, workload: Workload, memory_rate: float, constants: TimeConstants
+) -> tuple[float, float]:
+    """Of the optimizer's step, and of copies of offloaded shards."""
+    num_local = parameters_of_rank(config, layout).total
+    moved = (2 * workload.state_bytes + 2 * workload.element_bytes) * num_local
+    if layout.offload is None:
+        return moved / memory_rate, 0.0
+    num_gathers = workload.accumulation * (2 if layout.zero_stage == 3 else 1)
+    num_reductions = workload.accumulation if layout.zero_stage == 2 else 1
+    copied = (num_gathers + num_reductions) * workload.element_bytes * num_local
+    return 0.0, moved / (constants.host_memory_gbs * 1e9) + copied / (constants.pcie_gbs * 1e9)
+
+
+def _seconds(links: LinkBytes, gpu: Gpu, constants: TimeConstants) -> float:
+    """Both links work at the same time."""
+    fast = links.fast / (gpu.nvlink_gbs * 1e9 * constants.nvlink_efficiency)
+    slow = links.slow / (gpu.network_gbs * 1e9 * constants.network_efficiency)
+    return max(fast, slow)
+
+
+__all__ = ["CONSTANTS", "StepTime", "TimeConstants", "forward_flops", "time_of_step", "watts"]

@@ -1,0 +1,330 @@
+"""Which layout trains a model on given GPUs, how fast, for how long, and with what energy."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..distributed.layout import Layout, sizes_of_axes
+from ..distributed.layout_check import check_model
+from ..models.configuration_zcode_m3 import ZCodeM3Config
+from .gpus import Gpu, gpu_of
+from .memory import Memory, memory_of_rank
+from .parameters import SIDES, RankParameters, num_parameters, parameters_of_rank
+from .step_time import StepTime, time_of_step, watts
+from .workload import Checkpointing, Workload
+
+# what the CUDA context, communicators and fragmentation leave to tensors; assumed
+USABLE_MEMORY = 0.92
+# of the host, per GPU: machines of eight GPUs have one to two TB; assumed
+HOST_GIB_PER_GPU = 128
+GIB = 2**30
+CHECKPOINTING: tuple[Checkpointing | None, ...] = (None, "full", "communication-aware")
+
+
+@dataclass(frozen=True)
+class PlannedLayout:
+    """A layout that fits.
+
+    Attributes:
+        layout, workload: as they go to [`TedPlugin`] and the Trainer.
+        parameters, memory, step: of one rank.
+        tokens_per_s: source and target, of all GPUs.
+        hours, kwh: of the whole training.
+    """
+
+    layout: Layout
+    workload: Workload
+    parameters: RankParameters
+    memory: Memory
+    step: StepTime
+    tokens_per_s: float
+    hours: float
+    kwh: float
+
+    @property
+    def plugin(self) -> str:
+        """The line that makes it."""
+        layout = self.layout
+        given: dict[str, Any] = {}
+        for name in ("tensor_parallel_size", "expert_parallel_size"):
+            if getattr(layout, name) > 1:
+                given[name] = getattr(layout, name)
+        if layout.expert_tensor_parallel_size != layout.tensor_parallel_size:
+            given["expert_tensor_parallel_size"] = layout.expert_tensor_parallel_size
+        if layout.zero_stage > 1:
+            given["zero_stage"] = layout.zero_stage
+        if layout.offload:
+            given["offload"] = layout.offload
+        if not layout.duplicate_token_dropping:
+            given["duplicate_token_dropping"] = False
+        if self.workload.checkpointing == "full":
+            given["communication_aware_checkpointing"] = False
+        return f"TedPlugin({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+
+
+@dataclass(frozen=True)
+class ImpossibleLayout:
+    """A layout that cannot be, and why."""
+
+    sizes: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """
+    Attributes:
+        gpu, num_gpus, gpus_per_node: what it is for.
+        num_parameters: of the model.
+        batch_tokens, sequence_length, total_tokens: as asked for.
+        layouts: that fit, the fastest first.
+        impossible: the others.
+    """
+
+    gpu: Gpu
+    num_gpus: int
+    gpus_per_node: int
+    num_parameters: int
+    batch_tokens: int
+    sequence_length: int
+    total_tokens: int
+    layouts: tuple[PlannedLayout, ...]
+    impossible: tuple[ImpossibleLayout, ...]
+
+    @property
+    def best(self) -> PlannedLayout:
+        """
+        Raises:
+            ValueError: no layout fits.
+        """
+        if self.layouts:
+            return self.layouts[0]
+        reasons = "; ".join(f"{layout.sizes}: {layout.reason}" for layout in self.impossible[:3])
+        raise ValueError(
+            f"no layout of {self.num_gpus} x {self.gpu.name} trains {self.num_parameters:,} parameters with "
+            f"{self.batch_tokens:,} tokens per step: take more or larger GPUs, or another batch ({reasons})"
+        )
+
+    def as_dict(self, num_layouts: int = 10) -> dict[str, Any]:
+        """For JSON, with the best layouts."""
+        fields = {name: value for name, value in vars(self).items() if name not in ("gpu", "layouts", "impossible")}
+        return {
+            "gpu": asdict(self.gpu),
+            **fields,
+            "layouts": [
+                {
+                    "plugin": layout.plugin,
+                    **asdict(layout),
+                    "peak_bytes": layout.memory.peak,
+                    "step_s": layout.step.total,
+                }
+                for layout in self.layouts[:num_layouts]
+            ],
+            "impossible": [asdict(layout) for layout in self.impossible],
+        }
+
+
+def plan_training(
+    config: ZCodeM3Config,
+    *,
+    num_gpus: int,
+    gpu: str | Gpu,
+    gpus_per_node: int = 8,
+    batch_tokens: int = 2**20,
+    sequence_length: int = 512,
+    total_tokens: int = 10**9,
+    dtype: str = "bfloat16",
+    optimizer: str = "tiled_adamw",
+) -> TrainingPlan:
+    """Enumerate layouts, ZeRO stages, activation checkpointing, offload and micro-batches, and rank those that fit.
+
+    Args:
+        num_gpus: all of them, in machines of `gpus_per_node`.
+        gpu: a name of `planning.gpus.GPUS`, a YAML file, or a [`Gpu`].
+        batch_tokens: source and target tokens of a step, over all GPUs.
+        sequence_length: tokens of a source, and of a target.
+        total_tokens: source and target tokens of the whole training.
+        dtype: of the weights.
+        optimizer: a key of `planning.workload.BYTES_OF_STATES`.
+
+    Raises:
+        ValueError: a number under 1, GPUs that do not fill their machines, a batch that is no number of sentence pairs,
+            a sequence that is longer than the model's positions, or an unknown GPU.
+    """
+    gpu = gpu_of(gpu)
+    numbers = {
+        "num_gpus": num_gpus, "gpus_per_node": gpus_per_node, "batch_tokens": batch_tokens,
+        "sequence_length": sequence_length, "total_tokens": total_tokens,
+    }  # fmt: skip
+    _check_numbers(config, numbers)
+    Workload(1, 1, 1, dtype=dtype, optimizer=optimizer)  # checks the names
+    gpus_per_node = min(gpus_per_node, num_gpus)
+    batch = _Batch(batch_tokens // (2 * sequence_length), sequence_length, total_tokens)
+    machine = _Machine(gpu, num_gpus, gpus_per_node)
+    layouts: list[PlannedLayout] = []
+    impossible: list[ImpossibleLayout] = []
+    for sizes in _sizes(config, num_gpus, gpus_per_node):
+        shown = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        try:
+            found = [*_fitting(config, machine, batch, sizes, dtype, optimizer)]
+        except ValueError as error:
+            impossible.append(ImpossibleLayout(shown, str(error)))
+        else:
+            layouts += found
+    layouts.sort(key=lambda layout: (-layout.tokens_per_s, layout.memory.peak))
+    return TrainingPlan(
+        gpu=gpu, num_gpus=num_gpus, gpus_per_node=gpus_per_node, num_parameters=num_parameters(config),
+        batch_tokens=batch_tokens, sequence_length=sequence_length, total_tokens=total_tokens,
+        layouts=tuple(layouts), impossible=tuple(impossible),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Batch:
+    num_pairs: int  # of a step, over all GPUs
+    length: int
+    total_tokens: int
+
+
+@dataclass(frozen=True)
+class _Machine:
+    gpu: Gpu
+    num_gpus: int
+    gpus_per_node: int
+
+
+def _check_numbers(config: ZCodeM3Config, numbers: Mapping[str, int]) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name} ({value}) must be at least 1")
+    num_gpus, per_node = numbers["num_gpus"], numbers["gpus_per_node"]
+    if num_gpus > per_node and num_gpus % per_node:
+        raise ValueError(f"num_gpus ({num_gpus}) must be a multiple of gpus_per_node ({per_node})")
+    length, batch_tokens = numbers["sequence_length"], numbers["batch_tokens"]
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"sequence_length ({length}) must be at most the model's max_position_embeddings "
+            f"({config.max_position_embeddings})"
+        )
+    if batch_tokens % (2 * length):
+        raise ValueError(
+            f"batch_tokens ({batch_tokens}) must be a multiple of {2 * length}, the tokens of a pair of two sequences "
+            f"of sequence_length ({length})"
+        )
+
+
+def _sizes(config: ZCodeM3Config, num_gpus: int, gpus_per_node: int) -> Iterator[dict[str, int]]:
+    """Sizes of tp, ep and etp to try: tp inside a machine, as its sums overlap with nothing."""
+    counts = [count for side in SIDES for count in config.num_experts_per_layer(side).values()]
+    expert_sizes = _divisors(math.gcd(*counts)) if counts else [1]
+    for tp in _divisors(num_gpus):
+        if tp > gpus_per_node:
+            continue
+        for ep in expert_sizes:
+            for etp in [size for size in _divisors(tp) if ep > 1 or size == tp]:
+                yield {"tp": tp, "ep": ep, "etp": etp}
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _fitting(
+    config: ZCodeM3Config,
+    machine: _Machine,
+    batch: _Batch,
+    sizes: Mapping[str, int],
+    dtype: str,
+    optimizer: str,
+) -> list[PlannedLayout]:
+    """All that fits of one set of sizes.
+
+    Raises:
+        ValueError: none does, with the reason.
+    """
+    tp, ep, etp, dp = sizes_of_axes(machine.num_gpus, sizes["tp"], sizes["ep"], sizes["etp"], None)
+    base = Layout(tp, dp, ep, etp)
+    check_model(config, base)
+    if batch.num_pairs % dp:
+        raise ValueError(f"{batch.num_pairs} sentence pairs of a step must be divisible by data_parallel_size ({dp})")
+    found, least = [], math.inf
+    for layout in _options(base):
+        for checkpointing in CHECKPOINTING:
+            if checkpointing == "communication-aware" and tp == ep == 1:
+                continue  # no collective in a layer
+            planned, peak = _largest_micro_batch(config, machine, batch, layout, (checkpointing, dtype, optimizer))
+            least = min(least, peak)
+            if planned is not None:
+                found.append(planned)
+    if not found:
+        limit = usable_bytes(machine.gpu)
+        raise ValueError(
+            f"it takes at least {least / GIB:,.1f} GiB per GPU, of which {limit / GIB:,.1f} can be used, or more than "
+            f"{HOST_GIB_PER_GPU} GiB of the host"
+        )
+    return found
+
+
+def _options(base: Layout) -> Iterator[Layout]:
+    stages = (1, 2, 3) if base.data_parallel_size > 1 else (1,)
+    offloads = (None, "cpu") if base.data_parallel_size > 1 else (None,)
+    has_duplicates = base.expert_parallel_size > 1 and base.expert_tensor_parallel_size > 1
+    for stage in stages:
+        for offload in offloads:
+            for drops in (True, False) if has_duplicates else (True,):
+                yield replace(base, zero_stage=stage, offload=offload, duplicate_token_dropping=drops)
+
+
+def _largest_micro_batch(
+    config: ZCodeM3Config,
+    machine: _Machine,
+    batch: _Batch,
+    layout: Layout,
+    options: tuple[Checkpointing | None, str, str],
+) -> tuple[PlannedLayout | None, float]:
+    """With as few micro-batches as fit, and the smallest peak that was seen."""
+    checkpointing, dtype, optimizer = options
+    pairs = batch.num_pairs // layout.data_parallel_size
+    limit, least = usable_bytes(machine.gpu), math.inf
+    for accumulation in _divisors(pairs):
+        if layout.zero_stage == 2 and accumulation == 1:
+            continue  # stage 1 then is the same
+        workload = Workload(
+            pairs // accumulation, batch.length, batch.length, accumulation, dtype, optimizer, checkpointing
+        )
+        memory = memory_of_rank(config, layout, workload)
+        if memory.host <= HOST_GIB_PER_GPU * GIB:
+            least = min(least, memory.peak)
+            if memory.peak <= limit:
+                return _planned(config, machine, batch, layout, workload, memory), least
+    return None, least
+
+
+def usable_bytes(gpu: Gpu) -> float:
+    """Of a GPU's memory, what tensors can have."""
+    return USABLE_MEMORY * gpu.memory_gib * GIB
+
+
+def _planned(
+    config: ZCodeM3Config, machine: _Machine, batch: _Batch, layout: Layout, workload: Workload, memory: Memory
+) -> PlannedLayout:
+    step = time_of_step(config, layout, workload, machine.gpu, machine.gpus_per_node)
+    tokens_per_s = 2 * batch.length * batch.num_pairs / step.total
+    hours = batch.total_tokens / tokens_per_s / 3600
+    return PlannedLayout(
+        layout=layout, workload=workload, parameters=parameters_of_rank(config, layout), memory=memory, step=step,
+        tokens_per_s=tokens_per_s, hours=hours,
+        kwh=hours * machine.num_gpus * watts(step, machine.gpu) / 1000,
+    )  # fmt: skip
+
+
+__all__ = [
+    "HOST_GIB_PER_GPU",
+    "USABLE_MEMORY",
+    "ImpossibleLayout",
+    "PlannedLayout",
+    "TrainingPlan",
+    "plan_training",
+    "usable_bytes",
+]

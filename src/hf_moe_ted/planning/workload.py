@@ -1,0 +1,68 @@
+"""What a rank trains with: its batches, its dtype, and what is kept of activations."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Checkpointing = Literal["full", "communication-aware"]
+
+BYTES_OF_DTYPE = {"bfloat16": 2, "float32": 4}
+# bytes of optimizer states per parameter of each dtype: moments, and a float32 master where the weights are not
+BYTES_OF_STATES = {
+    "tiled_adamw": {"bfloat16": 12, "float32": 8},
+    "adamw": {"bfloat16": 4, "float32": 8},  # torch's, whose moments are of the dtype of the weights
+    "sgd": {"bfloat16": 0, "float32": 0},
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """
+    Attributes:
+        batch_size: sentence pairs in a forward of a data-parallel rank.
+        source_length, target_length: tokens of each, padding included.
+        accumulation: forwards of a step.
+        dtype: of the weights: "bfloat16" or "float32".
+        optimizer: a key of `BYTES_OF_STATES`.
+        checkpointing: of activations: `None`, "full" or "communication-aware".
+
+    Raises:
+        ValueError: a number under 1, or an unknown name.
+    """
+
+    batch_size: int
+    source_length: int
+    target_length: int
+    accumulation: int = 1
+    dtype: str = "bfloat16"
+    optimizer: str = "tiled_adamw"
+    checkpointing: Checkpointing | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "source_length", "target_length", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        known: dict[str, list[str | None]] = {
+            "dtype": [*BYTES_OF_DTYPE],
+            "optimizer": [*BYTES_OF_STATES],
+            "checkpointing": [None, "full", "communication-aware"],
+        }
+        for name, choices in known.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} ({getattr(self, name)!r}) must be one of {choices}")
+
+    def num_tokens(self, side: str) -> int:
+        """Of a forward, of the source ("encoder") or the target ("decoder")."""
+        return self.batch_size * (self.source_length if side == "encoder" else self.target_length)
+
+    @property
+    def element_bytes(self) -> int:
+        """Of weights and activations."""
+        return BYTES_OF_DTYPE[self.dtype]
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the optimizer, per parameter."""
+        return BYTES_OF_STATES[self.optimizer][self.dtype]
+
+
+__all__ = ["BYTES_OF_DTYPE", "BYTES_OF_STATES", "Checkpointing", "Workload"]

@@ -1,0 +1,130 @@
+"""Plans: what is enumerated, that nothing is planned that does not fit, and errors."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_moe_ted import Gpu, ZCodeM3Config, plan_training
+from hf_moe_ted.planning.gpus import GPUS, gpu_of
+from hf_moe_ted.planning.memory import memory_of_rank
+from hf_moe_ted.planning.training_plan import TrainingPlan, usable_bytes
+from hf_moe_ted.testing import tiny_config
+
+SMALL = Gpu("small", memory_gib=0.15, tflops=1, memory_gbs=10, nvlink_gbs=10, network_gbs=1, power_w=100)
+
+
+def plan(**options: Any) -> TrainingPlan:
+    given: dict[str, Any] = {
+        "num_gpus": 4, "gpu": SMALL, "gpus_per_node": 2, "batch_tokens": 2 * 16 * 8, "sequence_length": 16,
+        "total_tokens": 10_000,
+    }  # fmt: skip
+    return plan_training(tiny_config(), **given | options)
+
+
+@pytest.fixture(scope="module")
+def tiny_plan() -> TrainingPlan:
+    return plan()
+
+
+def test_layouts_are_ranked_and_consistent(tiny_plan: TrainingPlan) -> None:
+    assert tiny_plan.num_parameters == 101_152
+    speeds = [layout.tokens_per_s for layout in tiny_plan.layouts]
+    assert speeds == sorted(speeds, reverse=True) and len(speeds) > 10
+    for planned in tiny_plan.layouts:
+        layout, workload = planned.layout, planned.workload
+        assert workload.batch_size * workload.accumulation * layout.data_parallel_size == 8
+        assert planned.memory == memory_of_rank(tiny_config(), layout, workload)
+        assert planned.memory.peak <= usable_bytes(SMALL)
+        assert layout.tensor_parallel_size <= 2
+        assert planned.tokens_per_s == pytest.approx(256 / planned.step.total)
+        assert planned.hours == pytest.approx(10_000 / planned.tokens_per_s / 3600)
+    kinds = {(p.layout.zero_stage, p.layout.offload, p.workload.checkpointing) for p in tiny_plan.layouts}
+    assert {(1, None, None), (3, None, "full"), (1, "cpu", "communication-aware")} <= kinds
+
+
+def test_plugin_line_makes_the_layout(tiny_plan: TrainingPlan) -> None:
+    by_line = {planned.plugin: planned.layout for planned in tiny_plan.layouts}
+    line = "TedPlugin(tensor_parallel_size=2, expert_parallel_size=2, zero_stage=3, duplicate_token_dropping=False)"
+    layout = by_line[line]
+    assert (layout.tensor_parallel_size, layout.expert_parallel_size, layout.expert_tensor_parallel_size) == (2, 2, 2)
+    assert (layout.zero_stage, layout.offload, layout.duplicate_token_dropping) == (3, None, False)
+    assert "TedPlugin()" in by_line
+
+
+def test_impossible_layouts_have_reasons() -> None:
+    found = plan_training(
+        tiny_config(encoder_attention_heads=2), num_gpus=4, gpu=SMALL, batch_tokens=32 * 2, sequence_length=16
+    )
+    reasons = {layout.sizes: layout.reason for layout in found.impossible}
+    assert "encoder_attention_heads (2) must be divisible by tensor_parallel_size (4)" in reasons["tp 4 x ep 1 x etp 4"]
+    assert "2 sentence pairs of a step must be divisible by data_parallel_size (4)" in reasons["tp 1 x ep 1 x etp 1"]
+    assert all(layout.layout.data_parallel_size == 2 for layout in found.layouts)
+
+
+def test_too_small() -> None:
+    found = plan(gpu=replace(SMALL, memory_gib=0.00001))
+    assert found.layouts == ()
+    assert "it takes at least" in found.impossible[0].reason
+    with pytest.raises(ValueError, match=r"no layout of 4 x small trains 101,152 parameters with 256 tokens per step"):
+        _ = found.best
+
+
+def test_less_memory_takes_smaller_batches() -> None:
+    """With vocabulary enough that logits decide."""
+    config = tiny_config(vocab_size=96_000)
+    options: dict[str, Any] = {"num_gpus": 1, "batch_tokens": 2 * 16 * 64, "sequence_length": 16}
+    roomy = plan_training(config, gpu=replace(SMALL, memory_gib=4), **options).best
+    tight = plan_training(config, gpu=replace(SMALL, memory_gib=0.25), **options).best
+    assert roomy.workload.accumulation == 1 < tight.workload.accumulation
+    assert tight.workload.batch_size * tight.workload.accumulation == roomy.workload.batch_size == 64
+
+
+def test_gpus_of_data_sheets() -> None:
+    assert set(GPUS) == {"v100-32gb", "a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb"}
+    assert gpu_of("H100-80GB") is GPUS["h100-80gb"]
+
+
+def test_gpu_of_a_file(tmp_path: Path) -> None:
+    fields = {"memory_gib": 48, "tflops": 360, "memory_gbs": 860, "nvlink_gbs": 32, "network_gbs": 12.5, "power_w": 350}
+    path = tmp_path / "l40s.yaml"
+    path.write_text("\n".join(f"{name}: {value}" for name, value in fields.items()))
+    assert gpu_of(str(path)) == Gpu("l40s", **fields)
+    path.write_text("memory_gib: 48")
+    with pytest.raises(ValueError, match=r"gpu \(.*l40s.yaml\): it lacks memory_gbs"):
+        gpu_of(str(path))
+    path.write_text("- 48")
+    with pytest.raises(ValueError, match="must have a field per line"):
+        gpu_of(str(path))
+    with pytest.raises(ValueError, match=r"tflops \(0\) of the GPU l40s must be positive"):
+        Gpu("l40s", **fields | {"tflops": 0})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"total_tokens": 0}, r"total_tokens \(0\) must be at least 1"),
+        ({"num_gpus": 0}, r"num_gpus \(0\) must be at least 1"),
+        ({"batch_tokens": -1}, r"batch_tokens \(-1\) must be at least 1"),
+        ({"num_gpus": 12, "gpus_per_node": 8}, r"num_gpus \(12\) must be a multiple of gpus_per_node \(8\)"),
+        ({"batch_tokens": 100}, r"batch_tokens \(100\) must be a multiple of 32"),
+        ({"sequence_length": 65}, r"sequence_length \(65\) must be at most the model's max_position_embeddings \(64\)"),
+        ({"gpu": "b300"}, r"gpu \('b300'\) must be one of v100-32gb, .*, or a YAML file"),
+        ({"gpu": "none.yaml"}, r"gpu: none.yaml does not exist"),
+        ({"dtype": "float8"}, r"dtype \('float8'\) must be one of"),
+    ],
+)
+def test_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(**options)
+
+
+def test_nllb_sized_model_on_machines() -> None:
+    """The default model of 10 billion parameters: not on one GPU of 40 GB, and on eight."""
+    options: dict[str, Any] = {"gpu": "a100-40gb", "batch_tokens": 2**14, "sequence_length": 512}
+    config = ZCodeM3Config()
+    assert plan_training(config, num_gpus=1, **options).layouts == ()
+    best = plan_training(config, num_gpus=8, **options).best
+    assert best.memory.peak <= 0.92 * 40 * 2**30
+    assert best.parameters.total * 8 >= 10e9  # of which each GPU holds its part
