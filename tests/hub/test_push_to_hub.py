@@ -17,6 +17,9 @@ CODE = {
     for name in (
         "attention",
         "attention_backends",
+        "beam_cache",
+        "beam_hypotheses",
+        "beam_search",
         "configuration_zcode_m3",
         "expert_computation",
         "execution_device",

@@ -1,4 +1,7 @@
-"""The Triton kernels compiled for GPUs that need not be there: each fits into the shared memory of its GPU."""
+"""The Triton kernels compiled for GPUs that need not be there: each fits into the shared memory of its GPU.
+
+`compile_for_target.py 80 most` compiles more of them. On Hopper they run in the GPU tests.
+"""
 
 import json
 import os
@@ -12,11 +15,11 @@ pytest.importorskip("triton", reason="needs Triton")
 pytest.importorskip("triton.backends.nvidia", reason="needs Triton's compiler for NVIDIA's GPUs")
 
 SCRIPT = Path(__file__).with_name("compile_for_target.py")
-KIB_OF_A_PROGRAM = {80: 163, 89: 99, 90: 227}  # CUDA C++ Programming Guide, compute capabilities
+KIB_OF_A_PROGRAM = {80: 163, 89: 99}  # CUDA C++ Programming Guide, compute capabilities
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("capability", "cases"), [(80, "most"), (89, "few"), (90, "few")])
+@pytest.mark.parametrize(("capability", "cases"), [(80, "few"), (89, "few")])
 def test_kernels_fit_into_shared_memory(capability: int, cases: str, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
