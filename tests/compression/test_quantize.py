@@ -26,6 +26,7 @@ from hf_moe_ted.compression.quantized_experts import (
     quantize_weight,
 )
 from hf_moe_ted.compression.report.compression_report import report_from_dict
+from hf_moe_ted.testing import tiny_config
 
 MakeModel = Callable[..., ZCodeM3ForConditionalGeneration]
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -446,3 +447,15 @@ def test_weights_that_the_config_ties_but_that_differ(make_model: MakeModel) -> 
         quantize_experts(model)
     with pytest.raises(ValueError, match=r"lm_head.weight .* differ, but the config ties them"):
         prune_experts(model, None, keep=2, criterion="random")
+
+
+def test_ids_that_are_no_words_are_refused() -> None:
+    """As by embeddings of floats: indexing would take -100 of labels for a word, counted from the end."""
+    torch.manual_seed(0)
+    model = quantize_experts(ZCodeM3ForConditionalGeneration(tiny_config()).eval(), what="all")
+    vocab_size = model.config.vocab_size
+    words = model.get_input_embeddings()(torch.tensor([[0, vocab_size - 1]]))
+    assert words.shape == (1, 2, model.config.d_model)
+    for wrong in (-1, vocab_size):
+        with pytest.raises(IndexError, match="out of range"):
+            model.get_input_embeddings()(torch.tensor([[2, wrong]]))

@@ -172,6 +172,77 @@ def test_hooks_training_and_caches_of_the_user(source: dict[str, Tensor], calls:
     assert not calls
 
 
+class Shifted(ZCodeM3ForConditionalGeneration):
+    """Of a user: other logits."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits + 5.0 * (torch.arange(VOCAB) % 3 == 0)
+        return output
+
+
+class Restarted(ZCodeM3ForConditionalGeneration):
+    """Of a user: other inputs."""
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        return {**inputs, "decoder_input_ids": torch.full_like(inputs["decoder_input_ids"], 5)}
+
+
+@pytest.mark.parametrize("model_class", [Shifted, Restarted])
+def test_methods_of_a_subclass_are_called(model_class: Any, source: dict[str, Tensor], calls: list[int]) -> None:
+    model = make_model()
+    plain = model.generate(**source, **ENDS)
+    assert len(calls) == 1
+    overridden = model_class(model.config).eval()
+    overridden.load_state_dict(model.state_dict())
+    output = overridden.generate(**source, **ENDS)
+    assert len(calls) == 1
+    assert torch.equal(output, of_transformers(overridden, **source, **ENDS))
+    assert output.shape != plain.shape or not torch.equal(output, plain)
+
+
+def test_methods_replaced_in_the_object_are_called(source: dict[str, Tensor], calls: list[int]) -> None:
+    """As prefix tuning of PEFT, compilation and Accelerate do."""
+    model = make_model()
+    for module, name in ((model, "forward"), (model, "prepare_inputs_for_generation"), (model.model, "forward")):
+        method, count = getattr(module, name), []
+
+        def counted(*args: Any, method: Any = method, count: list[int] = count, **kwargs: Any) -> Any:
+            count.append(1)
+            return method(*args, **kwargs)
+
+        setattr(module, name, counted)
+        model.generate(**source, **ENDS)
+        assert count and not calls
+        setattr(module, name, method)  # as PEFT puts it back
+    model.generate(**source, **ENDS)
+    assert calls
+
+
+def test_a_processor_may_have_any_attributes(source: dict[str, Tensor], calls: list[int]) -> None:
+    processor = Downgrade()
+    processor.is_active = True  # type: ignore[attr-defined]  # a name that processors of the package have, too
+    options = {**source, **ENDS, "logits_processor": [processor]}
+    model = make_model()
+    assert torch.equal(model.generate(**options), of_transformers(model, **options))
+    assert calls
+
+
+def test_keys_of_a_source_have_no_room_for_more(source: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    caches = []
+    continue_from = beam_cache.BeamCache.continue_from
+
+    def kept(cache: Any, parents_BN: Tensor) -> None:
+        caches.append(cache)
+        continue_from(cache, parents_BN)
+
+    monkeypatch.setattr(beam_cache.BeamCache, "continue_from", kept)
+    make_model().generate(**source, **ENDS)
+    layers = caches[0].cross_attention_cache.layers
+    assert {buffer.shape[2] for layer in layers for buffer in layer._buffers} == {source["input_ids"].shape[1]}
+
+
 def test_quantized_model(source: dict[str, Tensor], calls: list[int]) -> None:
     quantized = quantize_experts(make_model(tie_word_embeddings=True), what="all")
     assert torch.equal(quantized.generate(**source, **ENDS), of_transformers(quantized, **source, **ENDS))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from hf_moe_ted import Gpu, ZCodeM3Config, plan_training
+from hf_moe_ted.planning import training_plan
 from hf_moe_ted.planning.gpus import GPUS, gpu_of
 from hf_moe_ted.planning.memory import memory_of_rank
 from hf_moe_ted.planning.training_plan import TrainingPlan, usable_bytes
@@ -128,3 +129,17 @@ def test_nllb_sized_model_on_machines() -> None:
     best = plan_training(config, num_gpus=8, **options).best
     assert best.memory.peak <= 0.92 * 40 * 2**30
     assert best.parameters.total * 8 >= 10e9  # of which each GPU holds its part
+
+
+def test_one_gpu_has_one_layout() -> None:
+    """Expert parallelism of one process is none, and no layout stands there twice."""
+    plan = plan_training(tiny_config(), num_gpus=1, gpu="h100-80gb", batch_tokens=2**14, sequence_length=16)
+    assert {layout.layout for layout in plan.layouts} == {plan.best.layout}
+    assert len({(layout.layout, layout.workload) for layout in plan.layouts}) == len(plan.layouts)
+    assert not plan.impossible
+
+
+def test_divisors() -> None:
+    for number in (*range(1, 40), 360):
+        assert training_plan._divisors(number) == [size for size in range(1, number + 1) if number % size == 0]
+    assert len(training_plan._divisors(2**40)) == 41  # in no time

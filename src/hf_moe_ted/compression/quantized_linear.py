@@ -110,7 +110,8 @@ class QuantizedEmbedding(_QuantizedWeight):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """int64[...] -> float[..., D]."""
-        packed, scale = self.weight_packed[input_ids], self.weight_scale[input_ids]
+        # which refuses negative ids, such as -100 of labels, as that of floats does; indexing would count from the end
+        packed, scale = (nn.functional.embedding(input_ids, rows) for rows in (self.weight_packed, self.weight_scale))
         return packed.to(scale.dtype) * scale * self.embed_scale
 
     def extra_repr(self) -> str:

@@ -31,7 +31,8 @@ class AppendedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         past, length = self.get_seq_length(), key_states.shape[-2]
         if not self._buffers or past + length > self._buffers[0].shape[-2]:
-            self._grow(key_states, past + _ROOM * length)
+            # what comes first is a prompt or a source, to which one step or nothing is added
+            self._grow(key_states, past + _ROOM * length if past else length)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, past : past + length] = states
         self.keys, self.values = (buffer[:, :, : past + length] for buffer in self._buffers)

@@ -17,6 +17,8 @@ from transformers.generation import (
     ForcedBOSTokenLogitsProcessor,
     ForcedEOSTokenLogitsProcessor,
     GenerateBeamEncoderDecoderOutput,
+    GenerationMixin,
+    LogitsProcessor,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
 )
@@ -37,6 +39,18 @@ _ACTIVE_AT: dict[type, Callable[[Any, int], bool]] = {
 }
 _THAT_FORBID_THE_END = (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor)
 _KNOWN_ARGUMENTS = {"encoder_outputs", "attention_mask", "past_key_values", "cache", "use_cache"}
+_PASSED_BY = {  # methods of the model and of what is in it that transformers' search calls and this one does not
+    "": ("forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation"),
+    "model": ("forward",),
+}
+
+
+class SometimesActive(LogitsProcessor):
+    """A processor that says at which lengths it changes scores, and treats each row alike where rows may have left."""
+
+    def is_active(self, length: int) -> bool:
+        """Whether it changes scores behind so many tokens."""
+        raise NotImplementedError
 
 
 def why_not(model: Any, generation_config: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) -> str | None:
@@ -65,8 +79,21 @@ def why_not(model: Any, generation_config: Any, synced_gpus: bool, model_kwargs:
             module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
             for module in (model, model.model)
         ),
+        "methods that are not this package's": any(
+            not _is_of_the_package(model.get_submodule(path), name)
+            for path, names in _PASSED_BY.items()
+            for name in names
+        ),
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def _is_of_the_package(module: Any, name: str) -> bool:
+    """Whether a method is neither overridden in a subclass nor replaced in the object, as PEFT and Accelerate do."""
+    of_class = getattr(type(module), name)
+    if getattr(getattr(module, name), "__func__", None) is not of_class:
+        return False
+    return of_class.__module__.rpartition(".")[0] in (__package__, GenerationMixin.__module__.rpartition(".")[0])
 
 
 @dataclass(frozen=True)
@@ -152,7 +179,7 @@ def beam_search(
 
 
 def _treats_rows_alike(processor: Any) -> bool:
-    return type(processor) in _ACTIVE_AT or hasattr(processor, "is_active")
+    return type(processor) in _ACTIVE_AT or isinstance(processor, SometimesActive)
 
 
 def _first_batch(search: _Search, prompts_BL: Tensor, fill: int, model_kwargs: dict[str, Any]) -> _Batch:
@@ -227,7 +254,7 @@ def _candidates(
 ) -> Candidates:
     """The best continuations; the scores of all words are appended to `scores` if they are wanted."""
     active = [p for p in search.processors if type(p) not in _ACTIVE_AT or _ACTIVE_AT[type(p)](p, length)]
-    active = [p for p in active if not hasattr(p, "is_active") or p.is_active(length)]
+    active = [p for p in active if not isinstance(p, SometimesActive) or p.is_active(length)]
     log_sum_R = row_logsumexp(logits_RV)
     search.watch(log_sum_R)
     if search.with_scores or any(type(processor) not in _THAT_FORBID_THE_END for processor in active):
@@ -298,4 +325,4 @@ def _output(search: _Search, options: Any, hypotheses: Hypotheses, scores: list[
     )
 
 
-__all__ = ["beam_search", "best_of_rows", "row_logsumexp", "why_not"]
+__all__ = ["SometimesActive", "beam_search", "best_of_rows", "row_logsumexp", "why_not"]

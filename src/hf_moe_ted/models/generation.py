@@ -9,13 +9,13 @@ from transformers.generation import GenerationConfig, GenerationMixin, LogitsPro
 from transformers.utils import logging
 
 from .attention_backends import without_cudnn_attention
-from .beam_search import beam_search, why_not
+from .beam_search import SometimesActive, beam_search, why_not
 from .router import refused_if_not_finite, require_finite_routers
 
 logger = logging.get_logger(__name__)
 
 
-class FirstTokens(LogitsProcessor):
+class FirstTokens(SometimesActive):
     """`forced_bos_token_id` with a token for each of B sentences, each of which has as many rows as beams."""
 
     def __init__(self, token_ids: Sequence[int]):
@@ -33,7 +33,7 @@ class FirstTokens(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, first_tokens, 0.0)
 
 
-class _NaNWatch(LogitsProcessor):
+class _NaNWatch(SometimesActive):
     """Changes nothing and waits for nothing; `has_nan` is a bool scalar on the device of the scores.
 
     Attributes:

@@ -217,7 +217,7 @@ def _check_numbers(config: ZCodeM3Config, numbers: Mapping[str, int]) -> None:
 def _sizes(config: ZCodeM3Config, num_gpus: int, gpus_per_node: int) -> Iterator[dict[str, int]]:
     """Sizes of tp, ep and etp to try: tp inside a machine, as its sums overlap with nothing."""
     counts = [count for side in SIDES for count in config.num_experts_per_layer(side).values()]
-    expert_sizes = _divisors(math.gcd(*counts)) if counts else [1]
+    expert_sizes = _divisors(math.gcd(*counts)) if counts and num_gpus > 1 else [1]
     for tp in _divisors(num_gpus):
         if tp > gpus_per_node:
             continue
@@ -227,7 +227,8 @@ def _sizes(config: ZCodeM3Config, num_gpus: int, gpus_per_node: int) -> Iterator
 
 
 def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
 
 
 def _fitting(
