@@ -162,9 +162,10 @@ def test_what_it_does_not_have_goes_to_transformers(
 
 def test_hooks_training_and_caches_of_the_user(source: dict[str, Tensor], calls: list[int]) -> None:
     model = make_model()
-    handle = model.register_forward_hook(lambda *args: None)
-    model.generate(**source, **ENDS)
-    handle.remove()
+    for module in (model, model.model.decoder.layers[0].self_attn, model.lm_head):
+        handle = module.register_forward_hook(lambda *args: None)
+        model.generate(**source, **ENDS)
+        handle.remove()
     cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
     model.generate(**source, **ENDS, past_key_values=cache)
     assert cache.get_seq_length() > 0

@@ -77,7 +77,7 @@ def why_not(model: Any, generation_config: Any, synced_gpus: bool, model_kwargs:
         "second experts by chance": config.second_expert_policy != "all",
         "hooks of the model": any(
             module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
-            for module in (model, model.model)
+            for module in (*model.model.decoder.modules(), model.lm_head, model.model, model)
         ),
         "methods that are not this package's": any(
             not _is_of_the_package(model.get_submodule(path), name)
