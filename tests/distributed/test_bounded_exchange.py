@@ -250,10 +250,17 @@ def run_experts(experts: Any, num_tokens: int) -> None:
     experts(torch.ones(num_tokens, 32), ids, torch.ones(num_tokens, 1))
 
 
+class Ones(torch.nn.Module):
+    """Of rows that nothing was written to, too: what is 0 behind it was dropped."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.ones_like(hidden)
+
+
 def draw_as_captured(model: Any) -> list[Tensor]:
     """Which activations are dropped while a graph is captured, and what is drawn behind them."""
     experts = model.train().model.encoder.layers[1].ffn.experts
-    experts.act_fn.dropout, experts.act_fn.activation = 0.5, torch.nn.Sigmoid()  # which is never 0
+    experts.act_fn.dropout, experts.act_fn.activation = 0.5, Ones()
     drawn: list[Tensor] = []
     hook = experts.act_fn.register_forward_hook(lambda module, args, out: drawn.append((out != 0).flatten()))
     torch.manual_seed(0)

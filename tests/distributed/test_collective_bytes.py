@@ -125,7 +125,7 @@ def count_blocks(folder: str) -> dict[str, tuple[Log, Log]]:
         "attention": count(lambda: layers[0][0].self_attn(x)[0]),
         "cross-attention": count(lambda: layers[1][0].encoder_attn(x, key_value_states=states)[0]),
         "dense feed-forward": count(lambda: layers[0][0].ffn(x)),
-        "encoder layer": count(lambda: layers[0][0](x, None, None)),
+        "encoder layer": count(lambda: layers[0][0](x, None, None)[0]),
         "embedding": count(lambda: model.model.shared(ids)),
         "head": count(lambda: model.lm_head(x).to_local()),
         "loss": count(lambda: model.cross_entropy(logits, ids, 0.1)),
