@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
 
 from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration, quantize_experts
-from hf_moe_ted.models import beam_cache, generation
+from hf_moe_ted.models import beam_cache, beam_search, generation
 from hf_moe_ted.models.beam_search import best_of_rows, row_logsumexp
 from hf_moe_ted.models.generation import FirstTokens
 from hf_moe_ted.testing import tiny_config
@@ -106,12 +106,17 @@ def test_tokens_and_scores_are_those_of_transformers(
     assert torch.equal(output, expected)
 
 
-def test_sentences_end_at_different_steps(source: dict[str, Tensor]) -> None:
+def test_sentences_end_at_different_steps(source: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """What the comparison above is worth: batches shrink, and not to nothing at once."""
-    sizes = []
-    model = make_model()
-    model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[0]))
-    model.generate(**source, **ENDS)
+    sizes: list[int] = []
+    decoded = beam_search._decoded
+
+    def counted(search: Any, batch: Any, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        sizes.append(tokens.numel())
+        return decoded(search, batch, tokens, mask)
+
+    monkeypatch.setattr(beam_search, "_decoded", counted)
+    make_model().generate(**source, **ENDS)
     assert sizes[0] == 5 and sizes[1] == 20
     assert len(set(sizes[1:])) >= 3 and sizes[1:] == sorted(sizes[1:], reverse=True)
 
