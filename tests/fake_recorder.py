@@ -60,5 +60,18 @@ class FakeRecorder:
                 _local(output).fill_(1)
 
 
+class RecordsWithoutGpu:
+    """Before a Trainer that records its steps: on any device, by [`FakeRecorder`]."""
+
+    recorder: FakeRecorder
+
+    def _check_can_capture(self) -> None:
+        pass
+
+    def _make_recorder(self) -> FakeRecorder:
+        self.recorder = FakeRecorder()
+        return self.recorder
+
+
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fake_recorder import FakeRecorder
+from fake_recorder import RecordsWithoutGpu
 from torch import Tensor
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
@@ -18,17 +18,8 @@ from hf_moe_ted.testing import tiny_config
 SHAPES = [(5, 4), (7, 6)]  # source and target
 
 
-class Graphed(CudaGraphsTrainerMixin, Seq2SeqTrainer):
+class Graphed(RecordsWithoutGpu, CudaGraphsTrainerMixin, Seq2SeqTrainer):
     """Replays on a CPU."""
-
-    recorder: FakeRecorder
-
-    def _check_can_capture(self) -> None:
-        pass
-
-    def _make_recorder(self) -> FakeRecorder:
-        self.recorder = FakeRecorder()
-        return self.recorder
 
 
 class Norms(TrainerCallback):

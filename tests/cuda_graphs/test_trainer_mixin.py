@@ -63,6 +63,18 @@ def test_resume_goes_on_with_the_draws_that_would_have_come(tmp_path: Path) -> N
         torch.testing.assert_close(parameter, whole.model.get_parameter(name), rtol=0, atol=0, msg=name)
 
 
+def test_last_accumulation_of_an_epoch_is_another_signature(tmp_path: Path) -> None:
+    """Where the Trainer itself divides the loss by the number of its micro-batches, which a graph would not see."""
+
+    class Dividing(GraphedInOrder):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            self.loss_is_scaled_for_ga = False
+
+    trainer = trainer_of(tmp_path, Dividing, num_batches=17, gradient_accumulation_steps=3)
+    assert trainer.train().metrics["cuda_graphs/eager_steps"] == len(SHAPES) * WARMUP_STEPS + 2
+
+
 def test_least_recently_used_goes(tmp_path: Path) -> None:
     expected = trainer_of(tmp_path, InOrder, num_batches=14)
     expected.train()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from fake_recorder import FakeRecorder
+from fake_recorder import FakeRecorder, RecordsWithoutGpu
 from ted_cases import ADAMW, write_models
 from torch import Tensor
 from torch.utils.data import SequentialSampler
@@ -50,15 +50,8 @@ class Ordered(TedSeq2SeqTrainer):
         yield  # as with CUDA graphs: to compare bit by bit
 
 
-class Graphed(Ordered):
-    recorder: FakeRecorder
-
-    def _check_can_capture(self) -> None:
-        pass
-
-    def _make_recorder(self) -> FakeRecorder:
-        self.recorder = FakeRecorder()
-        return self.recorder
+class Graphed(RecordsWithoutGpu, Ordered):
+    """Replays on a CPU."""
 
 
 @dataclass(frozen=True)

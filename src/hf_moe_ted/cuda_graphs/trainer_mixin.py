@@ -8,14 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainingArguments, Trainer
-from transformers.utils import logging
 
 from .recorded_step import RecordedStep
 from .recorder import CudaRecorder, Recorder
 from .refusals import check_can_capture
 from .step_store import Signature, StepStore, signature_of
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -165,8 +162,11 @@ class CudaGraphsTrainerMixin(Trainer):
         config = vars(getattr(self.model, "config", object)).items()
         options = {name: value for name, value in config if isinstance(value, bool | int | float | str)}
         is_trained = hash(tuple(parameter.requires_grad for parameter in model.parameters()))
-        accumulated = None if torch.is_tensor(num_items) else (num_items, self.current_gradient_accumulation_steps)
-        return of_inputs, accumulated, is_trained, tuple(sorted(options.items()))
+        # else the Trainer divides the loss by the steps of the accumulation, of which the last of an epoch has fewer
+        is_scaled = torch.is_tensor(num_items) and getattr(self, "loss_is_scaled_for_ga", None) is not False
+        of_num_items = None if torch.is_tensor(num_items) else num_items
+        divisors = None if is_scaled else (of_num_items, self.current_gradient_accumulation_steps)
+        return of_inputs, divisors, is_trained, tuple(sorted(options.items()))
 
     def _filtered(self, loss: Tensor) -> Tensor:
         """A loss that is not finite counts in the logs as the mean of those since the last log, as by the parent."""
