@@ -13,7 +13,9 @@ are those of source and target without padding.
 |---|---|
 | `dense eager`, `dense compile`, `dense graphs` | M2M100 of the same active size, bfloat16 autocast over float32 |
 | `ours eager`, `ours compile`, `ours graphs` | ZCodeM3 in bfloat16, `TedSeq2SeqTrainer` on several GPUs |
-| `ours loop` | no Trainer: the whole step, optimizer included, as one CUDA graph (`bench_training.py`) |
+| `ours compile+graphs` | layers that `torch.compile` compiled, inside the captured step; one GPU |
+| `ours loop` | no Trainer: the whole step, optimizer included, as one CUDA graph (`bench_ted.py`) |
+| `deepspeed loop` | no Trainer: M2M100 with DeepSpeed's own MoE and ZeRO, from Python (`bench_ted.py`) |
 """
 
 import argparse
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_ted import dense_model, sharded_model, sync, torch_step
+from bench_ted import deepspeed_step, dense_model, sharded_model, sync, torch_step
 from rich.console import Console
 from rich.table import Table
 from ted_suites import BASES, Case
@@ -44,7 +46,8 @@ from hf_moe_ted import (
     ZCodeM3Tokenizer,
 )
 
-PEERS = ("dense eager", "dense compile", "dense graphs", "ours eager", "ours compile", "ours graphs", "ours loop")
+PEERS = ("dense eager", "dense compile", "dense graphs", "ours eager", "ours compile", "ours graphs")
+PEERS += ("ours compile+graphs", "ours loop", "deepspeed loop")
 
 
 class CountsTokens(Seq2SeqTrainer):
@@ -104,8 +107,8 @@ class Clock(TrainerCallback):
 def run_peer(peer: str, arguments: argparse.Namespace) -> dict[str, Any]:
     system, how = peer.split()
     if how == "loop":
-        return run_loop(arguments)
-    plugin = TedPlugin(expert_parallel_size=arguments.expert_parallel_size)
+        return run_loop(system, arguments)
+    plugin = TedPlugin(**layout_of(arguments))
     model = model_of(system, arguments, plugin)
     clock = Clock(arguments.warmup_steps, arguments.steps)
     with tempfile.TemporaryDirectory() as folder:
@@ -124,8 +127,9 @@ def run_peer(peer: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def run_loop(arguments: argparse.Namespace) -> dict[str, Any]:
-    step, _ = torch_step(case_of("ours", arguments, graph=True))
+def run_loop(system: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    case = case_of(system, arguments, graph=system == "ours")
+    step, num_batches = deepspeed_step(case) if system == "deepspeed" else torch_step(case)
     for _ in range(arguments.warmup_steps):
         step()
     sync()
@@ -134,18 +138,28 @@ def run_loop(arguments: argparse.Namespace) -> dict[str, Any]:
         step()
     sync()
     seconds = time.perf_counter() - start
-    tokens = 2 * arguments.batch_size * arguments.length * arguments.steps * arguments.gpus
-    return {"step_ms": seconds / arguments.steps * 1e3, "tokens_per_s": tokens / seconds}
+    tokens = 2 * arguments.batch_size * arguments.length * arguments.steps * num_batches
+    peak_gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    return {"step_ms": seconds / arguments.steps * 1e3, "tokens_per_s": tokens / seconds, "peak_gib": peak_gib}
+
+
+def layout_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("tensor_parallel_size", "expert_parallel_size", "zero_stage")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def case_of(system: str, arguments: argparse.Namespace, graph: bool = False) -> Case:
-    layout = {"expert_parallel_size": arguments.expert_parallel_size} if arguments.gpus > 1 else {}
-    if graph and layout:
+    layout: dict[str, Any] = layout_of(arguments) if arguments.gpus > 1 else {}
+    if system == "deepspeed":
+        layout = {"tp": arguments.tensor_parallel_size, "ep": arguments.expert_parallel_size}
+    elif graph and layout:
         layout["pad_expert_input_to_capacity"] = True
+    checkpointing = "full" if system == "deepspeed" else "communication-aware"
     return Case(
         system,
         arguments.gpus,
         layout=layout,
+        checkpointing=checkpointing if arguments.gradient_checkpointing else None,
         base=arguments.base,
         num_experts=arguments.num_experts,
         optimizer="fused",
@@ -184,8 +198,9 @@ def trainer_of(
         save_strategy="no",
         disable_tqdm=True,
         use_cpu=not on_gpu,
-        cuda_graphs=how == "graphs",
-        torch_compile=how == "compile",
+        gradient_checkpointing=arguments.gradient_checkpointing,
+        cuda_graphs="graphs" in how,
+        torch_compile="compile" in how,
         **options,
     )
     data = text_of(arguments, model) if arguments.train_file else random_tokens(arguments, model)
@@ -225,6 +240,8 @@ def text_of(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
 def main() -> None:
     arguments = parsed()
     if arguments.worker:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         result = run_peer(arguments.worker, arguments)
         if int(os.environ.get("RANK", "0")) == 0:
             print("RESULT " + json.dumps(result), flush=True)
@@ -246,7 +263,13 @@ def run_in_processes(peer: str, arguments: argparse.Namespace) -> dict[str, Any]
     if num_processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
     own = [*sys.argv[1:], *(["--gpus", "1"] if num_processes == 1 else [])]
-    environment = os.environ if num_processes > 1 else {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
+    environment = dict(os.environ)
+    if num_processes == 1:
+        environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    if peer.startswith("ours compile"):
+        environment |= {"ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "true"}
+        if arguments.train_file is not None:
+            environment |= {"ACCELERATE_DYNAMO_USE_DYNAMIC": "true"}
     try:
         done = subprocess.run(
             [*command, __file__, *own, "--worker", peer], capture_output=True, text=True, env=environment,
@@ -256,7 +279,7 @@ def run_in_processes(peer: str, arguments: argparse.Namespace) -> dict[str, Any]
         return {"error": f"more than {arguments.time_limit_s} s"}
     found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not found:
-        return {"error": done.stderr.strip()[-1500:]}
+        return {"error": done.stderr.strip()[-3000:]}
     return json.loads(found[-1].removeprefix("RESULT "))
 
 
@@ -290,6 +313,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--num_experts", type=int, default=16)
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--expert_parallel_size", type=int, default=1)
+    parser.add_argument("--tensor_parallel_size", type=int, default=1)
+    parser.add_argument("--zero_stage", type=int, default=1)
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="communication-aware, full for DeepSpeed")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument(

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_recorder import RecordsWithoutGpu
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, HfArgumentParser, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
@@ -45,10 +46,12 @@ def new_model(**config: Any) -> ZCodeM3ForConditionalGeneration:
     return ZCodeM3ForConditionalGeneration(tiny_config(vocab_size=len(TOKENIZER), dropout=0.1, **config))
 
 
-def trainer_of(folder: Path, dataset: Any = None, config: Any = None, **options: Any) -> MultitaskSeq2SeqTrainer:
+def trainer_of(
+    folder: Path, dataset: Any = None, config: Any = None, kind: Any = MultitaskSeq2SeqTrainer, **options: Any
+) -> MultitaskSeq2SeqTrainer:
     dataset = MultitaskDataset(PAIRS, TEXTS, both_directions=True) if dataset is None else dataset
     model = new_model(**config or {})
-    return MultitaskSeq2SeqTrainer(
+    return kind(
         model=model,
         args=arguments(folder, **options),
         train_dataset=dataset,
@@ -167,6 +170,23 @@ def test_length_buckets_are_an_option_of_the_arguments(tmp_path: Path) -> None:
     assert losses(resumed)[5:] == losses(trainer)[5:]
     one = trainer_of(tmp_path, length_buckets=BUCKETS, max_signatures=1).get_train_dataloader().batch_sampler
     assert len(one.signatures) == 1 < len(sampler.signatures)
+
+
+class GraphedTrainer(RecordsWithoutGpu, MultitaskSeq2SeqTrainer):
+    """Replays on a CPU."""
+
+
+def test_batches_for_cuda_graphs_have_few_shapes(tmp_path: Path) -> None:
+    options = {"cuda_graphs": True, "max_signatures": 3, "max_steps": 14, "max_tokens_per_batch": 128}
+    trainer = trainer_of(tmp_path, kind=GraphedTrainer, **options)
+    metrics = trainer.train().metrics
+    assert metrics["cuda_graphs/captured"] >= 1 and metrics["cuda_graphs/replayed_steps"] >= 1
+    loader = trainer.get_train_dataloader()
+    from_python = shapes_of(trainer_of(tmp_path, **options | {"cuda_graphs": False}).get_train_dataloader())
+    assert {*loader.batch_sampler.signatures} & {*shapes_of(loader)} and len(loader.batch_sampler.signatures) <= 3
+    assert len({*shapes_of(loader)}) < len({*from_python})
+    given = trainer_of(tmp_path, kind=GraphedTrainer, length_buckets=BUCKETS, **options).get_train_dataloader()
+    assert given.batch_sampler.length_buckets == BUCKETS
 
 
 def test_length_buckets_of_the_command_line(tmp_path: Path) -> None:

@@ -9,6 +9,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers.utils import logging
+
+from .private_torch import end_allocate_to_pool
+
+logger = logging.get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -44,6 +49,7 @@ class CudaRecorder:
     def __init__(self) -> None:
         self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()
+        self._failed: list[torch.cuda.CUDAGraph] = []
 
     @contextlib.contextmanager
     def eager(self) -> Iterator[None]:
@@ -59,9 +65,31 @@ class CudaRecorder:
         gc.collect()
         # "thread_local": NCCL's watchdog, a thread of its own, asks for events meanwhile
         options: Any = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
-        with _without_garbage_collection(), torch.cuda.graph(graph, **options):
-            returned = call()
+        try:
+            # a capture that fails leaves its own stream as the current one
+            current = torch.cuda.stream(torch.cuda.current_stream())
+            with current, _without_garbage_collection(), torch.cuda.graph(graph, **options):
+                returned = call()
+        except Exception:
+            self._end_failed_capture(graph)
+            raise
         return returned, graph.replay
+
+    def _end_failed_capture(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Undo what PyTorch leaves behind where CUDA ended a capture, as it does if the call waits for the device.
+
+        The allocator still takes the capture for one under way, with a pointer to the graph; and, up to PyTorch 2.11,
+        the random numbers still wait for its end: "Offset increment outside graph capture encountered unexpectedly".
+        """
+        self._failed.append(graph)
+        try:
+            end_allocate_to_pool(self._stream.device_index, self._pool)
+        except RuntimeError:
+            logger.debug("the capture that failed had ended before")
+        finished = torch.cuda.CUDAGraph()
+        number = torch.ones((), device=self._stream.device)
+        with torch.cuda.graph(finished, stream=self._stream, capture_error_mode="thread_local"):
+            number.zero_()
 
     def borrow(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):

@@ -16,15 +16,18 @@ from transformers import (
     Seq2SeqTrainingArguments,
     Trainer,
 )
+from transformers.utils import logging
 
 from ..cuda_graphs.trainer_mixin import CudaGraphArguments, CudaGraphsTrainerMixin
-from ..data.batch_sampler import TokenBudgetBatchSampler
+from ..data.batch_sampler import TokenBudgetBatchSampler, token_lengths
 from ..data.collator import DataCollatorForMultitaskSeq2Seq
-from ..data.length_buckets import MAX_SIGNATURES, check_length_buckets
+from ..data.length_buckets import MAX_SIGNATURES, check_length_buckets, propose_length_buckets
 from ..data.mixture import Mixture
 from ..data.multitask_dataset import MultitaskDataset
 from ..data.multitask_stream import MultitaskStream
 from ..models.language_codes import language_ids
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -41,8 +44,8 @@ class MultitaskTrainingArguments(CudaGraphArguments, Seq2SeqTrainingArguments):
         task_weights: share of the examples by task, a dictionary or its JSON; by default tasks count by size.
         examples_per_epoch: by default those of the dataset.
         length_buckets: lengths in tokens, ascending, that sources and targets are padded to, so that batches have few
-            shapes, and data-parallel ranks the same one in a step; [`propose_length_buckets`] finds good ones. By
-            default batches are as long as their longest.
+            shapes, and data-parallel ranks the same one in a step. By default batches are as long as their longest;
+            with `cuda_graphs` they are those of [`propose_length_buckets`].
         max_signatures: shapes that batches have at most with `length_buckets`, but for those that are left over.
 
     Raises:
@@ -68,7 +71,11 @@ class MultitaskTrainingArguments(CudaGraphArguments, Seq2SeqTrainingArguments):
         default=None, metadata={"help": "Examples that an epoch draws; default: those of the dataset."}
     )
     length_buckets: list[int] | None = field(
-        default=None, metadata={"help": "Lengths that texts are padded to, in tokens; default: the longest of a batch."}
+        default=None,
+        metadata={
+            "help": "Lengths that texts are padded to, in tokens; default: the longest of a batch, or with cuda_graphs "
+            "what suits the data."
+        },
     )
     max_signatures: int = field(
         default=MAX_SIGNATURES, metadata={"help": "Shapes that batches have at most with length_buckets."}
@@ -185,6 +192,7 @@ class MultitaskTrainerMixin(Trainer):
 
     def _loader_of_dataset(self, dataset: MultitaskDataset) -> DataLoader:
         collator: Any = self.data_collator
+        lengths = token_lengths(dataset, collator) if self.token_lengths is None else self.token_lengths
         sampler = TokenBudgetBatchSampler(
             dataset,
             collator,
@@ -192,12 +200,23 @@ class MultitaskTrainerMixin(Trainer):
             mixture=self.args.mixture(),
             examples_per_epoch=self.args.examples_per_epoch,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            length_buckets=self.args.length_buckets,
+            length_buckets=self.args.length_buckets or self._buckets_for_graphs(lengths),
             max_signatures=self.args.max_signatures,
             data_parallel_size=self._data_parallel_size,
-            lengths=self.token_lengths,
+            lengths=lengths,
         )
         return self.accelerator.prepare(DataLoader(dataset, batch_sampler=sampler, **self._loader_options()))
+
+    def _buckets_for_graphs(self, lengths_N2: np.ndarray) -> list[int] | None:
+        """Each batch as long as its longest text would be nearly as many shapes as batches, and no step replayed."""
+        if not self.args.cuda_graphs:
+            return None
+        collator: Any = self.data_collator
+        buckets = propose_length_buckets(
+            lengths_N2, max_signatures=self.args.max_signatures, multiple_of=collator.pad_to_multiple_of or 2
+        )
+        logger.info(f"length_buckets for cuda_graphs: {buckets}")
+        return buckets
 
     @property
     def _data_parallel_size(self) -> int:
