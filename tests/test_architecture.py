@@ -54,7 +54,7 @@ RULES = {
         is_flat=True,
     ),
     "kernels": Rule(packages=("torch", "triton")),
-    "optim": Rule(packages=("torch",)),
+    "optim": Rule(optional_parts=("kernels",), packages=("torch",)),
     "files": Rule(packages=("yaml",)),
     "tensors": Rule(
         parts=("models", "files"), packages=("torch", "safetensors", "huggingface_hub", "transformers", "tqdm")
@@ -66,7 +66,7 @@ RULES = {
     "translation": Rule(parts=("models", "evaluation")),
     "serving": Rule(parts=("models", "files", "tensors", "evaluation", "routing", "translation")),
     "data": Rule(parts=("models.language_codes", "models.tokenization_zcode_m3")),
-    "cuda_graphs": Rule(packages=("torch", "transformers", "accelerate")),
+    "cuda_graphs": Rule(parts=("optim",), packages=("torch", "transformers", "accelerate")),
     "training": Rule(
         parts=("models", "data", "cuda_graphs"), packages=("numpy", "torch", "transformers", "accelerate")
     ),

@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from .models.modeling_zcode_m3 import ZCodeM3PreTrainedModel as ZCodeM3PreTrainedModel
     from .models.pipeline_translation import ZCodeM3TranslationPipeline as ZCodeM3TranslationPipeline
     from .models.tokenization_zcode_m3 import ZCodeM3Tokenizer as ZCodeM3Tokenizer
+    from .optim.clipped_adamw import ClippedAdamW as ClippedAdamW
     from .optim.tiled_adamw import TiledAdamW as TiledAdamW
     from .planning.gpus import Gpu as Gpu
     from .planning.memory import memory_of_rank as memory_of_rank
@@ -112,6 +113,7 @@ _MODULE_OF_NAME = {
     "ApiKeys": "serving.api_keys",
     "BatchStatistics": "data.batch_statistics",
     "BatchedTranslator": "serving.batched_translator",
+    "ClippedAdamW": "optim.clipped_adamw",
     "ConversionReport": "tensors.conversion_report",
     "CudaGraphArguments": "cuda_graphs.trainer_mixin",
     "CudaGraphSeq2SeqTrainingArguments": "cuda_graphs.trainer_mixin",

@@ -1,14 +1,18 @@
 """A Trainer whose training steps are replayed as CUDA graphs."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainingArguments, Trainer
+from torch.optim import AdamW
+from transformers import Seq2SeqTrainingArguments, Trainer, TrainerCallback
 
+from ..optim.clipped_adamw import ClippedAdamW
 from .recorded_step import RecordedStep
 from .recorder import CudaRecorder, Recorder
 from .refusals import check_can_capture
@@ -60,10 +64,14 @@ class CudaGraphSeq2SeqTrainingArguments(CudaGraphArguments, Seq2SeqTrainingArgum
 class CudaGraphsTrainerMixin(Trainer):
     """Captures forward, loss and backward of a [`Trainer`] once per shape of a batch, and replays them.
 
-    All else runs as always: clipping, optimizer, schedule, callbacks, logging, evaluation, saving. The first three
-    steps of a shape run from Python, the fourth is captured. Steps of shapes that are rare run from Python; so do
-    those whose inputs are not tensors, numbers, strings or `None`. Batches of few shapes come from `length_buckets` of
+    All else runs as always: optimizer, schedule, callbacks, logging, evaluation, saving. The first three steps of a
+    shape run from Python, the fourth is captured. Steps of shapes that are rare run from Python; so do those whose
+    inputs are not tensors, numbers, strings or `None`. Batches of few shapes come from `length_buckets` of
     [`MultitaskTrainingArguments`], or from `max_length` and padding to it.
+
+    For `optim="adamw_torch_fused"`, the default, the optimizer is [`ClippedAdamW`], which clips while it steps, so that
+    gradients stay unclipped. With callbacks that look at them before the optimizer does (`on_pre_optimizer_step`) they
+    are clipped as always.
 
     ```python
     class GraphedTrainer(CudaGraphsTrainerMixin, Seq2SeqTrainer):
@@ -115,6 +123,47 @@ class CudaGraphsTrainerMixin(Trainer):
     def _is_valid(self, step: RecordedStep) -> bool:
         """Whether the last replay counts; if not, its random numbers are put back, and it is run from Python."""
         return True
+
+    # ---- the optimizer ----
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if getattr(args, "cuda_graphs", False) and kind is AdamW and kwargs.get("fused"):
+            kind = ClippedAdamW
+        return kind, kwargs
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = self._clip_in_step(model, self.args.max_grad_norm)
+        return super()._clip_grad_norm(model) if norm is None else norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None:
+            grad_norm = self._clip_in_step(model, math.inf)
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _clip_in_step(self, model: nn.Module, max_norm: float) -> Tensor | None:
+        """The norm of all gradients, which the optimizer clips in its step; `None` if they are to be clipped now."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
+        if not isinstance(optimizer, ClippedAdamW) or self._shows_gradients():
+            return None
+        own = {param for group in optimizer.param_groups for param in group["params"] if param.grad is not None}
+        if own != {param for param in model.parameters() if param.grad is not None}:
+            return None
+        return self._norm_in_step(optimizer, max_norm)
+
+    def _norm_in_step(self, optimizer: ClippedAdamW, max_norm: float) -> Tensor | None:
+        has_whole_gradients = self.accelerator.distributed_type in (
+            DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU
+        )  # fmt: skip
+        if not has_whole_gradients or self.accelerator.scaler is not None:
+            return None
+        return optimizer.clip_in_step(max_norm)
+
+    def _shows_gradients(self) -> bool:
+        """Whether a callback may look at gradients between clipping and the optimizer, or change them."""
+        kinds = map(type, self.callback_handler.callbacks)
+        return any(kind.on_pre_optimizer_step is not TrainerCallback.on_pre_optimizer_step for kind in kinds)
 
     # ---- a step ----
 

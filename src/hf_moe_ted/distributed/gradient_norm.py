@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from ..optim.clipped_adamw import ClippedAdamW
 from .private_torch import foreach_mul_, foreach_norm
 
 
@@ -28,21 +29,34 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float | None) -> Ten
     for grad in gradients:
         by_share.setdefault(_share_of_world(grad), []).append(_local(grad))
 
-    world = dist.is_initialized() and dist.get_world_size() > 1
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     squared = torch.zeros((), dtype=torch.float32, device=device)
     for share, tensors in by_share.items():
         norms = foreach_norm([tensor for tensor in tensors if tensor.numel()], 2, dtype=torch.float32)
         if norms:
             squared += torch.stack(norms).square().sum().to(device) * share
-    if world:
-        dist.all_reduce(squared)
+    _add_up(squared)
     norm = squared.sqrt()
     if max_norm is not None and max_norm != float("inf"):
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for tensors in by_share.values():
             foreach_mul_(tensors, factor.to(tensors[0].device))
     return norm
+
+
+def clip_in_step(optimizer: ClippedAdamW, max_norm: float) -> Tensor | None:
+    """As [`clip_grad_norm_`] for all parameters of an optimizer, whose next step clips.
+
+    Returns:
+        The norm before clipping, or `None` if gradients of this rank are to be clipped now, and nothing was done. A
+        rank may do either: both take the same collective.
+    """
+    return optimizer.clip_in_step(max_norm, weight=_share_of_world, reduce=_add_up)
+
+
+def _add_up(squared: Tensor) -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(squared)
 
 
 def _share_of_world(grad: Tensor) -> float:
@@ -60,4 +74,4 @@ def _local(grad: Tensor) -> Tensor:
     return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
-__all__ = ["clip_grad_norm_"]
+__all__ = ["clip_grad_norm_", "clip_in_step"]

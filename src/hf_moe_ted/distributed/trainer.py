@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,13 +21,14 @@ from ..cuda_graphs.trainer_mixin import CudaGraphsTrainerMixin
 from ..files.output import remove_folder, tidy_up_checkpoints
 from ..files.output_kinds import TRAINER_CHECKPOINT
 from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
+from ..optim.clipped_adamw import ClippedAdamW
 from .accelerate_plugin import TRAINING_STATE, TedPlugin
 from .activation_checkpoint import CommunicationAwareContextFn
 from .bounded_exchange import bounded_expert_load
 from .checkpoint import atomic_folder, has_weights, load_weights, save_pretrained
 from .counts import CountsOnceMixin
 from .expert_load import EXPERT_LOAD_BOUND
-from .gradient_norm import clip_grad_norm_
+from .gradient_norm import clip_grad_norm_, clip_in_step
 from .layout import layout_of
 from .layout_check import check_is_sharded
 from .parallelize import prepare_for_training
@@ -317,12 +319,19 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         if not self.is_distributed_loading_by_transformers:
             return super()._clip_grad_norm(model)
-        return clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        norm = self._clip_in_step(model, self.args.max_grad_norm)
+        return clip_grad_norm_(model.parameters(), self.args.max_grad_norm) if norm is None else norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         if grad_norm is None and self.is_distributed_loading_by_transformers:
-            return clip_grad_norm_(model.parameters(), None)
+            norm = self._clip_in_step(model, math.inf)
+            return clip_grad_norm_(model.parameters(), None) if norm is None else norm
         return super()._get_grad_norm(model, grad_norm)
+
+    def _norm_in_step(self, optimizer: ClippedAdamW, max_norm: float) -> Tensor | None:
+        if not self.is_distributed_loading_by_transformers:
+            return super()._norm_in_step(optimizer, max_norm)
+        return clip_in_step(optimizer, max_norm)
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
         """Parameters that are no DTensors have equal gradients on all ranks if they share one batch."""

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 from tqdm.auto import tqdm
 
 from ..files.output_kinds import TRAINING_STATE
@@ -83,7 +83,7 @@ def save_training_state(
         if weights:
             tensors |= {f"weights.{name}": tensor for name, tensor in model_tensors.items()}
         rest = {
-            "optimizer_class": type(optimizer).__name__,
+            "optimizer_class": class_of_state(optimizer),
             "groups": [
                 {"parameters": group_names, "options": {k: v for k, v in group.items() if k not in _NO_OPTIONS}}
                 for group_names, group in zip(names, optimizer.param_groups, strict=True)
@@ -211,6 +211,11 @@ def _run_dcp(function: Callable[..., Any], tensors: dict[str, Tensor], *, planne
 
 def _unwrap(optimizer: Optimizer) -> Optimizer:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+
+
+def class_of_state(optimizer: Optimizer) -> str:
+    """What its states are those of: a name, the same for optimizers that go on from each other's."""
+    return AdamW.__name__ if isinstance(optimizer, AdamW) else type(optimizer).__name__
 
 
 def group_names(model_tensors: Mapping[str, Tensor], optimizer: Optimizer) -> list[list[str]]:
@@ -367,9 +372,9 @@ def _options_to_set(
         ValueError: the optimizer is of another class, or its parameters are others, of another dtype, or grouped so
             that there is no such option.
     """
-    if rest["optimizer_class"] != type(optimizer).__name__:
+    if rest["optimizer_class"] != class_of_state(optimizer):
         raise ValueError(
-            f"{folder} has the state of {rest['optimizer_class']}, the optimizer is {type(optimizer).__name__}"
+            f"{folder} has the state of {rest['optimizer_class']}, the optimizer is {class_of_state(optimizer)}"
         )
     options = {name: group["options"] for group in rest["groups"] for name in group["parameters"]}
     _check_same_names(options, [*itertools.chain(*names)], f"the optimizer in {folder}")

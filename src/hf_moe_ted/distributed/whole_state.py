@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import safe_globals
 from .checkpoint import named_tensors, together
 from .sharding import regions
 from .state_metadata import check_archive
-from .training_state import group_names, scheduler_by_group, scheduler_by_name
+from .training_state import class_of_state, group_names, scheduler_by_group, scheduler_by_name
 
 _DESCRIPTION = "whole_state.json"
 _MARK = "has_description"  # which load_state_dict leaves alone
@@ -36,7 +36,7 @@ def save_description(folder: str | os.PathLike[str], model: nn.Module, optimizer
     is_of_model = all(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
     description = {
         "files": files,
-        "optimizer_class": type(optimizer).__name__,
+        "optimizer_class": class_of_state(optimizer),
         # with parameters of something else, such as a loss, a sharded model cannot go on, but a whole one can
         "parameters": group_names(tensors, optimizer) if is_of_model else None,
     }
@@ -141,7 +141,7 @@ def load_whole_state(
     folder = Path(checkpoint)
     with together():
         saved, schedule = _read(folder / OPTIMIZER_NAME), _read(folder / SCHEDULER_NAME)
-        present_class = type(optimizer).__name__
+        present_class = class_of_state(optimizer)
         if optimizer_class not in (None, present_class):
             raise ValueError(f"{folder} has the state of {optimizer_class}, the optimizer is {present_class}")
         sizes, present_sizes = [len(group["params"]) for group in saved["param_groups"]], [*map(len, whole_groups)]

@@ -1,10 +1,12 @@
 """What PyTorch has no public name for, read in 2.13: the kernels of `torch.optim.AdamW`, and counters of writes.
 
-`torch.optim` runs these kernels for whole parameters only; a tiled step runs them for parts.
+`torch.optim` runs these kernels for whole parameters only; a tiled step runs them for parts. `ClippedAdamW` also calls
+its own `_init_group`, which makes and lists the states.
 """
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 foreach_add_ = torch._foreach_add_
 foreach_addcdiv_ = torch._foreach_addcdiv_
@@ -20,3 +22,8 @@ fused_adamw_ = torch._fused_adamw_
 def count_of_writes(tensor: Tensor) -> int:
     """Grows with what is written into a tensor in place."""
     return tensor._version
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """What this rank has of a DTensor, without the autograd function of `to_local`; else the tensor itself."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,143 @@
+"""Many tensors of one device in one launch (Triton): the sum of the squares of all, and a step of AdamW for all.
+
+Kernels find tensors by addresses in a table on the device. A table says nothing of who owns the memory: it is valid
+while all of its tensors are where they were.
+
+Letters: N tensors, C chunks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device_guard import on_device_of_first
+from .triton_adamw import adamw_kernel, count_steps_kernel, squares_kernel
+
+# by names, as tensors of torch's dtypes come
+DTYPES: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+_CHUNK = 8192  # elements of a program
+_BLOCK_BYTES = 4096  # of each tensor that a program of `_NUM_WARPS` has at once: 16 bytes per thread
+_NUM_WARPS = 8
+_TENSOR_BLOCK = 128
+_NUM_NUMBERS = 8  # columns that count_steps_kernel writes
+
+
+class Part(NamedTuple):
+    """The chunks of one dtype."""
+
+    dtype: torch.dtype
+    first_chunk: int
+    num_chunks: int
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How N tensors are cut into pieces of at most `_CHUNK` elements.
+
+    Attributes:
+        numels: int64[N].
+        tensors, places: int32[C], the tensor of each chunk, and which of its chunks it is; those of a dtype in a row.
+        parts: where the chunks of each dtype are.
+    """
+
+    numels: Tensor
+    tensors: Tensor
+    places: Tensor
+    parts: tuple[Part, ...]
+
+
+def cut_into_chunks(tensors: Sequence[Tensor]) -> Chunks:
+    """
+    Args:
+        tensors: of one device and dtypes of `DTYPES`; their sizes count, not where they are.
+    """
+    numels = torch.tensor([tensor.numel() for tensor in tensors], dtype=torch.int64)
+    counts = (numels + _CHUNK - 1) // _CHUNK
+    order: list[int] = []
+    parts: list[Part] = []
+    num_chunks = 0
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        own = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        num_own = int(counts[own].sum())
+        parts.append(Part(dtype, num_chunks, num_own))
+        order += own
+        num_chunks += num_own
+    counts = counts[order]
+    starts = counts.cumsum(0) - counts
+    device = tensors[0].device
+    return Chunks(
+        numels=_moved(numels, device),
+        tensors=_moved(torch.tensor(order, dtype=torch.int32).repeat_interleave(counts), device),
+        places=_moved((torch.arange(num_chunks) - starts.repeat_interleave(counts)).int(), device),
+        parts=tuple(parts),
+    )
+
+
+def addresses_of(rows: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
+    """int64[rows, N], what the kernels read of tensors that stay where they are."""
+    return _moved(torch.tensor([[tensor.data_ptr() for tensor in row] for row in rows], dtype=torch.int64), device)
+
+
+def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small tensor, without waiting for the device."""
+    return _moved(torch.tensor(values, dtype=dtype), device)
+
+
+@on_device_of_first
+def sum_of_squares(addresses: Tensor, weights: Tensor, chunks: Chunks) -> Tensor:
+    """The sum of the squares of all elements, each times the weight of its tensor; in one order, always the same.
+
+    Args:
+        addresses: int64[1, N].
+        weights: float32[N].
+
+    Returns:
+        float32 scalar.
+    """
+    sums = torch.empty(len(chunks.tensors), dtype=torch.float32, device=addresses.device)
+    for part in chunks.parts:
+        if part.num_chunks:
+            squares_kernel[(part.num_chunks,)](
+                addresses, chunks.numels, weights, chunks.tensors, chunks.places, sums, part.first_chunk,
+                DTYPE=DTYPES[part.dtype], CHUNK=_CHUNK, num_warps=_NUM_WARPS,
+            )  # fmt: skip
+    return sums.sum()
+
+
+@on_device_of_first
+def adamw_step(addresses: Tensor, groups: Tensor, options: Tensor, chunks: Chunks, factor: Tensor) -> None:
+    """One step of AdamW with gradients that are multiplied by a factor. The gradients stay as they are.
+
+    Args:
+        addresses: int64[5, N], of parameters, gradients, both moments, and numbers of steps, which are float32 scalars
+            and grow by 1. The first four of a tensor have one dtype and are contiguous.
+        groups: int32[N].
+        options: float64[groups, 5], learning rate, weight decay, both betas and eps of each group.
+        factor: float32 scalar.
+    """
+    num_tensors = addresses.shape[1]
+    numbers = torch.empty(num_tensors, _NUM_NUMBERS, dtype=torch.float32, device=addresses.device)
+    count_steps_kernel[(triton.cdiv(num_tensors, _TENSOR_BLOCK),)](
+        addresses, groups, options, numbers, num_tensors, BLOCK=_TENSOR_BLOCK
+    )
+    for part in chunks.parts:
+        if part.num_chunks:
+            adamw_kernel[(part.num_chunks,)](
+                addresses, chunks.numels, numbers, chunks.tensors, chunks.places, factor, part.first_chunk, num_tensors,
+                DTYPE=DTYPES[part.dtype], CHUNK=_CHUNK, BLOCK=_BLOCK_BYTES // part.dtype.itemsize,
+                IS_EXACT=part.dtype == torch.float32, num_warps=_NUM_WARPS,
+            )  # fmt: skip
+
+
+def _moved(values: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)  # a copy of other memory would wait
+
+
+__all__ = ["DTYPES", "Chunks", "Part", "adamw_step", "addresses_of", "cut_into_chunks", "on_device", "sum_of_squares"]

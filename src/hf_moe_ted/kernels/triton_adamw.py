@@ -1,0 +1,189 @@
+"""Triton kernels over all tensors of an optimizer at once: squares of gradients, and a step of AdamW that clips.
+
+Tensors are cut into chunks of `CHUNK` elements, a program each. They are found by their addresses, which stand in a
+table on the device, so that one launch reaches all of one dtype.
+
+Letters: N tensors, C chunks.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+
+# rows of the table of addresses, int64[5, N]
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, STEP = (tl.constexpr(row) for row in range(5))
+# columns of the table of each tensor's numbers, float32[N, 8]
+STEP_SIZE, CORRECTION, DECAY, BETA1, REST1, BETA2, REST2, EPS = (tl.constexpr(column) for column in range(8))
+
+
+@triton.jit(do_not_specialize=["num_tensors"])
+def count_steps_kernel(addresses, groups, options, numbers, num_tensors, BLOCK: tl.constexpr):
+    """Counts one more update of each tensor, and computes what its elements have in common.
+
+    Args:
+        addresses: int64[5, N].
+        groups: int32[N], the group of each tensor.
+        options: float64[groups, 5], their learning rate, weight decay, betas and eps.
+        numbers: float32[N, 8], out. In float64 before, as 1 - beta2^step has few digits in the first steps.
+    """
+    tensors = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = tensors < num_tensors
+    steps = tl.load(addresses + STEP * num_tensors + tensors, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+    step = tl.load(steps, mask=mask, other=0.0) + 1.0
+    tl.store(steps, step, mask=mask)
+
+    row = options + tl.load(groups + tensors, mask=mask, other=0) * 5
+    lr = tl.load(row, mask=mask, other=0.0)
+    weight_decay = tl.load(row + 1, mask=mask, other=0.0)
+    beta1 = tl.load(row + 2, mask=mask, other=0.5)
+    beta2 = tl.load(row + 3, mask=mask, other=0.5)
+    eps = tl.load(row + 4, mask=mask, other=0.0)
+    step = step.to(tl.float64)
+    correction1 = 1.0 - tl.exp(step * tl.log(beta1))
+    correction2 = 1.0 - tl.exp(step * tl.log(beta2))
+
+    out = numbers + tensors * 8
+    tl.store(out + STEP_SIZE, (lr / correction1).to(tl.float32), mask=mask)
+    tl.store(out + CORRECTION, tl.sqrt(correction2).to(tl.float32), mask=mask)
+    tl.store(out + DECAY, (lr * weight_decay).to(tl.float32), mask=mask)
+    tl.store(out + BETA1, beta1.to(tl.float32), mask=mask)
+    tl.store(out + REST1, (1.0 - beta1).to(tl.float32), mask=mask)
+    tl.store(out + BETA2, beta2.to(tl.float32), mask=mask)
+    tl.store(out + REST2, (1.0 - beta2).to(tl.float32), mask=mask)
+    tl.store(out + EPS, eps.to(tl.float32), mask=mask)
+
+
+@triton.jit(do_not_specialize=["first_chunk", "num_tensors"])
+def adamw_kernel(
+    addresses,
+    numels,
+    numbers,
+    chunk_tensors,
+    chunk_places,
+    factor,
+    first_chunk,
+    num_tensors,
+    DTYPE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IS_EXACT: tl.constexpr,
+):
+    """A step of AdamW for one chunk, whose gradients are multiplied by `factor` on the way and stay as they are.
+
+    Args:
+        numels: int64[N].
+        numbers: float32[N, 8], of `count_steps_kernel`.
+        chunk_tensors, chunk_places: int32[C], the tensor of each chunk, and which of its chunks it is.
+        factor: float32 scalar.
+        first_chunk: of those of this dtype.
+        IS_EXACT: whether root and quotients are rounded as IEEE 754 has it, or to some units of float32's last place,
+            which no dtype of fewer digits shows.
+    """
+    chunk = first_chunk + tl.program_id(0)
+    tensor = tl.load(chunk_tensors + chunk)
+    start = tl.load(chunk_places + chunk).to(tl.int64) * CHUNK
+    remaining = tl.load(numels + tensor) - start
+    SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    row = addresses + tensor
+    param = tl.load(row + PARAM * num_tensors) + start * SIZE
+    grad = tl.load(row + GRAD * num_tensors) + start * SIZE
+    exp_avg = tl.load(row + EXP_AVG * num_tensors) + start * SIZE
+    exp_avg_sq = tl.load(row + EXP_AVG_SQ * num_tensors) + start * SIZE
+    own = numbers + tensor * 8
+    scale = tl.load(factor)
+    step_size, correction, decay = tl.load(own + STEP_SIZE), tl.load(own + CORRECTION), tl.load(own + DECAY)
+    beta1, rest1 = tl.load(own + BETA1), tl.load(own + REST1)
+    beta2, rest2, eps = tl.load(own + BETA2), tl.load(own + REST2), tl.load(own + EPS)
+    is_aligned = ((param | grad | exp_avg | exp_avg_sq) & 15) == 0
+    if is_aligned & (remaining >= CHUNK):
+        for first in range(0, CHUNK, BLOCK):
+            offsets = first + tl.arange(0, BLOCK)
+            params, grads = _aligned(param, DTYPE) + offsets, _aligned(grad, DTYPE) + offsets
+            exp_avgs, exp_avg_sqs = _aligned(exp_avg, DTYPE) + offsets, _aligned(exp_avg_sq, DTYPE) + offsets
+            _update(
+                params, grads, exp_avgs, exp_avg_sqs, None, scale, step_size, correction, decay, beta1, rest1, beta2,
+                rest2, eps, DTYPE, IS_EXACT,
+            )  # fmt: skip
+    else:
+        # an element after the other, so that it needs no more registers than what is above
+        PART: tl.constexpr = BLOCK // 8
+        last = tl.minimum(remaining, CHUNK).to(tl.int32)
+        for first in range(0, last, PART):
+            offsets = first + tl.arange(0, PART)
+            params, grads = _pointer(param, DTYPE) + offsets, _pointer(grad, DTYPE) + offsets
+            exp_avgs, exp_avg_sqs = _pointer(exp_avg, DTYPE) + offsets, _pointer(exp_avg_sq, DTYPE) + offsets
+            _update(
+                params, grads, exp_avgs, exp_avg_sqs, offsets < last, scale, step_size, correction, decay, beta1,
+                rest1, beta2, rest2, eps, DTYPE, IS_EXACT,
+            )  # fmt: skip
+
+
+@triton.jit
+def _update(
+    params, grads, exp_avgs, exp_avg_sqs, mask, scale, step_size, correction, decay, beta1, rest1, beta2, rest2, eps,
+    DTYPE: tl.constexpr, IS_EXACT: tl.constexpr,
+):  # fmt: skip
+    """The arithmetic of PyTorch's fused AdamW, in its order (aten/src/ATen/native/cuda/fused_adam_utils.cuh)."""
+    param = tl.load(params, mask=mask).to(tl.float32)
+    grad = tl.load(grads, mask=mask).to(tl.float32) * scale
+    exp_avg = tl.load(exp_avgs, mask=mask).to(tl.float32)
+    exp_avg_sq = tl.load(exp_avg_sqs, mask=mask).to(tl.float32)
+    param -= decay * param
+    exp_avg = beta1 * exp_avg + rest1 * grad
+    exp_avg_sq = beta2 * exp_avg_sq + rest2 * grad * grad
+    if IS_EXACT:
+        param -= tl.div_rn(step_size * exp_avg, tl.div_rn(tl.sqrt_rn(exp_avg_sq), correction) + eps)
+    else:
+        param -= step_size * exp_avg / (tl.sqrt(exp_avg_sq) / correction + eps)
+    tl.store(params, param.to(DTYPE), mask=mask)
+    tl.store(exp_avgs, exp_avg.to(DTYPE), mask=mask)
+    tl.store(exp_avg_sqs, exp_avg_sq.to(DTYPE), mask=mask)
+
+
+@triton.jit(do_not_specialize=["first_chunk"])
+def squares_kernel(
+    addresses,
+    numels,
+    weights,
+    chunk_tensors,
+    chunk_places,
+    sums,
+    first_chunk,
+    DTYPE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """The sum of the squares of a chunk, in float32, times the weight of its tensor.
+
+    Args:
+        addresses: int64[N].
+        weights: float32[N].
+        sums: float32[C], out.
+    """
+    chunk = first_chunk + tl.program_id(0)
+    tensor = tl.load(chunk_tensors + chunk)
+    start = tl.load(chunk_places + chunk).to(tl.int64) * CHUNK
+    remaining = tl.load(numels + tensor) - start
+    SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    address = tl.load(addresses + tensor) + start * SIZE
+    offsets = tl.arange(0, CHUNK)
+    if ((address & 15) == 0) & (remaining >= CHUNK):
+        values = tl.load(_aligned(address, DTYPE) + offsets).to(tl.float32)
+    else:
+        values = tl.load(_pointer(address, DTYPE) + offsets, mask=offsets < remaining, other=0.0).to(tl.float32)
+    tl.store(sums + chunk, tl.sum(values * values, axis=0) * tl.load(weights + tensor))
+
+
+@triton.jit
+def _pointer(address, DTYPE: tl.constexpr):
+    return address.to(tl.pointer_type(DTYPE))
+
+
+@triton.jit
+def _aligned(address, DTYPE: tl.constexpr):
+    """A pointer that is a multiple of 16 bytes: loads and stores are as wide."""
+    # the hint is a mark on this very conversion, and would be lost on what a function returned
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+
+
+__all__ = ["adamw_kernel", "count_steps_kernel", "squares_kernel"]

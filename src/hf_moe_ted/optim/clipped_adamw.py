@@ -1,0 +1,321 @@
+"""AdamW that clips gradients while it steps: they are read once more for their norm, and never written."""
+
+import inspect
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.optimizer import ParamsT
+
+from .private_torch import foreach_mul_, local_tensor
+
+try:
+    from ..kernels import multi_tensor
+except ImportError:  # no Triton
+    multi_tensor = None  # type: ignore[assignment]
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+# Gradients are elsewhere after each capture, and in steps from Python whenever the allocator puts them there.
+_NUM_TABLES = 64
+_OF_GRAD_SCALER = ("grad_scale", "found_inf")  # attributes that a GradScaler gives an optimizer for a step
+
+
+@dataclass(frozen=True)
+class _NormTable:
+    """Where gradients are: int64[1, N] addresses, and the weights of their squares, float32[N]."""
+
+    addresses: Tensor
+    weights: Tensor
+    chunks: "multi_tensor.Chunks"
+
+
+@dataclass(frozen=True)
+class _StepTable:
+    """Where all tensors of a step are: int64[5, N] addresses, and the param groups of the parameters, int32[N]."""
+
+    addresses: Tensor
+    groups: Tensor
+    chunks: "multi_tensor.Chunks"
+
+
+class ClippedAdamW(AdamW):
+    """[`torch.optim.AdamW`] with `fused=True`, whose step clips, too, in the same pass over memory.
+
+    A step after `clip_grad_norm_` multiplies the gradients by the factor as it reads them. For parameters of 2 bytes
+    per element norm and step move 16 bytes; AdamW alone 14, and `torch.nn.utils.clip_grad_norm_` before it 6 more. The
+    arithmetic is that of torch's fused kernel, in float32, but for the clipped gradient, which is not rounded to its
+    dtype, and for the norm, which is a float32 sum in an order that is always the same. States and their dtypes are
+    torch's, so that either optimizer loads the `state_dict` of the other.
+
+    This needs Triton, and contiguous bfloat16 or float32 parameters on one CUDA device, which may be DTensors. What it
+    cannot do is done by torch: `amsgrad`, `maximize`, a GradScaler, a step that is captured as a CUDA graph, other
+    devices and dtypes.
+
+    ```python
+    optimizer = ClippedAdamW(model.parameters(), lr=1e-4)
+    loss.backward()
+    norm = optimizer.clip_grad_norm_(1.0)
+    optimizer.step()
+    ```
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize: as of [`torch.optim.AdamW`].
+        fused: `True`, which a Trainer gives for `optim="adamw_torch_fused"`.
+
+    Raises:
+        ValueError: `fused` is not `True`.
+    """
+
+    _device_types: tuple[str, ...] = ("cuda",)  # on others Triton has its interpreter, for tests
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        fused: bool = True,
+    ):
+        if fused is not True:
+            raise ValueError(f"fused ({fused}) must be True; torch.optim.AdamW does what is not fused")
+        self._forget()
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, fused=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also the end of `load_state_dict`, of any AdamW."""
+        super().__setstate__(state)
+        self._forget()
+        for group in self.param_groups:
+            group.update(fused=True, foreach=None)
+            for param in group["params"]:
+                if self.state.get(param):
+                    step = self.state[param]["step"]
+                    self.state[param]["step"] = step.to(device=param.device, dtype=torch.float32)
+
+    def _forget(self) -> None:
+        self._factor: Tensor | None = None
+        self._norm_tables: OrderedDict[Any, _NormTable | None] = OrderedDict()
+        self._step_tables: OrderedDict[Any, _StepTable | None] = OrderedDict()
+        self._chunks: OrderedDict[Any, multi_tensor.Chunks] = OrderedDict()
+        self._options: tuple[list[list[float]], Tensor] | None = None
+
+    # ---- clipping ----
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clip the gradients of all parameters to a norm, all of them together, as the next step reads them.
+
+        What the parameters have as `grad` stays unclipped until then. A factor holds for one step, and is forgotten by
+        `zero_grad`. Gradients that are changed in between are multiplied by it afterwards. Where torch has to step,
+        gradients are clipped at once.
+
+        Args:
+            max_norm: the largest 2-norm; infinity for the norm only.
+
+        Returns:
+            The norm before clipping, a scalar on the device, which nobody waits for.
+        """
+        norm = self.clip_in_step(max_norm)
+        if norm is not None:
+            return norm
+        params = [param for group in self.param_groups for param in group["params"]]
+        return torch.nn.utils.clip_grad_norm_(params, max_norm)
+
+    @torch.no_grad()
+    def clip_in_step(
+        self,
+        max_norm: float,
+        *,
+        weight: Callable[[Tensor], float] | None = None,
+        reduce: Callable[[Tensor], Any] | None = None,
+    ) -> Tensor | None:
+        """As `clip_grad_norm_`, of parameters that are shared out to several ranks, too.
+
+        Args:
+            weight: of the squares of a gradient in the sum over all ranks, such as one over the ranks that have it.
+                DTensors need it.
+            reduce: sums a float32 scalar over the ranks, in place.
+
+        Returns:
+            The norm; `None` if torch has to clip and to step, and nothing was done.
+        """
+        self._factor = None
+        grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
+        locals_ = [local_tensor(grad) for grad in grads]
+        if not grads or not self._has_own_step():
+            return None
+        key = weight, tuple(grad.data_ptr() for grad in locals_)
+        table = _kept(self._norm_tables, key, lambda: self._norm_table(grads, locals_, weight))
+        if table is None or not all(grad.is_contiguous() for grad in locals_):
+            return None
+        squared = multi_tensor.sum_of_squares(table.addresses, table.weights, table.chunks)
+        if reduce is not None:
+            reduce(squared)
+        norm = squared.sqrt()
+        if max_norm != math.inf:
+            self._factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        return norm
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._factor = None
+        super().zero_grad(set_to_none)
+
+    # ---- stepping ----
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have gradients; clipped, if `clip_grad_norm_` was called since the last step.
+
+        Args:
+            closure: computes the loss and the gradients again.
+
+        Returns:
+            What `closure` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        factor, self._factor = self._factor, None
+        if self._has_own_step() and self._step_at_once(factor):
+            return loss
+        if factor is not None:
+            self._clip_now(factor)
+        # not super().step(): torch wraps the step of each class that has an instance, and hooks would run twice
+        inspect.unwrap(AdamW.step)(self)
+        return loss
+
+    def _has_own_step(self) -> bool:
+        """Whether the kernels do what the options ask for. Tensors are looked at elsewhere."""
+        if multi_tensor is None or any(group["amsgrad"] or group["maximize"] for group in self.param_groups):
+            return False
+        if any(getattr(self, name, None) is not None for name in _OF_GRAD_SCALER):
+            return False
+        # tables that are copied while a graph is captured would be copied again by its replays, from memory of others
+        return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+    def _step_at_once(self, factor: Tensor | None) -> bool:
+        """One step of all parameters by the kernels; `False` if they do not take them, and nothing was done."""
+        rows: list[list[Tensor]] = [[], [], [], [], []]
+        params, grads, exp_avgs, exp_avg_sqs, steps = rows
+        sizes = []
+        for group in self.param_groups:
+            self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, [], steps)
+            sizes.append(len(params) - sum(sizes))
+        if not params:
+            return True
+        rows = [[local_tensor(tensor) for tensor in row] for row in rows]
+        key = tuple(sizes), tuple(tensor.data_ptr() for row in rows for tensor in row)
+        table = _kept(self._step_tables, key, lambda: self._step_table(params, grads, rows, sizes))
+        if table is None or not all(
+            grad.dtype == param.dtype and grad.is_contiguous() for param, grad in zip(*rows[:2], strict=True)
+        ):
+            return False
+        device = table.addresses.device
+        if factor is None:
+            factor = torch.ones((), dtype=torch.float32, device=device)
+        multi_tensor.adamw_step(table.addresses, table.groups, self._options_on(device), table.chunks, factor)
+        return True
+
+    def _clip_now(self, factor: Tensor) -> None:
+        grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
+        foreach_mul_([local_tensor(grad) for grad in grads], factor)
+
+    def _options_on(self, device: torch.device) -> Tensor:
+        """float64[groups, 5]: learning rate, weight decay, betas and eps. Copied when they change."""
+        lrs = [group["lr"] for group in self.param_groups]
+        on_device = {index: lr for index, lr in enumerate(lrs) if isinstance(lr, Tensor) and lr.device.type != "cpu"}
+        numbers = [
+            [
+                0.0 if index in on_device else float(group["lr"]),
+                float(group["weight_decay"]),
+                *map(float, group["betas"]),
+                float(group["eps"]),
+            ]
+            for index, group in enumerate(self.param_groups)
+        ]
+        if self._options is None or self._options[0] != numbers:
+            self._options = numbers, multi_tensor.on_device(numbers, torch.float64, device)
+        for index, lr in on_device.items():
+            self._options[1][index, 0].copy_(lr.reshape(()))
+        return self._options[1]
+
+    # ---- where tensors are ----
+
+    def _norm_table(
+        self, grads: Sequence[Tensor], locals_: Sequence[Tensor], weight: Callable[[Tensor], float] | None
+    ) -> _NormTable | None:
+        if not self._takes(locals_) or (weight is None and any(map(_is_shared_out, grads))):
+            return None
+        device = locals_[0].device
+        weights = [1.0 if weight is None else weight(grad) for grad in grads]
+        return _NormTable(
+            multi_tensor.addresses_of([locals_], device),
+            multi_tensor.on_device(weights, torch.float32, device),
+            self._chunks_of(locals_),
+        )
+
+    def _step_table(
+        self, params: list[Tensor], grads: list[Tensor], rows: list[list[Tensor]], sizes: list[int]
+    ) -> _StepTable | None:
+        """
+        Args:
+            params, grads: as the model has them.
+            rows: local tensors of parameters, gradients, moments and steps.
+            sizes: parameters of each group.
+        """
+        device = rows[0][0].device
+        are_alike = all(len({tensor.dtype for tensor in tensors[:4]}) == 1 for tensors in zip(*rows, strict=True))
+        if not are_alike or not self._takes([tensor for row in rows for tensor in row]):
+            return None
+        layouts = [[getattr(tensor, "placements", None) for tensor in tensors] for tensors in (params, grads)]
+        if layouts[0] != layouts[1]:  # such as sums that are still partial
+            return None
+        groups = [index for index, size in enumerate(sizes) for _ in range(size)]
+        return _StepTable(
+            multi_tensor.addresses_of(rows, device),
+            multi_tensor.on_device(groups, torch.int32, device),
+            self._chunks_of(rows[0]),
+        )
+
+    def _takes(self, tensors: Sequence[Tensor]) -> bool:
+        device = tensors[0].device
+        return device.type in self._device_types and all(
+            tensor.device == device
+            and tensor.dtype in multi_tensor.DTYPES
+            and tensor.layout == torch.strided
+            and tensor.is_contiguous()
+            for tensor in tensors
+        )
+
+    def _chunks_of(self, tensors: Sequence[Tensor]) -> "multi_tensor.Chunks":
+        key = tuple((tensor.numel(), tensor.dtype, tensor.device) for tensor in tensors)
+        return _kept(self._chunks, key, lambda: multi_tensor.cut_into_chunks(tensors))
+
+
+def _is_shared_out(tensor: Tensor) -> bool:
+    return local_tensor(tensor) is not tensor
+
+
+def _kept(cache: OrderedDict[K, V], key: K, make: Callable[[], V]) -> V:
+    """What was made for a key, made at most once as long as it is one of the last `_NUM_TABLES`."""
+    if key not in cache:
+        if len(cache) >= _NUM_TABLES:
+            cache.popitem(last=False)
+        cache[key] = make()
+    cache.move_to_end(key)
+    return cache[key]
+
+
+__all__ = ["ClippedAdamW"]
