@@ -48,7 +48,7 @@ class Rule:
 # A part is a folder or a file of the package by its first name; examples/ and convert/ are the part "scripts".
 RULES = {
     "models": Rule(
-        optional_parts=("kernels",),
+        optional_parts=("kernels", "cuda_graphs.recorder"),
         packages=("torch", "transformers", "tokenizers", "huggingface_hub", "sentencex", "py3langid"),
         forbidden=("torch.distributed",),
         is_flat=True,

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bench_beams_gpu
 import bench_experts_cpu
 import bench_generation
 import bench_training
@@ -89,3 +90,18 @@ def test_ways_to_translate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     rows = [line for line in printed.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 4
     assert all(row.endswith("| 100.0% |") for row in rows)
+
+
+def test_beams_on_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The script; on a CPU nothing is captured."""
+    text = tmp_path / "text.txt"
+    text.write_text("Close all tabs.\n\nThe disk is full.\n")
+    sizes = ("--base", "tiny", "--batch_sizes", "2", "--short", "2", "--long", "4", "--rounds", "1", "--device", "cpu")
+    sizes += ("--nllb_moe_layers", "0", "--text", str(text), "--translation_length", "3", "--num_experts", "4")
+    output = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", [bench_beams_gpu.__file__, "--output", str(output), *sizes])
+    bench_beams_gpu.main()
+    results = json.loads(output.read_text())["results"]
+    assert len(results) == 8
+    assert all(("ms_per_step" in r) != ("sentences_per_s" in r) for r in results)
+    assert {r["num_sentences"] for r in results if "num_sentences" in r} == {2}

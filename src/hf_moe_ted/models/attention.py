@@ -83,7 +83,7 @@ class ZCodeM3Attention(nn.Module):
                 key, value = own_cache.update(key, value, self.layer_idx)
         else:
             [query] = self._projected(hidden_states, self.q_proj)
-            key, value = self._keys_and_values_of_source(key_value_states, cache)
+            key, value = self.keys_and_values_of_source(key_value_states, cache)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -110,7 +110,8 @@ class ZCodeM3Attention(nn.Module):
         projected = with_others(others, states) if with_others else [layer(states) for layer in (first, *others)]
         return [self._split_heads(states) for states in projected]
 
-    def _keys_and_values_of_source(self, states: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
+    def keys_and_values_of_source(self, states: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        """Of cross-attention, float[batch, heads, source_length, head_dim]; those of the cache if they are there."""
         own_cache = cache
         if isinstance(cache, EncoderDecoderCache):
             own_cache = cache.cross_attention_cache

@@ -5,6 +5,7 @@ Shape letters: B sentences that are not done, N beams of each, C candidates of e
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,9 +28,22 @@ class Candidates:
     tokens_BC: Tensor
 
 
+class Ranks(Protocol):
+    """How hypotheses are compared; a length is a number or, on a device, an int64[1]."""
+
+    def ranked(self, scores: Tensor, length: Any) -> Tensor:
+        """Of sums of log-probabilities of hypotheses with so many tokens."""
+
+    def best_possible(self, scores: Tensor, length: Any) -> Tensor:
+        """What running beams of a length may get."""
+
+    def is_enough(self, has_ended_BN: Tensor) -> Tensor:
+        """bool[B, 1], sentences that stop since all their places are taken."""
+
+
 @dataclass(frozen=True)
 class Ranking:
-    """How hypotheses are compared.
+    """[`Ranks`] by numbers that the host knows.
 
     Attributes:
         length_penalty: exponent of the length by which sums of log-probabilities are divided.
@@ -42,14 +56,23 @@ class Ranking:
     prompt_length: int
     max_length: int
 
+    def divisor(self, length: int) -> float:
+        """By which the sum of log-probabilities of so many tokens is divided."""
+        return (length - self.prompt_length) ** self.length_penalty
+
+    def best_divisor(self, length: int) -> float:
+        """The same of what running beams may become."""
+        is_longest_best = self.early_stopping == "never" and self.length_penalty > 0.0
+        return self.divisor(self.max_length if is_longest_best else length)
+
     def ranked(self, scores: Tensor, length: int) -> Tensor:
-        """Of sums of log-probabilities of hypotheses with so many tokens."""
-        return scores / (length - self.prompt_length) ** self.length_penalty
+        return scores / self.divisor(length)
 
     def best_possible(self, scores: Tensor, length: int) -> Tensor:
-        """What running beams of a length may get."""
-        is_longest_best = self.early_stopping == "never" and self.length_penalty > 0.0
-        return self.ranked(scores, self.max_length if is_longest_best else length)
+        return scores / self.best_divisor(length)
+
+    def is_enough(self, has_ended_BN: Tensor) -> Tensor:
+        return has_ended_BN.all(dim=1, keepdim=True) & (self.early_stopping is True)
 
 
 @dataclass
@@ -103,24 +126,25 @@ class Hypotheses:
         """Those of some of the sentences, int64."""
         return Hypotheses(**{field.name: getattr(self, field.name).index_select(0, index) for field in fields(self)})
 
-    def continued(self, candidates: Candidates, length: int, prompt_length: int) -> tuple[Tensor, Tensor]:
-        """Tokens int64[B, C, L] and rows int32[B, C, L] of the candidates, whose token stands at `length`."""
+    def continued(self, candidates: Candidates, place_1: Tensor, row_place_1: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens int64[B, C, L] and rows int32[B, C, L] of the candidates, whose own stand at the places, int64[1]."""
         num_beams = self.running_BNL.shape[1]
         tokens_BCL = _of_beams(self.running_BNL, candidates.parents_BC)
-        tokens_BCL[:, :, length] = candidates.tokens_BC
+        tokens_BCL.index_copy_(2, place_1, candidates.tokens_BC.unsqueeze(-1))
+        rows_BC = candidates.parents_BC + num_beams * self.sentences_B.unsqueeze(-1)
         rows_BCL = _of_beams(self.running_rows_BNL, candidates.parents_BC)
-        rows_BCL[:, :, length - prompt_length] = candidates.parents_BC + num_beams * self.sentences_B.unsqueeze(-1)
+        rows_BCL.index_copy_(2, row_place_1, rows_BC.to(rows_BCL.dtype).unsqueeze(-1))
         return tokens_BCL, rows_BCL
 
     def advance(
-        self, candidates: Candidates, continued: tuple[Tensor, Tensor], ends_BC: Tensor, length: int, ranking: Ranking
+        self, candidates: Candidates, continued: tuple[Tensor, Tensor], ends_BC: Tensor, length: Any, ranking: Ranks
     ) -> Tensor:
         """Take in the candidates.
 
         Args:
             continued: of `continued`.
             ends_BC: bool, which candidates end.
-            length: of the beams before.
+            length: of the beams before, as `ranking` takes it.
 
         Returns:
             int64[B, N], the beams that the running ones go on from.
@@ -137,27 +161,23 @@ class Hypotheses:
         return candidates.parents_BC.gather(1, chosen_BN)
 
     def _take_ended(
-        self, candidates: Candidates, continued: tuple[Tensor, Tensor], ends_BC: Tensor, length: int, ranking: Ranking
+        self, candidates: Candidates, continued: tuple[Tensor, Tensor], ends_BC: Tensor, length: Any, ranking: Ranks
     ) -> None:
         num_beams = self.running_BNL.shape[1]
         is_taken_BC = ends_BC.clone()
         is_taken_BC[:, num_beams:] = False  # the others are there to go on
-        is_closed_B1 = ~self.may_improve_B1
-        if ranking.early_stopping is True:
-            is_closed_B1 = is_closed_B1 | self.has_ended_BN.all(dim=1, keepdim=True)
-        scores_BC = ranking.ranked(candidates.scores_BC, length + 1)
-        scores_BC = scores_BC + is_closed_B1 * IMPOSSIBLE + ~is_taken_BC * IMPOSSIBLE
+        scores_BC = ranking.ranked(candidates.scores_BC, length + 1) + ~is_taken_BC * IMPOSSIBLE
         scores = torch.cat([self.ended_scores_BN, scores_BC], dim=1)
-        chosen_BN = scores.topk(num_beams)[1]
+        as_they_are_N = torch.arange(num_beams, device=scores.device)  # those of sentences that are done
+        chosen_BN = torch.where(self.is_done_B1(ranking), as_they_are_N, scores.topk(num_beams)[1])
         self.ended_scores_BN = scores.gather(1, chosen_BN)
         self.has_ended_BN = torch.cat([self.has_ended_BN, is_taken_BC], dim=1).gather(1, chosen_BN)
         self.ended_BNL = _of_beams(torch.cat([self.ended_BNL, continued[0]], dim=1), chosen_BN)
         self.ended_rows_BNL = _of_beams(torch.cat([self.ended_rows_BNL, continued[1]], dim=1), chosen_BN)
 
-    def is_done_B(self, ranking: Ranking) -> Tensor:
-        """bool[B], the sentences whose translations will not change any more."""
-        is_done_B = ~self.may_improve_B1[:, 0]
-        return is_done_B | self.has_ended_BN.all(dim=1) if ranking.early_stopping is True else is_done_B
+    def is_done_B1(self, ranking: Ranks) -> Tensor:
+        """bool[B, 1], the sentences whose translations will not change any more."""
+        return ~self.may_improve_B1 | ranking.is_enough(self.has_ended_BN)
 
 
 def together(parts: Iterable[Hypotheses]) -> Hypotheses:
@@ -173,4 +193,4 @@ def _of_beams(of_beams_BNL: Tensor, beams_BC: Tensor) -> Tensor:
     return of_beams_BNL.gather(1, beams_BC.unsqueeze(-1).expand(-1, -1, of_beams_BNL.shape[-1]))
 
 
-__all__ = ["Candidates", "Hypotheses", "Ranking", "together"]
+__all__ = ["Candidates", "Hypotheses", "Ranking", "Ranks", "together"]

@@ -7,7 +7,7 @@ sentences that are done leave the batch.
 Shape letters: B sentences that are not done, N beams of each, C candidates of each, R = B * N rows, V words.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from .beam_hypotheses import Candidates, Hypotheses, Ranking, together
 _WORDS_PER_BLOCK = 128  # among which `best_of_rows` looks for the largest first
 
 # logits processors that do something at some lengths only, and treat each row alike
-_ACTIVE_AT: dict[type, Callable[[Any, int], bool]] = {
+ACTIVE_AT: dict[type, Callable[[Any, int], bool]] = {
     ForcedBOSTokenLogitsProcessor: lambda processor, length: length == 1,
     ForcedEOSTokenLogitsProcessor: lambda processor, length: length == processor.max_length - 1,
     MinLengthLogitsProcessor: lambda processor, length: length < processor.min_length,
@@ -46,7 +46,13 @@ _PASSED_BY = {  # methods of the model and of what is in it that transformers' s
 
 
 class SometimesActive(LogitsProcessor):
-    """A processor that says at which lengths it changes scores, and treats each row alike where rows may have left."""
+    """A processor that says at which lengths it changes scores, and treats each row alike where rows may have left.
+
+    Attributes:
+        forced: the token of each sentence that it leaves where it is active, `()` if it never is; `None` for others.
+    """
+
+    forced: Sequence[int] | None = None
 
     def is_active(self, length: int) -> bool:
         """Whether it changes scores behind so many tokens."""
@@ -58,7 +64,6 @@ def why_not(model: Any, generation_config: Any, synced_gpus: bool, model_kwargs:
     config = model.config
     others = {name for name, value in model_kwargs.items() if value is not None} - _KNOWN_ARGUMENTS
     reasons = {
-        "another device than a CPU": model_kwargs["encoder_outputs"][0].device.type != "cpu",
         "sampling": generation_config.do_sample,
         "training mode": model.training,
         "gradients": torch.is_grad_enabled(),
@@ -158,7 +163,6 @@ def beam_search(
     options = generation_config
     num_beams, prompts_BL = options.num_beams, input_ids[:: options.num_beams]
     eos = options._eos_token_tensor
-    num_eos = 0 if eos is None else len(eos)
     with_scores = bool(options.return_dict_in_generate and options.output_scores)
     search = _Search(
         model=model,
@@ -167,7 +171,7 @@ def beam_search(
         criteria=stopping_criteria,
         ranking=Ranking(options.length_penalty, options.early_stopping, input_ids.shape[1], options.max_length),
         num_beams=num_beams,
-        num_candidates=max(2, 1 + num_eos) * num_beams,
+        num_candidates=number_of_candidates(num_beams, eos),
         eos=eos,
         keeps_all=with_scores or any(not _treats_rows_alike(processor) for processor in logits_processor),
         with_scores=with_scores,
@@ -175,11 +179,17 @@ def beam_search(
     fill = -1 if eos is None else int(options._pad_token_tensor or eos[0])
     batch = _first_batch(search, prompts_BL, fill, model_kwargs)
     done, scores = _run(search, batch, prompts_BL)
-    return _output(search, options, together([*done, batch.hypotheses]), scores)
+    found = together([*done, batch.hypotheses])
+    return output_of(options, found, search.ranking.prompt_length, tuple(scores) if with_scores else None)
+
+
+def number_of_candidates(num_beams: int, eos: Tensor | None) -> int:
+    """Of each sentence, so that enough of them go on whatever ends."""
+    return max(2, 1 + (0 if eos is None else len(eos))) * num_beams
 
 
 def _treats_rows_alike(processor: Any) -> bool:
-    return type(processor) in _ACTIVE_AT or isinstance(processor, SometimesActive)
+    return type(processor) in ACTIVE_AT or isinstance(processor, SometimesActive)
 
 
 def _first_batch(search: _Search, prompts_BL: Tensor, fill: int, model_kwargs: dict[str, Any]) -> _Batch:
@@ -202,13 +212,14 @@ def _run(search: _Search, batch: _Batch, prompts_BL: Tensor) -> tuple[list[Hypot
     logits = _logits_of_prompts(search, batch, prompts_BL)
     while True:
         candidates = _candidates(search, batch.hypotheses, logits, length, scores)
-        continued = batch.hypotheses.continued(candidates, length, search.ranking.prompt_length)
+        place_1 = torch.tensor([length], device=prompts_BL.device)
+        continued = batch.hypotheses.continued(candidates, place_1, place_1 - search.ranking.prompt_length)
         batch.candidates[batch.hypotheses.sentences_B] = continued[0]
         of_all = search.criteria(batch.candidates.flatten(0, 1)[:, : length + 1], tuple(scores) or None)
         ends_BC = of_all.view(len(batch.candidates), -1)[batch.hypotheses.sentences_B]
         parents_BN = batch.hypotheses.advance(candidates, continued, ends_BC, length, search.ranking)
         length += 1
-        is_done_B = batch.hypotheses.is_done_B(search.ranking)
+        is_done_B = batch.hypotheses.is_done_B1(search.ranking).flatten()
         if bool(ends_BC.all()) or bool(is_done_B.all()):
             return left, scores
         if not search.keeps_all and bool(is_done_B.any()):
@@ -253,7 +264,7 @@ def _candidates(
     search: _Search, hypotheses: Hypotheses, logits_RV: Tensor, length: int, scores: list[Tensor]
 ) -> Candidates:
     """The best continuations; the scores of all words are appended to `scores` if they are wanted."""
-    active = [p for p in search.processors if type(p) not in _ACTIVE_AT or _ACTIVE_AT[type(p)](p, length)]
+    active = [p for p in search.processors if type(p) not in ACTIVE_AT or ACTIVE_AT[type(p)](p, length)]
     active = [p for p in active if not isinstance(p, SometimesActive) or p.is_active(length)]
     log_sum_R = row_logsumexp(logits_RV)
     search.watch(log_sum_R)
@@ -270,11 +281,11 @@ def _candidates(
             logits_RV[:, processor.eos_token_id] = -torch.inf
         best_RC, tokens_RC = best_of_rows(logits_RV, search.num_candidates)
         best_RC = best_RC - log_sum_R.unsqueeze(-1)
-    return _best(hypotheses, best_RC, tokens_RC, search.num_candidates)
+    return best_of_sentences(hypotheses, best_RC, tokens_RC, search.num_candidates)
 
 
-def _best(hypotheses: Hypotheses, best_RC: Tensor, tokens_RC: Tensor, num_candidates: int) -> Candidates:
-    """The best of all beams of a sentence."""
+def best_of_sentences(hypotheses: Hypotheses, best_RC: Tensor, tokens_RC: Tensor, num_candidates: int) -> Candidates:
+    """The best of the best of all beams, whose log-probabilities are float32[R, C]."""
     num_sentences, num_beams = hypotheses.running_scores_BN.shape
     of_beams = best_RC.view(num_sentences, num_beams, -1) + hypotheses.running_scores_BN.unsqueeze(-1)
     scores_BC, index_BC = of_beams.flatten(1).topk(num_candidates)
@@ -293,7 +304,7 @@ def best_of_rows(values_RV: Tensor, num_best: int) -> tuple[Tensor, Tensor]:
     """As `topk`: the largest are in the blocks with the largest maxima."""
     num_rows, num_words = values_RV.shape
     num_blocks = num_words // _WORDS_PER_BLOCK
-    if values_RV.device.type != "cpu" or num_blocks < 2 * num_best:
+    if num_blocks < 2 * num_best:
         return values_RV.topk(min(num_best, num_words))
     in_blocks = values_RV[:, : num_blocks * _WORDS_PER_BLOCK].unflatten(1, (num_blocks, _WORDS_PER_BLOCK))
     block_RC = in_blocks.amax(dim=-1).topk(num_best).indices
@@ -308,21 +319,34 @@ def best_of_rows(values_RV: Tensor, num_best: int) -> tuple[Tensor, Tensor]:
     return best_RC, words.gather(1, index_RC)
 
 
-def _output(search: _Search, options: Any, hypotheses: Hypotheses, scores: list[Tensor]) -> Any:
+def output_of(
+    options: Any, hypotheses: Hypotheses, prompt_length: int, scores: tuple[Tensor, ...] | None = None
+) -> Any:
+    """What `generate` returns, with scores if there are those of all words in each step."""
     wanted = slice(0, options.num_return_sequences)
     sequences = hypotheses.ended_BNL[:, wanted].flatten(0, 1)
     rows = hypotheses.ended_rows_BNL[:, wanted].flatten(0, 1)
     num_new = int((rows >= 0).sum(dim=1).max())
-    sequences, rows = sequences[:, : search.ranking.prompt_length + num_new], rows[:, :num_new]
+    sequences, rows = sequences[:, : prompt_length + num_new], rows[:, :num_new]
     if not options.return_dict_in_generate:
         return sequences
     output: Any = GenerateBeamEncoderDecoderOutput  # whose annotations are narrower than what it is given
     return output(
         sequences=sequences,
-        sequences_scores=hypotheses.ended_scores_BN[:, wanted].flatten() if search.with_scores else None,
-        scores=tuple(scores) if search.with_scores else None,
+        sequences_scores=None if scores is None else hypotheses.ended_scores_BN[:, wanted].flatten(),
+        scores=scores,
         beam_indices=rows,
     )
 
 
-__all__ = ["SometimesActive", "beam_search", "best_of_rows", "row_logsumexp", "why_not"]
+__all__ = [
+    "ACTIVE_AT",
+    "SometimesActive",
+    "beam_search",
+    "best_of_rows",
+    "best_of_sentences",
+    "number_of_candidates",
+    "output_of",
+    "row_logsumexp",
+    "why_not",
+]

@@ -10,6 +10,8 @@ from transformers.utils import logging
 
 from .attention_backends import without_cudnn_attention
 from .beam_search import SometimesActive, beam_search, why_not
+from .captured_search import BY_DEFAULT, DEVICES, captured_search, why_not_captured
+from .graph_store import forget_store
 from .router import refused_if_not_finite, require_finite_routers
 
 logger = logging.get_logger(__name__)
@@ -19,7 +21,7 @@ class FirstTokens(SometimesActive):
     """`forced_bos_token_id` with a token for each of B sentences, each of which has as many rows as beams."""
 
     def __init__(self, token_ids: Sequence[int]):
-        self._token_ids = list(token_ids)
+        self.forced = list(token_ids)
 
     def is_active(self, length: int) -> bool:
         """Whether it changes scores behind so many tokens."""
@@ -28,8 +30,8 @@ class FirstTokens(SometimesActive):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not self.is_active(input_ids.shape[1]):
             return scores
-        num_beams = len(scores) // len(self._token_ids)
-        first_tokens = torch.tensor(self._token_ids, device=scores.device).repeat_interleave(num_beams).unsqueeze(1)
+        num_beams = len(scores) // len(self.forced)
+        first_tokens = torch.tensor(self.forced, device=scores.device).repeat_interleave(num_beams).unsqueeze(1)
         return torch.full_like(scores, -torch.inf).scatter(1, first_tokens, 0.0)
 
 
@@ -41,6 +43,7 @@ class _NaNWatch(SometimesActive):
     """
 
     has_nan: Tensor | None = None
+    forced = ()
 
     def __init__(self, has_own_cache: bool = True):
         self.has_own_cache = has_own_cache
@@ -100,6 +103,7 @@ class ZCodeM3GenerationMixin(GenerationMixin):
         with without_cudnn_attention():
             output = generate(inputs, generation_config, processors, *args, **kwargs)
         if watch.has_nan is not None and watch.has_nan:
+            forget_store(model)
             with refused_if_not_finite(model):
                 again = {name: value for name, value in kwargs.items() if name != "streamer"}
                 generate(inputs, generation_config, logits_processor, *args, **again)
@@ -115,17 +119,65 @@ class ZCodeM3GenerationMixin(GenerationMixin):
         synced_gpus: bool = False,
         **model_kwargs: Any,
     ) -> Any:
-        """The search of beam_search.py, or for what that does not have the one of transformers."""
-        model: Any = self
-        watch = next((processor for processor in logits_processor if isinstance(processor, _NaNWatch)), None)
-        reason = "a cache of the caller" if watch is None or not watch.has_own_cache else None
-        reason = reason or why_not(model, generation_config, synced_gpus, model_kwargs)
+        """The search of beam_search.py or captured_search.py, or for what these do not have that of transformers."""
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
-        if watch is not None and reason is None:
-            return beam_search(model, *arguments, watch.look, **model_kwargs)
-        logger.debug("beam search of transformers, because of %s", reason)
+        watch, reason = self._own_search(logits_processor, generation_config, synced_gpus, model_kwargs)
+        if _is_captured(generation_config, input_ids.device):
+            output, reason = self._captured(watch, reason, arguments, model_kwargs)
+            if output is not None:
+                return output
+        elif watch is not None and reason is None and input_ids.device.type == "cpu":
+            return beam_search(self, *arguments, watch.look, **model_kwargs)
+        logger.debug("beam search of transformers, because of %s", reason or "another device than a CPU")
         search: Callable = super()._beam_search  # type: ignore[misc]
         return search(*arguments, synced_gpus=synced_gpus, **model_kwargs)
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy search of captured_search.py where CUDA graphs are asked for, else the one of transformers."""
+        arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if _is_captured(generation_config, input_ids.device):
+            others = {
+                "a streamer": streamer is not None,
+                "return_dict_in_generate": generation_config.return_dict_in_generate,
+                "assisted generation": generation_config.is_assistant,
+            }
+            watch, reason = self._own_search(logits_processor, generation_config, synced_gpus, model_kwargs)
+            reason = reason or next((name for name, applies in others.items() if applies), None)
+            output, reason = self._captured(watch, reason, arguments, model_kwargs)
+            if output is not None:
+                return output
+            logger.debug("search of transformers, because of %s", reason)
+        search: Callable = super()._sample  # type: ignore[misc]
+        return search(*arguments, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
+
+    def _own_search(
+        self, logits_processor: Any, generation_config: GenerationConfig, synced_gpus: bool, model_kwargs: Any
+    ) -> tuple[_NaNWatch | None, str | None]:
+        """What looks at the logits of a search of this package, and what of a generation no such search has."""
+        watch = next((processor for processor in logits_processor if isinstance(processor, _NaNWatch)), None)
+        if watch is None or not watch.has_own_cache:
+            return watch, "a cache of the caller"
+        return watch, why_not(self, generation_config, synced_gpus, model_kwargs)
+
+    def _captured(
+        self, watch: _NaNWatch | None, reason: str | None, arguments: tuple[Any, ...], model_kwargs: dict[str, Any]
+    ) -> tuple[Any, str | None]:
+        """The output of captured_search.py, or `None` and why not."""
+        input_ids, processors, criteria, options = arguments
+        reason = reason or why_not_captured(self, options, processors, criteria, input_ids)
+        if watch is None or reason is not None:
+            return None, reason
+        output = captured_search(self, input_ids, processors, options, watch.look, **model_kwargs)
+        return output, "a failed capture" if output is None else None
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As the parent, without the tokenizers of stop strings, which transformers hands on to `forward`."""
@@ -137,8 +189,11 @@ class ZCodeM3GenerationMixin(GenerationMixin):
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
+        cuda_graphs = kwargs.pop("cuda_graphs", None)
         prepare: Callable = super()._prepare_generation_config  # type: ignore[misc]
         prepared, model_kwargs = prepare(generation_config, **kwargs)
+        if cuda_graphs is not None:
+            prepared.cuda_graphs = cuda_graphs
         given = [kwargs] + [config.to_dict() for config in (generation_config, self.generation_config) if config]
         if all(options.get(name) is None for options in given for name in ("max_length", "max_new_tokens")):
             prepared.max_length = self.config.default_generation_length  # of transformers: 20
@@ -150,6 +205,18 @@ class ZCodeM3GenerationMixin(GenerationMixin):
         if prompt is not None and not is_given and prepared.max_length == default <= prompt.shape[-1]:
             prepared.max_length = min(prompt.shape[-1] + default, self.config.max_position_embeddings)
         return prepared, model_kwargs
+
+
+def _is_captured(generation_config: Any, device: torch.device) -> bool:
+    """Whether steps are to be CUDA graphs, where there are any.
+
+    Raises:
+        ValueError: `cuda_graphs` is no bool.
+    """
+    asked = getattr(generation_config, "cuda_graphs", None)
+    if asked is not None and not isinstance(asked, bool):
+        raise ValueError(f"cuda_graphs ({asked!r}) must be True, False or None, which leaves it to the model")
+    return device.type in DEVICES and (BY_DEFAULT if asked is None else asked)
 
 
 __all__ = ["FirstTokens", "ZCodeM3GenerationMixin"]

@@ -1,0 +1,508 @@
+"""Beam search and greedy search whose steps are CUDA graphs, with the tokens and scores of transformers' searches.
+
+A step is all between two tokens: decoder, logits, the best candidates and what becomes of them. It runs on memory that
+stays where it is (`SearchMemory`), one graph for each number of sentences and of tokens on a short ladder. The host
+looks at one flag of each sentence, a step late, so that it never waits for a step; sentences that are done do not
+change any more. Once half of them are, the others move to a smaller graph.
+
+Shape letters as in search_memory.py; R = B * N rows, V words.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation import (
+    EosTokenCriteria,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+)
+from transformers.utils import logging
+
+from .beam_hypotheses import Candidates, Hypotheses, Ranking, together
+from .beam_search import (
+    ACTIVE_AT,
+    SometimesActive,
+    best_of_rows,
+    best_of_sentences,
+    number_of_candidates,
+    output_of,
+    row_logsumexp,
+)
+from .graph_store import GraphStore, can_record, store_of
+from .search_memory import KeysAndValues, KeySize, MemorySize, SearchMemory, fixed_cache
+
+logger = logging.get_logger(__name__)
+
+BY_DEFAULT = False  # whether searches on a GPU are captured where nobody says `cuda_graphs`
+DEVICES: tuple[str, ...] = ("cuda",)
+_MAX_MEMORIES = 3  # kept for each model, of different numbers of beams
+_LEAST_LENGTH, _LEAST_SOURCE = 32, 16  # numbers of keys are multiples of 16, as kernels of masked attention want them
+_FORBID_THE_END = (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor)
+_FORCE_A_TOKEN = (ForcedBOSTokenLogitsProcessor, ForcedEOSTokenLogitsProcessor)
+
+
+def why_not_captured(
+    model: Any, generation_config: Any, logits_processor: Any, stopping_criteria: Any, inputs: Tensor
+) -> str | None:
+    """What of a generation captured steps do not have, besides what `why_not` says; `None` if they have all."""
+    config, device = model.config, inputs.device
+    num_sentences = len(inputs) // generation_config.num_beams
+    parts = (model.model.decoder, model.lm_head)
+    modules = [module for part in parts for module in part.modules()]
+    tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+    reasons = {
+        "the package hf_moe_ted, which is not installed": not can_record(),
+        "scores of all words": generation_config.output_scores and generation_config.return_dict_in_generate,
+        "processors of logits": not all(_is_known(processor, num_sentences) for processor in logits_processor),
+        "a token forced before an end is forbidden": _forbids_behind_forced(logits_processor),
+        "stopping criteria": any(type(c) not in (MaxLengthCriteria, EosTokenCriteria) for c in stopping_criteria),
+        "more tokens than positions": generation_config.max_length > config.max_position_embeddings,
+        "padding in prompts": inputs.shape[1] > 1 and bool((inputs == config.pad_token_id).any()),
+        "autocast": torch.is_autocast_enabled(device.type),
+        "training mode of a part": any(module.training for module in modules),
+        "layers of another package": any(not _is_plain(type(module)) for module in modules),
+        "weights that are no plain tensors": any(
+            type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device != device for tensor in tensors
+        ),
+        "weights of several dtypes": len({tensor.dtype for tensor in tensors if tensor.is_floating_point()}) > 1,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def _is_plain(kind: type) -> bool:
+    """Whether all that a module does is known from its weights and the config of the model."""
+    package = kind.__module__.rpartition(".")[0]
+    return package == __package__ or package.startswith("torch.nn") or kind.__module__ == "transformers.activations"
+
+
+def _is_known(processor: Any, num_sentences: int) -> bool:
+    if isinstance(processor, SometimesActive):
+        return processor.forced is not None and len(processor.forced) in (0, num_sentences)
+    if isinstance(processor, ForcedEOSTokenLogitsProcessor):
+        return processor.eos_token_id.numel() == 1
+    return type(processor) in (*_FORBID_THE_END, *_FORCE_A_TOKEN)
+
+
+def _forbids_behind_forced(processors: Any) -> bool:
+    is_forced = False
+    for processor in processors:
+        if isinstance(processor, _FORBID_THE_END) and is_forced:
+            return True
+        is_forced |= isinstance(processor, _FORCE_A_TOKEN) or bool(getattr(processor, "forced", None))
+    return False
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What stays the same in all steps.
+
+    Attributes:
+        num_candidates: of each sentence.
+        source: hidden states float[B, S, D] of the encoder, and the mask [B, S] of its tokens.
+        fill: token behind an end.
+    """
+
+    model: Any
+    store: GraphStore
+    processors: Any
+    ranking: Ranking
+    num_beams: int
+    num_candidates: int
+    ends: tuple[int, ...]
+    source: Tensor
+    source_mask: Tensor | None
+    fill: int
+
+
+def captured_search(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    generation_config: Any,
+    watch: Callable[[Tensor], None],
+    **model_kwargs: Any,
+) -> Any:
+    """As `GenerationMixin._beam_search`, or `_sample` for one beam, for what nobody has anything against.
+
+    Args:
+        watch: is given a number that is NaN if a logit was.
+
+    Returns:
+        What they return, or `None` if the memory of the device is too small or steps cannot be recorded, which is
+        said once.
+    """
+    options = generation_config
+    num_beams, prompts_BL = options.num_beams, input_ids[:: options.num_beams]
+    is_greedy = num_beams == 1  # then a translation stops at its first end
+    eos = options._eos_token_tensor
+    pad = options._pad_token_tensor
+    has_pad = pad is not None and (is_greedy or bool(pad))  # transformers' beams take a pad token of 0 for none
+    mask = model_kwargs.get("attention_mask")
+    with torch.cuda.device(input_ids.device) if input_ids.is_cuda else contextlib.nullcontext():
+        search = _Search(
+            model=model,
+            store=store_of(model),
+            processors=[p for p in logits_processor if getattr(p, "forced", None) != ()],
+            ranking=Ranking(
+                0.0 if is_greedy else options.length_penalty,
+                True if is_greedy else options.early_stopping,
+                input_ids.shape[1],
+                options.max_length,
+            ),
+            num_beams=num_beams,
+            num_candidates=number_of_candidates(num_beams, eos),
+            ends=() if eos is None else tuple(eos.tolist()),
+            source=model_kwargs["encoder_outputs"][0][::num_beams],
+            source_mask=None if mask is None else mask[::num_beams].to(input_ids.device),
+            fill=-1 if eos is None else int(pad if has_pad else eos[0]),
+        )
+        found = _found(search, prompts_BL, watch)
+    return None if found is None else output_of(options, found, input_ids.shape[1])
+
+
+def _found(search: _Search, prompts_BL: Tensor, watch: Callable[[Tensor], None]) -> Hypotheses | None:
+    store = search.store
+    if store.refusal is not None:
+        logger.debug("no captured search, because of %s", store.refusal)
+        return None
+    with store.lock, store.recorder.eager():
+        try:
+            run = _Run(search, prompts_BL)
+            found = run.until_all_are_done()
+            watch(torch.where(run.memory.has_nan_1, torch.nan, 0.0))
+            return found
+        except torch.OutOfMemoryError as error:
+            reason = f"the memory of the device is too small for it ({error})"
+        except RuntimeError as error:
+            reason = store.refusal = f"a step cannot be recorded ({error})"
+        run = None  # type: ignore[assignment]  # whose memory is given back
+        store.forget()
+    logger.warning_once(f"searches are not captured as CUDA graphs, but run step by step: {reason}")
+    return None
+
+
+class _Run:
+    """One search on the memory of a store.
+
+    Attributes:
+        memory: see [`SearchMemory`].
+    """
+
+    def __init__(self, search: _Search, prompts_BL: Tensor):
+        self.search = search
+        self.num_sentences, self.length = prompts_BL.shape  # tokens that there are so far
+        ranking, source = search.ranking, search.source
+        self.source_length = _rung(source.shape[1], _LEAST_SOURCE)
+        wanted = MemorySize(
+            num_sentences=_rung(self.num_sentences),
+            num_beams=search.num_beams,
+            length=_power_of_two(ranking.max_length),
+            source_length=self.source_length,
+            num_candidates=search.num_candidates,
+            num_ends=max(1, len(search.ends)),
+        )
+        self.graphed = _graphed_memory(search, wanted)
+        self.memory = self.graphed.memory
+        # the number of the sentence in each place, None where it is a copy that fills the batch
+        self.numbers: list[int | None] = [*range(self.num_sentences)]
+        self._fill_up(wanted.num_sentences, self.numbers)
+        self.width = _power_of_two(self.length + 1)
+        self._start(prompts_BL)
+
+    @staticmethod
+    def _fill_up(size: int, numbers: list[int | None]) -> None:
+        numbers += [None] * (size - len(numbers))
+
+    def _view(self) -> SearchMemory:
+        own = self.graphed.own(self.width)
+        return self.memory.view(len(self.numbers), self.width, self.source_length, own)
+
+    @torch.inference_mode(False)
+    def _start(self, prompts_BL: Tensor) -> None:
+        search, memory = self.search, self.memory
+        memory.settings.write(search.ranking, search.ends or (-1,))
+        # with the width of all tokens that there may be
+        whole = memory.view(len(self.numbers), len(memory.settings.divisors_L) - 1, self.source_length, [])
+        places = [0 if number is None else number for number in self.numbers]
+        index_B = _on_device(places, memory)
+        mask_BS = None if search.source_mask is None else search.source_mask.index_select(0, index_B)
+        source_length = search.source.shape[1]
+        whole.start(prompts_BL.index_select(0, index_B), self.num_sentences, mask_BS, source_length, search.fill)
+        source_BSD = search.source.index_select(0, index_B)
+        cache = fixed_cache(whole, memory.beam_N, torch.arange(source_length, device=source_BSD.device))
+        for layer in search.model.model.decoder.layers:
+            layer.encoder_attn.keys_and_values_of_source(source_BSD, cache)
+        if self.length > 1:
+            _read_prompts(search.model, self._view(), self.length - 1)
+
+    def until_all_are_done(self) -> Hypotheses:
+        left: list[Hypotheses] = []
+        lookout = _Lookout(self.memory.is_done_B)
+        while self.length < self.search.ranking.max_length:
+            self._widen()
+            self._step()
+            self.length += 1
+            is_done = lookout.look(len(self.numbers))
+            if is_done is None:
+                continue
+            going_on = [place for place, done in enumerate(is_done) if not done]
+            if not going_on:
+                break
+            if 2 * len(going_on) <= len(self.numbers):
+                left.append(self._kept([place for place, done in enumerate(is_done) if done]))
+                self._shrink(going_on)
+                lookout = _Lookout(self.memory.is_done_B)
+        left.append(self._kept(range(len(self.numbers))))
+        return together(left)
+
+    def _widen(self) -> None:
+        """Room for one token more."""
+        width = _power_of_two(self.length + 1)
+        if width == self.width:
+            return
+        num_keys, size = self.width * self.search.num_beams, len(self.numbers)
+        for wide, narrow in zip(self.graphed.own(width), self.graphed.own(self.width), strict=True):
+            for to, of in zip(wide, narrow, strict=True):
+                to[:size, :, :num_keys].copy_(of[:size])
+        self.width = width
+
+    def _step(self) -> None:
+        search, view = self.search, self._view()
+        self._apply_processors(view)
+        key = (self.graphed.name, len(self.numbers), self.width, self.source_length)
+        search.store.run(key, lambda: _step(search.model, view, search.num_candidates))
+
+    def _apply_processors(self, view: SearchMemory) -> None:
+        """Those that are active behind the tokens that there are; they say the same until `length` passes a bound."""
+        forbids, forced = False, None
+        for processor in self.search.processors:
+            if not _is_active(processor, self.length):
+                continue
+            if isinstance(processor, _FORBID_THE_END):
+                forbids = True
+            elif isinstance(processor, SometimesActive):
+                forced = [0 if number is None else processor.forced[number] for number in self.numbers]  # type: ignore
+            else:
+                token = getattr(processor, "bos_token_id", None)
+                forced = [int(processor.eos_token_id if token is None else token)] * len(self.numbers)
+        if forbids != self.graphed.forbids:
+            view.settings.forbids_ends_1.fill_(forbids)
+            self.graphed.forbids = forbids
+        if forced is not None:
+            view.forced_B.copy_(_on_device(forced, view))
+        elif self.graphed.is_forced:
+            view.forced_B.fill_(-1)
+        self.graphed.is_forced = forced is not None
+
+    def _kept(self, places: Any) -> Hypotheses:
+        real = [place for place in places if self.numbers[place] is not None]
+        return self.memory.hypotheses.kept(_on_device(real, self.memory))
+
+    def _shrink(self, going_on: list[int]) -> None:
+        """Leave out sentences that are done, but for some that fill the batch."""
+        size = _rung(len(going_on))
+        done = [place for place in range(len(self.numbers)) if place not in {*going_on}]
+        places = going_on + done[: size - len(going_on)]
+        self._view().keep(_on_device(places, self.memory))
+        self.numbers = [self.numbers[place] for place in going_on]
+        self._fill_up(size, self.numbers)
+
+
+def _on_device(numbers: list[int], memory: SearchMemory) -> Tensor:
+    """int64, without waiting for what the device does."""
+    return torch.tensor(numbers, dtype=torch.int64).to(memory.is_done_B.device, non_blocking=True)
+
+
+@dataclass
+class _GraphedMemory:
+    """A memory with keys for each width that a search came to.
+
+    Attributes:
+        name: with which the keys of its graphs begin.
+        forbids, is_forced: what was last written to it.
+    """
+
+    name: tuple[int, ...]
+    size: MemorySize
+    keys: KeySize
+    memory: SearchMemory
+    by_width: dict[int, KeysAndValues]
+    forbids: bool = False
+    is_forced: bool = False
+
+    @torch.inference_mode(False)
+    def own(self, width: int) -> KeysAndValues:
+        if width not in self.by_width:
+            self.by_width[width] = self.keys.allocate(self.size.num_sentences, width * self.size.num_beams)
+        return self.by_width[width]
+
+
+@torch.inference_mode(False)
+def _graphed_memory(search: _Search, wanted: MemorySize) -> _GraphedMemory:
+    """The one of the store, or a larger one; graphs of one that is too small go with it."""
+    name = (wanted.num_beams, wanted.num_candidates, wanted.num_ends)
+    memories = search.store.memories
+    known = memories.get(name)
+    size = wanted if known is None else wanted.with_room_for(known.size)
+    if known is None or size != known.size:
+        del known
+        search.store.forget(name)
+        while len(memories) >= _MAX_MEMORIES:
+            search.store.forget(next(iter(memories)))
+        decoder, config = search.model.model.decoder, search.model.config
+        weight = decoder.layers[0].self_attn.k_proj.weight
+        num_heads = config.decoder_attention_heads
+        keys = KeySize(len(decoder.layers), num_heads, config.d_model // num_heads, weight.dtype, weight.device)
+        memories[name] = _GraphedMemory(name, size, keys, SearchMemory.allocate(size, keys), {})
+    memories.move_to_end(name)
+    graphed = memories[name]
+    graphed.forbids = graphed.is_forced = False
+    return graphed
+
+
+class _Lookout:
+    """Reads flags of a device one step late, so that the device has work meanwhile.
+
+    Args:
+        flags_B: bool, that each step writes.
+    """
+
+    def __init__(self, flags_B: Tensor):
+        self._flags_B = flags_B
+        self._pending: Callable[[], list[bool]] | None = None
+
+    def look(self, num_flags: int) -> list[bool] | None:
+        """The flags as they were when this was called before; `None` at first."""
+        pending, self._pending = self._pending, self._read(num_flags)
+        return None if pending is None else pending()
+
+    def _read(self, num_flags: int) -> Callable[[], list[bool]]:
+        flags_B = self._flags_B[:num_flags]
+        if not flags_B.is_cuda:
+            copy_B = flags_B.clone()
+            return copy_B.tolist
+        on_host_B = torch.empty(num_flags, dtype=torch.bool, pin_memory=True)
+        on_host_B.copy_(flags_B, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def read() -> list[bool]:
+            copied.synchronize()
+            return on_host_B.tolist()
+
+        return read
+
+
+# ---- what is recorded ----
+
+
+def _read_prompts(model: Any, memory: SearchMemory, length: int) -> None:
+    """Write the keys of all but the last tokens of prompts, which all beams of a sentence attend to.
+
+    They stand where those of the first beam would.
+    """
+    num_beams = len(memory.beam_N)
+    places_L = num_beams * torch.arange(length, device=memory.beam_N.device)
+    memory.mask_B1NK.index_fill_(3, places_L, 0.0)
+    mask_BLK = torch.full_like(memory.mask_B1NK[:, :, :1], torch.finfo(memory.mask_B1NK.dtype).min)
+    mask_BLK = mask_BLK.repeat(1, 1, length, 1)
+    for place in range(length):
+        mask_BLK[:, :, place:, num_beams * place] = 0.0
+    tokens_BL = memory.hypotheses.running_BNL[:, 0, :length]
+    _decoded(model, memory, tokens_BL, mask_BLK, memory.source_mask_B1NS[:, :, :1].repeat(1, 1, length, 1), places_L)
+
+
+def _decoded(
+    model: Any, memory: SearchMemory, tokens_BL: Tensor, mask: Tensor, source_mask: Tensor, places: Tensor
+) -> Tensor:
+    """Hidden states float[B, L, D]; both masks are additive, so that nobody makes others of them."""
+    # the keys of the source are there; all that is asked of its hidden states is whether there are any
+    nothing = memory.source_mask_B1NS.new_empty(1, 1, 1).expand(len(tokens_BL), source_mask.shape[-1], 1)
+    return model.model.decoder(
+        input_ids=tokens_BL,
+        attention_mask=mask,
+        encoder_hidden_states=nothing,
+        encoder_attention_mask=source_mask,
+        cache=fixed_cache(memory, places, None),
+        use_cache=True,
+        return_dict=True,
+    ).last_hidden_state
+
+
+def _step(model: Any, memory: SearchMemory, num_candidates: int) -> None:
+    """One token more for all beams of all sentences: reads and writes a memory, and waits for nothing."""
+    hypotheses, beam_N = memory.hypotheses, memory.beam_N
+    num_beams = len(beam_N)
+    tokens_BN1 = hypotheses.running_BNL.index_select(2, memory.place_1 - 1)
+    keys_N = (memory.place_1 - 1) * num_beams + beam_N
+    is_own = keys_N.view(1, 1, -1, 1).expand(len(tokens_BN1), -1, -1, -1)
+    memory.mask_B1NK.scatter_(3, is_own, 0.0)
+    hidden = _decoded(model, memory, tokens_BN1.squeeze(-1), memory.mask_B1NK, memory.source_mask_B1NS, keys_N)
+    candidates = _candidates(memory, model.lm_head(hidden.flatten(0, 1)), num_candidates)
+    ends_BC = (candidates.tokens_BC.unsqueeze(-1) == memory.settings.ends_E).any(dim=-1)
+    ends_BC = ends_BC | (memory.place_1 == memory.settings.last_place_1)
+    parents_BN = _advance(memory, candidates, ends_BC)
+    parents_B1NK = parents_BN[:, None, :, None].expand(-1, -1, -1, memory.mask_B1NK.shape[-1])
+    memory.mask_B1NK.copy_(memory.mask_B1NK.gather(2, parents_B1NK))
+    memory.place_1.add_(1)
+    memory.row_place_1.add_(1)
+
+
+def _candidates(memory: SearchMemory, logits_RV: Tensor, num_candidates: int) -> Candidates:
+    settings, num_beams = memory.settings, len(memory.beam_N)
+    log_sum_R1 = row_logsumexp(logits_RV.float()).unsqueeze(-1)
+    memory.has_nan_1.logical_or_(log_sum_R1.isnan().any())
+    of_ends_RE = logits_RV.index_select(1, settings.ends_E.clamp(min=0))
+    logits_RV.index_copy_(1, settings.ends_E.clamp(min=0), of_ends_RE.masked_fill(settings.forbids_ends_1, -torch.inf))
+    best_RC, tokens_RC = best_of_rows(logits_RV, num_candidates)
+    best_RC = best_RC.float() - log_sum_R1
+    forced_R1 = memory.forced_B.unsqueeze(-1).expand(-1, num_beams).reshape(-1, 1)
+    is_free_R1 = forced_R1 < 0
+    best_RC = torch.where(is_free_R1, best_RC, settings.first_C[: best_RC.shape[1]])
+    tokens_RC = torch.where(is_free_R1, tokens_RC, forced_R1)
+    return best_of_sentences(memory.hypotheses, best_RC, tokens_RC, num_candidates)
+
+
+def _advance(memory: SearchMemory, candidates: Candidates, ends_BC: Tensor) -> Tensor:
+    """Take in the candidates; returns int64[B, N], the beams that the running ones go on from."""
+    settings = memory.settings
+    after = replace(memory.hypotheses)
+    continued = after.continued(candidates, memory.place_1, memory.row_place_1)
+    parents_BN = after.advance(candidates, continued, ends_BC, memory.place_1, settings)
+    # where nothing can go on, all sentences are done
+    stops = (ends_BC | memory.is_done_B.unsqueeze(-1)).all()
+    after.may_improve_B1 = after.may_improve_B1 & ~stops
+    for field in fields(Hypotheses):
+        getattr(memory.hypotheses, field.name).copy_(getattr(after, field.name))
+    memory.is_done_B.copy_(after.is_done_B1(settings).squeeze(-1))
+    return parents_BN
+
+
+# ---- ladders ----
+
+
+def _rung(number: int, least: int = 1) -> int:
+    """The least power of two, or three quarters of one, that is no less, and a multiple of `least`."""
+    whole = _power_of_two(number, least)
+    part = whole // 4 * 3
+    return part if part >= number and part % least == 0 else whole
+
+
+def _power_of_two(number: int, least: int = _LEAST_LENGTH) -> int:
+    return max(least, 1 << (number - 1).bit_length())
+
+
+def _is_active(processor: Any, length: int) -> bool:
+    if isinstance(processor, SometimesActive):
+        return processor.is_active(length)
+    return ACTIVE_AT[type(processor)](processor, length)
+
+
+__all__ = ["BY_DEFAULT", "DEVICES", "captured_search", "why_not_captured"]

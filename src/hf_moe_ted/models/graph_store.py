@@ -1,0 +1,132 @@
+"""CUDA graphs of a model, kept from call to call: the least recently used goes, and all go with the weights."""
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+try:
+    from hf_moe_ted.cuda_graphs.recorder import CudaRecorder
+except ImportError:  # remote code without the package
+    CudaRecorder = None  # type: ignore[assignment, misc]
+
+MAX_GRAPHS = 64
+_record = threading.Lock()  # one capture at a time in a process
+
+
+class GraphStore:
+    """Recorded calls by key, and what they work on.
+
+    A call runs from Python when its key comes first, which makes what is made once, such as kernels; it is recorded
+    when the key comes again, and replayed from then on.
+
+    Args:
+        recorder: a [`~hf_moe_ted.cuda_graphs.recorder.Recorder`].
+        signature: what the calls depend on besides their keys.
+
+    Attributes:
+        lock: to be held from before a call until what it wrote was read.
+        memories: what calls read and write, by whatever tells one from another.
+        num_recorded: calls that were recorded so far.
+        refusal: why nothing is recorded any more.
+    """
+
+    def __init__(self, recorder: Any, signature: Hashable):
+        self.recorder = recorder
+        self.signature = signature
+        self.lock = threading.RLock()
+        self.memories: OrderedDict[Hashable, Any] = OrderedDict()
+        self.num_recorded = 0
+        self.refusal: str | None = None
+        self._graphs: OrderedDict[Hashable, Callable[[], None]] = OrderedDict()
+        self._seen: set[Hashable] = set()
+
+    def run(self, key: Hashable, call: Callable[[], None]) -> None:
+        """Make a call, which returns nothing and reads and writes memory that stays where it is."""
+        if key in self._graphs:
+            self._graphs.move_to_end(key)
+            self._graphs[key]()
+        elif key not in self._seen:
+            self._seen.add(key)
+            call()
+        else:
+            while len(self._graphs) >= MAX_GRAPHS:
+                self._graphs.popitem(last=False)
+            with _record:
+                _, replay = self.recorder.record(call)
+            self.num_recorded += 1
+            self._graphs[key] = replay
+            replay()
+
+    def forget(self, memory: Hashable = None) -> None:
+        """Give back a memory and the graphs whose keys begin with its name, or all."""
+        for key in [key for key in self._graphs if memory is None or key[0] == memory]:  # type: ignore[index]
+            del self._graphs[key]
+        if memory is None:
+            self.memories.clear()
+            self._seen.clear()
+            self.recorder.forget()
+        else:
+            self.memories.pop(memory, None)
+
+
+_stores: "weakref.WeakKeyDictionary[nn.Module, GraphStore]" = weakref.WeakKeyDictionary()
+_stores_lock = threading.Lock()
+
+
+def store_of(model: Any) -> GraphStore:
+    """The store of a model: a new one if its weights, its config or how it computes are others than before.
+
+    It is not part of the model: copies do not have it, and files neither.
+    """
+    signature = _signature(model)
+    with _stores_lock:
+        store = _stores.get(model)
+        if store is None or store.signature != signature:
+            if store is not None:
+                with store.lock:  # nobody is using it
+                    store.forget()
+            store = _stores[model] = GraphStore(new_recorder(), signature)
+        return store
+
+
+def forget_store(model: Any) -> None:
+    """Give back all that was kept of a model, such as keys that are no numbers."""
+    with _stores_lock:
+        store = _stores.pop(model, None)
+    if store is not None:
+        with store.lock:
+            store.forget()
+
+
+def new_recorder() -> Any:
+    """For the current device."""
+    return CudaRecorder()
+
+
+def can_record() -> bool:
+    """Whether there is what records."""
+    return CudaRecorder is not None
+
+
+def _signature(model: Any) -> Hashable:
+    modules = (model.model.decoder, model.lm_head)
+    tensors = chain.from_iterable(chain(module.parameters(), module.buffers()) for module in modules)
+    options = {
+        name: value
+        for name, value in vars(model.config).items()
+        if value is None or isinstance(value, bool | int | float | str)
+    }
+    return (
+        tuple((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors),
+        tuple(sorted(options.items(), key=lambda item: item[0])),
+        torch.backends.cuda.matmul.allow_tf32,
+    )
+
+
+__all__ = ["MAX_GRAPHS", "GraphStore", "can_record", "forget_store", "new_recorder", "store_of"]

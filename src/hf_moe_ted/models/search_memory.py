@@ -1,0 +1,270 @@
+"""The memory of beam search on a GPU: tensors that stay where they are, so that a CUDA graph finds them again.
+
+As in beam_cache.py the beams of a sentence write into one sequence of keys, and a mask says whose they are. Here the
+keys of the token at place p of beam n stand at N * p + n, and all that changes from step to step is in tensors.
+
+Shape letters: B sentences, N beams of each, C candidates of each, L tokens, K = N * L keys, S source tokens, H heads,
+D head width, E tokens that end a translation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+
+from .beam_hypotheses import Hypotheses, Ranking
+
+KeysAndValues = list[tuple[Tensor, Tensor]]  # of each layer
+
+
+@dataclass(frozen=True)
+class MemorySize:
+    """For how much there is room.
+
+    Attributes:
+        num_sentences, num_beams: of a batch.
+        length: tokens of a translation, its prompt included.
+        source_length: tokens of a source.
+        num_candidates: continuations of each sentence that a step looks at.
+        num_ends: tokens that end a translation.
+    """
+
+    num_sentences: int
+    num_beams: int
+    length: int
+    source_length: int
+    num_candidates: int
+    num_ends: int
+
+    def with_room_for(self, other: "MemorySize") -> "MemorySize":
+        """The larger of both in each."""
+        return MemorySize(*(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class KeySize:
+    """Of keys and values of one layer: heads H and head width D, and where they are."""
+
+    num_layers: int
+    num_heads: int
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def allocate(self, num_sentences: int, num_keys: int) -> KeysAndValues:
+        """Zeros, as what nobody attends to must be a number, too."""
+        shape = (num_sentences, self.num_heads, num_keys, self.width)
+
+        def zeros() -> Tensor:
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+        return [(zeros(), zeros()) for _ in range(self.num_layers)]
+
+
+@dataclass
+class Settings:
+    """What a step reads and only the host writes.
+
+    Attributes:
+        divisors_L, possible_divisors_L: float32, by which sums of log-probabilities of a length are divided, and those
+            of running beams for what they may get.
+        stops_when_full_1: bool, `early_stopping=True`.
+        last_place_1: int64, the place of the last token.
+        ends_E: int64, tokens that end a translation.
+        forbids_ends_1: bool, whether none may come next.
+        first_C: float32, 0 and -inf, the log-probabilities of the candidates of a row whose token is forced.
+    """
+
+    divisors_L: Tensor
+    possible_divisors_L: Tensor
+    stops_when_full_1: Tensor
+    last_place_1: Tensor
+    ends_E: Tensor
+    forbids_ends_1: Tensor
+    first_C: Tensor
+
+    @classmethod
+    def allocate(cls, size: MemorySize, device: torch.device) -> "Settings":
+        first_C = torch.full((size.num_candidates,), -torch.inf, device=device)
+        first_C[0] = 0.0
+        return cls(
+            divisors_L=torch.ones(size.length + 1, device=device),
+            possible_divisors_L=torch.ones(size.length + 1, device=device),
+            stops_when_full_1=torch.zeros(1, dtype=torch.bool, device=device),
+            last_place_1=torch.zeros(1, dtype=torch.int64, device=device),
+            ends_E=torch.zeros(size.num_ends, dtype=torch.int64, device=device),
+            forbids_ends_1=torch.zeros(1, dtype=torch.bool, device=device),
+            first_C=first_C,
+        )
+
+    def write(self, ranking: Ranking, ends: Sequence[int]) -> None:
+        lengths = [max(length, ranking.prompt_length + 1) for length in range(len(self.divisors_L))]
+        self.divisors_L.copy_(torch.tensor([ranking.divisor(length) for length in lengths]), non_blocking=True)
+        self.possible_divisors_L.copy_(
+            torch.tensor([ranking.best_divisor(length) for length in lengths]), non_blocking=True
+        )
+        self.stops_when_full_1.fill_(ranking.early_stopping is True)
+        self.last_place_1.fill_(ranking.max_length - 1)
+        self.ends_E.copy_(torch.tensor(ends), non_blocking=True)
+        self.forbids_ends_1.fill_(False)
+
+    def ranked(self, scores: Tensor, length: Tensor) -> Tensor:
+        return scores / self.divisors_L.index_select(0, length)
+
+    def best_possible(self, scores: Tensor, length: Tensor) -> Tensor:
+        return scores / self.possible_divisors_L.index_select(0, length)
+
+    def is_enough(self, has_ended_BN: Tensor) -> Tensor:
+        return has_ended_BN.all(dim=1, keepdim=True) & self.stops_when_full_1
+
+
+@dataclass
+class SearchMemory:
+    """Of one search, or a view of it for fewer sentences and keys.
+
+    Attributes:
+        settings: see [`Settings`].
+        own, of_source: keys and values of self-attention [B, H, K, D] and cross-attention [B, H, S, D].
+        mask_B1NK, source_mask_B1NS: of the dtype of keys, 0 for those that a beam attends to, else its least number.
+        hypotheses: see [`Hypotheses`]; the columns of its rows are as many as its tokens.
+        is_done_B: bool, sentences whose translations will not change any more.
+        forced_B: int64, the token that must come next, -1 for none.
+        place_1, row_place_1: int64, where the next token is written, and in rows.
+        beam_N: int64, numbers.
+        has_nan_1: bool, whether a logit was NaN.
+    """
+
+    settings: Settings
+    own: KeysAndValues
+    of_source: KeysAndValues
+    mask_B1NK: Tensor
+    source_mask_B1NS: Tensor
+    hypotheses: Hypotheses
+    is_done_B: Tensor
+    forced_B: Tensor
+    place_1: Tensor
+    row_place_1: Tensor
+    beam_N: Tensor
+    has_nan_1: Tensor
+
+    @classmethod
+    def allocate(cls, size: MemorySize, keys: KeySize) -> "SearchMemory":
+        """Without keys of self-attention; those depend on how long translations get."""
+        num_sentences, num_beams, device = size.num_sentences, size.num_beams, keys.device
+        least = torch.finfo(keys.dtype).min
+        no_prompts = torch.zeros(num_sentences, 0, dtype=torch.int64, device=device)
+
+        def masked(num_keys: int) -> Tensor:
+            return torch.full((num_sentences, 1, num_beams, num_keys), least, dtype=keys.dtype, device=device)
+
+        return cls(
+            settings=Settings.allocate(size, device),
+            own=[],
+            of_source=keys.allocate(num_sentences, size.source_length),
+            mask_B1NK=masked(num_beams * size.length),
+            source_mask_B1NS=masked(size.source_length),
+            hypotheses=Hypotheses.start(no_prompts, num_beams, size.length, fill=0),
+            is_done_B=torch.zeros(num_sentences, dtype=torch.bool, device=device),
+            forced_B=torch.full((num_sentences,), -1, dtype=torch.int64, device=device),
+            place_1=torch.zeros(1, dtype=torch.int64, device=device),
+            row_place_1=torch.zeros(1, dtype=torch.int64, device=device),
+            beam_N=torch.arange(num_beams, device=device),
+            has_nan_1=torch.zeros(1, dtype=torch.bool, device=device),
+        )
+
+    def view(self, num_sentences: int, length: int, source_length: int, own: KeysAndValues) -> "SearchMemory":
+        """The first sentences, tokens and source tokens, with keys of self-attention for as many tokens."""
+        num_beams, b = len(self.beam_N), num_sentences
+        cut = {f.name: getattr(self.hypotheses, f.name)[:b] for f in fields(Hypotheses)}
+        long = {name: tensor[:, :, :length] for name, tensor in cut.items() if name.endswith("_BNL")}
+        return replace(
+            self,
+            own=[(keys[:b], values[:b]) for keys, values in own],
+            of_source=[(keys[:b, :, :source_length], values[:b, :, :source_length]) for keys, values in self.of_source],
+            mask_B1NK=self.mask_B1NK[:b, :, :, : num_beams * length],
+            source_mask_B1NS=self.source_mask_B1NS[:b, :, :, :source_length],
+            hypotheses=Hypotheses(**{**cut, **long}),
+            is_done_B=self.is_done_B[:b],
+            forced_B=self.forced_B[:b],
+        )
+
+    def start(self, prompts_BL: Tensor, num_real: int, source_mask_BS: Tensor | None, source: int, fill: int) -> None:
+        """Begin with prompts, of which those behind the first `num_real` are there to fill the batch.
+
+        Args:
+            source_mask_BS: nonzero for source tokens that count; `None` for all.
+            source: number of source tokens.
+            fill: the token behind the end of a translation.
+        """
+        num_beams, length = self.hypotheses.running_BNL.shape[1:]
+        start = Hypotheses.start(prompts_BL, num_beams, length, fill)
+        is_filler_B = torch.arange(len(prompts_BL), device=prompts_BL.device) >= num_real
+        start.may_improve_B1 = ~is_filler_B.unsqueeze(-1)
+        prompt_length = prompts_BL.shape[1]
+        for field in fields(Hypotheses):
+            given = getattr(start, field.name)
+            written = getattr(self.hypotheses, field.name)
+            (written[:, :, : given.shape[2]] if given.ndim == 3 else written).copy_(given)
+        least = torch.finfo(self.mask_B1NK.dtype).min
+        self.mask_B1NK.fill_(least)
+        self.source_mask_B1NS.fill_(least)
+        counts = self.source_mask_B1NS[..., :source]
+        if source_mask_BS is None:
+            counts.fill_(0.0)
+        else:
+            counts.masked_fill_(source_mask_BS.bool()[:, None, None], 0.0)
+        self.is_done_B.copy_(is_filler_B)
+        self.forced_B.fill_(-1)
+        self.place_1.fill_(prompt_length)
+        self.row_place_1.zero_()
+        self.has_nan_1.zero_()
+
+    def keep(self, index: Tensor) -> None:
+        """Move sentences, int64[B'], to the first B' places."""
+        tensors = [tensor for layers in (self.own, self.of_source) for layer in layers for tensor in layer]
+        tensors += [getattr(self.hypotheses, field.name) for field in fields(Hypotheses)]
+        tensors += [self.mask_B1NK, self.source_mask_B1NS, self.is_done_B, self.forced_B]
+        for tensor in tensors:
+            tensor[: len(index)].copy_(tensor.index_select(0, index))
+
+
+class FixedLayer(DynamicLayer):
+    """Keys and values [B, H, K, D] in fixed memory; new ones are written at `places_1`, int64, one for each."""
+
+    def __init__(self, keys: Tensor, values: Tensor, places: Tensor):
+        super().__init__()
+        self.keys, self.values, self._places = keys, values, places
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write [B, H, length, D] and return all."""
+        self.keys.index_copy_(2, self._places, key_states)
+        self.values.index_copy_(2, self._places, value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return 0  # all keys are always there; the mask knows which count
+
+
+def fixed_cache(memory: SearchMemory, places: Tensor, source_places: Tensor | None) -> EncoderDecoderCache:
+    """The keys of a memory as a cache.
+
+    Args:
+        places: int64, where keys of the tokens of a call are written.
+        source_places: the same for keys of the source; `None` where they are there already.
+    """
+    caches: list[Any] = []
+    for layers, where in ((memory.own, places), (memory.of_source, source_places)):
+        cache = Cache(layers=[FixedLayer(*layer, places if where is None else where) for layer in layers])
+        caches.append(cache)
+    cache = EncoderDecoderCache(*caches)
+    cache.is_updated = dict.fromkeys(range(len(memory.of_source)), source_places is None)
+    return cache
+
+
+__all__ = ["KeySize", "KeysAndValues", "MemorySize", "SearchMemory", "Settings", "fixed_cache"]

@@ -1,0 +1,328 @@
+"""Searches by recorded steps beside those of transformers, with a recorder that needs no GPU."""
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from tape_recorder import TapeRecorder
+from test_beam_search import ENDS, TO_THE_LIMIT, make_model, of_transformers, source
+from torch import Tensor, nn
+
+from hf_moe_ted.models import captured_search, generation, graph_store
+from hf_moe_ted.models.generation import FirstTokens
+
+__all__ = ["source"]
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "to the limit": TO_THE_LIMIT,
+    "length penalty": {"length_penalty": 2.0},
+    "early stopping": {"early_stopping": True},
+    "never": {"early_stopping": "never"},
+    "never, short ones preferred": {"early_stopping": "never", "length_penalty": -1.0},
+    "sequences": {"num_return_sequences": 3},
+    "two beams": {"num_beams": 2},
+    "five beams": {"num_beams": 5},
+    "one end": {"eos_token_id": 7, "max_new_tokens": 40},
+    "no end": {"eos_token_id": None, "max_new_tokens": 10},
+    "forced bos": {"forced_bos_token_id": 7},
+    "forced eos": {"forced_eos_token_id": 2},
+    "first tokens": {"logits_processor": [FirstTokens([30, 31, 32, 33, 34])]},
+    "least new tokens": {"min_new_tokens": 6},
+    "least length": {"min_length": 18, "max_new_tokens": 17, "forced_eos_token_id": 2},
+    "prompt": {"decoder_input_ids": torch.tensor([[2, 11, 12]] * 4 + [[2, 5, 6]])},
+    "dict": {"return_dict_in_generate": True, "num_return_sequences": 2},
+}
+GREEDY = ("plain", "to the limit", "one end", "no end", "forced bos", "forced eos", "first tokens", "prompt")
+
+
+@pytest.fixture(autouse=True)
+def recorders(monkeypatch: pytest.MonkeyPatch) -> list[TapeRecorder]:
+    made: list[TapeRecorder] = []
+
+    def new_recorder() -> TapeRecorder:
+        made.append(TapeRecorder())
+        return made[-1]
+
+    monkeypatch.setattr(graph_store, "new_recorder", new_recorder)
+    monkeypatch.setattr(generation, "DEVICES", ("cpu",))
+    return made
+
+
+def capturable_model(**overrides: Any) -> Any:
+    return make_model(experts_implementation="batched_mm", **overrides)
+
+
+def captured(model: Any, **options: Any) -> Any:
+    return model.generate(**options, cuda_graphs=True)
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is said for those who debug."""
+    said: list[str] = []
+    monkeypatch.setattr(generation.logger, "debug", lambda message, *values: said.append(message % values))
+    return said
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"), [*((name, "sdpa") for name in OPTIONS), ("plain", "eager"), ("prompt", "eager")]
+)
+def test_beams_are_those_of_transformers(
+    name: str, attention: str, source: dict[str, Tensor], recorders: list[TapeRecorder], lines: list[str]
+) -> None:
+    model = capturable_model()
+    model.set_attn_implementation(attention)
+    options = {**source, **ENDS, **OPTIONS[name]}
+    expected = of_transformers(model, **options)
+    for _ in range(2):  # from Python and recorded, then replayed
+        output = captured(model, **options)
+        if not isinstance(output, Tensor):
+            assert torch.equal(output.beam_indices, expected.beam_indices)
+            assert torch.equal(output.sequences, expected.sequences)
+        else:
+            assert torch.equal(output, expected)
+    assert recorders[0].num_replayed > recorders[0].num_recorded > 0
+    assert not lines
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_greedy_is_that_of_transformers(name: str, source: dict[str, Tensor], recorders: list[TapeRecorder]) -> None:
+    model = capturable_model()
+    options = {**source, **ENDS, **OPTIONS[name], "num_beams": 1}
+    expected = model.generate(**options)
+    for _ in range(2):
+        assert torch.equal(captured(model, **options), expected)
+    assert recorders[0].num_replayed > 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_scores_of_batches_of_any_size(
+    batch_size: int, early_stopping: bool, monkeypatch: pytest.MonkeyPatch, recorders: list[TapeRecorder]
+) -> None:
+    model = capturable_model(max_position_embeddings=128)
+    input_ids = torch.randint(3, 96, (batch_size, 20), generator=torch.Generator().manual_seed(batch_size))
+    options = {**ENDS, "input_ids": input_ids, "max_new_tokens": 90, "early_stopping": early_stopping}
+    options |= {"eos_token_id": [2, 3, 4], "length_penalty": 0.7, "num_return_sequences": 4}
+    found = []
+    output_of = captured_search.output_of
+
+    def kept(options: Any, hypotheses: Any, prompt_length: int) -> Any:
+        found.append(hypotheses)
+        return output_of(options, hypotheses, prompt_length)
+
+    monkeypatch.setattr(captured_search, "output_of", kept)
+    expected = of_transformers(model, **options, output_scores=True, return_dict_in_generate=True)
+    for _ in range(2):
+        assert torch.equal(captured(model, **options), expected.sequences)
+        torch.testing.assert_close(found[-1].ended_scores_BN.flatten(), expected.sequences_scores, atol=1e-5, rtol=1e-5)
+    assert len(found) == 2 and recorders[0].num_replayed > 0
+
+
+def test_sentences_that_are_done_leave_for_smaller_graphs(
+    source: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the comparisons above are worth: batches shrink, and keys get more."""
+    shapes: list[tuple[int, int]] = []
+    step = captured_search._step
+
+    def counted(model: Any, memory: Any, num_candidates: int) -> None:
+        shapes.append((len(memory.is_done_B), memory.mask_B1NK.shape[-1] // 4))
+        step(model, memory, num_candidates)
+
+    monkeypatch.setattr(captured_search, "_step", counted)
+    captured(capturable_model(), **source, **{**ENDS, "max_new_tokens": 40})
+    sizes = [size for size, _ in shapes]
+    assert sizes[0] == 6 and sizes == sorted(sizes, reverse=True) and len({*sizes}) >= 2
+    captured(capturable_model(), **source, **TO_THE_LIMIT)
+    assert {length for _, length in shapes} == {32, 64}
+
+
+def test_flags_are_read_a_step_late_and_more_steps_change_nothing(
+    source: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = capturable_model()
+    expected = captured(model, **source, **ENDS, num_return_sequences=4)
+    look = captured_search._Lookout.look
+
+    def look_late(lookout: Any, num_flags: int) -> Any:
+        flags = look(lookout, num_flags)
+        lookout.num_looks = getattr(lookout, "num_looks", 0) + 1
+        return flags if lookout.num_looks % 4 == 0 else None
+
+    monkeypatch.setattr(captured_search._Lookout, "look", look_late)
+    assert torch.equal(captured(model, **source, **ENDS, num_return_sequences=4), expected)
+
+
+def test_calls_of_other_sizes_and_numbers_of_beams_take_turns(source: dict[str, Tensor]) -> None:
+    model = capturable_model()
+    few = {name: tensor[:2, :5] for name, tensor in source.items()}
+    many = {name: tensor.repeat(2, 3) for name, tensor in source.items()}
+    for _ in range(2):
+        for inputs in (few, source, many, few):
+            for num_beams in (1, 2, 4):
+                options = {**inputs, **ENDS, "num_beams": num_beams}
+                assert torch.equal(captured(model, **options), model.generate(**options)), (num_beams, inputs)
+
+
+def test_changed_weights_count_and_others_make_other_graphs(
+    source: dict[str, Tensor], recorders: list[TapeRecorder]
+) -> None:
+    model = capturable_model()
+    captured(model, **source, **ENDS)
+    with torch.no_grad():  # as an optimizer does
+        model.model.decoder.layers[0].self_attn.q_proj.weight.mul_(-1.0)
+    assert torch.equal(captured(model, **source, **ENDS), of_transformers(model, **source, **ENDS))
+    assert len(recorders) == 1
+    model.double().float()
+    captured(model, **source, **ENDS)
+    assert len(recorders) == 2 and recorders[0].num_forgotten == 1
+    model.set_experts_implementation("batched_mm")
+    model.config.num_experts_per_tok = 2
+    assert torch.equal(captured(model, **source, **ENDS), of_transformers(model, **source, **ENDS))
+    assert len(recorders) == 3
+
+
+def test_graphs_are_not_part_of_the_model(
+    source: dict[str, Tensor], recorders: list[TapeRecorder], tmp_path: Any
+) -> None:
+    model = capturable_model()
+    expected = captured(model, **source, **ENDS)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(captured(again, **source, **ENDS), expected)
+    assert len(recorders) == 3
+
+
+def test_a_model_that_is_gone_takes_its_graphs_along(
+    source: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Forgetful(TapeRecorder):
+        """As CUDA graphs, which do not know what they were made of."""
+
+        def record(self, call: Any) -> Any:
+            return None, lambda: None
+
+    monkeypatch.setattr(graph_store, "new_recorder", Forgetful)
+    model = capturable_model()
+    captured(model, **source, **ENDS)
+    store = weakref.ref(graph_store.store_of(model))
+    del model
+    gc.collect()
+    assert store() is None
+
+
+def test_threads_take_turns(source: dict[str, Tensor]) -> None:
+    model = capturable_model()
+    inputs = [{**source, "input_ids": source["input_ids"].roll(shift, 1)} for shift in range(3)]
+    expected = [of_transformers(model, **one, **ENDS) for one in inputs]
+    outputs: list[list[Tensor]] = [[], [], []]
+
+    def work(number: int) -> None:
+        for _ in range(3):
+            outputs[number].append(captured(model, **inputs[number], **ENDS))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(output, expected[n]) for n in range(3) for output in outputs[n])
+    assert [len(output) for output in outputs] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError("a step waits")])
+def test_what_cannot_be_recorded_runs_as_ever(
+    error: Exception, source: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(captured_search.logger, "warning_once", warnings.append)
+    recorder = TapeRecorder([error])
+    monkeypatch.setattr(graph_store, "new_recorder", lambda: recorder)
+    model = capturable_model()
+    expected = of_transformers(model, **source, **ENDS)
+    assert torch.equal(captured(model, **source, **ENDS), expected)
+    assert len(warnings) == 1 and str(error) in warnings[0]
+    assert recorder.num_forgotten == 1
+    assert torch.equal(captured(model, **source, **ENDS), expected)
+    assert (recorder.num_recorded > 0) is isinstance(error, torch.OutOfMemoryError)  # which may be over
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "reason"),
+    [
+        ({}, {"do_sample": True, "num_beams": 1}, "sampling"),
+        ({}, {"no_repeat_ngram_size": 2}, "processors of logits"),
+        ({}, {"forced_eos_token_id": [2, 3]}, "processors of logits"),
+        ({}, {"max_time": 1000.0}, "stopping criteria"),
+        ({}, {"output_scores": True, "return_dict_in_generate": True}, "scores of all words"),
+        ({}, {"decoder_input_ids": torch.tensor([[2, 1, 12]] * 5)}, "padding in prompts"),
+        ({"max_position_embeddings": 16}, {}, "more tokens than positions"),
+        ({"position_embedding_type": "tupe"}, {}, "untied positions"),
+        ({}, {"num_beams": 1, "return_dict_in_generate": True}, "return_dict_in_generate"),
+    ],
+)
+def test_what_it_does_not_have_goes_to_transformers(
+    overrides: dict[str, Any], options: dict[str, Any], reason: str, source: dict[str, Tensor], lines: list[str],
+    recorders: list[TapeRecorder],
+) -> None:  # fmt: skip
+    model = capturable_model(**overrides)
+    options = {**source, **ENDS, **options}
+    if "max_position_embeddings" in overrides:
+        options |= {"eos_token_id": list(range(2, 90))}  # or it would get there
+    torch.manual_seed(1)
+    output = captured(model, **options)
+    assert len(lines) == 1 and lines[0].endswith(f"because of {reason}")
+    assert not recorders
+    torch.manual_seed(1)
+    expected = model.generate(**options)
+    assert torch.equal(*(o if isinstance(o, Tensor) else o.sequences for o in (output, expected)))
+
+
+def test_layers_of_others_and_parts_in_training(source: dict[str, Tensor], lines: list[str]) -> None:
+    class Adapted(nn.Linear):
+        """Of a user."""
+
+    model = capturable_model()
+    layer = model.model.decoder.layers[0]
+    layer.train()
+    captured(model, **source, **ENDS)
+    layer.eval().self_attn.q_proj = Adapted(32, 32).eval()
+    captured(model, **source, **ENDS)
+    model.bfloat16().lm_head.float()
+    reasons = [line.rpartition("because of ")[2] for line in lines]
+    assert reasons == ["training mode of a part", "layers of another package"]
+
+
+def test_numbers_that_are_not_numbers_are_refused(source: dict[str, Tensor]) -> None:
+    model = capturable_model()
+    weight = model.model.decoder.layers[0].self_attn.v_proj.weight
+    value = weight[5, 5].item()
+    for _ in range(2):
+        nn.init.constant_(weight[5:6, 5:6], torch.nan)
+        with pytest.raises(ValueError, match=r"logits became NaN|NaN or infinity in the logits of"):
+            captured(model, **source, **ENDS)
+    nn.init.constant_(weight[5:6, 5:6], value)  # keys that nobody attends to must be numbers, too
+    assert torch.equal(captured(model, **source, **ENDS), of_transformers(model, **source, **ENDS))
+
+
+def test_the_option(source: dict[str, Tensor], recorders: list[TapeRecorder], tmp_path: Any) -> None:
+    model = capturable_model()
+    model.generate(**source, **ENDS)
+    assert not recorders
+    with pytest.raises(ValueError, match=r"cuda_graphs \('yes'\) must be True, False or None"):
+        model.generate(**source, **ENDS, cuda_graphs="yes")
+    model.generation_config.cuda_graphs = True
+    model.generate(**source, **ENDS, cuda_graphs=False)
+    assert not recorders
+    model.generate(**source, **ENDS)
+    assert len(recorders) == 1
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, experts_implementation="batched_mm")
+    assert torch.equal(again.generate(**source, **ENDS), model.generate(**source, **ENDS))
+    assert len(recorders) == 2
