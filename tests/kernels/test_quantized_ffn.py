@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="needs Triton")
 from hf_moe_ted.kernels import quantized_ffn
 from hf_moe_ted.kernels.quantized_small_batch import MAX_SLOTS
 
-# bits, weights per scale, d_model, inner width: scales of rows, of what is summed at once, of single weights; odd widths
+# bits, weights per scale, d_model, inner width; scales are those of rows, of what is summed at once, or of single weights
 FORMATS = [
     (8, None, 24, 40),
     (8, None, 34, 21),
@@ -34,13 +34,18 @@ FEW, MANY = (3, 2), (33, 2)  # tokens and experts per token, for each of the two
 def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which kernels run."""
     ways = []
-    for name in ("small_batch_quantized_linear", "quantized_grouped_linear"):
 
-        def recorded(*args: Any, name: str = name, function: Any = getattr(quantized_ffn, name), **options: Any) -> Any:
+    def record(name: str) -> None:
+        function = getattr(quantized_ffn, name)
+
+        def recorded(*args: Any, **options: Any) -> Any:
             ways.append(name)
             return function(*args, **options)
 
         monkeypatch.setattr(quantized_ffn, name, recorded)
+
+    record("small_batch_quantized_linear")
+    record("quantized_grouped_linear")
     return ways
 
 

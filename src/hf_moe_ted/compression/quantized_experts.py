@@ -87,11 +87,14 @@ class QuantizedExperts(nn.Module):
     """[`ZCodeM3Experts`] whose weights are integers; those of one expert at a time become floats while it computes.
 
     On GPUs (compute capability 8.0 or more, where Triton is), and without gradients, they become floats in the
-    registers of kernels that read packed weights, and nothing waits for the device. On CPUs, with 8 bits, one scale per channel and no gradients, activations are rounded, too, each token's with a step
+    registers of kernels that read packed weights, and nothing waits for the device.
+
+    On CPUs, with 8 bits, one scale per channel and no gradients, activations are rounded, too, each token's with a step
     of its own, and multiplied as integers: see [`PackedInt8Weights`] for the kernels, which take one or two more bytes
     per weight of the experts that are used. That is several times as fast as float32 and adds about as much rounding
-    error as the weights have. `experts_implementation="eager"` computes with rounded weights and floats, one expert
-    after the other, everywhere.
+    error as the weights have.
+
+    `experts_implementation="eager"` computes with rounded weights and floats everywhere, one expert after the other.
 
     Parameters: `up_proj_packed` and `down_proj_packed` int8[E, O, I] or, with 4 bits, uint8[E, O, I / 2];
     `up_proj_scale` and `down_proj_scale` float[E, O, I / G]; `up_proj_bias` [E, F], `down_proj_bias` [E, D].
