@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..kernels.cpu_ffn import run_on_sorted_rows
+from ..kernels.experts_implementations import QUANTIZED_EXPERTS_FORWARD, runs_quantized_experts
 from ..kernels.int8_linear import Int8Rows, PackedInt8Weights
 from .quantized_linear import QuantizedEmbedding, QuantizedLinear, quantize_parts, replace_by_quantized
 from .rounding import dequantize_weight, quantize_weight, relative_error, squared_error_and_norm
@@ -32,6 +33,7 @@ BITS = (8, 4)
 WHAT = ("experts", "all")
 
 _PROJECTIONS = ("up_proj", "down_proj")
+_DTYPES_IN_TRITON = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @register_quantization_config(METHOD)
@@ -84,10 +86,15 @@ class ExpertQuantizationConfig(QuantizationConfigMixin):
 class QuantizedExperts(nn.Module):
     """[`ZCodeM3Experts`] whose weights are integers; those of one expert at a time become floats while it computes.
 
+    On GPUs (compute capability 8.0 or more, where Triton is), and without gradients, they become floats in the
+    registers of kernels that read packed weights, and nothing waits for the device.
+
     On CPUs, with 8 bits, one scale per channel and no gradients, activations are rounded, too, each token's with a step
     of its own, and multiplied as integers: see [`PackedInt8Weights`] for the kernels, which take one or two more bytes
     per weight of the experts that are used. That is several times as fast as float32 and adds about as much rounding
-    error as the weights have. `experts_implementation="eager"` computes with rounded weights and floats, as elsewhere.
+    error as the weights have.
+
+    `experts_implementation="eager"` computes with rounded weights and floats everywhere, one expert after the other.
 
     Parameters: `up_proj_packed` and `down_proj_packed` int8[E, O, I] or, with 4 bits, uint8[E, O, I / 2];
     `up_proj_scale` and `down_proj_scale` float[E, O, I / G]; `up_proj_bias` [E, F], `down_proj_bias` [E, D].
@@ -161,6 +168,8 @@ class QuantizedExperts(nn.Module):
             raise ValueError(
                 "quantized experts cannot be trained: train the model before it is quantized, or call model.eval()"
             )
+        if self._runs_in_triton(hidden_states, top_k_weights):
+            return self._in_triton(hidden_states, top_k_index, top_k_weights)
         if self._multiplies_integers():
             return run_on_sorted_rows(
                 hidden_states, top_k_index, top_k_weights, self.num_experts, self._networks_of_integers
@@ -176,6 +185,23 @@ class QuantizedExperts(nn.Module):
             )
             output = output.index_add(0, token, (down * top_k_weights[token, slot, None]).to(output.dtype))
         return output
+
+    def _runs_in_triton(self, hidden_states: Tensor, top_k_weights: Tensor) -> bool:
+        implementation, device = self.config._experts_implementation, hidden_states.device
+        return (
+            # on CPUs Triton's interpreter is slow: by name only
+            (implementation != "eager" if device.type == "cuda" else implementation == "zcode_fused")
+            and runs_quantized_experts(device)
+            and self.get_parameter("up_proj_scale").dtype in _DTYPES_IN_TRITON
+            and not (torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad))
+        )
+
+    def _in_triton(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        from ..models.expert_computation import is_plain_relu
+
+        assert QUANTIZED_EXPERTS_FORWARD is not None
+        is_relu = is_plain_relu(self.act_fn)
+        return QUANTIZED_EXPERTS_FORWARD(self, hidden_states, top_k_index, top_k_weights, is_relu=is_relu)
 
     def _multiplies_integers(self) -> bool:
         return (

@@ -49,7 +49,7 @@ def row_config(num_rows: int, num_experts: int, dtype: torch.dtype, device: torc
     rows_per_expert = num_rows / num_experts
     if dtype == torch.float32:
         return GemmConfig(64 if rows_per_expert > 16 else 16, 64, 32, 4, 3, 2)
-    configs = _ROW_CONFIGS if _has_much_shared_memory(device) else _ROW_CONFIGS_OF_99_KIB
+    configs = _ROW_CONFIGS if has_much_shared_memory(device) else _ROW_CONFIGS_OF_99_KIB
     return configs[0] if rows_per_expert <= 16 else configs[1] if rows_per_expert <= 48 else configs[2]
 
 
@@ -57,7 +57,7 @@ def weight_config(dtype: torch.dtype, device: torch.device) -> GemmConfig:
     """For gradients of weights."""
     if dtype == torch.float32:
         return GemmConfig(64, 64, 32, 4, 3, 2)
-    return GemmConfig(128, 128, 32, 4, 5, 2) if _has_much_shared_memory(device) else GemmConfig(128, 128, 32, 8, 4)
+    return GemmConfig(128, 128, 32, 4, 5, 2) if has_much_shared_memory(device) else GemmConfig(128, 128, 32, 8, 4)
 
 
 def rows_step(block_m: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -283,7 +283,7 @@ def _row_product(
     is_transposed = kind in ("up", "down")
     num_columns = b.shape[1] if is_transposed else b.shape[2]
     b_block = [config.block_n, config.block_k] if is_transposed else [config.block_k, config.block_n]
-    num_programs = _num_multiprocessors(a.device) * config.programs_per_sm
+    num_programs = num_multiprocessors(a.device) * config.programs_per_sm
     triton_ffn.grouped_gemm_kernel[(num_programs,)](
         _described(a, [plan.block_m, config.block_k]),
         _described(b, [1, *b_block]),
@@ -292,7 +292,7 @@ def _row_product(
         bias,
         weights,
         None if inner is None else _described(inner, [plan.block_m, config.block_n // 2]),
-        None if _has_tma(a.device) else a.shape[0],
+        None if has_tma(a.device) else a.shape[0],
         *plan.of_rows_and_tiles,
         num_columns,
         a.shape[1],
@@ -312,13 +312,13 @@ def _row_product(
 def _weight_product(a: Tensor, b: Tensor, plan: RowPlan) -> Tensor:
     config = weight_config(a.dtype, a.device)
     out = a.new_empty(plan.num_experts, a.shape[1], b.shape[1])
-    num_programs = _num_multiprocessors(a.device) * config.programs_per_sm
+    num_programs = num_multiprocessors(a.device) * config.programs_per_sm
     triton_ffn.grad_weight_kernel[(num_programs,)](
         _described(a, [plan.row_multiple, config.block_m]),
         _described(b, [plan.row_multiple, config.block_n]),
         out,
         plan.offsets,
-        None if _has_tma(a.device) else a.shape[0],
+        None if has_tma(a.device) else a.shape[0],
         a.shape[1],
         b.shape[1],
         plan.num_experts,
@@ -342,7 +342,7 @@ def _sum_rows(values: Tensor, plan: RowPlan) -> Tensor:
 
 def _described(tensor: Tensor, block: list[int]) -> TensorDescriptor | Tensor:
     """What kernels take for a tensor that they read by blocks; where there is no TMA, they describe it themselves."""
-    return TensorDescriptor.from_tensor(tensor, block) if _has_tma(tensor.device) else tensor
+    return TensorDescriptor.from_tensor(tensor, block) if has_tma(tensor.device) else tensor
 
 
 @functools.cache
@@ -351,16 +351,16 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-def _has_tma(device: torch.device) -> bool:
+def has_tma(device: torch.device) -> bool:
     return _capability(device) >= (9, 0)
 
 
-def _has_much_shared_memory(device: torch.device) -> bool:
+def has_much_shared_memory(device: torch.device) -> bool:
     return (9, 0) <= _capability(device) < (12, 0)
 
 
 @functools.cache
-def _num_multiprocessors(device: torch.device) -> int:
+def num_multiprocessors(device: torch.device) -> int:
     """4 where the kernels are interpreted."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 

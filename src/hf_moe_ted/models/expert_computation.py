@@ -87,7 +87,7 @@ class ExpertComputation:
             return f"Triton's kernels, which run on {kernels.TRITON_DEVICES} here, got {device}"
         if self.cuda_capability and device.type == "cuda" and _capability(device) < self.cuda_capability:
             return f"compute capability {self.cuda_capability}, got {_capability(device)}"
-        if self.only_relu and not _is_plain_relu(experts.act_fn):
+        if self.only_relu and not is_plain_relu(experts.act_fn):
             return "ReLU without dropout"
         return self.why_not({"ffn_dim": up_proj.shape[1], "d_model": up_proj.shape[2]}, up_proj.dtype)
 
@@ -148,7 +148,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _is_plain_relu(act_fn: nn.Module) -> bool:
+def is_plain_relu(act_fn: nn.Module) -> bool:
+    """Whether the activation of experts is ReLU and nothing else."""
     has_dropout = act_fn.training and getattr(act_fn, "dropout", 0.0) > 0.0
     return isinstance(getattr(act_fn, "activation", act_fn), nn.ReLU) and not has_dropout
 
@@ -233,4 +234,11 @@ if kernels is not None:
         if row.is_ours:
             ALL_EXPERTS_FUNCTIONS.register(row.name, _function_that_hands_over(row))
 
-__all__ = ["COMPUTATIONS", "ExpertComputation", "ExpertsWithReasons", "check_computation", "default_computation"]
+__all__ = [
+    "COMPUTATIONS",
+    "ExpertComputation",
+    "ExpertsWithReasons",
+    "check_computation",
+    "default_computation",
+    "is_plain_relu",
+]

@@ -1,0 +1,130 @@
+"""Packed integers become floats within the registers of a Triton kernel.
+
+A plane is what bytes hold at one place: with 8 bits per weight there is one, with 4 there are two, the weights at even
+and at odd positions along the input. Products take plane by plane, with the inputs at the same positions, so that no
+number has to move between threads.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Four bytes at once: each becomes the mantissa of a number whose last bit counts 1, and what this is too large by is
+# subtracted, both exactly. Conversions of integers one by one would take longer than the memory.
+
+_LOW_INT4_AS_BF16 = tl.constexpr("""{  // 128 + n, minus 136
+    .reg .b32 bytes, one, offset, low, high;
+    and.b32 bytes, $2, 0x0F0F0F0F;
+    mov.b32 one, 0x3F803F80;
+    mov.b32 offset, 0xC308C308;
+    prmt.b32 low, bytes, 0x43, 0x4140;
+    prmt.b32 high, bytes, 0x43, 0x4342;
+    fma.rn.bf16x2 $0, low, one, offset;
+    fma.rn.bf16x2 $1, high, one, offset;
+    }""")
+
+_HIGH_INT4_AS_BF16 = tl.constexpr("""{  // 128 + n, minus 136
+    .reg .b32 bytes, one, offset, low, high;
+    shr.u32 bytes, $2, 4;
+    and.b32 bytes, bytes, 0x0F0F0F0F;
+    mov.b32 one, 0x3F803F80;
+    mov.b32 offset, 0xC308C308;
+    prmt.b32 low, bytes, 0x43, 0x4140;
+    prmt.b32 high, bytes, 0x43, 0x4342;
+    fma.rn.bf16x2 $0, low, one, offset;
+    fma.rn.bf16x2 $1, high, one, offset;
+    }""")
+
+_LOW_INT4_AS_FP16 = tl.constexpr("""{  // 1024 + n, minus 1032
+    .reg .b32 bytes, one, offset, low, high;
+    and.b32 bytes, $2, 0x0F0F0F0F;
+    mov.b32 one, 0x3C003C00;
+    mov.b32 offset, 0xE408E408;
+    prmt.b32 low, bytes, 0x64, 0x4140;
+    prmt.b32 high, bytes, 0x64, 0x4342;
+    fma.rn.f16x2 $0, low, one, offset;
+    fma.rn.f16x2 $1, high, one, offset;
+    }""")
+
+_HIGH_INT4_AS_FP16 = tl.constexpr("""{  // 1024 + n, minus 1032
+    .reg .b32 bytes, one, offset, low, high;
+    shr.u32 bytes, $2, 4;
+    and.b32 bytes, bytes, 0x0F0F0F0F;
+    mov.b32 one, 0x3C003C00;
+    mov.b32 offset, 0xE408E408;
+    prmt.b32 low, bytes, 0x64, 0x4140;
+    prmt.b32 high, bytes, 0x64, 0x4342;
+    fma.rn.f16x2 $0, low, one, offset;
+    fma.rn.f16x2 $1, high, one, offset;
+    }""")
+
+_INT8_AS_FP16 = tl.constexpr("""{  // 1024 + n + 128, minus 1152
+    .reg .b32 bytes, one, offset, low, high;
+    xor.b32 bytes, $2, 0x80808080;
+    mov.b32 one, 0x3C003C00;
+    mov.b32 offset, 0xE480E480;
+    prmt.b32 low, bytes, 0x64, 0x4140;
+    prmt.b32 high, bytes, 0x64, 0x4342;
+    fma.rn.f16x2 $0, low, one, offset;
+    fma.rn.f16x2 $1, high, one, offset;
+    }""")
+
+# seven bits of mantissa: 128 + the low seven bits of n, minus 128 or, for a negative n, 256
+_INT8_AS_BF16 = tl.constexpr("""{
+    .reg .b32 bits, signs, minus_one, low, high, low_signs, high_signs;
+    and.b32 bits, $2, 0x7F7F7F7F;
+    and.b32 signs, $2, 0x80808080;
+    mov.b32 minus_one, 0xBF80BF80;
+    prmt.b32 low, bits, 0x43, 0x4140;
+    prmt.b32 high, bits, 0x43, 0x4342;
+    prmt.b32 low_signs, signs, 0x43, 0x4140;
+    prmt.b32 high_signs, signs, 0x43, 0x4342;
+    fma.rn.bf16x2 $0, low_signs, minus_one, low;
+    fma.rn.bf16x2 $1, high_signs, minus_one, high;
+    }""")
+
+
+@triton.jit
+def integers_of_plane(packed, PLANE: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr, USE_PTX: tl.constexpr):
+    """The integers of one plane in `dtype`, exactly.
+
+    Args:
+        packed: int8 for 8 bits; for 4 uint8, two numbers plus 8 in each byte, the first in its low half.
+        USE_PTX: not where kernels are interpreted.
+    """
+    if USE_PTX and dtype == tl.bfloat16:
+        ASM: tl.constexpr = _INT8_AS_BF16 if BITS == 8 else (_HIGH_INT4_AS_BF16 if PLANE else _LOW_INT4_AS_BF16)
+        return tl.inline_asm_elementwise(ASM, "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4)
+    elif USE_PTX and dtype == tl.float16:
+        ASM: tl.constexpr = _INT8_AS_FP16 if BITS == 8 else (_HIGH_INT4_AS_FP16 if PLANE else _LOW_INT4_AS_FP16)
+        return tl.inline_asm_elementwise(ASM, "=r,=r,r", [packed], dtype=tl.float16, is_pure=True, pack=4)
+    elif BITS == 8:
+        return packed.to(dtype)
+    else:
+        return (((packed >> (4 * PLANE)) & 15).to(tl.int32) - 8).to(dtype)
+
+
+@triton.jit
+def inputs_of_plane(pairs, PLANE: tl.constexpr, dtype: tl.constexpr):
+    """The first or the second of two neighbours that were loaded as one integer."""
+    HALF: tl.constexpr = tl.int32 if dtype == tl.float32 else tl.int16
+    return (pairs >> (PLANE * dtype.primitive_bitwidth)).to(HALF).to(dtype, bitcast=True)
+
+
+def bytes_with_one_scale(packed: Tensor, scale: Tensor, *, least: int = 16, most: int = 64) -> int:
+    """Packed bytes that a kernel takes of a row at once, a power of two.
+
+    They share a scale, if `least` bytes, which tensor cores ask for, do. Else the kernel reads a scale for each weight.
+
+    Args:
+        packed: int8[E, N, K] or uint8[E, N, K / 2].
+        scale: float[E, N, G].
+    """
+    if scale.shape[2] == 1:
+        return most
+    num_bytes = most
+    while num_bytes > least and packed.shape[2] % (scale.shape[2] * num_bytes):
+        num_bytes //= 2
+    return num_bytes
