@@ -39,6 +39,7 @@ class GemmConfig:
     num_warps: int
     num_stages: int
     programs_per_sm: int = 1
+    max_registers: int | None = None  # of a thread
 
 
 # Of 16-bit products, for at most 16 rows of an expert, for at most 48, and for more. Where a program has no 227 KiB of
@@ -351,6 +352,7 @@ def _weight_and_bias(a: Tensor, b: Tensor, plan: RowPlan) -> tuple[Tensor, Tenso
         PRECISION="ieee",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.max_registers,
     )
     return out, _sum_rows(a, plan) if sums is None else sums
 

@@ -1,8 +1,9 @@
 """Slots sorted by expert into rows and tiles of rows, on the device (Triton).
 
 A slot is `token * K + k`. Slots are sorted by expert into rows, those without an expert behind all others; rows of one
-expert are cut into tiles of at most `block_m`; of large tiles the last one is a half if that is enough. The first row of each expert is a multiple of `row_multiple`: if that is
-more than 1, there are rows without a slot. Nothing waits for the host, and shapes do not depend on the routing.
+expert are cut into tiles of at most `block_m`, of large tiles the last one a half if that is enough. The first row of
+each expert is a multiple of `row_multiple`: if that is more than 1, there are rows without a slot. Nothing waits for
+the host, and shapes do not depend on the routing.
 
 Shape letters: T tokens, K slots per token, S = T * K slots, R rows, E experts.
 """
