@@ -84,11 +84,12 @@ class TedTextTrainer(MultitaskTrainerMixin, TedTrainer):
 
 
 class Clock(TrainerCallback):
-    """Times the steps behind the first ones."""
+    """Times the steps behind the first ones, and profiles the one that follows."""
 
-    def __init__(self, num_warmup_steps: int, num_steps: int):
+    def __init__(self, num_warmup_steps: int, num_steps: int, profiles: bool = False):
         self.num_warmup_steps, self.last_step = num_warmup_steps, num_warmup_steps + num_steps
         self.seconds = 0.0
+        self.profiler = torch.profiler.profile() if profiles else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.num_warmup_steps:
@@ -99,6 +100,19 @@ class Clock(TrainerCallback):
         elif state.global_step == self.last_step:
             sync()
             self.seconds = time.perf_counter() - self.start
+            if self.profiler is not None:
+                self.profiler.start()
+        elif state.global_step == self.last_step + 1 and self.profiler is not None:
+            sync()
+            self.profiler.stop()
+
+    def profile(self) -> str | None:
+        """Where the host and the device were in one step."""
+        if self.profiler is None:
+            return None
+        averages = self.profiler.key_averages()
+        keys = ["cpu_time_total", "self_device_time_total"] if torch.cuda.is_available() else ["cpu_time_total"]
+        return "\n".join(averages.table(sort_by=key, row_limit=40, max_name_column_width=70) for key in keys)
 
 
 # ---- one peer, in every process ----
@@ -110,7 +124,7 @@ def run_peer(peer: str, arguments: argparse.Namespace) -> dict[str, Any]:
         return run_loop(system, arguments)
     plugin = TedPlugin(**layout_of(arguments))
     model = model_of(system, arguments, plugin)
-    clock = Clock(arguments.warmup_steps, arguments.steps)
+    clock = Clock(arguments.warmup_steps, arguments.steps, arguments.profile)
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(system, how, arguments, plugin, model, folder, clock)
         metrics = trainer.train().metrics
@@ -124,6 +138,7 @@ def run_peer(peer: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
         "losses": losses,
         "graphs": {name: number for name, number in metrics.items() if name.startswith("cuda_graphs/")},
+        "profile": clock.profile(),
     }
 
 
@@ -186,9 +201,10 @@ def trainer_of(
     if arguments.train_file is not None:
         options |= {"max_tokens_per_batch": arguments.max_tokens_per_batch}
         options |= {"length_buckets": arguments.length_buckets} if arguments.length_buckets else {}
+        options |= {"dataloader_num_workers": 4}  # tokenizing a batch takes longer than a step
     args = MultitaskTrainingArguments(
         folder,
-        max_steps=clock.last_step + 1,
+        max_steps=clock.last_step + 2,
         per_device_train_batch_size=arguments.batch_size,
         bf16=system == "dense" and on_gpu,
         optim="adamw_torch_fused" if on_gpu else "adamw_torch",
@@ -327,6 +343,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--length_buckets", type=int, nargs="+")
     parser.add_argument("--warmup_steps", type=int, default=15)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--profile", action="store_true", help="of one step, into --output")
     parser.add_argument("--time_limit_s", type=float, default=170.0, help="of one peer")
     parser.add_argument("--output", type=Path, help="JSON, written after each peer")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
