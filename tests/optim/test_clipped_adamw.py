@@ -1,9 +1,6 @@
 """ClippedAdamW in Triton's interpreter, or on the GPU, against torch's clipping and its fused AdamW."""
 
-import copy
 import math
-import pickle
-from typing import Any
 
 import pytest
 import torch
@@ -11,16 +8,9 @@ from clipped_adamw_cases import (
     DTYPES,
     InInterpreter,
     assert_close_to_torch,
-    clip,
-    groups_of,
-    params_of,
-    set_gradients,
     train,
 )
-from torch import Tensor, nn
 from torch.optim import AdamW
-
-from hf_moe_ted.optim.clipped_adamw import ClippedAdamW
 
 pytest.importorskip("triton", reason="needs Triton")
 

@@ -96,12 +96,7 @@ class ClippedAdamW(AdamW):
         """Also the end of `load_state_dict`, of any AdamW."""
         super().__setstate__(state)
         self._forget()
-        for group in self.param_groups:
-            group.update(fused=True, foreach=None)
-            for param in group["params"]:
-                if self.state.get(param):
-                    step = self.state[param]["step"]
-                    self.state[param]["step"] = step.to(device=param.device, dtype=torch.float32)
+        self._stay_fused()
 
     def _forget(self) -> None:
         self._factor: Tensor | None = None
@@ -109,6 +104,17 @@ class ClippedAdamW(AdamW):
         self._step_tables: OrderedDict[Any, _StepTable | None] = OrderedDict()
         self._chunks: OrderedDict[Any, multi_tensor.Chunks] = OrderedDict()
         self._options: tuple[list[list[float]], Tensor] | None = None
+
+    def _stay_fused(self) -> None:
+        """States and options may be those of an AdamW that was not fused: it counts steps on the CPU."""
+        for group in self.param_groups:
+            if group["fused"] and not group["foreach"]:
+                continue
+            group.update(fused=True, foreach=None)
+            for param in group["params"]:
+                if self.state.get(param):
+                    step = self.state[param]["step"]
+                    self.state[param]["step"] = step.to(device=param.device, dtype=torch.float32)
 
     # ---- clipping ----
 
@@ -187,6 +193,7 @@ class ClippedAdamW(AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._stay_fused()
         factor, self._factor = self._factor, None
         if self._has_own_step() and self._step_at_once(factor):
             return loss
