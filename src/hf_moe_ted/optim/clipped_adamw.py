@@ -157,13 +157,13 @@ class ClippedAdamW(AdamW):
             The norm; `None` if torch has to clip and to step, and nothing was done.
         """
         self._factor = None
-        grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
-        locals_ = [local_tensor(grad) for grad in grads]
-        if not grads or not self._has_own_step():
+        params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+        if not params or not self._has_own_step():
             return None
-        key = weight, tuple(grad.data_ptr() for grad in locals_)
-        table = _kept(self._norm_tables, key, lambda: self._norm_table(grads, locals_, weight))
-        if table is None or not all(grad.is_contiguous() for grad in locals_):
+        grads = [local_tensor(param.grad) for param in params]
+        key = weight, tuple(grad.data_ptr() for grad in grads)
+        table = _kept(self._norm_tables, key, lambda: self._norm_table(params, grads, weight))
+        if table is None or not all(grad.is_contiguous() for grad in grads):
             return None
         squared = multi_tensor.sum_of_squares(table.addresses, table.weights, table.chunks)
         if reduce is not None:
@@ -261,16 +261,22 @@ class ClippedAdamW(AdamW):
     # ---- where tensors are ----
 
     def _norm_table(
-        self, grads: Sequence[Tensor], locals_: Sequence[Tensor], weight: Callable[[Tensor], float] | None
+        self, params: list[Any], grads: list[Tensor], weight: Callable[[Tensor], float] | None
     ) -> _NormTable | None:
-        if not self._takes(locals_) or (weight is None and any(map(_is_shared_out, grads))):
+        """
+        Args:
+            params: as the model has them.
+            grads: local tensors.
+        """
+        if not self._takes([*map(local_tensor, params), *grads]):
             return None
-        device = locals_[0].device
-        weights = [1.0 if weight is None else weight(grad) for grad in grads]
+        if weight is None and any(param.grad is not grad for param, grad in zip(params, grads, strict=True)):
+            return None  # of DTensors
+        weights = [1.0 if weight is None else weight(param.grad) for param in params]
         return _NormTable(
-            multi_tensor.addresses_of([locals_], device),
-            multi_tensor.on_device(weights, torch.float32, device),
-            self._chunks_of(locals_),
+            multi_tensor.addresses_of([grads], grads[0].device),
+            multi_tensor.on_device(weights, torch.float32, grads[0].device),
+            self._chunks_of(grads),
         )
 
     def _step_table(
@@ -309,10 +315,6 @@ class ClippedAdamW(AdamW):
     def _chunks_of(self, tensors: Sequence[Tensor]) -> "multi_tensor.Chunks":
         key = tuple((tensor.numel(), tensor.dtype, tensor.device) for tensor in tensors)
         return _kept(self._chunks, key, lambda: multi_tensor.cut_into_chunks(tensors))
-
-
-def _is_shared_out(tensor: Tensor) -> bool:
-    return local_tensor(tensor) is not tensor
 
 
 def _kept(cache: OrderedDict[K, V], key: K, make: Callable[[], V]) -> V:
