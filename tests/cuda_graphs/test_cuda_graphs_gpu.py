@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from graph_cases import SHAPES, InOrder, assert_same_training, logged, new_model, trainer_of
+from torch.optim import AdamW
+from transformers import Trainer
 
-from hf_moe_ted import CudaGraphsTrainerMixin, RouterStatisticsCallback
+from hf_moe_ted import ClippedAdamW, CudaGraphsTrainerMixin, RouterStatisticsCallback
 from hf_moe_ted.cuda_graphs.recorder import CudaRecorder
 from hf_moe_ted.cuda_graphs.step_store import WARMUP_STEPS
 
@@ -25,6 +27,23 @@ def poisoned_buffers() -> Iterator[None]:
 
 class Captured(CudaGraphsTrainerMixin, InOrder):
     pass
+
+
+class FromPython(InOrder):
+    """With the optimizer that goes with CUDA graphs, to compare bit by bit."""
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return ClippedAdamW if kind is AdamW else kind, kwargs
+
+
+class ClippedFromPython(CudaGraphsTrainerMixin, FromPython):
+    """Clips in the step, too."""
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        return FromPython.get_optimizer_cls_and_kwargs(args, model)
 
 
 def train(
@@ -50,14 +69,14 @@ def train(
         {"gradient_accumulation_steps": 3},
         {"bf16": True, "max_grad_norm": 0.1},
         {"gradient_checkpointing": True},
-        {"label_smoothing_factor": 0.1, "optim": "adamw_torch_fused"},
+        {"label_smoothing_factor": 0.1, "optim": "adamw_torch"},
         {"torch_compile": True},
     ],
 )
 def test_numbers_are_those_of_python(tmp_path: Path, options: dict[str, Any]) -> None:
     config = {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "router_jitter_noise": 0.1}
     config |= {"router_noise_policy": "jitter", "experts_implementation": "zcode_fused"}
-    expected = train(tmp_path, InOrder, config, **options)
+    expected = train(tmp_path, FromPython, config, **options)
     actual = train(tmp_path, Captured, config, **options)
     assert actual.metrics["cuda_graphs/captured"] == len(SHAPES)
     assert actual.metrics["cuda_graphs/replayed_steps"] == 20 - len(SHAPES) * WARMUP_STEPS
@@ -67,14 +86,32 @@ def test_numbers_are_those_of_python(tmp_path: Path, options: dict[str, Any]) ->
 def test_grouped_mm_is_captured_in_bfloat16(tmp_path: Path) -> None:
     """Not in float32, where transformers computes expert by expert, with sizes that it reads from the device."""
     config = {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "experts_implementation": "grouped_mm"}
-    expected = train(tmp_path, InOrder, config, dtype=torch.bfloat16)
+    expected = train(tmp_path, FromPython, config, dtype=torch.bfloat16)
     actual = train(tmp_path, Captured, config, dtype=torch.bfloat16)
     assert actual.metrics["cuda_graphs/captured"] == len(SHAPES)
     assert_same_training(actual, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clipping_in_the_step(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Gradients of graphs are in other memory in each signature."""
+    trainers = []
+    for kind in (Captured, ClippedFromPython):
+        model = new_model(d_model=64, router_jitter_noise=0.1, router_noise_policy="jitter").to("cuda", dtype)
+        options = {"use_cpu": False, "cuda_graphs": kind is Captured, "max_grad_norm": 0.1}
+        trainer = trainer_of(tmp_path, kind, model=model, **options)
+        trainer.remove_callback(trainer.norms)  # it looks at gradients, for which they are clipped before
+        trainer.train()
+        optimizer = trainer.optimizer.optimizer
+        for tables in (optimizer._step_tables, optimizer._norm_tables):
+            assert tables and None not in tables.values()
+        trainers.append(trainer)
+    assert_same_training(*trainers)
+    assert min(norm for _, norm in logged(trainers[0])) > 0.1
+
+
 def test_router_statistics_count_replayed_steps(tmp_path: Path) -> None:
-    expected = train(tmp_path, InOrder, {}, statistics=True)
+    expected = train(tmp_path, FromPython, {}, statistics=True)
     actual = train(tmp_path, Captured, {}, statistics=True)
     for log, wanted in zip(actual.state.log_history, expected.state.log_history, strict=True):
         for name in (name for name in wanted if name.startswith("router/")):
@@ -92,7 +129,7 @@ def test_resume_goes_on_with_the_draws_that_would_have_come(tmp_path: Path) -> N
 
 
 def test_step_that_waits_for_the_device_runs_from_python(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class Waiting(InOrder):
+    class Waiting(FromPython):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(*args, **kwargs)
             return loss * (1.0 if loss.item() > 0 else 0.5)

@@ -16,6 +16,8 @@ def on_device_of_first(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():  # what it makes guards itself, and it cannot look into device_of
+            return function(*args, **kwargs)
         tensor = args[0]
         assert isinstance(tensor, Tensor)
         with torch.cuda.device_of(tensor):

@@ -96,12 +96,7 @@ class ClippedAdamW(AdamW):
         """Also the end of `load_state_dict`, of any AdamW."""
         super().__setstate__(state)
         self._forget()
-        for group in self.param_groups:
-            group.update(fused=True, foreach=None)
-            for param in group["params"]:
-                if self.state.get(param):
-                    step = self.state[param]["step"]
-                    self.state[param]["step"] = step.to(device=param.device, dtype=torch.float32)
+        self._stay_fused()
 
     def _forget(self) -> None:
         self._factor: Tensor | None = None
@@ -109,6 +104,17 @@ class ClippedAdamW(AdamW):
         self._step_tables: OrderedDict[Any, _StepTable | None] = OrderedDict()
         self._chunks: OrderedDict[Any, multi_tensor.Chunks] = OrderedDict()
         self._options: tuple[list[list[float]], Tensor] | None = None
+
+    def _stay_fused(self) -> None:
+        """States and options may be those of an AdamW that was not fused: it counts steps on the CPU."""
+        for group in self.param_groups:
+            if group["fused"] and not group["foreach"]:
+                continue
+            group.update(fused=True, foreach=None)
+            for param in group["params"]:
+                if self.state.get(param):
+                    step = self.state[param]["step"]
+                    self.state[param]["step"] = step.to(device=param.device, dtype=torch.float32)
 
     # ---- clipping ----
 
@@ -151,13 +157,13 @@ class ClippedAdamW(AdamW):
             The norm; `None` if torch has to clip and to step, and nothing was done.
         """
         self._factor = None
-        grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
-        locals_ = [local_tensor(grad) for grad in grads]
-        if not grads or not self._has_own_step():
+        params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+        if not params or not self._has_own_step():
             return None
-        key = weight, tuple(grad.data_ptr() for grad in locals_)
-        table = _kept(self._norm_tables, key, lambda: self._norm_table(grads, locals_, weight))
-        if table is None or not all(grad.is_contiguous() for grad in locals_):
+        grads = [local_tensor(param.grad) for param in params]
+        key = weight, tuple(grad.data_ptr() for grad in grads)
+        table = _kept(self._norm_tables, key, lambda: self._norm_table(params, grads, weight))
+        if table is None or not all(grad.is_contiguous() for grad in grads):
             return None
         squared = multi_tensor.sum_of_squares(table.addresses, table.weights, table.chunks)
         if reduce is not None:
@@ -187,6 +193,7 @@ class ClippedAdamW(AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._stay_fused()
         factor, self._factor = self._factor, None
         if self._has_own_step() and self._step_at_once(factor):
             return loss
@@ -254,16 +261,22 @@ class ClippedAdamW(AdamW):
     # ---- where tensors are ----
 
     def _norm_table(
-        self, grads: Sequence[Tensor], locals_: Sequence[Tensor], weight: Callable[[Tensor], float] | None
+        self, params: list[Any], grads: list[Tensor], weight: Callable[[Tensor], float] | None
     ) -> _NormTable | None:
-        if not self._takes(locals_) or (weight is None and any(map(_is_shared_out, grads))):
+        """
+        Args:
+            params: as the model has them.
+            grads: local tensors.
+        """
+        if not self._takes([*map(local_tensor, params), *grads]):
             return None
-        device = locals_[0].device
-        weights = [1.0 if weight is None else weight(grad) for grad in grads]
+        if weight is None and any(param.grad is not grad for param, grad in zip(params, grads, strict=True)):
+            return None  # of DTensors
+        weights = [1.0 if weight is None else weight(param.grad) for param in params]
         return _NormTable(
-            multi_tensor.addresses_of([locals_], device),
-            multi_tensor.on_device(weights, torch.float32, device),
-            self._chunks_of(locals_),
+            multi_tensor.addresses_of([grads], grads[0].device),
+            multi_tensor.on_device(weights, torch.float32, grads[0].device),
+            self._chunks_of(grads),
         )
 
     def _step_table(
@@ -302,10 +315,6 @@ class ClippedAdamW(AdamW):
     def _chunks_of(self, tensors: Sequence[Tensor]) -> "multi_tensor.Chunks":
         key = tuple((tensor.numel(), tensor.dtype, tensor.device) for tensor in tensors)
         return _kept(self._chunks, key, lambda: multi_tensor.cut_into_chunks(tensors))
-
-
-def _is_shared_out(tensor: Tensor) -> bool:
-    return local_tensor(tensor) is not tensor
 
 
 def _kept(cache: OrderedDict[K, V], key: K, make: Callable[[], V]) -> V:
