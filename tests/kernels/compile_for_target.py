@@ -15,8 +15,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.compiler import ASTSource
 
-from hf_moe_ted.kernels import fused_cross_entropy, fused_ffn, fused_router, row_plan, small_batch_ffn
+from hf_moe_ted.kernels import beam_step, fused_cross_entropy, fused_ffn, fused_router, row_plan, small_batch_ffn
 from hf_moe_ted.kernels import triton_permutation as permutation
+from hf_moe_ted.models.search_memory import KeySize, MemorySize, SearchMemory
 
 NUM_EXPERTS, WIDTH, INNER_WIDTH = 16, 256, 512
 
@@ -111,6 +112,19 @@ def router_of(dtype: torch.dtype, num_tokens: int, num_experts: int) -> None:
     fused_router.route_backward(logits, choices, *grads, hidden, weight, seed, 0.1, dtype, True, True, False)
 
 
+def beams_of(dtype: torch.dtype, num_beams: int) -> None:
+    """What follows the logits in a step of beam search."""
+    num_candidates = 2 * num_beams
+    size = MemorySize(3, num_beams, 64, 16, num_candidates, 1)
+    memory = SearchMemory.allocate(size, KeySize(1, 1, 8, dtype, torch.device("cpu")))
+    logits, settings = torch.zeros(3 * num_beams, 128_000, dtype=dtype), memory.settings
+    ends = (settings.ends_E, settings.forbids_ends_1)
+    best = beam_step.best_words(logits, num_candidates, *ends, memory.forced_B, memory.has_nan_1)
+    counters = (memory.place_1, memory.row_place_1, memory.goes_on_L)
+    state = (memory.hypotheses, counters, memory.is_done_B, memory.last_BN, memory.mask_B1NK)
+    beam_step.advance_beams(*best, settings, *state)
+
+
 def others_of(dtype: torch.dtype) -> None:
     """Cross-entropy, and moves of tokens to rows and back."""
     logits, labels = torch.zeros(8, 8192, dtype=dtype), torch.zeros(8, dtype=torch.int64)
@@ -127,12 +141,15 @@ def main(capability: int, cases: str) -> None:
     bf16, fp32 = torch.bfloat16, torch.float32
     compiler.run(experts_of, bf16, 8192)
     compiler.run(small_batch_of, bf16, 64)
+    compiler.run(beams_of, bf16, 4)
     if cases == "most":
         compiler.run(experts_of, fp32, 8192)
         compiler.run(router_of, bf16, 16384, 128)
         compiler.run(others_of, bf16)
     if cases == "all":
         for dtype in (bf16, fp32):
+            for num_beams in (1, 2, 5, 8):
+                compiler.run(beams_of, dtype, num_beams)
             for num_slots in (128, 512, 8192):
                 compiler.run(experts_of, dtype, num_slots)
             for num_slots in (2, 64):

@@ -38,10 +38,16 @@ from .beam_search import (
 from .graph_store import GraphStore, can_record, store_of
 from .search_memory import KeysAndValues, KeySize, MemorySize, SearchMemory, fixed_cache
 
+try:
+    from hf_moe_ted.kernels import beam_step
+except ImportError:  # without Triton, which comes with PyTorch for GPUs, or remote code without the package
+    beam_step = None  # type: ignore[assignment]
+
 logger = logging.get_logger(__name__)
 
 BY_DEFAULT = False  # whether searches on a GPU are captured where nobody says `cuda_graphs`
 DEVICES: tuple[str, ...] = ("cuda",)
+KERNEL_DEVICES: tuple[str, ...] = ("cuda",)  # where Triton's kernels do what follows the logits
 _MAX_MEMORIES = 3  # kept for each model, of different numbers of beams
 _LEAST_LENGTH, _LEAST_SOURCE = 32, 16  # numbers of keys are multiples of 16, as kernels of masked attention want them
 _FORBID_THE_END = (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor)
@@ -236,7 +242,7 @@ class _Run:
         source_length = search.source.shape[1]
         whole.start(prompts_BL.index_select(0, index_B), self.num_sentences, mask_BS, source_length, search.fill)
         source_BSD = search.source.index_select(0, index_B)
-        cache = fixed_cache(whole, memory.beam_N, torch.arange(source_length, device=source_BSD.device))
+        cache = fixed_cache(whole, memory.keys_N, torch.arange(source_length, device=source_BSD.device))
         for layer in search.model.model.decoder.layers:
             layer.encoder_attn.keys_and_values_of_source(source_BSD, cache)
         if self.length > 1:
@@ -408,15 +414,16 @@ def _read_prompts(model: Any, memory: SearchMemory, length: int) -> None:
 
     They stand where those of the first beam would.
     """
-    num_beams = len(memory.beam_N)
-    places_L = num_beams * torch.arange(length, device=memory.beam_N.device)
+    num_beams = memory.num_beams
+    places_L = num_beams * torch.arange(length, device=memory.counters.device)
     memory.mask_B1NK.index_fill_(3, places_L, 0.0)
-    mask_BLK = torch.full_like(memory.mask_B1NK[:, :, :1], torch.finfo(memory.mask_B1NK.dtype).min)
-    mask_BLK = mask_BLK.repeat(1, 1, length, 1)
+    mask_B1LK = torch.full_like(memory.mask_B1NK[:, :, :1], torch.finfo(memory.mask_B1NK.dtype).min)
+    mask_B1LK = mask_B1LK.repeat(1, 1, length, 1)
     for place in range(length):
-        mask_BLK[:, :, place:, num_beams * place] = 0.0
+        mask_B1LK[:, :, place:, num_beams * place] = 0.0
     tokens_BL = memory.hypotheses.running_BNL[:, 0, :length]
-    _decoded(model, memory, tokens_BL, mask_BLK, memory.source_mask_B1NS[:, :, :1].repeat(1, 1, length, 1), places_L)
+    source_mask_B1LS = memory.source_mask_B1NS[:, :, :1].repeat(1, 1, length, 1)
+    _decoded(model, memory, tokens_BL, mask_B1LK, source_mask_B1LS, places_L)
 
 
 def _decoded(
@@ -438,25 +445,33 @@ def _decoded(
 
 def _step(model: Any, memory: SearchMemory, num_candidates: int) -> None:
     """One token more for all beams of all sentences: reads and writes a memory, and waits for nothing."""
-    hypotheses, beam_N = memory.hypotheses, memory.beam_N
-    num_beams = len(beam_N)
-    tokens_BN1 = hypotheses.running_BNL.index_select(2, memory.place_1 - 1)
-    keys_N = (memory.place_1 - 1) * num_beams + beam_N
-    is_own = keys_N.view(1, 1, -1, 1).expand(len(tokens_BN1), -1, -1, -1)
-    memory.mask_B1NK.scatter_(3, is_own, 0.0)
-    hidden = _decoded(model, memory, tokens_BN1.squeeze(-1), memory.mask_B1NK, memory.source_mask_B1NS, keys_N)
-    candidates = _candidates(memory, model.lm_head(hidden.flatten(0, 1)), num_candidates)
-    ends_BC = (candidates.tokens_BC.unsqueeze(-1) == memory.settings.ends_E).any(dim=-1)
-    ends_BC = ends_BC | (memory.place_1 == memory.settings.last_place_1)
-    parents_BN = _advance(memory, candidates, ends_BC)
-    parents_B1NK = parents_BN[:, None, :, None].expand(-1, -1, -1, memory.mask_B1NK.shape[-1])
-    memory.mask_B1NK.copy_(memory.mask_B1NK.gather(2, parents_B1NK))
-    memory.place_1.add_(1)
-    memory.row_place_1.add_(1)
+    settings = memory.settings
+    has_kernels = _has_kernels(memory, len(model.lm_head.weight), num_candidates)
+    if not has_kernels:  # which let each beam attend to the key that it writes next
+        own_B1N1 = memory.keys_N.view(1, 1, -1, 1).expand(len(memory.last_BN), -1, -1, -1)
+        memory.mask_B1NK.scatter_(3, own_B1N1, 0.0)
+    masks = (memory.mask_B1NK, memory.source_mask_B1NS)
+    hidden = _decoded(model, memory, memory.last_BN, *masks, memory.keys_N)
+    logits_RV = model.lm_head(hidden.flatten(0, 1))
+    if has_kernels:
+        ends = (settings.ends_E, settings.forbids_ends_1)
+        best = beam_step.best_words(logits_RV, num_candidates, *ends, memory.forced_B, memory.has_nan_1)
+        counters = (memory.place_1, memory.row_place_1, memory.goes_on_L)
+        state = (memory.hypotheses, counters, memory.is_done_B, memory.last_BN, memory.mask_B1NK)
+        beam_step.advance_beams(*best, settings, *state)
+    else:
+        _advance(memory, _candidates(memory, logits_RV, num_candidates))
+    memory.counters.add_(memory.steps)
+
+
+def _has_kernels(memory: SearchMemory, num_words: int, num_candidates: int) -> bool:
+    if beam_step is None or memory.counters.device.type not in KERNEL_DEVICES:
+        return False
+    return beam_step.can_take(num_words, num_candidates, len(memory.settings.ends_E))
 
 
 def _candidates(memory: SearchMemory, logits_RV: Tensor, num_candidates: int) -> Candidates:
-    settings, num_beams = memory.settings, len(memory.beam_N)
+    settings, num_beams = memory.settings, memory.num_beams
     log_sum_R1 = row_logsumexp(logits_RV.float()).unsqueeze(-1)
     memory.has_nan_1.logical_or_(log_sum_R1.isnan().any())
     of_ends_RE = logits_RV.index_select(1, settings.ends_E.clamp(min=0))
@@ -470,9 +485,11 @@ def _candidates(memory: SearchMemory, logits_RV: Tensor, num_candidates: int) ->
     return best_of_sentences(memory.hypotheses, best_RC, tokens_RC, num_candidates)
 
 
-def _advance(memory: SearchMemory, candidates: Candidates, ends_BC: Tensor) -> Tensor:
-    """Take in the candidates; returns int64[B, N], the beams that the running ones go on from."""
+def _advance(memory: SearchMemory, candidates: Candidates) -> None:
+    """Take in the candidates."""
     settings = memory.settings
+    ends_BC = (candidates.tokens_BC.unsqueeze(-1) == settings.ends_E).any(dim=-1)
+    ends_BC = ends_BC | (memory.place_1 == settings.last_place_1)
     after = replace(memory.hypotheses)
     continued = after.continued(candidates, memory.place_1, memory.row_place_1)
     parents_BN = after.advance(candidates, continued, ends_BC, memory.place_1, settings)
@@ -482,7 +499,9 @@ def _advance(memory: SearchMemory, candidates: Candidates, ends_BC: Tensor) -> T
     for field in fields(Hypotheses):
         getattr(memory.hypotheses, field.name).copy_(getattr(after, field.name))
     memory.is_done_B.copy_(after.is_done_B1(settings).squeeze(-1))
-    return parents_BN
+    memory.last_BN.copy_(after.running_BNL.index_select(2, memory.place_1).squeeze(-1))
+    mask_B1NK = memory.mask_B1NK
+    mask_B1NK.copy_(mask_B1NK.gather(2, parents_BN[:, None, :, None].expand(-1, -1, -1, mask_B1NK.shape[-1])))
 
 
 # ---- ladders ----

@@ -132,8 +132,10 @@ class SearchMemory:
         hypotheses: see [`Hypotheses`]; the columns of its rows are as many as its tokens.
         is_done_B: bool, sentences whose translations will not change any more.
         forced_B: int64, the token that must come next, -1 for none.
-        place_1, row_place_1: int64, where the next token is written, and in rows.
-        beam_N: int64, numbers.
+        last_BN: int64, the last tokens of the running beams.
+        counters: int64: where the next token is written, where in rows, and where the keys of the last tokens of N
+            beams are; each step adds `steps` to it.
+        goes_on_L: int32, by place of the token that was written, whether any sentence goes on.
         has_nan_1: bool, whether a logit was NaN.
     """
 
@@ -145,9 +147,10 @@ class SearchMemory:
     hypotheses: Hypotheses
     is_done_B: Tensor
     forced_B: Tensor
-    place_1: Tensor
-    row_place_1: Tensor
-    beam_N: Tensor
+    last_BN: Tensor
+    counters: Tensor
+    steps: Tensor
+    goes_on_L: Tensor
     has_nan_1: Tensor
 
     @classmethod
@@ -169,15 +172,32 @@ class SearchMemory:
             hypotheses=Hypotheses.start(no_prompts, num_beams, size.length, fill=0),
             is_done_B=torch.zeros(num_sentences, dtype=torch.bool, device=device),
             forced_B=torch.full((num_sentences,), -1, dtype=torch.int64, device=device),
-            place_1=torch.zeros(1, dtype=torch.int64, device=device),
-            row_place_1=torch.zeros(1, dtype=torch.int64, device=device),
-            beam_N=torch.arange(num_beams, device=device),
+            last_BN=torch.zeros(num_sentences, num_beams, dtype=torch.int64, device=device),
+            counters=torch.zeros(2 + num_beams, dtype=torch.int64, device=device),
+            steps=torch.tensor([1, 1, *[num_beams] * num_beams], device=device),
+            goes_on_L=torch.zeros(size.length, dtype=torch.int32, device=device),
             has_nan_1=torch.zeros(1, dtype=torch.bool, device=device),
         )
 
+    @property
+    def place_1(self) -> Tensor:
+        return self.counters[:1]
+
+    @property
+    def row_place_1(self) -> Tensor:
+        return self.counters[1:2]
+
+    @property
+    def keys_N(self) -> Tensor:
+        return self.counters[2:]
+
+    @property
+    def num_beams(self) -> int:
+        return self.last_BN.shape[1]
+
     def view(self, num_sentences: int, length: int, source_length: int, own: KeysAndValues) -> "SearchMemory":
         """The first sentences, tokens and source tokens, with keys of self-attention for as many tokens."""
-        num_beams, b = len(self.beam_N), num_sentences
+        num_beams, b = self.num_beams, num_sentences
         cut = {f.name: getattr(self.hypotheses, f.name)[:b] for f in fields(Hypotheses)}
         long = {name: tensor[:, :, :length] for name, tensor in cut.items() if name.endswith("_BNL")}
         return replace(
@@ -189,6 +209,7 @@ class SearchMemory:
             hypotheses=Hypotheses(**{**cut, **long}),
             is_done_B=self.is_done_B[:b],
             forced_B=self.forced_B[:b],
+            last_BN=self.last_BN[:b],
         )
 
     def start(self, prompts_BL: Tensor, num_real: int, source_mask_BS: Tensor | None, source: int, fill: int) -> None:
@@ -218,15 +239,19 @@ class SearchMemory:
             counts.masked_fill_(source_mask_BS.bool()[:, None, None], 0.0)
         self.is_done_B.copy_(is_filler_B)
         self.forced_B.fill_(-1)
-        self.place_1.fill_(prompt_length)
-        self.row_place_1.zero_()
+        self.last_BN.copy_(prompts_BL[:, -1:].expand_as(self.last_BN))
+        keys = range(num_beams * (prompt_length - 1), num_beams * prompt_length)
+        self.counters.copy_(torch.tensor([prompt_length, 0, *keys]), non_blocking=True)
+        for beam, key in enumerate(keys):
+            self.mask_B1NK[:, :, beam, key].fill_(0.0)
+        self.goes_on_L.zero_()[prompt_length - 1].fill_(1)
         self.has_nan_1.zero_()
 
     def keep(self, index: Tensor) -> None:
         """Move sentences, int64[B'], to the first B' places."""
         tensors = [tensor for layers in (self.own, self.of_source) for layer in layers for tensor in layer]
         tensors += [getattr(self.hypotheses, field.name) for field in fields(Hypotheses)]
-        tensors += [self.mask_B1NK, self.source_mask_B1NS, self.is_done_B, self.forced_B]
+        tensors += [self.mask_B1NK, self.source_mask_B1NS, self.is_done_B, self.forced_B, self.last_BN]
         for tensor in tensors:
             tensor[: len(index)].copy_(tensor.index_select(0, index))
 
