@@ -79,11 +79,7 @@ def timed(module: nn.Module, hidden: Tensor, cotangent: Tensor) -> dict[str, flo
     def forward() -> None:
         module(hidden)
 
-    def step() -> None:
-        hidden.grad = None
-        module.zero_grad()
-        module(hidden).backward(cotangent)
-
+    step = step_of(module, hidden, cotangent)
     step()
     hidden.grad = None
     module.zero_grad()
@@ -100,6 +96,18 @@ def timed(module: nn.Module, hidden: Tensor, cotangent: Tensor) -> dict[str, flo
         "graph_step": milliseconds(captured(step)),
         "peak_mib": peak / 2**20,
     }
+
+
+def step_of(module: nn.Module, hidden: Tensor, cotangent: Tensor) -> Callable[[], None]:
+    """Forward and backward, of a sparse layer, which returns its routing too, or of a dense one."""
+
+    def step() -> None:
+        hidden.grad = None
+        module.zero_grad()
+        output = module(hidden)
+        (output[0] if isinstance(output, tuple) else output).backward(cotangent)
+
+    return step
 
 
 def milliseconds(function: Callable[[], None]) -> float:

@@ -11,6 +11,7 @@ kernels of a step. All of it in one process. Sizes, tokens and weights are those
 
 import argparse
 import contextlib
+import functools
 import json
 import time
 from collections import Counter
@@ -19,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_experts import captured, milliseconds
+from bench_experts import captured, step_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from triton.testing import do_bench
 
 from hf_moe_ted import ZCodeM3Config, ZCodeM3Model
 
@@ -55,11 +57,10 @@ def main() -> None:
             bench.add("layer", time_layer(num_tokens, num_experts, variants))
         Console(width=160).print(layer_table(bench.results["layer"], list(variants)))
     if "profile" in args.parts:
-        name, settings = list(variants.items())[-1]
         for num_tokens, num_experts in PROFILED:
-            bench.add("profile", {"variant": name} | profile(num_tokens, num_experts, settings))
+            bench.add("profile", profile(num_tokens, num_experts))
     if "sweep" in args.parts:
-        for num_tokens, num_experts in sizes:
+        for num_tokens, num_experts in sorted(sizes, key=lambda size: size not in PROFILED):
             bench.add("sweep", sweep(num_tokens, num_experts, bench.deadline))
 
 
@@ -154,25 +155,25 @@ def roofline_table(sizes: list[tuple[int, int]]) -> Table:
 
 
 def all_variants() -> dict[str, dict[str, Any]]:
-    """Settings of each variant by the names of constants in row_plan.py and fused_ffn.py; the last is the default."""
+    """Settings of each variant, by the names of constants in row_plan.py, fused_ffn.py and fused_router.py."""
     from hf_moe_ted.kernels.fused_ffn import GemmConfig
 
-    old = (GemmConfig(128, 128, 32, 4, 5, 2),) * 2
-    none = {"_MASK_AS_BITS": False, "_SUMS_IN_WEIGHT_PRODUCT": False, "_HALF_TILES": False, "_WEIGHT_CONFIGS": old}
-    bits = none | {"_MASK_AS_BITS": True}
+    before = {
+        "_MASK_AS_BITS": False,
+        "_SUMS_IN_WEIGHT_PRODUCT": False,
+        "_HALF_TILES": False,
+        "_PREFETCH": False,
+        "_WEIGHT_CONFIGS": (GemmConfig(128, 128, 32, 4, 5, 2),) * 2,
+    }
+    bits = before | {"_MASK_AS_BITS": True}
     return {
-        "before": none,
+        "before": before,
         "bits": bits,
-        "sums": none | {"_SUMS_IN_WEIGHT_PRODUCT": True},
+        "bits, sums": bits | {"_SUMS_IN_WEIGHT_PRODUCT": True},
         "bits, halves": bits | {"_HALF_TILES": True},
-        "bits, sums, halves": bits | {"_HALF_TILES": True, "_SUMS_IN_WEIGHT_PRODUCT": True},
-        "128 x 256 weight tiles": {
-            **bits,
-            "_HALF_TILES": True,
-            "_SUMS_IN_WEIGHT_PRODUCT": True,
-            "_WEIGHT_CONFIGS": (GemmConfig(128, 256, 64, 8, 4),) * 2,
-        },
         "as it is": {},
+        "128 x 256 weight tiles": {"_WEIGHT_CONFIGS": (GemmConfig(128, 256, 64, 8, 4),) * 2},
+        "3 weight programs": {"_WEIGHT_CONFIGS": (GemmConfig(128, 128, 32, 4, 4, 3, 168),) * 2},
     }
 
 
@@ -203,8 +204,8 @@ def check(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     errors, is_same = {}, True
     with settings_of(settings):
         for case in ("random", "skewed", "all on one", "some dropped", "empty experts"):
-            for num_tokens, width, inner in ((3000, 256, 520), (1500, 136, 1024)):
-                inputs, ids, cotangent = example(case, num_tokens, 16, width, inner)
+            for num_tokens in (3000, 1500):
+                inputs, ids, cotangent = example(case, num_tokens, 16, 264, 520)
                 actual, again = (experts_step(inputs, ids, cotangent) for _ in range(2))
                 expected = reference_step(inputs, ids, cotangent)
                 is_same &= all(torch.equal(one, other) for one, other in zip(actual, again, strict=True))
@@ -306,20 +307,10 @@ def modules(num_tokens: int, num_experts: int) -> tuple[nn.Module, nn.Module, Te
     return dense, layer, hidden, cotangent
 
 
-def step_of(module: nn.Module, hidden: Tensor, cotangent: Tensor) -> Callable[[], None]:
-    def step() -> None:
-        hidden.grad = None
-        module.zero_grad()
-        output = module(hidden)
-        (output[0] if isinstance(output, tuple) else output).backward(cotangent)
-
-    return step
-
-
 def timed(module: nn.Module, hidden: Tensor, cotangent: Tensor) -> dict[str, float]:
     step = step_of(module, hidden, cotangent)
     step()
-    return {"step": milliseconds(step), "graph_step": milliseconds(captured(step))}
+    return {"step": milliseconds(step, 100), "graph_step": milliseconds(captured(step), 100)}
 
 
 def layer_table(rows: list[dict[str, Any]], variants: list[str]) -> Table:
@@ -336,20 +327,19 @@ def layer_table(rows: list[dict[str, Any]], variants: list[str]) -> Table:
     return result
 
 
-def profile(num_tokens: int, num_experts: int, settings: dict[str, Any]) -> dict[str, Any]:
+def profile(num_tokens: int, num_experts: int) -> dict[str, Any]:
     """Microseconds of each kernel in a step of the dense and of the sparse layer, mean of ten."""
     dense, layer, hidden, cotangent = modules(num_tokens, num_experts)
     result: dict[str, Any] = {"tokens": num_tokens, "experts": num_experts}
     for name, module in (("dense", dense), ("sparse", layer)):
         step = step_of(module, hidden, cotangent)
-        with settings_of(settings):
-            for _ in range(3):
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
+            for _ in range(10):
                 step()
             torch.cuda.synchronize()
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
-                for _ in range(10):
-                    step()
-                torch.cuda.synchronize()
         result[name] = kernels_of(record, num_steps=10)
     return result
 
@@ -374,6 +364,10 @@ def kernels_of(record: Any, num_steps: int) -> list[tuple[str, float]]:
     ]
 
 
+def milliseconds(function: Callable[[], None], rep: int = 40) -> float:
+    return do_bench(function, warmup=20, rep=rep, return_mode="median")
+
+
 # --- Tiles
 
 
@@ -382,7 +376,7 @@ def sweep(num_tokens: int, num_experts: int, deadline: float) -> dict[str, Any]:
     row: dict[str, Any] = {"tokens": num_tokens, "experts": num_experts}
     if time.perf_counter() > deadline:
         return row | {"left out": "no time"}
-    parts = (sweep_of_weight_products, sweep_of_row_products)
+    parts = (sweep_of_weight_products, sweep_of_row_products, sweep_of_gather)
     if num_experts == 64:
         parts += (sweep_of_router,)
     for part in parts:
@@ -400,16 +394,16 @@ def sweep_of_weight_products(num_tokens: int, num_experts: int) -> Iterator[tupl
         "128 128 64, 4 warps, 3 stages, 2 programs": (128, 128, 64, 4, 3, 2),
         "128 256 64, 8 warps, 4 stages, 1 program": (128, 256, 64, 8, 4, 1),
         "256 128 64, 8 warps, 4 stages, 1 program": (256, 128, 64, 8, 4, 1),
-        "128 256 32, 8 warps, 6 stages, 1 program": (128, 256, 32, 8, 6, 1),
     }
     for name, config in configs.items():
         settings = {"_WEIGHT_CONFIGS": (fused_ffn.GemmConfig(*config),) * 2}
-        for has_sums in (False, True):
-            with settings_of(settings | {"_SUMS_IN_WEIGHT_PRODUCT": has_sums}):
+        for has_sums, prefetches in ((False, False), (True, False), (True, True)):
+            choice = {"_SUMS_IN_WEIGHT_PRODUCT": has_sums, "_PREFETCH": prefetches}
+            with settings_of(settings | choice):
                 plan, wide, narrow = rows_and_plan(num_tokens, num_experts)
+                label = f"{name}{', sums' if has_sums else ' + sums'}{', prefetch' if prefetches else ''}"
                 for kind, a, b in (("up", wide, narrow), ("down", narrow, wide)):
-                    ms = milliseconds(lambda a=a, b=b, plan=plan: fused_ffn._weight_and_bias(a, b, plan))
-                    yield f"{kind}: {name}{', sums' if has_sums else ' + sums'}", ms
+                    yield f"{kind}: {label}", milliseconds(functools.partial(fused_ffn._weight_and_bias, a, b, plan))
 
 
 def sweep_of_row_products(num_tokens: int, num_experts: int) -> Iterator[tuple[str, float]]:
@@ -448,6 +442,21 @@ def row_products(num_tokens: int, num_experts: int) -> dict[str, Callable[[], No
         "gradient": lambda: _row_product("grad_inner", narrow, down, inner, plan, active=active),
         "gradient of input": lambda: _row_product("grad_input", wide, up, slots, plan),
     }
+
+
+def sweep_of_gather(num_tokens: int, num_experts: int) -> Iterator[tuple[str, float]]:
+    from hf_moe_ted.kernels import fused_ffn
+
+    plan, _, rows = rows_and_plan(num_tokens, num_experts)
+    tokens, slots, unweighted = torch.randn(3, num_tokens, D_MODEL, device="cuda", dtype=torch.bfloat16)
+    weights = torch.ones(num_tokens, 1, device="cuda", dtype=torch.bfloat16)
+    weighting = {"weights": weights, "unweighted": unweighted, "grad_weights": torch.empty_like(weights)}
+    for sizes in ((16, 512), (8, 1024), (16, 256), (32, 256), (64, 128)):
+        with settings_of({"_GATHER_ROWS": sizes[0], "_GATHER_COLUMNS": sizes[1]}):
+            for kind, options in (("forward", {}), ("backward", weighting)):
+                options = options | {"rows": rows, "slots_out": slots}
+                call = functools.partial(fused_ffn._gather, tokens, plan, 1, **options)
+                yield f"{kind}: {sizes}", milliseconds(call)
 
 
 def rows_and_plan(num_tokens: int, num_experts: int) -> tuple[Any, Tensor, Tensor]:

@@ -23,8 +23,9 @@ from .grouped_ffn import grouped_ffn_experts_forward, parameters_in_dtype_of_pro
 from .row_plan import RowPlan, has_half_tiles, plan_rows, plan_rows_op
 from .small_batch_ffn import MAX_SLOTS, MAX_SLOTS_COMPILED, small_batch_relu_experts, small_batch_relu_experts_op
 
-_GATHER_COLUMNS = 128
+_GATHER_ROWS, _GATHER_COLUMNS = 16, 512
 _MASK_AS_BITS = True  # else backward reads the activations for ReLU's mask
+_PREFETCH = True
 _SUMS_IN_WEIGHT_PRODUCT = True  # else gradients of biases are kernels of their own
 _WORDS = {64: torch.int8, 128: torch.int16, 256: torch.int32}  # of a tile's columns, eight for each row
 
@@ -161,14 +162,19 @@ def relu_experts_backward(
     num_slots = weights.numel()
     parts = RowPlan.of(plan, num_slots, num_experts, block_m, row_multiple)
     weights_need_grad = unweighted.numel() > 0
-    num_dots = triton.cdiv(width, _GATHER_COLUMNS) if weights_need_grad else 0
-    dots = weights.new_empty(num_dots, num_slots, dtype=torch.float32)
+    grad_weights = torch.empty_like(weights) if weights_need_grad else weights.new_empty(0)
     weighted = torch.empty_like(rows)
     grad_slots = grad_output.new_empty(*weights.shape, width)
     _gather(
-        grad_output, parts, 1, rows=weighted, slots_out=grad_slots, weights=weights, unweighted=unweighted, dots=dots
+        grad_output,
+        parts,
+        1,
+        rows=weighted,
+        slots_out=grad_slots,
+        weights=weights,
+        unweighted=unweighted if weights_need_grad else None,
+        grad_weights=grad_weights,
     )
-    grad_weights = dots.sum(dim=0).view_as(weights).to(weights.dtype) if weights_need_grad else dots.flatten()
     grad_inner = torch.empty_like(inner)
     mask = {"active": active} if active.numel() else {"inner": inner}
     _row_product("grad_inner", weighted, down, grad_inner, parts, **mask)
@@ -244,7 +250,7 @@ def _(tokens: Tensor, weights: Tensor, up: Tensor, *others: Any) -> tuple[Tensor
 def _(grad_output: Tensor, weights: Tensor, up: Tensor, down: Tensor, *others: Any) -> tuple[Tensor, ...]:
     _, _, _, unweighted, *_, experts_need_grad = others
     grad_slots = grad_output.new_empty(*weights.shape, up.shape[2])
-    grad_weights = torch.empty_like(weights) if unweighted.numel() else weights.new_empty(0, dtype=torch.float32)
+    grad_weights = torch.empty_like(weights) if unweighted.numel() else weights.new_empty(0)
     if not experts_need_grad:
         return grad_slots, grad_weights, *_no_gradients(up)
     grad_up, grad_up_bias = torch.empty_like(up), up.new_empty(up.shape[:2])
@@ -260,27 +266,22 @@ def _gather(
     slots_out: Tensor,
     weights: Tensor | None = None,
     unweighted: Tensor | None = None,
-    dots: Tensor | None = None,
+    grad_weights: Tensor | None = None,
 ) -> None:
-    width = tokens.shape[-1]
-    grid = (plan.tile_row.numel(), triton.cdiv(width, _GATHER_COLUMNS))
-    triton_ffn.gather_rows_kernel[grid](
+    block_m = min(plan.block_m, _GATHER_ROWS)
+    triton_ffn.gather_rows_kernel[(plan.tile_row.numel(), plan.block_m // block_m)](
         tokens,
         rows,
         slots_out,
         weights,
         unweighted,
-        dots,
+        grad_weights,
         *plan.of_rows_and_tiles,
-        width,
-        plan.num_slots,
+        tokens.shape[-1],
         plan.num_experts,
         TOP_K=top_k,
-        WEIGHTED=weights is not None,
-        DOTS=dots is not None and dots.numel() > 0,
-        BLOCK_M=plan.block_m,
+        BLOCK_M=block_m,
         BLOCK_N=_GATHER_COLUMNS,
-        num_warps=8 if plan.block_m > 64 else 4,
     )
 
 
@@ -349,6 +350,7 @@ def _weight_and_bias(a: Tensor, b: Tensor, plan: RowPlan) -> tuple[Tensor, Tenso
         BLOCK_N=config.block_n,
         BLOCK_K=plan.row_multiple,
         NUM_PROGRAMS=num_programs,
+        PREFETCH=_PREFETCH,
         PRECISION="ieee",
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["weights", "dots"])
+@triton.jit(do_not_specialize_on_alignment=["weights", "grad_weights"])
 def gather_rows_kernel(
     tokens,
     rows_out,
     slots_out,
     weights,
     unweighted,
-    dots,
+    grad_weights,
     order,
     offsets,
     row_ends,
@@ -25,11 +25,8 @@ def gather_rows_kernel(
     tile_expert,
     tile_row,
     width,
-    num_slots,
     num_experts,
     TOP_K: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    DOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -37,37 +34,39 @@ def gather_rows_kernel(
 
     Rows without a slot are zeros.
 
-    With `WEIGHTED` (the gradient of the output) rows are multiplied by their weights. With `DOTS`: products of tokens
-    and `unweighted`, the outputs by slot before their weights, one line of `dots` for each part of the columns. The sum
-    of the lines is the gradient of the weights, zero for a slot without an expert.
+    With `weights` (for the gradient of the output) rows are multiplied by them. With `unweighted`, the outputs by slot
+    before their weights, their products with the tokens are the gradient of the weights, zero for a slot without an
+    expert.
     """
     tile = tl.program_id(0)
-    part = tl.program_id(1)
     if tile < tl.load(tile_counts + 2):
         expert = tl.load(tile_expert + tile)
-        rows = tl.load(tile_row + tile) + tl.arange(0, BLOCK_M)
+        rows = tl.load(tile_row + tile) + tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
         is_row = rows < tl.load(row_ends + expert)
+        has_row = rows < tl.load(offsets + expert + 1)
         slots = tl.load(order + rows, mask=is_row, other=0)
-        columns = part * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask = is_row[:, None] & (columns < width)[None, :]
-        slot_offsets = slots.to(tl.int64)[:, None] * width + columns[None, :]
+        if weights is not None:
+            weight = tl.load(weights + slots, mask=is_row, other=0.0).to(tl.float32)
         dot = tl.zeros((BLOCK_M,), tl.float32)
-        if expert == num_experts:
-            tl.store(slots_out + slot_offsets, tl.zeros((BLOCK_M, BLOCK_N), slots_out.dtype.element_ty), mask=mask)
-        else:
-            token_offsets = (slots // TOP_K).to(tl.int64)[:, None] * width + columns[None, :]
-            values = tl.load(tokens + token_offsets, mask=mask, other=0.0)
-            if DOTS:
-                outputs = tl.load(unweighted + slot_offsets, mask=mask, other=0.0)
-                dot = tl.sum(values.to(tl.float32) * outputs.to(tl.float32), axis=1)
-            if WEIGHTED:
-                weight = tl.load(weights + slots, mask=is_row, other=0.0).to(tl.float32)
-                values = (values.to(tl.float32) * weight[:, None]).to(rows_out.dtype.element_ty)
-            row_offsets = rows.to(tl.int64)[:, None] * width + columns[None, :]
-            row_mask = (rows < tl.load(offsets + expert + 1))[:, None] & (columns < width)[None, :]
-            tl.store(rows_out + row_offsets, values, mask=row_mask)
-        if DOTS:
-            tl.store(dots + part * num_slots + slots, dot, mask=is_row)
+        for first in range(0, width, BLOCK_N):
+            columns = first + tl.arange(0, BLOCK_N)
+            is_column = (columns < width)[None, :]
+            mask = is_row[:, None] & is_column
+            slot_offsets = slots.to(tl.int64)[:, None] * width + columns[None, :]
+            if expert == num_experts:
+                tl.store(slots_out + slot_offsets, tl.zeros((BLOCK_M, BLOCK_N), slots_out.dtype.element_ty), mask=mask)
+            else:
+                token_offsets = (slots // TOP_K).to(tl.int64)[:, None] * width + columns[None, :]
+                values = tl.load(tokens + token_offsets, mask=mask, other=0.0)
+                if unweighted is not None:
+                    outputs = tl.load(unweighted + slot_offsets, mask=mask, other=0.0)
+                    dot += tl.sum(values.to(tl.float32) * outputs.to(tl.float32), axis=1)
+                if weights is not None:
+                    values = (values.to(tl.float32) * weight[:, None]).to(rows_out.dtype.element_ty)
+                row_offsets = rows.to(tl.int64)[:, None] * width + columns[None, :]
+                tl.store(rows_out + row_offsets, values, mask=has_row[:, None] & is_column)
+        if unweighted is not None:
+            tl.store(grad_weights + slots, dot.to(grad_weights.dtype.element_ty), mask=is_row)
 
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["weights"])
@@ -311,6 +310,7 @@ def grad_weight_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
+    PREFETCH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """out[e] = a[rows of e].T @ b[rows of e], and unless it is `None` sums[e] = a[rows of e].sum(); without rows zeros.
@@ -323,13 +323,18 @@ def grad_weight_kernel(
         b_desc = tl.make_tensor_descriptor(b_desc, [num_rows, N], [N, 1], [BLOCK_K, BLOCK_N])
     num_parts = tl.cdiv(M, BLOCK_M)
     tiles_per_expert = num_parts * tl.cdiv(N, BLOCK_N)
-    for index in tl.range(tl.program_id(0), num_experts * tiles_per_expert, NUM_PROGRAMS):
+    num_tiles = num_experts * tiles_per_expert
+    start, end = _load_range(offsets, tl.program_id(0) // tiles_per_expert, num_experts)
+    for index in tl.range(tl.program_id(0), num_tiles, NUM_PROGRAMS):
         expert = index // tiles_per_expert
+        next_start, next_end = start, end
+        if PREFETCH:  # of the next tile, which else would wait for them
+            next_start, next_end = _load_range(offsets, (index + NUM_PROGRAMS) // tiles_per_expert, num_experts)
+        else:
+            start, end = _load_range(offsets, expert, num_experts)
         # the tiles with sums behind each other, so that each program gets some
         n = index % tiles_per_expert // num_parts * BLOCK_N
         m = index % num_parts * BLOCK_M
-        start = tl.load(offsets + expert)
-        end = tl.load(offsets + expert + 1)
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if sums is not None and n == 0:
             total = tl.zeros((8, BLOCK_M), tl.float32)  # of every eighth row: a thread has several of them
@@ -350,6 +355,13 @@ def grad_weight_kernel(
         out_offsets = (expert.to(tl.int64) * M + rows)[:, None] * N + columns[None, :]
         mask = (rows < M)[:, None] & (columns < N)[None, :]
         tl.store(out + out_offsets, accumulator.to(out.dtype.element_ty), mask=mask)
+        start, end = next_start, next_end
+
+
+@triton.jit
+def _load_range(offsets, expert, num_experts):
+    expert = tl.minimum(expert, num_experts - 1)
+    return tl.load(offsets + expert), tl.load(offsets + expert + 1)
 
 
 @triton.jit
