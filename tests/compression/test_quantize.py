@@ -239,7 +239,8 @@ def test_generates(make_model: MakeModel, tmp_path: Path) -> None:
 
 def test_converted_nllb_moe(tmp_path: Path) -> None:
     """An NLLB-MoE checkpoint is read and quantized at once."""
-    quantized = quantize_experts(FIXTURES / "nllb_moe" / "tiny_a", 8, output_dir=tmp_path / "small")
+    quantized = quantize_experts(FIXTURES / "nllb_moe" / "tiny_a", 8)
+    quantize_experts(FIXTURES / "nllb_moe" / "tiny_a", 8, output_dir=tmp_path / "small")
     loaded = load(tmp_path / "small")
     ids = tokens() % quantized.config.vocab_size
     with torch.no_grad():
@@ -265,8 +266,8 @@ def test_report(make_model: MakeModel, tokenizer: ZCodeM3Tokenizer, tmp_path: Pa
     tokenizer.save_pretrained(tmp_path / "full")
     sizes = []
     for bits in (8, 4):
-        quantized = quantize_experts(tmp_path / "full", bits, output_dir=tmp_path / f"int{bits}")
-        report: Any = quantized.hf_quantizer.report
+        report = quantize_experts(tmp_path / "full", bits, output_dir=tmp_path / f"int{bits}")
+        quantized = load(tmp_path / f"int{bits}")
         assert report.num_bytes_before == sum(p.nbytes for p in model.parameters())
         assert report.num_bytes_after == sum(p.nbytes for p in load(tmp_path / f"int{bits}").parameters())
         assert report.num_parameters_after == model.num_parameters()
@@ -417,7 +418,7 @@ def test_weights_that_are_not_all_there(make_model: MakeModel, tmp_path: Path) -
     lacking = next(name for name in weights if name.endswith("encoder.layer_norm.weight"))
     save_file({name: weights[name] for name in weights if name != lacking}, path, metadata={"format": "pt"})
     with pytest.raises(
-        ValueError, match=r"nllb_moe\) does not hold the weights of its config: .*missing_keys.*encoder"
+        ValueError, match=r"nllb_moe does not hold the model that its config describes\n  missing: model.encoder.lay"
     ):
         quantize_experts(tmp_path / "nllb_moe", output_dir=tmp_path / "small")
     assert not (tmp_path / "small").exists()

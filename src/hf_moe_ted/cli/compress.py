@@ -143,7 +143,7 @@ def aggregate(
 
 
 def quantize(
-    model: Model,
+    model: Annotated[Path, typer.Argument(help="Folder of a ZCodeM3 or NLLB-MoE model.")],
     output: Output,
     bits: Annotated[int, typer.Option(help="8 or 4 per weight of an expert.")] = 8,
     group_size: Annotated[
@@ -152,16 +152,24 @@ def quantize(
     what: Annotated[
         str, typer.Option(help="experts, or all: attention, feed-forward and vocabulary in 8 bits, too; fast on CPUs.")
     ] = "experts",
+    dtype: Dtype = None,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
 ) -> None:
-    """A smaller model whose experts have 8 or 4 bits per weight, for inference."""
+    """A smaller model whose experts have 8 or 4 bits per weight, for inference; made in little memory."""
     from .. import quantize_experts
 
-    quantized: Any = quantize_experts(
-        model, bits, group_size, what=what, output_dir=output, max_shard_size=max_shard_size, overwrite=overwrite
+    report = quantize_experts(
+        model,
+        bits,
+        group_size,
+        what=what,
+        dtype=dtype or "auto",
+        output_dir=output,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
     )
-    print(quantized.hf_quantizer.report)
+    print(report)
 
 
 def trim(

@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard
 
+from ..files.json_file import read_json_object
 from ..files.output import check_output_dir
 from ..models.configuration_zcode_m3 import ZCodeM3Config
+from ..models.family import NLLB_MOE
 from ..models.layer_names import SIDES, ffn_name, moe_layers
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..routing.expert_statistics import ModelFingerprint
-from ..tensors.config_file import read_zcode_m3_config
+from ..tensors.config_file import config_path, read_zcode_m3_config
 from ..tensors.lazy_tensors import LazyTensors
 from ..tensors.model_folder import copy_tokenizer_and_generation_config, drop_tied_copies, meta_model, stored_specs
 from ..tensors.model_in_memory import tensors_of_model
+from ..tensors.nllb_moe_folder import nllb_moe_tensors, read_nllb_moe_config
 from ..tensors.safetensors_io import check_tensors, open_pretrained_tensors, write_pretrained_tensors
 from ..tensors.whole_model import check_no_adapter
 from .report.compression_report import CompressionReport
@@ -47,20 +50,25 @@ class ModelSource:
 
     @classmethod
     def open(
-        cls, model_or_folder: ZCodeM3ForConditionalGeneration | str | os.PathLike[str], *, allow_merged: bool = False
+        cls,
+        model_or_folder: ZCodeM3ForConditionalGeneration | str | os.PathLike[str],
+        *,
+        allow_merged: bool = False,
+        allow_nllb_moe: bool = False,
     ) -> "ModelSource":
         """Config and weights, which are checked: names, shapes and dtypes at once, numbers as they are read.
 
         Args:
             model_or_folder: a model in memory, or a folder of one.
             allow_merged: whether it may have an `expert_map`.
+            allow_nllb_moe: whether a folder may be one of NLLB-MoE, which is read as ZCodeM3.
 
         Raises:
             ValueError: something else, a model whose weights are not all here, with an adapter or quantized, or weights
                 that are not those of the config; when a weight is read: it has NaN or infinite numbers.
         """
         if isinstance(model_or_folder, str | os.PathLike):
-            source = _open_folder(Path(model_or_folder))
+            source = _open_folder(Path(model_or_folder), allow_nllb_moe)
         elif isinstance(model_or_folder, ZCodeM3ForConditionalGeneration):
             source = _open_model(model_or_folder)
         else:
@@ -148,11 +156,16 @@ def set_num_experts(model: ZCodeM3ForConditionalGeneration) -> None:
                 layer.router.expert_of_row = torch.tensor(expert_map[index], device=layer.router.weight.device)
 
 
-def _open_folder(folder: Path) -> ModelSource:
-    config = read_zcode_m3_config(folder, "model")
+def _open_folder(folder: Path, allow_nllb_moe: bool) -> ModelSource:
+    fields = read_json_object(config_path(folder, "model"), "config")
+    is_nllb_moe = allow_nllb_moe and fields.get("model_type") == NLLB_MOE
+    config = read_nllb_moe_config(folder, "model") if is_nllb_moe else read_zcode_m3_config(folder, "model")
     check_no_adapter(folder)
     save_others = copy_tokenizer_and_generation_config(folder)
-    return ModelSource(folder, config, open_pretrained_tensors(folder), save_others, derived_card([str(folder)]))
+    tensors = open_pretrained_tensors(folder)
+    if is_nllb_moe:
+        tensors = nllb_moe_tensors(tensors)
+    return ModelSource(folder, config, tensors, save_others, derived_card([str(folder)]))
 
 
 def _open_model(model: ZCodeM3ForConditionalGeneration) -> ModelSource:

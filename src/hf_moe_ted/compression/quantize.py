@@ -4,23 +4,21 @@ import copy
 import logging
 import math
 import os
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, overload
 
-from torch import nn
-from transformers import NllbMoeConfig
+from torch import Tensor, nn
 
-from ..files.json_file import read_json_object
 from ..files.output import check_output_dir, new_folder
 from ..files.writing import keeping_places
 from ..models.experts import ZCodeM3Experts
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
-from ..tensors.config_file import config_path
 from ..tensors.lazy_tensors import check_all, check_weight, num_bytes, num_parameters
-from ..tensors.model_folder import copy_tokenizer_and_generation_config
-from ..tensors.whole_model import load_whole_model
+from ..tensors.model_folder import parse_dtype
+from ..tensors.whole_model import DTYPES, load_whole_model
 from .model_source import ModelSource
 from .quantized_experts import ExpertQuantizationConfig, ExpertQuantizer
+from .quantized_folder import QuantizedFolder, stored_dtype
 from .quantized_linear import modules_of_parts
 from .report.compression_report import QuantizationReport
 from .report.model_card import derived_card
@@ -32,6 +30,48 @@ MAX_GROUP_SIZE = 128  # of the default; smaller groups are more exact, their sca
 logger = logging.getLogger(__name__)
 
 
+@overload
+def quantize_experts(
+    model_or_folder: ZCodeM3ForConditionalGeneration,
+    bits: int = ...,
+    group_size: int | None = ...,
+    *,
+    what: str = ...,
+    dtype: str = ...,
+    output_dir: str | os.PathLike[str] | None = ...,
+    max_shard_size: int | str = ...,
+    overwrite: bool = ...,
+) -> ZCodeM3ForConditionalGeneration: ...
+
+
+@overload
+def quantize_experts(
+    model_or_folder: str | os.PathLike[str],
+    bits: int = ...,
+    group_size: int | None = ...,
+    *,
+    what: str = ...,
+    dtype: str = ...,
+    output_dir: None = ...,
+    max_shard_size: int | str = ...,
+    overwrite: bool = ...,
+) -> ZCodeM3ForConditionalGeneration: ...
+
+
+@overload
+def quantize_experts(
+    model_or_folder: str | os.PathLike[str],
+    bits: int = ...,
+    group_size: int | None = ...,
+    *,
+    what: str = ...,
+    dtype: str = ...,
+    output_dir: str | os.PathLike[str],
+    max_shard_size: int | str = ...,
+    overwrite: bool = ...,
+) -> QuantizationReport: ...
+
+
 @keeping_places()
 def quantize_experts(
     model_or_folder: ZCodeM3ForConditionalGeneration | str | os.PathLike[str],
@@ -39,10 +79,11 @@ def quantize_experts(
     group_size: int | None = None,
     *,
     what: str = "experts",
+    dtype: str = "auto",
     output_dir: str | os.PathLike[str] | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
-) -> ZCodeM3ForConditionalGeneration:
+) -> ZCodeM3ForConditionalGeneration | QuantizationReport:
     """Round the weights of the experts to 8 or 4 bits, and with `what="all"` those of other large matrices to 8.
 
     Weight-only, symmetric, rounded to nearest, without calibration, as in https://huggingface.co/papers/2211.10017: its
@@ -50,102 +91,113 @@ def quantize_experts(
     compute, so what is saved is memory, not time. But on CPUs what has 8 bits per channel multiplies integers, which is
     several times as fast as float32: see [`QuantizedExperts`]. For translations on a CPU take `what="all"`.
 
-    The model is saved with `save_pretrained` and loaded with `from_pretrained`, as it was. Loading with
-    `quantization_config=ExpertQuantizationConfig(bits=4)` quantizes, too. Errors and sizes are logged, and are in
-    `model.hf_quantizer.report`.
+    From a folder to a folder, matrix by matrix: at most one output shard, the largest tensor and 0.5 GiB are in memory,
+    however large the model is. What is written is what the model in memory would have been saved as. It is loaded with
+    `from_pretrained`, as it was.
+
+    Loading with `quantization_config=ExpertQuantizationConfig(bits=4)` quantizes, too. Errors and sizes are logged, and
+    are in the report: what comes back from a folder to a folder, or `model.hf_quantizer.report`.
 
     Args:
-        model_or_folder: a model in memory, which is left as it is, or a folder of one, which is loaded in the dtype of
-            its config.
+        model_or_folder: a model in memory, which is left as it is, or a folder of ZCodeM3 or NLLB-MoE.
         bits: 8 or 4.
         group_size: so many weights along the input of a matrix share a scale, which has the dtype of the weights; it
             divides `d_model` and the inner widths of the experts. By default one scale per output channel for 8 bits,
             and for 4 bits the largest power of two up to 128 that divides the widths.
         what: "experts", or "all" for attention, dense feed-forward, the projection to the vocabulary and the embeddings
             that are tied to it, too: 8 bits and one scale per output channel or word.
+        dtype: of a folder's weights before they are rounded, and so of the scales and of all that is not rounded:
+            "float32", "bfloat16", "float16", or "auto", that of its config.
         output_dir: a new folder for the model, which appears when everything is in it, `compression_report.json`
             and `report.md` included. From a folder the tokenizer comes along.
         max_shard_size: of the weight files, bytes or a string such as `"5GB"`.
         overwrite: whether to replace an `output_dir` that is not empty.
 
     Returns:
-        a model in evaluation mode, that cannot be trained.
+        a model in evaluation mode, that cannot be trained; from a folder to a folder, the report.
 
     Raises:
-        ValueError: before anything is written: the model is quantized already, spread over processes, has an adapter or
-            no experts; weights that are missing or not finite; other `bits` or `what`, or a `group_size` that does not
-            divide a width; `output_dir` is not empty.
+        ValueError: the model is quantized already, spread over processes, has an adapter or no experts; weights that
+            are missing, of another kind or not finite; other `bits`, `what` or `dtype`, or a `group_size` that does not
+            divide a width; `output_dir` is not empty. Nothing is left of an output then.
     """
     if output_dir is not None:
         check_output_dir(output_dir, overwrite=overwrite, sources=[model_or_folder])
-    model, source = _open(model_or_folder)
-    card = derived_card([model.name_or_path or str(source)], relation="quantized")
+    if dtype not in DTYPES or (dtype != "auto" and isinstance(model_or_folder, nn.Module)):
+        raise ValueError(
+            f"dtype ({dtype!r}) must be one of {', '.join(DTYPES)}, and 'auto' for a model in memory; it has a dtype, "
+            "which model.to changes"
+        )
+    quantization = ExpertQuantizationConfig(bits, group_size, what=what)
+    source = ModelSource.open(model_or_folder, allow_merged=True, allow_nllb_moe=True)
     if bits == 4 and group_size is None:
-        group_size = _default_group_size(model)
-    quantizer = ExpertQuantizer(ExpertQuantizationConfig(bits, group_size, what=what), pre_quantized=False)
-    replaced = [*_experts_of(model), *(modules_of_parts(model) if what == "all" else ())]  # these are not copied
+        quantization.group_size = _default_group_size(source)
+    card = derived_card([getattr(source.model, "name_or_path", "") or str(source.path)], relation="quantized")
+    if source.model is None and output_dir is not None:
+        quantized_folder = _quantized_folder(source, quantization, dtype)
+        with new_folder(output_dir, overwrite=overwrite) as folder:
+            quantized_folder.write(folder, source, max_shard_size)
+            report = _report(source, source.tensors.specs, quantized_folder.tensors.specs, quantized_folder.quantizer)
+            describe(folder, Summary.of(report), str(card))
+        logger.info("%s", report)
+        return report
+
+    quantized = _quantized_in_memory(source, quantization, dtype)
+    if output_dir is not None:
+        with new_folder(output_dir, overwrite=overwrite) as folder:
+            quantized.save_pretrained(folder, max_shard_size=max_shard_size)
+            describe(folder, Summary.of(quantized.hf_quantizer.report), str(card))
+    return quantized
+
+
+def _quantized_folder(source: ModelSource, quantization: ExpertQuantizationConfig, dtype: str) -> QuantizedFolder:
+    is_auto = dtype == "auto"
+    parsed = stored_dtype(source.config, source.tensors) if is_auto else parse_dtype(dtype)
+    assert parsed is not None
+    return QuantizedFolder.of(source, quantization, parsed)
+
+
+def _quantized_in_memory(source: ModelSource, quantization: ExpertQuantizationConfig, dtype: str) -> Any:
+    """The model, after a look at all of its weights."""
+    model = source.model
+    if model is None:
+        model = load_whole_model(source.path, dtype)
+        for name, weight in model.named_parameters():
+            check_weight(name, weight, str(source.path))
+    else:
+        check_all(source.tensors)
+    quantizer = ExpertQuantizer(quantization, pre_quantized=False)
+    # these are not copied
+    replaced = [*_experts_of(model), *(modules_of_parts(model) if quantization.what == "all" else ())]
     quantized: Any = copy.deepcopy(model, {id(module): module for module in replaced})
     quantizer.preprocess_model(quantized)  # with the next two lines, what `from_pretrained` does
     quantized.hf_quantizer = quantizer
     quantizer.postprocess_model(quantized)
     quantized.eval()
-
-    report = quantizer.report = _report(str(source), model, quantized, quantizer)
-    logger.info("%s", report)
-    if output_dir is None:
-        return quantized
-
-    with new_folder(output_dir, overwrite=overwrite) as folder:
-        _write(folder, quantized, None if isinstance(model_or_folder, nn.Module) else source, max_shard_size)
-        describe(folder, Summary.of(report), str(card))
+    before, after = dict(model.named_parameters()), dict(quantized.named_parameters())  # tied ones once
+    quantizer.report = _report(source, before, after, quantizer)
+    logger.info("%s", quantizer.report)
     return quantized
-
-
-def _open(
-    model_or_folder: ZCodeM3ForConditionalGeneration | str | os.PathLike[str],
-) -> tuple[ZCodeM3ForConditionalGeneration, Path]:
-    """The model, all of whose weights are those of its config and finite, and the folder or the name of its class."""
-    if not isinstance(model_or_folder, str | os.PathLike):
-        source = ModelSource.open(model_or_folder, allow_merged=True)
-        assert source.model is not None
-        check_all(source.tensors)
-        return source.model, source.path
-    folder = Path(model_or_folder)
-    fields = read_json_object(config_path(folder, "model"), "config")
-    if fields.get("model_type") != NllbMoeConfig.model_type:
-        ModelSource.open(folder, allow_merged=True)
-    model = load_whole_model(folder)
-    for name, weight in model.named_parameters():
-        check_weight(name, weight, str(folder))
-    return model, folder
-
-
-def _write(folder: Path, quantized: Any, source: Path | None, max_shard_size: int | str) -> None:
-    """The model, and what comes along from the folder that it was made of, if it is one."""
-    quantized.save_pretrained(folder, max_shard_size=max_shard_size)
-    if source is not None:
-        copy_tokenizer_and_generation_config(source)(folder)
 
 
 def _experts_of(model: nn.Module) -> list[ZCodeM3Experts]:
     return [module for module in model.modules() if isinstance(module, ZCodeM3Experts)]
 
 
-def _default_group_size(model: nn.Module) -> int:
-    widths = [weight.shape[-1] for experts in _experts_of(model) for weight in (experts.up_proj, experts.down_proj)]
+def _default_group_size(source: ModelSource) -> int:
+    specs = source.tensors.specs
+    widths = [
+        spec.shape[-1] for name, spec in specs.items() if name.endswith((".experts.up_proj", ".experts.down_proj"))
+    ]
     return math.gcd(MAX_GROUP_SIZE, *widths)
 
 
 def _report(
-    source: str,
-    model: ZCodeM3ForConditionalGeneration,
-    quantized: ZCodeM3ForConditionalGeneration,
-    quantizer: ExpertQuantizer,
+    source: ModelSource, before: Mapping[str, Tensor], after: Mapping[str, Tensor], quantizer: ExpertQuantizer
 ) -> QuantizationReport:
-    before, after = dict(model.named_parameters()), dict(quantized.named_parameters())  # tied ones once
     quantization = quantizer.quantization_config
     return QuantizationReport(
-        source=source,
+        source=str(source.path),
         arguments={"bits": quantization.bits, "group_size": quantization.group_size, "what": quantization.what},
         num_parameters_before=num_parameters(before),
         num_parameters_after=num_parameters(before),

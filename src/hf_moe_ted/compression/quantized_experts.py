@@ -20,7 +20,7 @@ from ..kernels.cpu_ffn import run_on_sorted_rows
 from ..kernels.experts_implementations import QUANTIZED_EXPERTS_FORWARD, runs_quantized_experts
 from ..kernels.int8_linear import Int8Rows, PackedInt8Weights
 from .quantized_linear import QuantizedEmbedding, QuantizedLinear, quantize_parts, replace_by_quantized
-from .rounding import dequantize_weight, quantize_weight, relative_error, squared_error_and_norm
+from .rounding import dequantize_weight, quantize_weight, relative_error, round_into
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -138,10 +138,10 @@ class QuantizedExperts(nn.Module):
         for name in _PROJECTIONS:
             self.get_parameter(f"{name}_bias").copy_(experts.get_parameter(f"{name}_bias"))
             for expert, weight in enumerate(experts.get_parameter(name)):
-                packed, scale = quantize_weight(weight, self.bits, self.group_size)
-                self.get_parameter(f"{name}_packed")[expert] = packed
-                self.get_parameter(f"{name}_scale")[expert] = scale
-                error, norm = squared_error_and_norm(weight, packed, scale, self.bits, f"{name} of expert {expert}")
+                packed, scale = (self.get_parameter(f"{name}_{kind}")[expert] for kind in ("packed", "scale"))
+                error, norm = round_into(
+                    weight, packed, scale, self.bits, self.group_size, f"{name} of expert {expert}"
+                )
                 squared_error += error
                 squared_norm += norm
         return relative_error(squared_error, squared_norm)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.int8_linear import Int8Layer, PackedInt8Weights
-from .rounding import dequantize_weight, quantize_weight, relative_error, squared_error_and_norm
+from .rounding import dequantize_weight, relative_error, round_into
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,10 +42,7 @@ class _QuantizedWeight(nn.Module):
         Raises:
             ValueError: a number is not finite, or too large to be rounded in its dtype.
         """
-        packed, scale = quantize_weight(weight, 8, None)
-        self.weight_packed.copy_(packed)
-        self.weight_scale.copy_(scale)
-        return squared_error_and_norm(weight, packed, scale, 8, name)
+        return round_into(weight, self.weight_packed, self.weight_scale, 8, None, name)
 
 
 class QuantizedLinear(_QuantizedWeight):
@@ -128,6 +125,12 @@ def modules_of_parts(model: nn.Module) -> list[nn.Module]:
     return [*linears, *dict.fromkeys(embedding for _, embedding in _tied_embeddings_of(model))]
 
 
+def weights_of_parts(model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
+    """Name of each module that `quantize_parts` replaces -> part and weight; tied ones have several names."""
+    linears = {name: (part, linear.weight) for name, part, linear in _linears_of(model)}
+    return linears | {name: (VOCABULARY, embedding.weight) for name, embedding in _tied_embeddings_of(model)}
+
+
 def replace_by_quantized(model: "PreTrainedModel") -> None:
     """Put quantized modules, without their weights, in the places of linear layers and tied embeddings."""
     for name, _, linear in list(_linears_of(model)):
@@ -144,8 +147,7 @@ def quantize_parts(model: "PreTrainedModel") -> dict[str, float]:
     Returns:
         part -> relative error of its weights.
     """
-    exact = {name: (part, linear.weight) for name, part, linear in _linears_of(model)}
-    exact |= {name: (VOCABULARY, embedding.weight) for name, embedding in _tied_embeddings_of(model)}
+    exact = weights_of_parts(model)
     training = {name: model.get_submodule(name).training for name in exact}
     replace_by_quantized(model)
     sums: dict[str, list[float]] = {}
@@ -203,4 +205,11 @@ def _tie(model: Any) -> None:
         model.tie_weights(recompute_mapping=False)
 
 
-__all__ = ["QuantizedEmbedding", "QuantizedLinear", "modules_of_parts", "quantize_parts", "replace_by_quantized"]
+__all__ = [
+    "QuantizedEmbedding",
+    "QuantizedLinear",
+    "modules_of_parts",
+    "quantize_parts",
+    "replace_by_quantized",
+    "weights_of_parts",
+]

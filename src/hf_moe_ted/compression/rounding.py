@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+_PART_NUMEL = 2**22  # weights that are rounded at once; in float64, for their error, 32 MiB
+
 
 def quantize_weight(weight_EOI: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:
     """Round weights to integers in `[-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1]` times a scale.
@@ -51,19 +53,38 @@ def relative_error(squared_error: float, squared_norm: float) -> float:
     return (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
 
 
-def squared_error_and_norm(exact: Tensor, packed: Tensor, scale: Tensor, bits: int, name: str) -> tuple[float, float]:
-    """Sums of squares of `rounded - exact` and of `exact`, in float64.
+def round_into(
+    weight_OI: Tensor, packed: Tensor, scale: Tensor, bits: int, group_size: int | None, name: str
+) -> tuple[float, float]:
+    """Round a matrix as `quantize_weight` does, in parts that bound the memory.
+
+    Args:
+        weight_OI: float[O, I].
+        packed, scale: where the result goes, of the shapes and dtypes of `quantize_weight`.
+        bits, group_size: as those of `quantize_weight`.
+        name: of the matrix, for messages.
+
+    Returns:
+        the sums of squares of `rounded - exact` and of `exact`, in float64.
 
     Raises:
-        ValueError: a weight is not finite, or too large to be rounded in its dtype; it has the `name`.
+        ValueError: a weight is not finite, or too large to be rounded in its dtype.
     """
-    weight = exact.double()
-    error = (dequantize_weight(packed, scale, bits).double() - weight).square().sum().item()
-    if not math.isfinite(error):
-        raise ValueError(
-            f"{name} has NaN or infinity, or weights too large for {exact.dtype}; quantize a model that is whole"
-        )
-    return error, weight.square().sum().item()
+    rows = max(1, _PART_NUMEL // weight_OI.shape[-1])
+    squared_error = squared_norm = 0.0
+    for exact, packed_out, scale_out in zip(weight_OI.split(rows), packed.split(rows), scale.split(rows), strict=True):
+        packed_part, scale_part = quantize_weight(exact, bits, group_size)
+        packed_out.copy_(packed_part)
+        scale_out.copy_(scale_part)
+        weight = exact.double()
+        error = (dequantize_weight(packed_part, scale_part, bits).double() - weight).square().sum().item()
+        if not math.isfinite(error):
+            raise ValueError(
+                f"{name} has NaN or infinity, or weights too large for {exact.dtype}; quantize a model that is whole"
+            )
+        squared_error += error
+        squared_norm += weight.square().sum().item()
+    return squared_error, squared_norm
 
 
-__all__ = ["dequantize_weight", "quantize_weight", "relative_error", "squared_error_and_norm"]
+__all__ = ["dequantize_weight", "quantize_weight", "relative_error", "round_into"]

@@ -1,0 +1,165 @@
+"""A model in a folder to one of fewer bits in another, matrix by matrix: no model is ever in memory.
+
+Shape letters: E experts, O output width, I input width.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.configuration_zcode_m3 import ZCodeM3Config
+from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
+from ..tensors.lazy_tensors import LazyTensors, copy_rounded
+from ..tensors.model_folder import meta_model, stored_specs
+from ..tensors.safetensors_io import write_pretrained_tensors
+from .model_source import ModelSource
+from .quantized_experts import ExpertQuantizationConfig, ExpertQuantizer, QuantizedExperts
+from .quantized_linear import weights_of_parts
+from .rounding import relative_error, round_into
+
+_KINDS = ("packed", "scale")
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A weight that is rounded.
+
+    Attributes:
+        source: its name.
+        bits: per weight.
+        group_size: weights per scale; `None` for a row.
+        errors_of: whose error it is a part of: an MoE layer, or a part of the model.
+    """
+
+    source: str
+    bits: int
+    group_size: int | None
+    errors_of: str
+
+
+@dataclass(frozen=True)
+class QuantizedFolder:
+    """What becomes of a model in a folder.
+
+    Attributes:
+        model: the quantized model without memory for its weights, with its config and generation config.
+        tensors: its weights, which are rounded as they are read.
+        quantizer: in which the errors are, once all tensors were read.
+    """
+
+    model: Any
+    tensors: LazyTensors
+    quantizer: ExpertQuantizer
+
+    @classmethod
+    def of(cls, source: ModelSource, quantization: ExpertQuantizationConfig, dtype: torch.dtype) -> "QuantizedFolder":
+        """
+        Args:
+            source: a folder.
+            quantization: how the weights are stored.
+            dtype: of the scales and of all that is not rounded. Weights have it before they are rounded, too, as if
+                the model had been loaded in it.
+
+        Raises:
+            ValueError: the model has no experts, or they cannot be stored so.
+        """
+        model = meta_model(source.config).to(dtype)
+        parts = weights_of_parts(model) if quantization.what == "all" else {}
+        quantizer = ExpertQuantizer(quantization, pre_quantized=True)
+        quantizer.preprocess_model(model)
+        quantizer.postprocess_model(model)  # as `from_pretrained` does for weights that are quantized
+        model.config.dtype = dtype
+        model.config.architectures = [ZCodeM3ForConditionalGeneration.__name__]
+        rounded = _matrices_of_experts(model, quantization)
+        rounded |= {f"{name}.weight": _Matrix(f"{name}.weight", 8, None, part) for name, (part, _) in parts.items()}
+        rounding = _Rounding(source.tensors, rounded, dtype, _Errors(quantizer))
+        return cls(model, LazyTensors(stored_specs(model), read_into=rounding.read_into), quantizer)
+
+    def write(self, folder: Path, source: ModelSource, max_shard_size: int | str) -> None:
+        """Write the model, with all that belongs to it, into a folder that is there."""
+        write_pretrained_tensors(self.tensors, folder, max_shard_size=max_shard_size)
+        self.model.config.save_pretrained(folder)
+        self.model.generation_config.save_pretrained(folder)  # which that of the source replaces, if it has one
+        source.save_others(folder)
+
+
+def stored_dtype(config: ZCodeM3Config, tensors: LazyTensors) -> torch.dtype:
+    """The dtype in which `from_pretrained` loads a model if it is asked for none: `dtype="auto"`."""
+    return config.dtype or tensors.specs["model.shared.weight"].dtype
+
+
+def _matrices_of_experts(model: nn.Module, quantization: ExpertQuantizationConfig) -> dict[str, _Matrix]:
+    return {
+        f"{name}.{projection}": _Matrix(
+            f"{name}.{projection}", quantization.bits, quantization.group_size, name.removesuffix(".experts")
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedExperts)
+        for projection in ("up_proj", "down_proj")
+    }
+
+
+@dataclass
+class _Errors:
+    """Sums of squares of errors and weights by MoE layer and by part; their ratio goes into the quantizer."""
+
+    quantizer: ExpertQuantizer
+    sums: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, of: str, squared_error: float, squared_norm: float) -> None:
+        sums = self.sums.setdefault(of, [0.0, 0.0])
+        sums[0] += squared_error
+        sums[1] += squared_norm
+        by_name = self.quantizer.relative_errors if of.startswith("model.") else self.quantizer.errors_of_parts
+        by_name[of] = relative_error(*sums)
+
+
+@dataclass
+class _Rounding:
+    """Reads tensors of the quantized model from those of the other.
+
+    Integers and scales of a matrix come from one pass over it. The integers are asked for first, so the scales, which
+    are small, wait for their turn.
+    """
+
+    tensors: LazyTensors
+    matrices: dict[str, _Matrix]
+    dtype: torch.dtype
+    errors: _Errors
+    waiting: dict[str, Tensor] = field(default_factory=dict)
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        base, _, kind = name.rpartition("_")
+        matrix = self.matrices.get(base)
+        if matrix is None or kind not in _KINDS:
+            copy_rounded(name, self.tensors[name], out)
+        elif kind == "packed":
+            scale = torch.empty(self._scale_shape(matrix), dtype=self.dtype)
+            self._round(matrix, out, scale)
+            self.waiting[base] = scale
+        else:
+            out.copy_(self.waiting.pop(base))
+
+    def _scale_shape(self, matrix: _Matrix) -> tuple[int, ...]:
+        *outer, num_inputs = self.tensors.specs[matrix.source].shape
+        return (*outer, num_inputs // (matrix.group_size or num_inputs))
+
+    def _round(self, matrix: _Matrix, packed: Tensor, scale: Tensor) -> None:
+        if packed.ndim == 2:
+            self._round_one(matrix, matrix.source, self.tensors[matrix.source], packed, scale)
+            return
+        for expert, outs in enumerate(zip(packed, scale, strict=True)):
+            weight_OI = self.tensors.row(matrix.source, expert)
+            self._round_one(matrix, f"{matrix.source} of expert {expert}", weight_OI, *outs)
+
+    def _round_one(self, matrix: _Matrix, name: str, weight_OI: Tensor, packed: Tensor, scale: Tensor) -> None:
+        if weight_OI.dtype != self.dtype:
+            exact_OI, weight_OI = weight_OI, torch.empty_like(weight_OI, dtype=self.dtype)
+            copy_rounded(name, exact_OI, weight_OI)
+        self.errors.add(matrix.errors_of, *round_into(weight_OI, packed, scale, matrix.bits, matrix.group_size, name))
+
+
+__all__ = ["QuantizedFolder", "stored_dtype"]
