@@ -146,7 +146,7 @@ def test_step_that_waits_for_the_device_runs_from_python(tmp_path: Path, caplog:
     # nothing of the failed capture is left
     captured = train(tmp_path, Captured, {})
     assert captured.metrics["cuda_graphs/captured"] == len(SHAPES)
-    assert_same_training(captured, train(tmp_path, InOrder, {}))
+    assert_same_training(captured, train(tmp_path, FromPython, {}))
 
 
 def test_borrowed_memory_is_the_same_memory() -> None:
