@@ -18,13 +18,13 @@ STEP_SIZE, CORRECTION, DECAY, BETA1, REST1, BETA2, REST2, EPS = (tl.constexpr(co
 
 
 @triton.jit(do_not_specialize=["num_tensors"])
-def count_steps_kernel(addresses, groups, options, numbers, num_tensors, BLOCK: tl.constexpr):
+def count_steps_kernel(addresses, groups, group_options, numbers, num_tensors, BLOCK: tl.constexpr):
     """Counts one more update of each tensor, and computes what its elements have in common.
 
     Args:
         addresses: int64[5, N].
         groups: int32[N], the group of each tensor.
-        options: float64[groups, 5], their learning rate, weight decay, betas and eps.
+        group_options: float64[groups, 5], their learning rate, weight decay, betas and eps.
         numbers: float32[N, 8], out. In float64 before, as 1 - beta2^step has few digits in the first steps.
     """
     tensors = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -33,7 +33,7 @@ def count_steps_kernel(addresses, groups, options, numbers, num_tensors, BLOCK: 
     step = tl.load(steps, mask=mask, other=0.0) + 1.0
     tl.store(steps, step, mask=mask)
 
-    row = options + tl.load(groups + tensors, mask=mask, other=0) * 5
+    row = group_options + tl.load(groups + tensors, mask=mask, other=0) * 5
     lr = tl.load(row, mask=mask, other=0.0)
     weight_decay = tl.load(row + 1, mask=mask, other=0.0)
     beta1 = tl.load(row + 2, mask=mask, other=0.5)
