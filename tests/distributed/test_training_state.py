@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, SequentialLR
 from transformers import PreTrainedModel
 
+from hf_moe_ted import ClippedAdamW
 from hf_moe_ted.distributed.sharding import regions
 from hf_moe_ted.distributed.training_state import load_training_state, save_training_state
 from hf_moe_ted.testing import run_distributed_test
@@ -277,6 +278,23 @@ def test_killed_at_any_system_call_leaves_one_of_both(tmp_path: Path) -> None:
             break
     assert seen == {1.0, 2.0, "aside"}
     assert number > 8
+
+
+def test_optimizers_of_the_same_states(tmp_path: Path) -> None:
+    """AdamW goes on from ClippedAdamW, and the other way round."""
+    for number, kinds in enumerate([(torch.optim.AdamW, ClippedAdamW), (ClippedAdamW, torch.optim.AdamW)]):
+        model = nn.Linear(2, 3)
+        first, second = (kind(model.parameters(), lr=lr) for kind, lr in zip(kinds, (0.1, 0.5), strict=True))
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        first.step()
+        save_training_state(tmp_path / str(number), model, first)
+        load_training_state(tmp_path / str(number), model, second)
+        second.step()
+        assert second.param_groups[0]["lr"] == 0.1
+        for parameter in model.parameters():
+            assert second.state[parameter]["step"] == 2
+            torch.testing.assert_close(second.state[parameter]["exp_avg"], torch.full_like(parameter, 0.19))
 
 
 def test_wrong_states_are_refused(tmp_path: Path) -> None:

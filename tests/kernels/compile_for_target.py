@@ -1,8 +1,8 @@
 """Compile the Triton kernels for a GPU that need not be there, with the sizes that their launchers choose for it.
 
-`python compile_for_target.py 80 few` (or `most`, `all`) prints a line of JSON for each kernel: its name, dtype and
-case, the bytes of shared memory that it asks for, and its copies to shared memory that nobody waits for. A process of
-its own, as the tests' may have chosen Triton's interpreter.
+`python compile_for_target.py 80 few` (or `most`, `all`, `optimizer`) prints a line of JSON for each kernel: its name, dtype and
+case, the bytes of shared memory that it asks for, its copies to shared memory that nobody waits for, and its loads and
+stores of 16 bytes. A process of its own, as the tests' may have chosen Triton's interpreter.
 """
 
 import json
@@ -15,7 +15,15 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.compiler import ASTSource
 
-from hf_moe_ted.kernels import beam_step, fused_cross_entropy, fused_ffn, fused_router, row_plan, small_batch_ffn
+from hf_moe_ted.kernels import (
+    beam_step,
+    fused_cross_entropy,
+    fused_ffn,
+    fused_router,
+    multi_tensor,
+    row_plan,
+    small_batch_ffn,
+)
 from hf_moe_ted.kernels import triton_permutation as permutation
 from hf_moe_ted.models.search_memory import KeySize, MemorySize, SearchMemory
 
@@ -74,6 +82,7 @@ class Compiler:
             **self.case,
             "shared": kernel.metadata.shared,
             "copies": kernel.asm["ptx"].count("cp.async"),
+            "wide": [kernel.asm["ptx"].count(f"{kind}.global.v4.b32") for kind in ("ld", "st")],
         }
         print(json.dumps(compiled), flush=True)
         return True  # do not launch
@@ -136,9 +145,24 @@ def others_of(dtype: torch.dtype) -> None:
     permutation.spread_weighted(tokens, slots, slots[:, None], weights, tokens)
 
 
+def optimizer_of(dtype: torch.dtype) -> None:
+    """A norm and a step of AdamW."""
+    tensors, number = [torch.zeros(10_000, dtype=dtype) for _ in range(4)], torch.zeros(())
+    chunks = multi_tensor.cut_into_chunks(tensors[:1])
+    device = number.device
+    multi_tensor.sum_of_squares(multi_tensor.addresses_of([tensors[:1]], device), torch.ones(1), chunks)
+    addresses = multi_tensor.addresses_of([[tensor] for tensor in (*tensors, number)], device)
+    options = torch.tensor([[1e-3, 0.0, 0.9, 0.999, 1e-8]], dtype=torch.float64)
+    multi_tensor.adamw_step(addresses, torch.zeros(1, dtype=torch.int32), options, chunks, number)
+
+
 def main(capability: int, cases: str) -> None:
     compiler = Compiler(capability)
     bf16, fp32 = torch.bfloat16, torch.float32
+    if cases == "optimizer":
+        compiler.run(optimizer_of, bf16)
+        compiler.run(optimizer_of, fp32)
+        return
     compiler.run(experts_of, bf16, 8192)
     compiler.run(small_batch_of, bf16, 64)
     compiler.run(beams_of, bf16, 4)

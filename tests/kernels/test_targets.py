@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,16 +22,33 @@ KIB_OF_A_PROGRAM = {80: 163, 89: 99}  # CUDA C++ Programming Guide, compute capa
 @pytest.mark.slow
 @pytest.mark.parametrize(("capability", "cases"), [(80, "few"), (89, "few")])
 def test_kernels_fit_into_shared_memory(capability: int, cases: str, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, str(SCRIPT), str(capability), cases],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    kernels = compiled(capability, cases, tmp_path)
     assert {"grouped_gemm_kernel", "grad_weight_kernel", "_expert_linear_kernel"} <= {row["kernel"] for row in kernels}
     assert [row for row in kernels if row["shared"] > KIB_OF_A_PROGRAM[capability] * 1024] == []
     # else each product waits for its operands
     assert [row for row in kernels if "gemm" in row["kernel"] and row["copies"] == 0] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_optimizer_reads_and_writes_16_bytes_at_once(capability: int, tmp_path: Path) -> None:
+    """Four tensors in, three out; and the gradients for their norm."""
+    kernels = compiled(capability, "optimizer", tmp_path)
+    wide = {(row["kernel"], row["dtype"]): row["wide"] for row in kernels}
+    for dtype in ("bfloat16", "float32"):
+        loads, stores = wide["adamw_kernel", dtype]
+        assert loads >= 4 and stores >= 3
+        assert wide["squares_kernel", dtype][0] >= 4
+    assert ("count_steps_kernel", "float32") in wide
+
+
+def compiled(capability: int, cases: str, cache: Path) -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), str(capability), cases],
+        env=environment | {"TRITON_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]

@@ -162,7 +162,7 @@ class CudaGraphsTrainerMixin(Trainer):
 
     def _shows_gradients(self) -> bool:
         """Whether a callback may look at gradients between clipping and the optimizer, or change them."""
-        kinds = map(type, self.callback_handler.callbacks)
+        kinds: list[Any] = [type(callback) for callback in self.callback_handler.callbacks]
         return any(kind.on_pre_optimizer_step is not TrainerCallback.on_pre_optimizer_step for kind in kinds)
 
     # ---- a step ----

@@ -216,7 +216,7 @@ class ClippedAdamW(AdamW):
         """One step of all parameters by the kernels; `False` if they do not take them, and nothing was done."""
         rows: list[list[Tensor]] = [[], [], [], [], []]
         params, grads, exp_avgs, exp_avg_sqs, steps = rows
-        sizes = []
+        sizes: list[int] = []
         for group in self.param_groups:
             self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, [], steps)
             sizes.append(len(params) - sum(sizes))
