@@ -101,6 +101,7 @@ def random_model(shape: Shape) -> ZCodeM3ForConditionalGeneration:
     with torch.device("meta"):
         model = ZCodeM3ForConditionalGeneration(config).to(torch.bfloat16)
     model = model.to_empty(device="cuda").eval().requires_grad_(False)
+    model.tie_weights()
     for name, parameter in model.named_parameters():
         parameter.data.normal_(
             std=0.3 if parameter.dim() < 2 or name.endswith("_bias") else parameter.shape[-1] ** -0.5
