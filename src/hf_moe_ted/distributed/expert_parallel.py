@@ -222,10 +222,10 @@ class TedExpertParallel(EPImplementation):
         return max_rows if capacity is None else min(max_rows, max(1, self.num_local_experts * capacity))
 
     def _capacity_is_smaller(self, capacity: int, max_rows: int | None) -> bool:
-        """Whether rows up to the capacity are fewer than those within the bound; they cannot overflow."""
+        """Whether rows up to the capacity are no more than those within the bound; they cannot overflow."""
         if max_rows is None or self.overlap_chunks > 1:
             return False
-        return self.num_local_experts * -(-capacity // self.share_group.size()) < max_rows
+        return self.num_local_experts * -(-capacity // self.share_group.size()) <= max_rows
 
     def _run_split_experts(self, hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """All experts are here, in slices: no token moves, the ranks of the group add up what each has computed."""
