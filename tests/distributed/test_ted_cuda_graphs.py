@@ -14,7 +14,13 @@ from ted_cases import ADAMW, write_models
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 
-from hf_moe_ted import CudaGraphSeq2SeqTrainingArguments, TedPlugin, TedSeq2SeqTrainer, ZCodeM3ForConditionalGeneration
+from hf_moe_ted import (
+    ClippedAdamW,
+    CudaGraphSeq2SeqTrainingArguments,
+    TedPlugin,
+    TedSeq2SeqTrainer,
+    ZCodeM3ForConditionalGeneration,
+)
 from hf_moe_ted.cuda_graphs.step_store import WARMUP_STEPS
 from hf_moe_ted.testing import run_distributed_test, tiny_config
 
@@ -76,7 +82,7 @@ def rows(num_micro_batches: int, batch_size: int, seed: int) -> list[dict[str, T
     return made
 
 
-def trainer_of(folder: str, kind: Any, layout: dict[str, Any], options: dict[str, Any]) -> Any:
+def trainer_of(folder: str, kind: Any, layout: dict[str, Any], options: dict[str, Any], optimizer: Any = None) -> Any:
     plugin = TedPlugin(**layout)
     model = ZCodeM3ForConditionalGeneration.from_pretrained(folder, distributed_config=plugin.distributed_config)
     num_micro_batches = NUM_STEPS * options.get("gradient_accumulation_steps", 1)
@@ -97,7 +103,7 @@ def trainer_of(folder: str, kind: Any, layout: dict[str, Any], options: dict[str
             **options,
         },
     )
-    optimizer = plugin.tiled_adamw(**ADAMW)
+    optimizer = plugin.tiled_adamw(**ADAMW) if optimizer is None else (optimizer, ADAMW | {"fused": True})
     dataset = rows(num_micro_batches, 2 * plugin.dp_shard_size, seed=3)
     return kind(model=model, args=args, train_dataset=dataset, optimizer_cls_and_kwargs=optimizer)
 
@@ -157,6 +163,39 @@ def run_decisions(folder: str) -> dict[str, Any]:
     with pytest.raises(RuntimeError, match="could not be captured") as error:
         trainer.train()
     return found | {"error": str(error.value)}
+
+
+class ClipsOnly(ClippedAdamW):
+    """Has norms from the kernels, in Triton's interpreter, which would need too long for steps."""
+
+    _device_types = ("cuda", "cpu")
+
+    def _step_at_once(self, factor: Tensor | None) -> bool:
+        self.factors = [*getattr(self, "factors", []), factor]
+        return False
+
+
+def run_clipping(folder: str) -> tuple[Trained, Trained, list[float | None]]:
+    layout = {"tensor_parallel_size": 2, "expert_parallel_size": 2, "expert_tensor_parallel_size": 1}
+    options = {"max_steps": 2, "max_grad_norm": 0.3}
+    trainers = [
+        trainer_of(folder, kind, layout | {"pad_expert_input_to_capacity": True}, options, optimizer)
+        for kind, optimizer in ((Ordered, torch.optim.AdamW), (Graphed, ClipsOnly))
+    ]
+    expected, actual = map(trained, trainers)
+    factors = trainers[1].optimizer.optimizer.factors
+    return expected, actual, [None if factor is None else float(factor) for factor in factors]
+
+
+def test_clipping_in_the_step(tmp_path_factory: pytest.TempPathFactory) -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder, {"random"})
+    for expected, actual, factors in run_distributed_test(run_clipping, 2, str(folder / "random")):
+        assert actual.logs == [pytest.approx(log, rel=1e-5) for log in expected.logs]
+        assert factors == pytest.approx([0.3 / (norm + 1e-6) for _, norm in actual.logs], rel=1e-5)
+        for parameter, value in actual.parameters.items():
+            torch.testing.assert_close(value, expected.parameters[parameter], rtol=1e-4, atol=1e-5)
 
 
 def test_replayed_steps_are_those_of_python(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -1,8 +1,8 @@
 """Compile the Triton kernels for a GPU that need not be there, with the sizes that their launchers choose for it.
 
-`python compile_for_target.py 80 few` (or `most`, `all`, `optimizer`) prints a line of JSON for each kernel: its name, dtype and
-case, the bytes of shared memory that it asks for, its copies to shared memory that nobody waits for, and its loads and
-stores of 16 bytes. A process of its own, as the tests' may have chosen Triton's interpreter.
+`python compile_for_target.py 80 few` (or `most`, `all`, `optimizer`) prints a line of JSON for each kernel: its name,
+dtype and case, the bytes of shared memory that it asks for, its copies to shared memory that nobody waits for, and its
+loads and stores of 16 bytes. A process of its own, as the tests' may have chosen Triton's interpreter.
 """
 
 import json
