@@ -217,6 +217,17 @@ def test_a_model_that_is_gone_takes_its_graphs_along(
     assert store() is None
 
 
+def test_in_inference_mode_and_out_of_it(source: dict[str, Tensor]) -> None:
+    model = capturable_model()
+    expected = of_transformers(model, **source, **ENDS)
+    with torch.inference_mode():
+        assert torch.equal(captured(model, **source, **ENDS), expected)
+    assert torch.equal(captured(model, **source, **ENDS), expected)
+    [graphed] = graph_store.store_of(model).memories.values()
+    tensors = [tensor for layer in (*graphed.memory.of_source, *graphed.own(32)) for tensor in layer]
+    assert not any(tensor.requires_grad or tensor.is_inference() for tensor in tensors)
+
+
 def test_threads_take_turns(source: dict[str, Tensor]) -> None:
     model = capturable_model()
     inputs = [{**source, "input_ids": source["input_ids"].roll(shift, 1)} for shift in range(3)]

@@ -147,9 +147,11 @@ def captured_search(
     options = generation_config
     num_beams, prompts_BL = options.num_beams, input_ids[:: options.num_beams]
     is_greedy = num_beams == 1  # then a translation stops at its first end
-    eos = options._eos_token_tensor
-    pad = options._pad_token_tensor
-    has_pad = pad is not None and (is_greedy or bool(pad))  # transformers' beams take a pad token of 0 for none
+    # as they were given, for those of the device would be waited for
+    ends = _numbers(options.eos_token_id, options._eos_token_tensor)
+    [pad] = _numbers(options.pad_token_id, options._pad_token_tensor) or ends[:1] or [-1]
+    if ends and pad == 0 and not is_greedy:
+        pad = ends[0]  # transformers' beams take a pad token of 0 for none
     mask = model_kwargs.get("attention_mask")
     with torch.cuda.device(input_ids.device) if input_ids.is_cuda else contextlib.nullcontext():
         search = _Search(
@@ -163,14 +165,23 @@ def captured_search(
                 options.max_length,
             ),
             num_beams=num_beams,
-            num_candidates=number_of_candidates(num_beams, eos),
-            ends=() if eos is None else tuple(eos.tolist()),
+            num_candidates=number_of_candidates(num_beams, len(ends)),
+            ends=tuple(ends),
             source=model_kwargs["encoder_outputs"][0][::num_beams],
             source_mask=None if mask is None else mask[::num_beams].to(input_ids.device),
-            fill=-1 if eos is None else int(pad if has_pad else eos[0]),
+            fill=pad if ends else -1,
         )
         found = _found(search, prompts_BL, watch)
     return None if found is None else output_of(options, found, input_ids.shape[1])
+
+
+def _numbers(given: Any, tensor: Tensor | None) -> list[int]:
+    """Token ids of a generation config: a number, several or none."""
+    if isinstance(given, int):
+        return [given]
+    if isinstance(given, list | tuple):
+        return [int(number) for number in given]
+    return [] if tensor is None else tensor.flatten().tolist()
 
 
 def _found(search: _Search, prompts_BL: Tensor, watch: Callable[[Tensor], None]) -> Hypotheses | None:
@@ -199,6 +210,7 @@ class _Run:
 
     Attributes:
         memory: see [`SearchMemory`].
+        view: the part of it that is worked on.
     """
 
     def __init__(self, search: _Search, prompts_BL: Tensor):
@@ -218,19 +230,16 @@ class _Run:
         self.memory = self.graphed.memory
         # the number of the sentence in each place, None where it is a copy that fills the batch
         self.numbers: list[int | None] = [*range(self.num_sentences)]
-        self._fill_up(wanted.num_sentences, self.numbers)
-        self.width = _power_of_two(self.length + 1)
+        self.numbers += [None] * (wanted.num_sentences - self.num_sentences)
+        self._set_width(_power_of_two(self.length + 1))
         self._start(prompts_BL)
 
-    @staticmethod
-    def _fill_up(size: int, numbers: list[int | None]) -> None:
-        numbers += [None] * (size - len(numbers))
+    def _set_width(self, width: int) -> None:
+        """Work on so many tokens of the sentences that there are."""
+        self.width = width
+        own = self.graphed.own(width)
+        self.view = self.memory.view(len(self.numbers), width, self.source_length, own)
 
-    def _view(self) -> SearchMemory:
-        own = self.graphed.own(self.width)
-        return self.memory.view(len(self.numbers), self.width, self.source_length, own)
-
-    @torch.inference_mode(False)
     def _start(self, prompts_BL: Tensor) -> None:
         search, memory = self.search, self.memory
         memory.settings.write(search.ranking, search.ends or (-1,))
@@ -246,7 +255,7 @@ class _Run:
         for layer in search.model.model.decoder.layers:
             layer.encoder_attn.keys_and_values_of_source(source_BSD, cache)
         if self.length > 1:
-            _read_prompts(search.model, self._view(), self.length - 1)
+            _read_prompts(search.model, self.view, self.length - 1)
 
     def until_all_are_done(self) -> Hypotheses:
         left: list[Hypotheses] = []
@@ -277,10 +286,10 @@ class _Run:
         for wide, narrow in zip(self.graphed.own(width), self.graphed.own(self.width), strict=True):
             for to, of in zip(wide, narrow, strict=True):
                 to[:size, :, :num_keys].copy_(of[:size])
-        self.width = width
+        self._set_width(width)
 
     def _step(self) -> None:
-        search, view = self.search, self._view()
+        search, view = self.search, self.view
         self._apply_processors(view)
         key = (self.graphed.name, len(self.numbers), self.width, self.source_length)
         search.store.run(key, lambda: _step(search.model, view, search.num_candidates))
@@ -316,9 +325,9 @@ class _Run:
         size = _rung(len(going_on))
         done = [place for place in range(len(self.numbers)) if place not in {*going_on}]
         places = going_on + done[: size - len(going_on)]
-        self._view().keep(_on_device(places, self.memory))
-        self.numbers = [self.numbers[place] for place in going_on]
-        self._fill_up(size, self.numbers)
+        self.view.keep(_on_device(places, self.memory))
+        self.numbers = [self.numbers[place] for place in going_on] + [None] * (size - len(going_on))
+        self._set_width(self.width)
 
 
 def _on_device(numbers: list[int], memory: SearchMemory) -> Tensor:
