@@ -95,7 +95,7 @@ class _Tape(TorchDispatchMode):
         for storage, before in self._before.values():
             storage.copy_(before)
 
-    @torch.no_grad()
+    @torch.inference_mode()  # in which everything can be written, whatever mode it was made in
     def replay(self) -> None:
         for *_, outputs in self._operations:
             for output in outputs or ():

@@ -20,6 +20,7 @@ CODE = {
         "beam_cache",
         "beam_hypotheses",
         "beam_search",
+        "captured_encoder",
         "captured_search",
         "configuration_zcode_m3",
         "expert_computation",

@@ -28,7 +28,7 @@ def poisoned_buffers() -> Iterator[None]:
 def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Searches that run from Python since a capture failed, and what went to transformers."""
     said: list[str] = []
-    monkeypatch.setattr(captured_search.logger, "warning_once", said.append)
+    monkeypatch.setattr(graph_store.logger, "warning_once", said.append)
     monkeypatch.setattr(generation.logger, "debug", lambda message, *values: said.append(message % values))
     return said
 

@@ -12,8 +12,10 @@ import torch
 from tape_recorder import TapeRecorder
 from test_beam_search import ENDS, TO_THE_LIMIT, make_model, of_transformers, source
 from torch import Tensor, nn
+from transformers import masking_utils
 
 from hf_moe_ted.models import captured_search, generation, graph_store
+from hf_moe_ted.models.captured_encoder import captured_encoding
 from hf_moe_ted.models.generation import FirstTokens
 
 __all__ = ["source"]
@@ -51,6 +53,8 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> list[TapeRecorder]:
 
     monkeypatch.setattr(graph_store, "new_recorder", new_recorder)
     monkeypatch.setattr(generation, "DEVICES", ("cpu",))
+    # what transformers asks a stream that is captured: else it looks whether a mask is full
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda tensor=None: True)
     return made
 
 
@@ -144,6 +148,44 @@ def test_sentences_that_are_done_leave_for_smaller_graphs(
     assert {length for _, length in shapes} == {32, 64}
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_encoder_of_batches_of_any_size(
+    attention: str, source: dict[str, Tensor], recorders: list[TapeRecorder], lines: list[str]
+) -> None:
+    model = capturable_model()
+    model.set_attn_implementation(attention)
+    for _ in range(3):
+        for size, length in ((5, 9), (1, 8), (3, 9), (5, 8)):
+            inputs = {name: tensor[:size, :length] for name, tensor in source.items()}
+            with torch.no_grad():
+                expected = model.model.encoder(**inputs).last_hidden_state
+                hidden = captured_encoding(model, inputs["input_ids"], inputs["attention_mask"])
+            assert hidden is not None
+            is_token = inputs["attention_mask"].bool()
+            torch.testing.assert_close(hidden[is_token], expected[is_token], atol=1e-5, rtol=1e-5)
+    assert recorders[0].num_recorded == 3  # for six sentences, three and one
+    captured(model, **source, **{**ENDS, "max_new_tokens": 2})
+    assert not lines
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"attention_mask": None}, "no attention mask"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "other inputs"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(5, 9, 32)}, "other inputs"),
+    ],
+)
+def test_encoder_calls_that_are_not_captured(
+    changed: dict[str, Any], reason: str, source: dict[str, Tensor], lines: list[str]
+) -> None:
+    model = capturable_model()
+    options = {**source, **ENDS, **changed}
+    outputs = [model.generate(**options, cuda_graphs=asked) for asked in (True, False)]
+    assert lines[0] == f"encoder not captured, because of {reason}"
+    assert torch.equal(*(o if isinstance(o, Tensor) else o.sequences for o in outputs))
+
+
 def test_flags_are_read_a_step_late_and_more_steps_change_nothing(
     source: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +259,17 @@ def test_a_model_that_is_gone_takes_its_graphs_along(
     assert store() is None
 
 
+def test_in_inference_mode_and_out_of_it(source: dict[str, Tensor]) -> None:
+    model = capturable_model()
+    expected = of_transformers(model, **source, **ENDS)
+    with torch.inference_mode():
+        assert torch.equal(captured(model, **source, **ENDS), expected)
+    assert torch.equal(captured(model, **source, **ENDS), expected)
+    *_, graphed = graph_store.store_of(model).memories.values()
+    tensors = [tensor for layer in (*graphed.memory.of_source, *graphed.own(32)) for tensor in layer]
+    assert not any(tensor.requires_grad or tensor.is_inference() for tensor in tensors)
+
+
 def test_threads_take_turns(source: dict[str, Tensor]) -> None:
     model = capturable_model()
     inputs = [{**source, "input_ids": source["input_ids"].roll(shift, 1)} for shift in range(3)]
@@ -241,7 +294,7 @@ def test_what_cannot_be_recorded_runs_as_ever(
     error: Exception, source: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warnings: list[str] = []
-    monkeypatch.setattr(captured_search.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(graph_store.logger, "warning_once", warnings.append)
     recorder = TapeRecorder([error])
     monkeypatch.setattr(graph_store, "new_recorder", lambda: recorder)
     model = capturable_model()
@@ -268,8 +321,7 @@ def test_what_cannot_be_recorded_runs_as_ever(
     ],
 )
 def test_what_it_does_not_have_goes_to_transformers(
-    overrides: dict[str, Any], options: dict[str, Any], reason: str, source: dict[str, Tensor], lines: list[str],
-    recorders: list[TapeRecorder],
+    overrides: dict[str, Any], options: dict[str, Any], reason: str, source: dict[str, Tensor], lines: list[str]
 ) -> None:  # fmt: skip
     model = capturable_model(**overrides)
     options = {**source, **ENDS, **options}
@@ -277,8 +329,8 @@ def test_what_it_does_not_have_goes_to_transformers(
         options |= {"eos_token_id": list(range(2, 90))}  # or it would get there
     torch.manual_seed(1)
     output = captured(model, **options)
-    assert len(lines) == 1 and lines[0].endswith(f"because of {reason}")
-    assert not recorders
+    assert lines[-1].endswith(f"because of {reason}")
+    assert {*graph_store.store_of(model).memories} <= {("encoder",)}
     torch.manual_seed(1)
     expected = model.generate(**options)
     assert torch.equal(*(o if isinstance(o, Tensor) else o.sequences for o in (output, expected)))

@@ -171,7 +171,7 @@ def beam_search(
         criteria=stopping_criteria,
         ranking=Ranking(options.length_penalty, options.early_stopping, input_ids.shape[1], options.max_length),
         num_beams=num_beams,
-        num_candidates=number_of_candidates(num_beams, eos),
+        num_candidates=number_of_candidates(num_beams, 0 if eos is None else len(eos)),
         eos=eos,
         keeps_all=with_scores or any(not _treats_rows_alike(processor) for processor in logits_processor),
         with_scores=with_scores,
@@ -183,9 +183,9 @@ def beam_search(
     return output_of(options, found, search.ranking.prompt_length, tuple(scores) if with_scores else None)
 
 
-def number_of_candidates(num_beams: int, eos: Tensor | None) -> int:
+def number_of_candidates(num_beams: int, num_ends: int) -> int:
     """Of each sentence, so that enough of them go on whatever ends."""
-    return max(2, 1 + (0 if eos is None else len(eos))) * num_beams
+    return max(2, 1 + num_ends) * num_beams
 
 
 def _treats_rows_alike(processor: Any) -> bool:

@@ -8,7 +8,6 @@ change any more. Once half of them are, the others move to a smaller graph.
 Shape letters as in search_memory.py; R = B * N rows, V words.
 """
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -23,7 +22,6 @@ from transformers.generation import (
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
 )
-from transformers.utils import logging
 
 from .beam_hypotheses import Candidates, Hypotheses, Ranking, together
 from .beam_search import (
@@ -35,7 +33,7 @@ from .beam_search import (
     output_of,
     row_logsumexp,
 )
-from .graph_store import GraphStore, can_record, store_of
+from .graph_store import GraphStore, can_record, is_plain, on_device, power_of_two, recorded, rung, store_of
 from .search_memory import KeysAndValues, KeySize, MemorySize, SearchMemory, fixed_cache
 
 try:
@@ -43,12 +41,10 @@ try:
 except ImportError:  # without Triton, which comes with PyTorch for GPUs, or remote code without the package
     beam_step = None  # type: ignore[assignment]
 
-logger = logging.get_logger(__name__)
-
 BY_DEFAULT = False  # whether searches on a GPU are captured where nobody says `cuda_graphs`
 DEVICES: tuple[str, ...] = ("cuda",)
 KERNEL_DEVICES: tuple[str, ...] = ("cuda",)  # where Triton's kernels do what follows the logits
-_MAX_MEMORIES = 3  # kept for each model, of different numbers of beams
+_MAX_MEMORIES = 4  # kept for each model, of different numbers of beams, and that of the encoder
 _LEAST_LENGTH, _LEAST_SOURCE = 32, 16  # numbers of keys are multiples of 16, as kernels of masked attention want them
 _FORBID_THE_END = (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor)
 _FORCE_A_TOKEN = (ForcedBOSTokenLogitsProcessor, ForcedEOSTokenLogitsProcessor)
@@ -73,19 +69,13 @@ def why_not_captured(
         "padding in prompts": inputs.shape[1] > 1 and bool((inputs == config.pad_token_id).any()),
         "autocast": torch.is_autocast_enabled(device.type),
         "training mode of a part": any(module.training for module in modules),
-        "layers of another package": any(not _is_plain(type(module)) for module in modules),
+        "layers of another package": any(not is_plain(type(module)) for module in modules),
         "weights that are no plain tensors": any(
             type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device != device for tensor in tensors
         ),
         "weights of several dtypes": len({tensor.dtype for tensor in tensors if tensor.is_floating_point()}) > 1,
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
-
-
-def _is_plain(kind: type) -> bool:
-    """Whether all that a module does is known from its weights and the config of the model."""
-    package = kind.__module__.rpartition(".")[0]
-    return package == __package__ or package.startswith("torch.nn") or kind.__module__ == "transformers.activations"
 
 
 def _is_known(processor: Any, num_sentences: int) -> bool:
@@ -147,11 +137,13 @@ def captured_search(
     options = generation_config
     num_beams, prompts_BL = options.num_beams, input_ids[:: options.num_beams]
     is_greedy = num_beams == 1  # then a translation stops at its first end
-    eos = options._eos_token_tensor
-    pad = options._pad_token_tensor
-    has_pad = pad is not None and (is_greedy or bool(pad))  # transformers' beams take a pad token of 0 for none
+    # as they were given, for those of the device would be waited for
+    ends = _numbers(options.eos_token_id, options._eos_token_tensor)
+    [pad] = _numbers(options.pad_token_id, options._pad_token_tensor) or ends[:1] or [-1]
+    if ends and pad == 0 and not is_greedy:
+        pad = ends[0]  # transformers' beams take a pad token of 0 for none
     mask = model_kwargs.get("attention_mask")
-    with torch.cuda.device(input_ids.device) if input_ids.is_cuda else contextlib.nullcontext():
+    with on_device(input_ids.device):
         search = _Search(
             model=model,
             store=store_of(model),
@@ -163,35 +155,30 @@ def captured_search(
                 options.max_length,
             ),
             num_beams=num_beams,
-            num_candidates=number_of_candidates(num_beams, eos),
-            ends=() if eos is None else tuple(eos.tolist()),
+            num_candidates=number_of_candidates(num_beams, len(ends)),
+            ends=tuple(ends),
             source=model_kwargs["encoder_outputs"][0][::num_beams],
             source_mask=None if mask is None else mask[::num_beams].to(input_ids.device),
-            fill=-1 if eos is None else int(pad if has_pad else eos[0]),
+            fill=pad if ends else -1,
         )
-        found = _found(search, prompts_BL, watch)
+        found = recorded(search.store, lambda _: _found(search, prompts_BL, watch))
     return None if found is None else output_of(options, found, input_ids.shape[1])
 
 
-def _found(search: _Search, prompts_BL: Tensor, watch: Callable[[Tensor], None]) -> Hypotheses | None:
-    store = search.store
-    if store.refusal is not None:
-        logger.debug("no captured search, because of %s", store.refusal)
-        return None
-    with store.lock, store.recorder.eager():
-        try:
-            run = _Run(search, prompts_BL)
-            found = run.until_all_are_done()
-            watch(torch.where(run.memory.has_nan_1, torch.nan, 0.0))
-            return found
-        except torch.OutOfMemoryError as error:
-            reason = f"the memory of the device is too small for it ({error})"
-        except RuntimeError as error:
-            reason = store.refusal = f"a step cannot be recorded ({error})"
-        run = None  # type: ignore[assignment]  # whose memory is given back
-        store.forget()
-    logger.warning_once(f"searches are not captured as CUDA graphs, but run step by step: {reason}")
-    return None
+def _numbers(given: Any, tensor: Tensor | None) -> list[int]:
+    """Token ids of a generation config: a number, several or none."""
+    if isinstance(given, int):
+        return [given]
+    if isinstance(given, list | tuple):
+        return [int(number) for number in given]
+    return [] if tensor is None else tensor.flatten().tolist()
+
+
+def _found(search: _Search, prompts_BL: Tensor, watch: Callable[[Tensor], None]) -> Hypotheses:
+    run = _Run(search, prompts_BL)
+    found = run.until_all_are_done()
+    watch(torch.where(run.memory.has_nan_1, torch.nan, 0.0))
+    return found
 
 
 class _Run:
@@ -199,17 +186,18 @@ class _Run:
 
     Attributes:
         memory: see [`SearchMemory`].
+        view: the part of it that is worked on.
     """
 
     def __init__(self, search: _Search, prompts_BL: Tensor):
         self.search = search
         self.num_sentences, self.length = prompts_BL.shape  # tokens that there are so far
         ranking, source = search.ranking, search.source
-        self.source_length = _rung(source.shape[1], _LEAST_SOURCE)
+        self.source_length = rung(source.shape[1], _LEAST_SOURCE)
         wanted = MemorySize(
-            num_sentences=_rung(self.num_sentences),
+            num_sentences=rung(self.num_sentences),
             num_beams=search.num_beams,
-            length=_power_of_two(ranking.max_length),
+            length=power_of_two(ranking.max_length, _LEAST_LENGTH),
             source_length=self.source_length,
             num_candidates=search.num_candidates,
             num_ends=max(1, len(search.ends)),
@@ -218,19 +206,16 @@ class _Run:
         self.memory = self.graphed.memory
         # the number of the sentence in each place, None where it is a copy that fills the batch
         self.numbers: list[int | None] = [*range(self.num_sentences)]
-        self._fill_up(wanted.num_sentences, self.numbers)
-        self.width = _power_of_two(self.length + 1)
+        self.numbers += [None] * (wanted.num_sentences - self.num_sentences)
+        self._set_width(power_of_two(self.length + 1, _LEAST_LENGTH))
         self._start(prompts_BL)
 
-    @staticmethod
-    def _fill_up(size: int, numbers: list[int | None]) -> None:
-        numbers += [None] * (size - len(numbers))
+    def _set_width(self, width: int) -> None:
+        """Work on so many tokens of the sentences that there are."""
+        self.width = width
+        own = self.graphed.own(width)
+        self.view = self.memory.view(len(self.numbers), width, self.source_length, own)
 
-    def _view(self) -> SearchMemory:
-        own = self.graphed.own(self.width)
-        return self.memory.view(len(self.numbers), self.width, self.source_length, own)
-
-    @torch.inference_mode(False)
     def _start(self, prompts_BL: Tensor) -> None:
         search, memory = self.search, self.memory
         memory.settings.write(search.ranking, search.ends or (-1,))
@@ -246,7 +231,7 @@ class _Run:
         for layer in search.model.model.decoder.layers:
             layer.encoder_attn.keys_and_values_of_source(source_BSD, cache)
         if self.length > 1:
-            _read_prompts(search.model, self._view(), self.length - 1)
+            _read_prompts(search.model, self.view, self.length - 1)
 
     def until_all_are_done(self) -> Hypotheses:
         left: list[Hypotheses] = []
@@ -270,17 +255,17 @@ class _Run:
 
     def _widen(self) -> None:
         """Room for one token more."""
-        width = _power_of_two(self.length + 1)
+        width = power_of_two(self.length + 1, _LEAST_LENGTH)
         if width == self.width:
             return
         num_keys, size = self.width * self.search.num_beams, len(self.numbers)
         for wide, narrow in zip(self.graphed.own(width), self.graphed.own(self.width), strict=True):
             for to, of in zip(wide, narrow, strict=True):
                 to[:size, :, :num_keys].copy_(of[:size])
-        self.width = width
+        self._set_width(width)
 
     def _step(self) -> None:
-        search, view = self.search, self._view()
+        search, view = self.search, self.view
         self._apply_processors(view)
         key = (self.graphed.name, len(self.numbers), self.width, self.source_length)
         search.store.run(key, lambda: _step(search.model, view, search.num_candidates))
@@ -313,12 +298,12 @@ class _Run:
 
     def _shrink(self, going_on: list[int]) -> None:
         """Leave out sentences that are done, but for some that fill the batch."""
-        size = _rung(len(going_on))
+        size = rung(len(going_on))
         done = [place for place in range(len(self.numbers)) if place not in {*going_on}]
         places = going_on + done[: size - len(going_on)]
-        self._view().keep(_on_device(places, self.memory))
-        self.numbers = [self.numbers[place] for place in going_on]
-        self._fill_up(size, self.numbers)
+        self.view.keep(_on_device(places, self.memory))
+        self.numbers = [self.numbers[place] for place in going_on] + [None] * (size - len(going_on))
+        self._set_width(self.width)
 
 
 def _on_device(numbers: list[int], memory: SearchMemory) -> Tensor:
@@ -502,20 +487,6 @@ def _advance(memory: SearchMemory, candidates: Candidates) -> None:
     memory.last_BN.copy_(after.running_BNL.index_select(2, memory.place_1).squeeze(-1))
     mask_B1NK = memory.mask_B1NK
     mask_B1NK.copy_(mask_B1NK.gather(2, parents_BN[:, None, :, None].expand(-1, -1, -1, mask_B1NK.shape[-1])))
-
-
-# ---- ladders ----
-
-
-def _rung(number: int, least: int = 1) -> int:
-    """The least power of two, or three quarters of one, that is no less, and a multiple of `least`."""
-    whole = _power_of_two(number, least)
-    part = whole // 4 * 3
-    return part if part >= number and part % least == 0 else whole
-
-
-def _power_of_two(number: int, least: int = _LEAST_LENGTH) -> int:
-    return max(least, 1 << (number - 1).bit_length())
 
 
 def _is_active(processor: Any, length: int) -> bool:

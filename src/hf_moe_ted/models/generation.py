@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.modeling_outputs import MoEModelOutput
 from transformers.utils import logging
 
 from .attention_backends import without_cudnn_attention
 from .beam_search import SometimesActive, beam_search, why_not
+from .captured_encoder import captured_encoding, why_not_encoded
 from .captured_search import BY_DEFAULT, DEVICES, captured_search, why_not_captured
 from .graph_store import forget_store
 from .router import refused_if_not_finite, require_finite_routers
@@ -178,6 +180,25 @@ class ZCodeM3GenerationMixin(GenerationMixin):
             return None, reason
         output = captured_search(self, input_ids, processors, options, watch.look, **model_kwargs)
         return output, "a failed capture" if output is None else None
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self,
+        inputs_tensor: Tensor,
+        model_kwargs: dict[str, Any],
+        model_input_name: str | None,
+        generation_config: GenerationConfig,
+    ) -> dict[str, Any]:
+        """Run the encoder, as a CUDA graph where these are asked for."""
+        given = (inputs_tensor, model_kwargs, model_input_name, generation_config)
+        if model_kwargs.get("encoder_outputs") is None and _is_captured(generation_config, inputs_tensor.device):
+            reason = why_not_encoded(self, inputs_tensor, model_input_name, model_kwargs)
+            if reason is None:
+                hidden = captured_encoding(self, inputs_tensor, model_kwargs["attention_mask"])
+                if hidden is not None:
+                    return {**model_kwargs, "encoder_outputs": MoEModelOutput(last_hidden_state=hidden)}
+            logger.debug("encoder not captured, because of %s", reason or "a failed capture")
+        prepare: Callable = super()._maybe_prepare_encoder_kwargs_for_generation  # type: ignore[misc]
+        return prepare(*given)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As the parent, without the tokenizers of stop strings, which transformers hands on to `forward`."""

@@ -1,19 +1,25 @@
 """CUDA graphs of a model, kept from call to call: the least recently used goes, and all go with the weights."""
 
+import contextlib
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 try:
     from hf_moe_ted.cuda_graphs.recorder import CudaRecorder
 except ImportError:  # remote code without the package
     CudaRecorder = None  # type: ignore[assignment, misc]
+
+logger = logging.get_logger(__name__)
+
+T = TypeVar("T")
 
 MAX_GRAPHS = 64
 _record = threading.Lock()  # one capture at a time in a process
@@ -104,6 +110,26 @@ def forget_store(model: Any) -> None:
             store.forget()
 
 
+def recorded(store: GraphStore, work: Callable[[GraphStore], T]) -> T | None:
+    """What work with the calls of a store returns, alone and on the stream of its recorder.
+
+    `None` if the memory of the device is too small or a call cannot be recorded, which is said once.
+    """
+    if store.refusal is not None:
+        logger.debug("nothing is recorded, because of %s", store.refusal)
+        return None
+    with store.lock, store.recorder.eager():
+        try:
+            return work(store)
+        except torch.OutOfMemoryError as error:
+            reason = f"the memory of the device is too small for it ({error})"
+        except RuntimeError as error:
+            reason = store.refusal = f"a step cannot be recorded ({error})"
+        store.forget()
+    logger.warning_once(f"generation is not captured as CUDA graphs, but runs step by step: {reason}")
+    return None
+
+
 def new_recorder() -> Any:
     """For the current device."""
     return CudaRecorder()
@@ -114,19 +140,53 @@ def can_record() -> bool:
     return CudaRecorder is not None
 
 
+def is_plain(kind: type) -> bool:
+    """Whether all that a module does is known from its weights and the config of the model."""
+    package = kind.__module__.rpartition(".")[0]
+    return package == __package__ or package.startswith("torch.nn") or kind.__module__ == "transformers.activations"
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Where a device is the current one, if it is a CUDA device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def rung(number: int, least: int = 1) -> int:
+    """The least power of two, or three quarters of one, that is no less, and a multiple of `least`."""
+    whole = power_of_two(number, least)
+    part = whole // 4 * 3
+    return part if part >= number and part % least == 0 else whole
+
+
+def power_of_two(number: int, least: int = 1) -> int:
+    """The least one that is neither less than a number nor than `least`, one itself."""
+    return max(least, 1 << (number - 1).bit_length())
+
+
 def _signature(model: Any) -> Hashable:
-    modules = (model.model.decoder, model.lm_head)
-    tensors = chain.from_iterable(chain(module.parameters(), module.buffers()) for module in modules)
+    tensors = chain(model.parameters(), model.buffers())
     options = {
         name: value
         for name, value in vars(model.config).items()
         if value is None or isinstance(value, bool | int | float | str)
     }
     return (
-        tuple((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors),
+        tuple((tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in tensors),
         tuple(sorted(options.items(), key=lambda item: item[0])),
         torch.backends.cuda.matmul.allow_tf32,
     )
 
 
-__all__ = ["MAX_GRAPHS", "GraphStore", "can_record", "forget_store", "new_recorder", "store_of"]
+__all__ = [
+    "MAX_GRAPHS",
+    "GraphStore",
+    "can_record",
+    "forget_store",
+    "is_plain",
+    "new_recorder",
+    "on_device",
+    "power_of_two",
+    "recorded",
+    "rung",
+    "store_of",
+]

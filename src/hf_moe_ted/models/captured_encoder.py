@@ -1,0 +1,102 @@
+"""The encoder of a search as a CUDA graph: one for each number of sentences and of source tokens on a short ladder.
+
+Shape letters: B sentences, S source tokens, D model width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .graph_store import GraphStore, can_record, is_plain, on_device, recorded, rung, store_of
+
+_NAME = ("encoder",)
+_LEAST_SOURCE = 16
+_MAX_TOKENS = 16_384  # of a batch; the device is busy for longer with more than the host needs to start it
+_KNOWN_ARGUMENTS = {"attention_mask", "use_cache", "past_key_values", "cache"}
+
+
+@dataclass(frozen=True)
+class _EncoderMemory:
+    """What the encoder reads, int64[B, S], and writes, float[B, S, D]."""
+
+    ids: Tensor
+    mask: Tensor
+    hidden: Tensor
+
+    def view(self, num_sentences: int, length: int) -> "_EncoderMemory":
+        return _EncoderMemory(*(x[:num_sentences, :length] for x in (self.ids, self.mask, self.hidden)))
+
+
+def why_not_encoded(model: Any, inputs: Tensor, input_name: str | None, model_kwargs: dict[str, Any]) -> str | None:
+    """What of an encoder call a captured one does not have; `None` if it has all."""
+    config, encoder = model.config, model.model.encoder
+    mask = model_kwargs.get("attention_mask")
+    others = {n for n, value in model_kwargs.items() if value is not None and not n.startswith("decoder_")}
+    modules = list(encoder.modules())
+    tensors = [*encoder.parameters(), *encoder.buffers()]
+    reasons = {
+        "the package hf_moe_ted, which is not installed": not can_record(),
+        "other inputs": input_name != "input_ids" or bool(others - _KNOWN_ARGUMENTS),
+        "no attention mask": not isinstance(mask, Tensor) or mask.shape != inputs.shape,
+        "an empty batch": 0 in inputs.shape,
+        "many tokens": inputs.numel() > _MAX_TOKENS or inputs.shape[1] >= config.max_position_embeddings,
+        "outputs of layers": config.output_attentions or config.output_hidden_states,
+        "attention other than sdpa and eager": config._attn_implementation not in ("sdpa", "eager"),
+        "gradients": torch.is_grad_enabled(),
+        "autocast": torch.is_autocast_enabled(inputs.device.type),
+        "a capacity of experts": config.eval_capacity_factor is not None,
+        "second experts by chance": config.second_expert_policy != "all",
+        "untied positions": config.position_embedding_type == "tupe",
+        "training mode": any(module.training for module in modules),
+        "layers of another package": any(not is_plain(type(module)) for module in modules),
+        "hooks of the model": any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in modules),
+        "another forward": "forward" in vars(encoder),
+        "weights that are no plain tensors": any(
+            type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device != inputs.device for tensor in tensors
+        ),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def captured_encoding(model: Any, ids_BS: Tensor, mask_BS: Tensor) -> Tensor | None:
+    """Hidden states float[B, S, D] of the last layer, or `None` where nothing can be recorded."""
+    with on_device(ids_BS.device):
+        return recorded(store_of(model), lambda store: _encoded(model, store, ids_BS, mask_BS))
+
+
+def _encoded(model: Any, store: GraphStore, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    num_sentences, length = ids_BS.shape
+    # one more, as transformers leaves out a mask that it sees to be full, which it cannot in a graph
+    shape = rung(num_sentences), rung(length + 1, _LEAST_SOURCE)
+    view = _memory(model, store, shape).view(*shape)
+    view.ids.fill_(model.config.pad_token_id)
+    view.mask.zero_()
+    view.mask[:, :1].fill_(1)  # a query of a sentence that fills the batch attends to something
+    view.ids[:num_sentences, :length].copy_(ids_BS)
+    view.mask[:num_sentences, :length].copy_(mask_BS)
+    store.run((_NAME, *shape), lambda: _encode(model, view))
+    return view.hidden[:num_sentences, :length].clone()
+
+
+def _encode(model: Any, memory: _EncoderMemory) -> None:
+    encoded = model.model.encoder(input_ids=memory.ids, attention_mask=memory.mask, return_dict=True)
+    memory.hidden.copy_(encoded.last_hidden_state)
+
+
+@torch.inference_mode(False)
+def _memory(model: Any, store: GraphStore, shape: tuple[int, int]) -> _EncoderMemory:
+    known = store.memories.get(_NAME)
+    size = shape if known is None else tuple(map(max, shape, known.ids.shape))
+    if known is None or size != known.ids.shape:
+        del known
+        store.forget(_NAME)
+        weight = model.model.encoder.layer_norm.weight
+        ids = torch.zeros(size, dtype=torch.int64, device=weight.device)
+        hidden = torch.zeros(*size, model.config.d_model, dtype=weight.dtype, device=weight.device)
+        store.memories[_NAME] = _EncoderMemory(ids, torch.zeros_like(ids), hidden)
+    return store.memories[_NAME]
+
+
+__all__ = ["captured_encoding", "why_not_encoded"]
