@@ -30,7 +30,9 @@ def test_kernels_fit_into_shared_memory(capability: int, cases: str, tmp_path: P
     )
     assert run.returncode == 0, run.stderr
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
-    assert {"grouped_gemm_kernel", "grad_weight_kernel", "_expert_linear_kernel"} <= {row["kernel"] for row in kernels}
+    expected = {"grouped_gemm_kernel", "grad_weight_kernel", "_expert_linear_kernel"}
+    expected |= {"_quantized_linear_kernel", "_quantized_grouped_kernel"}
+    assert expected <= {row["kernel"] for row in kernels}
     assert [row for row in kernels if row["shared"] > KIB_OF_A_PROGRAM[capability] * 1024] == []
     # else each product waits for its operands
     assert [row for row in kernels if "gemm" in row["kernel"] and row["copies"] == 0] == []
