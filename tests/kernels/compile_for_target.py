@@ -21,6 +21,7 @@ from hf_moe_ted.kernels import (
     fused_ffn,
     fused_router,
     multi_tensor,
+    quantized_ffn,
     row_plan,
     small_batch_ffn,
 )
@@ -113,6 +114,23 @@ def small_batch_of(dtype: torch.dtype, num_slots: int) -> None:
     small_batch_ffn.small_batch_relu_experts(ids, tokens, weights, up, biases[0], down, biases[1])
 
 
+def quantized_of(dtype: torch.dtype, num_slots: int, bits: int, group: int) -> None:
+    """Both matrices of quantized experts; a group of 0 is a row."""
+    ids = torch.zeros(num_slots, 1, dtype=torch.int64)
+    weights, plan = torch.zeros(num_slots, 1), torch.empty(0, dtype=torch.int32)
+    for num_rows, depth in ((INNER_WIDTH, WIDTH), (WIDTH, INNER_WIDTH)):
+        packed = torch.zeros(NUM_EXPERTS, num_rows, depth * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
+        scale = torch.zeros(NUM_EXPERTS, num_rows, depth // (group or depth), dtype=dtype)
+        bias, inputs = torch.zeros(NUM_EXPERTS, num_rows, dtype=dtype), torch.zeros(num_slots, depth, dtype=dtype)
+        if num_slots > quantized_ffn.MAX_SLOTS and not plan.numel():
+            tile = quantized_ffn.many_slots_tile(num_slots, NUM_EXPERTS, packed, scale, dtype)
+            plan = row_plan.plan_rows(ids, NUM_EXPERTS, tile.block_m)
+        is_down = depth == INNER_WIDTH
+        quantized_ffn.quantized_linear(
+            inputs, ids, plan, weights if is_down else None, packed, scale, bias, not is_down
+        )
+
+
 def router_of(dtype: torch.dtype, num_tokens: int, num_experts: int) -> None:
     hidden, weight = torch.zeros(num_tokens, WIDTH, dtype=dtype), torch.zeros(num_experts, WIDTH)
     seed = torch.zeros(1, dtype=torch.int64)
@@ -166,6 +184,8 @@ def main(capability: int, cases: str) -> None:
     compiler.run(experts_of, bf16, 8192)
     compiler.run(small_batch_of, bf16, 64)
     compiler.run(beams_of, bf16, 4)
+    compiler.run(quantized_of, bf16, 64, 4, 128)
+    compiler.run(quantized_of, bf16, 8192, 4, 128)
     if cases == "most":
         compiler.run(experts_of, fp32, 8192)
         compiler.run(router_of, bf16, 16384, 128)
@@ -182,6 +202,10 @@ def main(capability: int, cases: str) -> None:
                 compiler.run(router_of, dtype, 16384, num_experts)
                 compiler.run(router_of, dtype, 64, num_experts)
             compiler.run(others_of, dtype)
+        for dtype in (bf16, torch.float16, fp32):
+            for num_slots in (2, 64, 128, 512, 8192):
+                for bits, group in ((8, 0), (8, 11), (4, 0), (4, 128), (4, 64), (4, 32), (4, 6)):
+                    compiler.run(quantized_of, dtype, num_slots, bits, group)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ KIB_OF_A_PROGRAM = {80: 163, 89: 99}  # CUDA C++ Programming Guide, compute capa
 @pytest.mark.parametrize(("capability", "cases"), [(80, "few"), (89, "few")])
 def test_kernels_fit_into_shared_memory(capability: int, cases: str, tmp_path: Path) -> None:
     kernels = compiled(capability, cases, tmp_path)
-    assert {"grouped_gemm_kernel", "grad_weight_kernel", "_expert_linear_kernel"} <= {row["kernel"] for row in kernels}
+    expected = {"grouped_gemm_kernel", "grad_weight_kernel", "_expert_linear_kernel"}
+    expected |= {"_quantized_linear_kernel", "_quantized_grouped_kernel"}
+    assert expected <= {row["kernel"] for row in kernels}
     assert [row for row in kernels if row["shared"] > KIB_OF_A_PROGRAM[capability] * 1024] == []
     # else each product waits for its operands
     assert [row for row in kernels if "gemm" in row["kernel"] and row["copies"] == 0] == []
