@@ -52,6 +52,8 @@ def main() -> None:
     if "checks" in args.parts:
         for name, settings in variants.items():
             bench.add("checks", check(name, settings))
+        for has_half in (False, True):
+            bench.add("checks", check_router({"_HALF_PRODUCTS": has_half}))
     if "layer" in args.parts:
         for num_tokens, num_experts in sizes:
             bench.add("layer", time_layer(num_tokens, num_experts, variants))
@@ -163,6 +165,7 @@ def all_variants() -> dict[str, dict[str, Any]]:
         "_SUMS_IN_WEIGHT_PRODUCT": False,
         "_HALF_TILES": False,
         "_PREFETCH": False,
+        "_HALF_PRODUCTS": False,
         "_WEIGHT_CONFIGS": (GemmConfig(128, 128, 32, 4, 5, 2),) * 2,
     }
     bits = before | {"_MASK_AS_BITS": True}
@@ -221,6 +224,29 @@ def check(name: str, settings: dict[str, Any]) -> dict[str, Any]:
         "bit-equal": is_same,
         "errors": {k: f"{v:.1e}" for k, v in errors.items()},
     }
+
+
+def check_router(settings: dict[str, Any]) -> dict[str, Any]:
+    """Relative errors of logits and gradients against float64."""
+    from hf_moe_ted.kernels.fused_router import fused_route
+
+    torch.manual_seed(0)
+    hidden, weight = (
+        torch.randn(5000, 264, device="cuda").bfloat16(),
+        torch.randn(72, 264, device="cuda").bfloat16() / 16,
+    )
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    with settings_of(settings):
+        logits, probs, choices = fused_route(*inputs, None, 1)
+        cotangents = [torch.randn_like(logits), torch.randn_like(probs)]
+        actual = [logits, *torch.autograd.grad([logits, probs], inputs, cotangents)]
+    exact_logits = exact_inputs[0] @ exact_inputs[1].T
+    exact_probs = exact_logits.softmax(dim=-1).gather(1, choices)
+    cotangents = [cotangent.double() for cotangent in cotangents]
+    expected = [exact_logits, *torch.autograd.grad([exact_logits, exact_probs], exact_inputs, cotangents)]
+    errors = [(one.double() - other).norm() / other.norm() for one, other in zip(actual, expected, strict=True)]
+    return settings | dict(zip(("logits", "hidden", "weight"), [f"{error:.1e}" for error in errors], strict=True))
 
 
 PARTS = ("output", "hidden", "weights", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
@@ -485,8 +511,10 @@ def sweep_of_router(num_tokens: int, num_experts: int) -> Iterator[tuple[str, fl
     backward = (
         logits, choices, None, torch.randn_like(probs), hidden, weight, None, 0.0, hidden.dtype, True, True, False,
     )  # fmt: skip
-    yield "forward", milliseconds(lambda: fused_router.route(*forward))
-    yield "backward", milliseconds(lambda: fused_router.route_backward(*backward))
+    for name, settings in (("", {}), (", TF32", {"_HALF_PRODUCTS": False})):
+        with settings_of(settings):
+            yield f"forward{name}", milliseconds(lambda: fused_router.route(*forward))
+            yield f"backward{name}", milliseconds(lambda: fused_router.route_backward(*backward))
     for tiles in ((64, 64, 64, 4, 3), (128, 64, 64, 8, 3), (64, 32, 64, 4, 3)):
         with settings_of({"route_tiles": lambda *_, tiles=tiles: RouterTiles(*tiles)}):
             yield f"forward, {tiles}", milliseconds(lambda: fused_router.route(*forward))

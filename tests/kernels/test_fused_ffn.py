@@ -61,6 +61,20 @@ def test_half_precision(poisoned_buffers):
     assert_near(fused(experts, hidden, ids, weights, cotangent), expected, 1e-2, cotangent)
 
 
+@pytest.mark.parametrize("num_tokens", [150, 250])  # 90 rows of the first expert are a tile, 190 one and a half
+def test_half_tiles(num_tokens, poisoned_buffers):
+    experts = make_experts(3, 32, 264, torch.float16)
+    hidden, cotangent = torch.randn(2, num_tokens, 32, device=DEVICE, dtype=torch.float16)
+    weights = torch.rand(num_tokens, 1, device=DEVICE, dtype=torch.float16)
+    ids = torch.tensor([0] * (num_tokens - 60) + [1] * 60, device=DEVICE)[torch.randperm(num_tokens), None]
+    cotangent = without_kinks(experts, hidden, ids, cotangent)
+    expected = reference(experts, hidden, ids, weights, cotangent)
+    actual = fused(experts, hidden, ids, weights, cotangent)
+    assert_near(actual, expected, 1e-2, cotangent)
+    again = fused(experts, hidden, ids, weights, cotangent)
+    assert all(torch.equal(one, other) for one, other in zip(actual, again, strict=True)), "not deterministic"
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has one way to read blocks")
 @pytest.mark.parametrize("capability", [(8, 9), (12, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter has no bfloat16

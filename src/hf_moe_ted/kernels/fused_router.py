@@ -24,6 +24,7 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _MAX_SEED = torch.iinfo(torch.int32).max
 _WEIGHT_PROGRAMS = 512  # about four for each multiprocessor; a constant, so that all GPUs sum in the same order
 _MIN_TOKENS_PER_SPLIT = 256
+_HALF_PRODUCTS = True
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def route(
     tiles = route_tiles(num_tokens, num_experts)
     # TF32 holds numbers of half precision as they are
     is_exact = seed is None and hidden.dtype != torch.float32 and weight.dtype != torch.float32
+    precision = "half" if _HALF_PRODUCTS and is_exact and hidden.dtype == weight.dtype else None
     triton_router.route_kernel[(triton.cdiv(num_tokens, tiles.block_t),)](
         hidden,
         weight,
@@ -123,7 +125,7 @@ def route(
         num_experts,
         jitter,
         TOP_K=top_k,
-        PRECISION="tf32" if is_exact else "tf32x3",
+        PRECISION=precision or ("tf32" if is_exact else "tf32x3"),
         **tiles.launch,
     )
     return logits, probs, choices
@@ -180,13 +182,13 @@ def route_backward(
         jitter,
         TOP_K=choices.shape[1],
         PART_E=tiles.part_e,
-        PRECISION=_gradient_precision(hidden_dtype),
+        PRECISION=_gradient_precision(hidden_dtype, weight.dtype, None),
         **tiles.launch,
     )
     if not (weight_needs_grad or bias_needs_grad):
         return grad_hidden, weight.new_empty(0), weight.new_empty(0)
     inputs = hidden if weight_needs_grad else None
-    precision = _gradient_precision(hidden_dtype)
+    precision = _gradient_precision(hidden_dtype, hidden_dtype, seed)
     grads = _grad_weight_and_bias(grad_scores, inputs, weight, seed, jitter, bias_needs_grad, precision)
     return grad_hidden, *grads
 
@@ -227,9 +229,14 @@ def _grad_weight_and_bias(
     return _sum_splits(grad_weight, weight.dtype), _sum_splits(grad_bias, weight.dtype)
 
 
-def _gradient_precision(hidden_dtype: torch.dtype) -> str:
-    """One TF32 product, with three bits more than bfloat16, where hidden states and their gradients are bfloat16."""
-    return "tf32" if hidden_dtype == torch.bfloat16 else "tf32x3"
+def _gradient_precision(hidden_dtype: torch.dtype, other_dtype: torch.dtype, seed: Tensor | None) -> str:
+    """Of products of gradients with weights or hidden states, where hidden states and their gradients are bfloat16.
+
+    One TF32 product has three bits more than these.
+    """
+    if hidden_dtype != torch.bfloat16:
+        return "tf32x3"
+    return "bf16x2" if _HALF_PRODUCTS and other_dtype == torch.bfloat16 and seed is None else "tf32"
 
 
 def _sum_splits(sums: Tensor, dtype: torch.dtype) -> Tensor:
