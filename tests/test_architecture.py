@@ -63,6 +63,10 @@ RULES = {
     "evaluation": Rule(parts=("models", "files", "tensors")),
     "routing": Rule(parts=("models", "files", "evaluation")),
     "compression": Rule(parts=("models", "kernels", "files", "tensors", "evaluation", "routing")),
+    "expert_memory": Rule(
+        parts=("models", "kernels", "files", "tensors", "routing", "compression"),
+        packages=("torch", "transformers", "accelerate"),
+    ),
     "translation": Rule(parts=("models", "evaluation")),
     "serving": Rule(parts=("models", "files", "tensors", "evaluation", "routing", "translation")),
     "data": Rule(parts=("models.language_codes", "models.tokenization_zcode_m3")),
@@ -81,7 +85,7 @@ RULES = {
     "__init__": Rule(
         parts=(
             *("_auto_registration", "models", "optim", "tensors", "conversion", "evaluation", "routing", "translation"),
-            *("serving", "compression", "data", "cuda_graphs", "training", "distributed", "planning"),
+            *("serving", "compression", "expert_memory", "data", "cuda_graphs", "training", "distributed", "planning"),
         ),
         packages=(),
     ),

@@ -8,6 +8,7 @@ width, G weights per scale.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -151,6 +152,17 @@ class QuantizedExperts(nn.Module):
         packed, scale = self.get_parameter(f"{name}_packed"), self.get_parameter(f"{name}_scale")
         return dequantize_weight(packed[expert], scale[expert], self.bits)
 
+    @property
+    def sums_in_float32(self) -> bool:
+        """Whether, on CPUs, outputs of experts are float32 until those of a token are added up."""
+        return self._has_integers_to_multiply()
+
+    def forget_packed(self, experts: Sequence[int]) -> None:
+        """Drop what was made of the weights of some experts, which were overwritten behind the back of PyTorch."""
+        for name in _PROJECTIONS:
+            for expert in experts:
+                self._packed_weights.forget((name, expert))
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """
         Args:
@@ -205,12 +217,13 @@ class QuantizedExperts(nn.Module):
 
     def _multiplies_integers(self) -> bool:
         return (
-            self.config._experts_implementation != "eager"
-            and self.bits == 8
-            and self.group_size is None
+            self._has_integers_to_multiply()
             and self.get_parameter("up_proj_packed").device.type == "cpu"
             and not torch.is_grad_enabled()  # rounding has no gradient
         )
+
+    def _has_integers_to_multiply(self) -> bool:
+        return self.config._experts_implementation != "eager" and self.bits == 8 and self.group_size is None
 
     def _networks_of_integers(self, rows_RD: Tensor, num_rows_E: list[int], expert_R: Tensor) -> Tensor:
         """float32[R, D] of rows that stand in the order of their experts."""

@@ -125,7 +125,7 @@ def modules_of_parts(model: nn.Module) -> list[nn.Module]:
     return [*linears, *dict.fromkeys(embedding for _, embedding in _tied_embeddings_of(model))]
 
 
-def weights_of_parts(model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
+def weights_of_parts(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     """Name of each module that `quantize_parts` replaces -> part and weight; tied ones have several names."""
     linears = {name: (part, linear.weight) for name, part, linear in _linears_of(model)}
     return linears | {name: (VOCABULARY, embedding.weight) for name, embedding in _tied_embeddings_of(model)}

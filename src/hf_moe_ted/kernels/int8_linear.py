@@ -121,6 +121,11 @@ class PackedInt8Weights:
         packed, kernel = self._pack(len(rounded_RI), key, [Int8Layer(weight_OI, scale_O, None)])
         return _PRODUCTS[kernel](rounded_RI, packed)
 
+    def forget(self, key: Hashable) -> None:
+        """Drop what was made of a matrix, such as one that was overwritten behind the back of PyTorch."""
+        for kernel in _PRODUCTS:
+            self._packed.pop((key, kernel), None)
+
     def _pack(self, num_rows: int, key: Hashable, layers: Sequence[Int8Layer]) -> tuple[_Packed, str]:
         numel = sum(layer.weight_OI.numel() for layer in layers)
         kernel = _kernel(num_rows > _MAX_FEW_ROWS and numel > _MAX_SMALL_NUMEL)
@@ -190,6 +195,12 @@ def int8_levels() -> int | None:
 
 
 @lru_cache
+def packed_bytes_per_weight() -> int:
+    """What [`PackedInt8Weights`] takes at most for a weight that is used for few rows and for many."""
+    return 4 if int8_levels() is None else int(has_fbgemm()) + int(has_exact_int8_products())
+
+
+@lru_cache
 def has_exact_int8_products() -> bool:
     """Whether this processor adds up int8 products in int32, which oneDNN and FBGEMM make use of.
 
@@ -208,4 +219,11 @@ def has_exact_int8_products() -> bool:
     return torch.equal(output.double(), expected)
 
 
-__all__ = ["Int8Layer", "Int8Rows", "PackedInt8Weights", "has_exact_int8_products", "int8_levels"]
+__all__ = [
+    "Int8Layer",
+    "Int8Rows",
+    "PackedInt8Weights",
+    "has_exact_int8_products",
+    "int8_levels",
+    "packed_bytes_per_weight",
+]

@@ -237,8 +237,29 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
             return super().maybe_distribute_model(model, distributed_config, mesh_manager)
         return distributed_config.distribute(model, mesh_manager)
 
+    @classmethod
+    def from_pretrained(cls, folder: Any, *args: Any, expert_memory: Any = None, **kwargs: Any) -> Any:
+        """As [`PreTrainedModel.from_pretrained`].
+
+        Args:
+            folder: or the id of a model on the Hub.
+            expert_memory: [`ExpertMemory`], *optional*: the device holds some experts, and others come when they are
+                needed. It loads the model; `folder` is one then.
+        """
+        if expert_memory is None:
+            return super().from_pretrained(folder, *args, **kwargs)
+        if not hasattr(expert_memory, "load"):
+            raise ValueError(f"expert_memory ({expert_memory!r}) must be an ExpertMemory, such as ExpertMemory('8GB')")
+        return expert_memory.load(cls, folder, *args, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As [`PreTrainedModel.save_pretrained`], but under our own names: by default that writes NLLB-MoE's."""
+        """As [`PreTrainedModel.save_pretrained`], but under our own names: by default that writes NLLB-MoE's.
+
+        Raises:
+            ValueError: the model has `expert_memory`, and not its experts.
+        """
+        if (expert_memory := getattr(self, "expert_memory", None)) is not None:
+            expert_memory.refuse("save_pretrained")
         if self.is_distributed_loading_by_transformers and hasattr(self.config.distributed_config, "save_pretrained"):
             self.config.distributed_config.save_pretrained(self, save_directory, *args, **kwargs)
             return

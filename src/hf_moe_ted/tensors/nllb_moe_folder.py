@@ -34,7 +34,7 @@ def nllb_moe_tensors(tensors: LazyTensors) -> LazyTensors:
     Raises:
         ValueError: an expert is missing, two tensors have one name, or experts differ in shape or dtype.
     """
-    sources, stacked = _sources_by_target(tensors)
+    sources, stacked = sources_by_target(tensors)
 
     def read_into(target: str, out: Tensor) -> None:
         if target not in stacked:
@@ -53,8 +53,12 @@ def nllb_moe_tensors(tensors: LazyTensors) -> LazyTensors:
     return LazyTensors(specs, read_row=read_row, read_into=read_into, where=lambda target: tensors.where(where[target]))
 
 
-def _sources_by_target(tensors: LazyTensors) -> tuple[dict[str, list[str]], set[str]]:
-    """The names of what becomes one of our tensors, and which of ours are stacked experts."""
+def sources_by_target(tensors: LazyTensors) -> tuple[dict[str, list[str]], set[str]]:
+    """The names of what becomes one of our tensors, and which of ours are stacks of experts in place of one tensor.
+
+    Raises:
+        ValueError: see `nllb_moe_tensors`.
+    """
     renamings = [rule for rule in weight_conversions() if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in weight_conversions() if isinstance(rule, WeightConverter)]
     sources: dict[str, list[str]] = {}
@@ -88,4 +92,4 @@ def _check_sources(target: str, names: list[str], specs: Mapping[str, Tensor], *
             )
 
 
-__all__ = ["nllb_moe_tensors", "read_nllb_moe_config"]
+__all__ = ["nllb_moe_tensors", "read_nllb_moe_config", "sources_by_target"]

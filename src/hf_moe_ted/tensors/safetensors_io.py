@@ -16,10 +16,14 @@ from .lazy_tensors import LazyTensors, TensorFile, checked_weights, copy_rounded
 from .safetensors_file import create_safetensors_file
 
 
-def open_pretrained_tensors(folder: Path) -> LazyTensors:
+def open_pretrained_tensors(folder: Path, *, may_be_quantized: bool = False) -> LazyTensors:
     """The tensors of a folder of `save_pretrained`: safetensors or else bin, in one file or in shards with an index.
 
     What is no weight, an integer or a number that is not finite, is refused as it is read: see [`checked_weights`].
+
+    Args:
+        folder: of a model.
+        may_be_quantized: whether tensors are handed out as they are, integers as well.
 
     Raises:
         ValueError: there is no checkpoint, a shard is missing or unreadable, or the index disagrees with the shards.
@@ -27,15 +31,15 @@ def open_pretrained_tensors(folder: Path) -> LazyTensors:
     for name, index_name in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
         if (folder / name).is_file():
             file = TensorFile(folder / name)
-            return _one_file_at_a_time({tensor: file for tensor in file.specs})
+            return _one_file_at_a_time({tensor: file for tensor in file.specs}, may_be_quantized)
         if (folder / index_name).is_file():
-            return _one_file_at_a_time(_files_of_index(folder / index_name))
+            return _one_file_at_a_time(_files_of_index(folder / index_name), may_be_quantized)
     raise ValueError(
         f"{folder} has none of {SAFE_WEIGHTS_NAME}, {SAFE_WEIGHTS_INDEX_NAME}, {WEIGHTS_NAME}, {WEIGHTS_INDEX_NAME}"
     )
 
 
-def _one_file_at_a_time(files: Mapping[str, TensorFile]) -> LazyTensors:
+def _one_file_at_a_time(files: Mapping[str, TensorFile], may_be_quantized: bool) -> LazyTensors:
     """The tensors of files, of which the last that was read is mapped."""
     current: list[TensorFile] = []
 
@@ -45,14 +49,13 @@ def _one_file_at_a_time(files: Mapping[str, TensorFile]) -> LazyTensors:
         current[:] = [files[name]]
         return files[name]
 
-    return checked_weights(
-        LazyTensors(
-            {name: file.specs[name] for name, file in files.items()},
-            read_row=lambda name, index: file_of(name).read(name, index),
-            read_into=lambda name, out: file_of(name).read_into(name, out),
-            where=lambda name: files[name].path,
-        )
+    tensors = LazyTensors(
+        {name: file.specs[name] for name, file in files.items()},
+        read_row=lambda name, index: file_of(name).read(name, index),
+        read_into=lambda name, out: file_of(name).read_into(name, out),
+        where=lambda name: files[name].path,
     )
+    return tensors if may_be_quantized else checked_weights(tensors)
 
 
 def _files_of_index(index: Path) -> dict[str, TensorFile]:

@@ -28,6 +28,7 @@ def load_whole_model(
     may_have_adapter: bool = False,
     model_class: Any = ZCodeM3ForConditionalGeneration,
     device_map: str | None = None,
+    expert_memory: Any = None,
 ) -> Any:
     """The model of a folder of ZCodeM3 or NLLB-MoE.
 
@@ -37,7 +38,7 @@ def load_whole_model(
         argument: what messages call the folder.
         may_have_adapter: whether an adapter of PEFT in the folder is put on the model.
         model_class: whose `from_pretrained` loads it.
-        device_map: of `from_pretrained`.
+        device_map, expert_memory: of `from_pretrained`.
 
     Raises:
         ValueError: no such folder, another `dtype`, an adapter, weights that are missing, unknown or of another shape,
@@ -49,8 +50,11 @@ def load_whole_model(
     check_no_adapter(folder, may_have_adapter=may_have_adapter)
     if not (folder / ADAPTER_CONFIG).is_file():  # or the weights may be elsewhere
         check_files(folder, argument)
+    options = {} if expert_memory is None else {"expert_memory": expert_memory}
     try:
-        loaded: Any = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, device_map=device_map)
+        loaded: Any = model_class.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, device_map=device_map, **options
+        )
     except Exception as error:  # of safetensors, pickle, transformers: there is no class that they share
         message = shorten(error, 600) or type(error).__name__
         raise ValueError(f"{argument} ({folder}) cannot be loaded: {message}") from error
@@ -91,7 +95,12 @@ def check_no_adapter(folder: Path, *, may_have_adapter: bool = False) -> None:
 
 
 def load_model_and_tokenizer(
-    folder: str | os.PathLike[str], dtype: str = "auto", device: str | None = None, argument: str = "model"
+    folder: str | os.PathLike[str],
+    dtype: str = "auto",
+    device: str | None = None,
+    argument: str = "model",
+    *,
+    expert_memory: Any = None,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """A translation model and its tokenizer from a local folder, on a device.
 
@@ -105,6 +114,8 @@ def load_model_and_tokenizer(
         device: such as `"cuda:1"`; by default a GPU if there is one. `"auto"` spreads a model over all GPUs, main
             memory and, if it is of ZCodeM3, the disk (`device_map="auto"`).
         argument: what messages call the folder.
+        expert_memory: [`ExpertMemory`], *optional*: the device holds some experts, and others come when they are
+            needed. For a model with experts, on one device.
 
     Raises:
         ValueError: no such folder, a file that is missing or damaged, a model of another family, or a device that is
@@ -114,18 +125,21 @@ def load_model_and_tokenizer(
     model_type = str(read_json_object(config_path(folder, argument), argument).get("model_type"))
     if model_type not in (ZCODE_M3, NLLB_MOE, M2M_100):
         raise ValueError(not_of_family(f"{argument} ({folder})", model_type))
+    if expert_memory is not None and model_type == M2M_100:
+        raise ValueError(f"{argument} ({folder}) is dense: it has no experts for expert_memory to hold")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model: nn.Module = load_whole_model(
         folder,
         dtype,
         argument,
         may_have_adapter=True,
         model_class=M2M100ForConditionalGeneration if model_type == M2M_100 else ZCodeM3ForConditionalGeneration,
-        device_map="auto" if device == "auto" else None,
+        device_map=device if device == "auto" or expert_memory is not None else None,
+        expert_memory=expert_memory,
     )
     tokenizer = load_tokenizer(folder, argument)
-    if device == "auto":
+    if device == "auto" or expert_memory is not None:
         return model, tokenizer
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("meta"):
         raise ValueError(f"device ({device!r}) cannot be used: its tensors have no numbers")
     try:

@@ -1,0 +1,84 @@
+"""`expert_memory` of `from_pretrained`: how many bytes of experts the device holds, and which."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate.utils import convert_file_size_to_int
+
+from ..models.language_codes import LanguagePair
+from ..routing.expert_statistics import ExpertStatistics
+
+PLACES = ("auto", "memory", "files")
+
+
+@dataclass(frozen=True)
+class ExpertMemory:
+    """Experts that are not all on the device: a part of them there, all of them in main memory or in their files.
+
+    ```python
+    model = ZCodeM3ForConditionalGeneration.from_pretrained(folder, expert_memory=ExpertMemory("8GB"))
+    model.expert_memory.statistics()    # hits, misses, bytes, waits
+    ```
+
+    Translations are those of the model with all experts on the device.
+
+    Args:
+        size: of the experts on the device, bytes or a string such as `"8GB"` or `"7.5GiB"`. On a CPU that is the main
+            memory that experts take, what int8 kernels make of them included.
+        statistics: of `collect_expert_statistics` for this model, or their folder: the experts that they show most are
+            on the device from the start. Without them it is those that were used last, and the decoder's have more
+            room than the encoder's.
+        languages: whose statistics count, `["en", "de"]`, of the source in the encoder and of the target in the
+            decoder, or pairs, `[("en", "de")]`; by default all that the statistics have.
+        experts_in: `"memory"`: all experts are in main memory, pinned if the device is a GPU. `"files"`: they stay in
+            the safetensors files, and are read when they are needed. `"auto"`: memory for a GPU, files for a CPU.
+        max_cpu_slots: calls of at most so many (token, expert) slots compute those experts on the CPU that are not on
+            the GPU, in place of copying them. Numbers then are not those of the GPU to the last bit.
+
+    Raises:
+        ValueError: an option that is none of these.
+    """
+
+    size: int | str
+    statistics: ExpertStatistics | str | os.PathLike[str] | None = None
+    languages: Sequence[str] | Sequence[LanguagePair] | None = None
+    experts_in: str = "auto"
+    max_cpu_slots: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_bytes < 1:
+            raise ValueError(f"size ({self.size!r}) must be positive")
+        if self.experts_in not in PLACES:
+            raise ValueError(f"experts_in ({self.experts_in!r}) must be one of {', '.join(PLACES)}")
+        if self.languages is not None and self.statistics is None:
+            raise ValueError(
+                f"languages ({self.languages!r}) need statistics, which say which experts they use; make some with "
+                "hf-moe-ted expert-statistics, or leave languages out"
+            )
+        if self.max_cpu_slots < 0:
+            raise ValueError(f"max_cpu_slots ({self.max_cpu_slots}) must not be negative")
+
+    @property
+    def num_bytes(self) -> int:
+        """`size` as a number."""
+        if isinstance(self.size, int) and not isinstance(self.size, bool):
+            return self.size
+        try:
+            return convert_file_size_to_int(str(self.size).strip())
+        except ValueError:
+            raise ValueError(f"size ({self.size!r}) must be a number of bytes or a string such as '8GB'") from None
+
+    def load(self, model_class: Any, folder: str | os.PathLike[str], **options: Any) -> Any:
+        """What `from_pretrained` of a model class calls that is given this object; options as there.
+
+        Raises:
+            ValueError: see `load_with_expert_memory`.
+        """
+        from .loading import load_with_expert_memory  # which loads transformers' models
+
+        return load_with_expert_memory(model_class, folder, self, **options)
+
+
+__all__ = ["ExpertMemory"]

@@ -1,0 +1,137 @@
+"""Where experts are that are not on the device: in main memory, or in files."""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .expert_files import ExpertFiles, Span
+
+_NUM_BUFFERS = 3  # so that one is read while others are copied
+
+
+class ExpertSource(Protocol):
+    """Puts the tensors of experts into others, of their shapes and dtypes."""
+
+    def announce(self, layer: str, experts: Sequence[int]) -> None:
+        """What is read next."""
+
+    def put(self, layer: str, expert: int, outs: Mapping[str, Tensor]) -> None:
+        """Write one expert's tensors, by their names in its module, to `outs`; on a GPU in its current stream."""
+
+
+class ExpertsInMemory:
+    """Experts in main memory, pinned if there is a GPU.
+
+    Args:
+        tensors: name of each MoE layer -> name of each tensor of its experts -> all of them, [E, ...].
+        device: where the model computes.
+    """
+
+    def __init__(self, tensors: Mapping[str, Mapping[str, Tensor]], device: torch.device):
+        self.tensors = tensors
+        if device.type == "cuda":
+            pinned: list[Tensor] = []
+            weakref.finalize(self, _unpin, pinned).atexit = False
+            for of_layer in tensors.values():
+                for tensor in of_layer.values():
+                    _pin(tensor)
+                    pinned.append(tensor)
+
+    def announce(self, layer: str, experts: Sequence[int]) -> None:
+        """Nothing to do."""
+
+    def put(self, layer: str, expert: int, outs: Mapping[str, Tensor]) -> None:
+        """See [`ExpertSource`]."""
+        for name, out in outs.items():
+            out.copy_(self.tensors[layer][name][expert], non_blocking=True)
+
+
+def _pin(tensor: Tensor) -> None:
+    """Let the bus read a tensor while the processor does something else; `pin_memory` would round up its size.
+
+    Raises:
+        RuntimeError: the system does not allow it.
+    """
+    code = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
+    if code:
+        raise RuntimeError(
+            f"{tensor.nbytes:,} bytes of main memory cannot be pinned (CUDA error {code}); use experts_in='files'"
+        )
+
+
+def _unpin(tensors: list[Tensor]) -> None:
+    for tensor in tensors:
+        torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
+    tensors.clear()
+
+
+class ExpertsInFiles:
+    """Experts that stay in their files.
+
+    Args:
+        files: open.
+        spans: name of each MoE layer -> name of each tensor of its experts -> where each expert's is.
+        dtypes: the same -> the dtype there.
+    """
+
+    def __init__(
+        self,
+        files: ExpertFiles,
+        spans: Mapping[str, Mapping[str, Sequence[Span]]],
+        dtypes: Mapping[str, Mapping[str, torch.dtype]],
+    ):
+        self._files, self._spans, self._dtypes = files, spans, dtypes
+        self._buffers = [_Buffer() for _ in range(_NUM_BUFFERS)]
+
+    def announce(self, layer: str, experts: Sequence[int]) -> None:
+        """See [`ExpertSource`]."""
+        self._files.announce(spans[expert] for expert in experts for spans in self._spans[layer].values())
+
+    def put(self, layer: str, expert: int, outs: Mapping[str, Tensor]) -> None:
+        """See [`ExpertSource`].
+
+        Raises:
+            ExpertFilesChangedError: a file was written to or cut since it was opened.
+        """
+        spans = {name: self._spans[layer][name][expert] for name in outs}
+        dtypes = self._dtypes[layer]
+        direct = {name: out for name, out in outs.items() if out.device.type == "cpu" and out.dtype == dtypes[name]}
+        self._buffers.append(self._buffers.pop(0))
+        buffer = self._buffers[0]
+        others = buffer.like({name: out for name, out in outs.items() if name not in direct}, dtypes)
+        self._files.read_into(spans, direct | others)
+        for name, tensor in others.items():
+            outs[name].copy_(tensor, non_blocking=True)
+        if others:
+            buffer.is_read_by(next(iter(outs.values())).device)
+
+
+class _Buffer:
+    """Main memory that files are read into on their way to a GPU, or to another dtype."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        self._is_free: torch.cuda.Event | None = None
+
+    def like(self, outs: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+        """Tensors of the shapes of others that no copy reads any more."""
+        if self._is_free is not None:
+            self._is_free.synchronize()
+        for name, out in outs.items():
+            old = self._tensors.get(name)
+            if old is None or old.shape != out.shape or old.dtype != dtypes[name]:
+                is_pinned = out.device.type == "cuda"
+                self._tensors[name] = torch.empty(out.shape, dtype=dtypes[name], pin_memory=is_pinned)
+        return {name: self._tensors[name] for name in outs}
+
+    def is_read_by(self, device: torch.device) -> None:
+        """The current stream of a GPU copies the tensors."""
+        if device.type == "cuda":
+            self._is_free = torch.cuda.Event()
+            self._is_free.record()
+
+
+__all__ = ["ExpertSource", "ExpertsInFiles", "ExpertsInMemory"]
