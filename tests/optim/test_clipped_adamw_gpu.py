@@ -27,8 +27,9 @@ def poisoned_buffers() -> Iterator[None]:
 @pytest.mark.parametrize("max_norms", [[None] * 6, [1.0] * 6, [1e9, 0.3, math.inf, None, 0.01, 1.0]])
 def test_steps_are_those_of_torch(dtype: torch.dtype, max_norms: list[float | None]) -> None:
     """A rounding that falls to the other side in one step, and what comes of it."""
-    actual, norms = train(ClippedAdamW, dtype, "cuda", max_norms)
-    expected, expected_norms = train(AdamW, dtype, "cuda", max_norms)
+    betas = (0.9, 0.999)
+    actual, norms = train(ClippedAdamW, dtype, "cuda", max_norms, betas)
+    expected, expected_norms = train(AdamW, dtype, "cuda", max_norms, betas)
     assert_close_to_torch(actual, expected, 2 if dtype == torch.bfloat16 else 8)
     torch.testing.assert_close(norms, expected_norms, rtol=1e-6, atol=0)
     assert all(table is not None for table in actual._step_tables.values())
