@@ -50,9 +50,9 @@ class ClippedAdamW(AdamW):
 
     A step after `clip_grad_norm_` multiplies the gradients by the factor as it reads them. For parameters of 2 bytes
     per element norm and step move 16 bytes; AdamW alone 14, and `torch.nn.utils.clip_grad_norm_` before it 6 more. The
-    arithmetic is that of torch's fused kernel, in float32, but for the clipped gradient, which is not rounded to its
-    dtype, and for the norm, which is a float32 sum in an order that is always the same. States and their dtypes are
-    torch's, so that either optimizer loads the `state_dict` of the other.
+    arithmetic is that of torch's fused kernel for CUDA, in float32, but that powers of betas are computed in float64,
+    that clipped gradients are not rounded to their dtype, and that the norm is a float32 sum, in an order that is
+    always the same. States and their dtypes are torch's, so that either optimizer loads the `state_dict` of the other.
 
     This needs Triton, and contiguous bfloat16 or float32 parameters on one CUDA device, which may be DTensors. What it
     cannot do is done by torch: `amsgrad`, `maximize`, a GradScaler, a step that is captured as a CUDA graph, other
