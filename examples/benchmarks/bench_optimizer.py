@@ -37,7 +37,6 @@ def main() -> None:
     parser.add_argument("--num_experts", type=int, default=16)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--sweep", action=argparse.BooleanOptionalAction, default=True, help="sizes of programs, too")
     parser.add_argument("--output", type=Path, help="JSON")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -50,10 +49,6 @@ def main() -> None:
         results += measured(shapes, getattr(torch, dtype), arguments.rounds)
         gc.collect()
         torch.cuda.empty_cache()
-        if arguments.sweep:
-            sweep(shapes, getattr(torch, dtype))
-            gc.collect()
-            torch.cuda.empty_cache()
     Console(width=130).print(table(results, f"{len(shapes)} tensors of {numel:,} parameters"))
     if arguments.output:
         setting = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "parameters": numel}
@@ -85,30 +80,6 @@ def measured(shapes: list[torch.Size], dtype: torch.dtype, num_rounds: int) -> l
         row["ratio"] = device_ms / rows[0]["ms"] if rows else 1.0
         rows.append(row)
     return rows
-
-
-def sweep(shapes: list[torch.Size], dtype: torch.dtype) -> None:
-    """Milliseconds with other sizes of programs."""
-    from hf_moe_ted.kernels import multi_tensor
-
-    parameters = [nn.Parameter(torch.randn(shape, device="cuda", dtype=dtype) * 0.03) for shape in shapes]
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
-    state = None
-    chosen = multi_tensor._CHUNK, multi_tensor._BLOCK_BYTES, multi_tensor._NUM_WARPS
-    for sizes in [
-        (8192, 4096, 8), (8192, 2048, 4), (4096, 2048, 4), (2048, 4096, 8), (4096, 4096, 8), (16384, 4096, 8),
-        (32768, 4096, 8), (8192, 8192, 8), (16384, 8192, 8), (8192, 4096, 4),
-    ][: 10 if dtype == torch.bfloat16 else 4]:  # fmt: skip
-        multi_tensor._CHUNK, multi_tensor._BLOCK_BYTES, multi_tensor._NUM_WARPS = sizes
-        optimizer = ClippedAdamW(parameters, lr=1e-5)
-        optimizer.state = optimizer.state if state is None else state
-        peers = [lambda o=optimizer: o.clip_grad_norm_(1.0), optimizer.step]
-        rounds = [timed_in_turn(peers) for _ in range(12)][2:]
-        state = optimizer.state
-        times = [statistics.median(row[index][0] for row in rounds) for index in range(2)]
-        print(dtype, "chunk, bytes of a block, warps", sizes, "ms of norm and step", times, sum(times), flush=True)
-    multi_tensor._CHUNK, multi_tensor._BLOCK_BYTES, multi_tensor._NUM_WARPS = chosen
 
 
 def peers_of(parameters: list[Tensor]) -> dict[str, tuple[Peer, int]]:

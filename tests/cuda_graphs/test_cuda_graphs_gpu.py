@@ -40,7 +40,7 @@ class FromPython(InOrder):
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
         kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        return ClippedAdamW if kind is AdamW else kind, kwargs
+        return ClippedAdamW if kind is AdamW and kwargs.get("fused") else kind, kwargs
 
 
 class ClippedFromPython(CudaGraphsTrainerMixin, FromPython):

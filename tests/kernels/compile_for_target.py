@@ -166,11 +166,12 @@ def others_of(dtype: torch.dtype) -> None:
 def optimizer_of(dtype: torch.dtype) -> None:
     """A norm and a step of AdamW."""
     tensors, number = [torch.zeros(10_000, dtype=dtype) for _ in range(4)], torch.zeros(())
-    chunks = multi_tensor.cut_into_chunks(tensors[:1])
     device = number.device
+    chunks = multi_tensor.cut_into_chunks(tensors[:1], multi_tensor.NORM_CHUNK)
     multi_tensor.sum_of_squares(multi_tensor.addresses_of([tensors[:1]], device), torch.ones(1), chunks)
+    chunks = multi_tensor.cut_into_chunks(tensors[:1], multi_tensor.STEP_CHUNK)
     addresses = multi_tensor.addresses_of([[tensor] for tensor in (*tensors, number)], device)
-    options = torch.tensor([[1e-3, 0.0, 0.9, 0.999, 1e-8]], dtype=torch.float64)
+    options = torch.tensor([[1e-3, 0.0, 0.9, 0.999, 1e-8]])
     multi_tensor.adamw_step(addresses, torch.zeros(1, dtype=torch.int32), options, chunks, number)
 
 

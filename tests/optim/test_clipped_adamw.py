@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from clipped_adamw_cases import (
+    BETAS,
     DTYPES,
     InInterpreter,
     assert_close_to_torch,
@@ -26,12 +27,13 @@ pytest.importorskip("triton", reason="needs Triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # of the last place: each step may round otherwise, and Triton's interpreter cuts what torch rounds to bfloat16
 UNITS = {torch.float32: 8, torch.bfloat16: 8}
+OPTIONS: dict[str, Any] = {"lr": 0.1, "betas": BETAS, "fused": True}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "max_norms",
-    [[None] * 4, [1.0] * 4, [1e9, 0.3, math.inf, None]],
+    [[None] * 2, [1.0] * 3, [1e9, 0.3, math.inf, None]],
     ids=["not clipped", "clipped", "in turn"],
 )
 def test_steps_are_those_of_torch(dtype: torch.dtype, max_norms: list[float | None]) -> None:
@@ -65,7 +67,7 @@ def steps(optimizer: torch.optim.Optimizer, first: int, num_steps: int, max_norm
 def test_learning_rate_of_a_schedule(is_tensor: bool) -> None:
     optimizers = []
     for kind in (InInterpreter, AdamW):
-        optimizer = kind(small(40, 3), lr=torch.tensor(0.1) if is_tensor else 0.1, fused=True)
+        optimizer = kind(small(40, 3), **OPTIONS | {"lr": torch.tensor(0.1) if is_tensor else 0.1})
         scheduler = ExponentialLR(optimizer, gamma=0.5)
         for step in range(3):
             steps(optimizer, step, 1)
@@ -88,7 +90,7 @@ def test_norm_of_many_low_precision_numbers_is_exact() -> None:
 def test_gradients_that_are_not_finite(bad: float) -> None:
     optimizers = []
     for kind in (InInterpreter, AdamW):
-        optimizer = kind(small(40, 3), lr=0.1, fused=True)
+        optimizer = kind(small(40, 3), **OPTIONS)
         set_gradients(params_of(optimizer), 0)
         params_of(optimizer)[0].grad[7] = bad
         if kind is AdamW:
@@ -105,7 +107,7 @@ def test_gradients_that_are_not_finite(bad: float) -> None:
 
 
 def test_factor_is_for_one_step() -> None:
-    optimizers = [kind(small(40, 3), lr=0.1, fused=True) for kind in (InInterpreter, AdamW)]
+    optimizers = [kind(small(40, 3), **OPTIONS) for kind in (InInterpreter, AdamW)]
     for optimizer in optimizers:
         steps(optimizer, 0, 1, max_norm=1e-3)
         set_gradients(params_of(optimizer), 8)
@@ -115,7 +117,7 @@ def test_factor_is_for_one_step() -> None:
 
 @pytest.mark.parametrize("forget", ["zero_grad", "norm only", "load_state_dict"])
 def test_factor_of_a_step_that_was_skipped_is_forgotten(forget: str) -> None:
-    optimizers = [kind(small(40, 3), lr=0.1, fused=True) for kind in (InInterpreter, AdamW)]
+    optimizers = [kind(small(40, 3), **OPTIONS) for kind in (InInterpreter, AdamW)]
     for optimizer in optimizers:
         steps(optimizer, 0, 1)
         set_gradients(params_of(optimizer), 8)
@@ -150,7 +152,7 @@ class OfTorch(InInterpreter):
 
 @pytest.mark.parametrize("options", [{"amsgrad": True}, {"maximize": True}])
 def test_options_of_torch(options: dict[str, Any]) -> None:
-    optimizers = [kind(small(40, 3), lr=0.1, fused=True, **options) for kind in (OfTorch, AdamW)]
+    optimizers = [kind(small(40, 3), **OPTIONS, **options) for kind in (OfTorch, AdamW)]
     for optimizer in optimizers:
         steps(optimizer, 0, 3)
     assert_close_to_torch(*optimizers, 0)
@@ -160,7 +162,7 @@ def test_options_of_torch(options: dict[str, Any]) -> None:
 def test_tensors_of_torch() -> None:
     """Another dtype, and a parameter in another order."""
     for params in (lambda: small(40, dtype=torch.float16), lambda: [nn.Parameter(torch.ones(4, 6, device=DEVICE).t())]):
-        optimizers = [kind(params(), lr=0.1, fused=True) for kind in (OfTorch, AdamW)]
+        optimizers = [kind(params(), **OPTIONS) for kind in (OfTorch, AdamW)]
         for optimizer in optimizers:
             steps(optimizer, 0, 3)
         assert_close_to_torch(*optimizers, 0)
@@ -169,7 +171,7 @@ def test_tensors_of_torch() -> None:
 
 def test_step_of_torch_after_a_norm_of_ours() -> None:
     """Clips gradients now, by the factor of the norm."""
-    optimizers = [kind(small(40, 3), lr=0.1, fused=True) for kind in (OfTorch, AdamW)]
+    optimizers = [kind(small(40, 3), **OPTIONS) for kind in (OfTorch, AdamW)]
     for optimizer in optimizers:
         set_gradients(params_of(optimizer), 0)
         if isinstance(optimizer, ClippedAdamW):
@@ -184,7 +186,7 @@ def test_step_of_torch_after_a_norm_of_ours() -> None:
 
 def test_cpu_is_torchs() -> None:
     params = [nn.Parameter(torch.linspace(-1, 1, 40))]
-    optimizers = [kind(copy.deepcopy(params), lr=0.1, fused=True) for kind in (ClippedAdamW, AdamW)]
+    optimizers = [kind(copy.deepcopy(params), **OPTIONS) for kind in (ClippedAdamW, AdamW)]
     for optimizer in optimizers:
         steps(optimizer, 0, 3)
     assert_close_to_torch(*optimizers, 0)
@@ -193,7 +195,7 @@ def test_cpu_is_torchs() -> None:
 def test_grad_scaler_skips_a_step() -> None:
     optimizers = []
     for kind in (InInterpreter, AdamW):
-        optimizer = kind(small(40), lr=0.1, fused=True)
+        optimizer = kind(small(40), **OPTIONS)
         scaler = torch.amp.GradScaler(DEVICE, init_scale=4.0)
         (param,) = params_of(optimizer)
         for step, bad in enumerate((1.0, math.inf, 1.0)):
@@ -223,10 +225,10 @@ def test_refused_without_fused() -> None:
 @pytest.mark.parametrize("is_fused", [True, False])
 @pytest.mark.parametrize("goes_to_torch", [True, False])
 def test_either_loads_the_state_of_the_other(goes_to_torch: bool, is_fused: bool) -> None:
-    whole = AdamW(small(40, 3), lr=0.1, fused=True)
+    whole = AdamW(small(40, 3), **OPTIONS)
     steps(whole, 0, 4)
-    of_torch = {"lr": 0.1, "fused": is_fused}
-    first = InInterpreter(small(40, 3), lr=0.1) if goes_to_torch else AdamW(small(40, 3), **of_torch)
+    of_torch = OPTIONS | {"fused": is_fused}
+    first = InInterpreter(small(40, 3), **OPTIONS) if goes_to_torch else AdamW(small(40, 3), **of_torch)
     steps(first, 0, 2)
     second = AdamW(params_of(first), **of_torch) if goes_to_torch else InInterpreter(params_of(first), lr=3.0)
     second.load_state_dict(saved(first.state_dict()))
@@ -248,7 +250,7 @@ def saved(state: dict[str, Any]) -> dict[str, Any]:
 
 def test_parameters_and_states_may_move() -> None:
     """Tables are of where tensors are."""
-    optimizers = [kind(small(40, 3), lr=0.1, fused=True) for kind in (OfTorch, AdamW)]
+    optimizers = [kind(small(40, 3), **OPTIONS) for kind in (OfTorch, AdamW)]
     for optimizer in optimizers:
         steps(optimizer, 0, 1)
         kept = []
@@ -266,7 +268,7 @@ def test_parameters_and_states_may_move() -> None:
 
 
 def test_copies_and_hooks() -> None:
-    optimizer = InInterpreter(small(40, 3), lr=0.1)
+    optimizer = InInterpreter(small(40, 3), **OPTIONS)
     steps(optimizer, 0, 2)
     again = copy.deepcopy(optimizer)
     for one in (optimizer, again):
@@ -283,7 +285,7 @@ def test_copies_and_hooks() -> None:
 
 
 def test_no_gradients() -> None:
-    optimizer = InInterpreter(small(40, 3), lr=0.1)
+    optimizer = InInterpreter(small(40, 3), **OPTIONS)
     assert optimizer.clip_grad_norm_(1.0) == 0
     assert optimizer.step(lambda: 3.0) == 3.0
     assert not optimizer.state

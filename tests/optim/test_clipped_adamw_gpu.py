@@ -26,11 +26,11 @@ def poisoned_buffers() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("max_norms", [[None] * 6, [1.0] * 6, [1e9, 0.3, math.inf, None, 0.01, 1.0]])
 def test_steps_are_those_of_torch(dtype: torch.dtype, max_norms: list[float | None]) -> None:
-    """A rounding that falls to the other side in one step, and what comes of it."""
-    actual, norms = train(ClippedAdamW, dtype, "cuda", max_norms)
-    expected, expected_norms = train(AdamW, dtype, "cuda", max_norms)
-    # torch rounds beta2 to float32 before it takes it from 1, and is 1.3e-5 off in exp_avg_sq
-    assert_close_to_torch(actual, expected, 2 if dtype == torch.bfloat16 else 128)
+    """But for the bias corrections, of which torch computes the powers in float32, and roundings to the other side."""
+    betas = (0.9, 0.999)
+    actual, norms = train(ClippedAdamW, dtype, "cuda", max_norms, betas)
+    expected, expected_norms = train(AdamW, dtype, "cuda", max_norms, betas)
+    assert_close_to_torch(actual, expected, 2 if dtype == torch.bfloat16 else 16)
     torch.testing.assert_close(norms, expected_norms, rtol=1e-6, atol=0)
     assert all(table is not None for table in actual._step_tables.values())
 
@@ -106,5 +106,5 @@ def test_step_in_a_graph_is_that_of_torch() -> None:
         for _ in range(3):
             graph.replay()
         optimizers.append(optimizer)
-    assert_close_to_torch(*optimizers, 128)  # as above
+    assert_close_to_torch(*optimizers, 16)
     assert optimizers[0].state[params_of(optimizers[0])[0]]["step"] == 4

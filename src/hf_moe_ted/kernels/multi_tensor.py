@@ -20,11 +20,13 @@ from .triton_adamw import adamw_kernel, count_steps_kernel, squares_kernel
 
 # by names, as tensors of torch's dtypes come
 DTYPES: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
-_CHUNK = 8192  # elements of a program
-_BLOCK_BYTES = 4096  # of each tensor that a program of `_NUM_WARPS` has at once: 16 bytes per thread
-_NUM_WARPS = 8
+# Elements of a program, and its warps, measured on an H200: norms are fast with many loads under way, steps with many
+# programs.
+NORM_CHUNK, STEP_CHUNK = 8192, 2048
+_NORM_WARPS, _STEP_WARPS = 4, 8
+_BLOCK_BYTES = 4096  # of each tensor that a program of a step has at once: 16 bytes per thread
 _TENSOR_BLOCK = 128
-_NUM_NUMBERS = 8  # columns that count_steps_kernel writes
+_NUM_NUMBERS = 6  # columns that count_steps_kernel writes
 
 
 class Part(NamedTuple):
@@ -37,7 +39,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunks:
-    """How N tensors are cut into pieces of at most `_CHUNK` elements.
+    """How N tensors are cut into pieces of at most `chunk_numel` elements.
 
     Attributes:
         numels: int64[N].
@@ -45,19 +47,21 @@ class Chunks:
         parts: where the chunks of each dtype are.
     """
 
+    chunk_numel: int
     numels: Tensor
     tensors: Tensor
     places: Tensor
     parts: tuple[Part, ...]
 
 
-def cut_into_chunks(tensors: Sequence[Tensor]) -> Chunks:
+def cut_into_chunks(tensors: Sequence[Tensor], chunk_numel: int) -> Chunks:
     """
     Args:
         tensors: of one device and dtypes of `DTYPES`; their sizes count, not where they are.
+        chunk_numel: a power of two, elements of a chunk.
     """
     numels = torch.tensor([tensor.numel() for tensor in tensors], dtype=torch.int64)
-    counts = (numels + _CHUNK - 1) // _CHUNK
+    counts = (numels + chunk_numel - 1) // chunk_numel
     order: list[int] = []
     parts: list[Part] = []
     num_chunks = 0
@@ -71,6 +75,7 @@ def cut_into_chunks(tensors: Sequence[Tensor]) -> Chunks:
     starts = counts.cumsum(0) - counts
     device = tensors[0].device
     return Chunks(
+        chunk_numel,
         numels=_moved(numels, device),
         tensors=_moved(torch.tensor(order, dtype=torch.int32).repeat_interleave(counts), device),
         places=_moved((torch.arange(num_chunks) - starts.repeat_interleave(counts)).int(), device),
@@ -104,33 +109,33 @@ def sum_of_squares(addresses: Tensor, weights: Tensor, chunks: Chunks) -> Tensor
         if part.num_chunks:
             squares_kernel[(part.num_chunks,)](
                 addresses, chunks.numels, weights, chunks.tensors, chunks.places, sums, part.first_chunk,
-                DTYPE=DTYPES[part.dtype], CHUNK=_CHUNK, num_warps=_NUM_WARPS,
+                DTYPE=DTYPES[part.dtype], CHUNK=chunks.chunk_numel, num_warps=_NORM_WARPS,
             )  # fmt: skip
     return sums.sum()
 
 
 @on_device_of_first
-def adamw_step(addresses: Tensor, groups: Tensor, options: Tensor, chunks: Chunks, factor: Tensor) -> None:
+def adamw_step(addresses: Tensor, groups: Tensor, group_options: Tensor, chunks: Chunks, factor: Tensor) -> None:
     """One step of AdamW with gradients that are multiplied by a factor. The gradients stay as they are.
 
     Args:
         addresses: int64[5, N], of parameters, gradients, both moments, and numbers of steps, which are float32 scalars
             and grow by 1. The first four of a tensor have one dtype and are contiguous.
         groups: int32[N].
-        options: float64[groups, 5], learning rate, weight decay, both betas and eps of each group.
+        group_options: float32[groups, 5], learning rate, weight decay, both betas and eps of each group.
         factor: float32 scalar.
     """
     num_tensors = addresses.shape[1]
     numbers = torch.empty(num_tensors, _NUM_NUMBERS, dtype=torch.float32, device=addresses.device)
     count_steps_kernel[(triton.cdiv(num_tensors, _TENSOR_BLOCK),)](
-        addresses, groups, options, numbers, num_tensors, BLOCK=_TENSOR_BLOCK
+        addresses, groups, group_options, numbers, num_tensors, BLOCK=_TENSOR_BLOCK
     )
     for part in chunks.parts:
         if part.num_chunks:
             adamw_kernel[(part.num_chunks,)](
                 addresses, chunks.numels, numbers, chunks.tensors, chunks.places, factor, part.first_chunk, num_tensors,
-                DTYPE=DTYPES[part.dtype], CHUNK=_CHUNK, BLOCK=_BLOCK_BYTES // part.dtype.itemsize,
-                IS_EXACT=part.dtype == torch.float32, num_warps=_NUM_WARPS,
+                DTYPE=DTYPES[part.dtype], CHUNK=chunks.chunk_numel, BLOCK=_BLOCK_BYTES // part.dtype.itemsize,
+                IS_EXACT=part.dtype == torch.float32, num_warps=_STEP_WARPS,
             )  # fmt: skip
 
 
@@ -140,4 +145,15 @@ def _moved(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True)  # a copy of other memory would wait
 
 
-__all__ = ["DTYPES", "Chunks", "Part", "adamw_step", "addresses_of", "cut_into_chunks", "on_device", "sum_of_squares"]
+__all__ = [
+    "DTYPES",
+    "NORM_CHUNK",
+    "STEP_CHUNK",
+    "Chunks",
+    "Part",
+    "adamw_step",
+    "addresses_of",
+    "cut_into_chunks",
+    "on_device",
+    "sum_of_squares",
+]

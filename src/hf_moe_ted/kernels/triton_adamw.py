@@ -13,8 +13,8 @@ import triton.language as tl
 
 # rows of the table of addresses, int64[5, N]
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, STEP = (tl.constexpr(row) for row in range(5))
-# columns of the table of each tensor's numbers, float32[N, 8]
-STEP_SIZE, CORRECTION, DECAY, BETA1, REST1, BETA2, REST2, EPS = (tl.constexpr(column) for column in range(8))
+# columns of the table of each tensor's numbers, float32[N, 6]
+STEP_SIZE, CORRECTION, DECAY, BETA1, BETA2, EPS = (tl.constexpr(column) for column in range(6))
 
 
 @triton.jit(do_not_specialize=["num_tensors"])
@@ -24,8 +24,8 @@ def count_steps_kernel(addresses, groups, group_options, numbers, num_tensors, B
     Args:
         addresses: int64[5, N].
         groups: int32[N], the group of each tensor.
-        group_options: float64[groups, 5], their learning rate, weight decay, betas and eps.
-        numbers: float32[N, 8], out. In float64 before, as 1 - beta2^step has few digits in the first steps.
+        group_options: float32[groups, 5], their learning rate, weight decay, betas and eps.
+        numbers: float32[N, 6], out. Powers are float64 before, as 1 - beta2^step has few digits in the first steps.
     """
     tensors = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = tensors < num_tensors
@@ -33,25 +33,22 @@ def count_steps_kernel(addresses, groups, group_options, numbers, num_tensors, B
     step = tl.load(steps, mask=mask, other=0.0) + 1.0
     tl.store(steps, step, mask=mask)
 
-    row = group_options + tl.load(groups + tensors, mask=mask, other=0) * 5
-    lr = tl.load(row, mask=mask, other=0.0)
-    weight_decay = tl.load(row + 1, mask=mask, other=0.0)
-    beta1 = tl.load(row + 2, mask=mask, other=0.5)
-    beta2 = tl.load(row + 3, mask=mask, other=0.5)
-    eps = tl.load(row + 4, mask=mask, other=0.0)
-    step = step.to(tl.float64)
-    correction1 = 1.0 - tl.exp(step * tl.log(beta1))
-    correction2 = 1.0 - tl.exp(step * tl.log(beta2))
+    options = group_options + tl.load(groups + tensors, mask=mask, other=0) * 5
+    lr = tl.load(options, mask=mask, other=0.0)
+    weight_decay = tl.load(options + 1, mask=mask, other=0.0)
+    beta1 = tl.load(options + 2, mask=mask, other=0.5)
+    beta2 = tl.load(options + 3, mask=mask, other=0.5)
+    eps = tl.load(options + 4, mask=mask, other=0.0)
+    correction1 = (1.0 - tl.exp(step.to(tl.float64) * tl.log(beta1.to(tl.float64)))).to(tl.float32)
+    correction2 = (1.0 - tl.exp(step.to(tl.float64) * tl.log(beta2.to(tl.float64)))).to(tl.float32)
 
-    out = numbers + tensors * 8
-    tl.store(out + STEP_SIZE, (lr / correction1).to(tl.float32), mask=mask)
-    tl.store(out + CORRECTION, tl.sqrt(correction2).to(tl.float32), mask=mask)
-    tl.store(out + DECAY, (lr * weight_decay).to(tl.float32), mask=mask)
-    tl.store(out + BETA1, beta1.to(tl.float32), mask=mask)
-    tl.store(out + REST1, (1.0 - beta1).to(tl.float32), mask=mask)
-    tl.store(out + BETA2, beta2.to(tl.float32), mask=mask)
-    tl.store(out + REST2, (1.0 - beta2).to(tl.float32), mask=mask)
-    tl.store(out + EPS, eps.to(tl.float32), mask=mask)
+    row = numbers + tensors * 6
+    tl.store(row + STEP_SIZE, tl.div_rn(lr, correction1), mask=mask)
+    tl.store(row + CORRECTION, tl.sqrt_rn(correction2), mask=mask)
+    tl.store(row + DECAY, lr * weight_decay, mask=mask)
+    tl.store(row + BETA1, beta1, mask=mask)
+    tl.store(row + BETA2, beta2, mask=mask)
+    tl.store(row + EPS, eps, mask=mask)
 
 
 @triton.jit(do_not_specialize=["first_chunk", "num_tensors"])
@@ -73,7 +70,7 @@ def adamw_kernel(
 
     Args:
         numels: int64[N].
-        numbers: float32[N, 8], of `count_steps_kernel`.
+        numbers: float32[N, 6], of `count_steps_kernel`.
         chunk_tensors, chunk_places: int32[C], the tensor of each chunk, and which of its chunks it is.
         factor: float32 scalar.
         first_chunk: of those of this dtype.
@@ -90,11 +87,10 @@ def adamw_kernel(
     grad = tl.load(row + GRAD * num_tensors) + start * SIZE
     exp_avg = tl.load(row + EXP_AVG * num_tensors) + start * SIZE
     exp_avg_sq = tl.load(row + EXP_AVG_SQ * num_tensors) + start * SIZE
-    own = numbers + tensor * 8
+    own = numbers + tensor * 6
     scale = tl.load(factor)
     step_size, correction, decay = tl.load(own + STEP_SIZE), tl.load(own + CORRECTION), tl.load(own + DECAY)
-    beta1, rest1 = tl.load(own + BETA1), tl.load(own + REST1)
-    beta2, rest2, eps = tl.load(own + BETA2), tl.load(own + REST2), tl.load(own + EPS)
+    beta1, beta2, eps = tl.load(own + BETA1), tl.load(own + BETA2), tl.load(own + EPS)
     is_aligned = ((param | grad | exp_avg | exp_avg_sq) & 15) == 0
     if is_aligned & (remaining >= CHUNK):
         for first in range(0, CHUNK, BLOCK):
@@ -102,8 +98,8 @@ def adamw_kernel(
             params, grads = _aligned(param, DTYPE) + offsets, _aligned(grad, DTYPE) + offsets
             exp_avgs, exp_avg_sqs = _aligned(exp_avg, DTYPE) + offsets, _aligned(exp_avg_sq, DTYPE) + offsets
             _update(
-                params, grads, exp_avgs, exp_avg_sqs, None, scale, step_size, correction, decay, beta1, rest1, beta2,
-                rest2, eps, DTYPE, IS_EXACT,
+                params, grads, exp_avgs, exp_avg_sqs, None, scale, step_size, correction, decay, beta1, beta2, eps,
+                DTYPE, IS_EXACT,
             )  # fmt: skip
     else:
         # an element after the other, so that it needs no more registers than what is above
@@ -115,13 +111,13 @@ def adamw_kernel(
             exp_avgs, exp_avg_sqs = _pointer(exp_avg, DTYPE) + offsets, _pointer(exp_avg_sq, DTYPE) + offsets
             _update(
                 params, grads, exp_avgs, exp_avg_sqs, offsets < last, scale, step_size, correction, decay, beta1,
-                rest1, beta2, rest2, eps, DTYPE, IS_EXACT,
+                beta2, eps, DTYPE, IS_EXACT,
             )  # fmt: skip
 
 
 @triton.jit
 def _update(
-    params, grads, exp_avgs, exp_avg_sqs, mask, scale, step_size, correction, decay, beta1, rest1, beta2, rest2, eps,
+    params, grads, exp_avgs, exp_avg_sqs, mask, scale, step_size, correction, decay, beta1, beta2, eps,
     DTYPE: tl.constexpr, IS_EXACT: tl.constexpr,
 ):  # fmt: skip
     """The arithmetic of PyTorch's fused AdamW, in its order (aten/src/ATen/native/cuda/fused_adam_utils.cuh)."""
@@ -129,9 +125,9 @@ def _update(
     grad = tl.load(grads, mask=mask).to(tl.float32) * scale
     exp_avg = tl.load(exp_avgs, mask=mask).to(tl.float32)
     exp_avg_sq = tl.load(exp_avg_sqs, mask=mask).to(tl.float32)
-    param -= decay * param
-    exp_avg = beta1 * exp_avg + rest1 * grad
-    exp_avg_sq = beta2 * exp_avg_sq + rest2 * grad * grad
+    param = tl.fma(-decay, param, param)
+    exp_avg = tl.fma(beta1, exp_avg, tl.fma(-beta1, grad, grad))
+    exp_avg_sq = tl.fma(beta2, exp_avg_sq, tl.fma(-beta2, grad * grad, grad * grad))
     if IS_EXACT:
         param -= tl.div_rn(step_size * exp_avg, tl.div_rn(tl.sqrt_rn(exp_avg_sq), correction) + eps)
     else:

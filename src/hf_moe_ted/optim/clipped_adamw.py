@@ -50,9 +50,9 @@ class ClippedAdamW(AdamW):
 
     A step after `clip_grad_norm_` multiplies the gradients by the factor as it reads them. For parameters of 2 bytes
     per element norm and step move 16 bytes; AdamW alone 14, and `torch.nn.utils.clip_grad_norm_` before it 6 more. The
-    arithmetic is that of torch's fused kernel, in float32, but for the clipped gradient, which is not rounded to its
-    dtype, and for the norm, which is a float32 sum in an order that is always the same. States and their dtypes are
-    torch's, so that either optimizer loads the `state_dict` of the other.
+    arithmetic is that of torch's fused kernel for CUDA, in float32, but that powers of betas are computed in float64,
+    that clipped gradients are not rounded to their dtype, and that the norm is a float32 sum, in an order that is
+    always the same. States and their dtypes are torch's, so that either optimizer loads the `state_dict` of the other.
 
     This needs Triton, and contiguous bfloat16 or float32 parameters on one CUDA device, which may be DTensors. What it
     cannot do is done by torch: `amsgrad`, `maximize`, a GradScaler, a step that is captured as a CUDA graph, other
@@ -240,7 +240,7 @@ class ClippedAdamW(AdamW):
         foreach_mul_([local_tensor(grad) for grad in grads], factor)
 
     def _options_on(self, device: torch.device) -> Tensor:
-        """float64[groups, 5]: learning rate, weight decay, betas and eps. Copied when they change."""
+        """float32[groups, 5]: learning rate, weight decay, betas and eps. Copied when they change."""
         lrs = [group["lr"] for group in self.param_groups]
         on_device = {index: lr for index, lr in enumerate(lrs) if isinstance(lr, Tensor) and lr.device.type != "cpu"}
         numbers = [
@@ -253,7 +253,7 @@ class ClippedAdamW(AdamW):
             for index, group in enumerate(self.param_groups)
         ]
         if self._options is None or self._options[0] != numbers:
-            self._options = numbers, multi_tensor.on_device(numbers, torch.float64, device)
+            self._options = numbers, multi_tensor.on_device(numbers, torch.float32, device)
         for index, lr in on_device.items():
             self._options[1][index, 0].copy_(lr.reshape(()))
         return self._options[1]
@@ -276,7 +276,7 @@ class ClippedAdamW(AdamW):
         return _NormTable(
             multi_tensor.addresses_of([grads], grads[0].device),
             multi_tensor.on_device(weights, torch.float32, grads[0].device),
-            self._chunks_of(grads),
+            self._chunks_of(grads, multi_tensor.NORM_CHUNK),
         )
 
     def _step_table(
@@ -299,7 +299,7 @@ class ClippedAdamW(AdamW):
         return _StepTable(
             multi_tensor.addresses_of(rows, device),
             multi_tensor.on_device(groups, torch.int32, device),
-            self._chunks_of(rows[0]),
+            self._chunks_of(rows[0], multi_tensor.STEP_CHUNK),
         )
 
     def _takes(self, tensors: Sequence[Tensor]) -> bool:
@@ -312,9 +312,9 @@ class ClippedAdamW(AdamW):
             for tensor in tensors
         )
 
-    def _chunks_of(self, tensors: Sequence[Tensor]) -> "multi_tensor.Chunks":
-        key = tuple((tensor.numel(), tensor.dtype, tensor.device) for tensor in tensors)
-        return _kept(self._chunks, key, lambda: multi_tensor.cut_into_chunks(tensors))
+    def _chunks_of(self, tensors: Sequence[Tensor], chunk_numel: int) -> "multi_tensor.Chunks":
+        key = chunk_numel, *((tensor.numel(), tensor.dtype, tensor.device) for tensor in tensors)
+        return _kept(self._chunks, key, lambda: multi_tensor.cut_into_chunks(tensors, chunk_numel))
 
 
 def _kept(cache: OrderedDict[K, V], key: K, make: Callable[[], V]) -> V:
