@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_beam_search import ENDS, TO_THE_LIMIT, make_model, of_transformers
-from test_captured_search import GREEDY, OPTIONS, captured
+from test_captured_search import GREEDY, OPTIONS, captured, store_of
 from torch import Tensor
 
 from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration
@@ -60,7 +60,7 @@ def test_beams_are_those_of_transformers(
         else:
             assert torch.equal(output, expected)
     assert not warnings
-    assert graph_store.store_of(model).num_recorded > 0
+    assert store_of(model).num_recorded > 0
 
 
 @pytest.mark.parametrize("name", GREEDY)

@@ -33,7 +33,7 @@ from .beam_search import (
     output_of,
     row_logsumexp,
 )
-from .graph_store import GraphStore, can_record, is_plain, on_device, power_of_two, recorded, rung, store_of
+from .graph_store import GraphStore, on_device, power_of_two, recorded, rung
 from .search_memory import KeysAndValues, KeySize, MemorySize, SearchMemory, fixed_cache
 
 try:
@@ -51,29 +51,17 @@ _FORCE_A_TOKEN = (ForcedBOSTokenLogitsProcessor, ForcedEOSTokenLogitsProcessor)
 
 
 def why_not_captured(
-    model: Any, generation_config: Any, logits_processor: Any, stopping_criteria: Any, inputs: Tensor
+    config: Any, generation_config: Any, logits_processor: Any, stopping_criteria: Any, inputs: Tensor
 ) -> str | None:
-    """What of a generation captured steps do not have, besides what `why_not` says; `None` if they have all."""
-    config, device = model.config, inputs.device
+    """What of a generation captured steps do not have, besides what `why_not` and `store_of` say, or `None`."""
     num_sentences = len(inputs) // generation_config.num_beams
-    parts = (model.model.decoder, model.lm_head)
-    modules = [module for part in parts for module in part.modules()]
-    tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
     reasons = {
-        "the package hf_moe_ted, which is not installed": not can_record(),
         "scores of all words": generation_config.output_scores and generation_config.return_dict_in_generate,
         "processors of logits": not all(_is_known(processor, num_sentences) for processor in logits_processor),
         "a token forced before an end is forbidden": _forbids_behind_forced(logits_processor),
         "stopping criteria": any(type(c) not in (MaxLengthCriteria, EosTokenCriteria) for c in stopping_criteria),
         "more tokens than positions": generation_config.max_length > config.max_position_embeddings,
         "padding in prompts": inputs.shape[1] > 1 and bool((inputs == config.pad_token_id).any()),
-        "autocast": torch.is_autocast_enabled(device.type),
-        "training mode of a part": any(module.training for module in modules),
-        "layers of another package": any(not is_plain(type(module)) for module in modules),
-        "weights that are no plain tensors": any(
-            type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device != device for tensor in tensors
-        ),
-        "weights of several dtypes": len({tensor.dtype for tensor in tensors if tensor.is_floating_point()}) > 1,
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
 
@@ -119,6 +107,7 @@ class _Search:
 
 def captured_search(
     model: Any,
+    store: GraphStore,
     input_ids: Tensor,
     logits_processor: Any,
     generation_config: Any,
@@ -146,7 +135,7 @@ def captured_search(
     with on_device(input_ids.device):
         search = _Search(
             model=model,
-            store=store_of(model),
+            store=store,
             processors=[p for p in logits_processor if getattr(p, "forced", None) != ()],
             ranking=Ranking(
                 0.0 if is_greedy else options.length_penalty,
