@@ -1,7 +1,6 @@
 """Searches whose steps are CUDA graphs, on a CUDA device, beside those of transformers."""
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,11 +16,42 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.fixture(autouse=True)
-def poisoned_buffers() -> Iterator[None]:
-    """New tensors are full of NaN, those of replays, too: what is left unwritten must not reach anything."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+def poisoned_buffers() -> None:
+    """Memory that was given back is full of NaN, also that of graphs: what is left unwritten must not reach anything.
+
+    Not by deterministic algorithms: those that write to places by their numbers wait for the device.
+    """
+    sizes = [2**power for power in range(9, 26) for _ in range(4)]
+    blocks = [torch.full((size // 4,), torch.nan, device="cuda") for size in sizes]
+    del blocks
+
+
+class PoisonedRecorder(graph_store.CudaRecorder):
+    """Before each replay another graph writes NaN into the memory that all graphs share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        _, self._poison = super().record(self._fill)
+
+    @staticmethod
+    def _fill() -> None:
+        for power in range(9, 23):
+            for _ in range(8):
+                torch.full((2**power // 4,), torch.nan, device="cuda")
+
+    def record(self, call: Any) -> Any:
+        returned, replay = super().record(call)
+
+        def replay_in_poisoned_memory() -> None:
+            self._poison()
+            replay()
+
+        return returned, replay_in_poisoned_memory
+
+
+@pytest.fixture(autouse=True)
+def poisoned_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_store, "new_recorder", PoisonedRecorder)
 
 
 @pytest.fixture(autouse=True)
