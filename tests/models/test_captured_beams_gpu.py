@@ -1,5 +1,6 @@
 """Searches whose steps are CUDA graphs, on a CUDA device, beside those of transformers."""
 
+import gc
 import threading
 from typing import Any
 
@@ -188,10 +189,18 @@ def test_bfloat16_and_inference_mode(source: dict[str, Tensor], warnings: list[s
     assert not warnings
 
 
+def allocated() -> int:
+    """Bytes without what products keep for each stream."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
+    return torch.cuda.memory_allocated()
+
+
 def test_memory_is_given_back(source: dict[str, Tensor]) -> None:
-    before = torch.cuda.memory_allocated()
+    before = allocated()
     model = make_model().cuda()
     captured(model, **source, **ENDS)
+    assert allocated() > before + 2**18
     del model
-    torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() <= before + 2**20
+    assert allocated() <= before + 2**16
