@@ -14,9 +14,11 @@ from test_beam_search import ENDS, TO_THE_LIMIT, make_model, of_transformers, so
 from torch import Tensor, nn
 from transformers import masking_utils
 
+from hf_moe_ted import ZCodeM3ForConditionalGeneration
 from hf_moe_ted.models import captured_search, generation, graph_store
 from hf_moe_ted.models.captured_encoder import captured_encoding
 from hf_moe_ted.models.generation import FirstTokens
+from hf_moe_ted.testing import tiny_config
 
 __all__ = ["source"]
 
@@ -382,3 +384,41 @@ def test_the_option(source: dict[str, Tensor], recorders: list[TapeRecorder], tm
     again = type(model).from_pretrained(tmp_path, experts_implementation="batched_mm")
     assert torch.equal(again.generate(**source, **ENDS), model.generate(**source, **ENDS))
     assert len(recorders) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_with_the_kernels_of_gpus(num_beams: int, monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> None:
+    """In Triton's interpreter, whose work no tape records."""
+    triton = pytest.importorskip("triton", reason="needs Triton")
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("needs Triton's interpreter")
+
+    class Again(TapeRecorder):
+        def record(self, call: Any) -> Any:
+            self.num_recorded += 1
+            return None, call
+
+    monkeypatch.setattr(graph_store, "new_recorder", Again)
+    monkeypatch.setattr(captured_search, "KERNEL_DEVICES", ("cpu",))
+    torch.manual_seed(0)
+    config = tiny_config(
+        vocab_size=1100,
+        d_model=64,
+        init_std=0.5,
+        tie_word_embeddings=False,
+        scale_embedding=False,
+        encoder_layers=1,
+        experts_implementation="batched_mm",
+    )
+    model = ZCodeM3ForConditionalGeneration(config).eval()
+    ids = torch.randint(3, 1100, (3, 7))
+    ids[1, 4:] = 1
+    options: dict[str, Any] = {"input_ids": ids, "attention_mask": (ids != 1).long(), "num_beams": num_beams}
+    with torch.no_grad():
+        model.lm_head.weight[2:4] *= 3.0  # so that some sentences end
+    options |= {"max_new_tokens": 7, "eos_token_id": [2, 3], "forced_bos_token_id": 9, "min_new_tokens": 3}
+    expected = model.generate(**options)
+    assert torch.equal(captured(model, **options), expected)
+    assert not lines
+    assert store_of(model).num_recorded == 1
