@@ -71,11 +71,18 @@ class ZCodeM3Attention(nn.Module):
             hidden_states: float[batch, length, d_model].
             attention_mask: mask in the form of the attention implementation, or `None`.
             key_value_states: float[batch, source_length, d_model], *optional*, for cross-attention.
-            cache: past keys and values, read and extended.
+            cache: past keys and values, read and extended; one with a method `attend` computes the attention, too, to
+                the keys that it has of a source, or to past ones and those that are added.
 
         Returns:
             float[batch, length, d_model], and the attention weights if the implementation gives them.
         """
+        attend = getattr(cache, "attend", None)
+        if attend is not None:
+            added = (self.k_proj, self.v_proj) if key_value_states is None else ()
+            projected = self._projected(hidden_states, self.q_proj, *added)
+            output = attend(self.layer_idx, attention_mask, self.scaling, *projected)
+            return self.out_proj(output.reshape(*hidden_states.shape[:-1], -1)), None
         if key_value_states is None:
             query, key, value = self._projected(hidden_states, self.q_proj, self.k_proj, self.v_proj)
             own_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .graph_store import GraphStore, can_record, is_plain, on_device, recorded, rung, store_of
+from .graph_store import GraphStore, on_device, recorded, rung
 
 _NAME = ("encoder",)
 _LEAST_SOURCE = 16
@@ -29,41 +29,28 @@ class _EncoderMemory:
         return _EncoderMemory(*(x[:num_sentences, :length] for x in (self.ids, self.mask, self.hidden)))
 
 
-def why_not_encoded(model: Any, inputs: Tensor, input_name: str | None, model_kwargs: dict[str, Any]) -> str | None:
-    """What of an encoder call a captured one does not have; `None` if it has all."""
-    config, encoder = model.config, model.model.encoder
+def why_not_encoded(config: Any, inputs: Tensor, input_name: str | None, model_kwargs: dict[str, Any]) -> str | None:
+    """What of an encoder call a captured one does not have, besides what `store_of` says; `None` if it has all."""
     mask = model_kwargs.get("attention_mask")
     others = {n for n, value in model_kwargs.items() if value is not None and not n.startswith("decoder_")}
-    modules = list(encoder.modules())
-    tensors = [*encoder.parameters(), *encoder.buffers()]
     reasons = {
-        "the package hf_moe_ted, which is not installed": not can_record(),
         "other inputs": input_name != "input_ids" or bool(others - _KNOWN_ARGUMENTS),
         "no attention mask": not isinstance(mask, Tensor) or mask.shape != inputs.shape,
         "an empty batch": 0 in inputs.shape,
         "many tokens": inputs.numel() > _MAX_TOKENS or inputs.shape[1] >= config.max_position_embeddings,
         "outputs of layers": config.output_attentions or config.output_hidden_states,
         "attention other than sdpa and eager": config._attn_implementation not in ("sdpa", "eager"),
-        "gradients": torch.is_grad_enabled(),
-        "autocast": torch.is_autocast_enabled(inputs.device.type),
         "a capacity of experts": config.eval_capacity_factor is not None,
         "second experts by chance": config.second_expert_policy != "all",
         "untied positions": config.position_embedding_type == "tupe",
-        "training mode": any(module.training for module in modules),
-        "layers of another package": any(not is_plain(type(module)) for module in modules),
-        "hooks of the model": any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in modules),
-        "another forward": "forward" in vars(encoder),
-        "weights that are no plain tensors": any(
-            type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device != inputs.device for tensor in tensors
-        ),
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
 
 
-def captured_encoding(model: Any, ids_BS: Tensor, mask_BS: Tensor) -> Tensor | None:
+def captured_encoding(model: Any, store: GraphStore, ids_BS: Tensor, mask_BS: Tensor) -> Tensor | None:
     """Hidden states float[B, S, D] of the last layer, or `None` where nothing can be recorded."""
     with on_device(ids_BS.device):
-        return recorded(store_of(model), lambda store: _encoded(model, store, ids_BS, mask_BS))
+        return recorded(store, lambda _: _encoded(model, store, ids_BS, mask_BS))
 
 
 def _encoded(model: Any, store: GraphStore, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:

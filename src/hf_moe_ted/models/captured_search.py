@@ -8,6 +8,7 @@ change any more. Once half of them are, the others move to a smaller graph.
 Shape letters as in search_memory.py; R = B * N rows, V words.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -33,13 +34,13 @@ from .beam_search import (
     output_of,
     row_logsumexp,
 )
-from .graph_store import GraphStore, can_record, is_plain, on_device, power_of_two, recorded, rung, store_of
-from .search_memory import KeysAndValues, KeySize, MemorySize, SearchMemory, fixed_cache
+from .graph_store import GraphStore, on_device, power_of_two, recorded, rung
+from .search_memory import FixedCache, KeysAndValues, KeySize, MemorySize, SearchMemory
 
 try:
-    from hf_moe_ted.kernels import beam_step
+    from hf_moe_ted.kernels import beam_attention, beam_step
 except ImportError:  # without Triton, which comes with PyTorch for GPUs, or remote code without the package
-    beam_step = None  # type: ignore[assignment]
+    beam_attention = beam_step = None  # type: ignore[assignment]
 
 BY_DEFAULT = False  # whether searches on a GPU are captured where nobody says `cuda_graphs`
 DEVICES: tuple[str, ...] = ("cuda",)
@@ -51,29 +52,17 @@ _FORCE_A_TOKEN = (ForcedBOSTokenLogitsProcessor, ForcedEOSTokenLogitsProcessor)
 
 
 def why_not_captured(
-    model: Any, generation_config: Any, logits_processor: Any, stopping_criteria: Any, inputs: Tensor
+    config: Any, generation_config: Any, logits_processor: Any, stopping_criteria: Any, inputs: Tensor
 ) -> str | None:
-    """What of a generation captured steps do not have, besides what `why_not` says; `None` if they have all."""
-    config, device = model.config, inputs.device
+    """What of a generation captured steps do not have, besides what `why_not` and `store_of` say, or `None`."""
     num_sentences = len(inputs) // generation_config.num_beams
-    parts = (model.model.decoder, model.lm_head)
-    modules = [module for part in parts for module in part.modules()]
-    tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
     reasons = {
-        "the package hf_moe_ted, which is not installed": not can_record(),
         "scores of all words": generation_config.output_scores and generation_config.return_dict_in_generate,
         "processors of logits": not all(_is_known(processor, num_sentences) for processor in logits_processor),
         "a token forced before an end is forbidden": _forbids_behind_forced(logits_processor),
         "stopping criteria": any(type(c) not in (MaxLengthCriteria, EosTokenCriteria) for c in stopping_criteria),
         "more tokens than positions": generation_config.max_length > config.max_position_embeddings,
         "padding in prompts": inputs.shape[1] > 1 and bool((inputs == config.pad_token_id).any()),
-        "autocast": torch.is_autocast_enabled(device.type),
-        "training mode of a part": any(module.training for module in modules),
-        "layers of another package": any(not is_plain(type(module)) for module in modules),
-        "weights that are no plain tensors": any(
-            type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device != device for tensor in tensors
-        ),
-        "weights of several dtypes": len({tensor.dtype for tensor in tensors if tensor.is_floating_point()}) > 1,
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
 
@@ -119,6 +108,7 @@ class _Search:
 
 def captured_search(
     model: Any,
+    store: GraphStore,
     input_ids: Tensor,
     logits_processor: Any,
     generation_config: Any,
@@ -146,7 +136,7 @@ def captured_search(
     with on_device(input_ids.device):
         search = _Search(
             model=model,
-            store=store_of(model),
+            store=store,
             processors=[p for p in logits_processor if getattr(p, "forced", None) != ()],
             ranking=Ranking(
                 0.0 if is_greedy else options.length_penalty,
@@ -227,7 +217,7 @@ class _Run:
         source_length = search.source.shape[1]
         whole.start(prompts_BL.index_select(0, index_B), self.num_sentences, mask_BS, source_length, search.fill)
         source_BSD = search.source.index_select(0, index_B)
-        cache = fixed_cache(whole, memory.keys_N, torch.arange(source_length, device=source_BSD.device))
+        cache = FixedCache(whole, memory.keys_N, torch.arange(source_length, device=source_BSD.device))
         for layer in search.model.model.decoder.layers:
             layer.encoder_attn.keys_and_values_of_source(source_BSD, cache)
         if self.length > 1:
@@ -408,11 +398,11 @@ def _read_prompts(model: Any, memory: SearchMemory, length: int) -> None:
         mask_B1LK[:, :, place:, num_beams * place] = 0.0
     tokens_BL = memory.hypotheses.running_BNL[:, 0, :length]
     source_mask_B1LS = memory.source_mask_B1NS[:, :, :1].repeat(1, 1, length, 1)
-    _decoded(model, memory, tokens_BL, mask_B1LK, source_mask_B1LS, places_L)
+    _decoded(model, memory, tokens_BL, mask_B1LK, source_mask_B1LS, FixedCache(memory, places_L, None))
 
 
 def _decoded(
-    model: Any, memory: SearchMemory, tokens_BL: Tensor, mask: Tensor, source_mask: Tensor, places: Tensor
+    model: Any, memory: SearchMemory, tokens_BL: Tensor, mask: Tensor, source_mask: Tensor, cache: FixedCache
 ) -> Tensor:
     """Hidden states float[B, L, D]; both masks are additive, so that nobody makes others of them."""
     # the keys of the source are there; all that is asked of its hidden states is whether there are any
@@ -422,7 +412,7 @@ def _decoded(
         attention_mask=mask,
         encoder_hidden_states=nothing,
         encoder_attention_mask=source_mask,
-        cache=fixed_cache(memory, places, None),
+        cache=cache,
         use_cache=True,
         return_dict=True,
     ).last_hidden_state
@@ -436,7 +426,10 @@ def _step(model: Any, memory: SearchMemory, num_candidates: int) -> None:
         own_B1N1 = memory.keys_N.view(1, 1, -1, 1).expand(len(memory.last_BN), -1, -1, -1)
         memory.mask_B1NK.scatter_(3, own_B1N1, 0.0)
     masks = (memory.mask_B1NK, memory.source_mask_B1NS)
-    hidden = _decoded(model, memory, memory.last_BN, *masks, memory.keys_N)
+    cache = FixedCache(memory, memory.keys_N, None)
+    if _has_attention(memory, model.config._attn_implementation):
+        cache.attend = functools.partial(_attend, memory)
+    hidden = _decoded(model, memory, memory.last_BN, *masks, cache)
     logits_RV = model.lm_head(hidden.flatten(0, 1))
     if has_kernels:
         ends = (settings.ends_E, settings.forbids_ends_1)
@@ -453,6 +446,23 @@ def _has_kernels(memory: SearchMemory, num_words: int, num_candidates: int) -> b
     if beam_step is None or memory.counters.device.type not in KERNEL_DEVICES:
         return False
     return beam_step.can_take(num_words, num_candidates, len(memory.settings.ends_E))
+
+
+def _has_attention(memory: SearchMemory, implementation: str) -> bool:
+    keys, _ = memory.own[0]
+    if beam_attention is None or keys.device.type not in KERNEL_DEVICES or implementation != "sdpa":
+        return False
+    return beam_attention.can_attend(memory.num_beams, keys.shape[-1], keys.dtype)
+
+
+def _attend(
+    memory: SearchMemory, layer_idx: int, mask: Tensor, scaling: float, query: Tensor, *new_keys_and_values: Tensor
+) -> Tensor:
+    """Attention of a layer to what is there and new keys and values, or without such to the source."""
+    if not new_keys_and_values:
+        return beam_attention.beam_attention(query, *memory.of_source[layer_idx], mask, scaling)
+    keys_and_values = memory.own[layer_idx]
+    return beam_attention.beam_attention(query, *keys_and_values, mask, scaling, *new_keys_and_values, memory.keys_N)
 
 
 def _candidates(memory: SearchMemory, logits_RV: Tensor, num_candidates: int) -> Candidates:

@@ -13,7 +13,7 @@ from .attention_backends import without_cudnn_attention
 from .beam_search import SometimesActive, beam_search, why_not
 from .captured_encoder import captured_encoding, why_not_encoded
 from .captured_search import BY_DEFAULT, DEVICES, captured_search, why_not_captured
-from .graph_store import forget_store
+from .graph_store import GraphStore, forget_store, store_of
 from .router import refused_if_not_finite, require_finite_routers
 
 logger = logging.get_logger(__name__)
@@ -175,11 +175,21 @@ class ZCodeM3GenerationMixin(GenerationMixin):
     ) -> tuple[Any, str | None]:
         """The output of captured_search.py, or `None` and why not."""
         input_ids, processors, criteria, options = arguments
-        reason = reason or why_not_captured(self, options, processors, criteria, input_ids)
+        reason = reason or why_not_captured(self.config, options, processors, criteria, input_ids)
         if watch is None or reason is not None:
             return None, reason
-        output = captured_search(self, input_ids, processors, options, watch.look, **model_kwargs)
+        store = self._graph_store(options)
+        if isinstance(store, str):
+            return None, store
+        output = captured_search(self, store, input_ids, processors, options, watch.look, **model_kwargs)
         return output, "a failed capture" if output is None else None
+
+    def _graph_store(self, generation_config: Any) -> GraphStore | str:
+        """The store of this model, found once in a call of `generate`, or why there is none."""
+        store = getattr(generation_config, "_graph_store", None)
+        if store is None:
+            store = generation_config._graph_store = store_of(self)
+        return store
 
     def _maybe_prepare_encoder_kwargs_for_generation(
         self,
@@ -191,12 +201,13 @@ class ZCodeM3GenerationMixin(GenerationMixin):
         """Run the encoder, as a CUDA graph where these are asked for."""
         given = (inputs_tensor, model_kwargs, model_input_name, generation_config)
         if model_kwargs.get("encoder_outputs") is None and _is_captured(generation_config, inputs_tensor.device):
-            reason = why_not_encoded(self, inputs_tensor, model_input_name, model_kwargs)
-            if reason is None:
-                hidden = captured_encoding(self, inputs_tensor, model_kwargs["attention_mask"])
+            reason = why_not_encoded(self.config, inputs_tensor, model_input_name, model_kwargs)
+            store = self._graph_store(generation_config) if reason is None else reason
+            if not isinstance(store, str):
+                hidden = captured_encoding(self, store, inputs_tensor, model_kwargs["attention_mask"])
                 if hidden is not None:
                     return {**model_kwargs, "encoder_outputs": MoEModelOutput(last_hidden_state=hidden)}
-            logger.debug("encoder not captured, because of %s", reason or "a failed capture")
+            logger.debug("encoder not captured, because of %s", store if isinstance(store, str) else "a failed capture")
         prepare: Callable = super()._maybe_prepare_encoder_kwargs_for_generation  # type: ignore[misc]
         return prepare(*given)
 

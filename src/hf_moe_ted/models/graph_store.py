@@ -5,11 +5,10 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from itertools import chain
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging
 
 try:
@@ -85,20 +84,63 @@ _stores: "weakref.WeakKeyDictionary[nn.Module, GraphStore]" = weakref.WeakKeyDic
 _stores_lock = threading.Lock()
 
 
-def store_of(model: Any) -> GraphStore:
+def store_of(model: Any) -> "GraphStore | str":
     """The store of a model: a new one if its weights, its config or how it computes are others than before.
 
     It is not part of the model: copies do not have it, and files neither.
+
+    Returns:
+        In place of a store, what of the model cannot be recorded.
     """
-    signature = _signature(model)
+    modules = [*model.model.encoder.modules(), *model.model.decoder.modules(), model.lm_head]
+    parameters, buffers = (_tensors_of(modules, name) for name in ("_parameters", "_buffers"))
+    if (reason := _why_not(modules, parameters, buffers)) is not None:
+        return reason
+    config = vars(model.config).items()
+    signature = (
+        tuple((tensor.data_ptr(), tensor.shape) for tensor in (*parameters, *buffers)),
+        tuple((name, value) for name, value in config if isinstance(value, bool | int | float | str | None)),
+        torch.backends.cuda.matmul.allow_tf32,
+    )
     with _stores_lock:
         store = _stores.get(model)
         if store is None or store.signature != signature:
             if store is not None:
                 with store.lock:  # nobody is using it
                     store.forget()
-            store = _stores[model] = GraphStore(new_recorder(), signature)
+            with on_device(parameters[0].device):
+                store = _stores[model] = GraphStore(new_recorder(), signature)
         return store
+
+
+def _tensors_of(modules: list[nn.Module], name: str) -> list[Tensor]:
+    # not `parameters()`, which takes milliseconds
+    return [tensor for module in modules for tensor in getattr(module, name).values() if tensor is not None]
+
+
+def _why_not(modules: list[nn.Module], parameters: list[Tensor], buffers: list[Tensor]) -> str | None:
+    """What of the parts of a model cannot be recorded, or may change without anybody seeing it."""
+    device = parameters[0].device
+    reasons = {
+        "the package hf_moe_ted, which is not installed": CudaRecorder is None,
+        "autocast": torch.is_autocast_enabled(device.type),
+        "gradients": torch.is_grad_enabled(),
+        "training mode of a part": any(module.training for module in modules),
+        "layers of another package": not all(_is_plain(kind) for kind in {type(module) for module in modules}),
+        "hooks of the model": any(
+            m._forward_hooks or m._forward_pre_hooks or "_hf_hook" in vars(m) or "forward" in vars(m) for m in modules
+        ),
+        "weights that are no plain tensors": not {type(t) for t in (*parameters, *buffers)} <= {Tensor, nn.Parameter},
+        "weights of several devices": {tensor.device for tensor in (*parameters, *buffers)} != {device},
+        "weights of several dtypes": len({tensor.dtype for tensor in parameters}) > 1,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def _is_plain(kind: type) -> bool:
+    """Whether all that a module does is known from its weights and the config of the model."""
+    package = kind.__module__.rpartition(".")[0]
+    return package == __package__ or package.startswith("torch.nn") or kind.__module__ == "transformers.activations"
 
 
 def forget_store(model: Any) -> None:
@@ -135,17 +177,6 @@ def new_recorder() -> Any:
     return CudaRecorder()
 
 
-def can_record() -> bool:
-    """Whether there is what records."""
-    return CudaRecorder is not None
-
-
-def is_plain(kind: type) -> bool:
-    """Whether all that a module does is known from its weights and the config of the model."""
-    package = kind.__module__.rpartition(".")[0]
-    return package == __package__ or package.startswith("torch.nn") or kind.__module__ == "transformers.activations"
-
-
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Where a device is the current one, if it is a CUDA device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -163,26 +194,10 @@ def power_of_two(number: int, least: int = 1) -> int:
     return max(least, 1 << (number - 1).bit_length())
 
 
-def _signature(model: Any) -> Hashable:
-    tensors = chain(model.parameters(), model.buffers())
-    options = {
-        name: value
-        for name, value in vars(model.config).items()
-        if value is None or isinstance(value, bool | int | float | str)
-    }
-    return (
-        tuple((tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in tensors),
-        tuple(sorted(options.items(), key=lambda item: item[0])),
-        torch.backends.cuda.matmul.allow_tf32,
-    )
-
-
 __all__ = [
     "MAX_GRAPHS",
     "GraphStore",
-    "can_record",
     "forget_store",
-    "is_plain",
     "new_recorder",
     "on_device",
     "power_of_two",

@@ -1,6 +1,7 @@
 """Translation pipeline: texts in, translations out. transformers 5 has none of its own any more."""
 
 import copy
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -238,6 +239,7 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
             input_, languages = input_.text, {**languages, **input_.languages}
         languages = self._languages_of(input_, languages)
 
+        @functools.cache  # a sentence is counted and then translated
         def encode(text: str) -> dict[str, Any]:
             with languages_kept(self.tokenizer):
                 return self.tokenizer._build_translation_inputs(text, return_tensors="pt", **languages, verbose=False)

@@ -7,9 +7,8 @@ Shape letters: B sentences, N beams of each, C candidates of each, L tokens, K =
 D head width, E tokens that end a translation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -276,20 +275,26 @@ class FixedLayer(DynamicLayer):
         return 0  # all keys are always there; the mask knows which count
 
 
-def fixed_cache(memory: SearchMemory, places: Tensor, source_places: Tensor | None) -> EncoderDecoderCache:
+class FixedCache(EncoderDecoderCache):
     """The keys of a memory as a cache.
 
     Args:
         places: int64, where keys of the tokens of a call are written.
         source_places: the same for keys of the source; `None` where they are there already.
+
+    Attributes:
+        attend: computes attention in place of what the config says, see `ZCodeM3Attention`; `None` for nobody.
     """
-    caches: list[Any] = []
-    for layers, where in ((memory.own, places), (memory.of_source, source_places)):
-        cache = Cache(layers=[FixedLayer(*layer, places if where is None else where) for layer in layers])
-        caches.append(cache)
-    cache = EncoderDecoderCache(*caches)
-    cache.is_updated = dict.fromkeys(range(len(memory.of_source)), source_places is None)
-    return cache
+
+    def __init__(self, memory: SearchMemory, places: Tensor, source_places: Tensor | None):
+        of_source = places if source_places is None else source_places
+        own, source = (
+            Cache(layers=[FixedLayer(*layer, where) for layer in layers])
+            for layers, where in ((memory.own, places), (memory.of_source, of_source))
+        )
+        super().__init__(own, source)
+        self.is_updated = dict.fromkeys(range(len(memory.of_source)), source_places is None)
+        self.attend: Callable[..., Tensor] | None = None
 
 
-__all__ = ["KeySize", "KeysAndValues", "MemorySize", "SearchMemory", "Settings", "fixed_cache"]
+__all__ = ["FixedCache", "KeySize", "KeysAndValues", "MemorySize", "SearchMemory", "Settings"]
