@@ -67,10 +67,10 @@ def _quantized_grouped_kernel(
     order,
     offsets,
     row_ends,
-    tile_ends,
     tile_expert,
     tile_row,
     num_experts,
+    GROUPS: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     BITS: tl.constexpr,
@@ -101,7 +101,11 @@ def _quantized_grouped_kernel(
     NUM_ROWS: tl.constexpr = N // OUT_PLANES
     NUM_BLOCKS: tl.constexpr = (NUM_ROWS + BLOCK_N - 1) // BLOCK_N
     NUM_COLUMNS: tl.constexpr = NUM_BLOCKS * OUT_PLANES
-    num_tiles = tl.load(tile_ends + num_experts - 1) * NUM_COLUMNS
+    groups = tl.arange(0, GROUPS)
+    is_group = groups <= num_experts
+    num_rows = tl.load(row_ends + groups, mask=is_group, other=0) - tl.load(offsets + groups, mask=is_group, other=0)
+    tiles = (num_rows + BLOCK_M - 1) // BLOCK_M
+    num_tiles = tl.sum(tl.where(groups < num_experts, tiles, 0), axis=0) * NUM_COLUMNS
     depths = tl.arange(0, BLOCK_B)
     for index in tl.range(tl.program_id(0), num_tiles, NUM_PROGRAMS, flatten=FLATTEN):
         tile = index // NUM_COLUMNS
@@ -163,7 +167,7 @@ def _quantized_grouped_kernel(
         tl.store(out_pointers, accumulator.to(dtype).T, mask=is_row[:, None] & is_column[None, :])
 
     if weights is not None:  # slots without an expert
-        num_all_tiles = tl.load(tile_ends + num_experts) * NUM_BLOCKS
+        num_all_tiles = tl.sum(tiles, axis=0) * NUM_BLOCKS
         end = tl.load(row_ends + num_experts)
         for index in tl.range(num_tiles + tl.program_id(0), num_all_tiles, NUM_PROGRAMS):
             rows = tl.load(tile_row + index // NUM_BLOCKS) + tl.arange(0, BLOCK_M)
@@ -288,8 +292,13 @@ def quantized_grouped_linear(
         bias,
         weights,
         out,
-        *plan.of_rows_and_tiles,
+        plan.order,
+        plan.offsets,
+        plan.row_ends,
+        plan.tile_expert,
+        plan.tile_row,
         num_experts,
+        GROUPS=triton.next_power_of_2(num_experts + 1),
         N=num_columns,
         K=rows.shape[1],
         BITS=bits,

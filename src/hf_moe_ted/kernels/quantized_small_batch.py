@@ -152,7 +152,7 @@ class SmallBatchTile:
 
     block_n: int
     block_b: int
-    num_warps: int
+    parts: int
     num_stages: int
 
 
@@ -226,12 +226,12 @@ def small_batch_quantized_linear(
         OUT_PLANES=planes,
         RELU=relu,
         BLOCK_S=block_s,
-        TILE_S=8 if num_slots <= 8 else 16,
+        TILE_S=8,
         BLOCK_N=tile.block_n,
         BLOCK_B=tile.block_b,
-        PARTS=tile.num_warps,
+        PARTS=tile.parts,
         USE_PTX=not triton.knobs.runtime.interpret,
-        num_warps=tile.num_warps,
+        num_warps=tile.parts,
         num_stages=tile.num_stages,
     )
     return out

@@ -95,11 +95,11 @@ def integers_of_plane(packed, PLANE: tl.constexpr, BITS: tl.constexpr, dtype: tl
         USE_PTX: not where kernels are interpreted.
     """
     if USE_PTX and dtype == tl.bfloat16:
-        ASM: tl.constexpr = _INT8_AS_BF16 if BITS == 8 else (_HIGH_INT4_AS_BF16 if PLANE else _LOW_INT4_AS_BF16)
-        return tl.inline_asm_elementwise(ASM, "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4)
+        AS_BF16: tl.constexpr = _INT8_AS_BF16 if BITS == 8 else (_HIGH_INT4_AS_BF16 if PLANE else _LOW_INT4_AS_BF16)
+        return tl.inline_asm_elementwise(AS_BF16, "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4)
     elif USE_PTX and dtype == tl.float16:
-        ASM: tl.constexpr = _INT8_AS_FP16 if BITS == 8 else (_HIGH_INT4_AS_FP16 if PLANE else _LOW_INT4_AS_FP16)
-        return tl.inline_asm_elementwise(ASM, "=r,=r,r", [packed], dtype=tl.float16, is_pure=True, pack=4)
+        AS_FP16: tl.constexpr = _INT8_AS_FP16 if BITS == 8 else (_HIGH_INT4_AS_FP16 if PLANE else _LOW_INT4_AS_FP16)
+        return tl.inline_asm_elementwise(AS_FP16, "=r,=r,r", [packed], dtype=tl.float16, is_pure=True, pack=4)
     elif BITS == 8:
         return packed.to(dtype)
     else:
