@@ -70,7 +70,7 @@ def codes(languages: str | None) -> list[str] | None:
     return None if languages is None else parse_languages(languages)
 
 
-def expert_memory(size: str | None, statistics: Path | None, languages: str | None) -> Any:
+def expert_memory(size: str | None, statistics: Path | None = None, languages: str | None = None) -> Any:
     """`ExpertMemory` of the options of the command, `None` without a size.
 
     Raises:

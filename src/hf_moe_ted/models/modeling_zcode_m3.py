@@ -238,7 +238,7 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
         return distributed_config.distribute(model, mesh_manager)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # which names all of its arguments
+    def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, expert_memory: Any = None, **kwargs: Any
     ) -> Any:
         """As [`PreTrainedModel.from_pretrained`].
