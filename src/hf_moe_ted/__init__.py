@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from .evaluation.translation_quality import TranslationQuality as TranslationQuality
     from .evaluation.translation_scores import TranslationScores as TranslationScores
     from .evaluation.translation_scores import score_translations as score_translations
-    from .expert_memory.expert_memory_config import ExpertMemory as ExpertMemory
+    from .expert_memory.expert_memory import ExpertMemory as ExpertMemory
     from .expert_memory.memory_statistics import ExpertMemoryStatistics as ExpertMemoryStatistics
     from .models.configuration_zcode_m3 import ZCodeM3Config as ZCodeM3Config
     from .models.language_codes import parse_languages as parse_languages
@@ -124,7 +124,7 @@ _MODULE_OF_NAME = {
     "DeepSpeedLayout": "conversion.deepspeed.reader",
     "DenoisingNoise": "data.denoising",
     "DirectionQuality": "evaluation.translation_quality",
-    "ExpertMemory": "expert_memory.expert_memory_config",
+    "ExpertMemory": "expert_memory.expert_memory",
     "ExpertMemoryStatistics": "expert_memory.memory_statistics",
     "ExpertQuantizationConfig": "compression.quantized_experts",
     "ExpertStatistics": "routing.expert_statistics",

@@ -75,7 +75,9 @@ def test_aggregate_and_quantize(model_and_text: tuple[Path, Path], tmp_path: Pat
     assert (config.bits, config.group_size) == (4, 8)
     with pytest.raises(ValueError, match=r"output_dir .* is not empty"):
         run_here("quantize", full, "--output", tmp_path / "int4")
-    run_here("quantize", full, "--output", tmp_path / "int4", "--overwrite")
+    run_here("quantize", full, "--output", tmp_path / "int4", "--overwrite", "--dtype", "bfloat16")
+    rounded = ZCodeM3ForConditionalGeneration.from_pretrained(tmp_path / "int4", dtype="auto")
+    assert str(rounded.dtype) == "torch.bfloat16"
 
 
 def test_trim(tmp_path: Path) -> None:

@@ -36,6 +36,21 @@ def test_glossary(model_and_text: tuple[Path, Path]) -> None:
     )
 
 
+def test_expert_memory(model_and_text: tuple[Path, Path]) -> None:
+    model, _ = model_and_text
+    source, whole, part = (model.parent / name for name in ("memory-in.txt", "memory-whole.txt", "memory-part.txt"))
+    source.write_text("Save. Close it!\nThe file\n", encoding="utf-8")
+    run_here("translate", model, source, whole, *OPTIONS)
+    run_here("translate", model, source, part, *OPTIONS, "--expert-memory", "60KB")
+    assert part.read_text() == whole.read_text()
+    for options, message in (
+        (("--expert-memory", "1KB"), "expert_memory (1,000 bytes) is too small"),
+        (("--expert-memory", "much"), "size ('much') must be a number of bytes"),
+        (("--expert-languages", "en"), "--expert-statistics and --expert-languages need --expert-memory"),
+    ):
+        assert message in message_of("translate", model, source, part, *OPTIONS, *options)
+
+
 def test_standard_input(model_and_text: tuple[Path, Path]) -> None:
     model, _ = model_and_text
     done = subprocess.run(

@@ -164,6 +164,17 @@ def test_statistics_say_which_experts_come_first(
         ExpertMemory(size, languages=["en"])
 
 
+def test_statistics_are_collected_with_some_experts(
+    model: Any, rows: Any, tokenizer: ZCodeM3Tokenizer, folder: Path
+) -> None:
+    path = save(copy.deepcopy(model), "float32", folder)
+    models = resident(path), on_cpu(path, 4 * num_bytes_of_an_expert(path))
+    expected, collected = (collect_expert_statistics(m, tokenizer, rows, batch_size=3) for m in models)
+    for layer, statistics in expected.layers.items():
+        for name, tensor in vars(statistics).items():
+            assert torch.equal(tensor, getattr(collected.layers[layer], name)), (layer, name)
+
+
 def test_those_used_last_stay(model: Any, folder: Path) -> None:
     path = save(copy.deepcopy(model), "float32", folder)
     cached = on_cpu(path, 22 * num_bytes_of_an_expert(path))

@@ -13,6 +13,7 @@ from .options import (
     Device,
     Dtype,
     EncoderDecoderRatio,
+    ExpertMemorySize,
     Keep,
     Languages,
     MaxShardSize,
@@ -26,6 +27,7 @@ from .options import (
     Split,
     Subset,
     codes,
+    expert_memory,
 )
 
 
@@ -78,15 +80,17 @@ def expert_statistics(
     max_tokens: Annotated[int | None, typer.Option(help="Tokens per language pair; default: all.")] = None,
     dtype: Dtype = None,
     device: Device = None,
+    expert_memory_size: ExpertMemorySize = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Count on real text which experts each language uses."""
     from .. import ExpertStatistics, collect_expert_statistics, load_model_and_tokenizer, open_parallel_text
 
+    memory = expert_memory(expert_memory_size)
     with ExpertStatistics.keeping_folder(output_dir, overwrite=overwrite):
         rows = open_parallel_text(data, subset, split)
         statistics = collect_expert_statistics(
-            *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL"),
+            *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL", expert_memory=memory),
             rows,
             languages=codes(languages),
             batch_size=batch_size,

@@ -1,7 +1,7 @@
 """Options and arguments that several commands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,6 +39,20 @@ Split = Annotated[str, typer.Option(help="Split of a dataset of the Hub.")]
 BatchSize = Annotated[int, typer.Option(help="Sentences per batch.")]
 Device = Annotated[str | None, typer.Option(help="Such as cuda, or auto: all GPUs, memory and disk; default: a GPU.")]
 
+ExpertMemorySize = Annotated[
+    str | None,
+    typer.Option("--expert-memory", help="Experts on the device at once, such as 8GB; others come when needed."),
+]
+ExpertMemoryStatistics = Annotated[
+    Path | None,
+    typer.Option(
+        "--expert-statistics", help="Folder of `expert-statistics`: which experts of --expert-memory are first."
+    ),
+]
+ExpertLanguages = Annotated[
+    str | None, typer.Option(help="Languages whose --expert-statistics count, en,de; default: all they have.")
+]
+
 Beams = Annotated[int, typer.Option(help="1 is greedy.")]
 BatchTokens = Annotated[int, typer.Option(help="Source tokens of a batch.")]
 MaxNewTokens = Annotated[
@@ -54,3 +68,18 @@ def codes(languages: str | None) -> list[str] | None:
     from .. import parse_languages
 
     return None if languages is None else parse_languages(languages)
+
+
+def expert_memory(size: str | None, statistics: Path | None = None, languages: str | None = None) -> Any:
+    """`ExpertMemory` of the options of the command, `None` without a size.
+
+    Raises:
+        ValueError: the others without a size, or one that is wrong.
+    """
+    from .. import ExpertMemory
+
+    if size is None:
+        if statistics is not None or languages is not None:
+            raise ValueError("--expert-statistics and --expert-languages need --expert-memory")
+        return None
+    return ExpertMemory(size, statistics=statistics, languages=codes(languages))

@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from .options import BatchTokens, Beams, Device, Dtype, KeepPlaceholders, MaxNewTokens, ModelWithTokenizer
+from .options import (
+    BatchTokens,
+    Beams,
+    Device,
+    Dtype,
+    ExpertLanguages,
+    ExpertMemorySize,
+    ExpertMemoryStatistics,
+    KeepPlaceholders,
+    MaxNewTokens,
+    ModelWithTokenizer,
+    expert_memory,
+)
 
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
@@ -41,6 +53,9 @@ def serve(
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
+    expert_memory_size: ExpertMemorySize = None,
+    expert_statistics: ExpertMemoryStatistics = None,
+    expert_languages: ExpertLanguages = None,
 ) -> None:
     """Serve a model with LibreTranslate's HTTP API. SIGTERM finishes what is running."""
     from .. import ApiKeys, Glossary, ServerSettings, bind_address
@@ -63,8 +78,9 @@ def serve(
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
     from .. import BatchedTranslator, ExpertStatistics, TextTranslator, load_model_and_tokenizer
 
+    memory = expert_memory(expert_memory_size, expert_statistics, expert_languages)
     texts = TextTranslator(
-        *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL"),
+        *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL", expert_memory=memory),
         num_beams=beams,
         batch_tokens=batch_tokens,
         max_new_tokens=max_new_tokens,

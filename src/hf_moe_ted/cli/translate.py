@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from .options import BatchTokens, Beams, Device, Dtype, KeepPlaceholders, MaxNewTokens, ModelWithTokenizer
+from .options import (
+    BatchTokens,
+    Beams,
+    Device,
+    Dtype,
+    ExpertLanguages,
+    ExpertMemorySize,
+    ExpertMemoryStatistics,
+    KeepPlaceholders,
+    MaxNewTokens,
+    ModelWithTokenizer,
+    expert_memory,
+)
 
 MAX_SHOWN = 10
 
@@ -46,14 +58,18 @@ def translate(
     keep_placeholders: KeepPlaceholders = True,
     dtype: Dtype = None,
     device: Device = None,
+    expert_memory_size: ExpertMemorySize = None,
+    expert_statistics: ExpertMemoryStatistics = None,
+    expert_languages: ExpertLanguages = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output, and begin again.")] = False,
 ) -> None:
     """Translate text of any length. An interrupted run goes on where it was; torchrun shares the rows among GPUs."""
     from .. import Glossary, TextTranslator, load_model_and_tokenizer, translate_file
 
+    memory = expert_memory(expert_memory_size, expert_statistics, expert_languages)
     terms = None if glossary is None else Glossary.from_file(glossary)
     translator = TextTranslator(
-        *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL"),
+        *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL", expert_memory=memory),
         num_beams=beams,
         num_alternatives=alternatives,
         batch_tokens=batch_tokens,

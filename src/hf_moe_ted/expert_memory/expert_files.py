@@ -114,7 +114,7 @@ class ExpertFiles:
         for number in {span.file for span in spans.values()}:
             self._require_unchanged(self._files[number])
         for name, span in spans.items():
-            buffer = memoryview(outs[name].view(torch.uint8).flatten().numpy())
+            buffer = memoryview(outs[name].view(torch.uint8).flatten().numpy())  # type: ignore[arg-type]
             assert len(buffer) == span.num_bytes, (name, len(buffer), span)
             self._fill(self._files[span.file], buffer, span.offset)
 

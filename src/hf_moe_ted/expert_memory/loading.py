@@ -28,15 +28,15 @@ from ..tensors.whole_model import check_no_adapter
 from .cached_experts import CachedExperts
 from .expert_cache import ExpertCache
 from .expert_files import ExpertFiles, Span
-from .expert_memory_config import ExpertMemory
 from .expert_sources import ExpertsInFiles, ExpertsInMemory, ExpertSource
+from .memory_options import MemoryOptions
 from .residence_plan import LayerSize, plan_residence
 
 
 def load_with_expert_memory(
     model_class: Any,
     folder: str | os.PathLike[str],
-    memory: ExpertMemory,
+    memory: MemoryOptions,
     *,
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
@@ -164,7 +164,7 @@ def _check_specs(tensors: LazyTensors, specs: Mapping[str, Tensor], path: Path) 
 
 
 def _cache(
-    source: _Folder, tensors: LazyTensors, experts: Mapping[str, Any], memory: ExpertMemory, device: torch.device
+    source: _Folder, tensors: LazyTensors, experts: Mapping[str, Any], memory: MemoryOptions, device: torch.device
 ) -> ExpertCache:
     shapes: dict[Any, int] = {}
     kinds, sizes = {}, {}
@@ -184,7 +184,7 @@ def _cache(
     return ExpertCache(source.path, experts, kinds, plan, expert_source, device, memory.max_cpu_slots)
 
 
-def _importance(source: _Folder, tensors: LazyTensors, memory: ExpertMemory) -> Mapping[str, Tensor] | None:
+def _importance(source: _Folder, tensors: LazyTensors, memory: MemoryOptions) -> Mapping[str, Tensor] | None:
     """Shares of the languages' tokens, by the language of the source in the encoder, and of the target in the decoder.
 
     Raises:

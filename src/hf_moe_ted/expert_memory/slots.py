@@ -78,7 +78,7 @@ class SlotPool:
             name: torch.empty((num_slots, *stack.shape[1:]), dtype=stack.dtype, device=device)
             for name, stack in experts.named_parameters()
         }
-        self._windows: dict[tuple[int, int], nn.Module] = {}
+        self._windows: dict[tuple[int, int], Any] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -92,10 +92,11 @@ class SlotPool:
     def changed(self, slots: Iterable[int]) -> None:
         """Forget what was made of the slots' old content."""
         for (start, num_rows), window in self._windows.items():
-            if hasattr(window, "forget_packed"):
-                window.forget_packed([slot - start for slot in slots if 0 <= slot - start < num_rows])
+            forget_packed = getattr(window, "forget_packed", None)
+            if forget_packed is not None:
+                forget_packed([slot - start for slot in slots if 0 <= slot - start < num_rows])
 
-    def window(self, region: Region, experts: nn.Module) -> tuple[int, Any]:
+    def window(self, region: Region, experts: Any) -> tuple[int, Any]:
         """A module of as many experts as a layer has, whose weights are slots: the first of them, and the module.
 
         It has as many, if the pool has, since kernels choose tiles by the number of experts.
@@ -104,7 +105,7 @@ class SlotPool:
             region: that is in it; not larger than the layer.
             experts: of the layer, on the meta device.
         """
-        num_rows = min(experts.num_experts, self.num_slots)  # type: ignore[arg-type,type-var]
+        num_rows = min(experts.num_experts, self.num_slots)
         start = min(region.start, self.num_slots - num_rows)
         window = self._windows.get((start, num_rows))
         if window is None:

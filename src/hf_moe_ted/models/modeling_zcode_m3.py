@@ -238,19 +238,21 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
         return distributed_config.distribute(model, mesh_manager)
 
     @classmethod
-    def from_pretrained(cls, folder: Any, *args: Any, expert_memory: Any = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, expert_memory: Any = None, **kwargs: Any
+    ) -> Any:
         """As [`PreTrainedModel.from_pretrained`].
 
         Args:
-            folder: or the id of a model on the Hub.
+            pretrained_model_name_or_path: a folder, or the id of a model on the Hub.
             expert_memory: [`ExpertMemory`], *optional*: the device holds some experts, and others come when they are
-                needed. It loads the model; `folder` is one then.
+                needed. It loads the model, from a folder only.
         """
         if expert_memory is None:
-            return super().from_pretrained(folder, *args, **kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         if not hasattr(expert_memory, "load"):
             raise ValueError(f"expert_memory ({expert_memory!r}) must be an ExpertMemory, such as ExpertMemory('8GB')")
-        return expert_memory.load(cls, folder, *args, **kwargs)
+        return expert_memory.load(cls, pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As [`PreTrainedModel.save_pretrained`], but under our own names: by default that writes NLLB-MoE's.

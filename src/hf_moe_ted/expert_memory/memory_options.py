@@ -1,9 +1,8 @@
-"""`expert_memory` of `from_pretrained`: how many bytes of experts the device holds, and which."""
+"""How many bytes of experts the device holds, and which."""
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from accelerate.utils import convert_file_size_to_int
 
@@ -14,16 +13,8 @@ PLACES = ("auto", "memory", "files")
 
 
 @dataclass(frozen=True)
-class ExpertMemory:
-    """Experts that are not all on the device: a part of them there, all of them in main memory or in their files.
-
-    ```python
-    model = ZCodeM3ForConditionalGeneration.from_pretrained(folder, expert_memory=ExpertMemory("8GB"))
-    model.expert_memory.statistics()    # hits, misses, bytes, waits
-    ```
-
-    Translations are those of the model with all experts on the device.
-
+class MemoryOptions:
+    """
     Args:
         size: of the experts on the device, bytes or a string such as `"8GB"` or `"7.5GiB"`. On a CPU that is the main
             memory that experts take, what int8 kernels make of them included.
@@ -70,15 +61,5 @@ class ExpertMemory:
         except ValueError:
             raise ValueError(f"size ({self.size!r}) must be a number of bytes or a string such as '8GB'") from None
 
-    def load(self, model_class: Any, folder: str | os.PathLike[str], **options: Any) -> Any:
-        """What `from_pretrained` of a model class calls that is given this object; options as there.
 
-        Raises:
-            ValueError: see `load_with_expert_memory`.
-        """
-        from .loading import load_with_expert_memory  # which loads transformers' models
-
-        return load_with_expert_memory(model_class, folder, self, **options)
-
-
-__all__ = ["ExpertMemory"]
+__all__ = ["MemoryOptions"]
