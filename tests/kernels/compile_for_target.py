@@ -16,6 +16,7 @@ from triton.backends.driver import DriverBase
 from triton.compiler import ASTSource
 
 from hf_moe_ted.kernels import (
+    beam_attention,
     beam_step,
     fused_cross_entropy,
     fused_ffn,
@@ -147,9 +148,12 @@ def beams_of(dtype: torch.dtype, num_beams: int) -> None:
     logits, settings = torch.zeros(3 * num_beams, 128_000, dtype=dtype), memory.settings
     ends = (settings.ends_E, settings.forbids_ends_1)
     best = beam_step.best_words(logits, num_candidates, *ends, memory.forced_B, memory.has_nan_1)
-    counters = (memory.place_1, memory.row_place_1, memory.goes_on_L)
-    state = (memory.hypotheses, counters, memory.is_done_B, memory.last_BN, memory.mask_B1NK)
-    beam_step.advance_beams(*best, settings, *state)
+    beam_step.advance_beams(*best, memory)
+    query, new_keys, new_values = torch.zeros(3, 3, num_beams, 4, 64, dtype=dtype).transpose(2, 3)
+    keys, values = torch.zeros(2, 3, 4, 64 * num_beams, 64, dtype=dtype)
+    mask = memory.mask_B1NK
+    beam_attention.beam_attention(query, keys, values, mask, 0.1)
+    beam_attention.beam_attention(query, keys, values, mask, 0.1, new_keys, new_values, memory.keys_N)
 
 
 def others_of(dtype: torch.dtype) -> None:

@@ -115,9 +115,7 @@ def test_advance(num_beams: int, early_stopping: bool | str, length_penalty: flo
         best = -3 * torch.rand(rows, num_candidates, generator=generator)
         best = best.sort(dim=1, descending=True).values.to(DEVICE)
         words = torch.stack([torch.randperm(18, generator=generator)[:num_candidates] for _ in range(rows)]).to(DEVICE)
-        counters = (memory.place_1, memory.row_place_1, memory.goes_on_L)
-        state = (memory.hypotheses, counters, memory.is_done_B, memory.last_BN, memory.mask_B1NK)
-        advance_beams(best, words, memory.settings, *state)
+        advance_beams(best, words, memory)
         captured_search._advance(expected, best_of_sentences(expected.hypotheses, best, words, num_candidates))
         for either in (memory, expected):
             either.counters.add_(either.steps)
@@ -134,9 +132,7 @@ def test_all_are_done_where_nothing_goes_on() -> None:
     found = []
     for words in ([0, 1, 0, 1, 0, 1], [5, 6, 7, 8, 9, 10], [5, 0, 7, 1, 9, 10]):
         best = torch.arange(-1.0, -7.0, -1.0, device=DEVICE).expand(4, -1).contiguous()
-        counters = (memory.place_1, memory.row_place_1, memory.goes_on_L)
-        state = (memory.hypotheses, counters, memory.is_done_B, memory.last_BN, memory.mask_B1NK)
-        advance_beams(best, torch.tensor(words, device=DEVICE).expand(4, -1).contiguous(), memory.settings, *state)
+        advance_beams(best, torch.tensor(words, device=DEVICE).expand(4, -1).contiguous(), memory)
         memory.counters.add_(memory.steps)
         found.append((memory.hypotheses.ended_BNL[0].tolist(), memory.hypotheses.ended_scores_BN[0].tolist()))
     assert found[0] == found[1] == found[2]

@@ -104,9 +104,21 @@ def test_greedy_is_that_of_transformers(name: str, source: dict[str, Tensor], wa
     assert not warnings
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 8, 40])
-def test_scores_of_long_searches(batch_size: int, monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
+@pytest.mark.parametrize("with_kernels", [True, False])
+@pytest.mark.parametrize(
+    ("batch_size", "changed"),
+    [
+        (1, {}),
+        (3, {"early_stopping": True}),
+        (8, {"num_beams": 5, "early_stopping": "never", "forced_bos_token_id": 7}),
+        (40, {"min_new_tokens": 20}),
+    ],
+)
+def test_scores_of_long_searches(
+    batch_size: int, changed: dict[str, Any], with_kernels: bool, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
     """Of a larger vocabulary, two experts for each token, and layers as those of NLLB-MoE."""
+    monkeypatch.setattr(captured_search, "KERNEL_DEVICES", ("cuda",) if with_kernels else ())
     torch.manual_seed(0)
     config = ZCodeM3Config(
         vocab_size=5000, d_model=128, encoder_layers=2, decoder_layers=4, encoder_ffn_dim=256, decoder_ffn_dim=256,
@@ -116,8 +128,11 @@ def test_scores_of_long_searches(batch_size: int, monkeypatch: pytest.MonkeyPatc
     )  # fmt: skip
     model = ZCodeM3ForConditionalGeneration(config).eval().cuda()
     input_ids = torch.randint(3, 5000, (batch_size, 20), device="cuda")
-    options: dict[str, Any] = {"input_ids": input_ids, "num_beams": 4, "max_new_tokens": 90, "num_return_sequences": 4}
-    options |= {"eos_token_id": list(range(2, 100)), "length_penalty": 0.7}
+    options: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "num_beams": 4}
+    options |= {"max_new_tokens": 90, "num_return_sequences": 4}
+    options |= {"eos_token_id": [2, 3], "length_penalty": 0.7, **changed}
+    with torch.no_grad():
+        model.lm_head.weight[2:4] *= 2.0  # so that sentences end
     found = []
     output_of = captured_search.output_of
 

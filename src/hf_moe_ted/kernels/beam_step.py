@@ -60,34 +60,26 @@ def best_words(
 
 
 @on_device_of_first
-def advance_beams(
-    best: Tensor, words: Tensor, settings: Any, hypotheses: Any, counters: tuple[Tensor, Tensor, Tensor],
-    is_done: Tensor, next_words: Tensor, mask: Tensor,
-) -> None:  # fmt: skip
+def advance_beams(best: Tensor, words: Tensor, memory: Any) -> None:
     """Take in the best words of all rows, as `Hypotheses.advance` of models/beam_hypotheses.py, in place.
 
     Args:
         best, words: of `best_words`.
-        settings: `Settings` of models/search_memory.py.
-        hypotheses: `Hypotheses`, whose tensors are the first sentences of contiguous ones.
-        counters: int64[1], int64[1] and int32[L]: where tokens and rows are written next, and at which places any
-            sentence goes on; that before the first token must be set.
-        is_done: bool[B], sentences whose translations do not change any more.
-        next_words: int64[B, N], the last tokens of the running beams.
-        mask: float[B, 1, N, K], contiguous, the keys that beams attend to, the one that is written next among them.
+        memory: `SearchMemory` of models/search_memory.py, or the first sentences of one. Its mask has the keys that
+            beams attend to, the one that each writes next among them.
     """
+    settings, hypotheses, mask = memory.settings, memory.hypotheses, memory.mask_B1NK
     num_sentences, num_beams = hypotheses.running_scores_BN.shape
     num_candidates = best.shape[1]
-    place, row_place, goes_on = counters
-    width = hypotheses.running_BNL.stride(1)
     triton_beams.advance_kernel[(num_sentences,)](
         best, words, settings.ends_E, settings.divisors_L, settings.possible_divisors_L,
-        settings.stops_when_full_1.view(torch.int8), settings.last_place_1, place, row_place, goes_on,
+        settings.stops_when_full_1.view(torch.int8), settings.last_place_1,
+        memory.place_1, memory.row_place_1, memory.goes_on_L,
         hypotheses.sentences_B,
         hypotheses.running_BNL, hypotheses.running_rows_BNL, hypotheses.running_scores_BN,
         hypotheses.ended_BNL, hypotheses.ended_rows_BNL, hypotheses.ended_scores_BN,
         hypotheses.has_ended_BN.view(torch.int8), hypotheses.may_improve_B1.view(torch.int8),
-        is_done.view(torch.int8), next_words, mask, width, mask.stride(2),
+        memory.is_done_B.view(torch.int8), memory.last_BN, mask, hypotheses.running_BNL.stride(1), mask.stride(2),
         N=num_beams, C=num_candidates, E=len(settings.ends_E), BLOCK_N=triton.next_power_of_2(num_beams),
         BLOCK_F=triton.next_power_of_2(num_beams * num_candidates),
         BLOCK_P=triton.next_power_of_2(num_beams + num_candidates), COLUMNS=128, num_warps=1,

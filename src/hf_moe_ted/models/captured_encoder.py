@@ -37,7 +37,7 @@ def why_not_encoded(config: Any, inputs: Tensor, input_name: str | None, model_k
         "other inputs": input_name != "input_ids" or bool(others - _KNOWN_ARGUMENTS),
         "no attention mask": not isinstance(mask, Tensor) or mask.shape != inputs.shape,
         "an empty batch": 0 in inputs.shape,
-        "many tokens": inputs.numel() > _MAX_TOKENS or inputs.shape[1] >= config.max_position_embeddings,
+        "many tokens": inputs.numel() > _MAX_TOKENS or _length_of(inputs) > config.max_position_embeddings,
         "outputs of layers": config.output_attentions or config.output_hidden_states,
         "attention other than sdpa and eager": config._attn_implementation not in ("sdpa", "eager"),
         "a capacity of experts": config.eval_capacity_factor is not None,
@@ -45,6 +45,11 @@ def why_not_encoded(config: Any, inputs: Tensor, input_name: str | None, model_k
         "untied positions": config.position_embedding_type == "tupe",
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def _length_of(ids_BS: Tensor) -> int:
+    """Of a graph: one more at least, as transformers leaves out a mask that it sees to be full, but not in a graph."""
+    return rung(ids_BS.shape[1] + 1, _LEAST_SOURCE)
 
 
 def captured_encoding(model: Any, store: GraphStore, ids_BS: Tensor, mask_BS: Tensor) -> Tensor | None:
@@ -55,8 +60,7 @@ def captured_encoding(model: Any, store: GraphStore, ids_BS: Tensor, mask_BS: Te
 
 def _encoded(model: Any, store: GraphStore, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
     num_sentences, length = ids_BS.shape
-    # one more, as transformers leaves out a mask that it sees to be full, which it cannot in a graph
-    shape = rung(num_sentences), rung(length + 1, _LEAST_SOURCE)
+    shape = rung(num_sentences), _length_of(ids_BS)
     view = _memory(model, store, shape).view(*shape)
     view.ids.fill_(model.config.pad_token_id)
     view.mask.zero_()

@@ -434,9 +434,7 @@ def _step(model: Any, memory: SearchMemory, num_candidates: int) -> None:
     if has_kernels:
         ends = (settings.ends_E, settings.forbids_ends_1)
         best = beam_step.best_words(logits_RV, num_candidates, *ends, memory.forced_B, memory.has_nan_1)
-        counters = (memory.place_1, memory.row_place_1, memory.goes_on_L)
-        state = (memory.hypotheses, counters, memory.is_done_B, memory.last_BN, memory.mask_B1NK)
-        beam_step.advance_beams(*best, settings, *state)
+        beam_step.advance_beams(*best, memory)
     else:
         _advance(memory, _candidates(memory, logits_RV, num_candidates))
     memory.counters.add_(memory.steps)
@@ -461,8 +459,9 @@ def _attend(
     """Attention of a layer to what is there and new keys and values, or without such to the source."""
     if not new_keys_and_values:
         return beam_attention.beam_attention(query, *memory.of_source[layer_idx], mask, scaling)
-    keys_and_values = memory.own[layer_idx]
-    return beam_attention.beam_attention(query, *keys_and_values, mask, scaling, *new_keys_and_values, memory.keys_N)
+    new_keys, new_values = new_keys_and_values
+    keys, values = memory.own[layer_idx]
+    return beam_attention.beam_attention(query, keys, values, mask, scaling, new_keys, new_values, memory.keys_N)
 
 
 def _candidates(memory: SearchMemory, logits_RV: Tensor, num_candidates: int) -> Candidates:

@@ -23,7 +23,7 @@ class FirstTokens(SometimesActive):
     """`forced_bos_token_id` with a token for each of B sentences, each of which has as many rows as beams."""
 
     def __init__(self, token_ids: Sequence[int]):
-        self.forced = list(token_ids)
+        self.forced: Sequence[int] = list(token_ids)
 
     def is_active(self, length: int) -> bool:
         """Whether it changes scores behind so many tokens."""

@@ -258,6 +258,9 @@ class SearchMemory:
 class FixedLayer(DynamicLayer):
     """Keys and values [B, H, K, D] in fixed memory; new ones are written at `places_1`, int64, one for each."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, keys: Tensor, values: Tensor, places: Tensor):
         super().__init__()
         self.keys, self.values, self._places = keys, values, places
