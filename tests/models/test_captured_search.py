@@ -307,10 +307,27 @@ def test_what_cannot_be_recorded_runs_as_ever(
     model = capturable_model()
     expected = of_transformers(model, **source, **ENDS)
     assert torch.equal(captured(model, **source, **ENDS), expected)
-    assert len(warnings) == 1 and str(error) in warnings[0]
+    assert len(warnings) == 1 and str(error) in warnings[0] and warnings[0].startswith("the search is not captured")
     assert recorder.num_forgotten == 1
-    assert torch.equal(captured(model, **source, **ENDS), expected)
-    assert (recorder.num_recorded > 0) is isinstance(error, torch.OutOfMemoryError)  # which may be over
+    for _ in range(2):
+        assert torch.equal(captured(model, **source, **ENDS), expected)
+    is_over = isinstance(error, torch.OutOfMemoryError)  # which may not come again
+    assert {*store_of(model).refusals} == (set() if is_over else {"search"})
+    assert recorder.num_recorded == 1 + is_over  # the encoder, and the search where there is room again
+    assert len(warnings) == 1
+
+
+def test_a_search_whose_encoder_cannot_be_recorded(source: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(graph_store.logger, "warning_once", warnings.append)
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda tensor=None: False)  # then a mask is looked at
+    model = capturable_model()
+    expected = of_transformers(model, **source, **ENDS)
+    for _ in range(3):
+        assert torch.equal(captured(model, **source, **ENDS), expected)
+    assert len(warnings) == 1 and warnings[0].startswith("the encoder is not captured as a CUDA graph")
+    assert {*store_of(model).refusals} == {"encoder"}
+    assert store_of(model).recorder.num_replayed > 0
 
 
 @pytest.mark.parametrize(

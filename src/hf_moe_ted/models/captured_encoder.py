@@ -55,7 +55,7 @@ def _length_of(ids_BS: Tensor) -> int:
 def captured_encoding(model: Any, store: GraphStore, ids_BS: Tensor, mask_BS: Tensor) -> Tensor | None:
     """Hidden states float[B, S, D] of the last layer, or `None` where nothing can be recorded."""
     with on_device(ids_BS.device):
-        return recorded(store, lambda _: _encoded(model, store, ids_BS, mask_BS))
+        return recorded(store, "encoder", lambda: _encoded(model, store, ids_BS, mask_BS))
 
 
 def _encoded(model: Any, store: GraphStore, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:

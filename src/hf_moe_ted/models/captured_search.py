@@ -151,7 +151,7 @@ def captured_search(
             source_mask=None if mask is None else mask[::num_beams].to(input_ids.device),
             fill=pad if ends else -1,
         )
-        found = recorded(search.store, lambda _: _found(search, prompts_BL, watch))
+        found = recorded(store, "search", lambda: _found(search, prompts_BL, watch))
     return None if found is None else output_of(options, found, input_ids.shape[1])
 
 

@@ -38,7 +38,7 @@ class GraphStore:
         lock: to be held from before a call until what it wrote was read.
         memories: what calls read and write, by whatever tells one from another.
         num_recorded: calls that were recorded so far.
-        refusal: why nothing is recorded any more.
+        refusals: kinds of calls that are not recorded any more, and why.
     """
 
     def __init__(self, recorder: Any, signature: Hashable):
@@ -47,7 +47,7 @@ class GraphStore:
         self.lock = threading.RLock()
         self.memories: OrderedDict[Hashable, Any] = OrderedDict()
         self.num_recorded = 0
-        self.refusal: str | None = None
+        self.refusals: dict[str, str] = {}
         self._graphs: OrderedDict[Hashable, Callable[[], None]] = OrderedDict()
         self._seen: set[Hashable] = set()
 
@@ -152,23 +152,27 @@ def forget_store(model: Any) -> None:
             store.forget()
 
 
-def recorded(store: GraphStore, work: Callable[[GraphStore], T]) -> T | None:
+def recorded(store: GraphStore, kind: str, work: Callable[[], T]) -> T | None:
     """What work with the calls of a store returns, alone and on the stream of its recorder.
 
-    `None` if the memory of the device is too small or a call cannot be recorded, which is said once.
+    Args:
+        kind: of the work, in words.
+
+    Returns:
+        `None` if the memory of the device is too small or a call cannot be recorded, which is said once.
     """
-    if store.refusal is not None:
-        logger.debug("nothing is recorded, because of %s", store.refusal)
+    if kind in store.refusals:
+        logger.debug("%s: not recorded, because of %s", kind, store.refusals[kind])
         return None
     with store.lock, store.recorder.eager():
         try:
-            return work(store)
+            return work()
         except torch.OutOfMemoryError as error:
             reason = f"the memory of the device is too small for it ({error})"
         except RuntimeError as error:
-            reason = store.refusal = f"a step cannot be recorded ({error})"
+            reason = store.refusals[kind] = f"it cannot be recorded ({error})"
         store.forget()
-    logger.warning_once(f"generation is not captured as CUDA graphs, but runs step by step: {reason}")
+    logger.warning_once(f"the {kind} is not captured as a CUDA graph, but runs from Python: {reason}")
     return None
 
 
