@@ -135,7 +135,7 @@ def run_peer(peer: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "step_ms": clock.seconds / arguments.steps * 1e3,
         "tokens_per_s": tokens / clock.seconds,
         "padding": 1.0 - int(sum(trainer.tokens)) / trainer.num_positions,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
+        "peak_gib": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None,
         "losses": losses,
         "graphs": {name: number for name, number in metrics.items() if name.startswith("cuda_graphs/")},
         "profile": clock.profile(),
@@ -154,7 +154,7 @@ def run_loop(system: str, arguments: argparse.Namespace) -> dict[str, Any]:
     sync()
     seconds = time.perf_counter() - start
     tokens = 2 * arguments.batch_size * arguments.length * arguments.steps * num_batches
-    peak_gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    peak_gib = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None
     return {"step_ms": seconds / arguments.steps * 1e3, "tokens_per_s": tokens / seconds, "peak_gib": peak_gib}
 
 
@@ -301,7 +301,7 @@ def run_in_processes(peer: str, arguments: argparse.Namespace) -> dict[str, Any]
 
 def table(rows: list[dict[str, Any]], results: list[dict[str, Any]]) -> Table:
     found = Table(
-        "peer", "ms/step", "tokens/s", "/ first", "peak GiB", "padding", "replayed / eager / graphs", "losses"
+        "peer", "ms/step", "tokens/s", "/ first", "reserved GiB", "padding", "replayed / eager / graphs", "losses"
     )
     first = next((result["tokens_per_s"] for result in results if "error" not in result), 1.0)
     for row in rows:
