@@ -368,10 +368,13 @@ def test_layers_of_others_and_parts_in_training(source: dict[str, Tensor], lines
     layer = model.model.decoder.layers[0]
     layer.train()
     captured(model, **source, **ENDS)
-    layer.eval().self_attn.q_proj = Adapted(32, 32).eval()
+    layer.eval().final_layer_norm.compile(backend="eager")
+    captured(model, **source, **ENDS)
+    layer.final_layer_norm = nn.LayerNorm(32).eval()
+    layer.self_attn.q_proj = Adapted(32, 32).eval()
     captured(model, **source, **ENDS)
     reasons = [line.rpartition("because of ")[2] for line in lines if not line.startswith("encoder")]
-    assert reasons == ["training mode of a part", "layers of another package"]
+    assert reasons == ["training mode of a part", "compiled parts", "layers of another package"]
 
 
 def test_numbers_that_are_not_numbers_are_refused(source: dict[str, Tensor]) -> None:

@@ -100,7 +100,7 @@ def store_of(model: Any) -> "GraphStore | str":
     signature = (
         tuple((tensor.data_ptr(), tensor.shape) for tensor in (*parameters, *buffers)),
         tuple((name, value) for name, value in config if isinstance(value, bool | int | float | str | None)),
-        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cuda.matmul.fp32_precision,
     )
     with _stores_lock:
         store = _stores.get(model)
@@ -130,6 +130,7 @@ def _why_not(modules: list[nn.Module], parameters: list[Tensor], buffers: list[T
         "hooks of the model": any(
             m._forward_hooks or m._forward_pre_hooks or "_hf_hook" in vars(m) or "forward" in vars(m) for m in modules
         ),
+        "compiled parts": any(getattr(module, "_compiled_call_impl", None) is not None for module in modules),
         "weights that are no plain tensors": not {type(t) for t in (*parameters, *buffers)} <= {Tensor, nn.Parameter},
         "weights of several devices": {tensor.device for tensor in (*parameters, *buffers)} != {device},
         "weights of several dtypes": len({tensor.dtype for tensor in parameters}) > 1,
