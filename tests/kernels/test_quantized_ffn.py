@@ -155,7 +155,7 @@ def test_compiled_into_one_graph(num_tokens):
 def test_operator_is_what_torch_compile_needs():
     quantized, experts = make_quantized(4, None, 3, 16, 24, torch.float32)
     _, ids, weights = random_inputs("some dropped", 3, 1, experts, torch.float32)
-    no_plan = torch.empty(0, dtype=torch.int32, device=DEVICE)
+    no_plan = torch.empty(0, dtype=torch.int32, device=DEVICE)  # so few slots need none
     matrix = [quantized.get_parameter(f"down_proj_{kind}") for kind in ("packed", "scale", "bias")]
     arguments = (torch.rand(3, 24, device=DEVICE), ids.contiguous(), no_plan, weights, *matrix, False)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
