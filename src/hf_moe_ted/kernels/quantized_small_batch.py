@@ -21,6 +21,8 @@ from .triton_dequantize import bytes_with_one_scale, inputs_of_plane, integers_o
 
 MAX_SLOTS = 64
 _TILE_SLOTS = 8  # the fewest that tensor cores take
+_WARPS_OF_A_GPU = 1584  # 12 on each multiprocessor of an H200
+_MIN_STEPS = 16
 _MAX_SLOTS_WITHOUT_PLAN = 16  # with more, finding their slots takes programs longer than a kernel that does it once
 
 
@@ -182,11 +184,18 @@ class SmallBatchTile:
 
 
 def small_batch_tile(num_slots: int, packed: Tensor, scale: Tensor, dtype: torch.dtype) -> SmallBatchTile:
-    """For products of `dtype`: narrow tiles where wide ones would be fewer than the multiprocessors of a large GPU."""
+    """For products of `dtype`.
+
+    Tiles are narrow, and their rows in parts for several warps, where a large GPU would have too few programs; else a
+    program should have many steps, so that its start and its end take a small part of its time.
+    """
     if dtype == torch.float32:  # products without tensor cores: what each thread holds limits the tile
         return SmallBatchTile(16, 16, 4, 2)
-    block_n = 16 if packed.shape[1] * num_slots < 32 * 256 else 32
-    return SmallBatchTile(block_n, bytes_with_one_scale(packed, scale), 4, 4)
+    num_experts, num_rows, num_bytes = packed.shape
+    block_b = bytes_with_one_scale(packed, scale)
+    num_blocks = min(num_slots, num_experts) * num_rows // 32
+    parts = 4 if num_blocks < _WARPS_OF_A_GPU else min(4, max(1, num_bytes // (_MIN_STEPS * block_b)))
+    return SmallBatchTile(16 if num_blocks < 256 else 32, block_b, 1 << (parts.bit_length() - 1), 4)
 
 
 @on_device_of_first
