@@ -7,6 +7,7 @@ Shape letters: T tokens, K slots per token, S = T * K slots, E experts, D model 
 the inputs of a row, G groups of them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -108,11 +109,12 @@ def quantized_experts_forward(
     num_experts, device_type = up[0].shape[0], hidden_TD.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else up[1].dtype
     is_compiling = torch.compiler.is_compiling()
-    linear, tiles_of, rows_of = (
+    functions: tuple[Callable[..., Tensor], ...] = (
         (quantized_linear_op, plan_tiles_op, plan_rows_op)
         if is_compiling
         else (quantized_linear, plan_tiles, plan_rows)
     )
+    linear, tiles_of, rows_of = functions
     ids, tokens = top_k_index.contiguous(), hidden_TD.to(dtype).contiguous()
     if ids.numel() <= MAX_SLOTS:
         plan = tiles_of(ids, num_experts)

@@ -184,16 +184,16 @@ class SmallBatchTile:
 
 
 def small_batch_tile(num_slots: int, packed: Tensor, scale: Tensor, dtype: torch.dtype) -> SmallBatchTile:
-    """For products of `dtype`.
+    """For products of `dtype`; it does not depend on the number of experts, and so neither do results.
 
     Tiles are narrow, and their rows in parts for several warps, where a large GPU would have too few programs; else a
     program should have many steps, so that its start and its end take a small part of its time.
     """
     if dtype == torch.float32:  # products without tensor cores: what each thread holds limits the tile
         return SmallBatchTile(16, 16, 4, 2)
-    num_experts, num_rows, num_bytes = packed.shape
+    _, num_rows, num_bytes = packed.shape
     block_b = bytes_with_one_scale(packed, scale)
-    num_blocks = min(num_slots, num_experts) * num_rows // 32
+    num_blocks = num_slots * num_rows // 32
     parts = 4 if num_blocks < _WARPS_OF_A_GPU else min(4, max(1, num_bytes // (_MIN_STEPS * block_b)))
     return SmallBatchTile(16 if num_blocks < 256 else 32, block_b, 1 << (parts.bit_length() - 1), 4)
 
