@@ -1,29 +1,41 @@
 """Times of the kernels of quantized experts with each of some tiles, on the GPU that is there.
 
-`python tune_quantized.py FEW MANY` prints a line of JSON for each tile: milliseconds of both matrices of experts of
-d_model 1024 and of NLLB-MoE, within CUDA graphs of calls with other routings. FEW and MANY are JSON files: lists of
-slots, format and arguments of the tile. Several processes compile before.
+`python tune_quantized.py` prints a line of JSON for each tile: milliseconds of both matrices of experts of d_model 1024
+and of NLLB-MoE, within CUDA graphs of calls with other routings. Several processes compile before.
 """
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_moe_ted.kernels.quantized_many_slots import ManySlotsTile, gather_planes, quantized_grouped_linear
-from hf_moe_ted.kernels.quantized_small_batch import SmallBatchTile, small_batch_quantized_linear
+from hf_moe_ted.kernels.quantized_small_batch import SmallBatchTile, plan_tiles, small_batch_quantized_linear
 from hf_moe_ted.kernels.row_plan import RowPlan, plan_rows
 
 FORMATS = {"int4": (4, 128), "int4_64": (4, 64), "int4_32": (4, 32), "int4_rows": (4, None), "int8": (8, None)}
 SHAPES = {"1024": (1024, 4096, 16), "nllb": (2048, 8192, 128)}  # d_model, inner width, experts
 TOP_K = 2
+# shape, slots, format, arguments of tiles
+FEW: list[tuple[Any, ...]] = [
+    ("nllb", (2, 8, 64), "int4", (32, 64, 4, 4), (16, 64, 4, 4), (32, 64, 2, 4), (32, 64, 1, 4), (32, 64, 1, 6),
+     (16, 64, 4, 6), (32, 32, 4, 6), (64, 64, 1, 4)),
+    ("nllb", (8, 64), "int8", (32, 64, 4, 4), (32, 64, 2, 4), (32, 64, 1, 5), (16, 64, 4, 4), (32, 128, 2, 4)),
+    ("1024", (2, 8, 64), "int4", (32, 64, 4, 4), (16, 64, 4, 4), (32, 64, 2, 4), (32, 64, 1, 5), (16, 64, 8, 3)),
+    ("nllb", (64,), "int4_32", (32, 16, 4, 4), (32, 16, 4, 6), (64, 16, 4, 5)),
+]  # fmt: skip
+MANY: list[tuple[Any, ...]] = [
+    ("nllb", (32768,), "int4", (128, 128, 64, 8, 3, 1), (128, 128, 32, 8, 4, 1), (128, 64, 64, 4, 3, 2)),
+    ("nllb", (32768,), "int8", (128, 128, 64, 8, 4, 2), (128, 128, 64, 8, 4, 1), (256, 128, 64, 8, 4, 1),
+     (128, 256, 64, 8, 4, 1)),
+    ("nllb", (4096,), "int4", (64, 128, 64, 8, 4, 1), (64, 64, 64, 4, 4, 2), (64, 128, 64, 8, 3, 2)),
+    ("nllb", (512,), "int4", (16, 64, 64, 4, 5, 3), (16, 128, 64, 4, 4, 3), (16, 64, 64, 4, 5, 5)),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,9 @@ def few_calls(job: Job, name: str, layers: list[list[Tensor]], count: int) -> Ca
     d_model, ffn_dim, _ = SHAPES[job.shape]
     is_up, planes = name == "up", FORMATS[job.format][0] == 4
     tile = SmallBatchTile(*job.tile)
-    all_ids = [routing(job.num_slots, layers[0][0].shape[0]) for _ in range(count)]
+    num_experts = layers[0][0].shape[0]
+    all_ids = [routing(job.num_slots, num_experts) for _ in range(count)]
+    all_tiles = [plan_tiles(ids, num_experts) for ids in all_ids]
     inputs = torch.randn(
         job.num_slots // TOP_K if is_up else job.num_slots, d_model if is_up else ffn_dim, device="cuda"
     )
@@ -67,9 +81,9 @@ def few_calls(job: Job, name: str, layers: list[list[Tensor]], count: int) -> Ca
     weights = None if is_up else torch.rand(job.num_slots, device="cuda").bfloat16()
 
     def calls() -> None:
-        for index, ids in enumerate(all_ids):
+        for index, (ids, tiles) in enumerate(zip(all_ids, all_tiles, strict=True)):
             small_batch_quantized_linear(
-                inputs, ids, weights, *layers[index % len(layers)],
+                inputs, ids, weights, *layers[index % len(layers)], tiles,
                 in_planes=not is_up and planes, out_planes=is_up and planes, relu=is_up, tile=tile,
             )  # fmt: skip
 
@@ -145,16 +159,16 @@ def measured(jobs: list[Job]) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def main(few: str, many: str) -> None:
+def main() -> None:
     jobs = []
-    for is_few, path in ((True, few), (False, many)):
-        for shape, slots, name, *tiles in json.loads(Path(path).read_text()):
-            jobs += [Job(shape, num_slots, name, tuple(tile), is_few) for tile in tiles for num_slots in slots]
+    for is_few, table in ((True, FEW), (False, MANY)):
+        for shape, all_slots, name, *tiles in table:
+            jobs += [Job(shape, num_slots, name, tile, is_few) for tile in tiles for num_slots in all_slots]
     with ProcessPoolExecutor(14, mp_context=get_context("spawn")) as pool:
-        list(pool.map(compile_job, {(j.shape, j.format, j.tile, j.is_few, j.num_slots > 8): j for j in jobs}.values()))
+        list(pool.map(compile_job, {(j.shape, j.format, j.tile, j.is_few, j.num_slots > 16): j for j in jobs}.values()))
     for row in measured(jobs):
         print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

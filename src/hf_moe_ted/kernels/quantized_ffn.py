@@ -7,13 +7,14 @@ Shape letters: T tokens, K slots per token, S = T * K slots, E experts, D model 
 the inputs of a row, G groups of them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .quantized_many_slots import gather_planes, many_slots_tile, quantized_grouped_linear
-from .quantized_small_batch import MAX_SLOTS, small_batch_quantized_linear
+from .quantized_small_batch import MAX_SLOTS, plan_tiles, plan_tiles_op, small_batch_quantized_linear
 from .row_plan import RowPlan, plan_rows, plan_rows_op
 
 
@@ -35,19 +36,19 @@ def quantized_linear(
     Args:
         inputs: float[T, D] of tokens for the first matrix, float[S, F] for the second, contiguous like all others.
         expert_ids: integer[T, K]; E or more for a slot that no expert computes.
-        plan: of `plan_rows`, or empty for at most `MAX_SLOTS` slots.
+        plan: of `plan_tiles` for at most `MAX_SLOTS` slots, else of `plan_rows`.
         weights: float[T, K] for the second matrix, factors of its outputs; `None` for the first.
         packed, scale, bias: int8[E, N, D] or, with 4 bits, uint8[E, N, D / 2]; float[E, N, G]; float[E, N].
         relu: whether outputs go through it.
 
     Returns:
-        float[S, N]; of the first matrix by row, if there is a plan, and undefined for slots without an expert; of the
+        float[S, N]; of the first matrix undefined for slots without an expert, and by row of a plan of rows; of the
         second by slot, zeros for one without an expert.
     """
     num_slots, num_experts = expert_ids.numel(), packed.shape[0]
     is_first = weights is None
     planes = 8 // _bits(packed)
-    if not plan.numel():
+    if num_slots <= MAX_SLOTS:
         return small_batch_quantized_linear(
             inputs,
             expert_ids,
@@ -55,6 +56,7 @@ def quantized_linear(
             packed,
             scale,
             bias,
+            plan,
             in_planes=not is_first and planes == 2,
             out_planes=is_first and planes == 2,
             relu=relu,
@@ -107,12 +109,18 @@ def quantized_experts_forward(
     num_experts, device_type = up[0].shape[0], hidden_TD.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else up[1].dtype
     is_compiling = torch.compiler.is_compiling()
-    linear, plan_function = (quantized_linear_op, plan_rows_op) if is_compiling else (quantized_linear, plan_rows)
+    functions: tuple[Callable[..., Tensor], ...] = (
+        (quantized_linear_op, plan_tiles_op, plan_rows_op)
+        if is_compiling
+        else (quantized_linear, plan_tiles, plan_rows)
+    )
+    linear, tiles_of, rows_of = functions
     ids, tokens = top_k_index.contiguous(), hidden_TD.to(dtype).contiguous()
     if ids.numel() <= MAX_SLOTS:
-        plan = ids.new_empty(0, dtype=torch.int32)
+        plan = tiles_of(ids, num_experts)
     else:
-        plan = plan_function(ids, num_experts, many_slots_tile(ids.numel(), num_experts, up[0], up[1], dtype).block_m)
+        block_m = many_slots_tile(ids.numel(), num_experts, up[0], up[1], dtype).block_m
+        plan = rows_of(ids, num_experts, block_m)
     inner = linear(tokens, ids, plan, None, *up, is_relu)
     if not is_relu:
         inner = experts.act_fn(inner)

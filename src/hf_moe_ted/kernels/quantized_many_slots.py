@@ -78,7 +78,6 @@ def _quantized_grouped_kernel(
     OUT_PLANES: tl.constexpr,
     RELU: tl.constexpr,
     TMA: tl.constexpr,
-    FLATTEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -107,7 +106,7 @@ def _quantized_grouped_kernel(
     tiles = (num_rows + BLOCK_M - 1) // BLOCK_M
     num_tiles = tl.sum(tl.where(groups < num_experts, tiles, 0), axis=0) * NUM_COLUMNS
     depths = tl.arange(0, BLOCK_B)
-    for index in tl.range(tl.program_id(0), num_tiles, NUM_PROGRAMS, flatten=FLATTEN):
+    for index in tl.range(tl.program_id(0), num_tiles, NUM_PROGRAMS):
         tile = index // NUM_COLUMNS
         block = index % NUM_COLUMNS
         expert = tl.load(tile_expert + tile)
@@ -180,10 +179,7 @@ def _quantized_grouped_kernel(
 
 @dataclass(frozen=True)
 class ManySlotsTile:
-    """Rows of slots, rows of the matrix and bytes of these that a program takes at once; programs per multiprocessor.
-
-    With `is_flat` the loads of a tile begin while the one before ends.
-    """
+    """Rows of slots, rows of the matrix and bytes of these that a program takes at once; programs per processor."""
 
     block_m: int
     block_n: int
@@ -191,7 +187,6 @@ class ManySlotsTile:
     num_warps: int
     num_stages: int
     programs_per_sm: int = 1
-    is_flat: bool = False
 
 
 def many_slots_tile(
@@ -306,7 +301,6 @@ def quantized_grouped_linear(
         OUT_PLANES=planes,
         RELU=relu,
         TMA=has_tma,
-        FLATTEN=tile.is_flat,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_B=tile.block_b,

@@ -9,6 +9,7 @@ Shape letters: S slots, E experts, N outputs, K inputs, B packed bytes of K inpu
 # mypy: disable-error-code="no-untyped-def"
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -19,12 +20,41 @@ from .device_guard import on_device_of_first
 from .triton_dequantize import bytes_with_one_scale, inputs_of_plane, integers_of_plane
 
 MAX_SLOTS = 64
+_TILE_SLOTS = 8  # the fewest that tensor cores take
+_WARPS_OF_A_GPU = 1584  # 12 on each multiprocessor of an H200
+_MIN_STEPS = 16
+_MAX_SLOTS_WITHOUT_PLAN = 16  # with more, finding their slots takes programs longer than a kernel that does it once
+
+
+@triton.jit
+def _slots_of_tile(ids, leader, num_slots, num_experts, BLOCK_S: tl.constexpr, TILE_S: tl.constexpr):
+    """The expert of a slot; if the slot is the first of `TILE_S` of its expert, these slots, and where there is one."""
+    slots = tl.arange(0, BLOCK_S)
+    experts = tl.minimum(tl.load(ids + slots, mask=slots < num_slots, other=-1), num_experts)
+    expert = tl.minimum(tl.load(ids + leader), num_experts)
+    is_mine = (experts == expert).to(tl.int32)
+    rank = tl.cumsum(is_mine, axis=0) - 1
+    first = tl.sum(tl.where(slots < leader, is_mine, 0), axis=0)
+    places = first + tl.arange(0, TILE_S)
+    is_at = tl.where(rank[:, None] == places[None, :], is_mine[:, None], 0)
+    is_slot = places < tl.where(first % TILE_S == 0, tl.sum(is_mine, axis=0), 0)
+    return expert.to(tl.int32), tl.sum(is_at * slots[:, None], axis=0), is_slot
+
+
+@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["ids"])
+def _plan_tiles_kernel(ids, tiles, num_slots, num_experts, BLOCK_S: tl.constexpr, TILE_S: tl.constexpr):
+    """tiles[slot], `_slots_of_tile`; -1 for no slot, and a line behind all for the experts."""
+    leader = tl.program_id(0)
+    expert, slot, is_slot = _slots_of_tile(ids, leader, num_slots, num_experts, BLOCK_S, TILE_S)
+    tl.store(tiles + leader * TILE_S + tl.arange(0, TILE_S), tl.where(is_slot, slot, -1))
+    tl.store(tiles + num_slots * TILE_S + leader, expert)
 
 
 @triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["ids", "weights", "scale", "bias"])
 def _quantized_linear_kernel(
     inputs,
     ids,
+    tiles,
     weights,
     packed,
     scale,
@@ -53,6 +83,7 @@ def _quantized_linear_kernel(
     an expert get zeros where there are weights. Sums over `K` are made of `PARTS` sums, one by each warp.
 
     Args:
+        tiles: of `_plan_tiles_kernel`, or `None` where each program finds its slots by itself.
         inputs: [S / SLOTS_PER_INPUT, K], with `IN_PAIRS` as they are, else plane by plane as `out` with `OUT_PLANES`.
         OUT_PLANES: 2 writes outputs at even positions before those at odd ones, as a matrix of 4 bits reads its inputs.
     """
@@ -66,18 +97,14 @@ def _quantized_linear_kernel(
     BY_WEIGHT: tl.constexpr = NUM_GROUPS > 1 and not BY_CHUNK
 
     leader = tl.program_id(1)
-    slots = tl.arange(0, BLOCK_S)
-    experts = tl.minimum(tl.load(ids + slots, mask=slots < num_slots, other=-1), num_experts)
-    expert = tl.minimum(tl.load(ids + leader), num_experts)
-    is_mine = experts == expert
-    rank = tl.cumsum(is_mine.to(tl.int32), axis=0) - 1
-    first = tl.sum((is_mine & (slots < leader)).to(tl.int32), axis=0)
-    if first % TILE_S != 0:
+    if tiles is not None:
+        slot = tl.load(tiles + leader * TILE_S + tl.arange(0, TILE_S))
+        expert = tl.load(tiles + num_slots * TILE_S + leader)
+        is_slot = slot >= 0
+    else:
+        expert, slot, is_slot = _slots_of_tile(ids, leader, num_slots, num_experts, BLOCK_S, TILE_S)
+    if tl.sum(is_slot.to(tl.int32), axis=0) == 0:
         return
-    places = first + tl.arange(0, TILE_S)
-    is_at = is_mine[:, None] & (rank[:, None] == places[None, :])
-    slot = tl.sum(tl.where(is_at, slots[:, None], 0), axis=0)
-    is_slot = places < tl.sum(is_mine.to(tl.int32), axis=0)
 
     NUM_ROWS: tl.constexpr = N // OUT_PLANES
     NUM_BLOCKS: tl.constexpr = (NUM_ROWS + BLOCK_N - 1) // BLOCK_N
@@ -157,11 +184,56 @@ class SmallBatchTile:
 
 
 def small_batch_tile(num_slots: int, packed: Tensor, scale: Tensor, dtype: torch.dtype) -> SmallBatchTile:
-    """For products of `dtype`: narrow tiles where wide ones would be fewer than the multiprocessors of a large GPU."""
+    """For products of `dtype`; it does not depend on the number of experts, and so neither do results.
+
+    Tiles are narrow, and their rows in parts for several warps, where a large GPU would have too few programs; else a
+    program should have many steps, so that its start and its end take a small part of its time.
+    """
     if dtype == torch.float32:  # products without tensor cores: what each thread holds limits the tile
         return SmallBatchTile(16, 16, 4, 2)
-    block_n = 16 if packed.shape[1] * num_slots < 32 * 256 else 32
-    return SmallBatchTile(block_n, bytes_with_one_scale(packed, scale), 4, 4)
+    _, num_rows, num_bytes = packed.shape
+    block_b = bytes_with_one_scale(packed, scale)
+    num_blocks = num_slots * num_rows // 32
+    parts = 4 if num_blocks < _WARPS_OF_A_GPU else min(4, max(1, num_bytes // (_MIN_STEPS * block_b)))
+    return SmallBatchTile(16 if num_blocks < 256 else 32, block_b, 1 << (parts.bit_length() - 1), 4)
+
+
+@on_device_of_first
+def plan_tiles(expert_ids: Tensor, num_experts: int) -> Tensor:
+    """Which slots programs compute together, for both matrices.
+
+    Args:
+        expert_ids: integer[T, k], contiguous; `num_experts` or more for a slot that no expert computes.
+
+    Returns:
+        int32, empty for so few slots that each program finds it out by itself.
+    """
+    num_slots = expert_ids.numel()
+    tiles = _empty_tiles(expert_ids)
+    if tiles.numel():
+        sizes: Any = {"BLOCK_S": _padded(num_slots), "TILE_S": _TILE_SLOTS}
+        _plan_tiles_kernel[(num_slots,)](expert_ids, tiles, num_slots, num_experts, **sizes, num_warps=1)
+    return tiles
+
+
+# in eager mode the operator's wrappers would take longer than the kernel
+plan_tiles_op = torch.library.custom_op("hf_moe_ted::plan_tiles", plan_tiles, mutates_args=())
+
+
+@plan_tiles_op.register_fake
+def _(expert_ids: Tensor, num_experts: int) -> Tensor:
+    return _empty_tiles(expert_ids)
+
+
+def _empty_tiles(expert_ids: Tensor) -> Tensor:
+    num_slots = expert_ids.numel()
+    is_planned = num_slots > _MAX_SLOTS_WITHOUT_PLAN
+    return expert_ids.new_empty(num_slots * (_TILE_SLOTS + 1) * is_planned, dtype=torch.int32)
+
+
+def _padded(num_slots: int) -> int:
+    # in plain Python: Triton's function for this would take 2 us
+    return max(16, 1 << (num_slots - 1).bit_length())
 
 
 @on_device_of_first
@@ -172,6 +244,7 @@ def small_batch_quantized_linear(
     packed: Tensor,
     scale: Tensor,
     bias: Tensor,
+    tiles: Tensor,
     *,
     in_planes: bool,
     out_planes: bool,
@@ -187,6 +260,7 @@ def small_batch_quantized_linear(
         packed: int8[E, N, K], or uint8[E, N, K / 2] with 4 bits.
         scale: float[E, N, G].
         bias: float[E, N].
+        tiles: of [`plan_tiles`].
         in_planes: whether, with 4 bits, inputs at even positions stand before those at odd ones.
         out_planes: whether outputs are to stand so.
         relu: whether outputs go through it.
@@ -202,7 +276,6 @@ def small_batch_quantized_linear(
     out = inputs.new_empty(num_slots, num_rows)
     tile = tile or small_batch_tile(num_slots, packed, scale, inputs.dtype)
     planes = 2 if out_planes else 1
-    block_s = max(16, 1 << (num_slots - 1).bit_length())
     is_in_pairs = bits == 4 and not in_planes
     if is_in_pairs and inputs.data_ptr() % (2 * inputs.element_size()):
         inputs = inputs.clone()
@@ -210,6 +283,7 @@ def small_batch_quantized_linear(
     _quantized_linear_kernel[grid](
         inputs,
         expert_ids,
+        tiles if tiles.numel() else None,
         weights,
         packed,
         scale,
@@ -225,8 +299,8 @@ def small_batch_quantized_linear(
         IN_PAIRS=is_in_pairs,
         OUT_PLANES=planes,
         RELU=relu,
-        BLOCK_S=block_s,
-        TILE_S=8,
+        BLOCK_S=_padded(num_slots),
+        TILE_S=_TILE_SLOTS,
         BLOCK_N=tile.block_n,
         BLOCK_B=tile.block_b,
         PARTS=tile.parts,
@@ -237,4 +311,11 @@ def small_batch_quantized_linear(
     return out
 
 
-__all__ = ["MAX_SLOTS", "SmallBatchTile", "small_batch_quantized_linear", "small_batch_tile"]
+__all__ = [
+    "MAX_SLOTS",
+    "SmallBatchTile",
+    "plan_tiles",
+    "plan_tiles_op",
+    "small_batch_quantized_linear",
+    "small_batch_tile",
+]

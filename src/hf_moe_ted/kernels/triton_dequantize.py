@@ -11,79 +11,57 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Four bytes at once: each becomes the mantissa of a number whose last bit counts 1, and what this is too large by is
-# subtracted, both exactly. Conversions of integers one by one would take longer than the memory.
+_BF16 = {"kind": "bf16x2", "one": "0x3F803F80", "exponent": "0x43"}  # 0x4300 is 128, its last bit counts 1
+_FP16 = {"kind": "f16x2", "one": "0x3C003C00", "exponent": "0x64"}  # 0x6400 is 1024
 
-_LOW_INT4_AS_BF16 = tl.constexpr("""{  // 128 + n, minus 136
-    .reg .b32 bytes, one, offset, low, high;
-    and.b32 bytes, $2, 0x0F0F0F0F;
-    mov.b32 one, 0x3F803F80;
-    mov.b32 offset, 0xC308C308;
-    prmt.b32 low, bytes, 0x43, 0x4140;
-    prmt.b32 high, bytes, 0x43, 0x4342;
-    fma.rn.bf16x2 $0, low, one, offset;
-    fma.rn.bf16x2 $1, high, one, offset;
-    }""")
 
-_HIGH_INT4_AS_BF16 = tl.constexpr("""{  // 128 + n, minus 136
-    .reg .b32 bytes, one, offset, low, high;
-    shr.u32 bytes, $2, 4;
-    and.b32 bytes, bytes, 0x0F0F0F0F;
-    mov.b32 one, 0x3F803F80;
-    mov.b32 offset, 0xC308C308;
-    prmt.b32 low, bytes, 0x43, 0x4140;
-    prmt.b32 high, bytes, 0x43, 0x4342;
-    fma.rn.bf16x2 $0, low, one, offset;
-    fma.rn.bf16x2 $1, high, one, offset;
-    }""")
+def _ptx(first: str, offset: str, *, kind: str, one: str, exponent: str) -> tl.constexpr:
+    """PTX for four bytes at once, `$2`, which become four numbers, two in `$0` and two in `$1`.
 
-_LOW_INT4_AS_FP16 = tl.constexpr("""{  // 1024 + n, minus 1032
-    .reg .b32 bytes, one, offset, low, high;
-    and.b32 bytes, $2, 0x0F0F0F0F;
-    mov.b32 one, 0x3C003C00;
-    mov.b32 offset, 0xE408E408;
-    prmt.b32 low, bytes, 0x64, 0x4140;
-    prmt.b32 high, bytes, 0x64, 0x4342;
-    fma.rn.f16x2 $0, low, one, offset;
-    fma.rn.f16x2 $1, high, one, offset;
-    }""")
+    Each byte becomes the mantissa of a number whose last bit counts 1; what this is too large by is subtracted. Both
+    are exact. Conversions of integers one by one would take longer than the memory.
 
-_HIGH_INT4_AS_FP16 = tl.constexpr("""{  // 1024 + n, minus 1032
-    .reg .b32 bytes, one, offset, low, high;
-    shr.u32 bytes, $2, 4;
-    and.b32 bytes, bytes, 0x0F0F0F0F;
-    mov.b32 one, 0x3C003C00;
-    mov.b32 offset, 0xE408E408;
-    prmt.b32 low, bytes, 0x64, 0x4140;
-    prmt.b32 high, bytes, 0x64, 0x4342;
-    fma.rn.f16x2 $0, low, one, offset;
-    fma.rn.f16x2 $1, high, one, offset;
-    }""")
+    Args:
+        first: makes `bytes`, integers without a sign.
+        offset: minus what they are too large by then, twice.
+    """
+    return tl.constexpr(
+        f"""{{
+        .reg .b32 bytes, one, offset, low, high;
+        {first}
+        mov.b32 one, {one};
+        mov.b32 offset, {offset};
+        prmt.b32 low, bytes, {exponent}, 0x4140;
+        prmt.b32 high, bytes, {exponent}, 0x4342;
+        fma.rn.{kind} $0, low, one, offset;
+        fma.rn.{kind} $1, high, one, offset;
+        }}"""
+    )
 
-_INT8_AS_FP16 = tl.constexpr("""{  // 1024 + n + 128, minus 1152
-    .reg .b32 bytes, one, offset, low, high;
-    xor.b32 bytes, $2, 0x80808080;
-    mov.b32 one, 0x3C003C00;
-    mov.b32 offset, 0xE480E480;
-    prmt.b32 low, bytes, 0x64, 0x4140;
-    prmt.b32 high, bytes, 0x64, 0x4342;
-    fma.rn.f16x2 $0, low, one, offset;
-    fma.rn.f16x2 $1, high, one, offset;
-    }""")
 
-# seven bits of mantissa: 128 + the low seven bits of n, minus 128 or, for a negative n, 256
-_INT8_AS_BF16 = tl.constexpr("""{
-    .reg .b32 bits, signs, minus_one, low, high, low_signs, high_signs;
-    and.b32 bits, $2, 0x7F7F7F7F;
-    and.b32 signs, $2, 0x80808080;
-    mov.b32 minus_one, 0xBF80BF80;
-    prmt.b32 low, bits, 0x43, 0x4140;
-    prmt.b32 high, bits, 0x43, 0x4342;
-    prmt.b32 low_signs, signs, 0x43, 0x4140;
-    prmt.b32 high_signs, signs, 0x43, 0x4342;
-    fma.rn.bf16x2 $0, low_signs, minus_one, low;
-    fma.rn.bf16x2 $1, high_signs, minus_one, high;
-    }""")
+_LOW = "and.b32 bytes, $2, 0x0F0F0F0F;"
+_HIGH = "shr.u32 bytes, $2, 4; and.b32 bytes, bytes, 0x0F0F0F0F;"
+_LOW_INT4_AS_BF16 = _ptx(_LOW, "0xC308C308", **_BF16)  # 128 + 8
+_HIGH_INT4_AS_BF16 = _ptx(_HIGH, "0xC308C308", **_BF16)
+_LOW_INT4_AS_FP16 = _ptx(_LOW, "0xE408E408", **_FP16)  # 1024 + 8
+_HIGH_INT4_AS_FP16 = _ptx(_HIGH, "0xE408E408", **_FP16)
+_INT8_AS_FP16 = _ptx("xor.b32 bytes, $2, 0x80808080;", "0xE480E480", **_FP16)  # 1024 + 128
+
+# bfloat16 has seven bits of mantissa: 128 + the low seven bits of n, minus 128 or, for a negative n, 256
+_INT8_AS_BF16 = tl.constexpr(
+    """{
+        .reg .b32 bits, signs, minus_one, low, high, low_signs, high_signs;
+        and.b32 bits, $2, 0x7F7F7F7F;
+        and.b32 signs, $2, 0x80808080;
+        mov.b32 minus_one, 0xBF80BF80;
+        prmt.b32 low, bits, 0x43, 0x4140;
+        prmt.b32 high, bits, 0x43, 0x4342;
+        prmt.b32 low_signs, signs, 0x43, 0x4140;
+        prmt.b32 high_signs, signs, 0x43, 0x4342;
+        fma.rn.bf16x2 $0, low_signs, minus_one, low;
+        fma.rn.bf16x2 $1, high_signs, minus_one, high;
+        }"""
+)
 
 
 @triton.jit
