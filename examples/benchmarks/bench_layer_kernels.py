@@ -160,23 +160,22 @@ def all_variants() -> dict[str, dict[str, Any]]:
     """Settings of each variant, by the names of constants in row_plan.py, fused_ffn.py and fused_router.py."""
     from hf_moe_ted.kernels.fused_ffn import GemmConfig
 
-    before = {
-        "_MASK_AS_BITS": False,
+    none = {
+        "_STORES_TILES": False,
         "_SUMS_IN_WEIGHT_PRODUCT": False,
-        "_HALF_TILES": False,
         "_PREFETCH": False,
         "_HALF_PRODUCTS": False,
         "_WEIGHT_CONFIGS": (GemmConfig(128, 128, 32, 4, 5, 2),) * 2,
     }
-    bits = before | {"_MASK_AS_BITS": True}
+    apart = {"_SUMS_IN_WEIGHT_PRODUCT": False, "_PREFETCH": False}
     return {
-        "before": before,
-        "bits": bits,
-        "bits, sums": bits | {"_SUMS_IN_WEIGHT_PRODUCT": True},
-        "bits, halves": bits | {"_HALF_TILES": True},
+        "none": none,
+        "whole tiles": none | {"_STORES_TILES": True},
+        "sums": none | {"_SUMS_IN_WEIGHT_PRODUCT": True},
+        "router": none | {"_HALF_PRODUCTS": True},
         "as it is": {},
-        "128 x 256 weight tiles": {"_WEIGHT_CONFIGS": (GemmConfig(128, 256, 64, 8, 4),) * 2},
-        "3 weight programs": {"_WEIGHT_CONFIGS": (GemmConfig(128, 128, 32, 4, 4, 3, 168),) * 2},
+        "3 weight programs": apart | {"_WEIGHT_CONFIGS": (GemmConfig(128, 128, 32, 4, 4, 3, 168),) * 2},
+        "256 x 128 weights": {"_WEIGHT_CONFIGS": (GemmConfig(256, 128, 64, 8, 4),) * 2},
     }
 
 
@@ -414,37 +413,29 @@ def sweep_of_weight_products(num_tokens: int, num_experts: int) -> Iterator[tupl
     """Both weight gradients, and the sums of their first factors."""
     from hf_moe_ted.kernels import fused_ffn
 
-    configs = {
-        "128 128 32, 4 warps, 5 stages, 2 programs": (128, 128, 32, 4, 5, 2),
-        "128 128 32, 4 warps, 4 stages, 3 programs": (128, 128, 32, 4, 4, 3, 168),
-        "128 128 64, 4 warps, 3 stages, 2 programs": (128, 128, 64, 4, 3, 2),
-        "128 256 64, 8 warps, 4 stages, 1 program": (128, 256, 64, 8, 4, 1),
-        "256 128 64, 8 warps, 4 stages, 1 program": (256, 128, 64, 8, 4, 1),
+    two, three, large = (128, 128, 32, 4, 5, 2), (128, 128, 32, 4, 4, 3, 168), (256, 128, 64, 8, 4, 1)
+    cases = {  # tiles; whether sums are in the product; whether ranges of rows are read ahead
+        "2 programs": (two, False, False),
+        "2 programs, sums": (two, True, False),
+        "2 programs, sums, ahead": (two, True, True),
+        "3 programs": (three, False, False),
+        "3 programs, ahead": (three, False, True),
+        "3 programs, sums": (three, True, False),
+        "256 x 128": (large, False, False),
+        "256 x 128, sums": (large, True, False),
+        "256 x 128, sums, ahead": (large, True, True),
     }
-    for name, config in configs.items():
+    for name, (config, has_sums, reads_ahead) in cases.items():
         settings = {"_WEIGHT_CONFIGS": (fused_ffn.GemmConfig(*config),) * 2}
-        for has_sums, prefetches in ((False, False), (True, False), (True, True)):
-            choice = {"_SUMS_IN_WEIGHT_PRODUCT": has_sums, "_PREFETCH": prefetches}
-            with settings_of(settings | choice):
-                plan, wide, narrow = rows_and_plan(num_tokens, num_experts)
-                label = f"{name}{', sums' if has_sums else ' + sums'}{', prefetch' if prefetches else ''}"
-                for kind, a, b in (("up", wide, narrow), ("down", narrow, wide)):
-                    yield f"{kind}: {label}", milliseconds(functools.partial(fused_ffn._weight_and_bias, a, b, plan))
+        with settings_of(settings | {"_SUMS_IN_WEIGHT_PRODUCT": has_sums, "_PREFETCH": reads_ahead}):
+            plan, wide, narrow = rows_and_plan(num_tokens, num_experts)
+            for kind, a, b in (("up", wide, narrow), ("down", narrow, wide)):
+                yield f"{kind}: {name}", milliseconds(functools.partial(fused_ffn._weight_and_bias, a, b, plan))
 
 
 def sweep_of_row_products(num_tokens: int, num_experts: int) -> Iterator[tuple[str, float]]:
-    from hf_moe_ted.kernels import fused_ffn
-    from hf_moe_ted.kernels.fused_ffn import GemmConfig
-
-    chosen = fused_ffn._ROW_CONFIGS
-    configs = {
-        "128 256 64, 8 warps, 4 stages": (GemmConfig(128, 256, 64, 8, 4), False),
-        "128 256 64, 8 warps, 4 stages, halves": (GemmConfig(128, 256, 64, 8, 4), True),
-        "64 256 64, 4 warps, 4 stages": (GemmConfig(64, 256, 64, 4, 4), False),
-        "64 256 64, 8 warps, 4 stages": (GemmConfig(64, 256, 64, 8, 4), False),
-    }
-    for name, (config, has_halves) in configs.items():
-        with settings_of({"_ROW_CONFIGS": (*chosen[:2], config), "_HALF_TILES": has_halves}):
+    for name, settings in (("whole tiles", {}), ("pointers", {"_STORES_TILES": False})):
+        with settings_of(settings):
             for kind, call in row_products(num_tokens, num_experts).items():
                 yield f"{kind}: {name}", milliseconds(call)
 
@@ -493,7 +484,7 @@ def rows_and_plan(num_tokens: int, num_experts: int) -> tuple[Any, Tensor, Tenso
     torch.manual_seed(0)
     ids = torch.randint(num_experts, (num_tokens, 1), device="cuda")
     case = num_tokens, num_experts, torch.bfloat16, ids.device
-    sizes = fused_ffn.row_config(*case).block_m, fused_ffn.rows_step(*case)
+    sizes = fused_ffn.row_config(*case).block_m, fused_ffn.rows_multiple(*case, True)
     plan = RowPlan.of(plan_rows(ids, num_experts, *sizes), num_tokens, num_experts, *sizes)
     return plan, *(torch.randn(plan.num_rows, n, device="cuda", dtype=torch.bfloat16) for n in (FFN_DIM, D_MODEL))
 
@@ -515,13 +506,25 @@ def sweep_of_router(num_tokens: int, num_experts: int) -> Iterator[tuple[str, fl
         with settings_of(settings):
             yield f"forward{name}", milliseconds(lambda: fused_router.route(*forward))
             yield f"backward{name}", milliseconds(lambda: fused_router.route_backward(*backward))
-    for tiles in ((64, 64, 64, 4, 3), (128, 64, 64, 8, 3), (64, 32, 64, 4, 3)):
+    for tiles in ((64, 64, 64, 4, 3), (128, 64, 64, 8, 3), (64, 128, 64, 4, 3)):
         with settings_of({"route_tiles": lambda *_, tiles=tiles: RouterTiles(*tiles)}):
             yield f"forward, {tiles}", milliseconds(lambda: fused_router.route(*forward))
-    for tiles in ((64, 64, 64, 4, 2), (128, 64, 64, 8, 2), (64, 128, 64, 4, 2), (128, 128, 64, 8, 2)):
+    for tiles in (
+        (64, 64, 64, 4, 2),
+        (64, 64, 64, 4, 3),
+        (128, 64, 64, 8, 2),
+        (64, 128, 64, 4, 2),
+        (128, 128, 64, 8, 2),
+    ):
         with settings_of({"hidden_tiles": lambda *_, tiles=tiles: RouterTiles(*tiles)}):
             yield f"backward, hidden {tiles}", milliseconds(lambda: fused_router.route_backward(*backward))
-    for tiles in ((64, 64, 64, 4, 3), (32, 128, 64, 4, 3), (64, 128, 64, 8, 3)):
+    for tiles in (
+        (64, 64, 64, 4, 3),
+        (64, 64, 64, 4, 4),
+        (32, 128, 64, 4, 4),
+        (64, 128, 64, 4, 3),
+        (64, 128, 64, 8, 4),
+    ):
         with settings_of({"weight_tiles": lambda *_, tiles=tiles: RouterTiles(*tiles)}):
             yield f"backward, weight {tiles}", milliseconds(lambda: fused_router.route_backward(*backward))
     with settings_of({"_WEIGHT_PROGRAMS": 1024}):

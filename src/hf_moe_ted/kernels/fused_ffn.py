@@ -20,11 +20,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import triton_ffn
 from .device_guard import on_device_of_first
 from .grouped_ffn import grouped_ffn_experts_forward, parameters_in_dtype_of_products
-from .row_plan import RowPlan, has_half_tiles, plan_rows, plan_rows_op
+from .row_plan import RowPlan, plan_rows, plan_rows_op
 from .small_batch_ffn import MAX_SLOTS, MAX_SLOTS_COMPILED, small_batch_relu_experts, small_batch_relu_experts_op
 
 _GATHER_ROWS, _GATHER_COLUMNS = 16, 512
-_MASK_AS_BITS = True  # else backward reads the activations for ReLU's mask
+_STORES_TILES = True
 _PREFETCH = True
 _SUMS_IN_WEIGHT_PRODUCT = True  # else gradients of biases are kernels of their own
 _WORDS = {64: torch.int8, 128: torch.int16, 256: torch.int32}  # of a tile's columns, eight for each row
@@ -69,10 +69,18 @@ def weight_config(num_rows: int, num_experts: int, dtype: torch.dtype, device: t
     return _WEIGHT_CONFIGS[num_rows > 512 * num_experts]
 
 
-def rows_step(num_rows: int, num_experts: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows of an expert that gradients of its weights take at once; divides the `block_m` of `row_config`."""
+def rows_multiple(
+    num_rows: int, num_experts: int, dtype: torch.dtype, device: torch.device, experts_need_grad: bool
+) -> int:
+    """Of which first rows of experts are multiples, for `RowPlan`.
+
+    Tiles that are stored whole are of one expert; gradients of its weights take `block_k` rows at once.
+    """
     block_m = row_config(num_rows, num_experts, dtype, device).block_m
-    return min(block_m, weight_config(num_rows, num_experts, dtype, device).block_k)
+    if _has_tma(device) and _STORES_TILES:
+        return block_m
+    step = weight_config(num_rows, num_experts, dtype, device).block_k
+    return min(block_m, step) if experts_need_grad else 1
 
 
 @on_device_of_first
@@ -129,12 +137,11 @@ def _outputs(
     output = tokens.new_empty(*weights.shape, width)
     block_n = row_config(weights.numel(), num_experts, tokens.dtype, tokens.device).block_n
     num_words = triton.cdiv(inner_width, block_n) * 8
-    has_active = needs_grad and _MASK_AS_BITS
     return (
         output,
         tokens.new_empty(num_rows, width),
         tokens.new_empty(num_rows, inner_width),
-        tokens.new_empty((num_rows, num_words) if has_active else 0, dtype=_WORDS[block_n]),
+        tokens.new_empty((num_rows, num_words) if needs_grad else 0, dtype=_WORDS[block_n]),
         torch.empty_like(output) if weights_need_grad else output.new_empty(0),
     )
 
@@ -156,7 +163,7 @@ def relu_experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `relu_experts` for tokens by slot, weights, up, up_bias, down and down_bias.
 
-    Those that are not needed are empty. Those of experts need a `row_multiple` of `rows_step`.
+    Those that are not needed are empty. Those of experts need a `row_multiple` of `rows_multiple`.
     """
     num_experts, _, width = up.shape
     num_slots = weights.numel()
@@ -176,8 +183,7 @@ def relu_experts_backward(
         grad_weights=grad_weights,
     )
     grad_inner = torch.empty_like(inner)
-    mask = {"active": active} if active.numel() else {"inner": inner}
-    _row_product("grad_inner", weighted, down, grad_inner, parts, **mask)
+    _row_product("grad_inner", weighted, down, grad_inner, parts, active=active)
     _row_product("grad_input", grad_inner, up, grad_slots, parts)
     if not experts_need_grad:
         return grad_slots, grad_weights, *_no_gradients(up)
@@ -296,23 +302,22 @@ def _row_product(
     weights: Tensor | None = None,
     unweighted: Tensor | None = None,
     active: Tensor | None = None,
-    inner: Tensor | None = None,
 ) -> None:
     config = row_config(plan.num_slots, plan.num_experts, a.dtype, a.device)
     is_transposed = kind in ("up", "down")
     num_columns = b.shape[1] if is_transposed else b.shape[2]
     b_block = [config.block_n, config.block_k] if is_transposed else [config.block_k, config.block_n]
     num_programs = _num_multiprocessors(a.device) * config.programs_per_sm
+    stores_tiles = kind in ("up", "grad_inner") and _has_tma(a.device) and plan.row_multiple == plan.block_m
     triton_ffn.grouped_gemm_kernel[(num_programs,)](
         _described(a, [plan.block_m, config.block_k]),
-        _described(a, [plan.block_m // 2, config.block_k]) if has_half_tiles(plan.block_m) else None,
         _described(b, [1, *b_block]),
         out,
+        _described(out, [plan.block_m, config.block_n // 2]) if stores_tiles else None,
         unweighted,
         bias,
         weights,
         active,
-        None if inner is None else _described(inner, [plan.block_m, config.block_n // 2]),
         None if _has_tma(a.device) else a.shape[0],
         *plan.of_rows_and_tiles,
         num_columns,
@@ -333,22 +338,24 @@ def _row_product(
 def _weight_and_bias(a: Tensor, b: Tensor, plan: RowPlan) -> tuple[Tensor, Tensor]:
     """Products of rows of `a` and `b` for each expert, [E, A, B], and sums of rows of `a`, [E, A]."""
     config = weight_config(plan.num_slots, plan.num_experts, a.dtype, a.device)
+    block_k = min(config.block_k, plan.row_multiple)
     out = a.new_empty(plan.num_experts, a.shape[1], b.shape[1])
     sums = a.new_empty(plan.num_experts, a.shape[1]) if _SUMS_IN_WEIGHT_PRODUCT else None
     num_programs = _num_multiprocessors(a.device) * config.programs_per_sm
     triton_ffn.grad_weight_kernel[(num_programs,)](
-        _described(a, [plan.row_multiple, config.block_m]),
-        _described(b, [plan.row_multiple, config.block_n]),
+        _described(a, [block_k, config.block_m]),
+        _described(b, [block_k, config.block_n]),
         out,
         sums,
         plan.offsets,
+        plan.row_ends,
         None if _has_tma(a.device) else a.shape[0],
         a.shape[1],
         b.shape[1],
         plan.num_experts,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        BLOCK_K=plan.row_multiple,
+        BLOCK_K=block_k,
         NUM_PROGRAMS=num_programs,
         PREFETCH=_PREFETCH,
         PRECISION="ieee",
@@ -362,7 +369,7 @@ def _weight_and_bias(a: Tensor, b: Tensor, plan: RowPlan) -> tuple[Tensor, Tenso
 def _sum_rows(values: Tensor, plan: RowPlan) -> Tensor:
     out = values.new_empty(plan.num_experts, values.shape[1])
     grid = (plan.num_experts, triton.cdiv(values.shape[1], 64))
-    triton_ffn.sum_rows_kernel[grid](values, out, plan.offsets, values.shape[1], BLOCK_M=64, BLOCK_N=64)
+    triton_ffn.sum_rows_kernel[grid](values, out, plan.offsets, plan.row_ends, values.shape[1], BLOCK_M=64, BLOCK_N=64)
     return out
 
 
@@ -421,7 +428,7 @@ def fused_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tens
         experts_need_gradient = needs_gradient and any(x.requires_grad for x in parameters)
         sizes = num_slots, experts.num_experts, inputs[0].dtype, inputs[0].device
         block_m = row_config(*sizes).block_m
-        row_multiple = rows_step(*sizes) if experts_need_gradient else 1
+        row_multiple = rows_multiple(*sizes, experts_need_gradient)
         plan_function, experts_function = (
             (plan_rows_op, relu_experts_op) if is_compiling else (plan_rows, _ReluExperts.apply)
         )
