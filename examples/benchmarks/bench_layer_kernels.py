@@ -24,6 +24,7 @@ from bench_experts import captured, step_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
 from hf_moe_ted import ZCodeM3Config, ZCodeM3Model
@@ -90,8 +91,7 @@ class Bench:
 def roofline(num_tokens: int, num_experts: int, width: int = D_MODEL, inner: int = FFN_DIM) -> list[dict[str, Any]]:
     """GFLOP, with the rows that fill up tiles, and GB of each kernel, top-1, and its ms at the device's speeds.
 
-    Rows per expert are those of one random routing, uniform over the experts. "before" is the time of products whose
-    last tiles are whole, of which "now" takes halves.
+    Rows per expert are those of one random routing, uniform over the experts.
     """
     generator = torch.Generator().manual_seed(0)
     rows_E = torch.randint(num_experts, (num_tokens,), generator=generator).bincount(minlength=num_experts)
@@ -99,32 +99,30 @@ def roofline(num_tokens: int, num_experts: int, width: int = D_MODEL, inner: int
     weights, mask = 2 * num_experts * width * inner, num_tokens * inner // 8
 
     def product(name: str, moved: int, before: int = 0) -> dict[str, Any]:
-        whole, half = (sum(-(-rows // tile) * tile for rows in rows_E.tolist()) for tile in (128, 64))
-        flops = [2 * rows * width * inner for rows in (num_tokens, whole, half)]
-        return times(name, flops, moved, before)
+        num_rows = sum(-(-rows // 128) * 128 for rows in rows_E.tolist())
+        return times(name, 2 * num_tokens * width * inner, 2 * num_rows * width * inner, moved, before)
 
-    def times(name: str, flops: list[int], moved: int, before: int) -> dict[str, Any]:
-        exact, whole, half = flops
+    def times(name: str, exact: int, computed: int, moved: int, before: int = 0) -> dict[str, Any]:
         return {
             "kernel": name,
             "gflop": exact / 1e9,
             "gb": moved / 1e9,
             "ms_flop": exact / FLOPS_PER_MS,
             "ms_byte": moved / BYTES_PER_MS,
-            "before": max(whole / FLOPS_PER_MS, (moved + before) / BYTES_PER_MS),
-            "now": max(half / FLOPS_PER_MS, moved / BYTES_PER_MS),
+            "before": max(computed / FLOPS_PER_MS, (moved + before) / BYTES_PER_MS),
+            "now": max(computed / FLOPS_PER_MS, moved / BYTES_PER_MS),
         }
 
     def move(name: str, moved: int, before: int = 0) -> dict[str, Any]:
-        return times(name, [0, 0, 0], moved, before)
+        return times(name, 0, 0, moved, before)
 
     def weight_product(name: str) -> dict[str, Any]:
-        return times(name, [2 * num_tokens * width * inner] * 3, tokens + activations + weights, 0)
+        return times(name, *[2 * num_tokens * width * inner] * 2, tokens + activations + weights)
 
     router = 2 * num_tokens * width * num_experts
     logits = 4 * num_tokens * num_experts
     return [
-        times("router", [router] * 3, tokens + logits, 0),
+        times("router", router, router, tokens + logits),
         move("gather", 2 * tokens),
         product("up", tokens + weights + activations + mask, before=-mask),
         product("down", activations + weights + 2 * tokens),
@@ -133,8 +131,8 @@ def roofline(num_tokens: int, num_experts: int, width: int = D_MODEL, inner: int
         product("gradient of input", activations + weights + tokens),
         weight_product("weight gradient, up"),
         weight_product("weight gradient, down"),
-        {**move("sums", 0, before=tokens + activations)},
-        times("router backward", [2 * router] * 3, 2 * tokens + 3 * logits, 0),
+        move("sums", 0, before=tokens + activations),
+        times("router backward", 2 * router, 2 * router, 2 * tokens + 3 * logits),
         move("sum of two gradients", 3 * tokens),
     ]
 
@@ -234,18 +232,20 @@ def check_router(settings: dict[str, Any]) -> dict[str, Any]:
         torch.randn(5000, 264, device="cuda").bfloat16(),
         torch.randn(72, 264, device="cuda").bfloat16() / 16,
     )
-    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+    inputs = [hidden.requires_grad_(), weight.requires_grad_(), torch.randn(72, device="cuda").requires_grad_()]
     exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
     with settings_of(settings):
-        logits, probs, choices = fused_route(*inputs, None, 1)
+        logits, probs, choices = fused_route(*inputs, 1)
         cotangents = [torch.randn_like(logits), torch.randn_like(probs)]
         actual = [logits, *torch.autograd.grad([logits, probs], inputs, cotangents)]
-    exact_logits = exact_inputs[0] @ exact_inputs[1].T
+    exact_logits = torch.nn.functional.linear(*exact_inputs)
     exact_probs = exact_logits.softmax(dim=-1).gather(1, choices)
     cotangents = [cotangent.double() for cotangent in cotangents]
     expected = [exact_logits, *torch.autograd.grad([exact_logits, exact_probs], exact_inputs, cotangents)]
     errors = [(one.double() - other).norm() / other.norm() for one, other in zip(actual, expected, strict=True)]
-    return settings | dict(zip(("logits", "hidden", "weight"), [f"{error:.1e}" for error in errors], strict=True))
+    return settings | dict(
+        zip(("logits", "hidden", "weight", "bias"), [f"{error:.1e}" for error in errors], strict=True)
+    )
 
 
 PARTS = ("output", "hidden", "weights", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
@@ -401,10 +401,7 @@ def sweep(num_tokens: int, num_experts: int, deadline: float) -> dict[str, Any]:
     row: dict[str, Any] = {"tokens": num_tokens, "experts": num_experts}
     if time.perf_counter() > deadline:
         return row | {"left out": "no time"}
-    parts = (sweep_of_weight_products, sweep_of_row_products, sweep_of_gather)
-    if num_experts == 64:
-        parts += (sweep_of_router,)
-    for part in parts:
+    for part in (sweep_of_router, sweep_of_weight_products, sweep_of_row_products, sweep_of_gather):
         row[part.__name__] = {name: round(ms, 4) for name, ms in part(num_tokens, num_experts)}
     return row
 
@@ -502,33 +499,25 @@ def sweep_of_router(num_tokens: int, num_experts: int) -> Iterator[tuple[str, fl
     backward = (
         logits, choices, None, torch.randn_like(probs), hidden, weight, None, 0.0, hidden.dtype, True, True, False,
     )  # fmt: skip
+    forward_call = functools.partial(fused_router.route, *forward)
+    backward_call = functools.partial(fused_router.route_backward, *backward)
     for name, settings in (("", {}), (", TF32", {"_HALF_PRODUCTS": False})):
         with settings_of(settings):
-            yield f"forward{name}", milliseconds(lambda: fused_router.route(*forward))
-            yield f"backward{name}", milliseconds(lambda: fused_router.route_backward(*backward))
-    for tiles in ((64, 64, 64, 4, 3), (128, 64, 64, 8, 3), (64, 128, 64, 4, 3)):
-        with settings_of({"route_tiles": lambda *_, tiles=tiles: RouterTiles(*tiles)}):
-            yield f"forward, {tiles}", milliseconds(lambda: fused_router.route(*forward))
-    for tiles in (
-        (64, 64, 64, 4, 2),
-        (64, 64, 64, 4, 3),
-        (128, 64, 64, 8, 2),
-        (64, 128, 64, 4, 2),
-        (128, 128, 64, 8, 2),
-    ):
-        with settings_of({"hidden_tiles": lambda *_, tiles=tiles: RouterTiles(*tiles)}):
-            yield f"backward, hidden {tiles}", milliseconds(lambda: fused_router.route_backward(*backward))
-    for tiles in (
-        (64, 64, 64, 4, 3),
-        (64, 64, 64, 4, 4),
-        (32, 128, 64, 4, 4),
-        (64, 128, 64, 4, 3),
-        (64, 128, 64, 8, 4),
-    ):
-        with settings_of({"weight_tiles": lambda *_, tiles=tiles: RouterTiles(*tiles)}):
-            yield f"backward, weight {tiles}", milliseconds(lambda: fused_router.route_backward(*backward))
+            yield f"forward{name}", milliseconds(forward_call)
+            yield f"backward{name}", milliseconds(backward_call)
+    cases = {  # tokens, columns, warps, stages
+        "route_tiles": ((64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 3)),
+        "hidden_tiles": ((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (64, 128, 4, 2), (128, 128, 8, 2)),
+        "weight_tiles": ((32, 64, 4, 4), (64, 64, 8, 4), (32, 128, 8, 3), (64, 128, 8, 3)),
+    }
+    for name, all_tiles in cases.items():
+        call = forward_call if name == "route_tiles" else backward_call
+        for block_t, block_d, *others in all_tiles:
+            tiles = RouterTiles(block_t, block_d, num_experts, *others)
+            with settings_of({name: lambda *_, tiles=tiles: tiles}), contextlib.suppress(OutOfResources):
+                yield f"{name} {(block_t, block_d, *others)}", milliseconds(call)
     with settings_of({"_WEIGHT_PROGRAMS": 1024}):
-        yield "backward, 1024 weight programs", milliseconds(lambda: fused_router.route_backward(*backward))
+        yield "backward, 1024 weight programs", milliseconds(backward_call)
 
 
 if __name__ == "__main__":

@@ -83,10 +83,12 @@ def grad_hidden_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
     PART_E: tl.constexpr,
+    HALVES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`grad_scores`, the gradient of the logits with what comes through the softmax, and the gradient of the inputs.
 
+    `grad_scores` is float32[T, E]; with two `HALVES` bfloat16[T, 2, E], of which the sum is the gradient.
     `None` for `grad_logits` or `grad_probs` is zeros, and for `grad_hidden` not needed. More than `PART_E` experts are
     too many for the registers of a product: they are read again from `grad_scores`.
     """
@@ -108,7 +110,13 @@ def grad_hidden_kernel(
             grad_prob = tl.load(grad_probs + slots + k, mask=is_token, other=0.0)
             grad_chosen += tl.where(experts[None, :] == choice[:, None], grad_prob[:, None], 0.0)
         grad += probs * (grad_chosen - tl.sum(probs * grad_chosen, axis=1)[:, None])
-    tl.store(grad_scores + offsets, grad, mask=mask)
+    if HALVES == 2:
+        score_offsets = offsets + tokens.to(tl.int64)[:, None] * num_experts
+        high = grad.to(tl.bfloat16)
+        tl.store(grad_scores + score_offsets, high, mask=mask)
+        tl.store(grad_scores + score_offsets + num_experts, (grad - high.to(tl.float32)).to(tl.bfloat16), mask=mask)
+    else:
+        tl.store(grad_scores + offsets, grad, mask=mask)
     if grad_hidden is not None:
         IN_PARTS: tl.constexpr = BLOCK_E > PART_E
         if IN_PARTS:
@@ -149,38 +157,41 @@ def grad_weight_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    HALVES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """What each split of the tokens adds to the gradients of weight, [splits, E, D], and bias, [splits, E].
 
-    `None` for a gradient that is not needed.
+    `None` for a gradient that is not needed. With two `HALVES` of `grad_scores`, what each half adds, [splits, 2, ...].
     """
     first = tl.program_id(0) * BLOCK_D
     split = tl.program_id(1)
-    experts = tl.arange(0, BLOCK_E)
+    columns_of_scores = tl.arange(0, HALVES * BLOCK_E)
+    halves = columns_of_scores // BLOCK_E
+    experts = columns_of_scores % BLOCK_E
     is_expert = experts < num_experts
+    lines = (split * HALVES + halves) * num_experts + experts
     start = split * tokens_per_split
     end = tl.minimum(start + tokens_per_split, num_tokens)
-    weight_sum = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
-    bias_sum = tl.zeros((BLOCK_E,), tl.float32)
+    weight_sum = tl.zeros((HALVES * BLOCK_E, BLOCK_D), tl.float32)
+    bias_sum = tl.zeros((HALVES * BLOCK_E,), tl.float32)
     for first_token in range(start, end, BLOCK_T):
         tokens = first_token + tl.arange(0, BLOCK_T)
         is_token = tokens < end
-        offsets = tokens.to(tl.int64)[:, None] * num_experts + experts[None, :]
+        offsets = (tokens.to(tl.int64)[:, None] * HALVES + halves[None, :]) * num_experts + experts[None, :]
         grad = tl.load(grad_scores + offsets, mask=is_token[:, None] & is_expert[None, :], other=0.0)
         if grad_weight is not None:
             inputs = _load_inputs(hidden, seed, jitter, tokens, is_token, first, width, BLOCK_T, BLOCK_D, PRECISION)
             weight_sum = _dot(grad.T, inputs, weight_sum, PRECISION)
         if grad_bias is not None:
-            bias_sum += tl.sum(grad, axis=0)
+            bias_sum += tl.sum(grad.to(tl.float32), axis=0)
     if grad_weight is not None:
         columns = first + tl.arange(0, BLOCK_D)
-        offsets = (split * num_experts + experts).to(tl.int64)[:, None] * width + columns[None, :]
+        offsets = lines.to(tl.int64)[:, None] * width + columns[None, :]
         mask = is_expert[:, None] & (columns < width)[None, :]
         tl.store(grad_weight + offsets, weight_sum.to(grad_weight.dtype.element_ty), mask=mask)
     if grad_bias is not None and first == 0:
-        bias_offsets = split * num_experts + experts
-        tl.store(grad_bias + bias_offsets, bias_sum.to(grad_bias.dtype.element_ty), mask=is_expert)
+        tl.store(grad_bias + lines, bias_sum.to(grad_bias.dtype.element_ty), mask=is_expert)
 
 
 @triton.jit
