@@ -24,7 +24,6 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _MAX_SEED = torch.iinfo(torch.int32).max
 _WEIGHT_PROGRAMS = 512  # about four for each multiprocessor; a constant, so that all GPUs sum in the same order
 _MIN_TOKENS_PER_SPLIT = 256
-_HALF_PRODUCTS = True
 
 
 @dataclass(frozen=True)
@@ -71,14 +70,12 @@ def hidden_tiles(num_tokens: int, num_experts: int) -> RouterTiles:
 
 
 @functools.lru_cache
-def weight_tiles(num_experts: int, halves: int) -> RouterTiles:
+def weight_tiles(num_experts: int, precision: str) -> RouterTiles:
     """For `grad_weight_kernel`, whose programs see all experts, some columns and a split of the tokens."""
     block_e = max(16, triton.next_power_of_2(num_experts))
-    if halves == 2:
-        block_t, block_d = (16 if block_e == 512 else 32), min(128, 16384 // block_e)
-        num_warps, num_stages = (4, 4) if block_e <= 64 else (8, 3) if block_e == 128 else (8, 2)
-        return RouterTiles(block_t, block_d, block_e, num_warps, num_stages)
-    block_t, block_d = (16, 32) if block_e == 512 else (32, 64)
+    # more columns for a gradient on its way to the tensor cores; three products would spill
+    is_wide = block_e <= 64 and precision == "tf32"
+    block_t, block_d = (16, 32) if block_e == 512 else (32, 128 if is_wide else 64)
     return RouterTiles(block_t, block_d, block_e, num_warps=4 if block_e <= 64 else 8, num_stages=3)
 
 
@@ -115,7 +112,6 @@ def route(
     tiles = route_tiles(num_tokens, num_experts)
     # TF32 holds numbers of half precision as they are
     is_exact = seed is None and hidden.dtype != torch.float32 and weight.dtype != torch.float32
-    precision = "half" if _HALF_PRODUCTS and is_exact and hidden.dtype == weight.dtype else None
     triton_router.route_kernel[(triton.cdiv(num_tokens, tiles.block_t),)](
         hidden,
         weight,
@@ -129,7 +125,7 @@ def route(
         num_experts,
         jitter,
         TOP_K=top_k,
-        PRECISION=precision or ("tf32" if is_exact else "tf32x3"),
+        PRECISION="tf32" if is_exact else "tf32x3",
         **tiles.launch,
     )
     return logits, probs, choices
@@ -169,11 +165,8 @@ def route_backward(
     num_tokens, num_experts = logits.shape
     width = weight.shape[1]
     grad_hidden = logits.new_empty((num_tokens, width) if hidden_needs_grad else 0, dtype=hidden_dtype)
+    grad_scores = torch.empty_like(logits)
     tiles = hidden_tiles(num_tokens, num_experts)
-    halves = _halves_of_scores(hidden_dtype, seed, tiles)
-    grad_scores = (
-        logits.new_empty(num_tokens, 2, num_experts, dtype=hidden_dtype) if halves == 2 else torch.empty_like(logits)
-    )
     triton_router.grad_hidden_kernel[(triton.cdiv(num_tokens, tiles.block_t),)](
         grad_logits,
         grad_probs,
@@ -189,14 +182,13 @@ def route_backward(
         jitter,
         TOP_K=choices.shape[1],
         PART_E=tiles.part_e,
-        HALVES=halves,
-        PRECISION=_gradient_precision(hidden_dtype, weight.dtype),
+        PRECISION=_gradient_precision(hidden_dtype),
         **tiles.launch,
     )
     if not (weight_needs_grad or bias_needs_grad):
         return grad_hidden, weight.new_empty(0), weight.new_empty(0)
     inputs = hidden if weight_needs_grad else None
-    precision = "half" if halves == 2 else "tf32" if hidden_dtype == torch.bfloat16 else "tf32x3"
+    precision = _gradient_precision(hidden_dtype)
     grads = _grad_weight_and_bias(grad_scores, inputs, weight, seed, jitter, bias_needs_grad, precision)
     return grad_hidden, *grads
 
@@ -211,17 +203,15 @@ def _grad_weight_and_bias(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     """Sums over splits of the tokens, in an order that depends on shapes only; without `hidden` of the bias alone."""
-    num_tokens, num_experts = grad_scores.shape[0], grad_scores.shape[-1]
-    halves = grad_scores.ndim - 1
+    num_tokens, num_experts = grad_scores.shape
     width = weight.shape[1]
-    tiles = weight_tiles(num_experts, halves)
+    tiles = weight_tiles(num_experts, precision)
     num_columns = 1 if hidden is None else triton.cdiv(width, tiles.block_d)
     num_splits = max(1, min(_WEIGHT_PROGRAMS // num_columns, num_tokens // _MIN_TOKENS_PER_SPLIT))
     tokens_per_split = triton.cdiv(triton.cdiv(num_tokens, num_splits), tiles.block_t) * tiles.block_t
-    num_sums = num_splits * halves
-    dtype = weight.dtype if num_sums == 1 else torch.float32
-    grad_weight = weight.new_empty((num_sums, num_experts, width) if hidden is not None else (1, 0), dtype=dtype)
-    grad_bias = weight.new_empty((num_sums, num_experts) if with_bias else (1, 0), dtype=dtype)
+    dtype = weight.dtype if num_splits == 1 else torch.float32
+    grad_weight = weight.new_empty((num_splits, num_experts, width) if hidden is not None else (1, 0), dtype=dtype)
+    grad_bias = weight.new_empty((num_splits, num_experts) if with_bias else (1, 0), dtype=dtype)
     triton_router.grad_weight_kernel[(num_columns, num_splits)](
         grad_scores,
         hidden,
@@ -233,24 +223,15 @@ def _grad_weight_and_bias(
         width,
         num_experts,
         jitter,
-        HALVES=halves,
         PRECISION=precision,
         **tiles.launch,
     )
     return _sum_splits(grad_weight, weight.dtype), _sum_splits(grad_bias, weight.dtype)
 
 
-def _halves_of_scores(hidden_dtype: torch.dtype, seed: Tensor | None, tiles: RouterTiles) -> int:
-    """2 if gradients of logits are stored as sums of two bfloat16, for products with hidden states as they are."""
-    is_whole = tiles.part_e == tiles.block_e  # else the kernel reads them again
-    return 2 if _HALF_PRODUCTS and hidden_dtype == torch.bfloat16 and seed is None and is_whole else 1
-
-
-def _gradient_precision(hidden_dtype: torch.dtype, weight_dtype: torch.dtype) -> str:
-    """Of products with weights; one TF32 product, with three bits more than bfloat16, where hidden states are that."""
-    if hidden_dtype != torch.bfloat16:
-        return "tf32x3"
-    return "bf16x2" if _HALF_PRODUCTS and weight_dtype == torch.bfloat16 else "tf32"
+def _gradient_precision(hidden_dtype: torch.dtype) -> str:
+    """One TF32 product, with three bits more than bfloat16, where hidden states and their gradients are bfloat16."""
+    return "tf32" if hidden_dtype == torch.bfloat16 else "tf32x3"
 
 
 def _sum_splits(sums: Tensor, dtype: torch.dtype) -> Tensor:

@@ -74,11 +74,10 @@ def grouped_gemm_kernel(
     a_desc,
     b_desc,
     out,
-    out_desc,
     unweighted,
     bias,
     weights,
-    active,
+    inner_desc,
     num_rows,
     order,
     offsets,
@@ -99,15 +98,13 @@ def grouped_gemm_kernel(
 ):
     """`a[rows of e] @ b[e]` for each expert e, or with `b[e]` transposed, and by `KIND`:
 
-    - "up": relu(product + bias), to rows; relu(bias) where there is no slot. To `active`, unless that is `None`, a bit
-      for each, set where it is positive.
+    - "up": relu(product + bias), to rows; relu(bias) where there is no slot.
     - "down": (product + bias) * weight, to slots; without the weight to `unweighted`, unless that is `None`.
-    - "grad_inner": product where the bit in `active` is set, to rows, zeros where there is no slot.
+    - "grad_inner": product where `inner` is positive, to rows, zeros where there is no slot.
     - "grad_input": product, to slots.
 
-    `a_desc` and `b_desc` are descriptors, with `None` for `num_rows`; or, where there is no TMA, pointers to `num_rows`
-    rows and to the experts' weights. With `out_desc`, halves of tiles of `out`, tiles to rows are stored whole, by
-    copies that run beside the next tile: no other expert may have a row in them.
+    `a_desc`, `b_desc` and `inner_desc` are descriptors, with `None` for `num_rows`; or, where there is no TMA, pointers
+    to `num_rows` rows and to the experts' weights.
     """
     if num_rows is not None:
         # Strides that are known, for copies of 16 bytes, and two dimensions, for copies that nobody waits for. What is
@@ -117,6 +114,8 @@ def grouped_gemm_kernel(
             b_desc = tl.make_tensor_descriptor(b_desc, [num_experts * N, K], [K, 1], [BLOCK_N, BLOCK_K])
         else:
             b_desc = tl.make_tensor_descriptor(b_desc, [num_experts * K, N], [N, 1], [BLOCK_K, BLOCK_N])
+        if KIND == "grad_inner":
+            inner_desc = tl.make_tensor_descriptor(inner_desc, [num_rows, N], [N, 1], [BLOCK_M, BLOCK_N // 2])
     num_columns = tl.cdiv(N, BLOCK_N)
     num_tiles = tl.load(tile_ends + num_experts - 1) * num_columns
     for index in tl.range(tl.program_id(0), num_tiles, NUM_PROGRAMS, flatten=True):
@@ -147,17 +146,17 @@ def grouped_gemm_kernel(
             accumulator += row_bias[None, :]
         if KIND == "up":
             accumulator = tl.maximum(accumulator, 0.0)
-            if active is not None:
-                _store_active(active, accumulator, rows, is_target, n, N)
         if KIND == "down":
             if unweighted is not None:
                 _store_tile(unweighted, accumulator, target, is_target, n, N)
             accumulator *= tl.load(weights + slots, mask=is_row, other=0.0).to(tl.float32)[:, None]
-        if KIND == "grad_inner":
-            # With a select as the first reader of the product, ptxas (12.8) lets no two steps of it overlap (C7514).
-            accumulator = _where_active(active, accumulator + 0.0, rows, is_row, n, N)
-        if out_desc is not None:
-            _store_halves(out_desc, accumulator, first, n)
+        if KIND == "grad_inner":  # in two parts: `inner` does not fit into shared memory beside the product's operands
+            HALF: tl.constexpr = BLOCK_N // 2
+            left, right = accumulator.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
+            is_active = (inner_desc.load([first, n]) > 0.0) & is_row[:, None]
+            _store_tile(out, tl.where(is_active, left, 0.0), target, is_target, n, N)
+            is_active = (inner_desc.load([first, n + HALF]) > 0.0) & is_row[:, None]
+            _store_tile(out, tl.where(is_active, right, 0.0), target, is_target, n + HALF, N)
         else:
             _store_tile(out, accumulator, target, is_target, n, N)
 
@@ -169,44 +168,6 @@ def _store_tile(out, values, target, is_target, n, N):
     tl.store(out + target.to(tl.int64)[:, None] * N + columns[None, :], values.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _store_halves(out_desc, values, first, n):
-    """Of the columns: a whole tile does not fit into shared memory beside the product's operands."""
-    M: tl.constexpr = values.shape[0]
-    HALF: tl.constexpr = values.shape[1] // 2
-    left, right = values.reshape(M, 2, HALF).permute(0, 2, 1).split()
-    out_desc.store([first, n], left.to(out_desc.dtype))
-    out_desc.store([first, n + HALF], right.to(out_desc.dtype))
-
-
-@triton.jit
-def _store_active(active, values, rows, is_target, n, N):
-    """Which values are positive, eight words for a row of the tile: bit j of word c is that of column `8 j + c`.
-
-    A thread has these columns' results of a product in its registers, and packs them without a word to others.
-    """
-    BITS: tl.constexpr = values.shape[1] // 8
-    bit = tl.arange(0, BITS)[None, :, None]
-    words = tl.sum(tl.where(values.reshape(values.shape[0], BITS, 8) > 0.0, 1 << bit, 0), axis=1)
-    offsets = _offsets_of_words(rows, n, N, values.shape[1])
-    tl.store(active + offsets, words.to(active.dtype.element_ty), mask=is_target[:, None])
-
-
-@triton.jit
-def _where_active(active, values, rows, is_row, n, N):
-    """The values whose bits `_store_active` has set, else zeros."""
-    BITS: tl.constexpr = values.shape[1] // 8
-    bit = tl.arange(0, BITS)[None, :, None]
-    words = tl.load(active + _offsets_of_words(rows, n, N, values.shape[1]), mask=is_row[:, None], other=0).to(tl.int32)
-    parts = values.reshape(values.shape[0], BITS, 8)
-    return tl.where((words[:, None, :] & (1 << bit)) != 0, parts, 0.0).reshape(values.shape)
-
-
-@triton.jit
-def _offsets_of_words(rows, n, N, BLOCK_N: tl.constexpr):
-    return rows.to(tl.int64)[:, None] * (tl.cdiv(N, BLOCK_N) * 8) + n // BLOCK_N * 8 + tl.arange(0, 8)[None, :]
-
-
 @triton.jit(do_not_specialize=["num_rows"])
 def grad_weight_kernel(
     a_desc,
@@ -214,7 +175,6 @@ def grad_weight_kernel(
     out,
     sums,
     offsets,
-    row_ends,
     num_rows,
     M,
     N,
@@ -223,10 +183,9 @@ def grad_weight_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
-    PREFETCH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[e] = a[rows of e].T @ b[rows of e], and unless it is `None` sums[e] = a[rows of e].sum(); without rows zeros.
+    """out[e] = a[rows of e].T @ b[rows of e] and sums[e] = a[rows of e].sum(), zeros for an expert without rows.
 
     First rows are multiples of `BLOCK_K`; rows without a slot are zeros in `a` and finite in `b`. Descriptors as in
     `grouped_gemm_kernel`.
@@ -236,31 +195,22 @@ def grad_weight_kernel(
         b_desc = tl.make_tensor_descriptor(b_desc, [num_rows, N], [N, 1], [BLOCK_K, BLOCK_N])
     num_parts = tl.cdiv(M, BLOCK_M)
     tiles_per_expert = num_parts * tl.cdiv(N, BLOCK_N)
-    num_tiles = num_experts * tiles_per_expert
-    start, end = _load_range(offsets, row_ends, tl.program_id(0) // tiles_per_expert, num_experts)
-    for index in tl.range(tl.program_id(0), num_tiles, NUM_PROGRAMS):
+    for index in tl.range(tl.program_id(0), num_experts * tiles_per_expert, NUM_PROGRAMS):
         expert = index // tiles_per_expert
-        next_start, next_end = start, end
-        if PREFETCH:  # of the next tile, which else would wait for them
-            next_start, next_end = _load_range(
-                offsets, row_ends, (index + NUM_PROGRAMS) // tiles_per_expert, num_experts
-            )
-        else:
-            start, end = _load_range(offsets, row_ends, expert, num_experts)
-        # the tiles with sums behind each other, so that each program gets some
+        # those with sums behind each other, so that each program gets some
         n = index % tiles_per_expert // num_parts * BLOCK_N
         m = index % num_parts * BLOCK_M
+        start = tl.load(offsets + expert)
+        end = tl.load(offsets + expert + 1)
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if sums is not None and n == 0:
-            # sums as products with ones: the tensor cores read `a` where it is, in shared memory
-            ones = tl.full((BLOCK_K, 16), 1.0, a_desc.dtype)
-            total = tl.zeros((BLOCK_M, 16), tl.float32)
+        if n == 0:
+            total = tl.zeros((8, BLOCK_M), tl.float32)  # of every eighth row: a thread has several of them
             for row in tl.range(start, end, BLOCK_K):
                 a = a_desc.load([row, m])
                 accumulator = tl.dot(a.T, b_desc.load([row, n]), accumulator, input_precision=PRECISION)
-                total = tl.dot(a.T, ones, total, input_precision=PRECISION)
+                total += tl.sum(a.reshape(BLOCK_K // 8, 8, BLOCK_M).to(tl.float32), axis=0)
             parts = m + tl.arange(0, BLOCK_M)
-            total = tl.max(total, axis=1).to(sums.dtype.element_ty)  # they are equal
+            total = tl.sum(total, axis=0).to(sums.dtype.element_ty)
             tl.store(sums + expert.to(tl.int64) * M + parts, total, mask=parts < M)
         else:
             for row in tl.range(start, end, BLOCK_K):
@@ -272,28 +222,3 @@ def grad_weight_kernel(
         out_offsets = (expert.to(tl.int64) * M + rows)[:, None] * N + columns[None, :]
         mask = (rows < M)[:, None] & (columns < N)[None, :]
         tl.store(out + out_offsets, accumulator.to(out.dtype.element_ty), mask=mask)
-        start, end = next_start, next_end
-
-
-@triton.jit
-def _load_range(offsets, row_ends, expert, num_experts):
-    expert = tl.minimum(expert, num_experts - 1)
-    return tl.load(offsets + expert), tl.load(row_ends + expert)
-
-
-@triton.jit
-def sum_rows_kernel(values, out, offsets, row_ends, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """out[e] = values[rows of e].sum(), zeros for an expert without rows."""
-    expert = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    end = tl.load(row_ends + expert)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in tl.range(tl.load(offsets + expert), end, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        mask = (rows < end)[:, None] & (columns < width)[None, :]
-        total += tl.load(values + rows.to(tl.int64)[:, None] * width + columns[None, :], mask=mask, other=0.0)
-    tl.store(
-        out + expert.to(tl.int64) * width + columns,
-        tl.sum(total, axis=0).to(out.dtype.element_ty),
-        mask=columns < width,
-    )
