@@ -1,36 +1,31 @@
-"""Kernels of the MoE layer: what they have to do, whether they do it right, and how long variants of them take.
+"""Kernels of the MoE layer: what they have to do, and what they take.
 
     python examples/benchmarks/bench_layer_kernels.py --roofline
     python examples/benchmarks/bench_layer_kernels.py --output layer_kernels.json
 
 The first needs no GPU: FLOPs and bytes of each kernel of forward and backward, and the time that they need at least.
-The second checks outputs and gradients of each variant of the experts against float32 and a second run, then times the
-layer with each beside the dense feed-forward of the same FLOPs, then single kernels with other tiles, and last all
-kernels of a step. All of it in one process. Sizes, tokens and weights are those of bench_experts.py.
+The second has all kernels of a step, of the dense feed-forward of the same FLOPs and of the sparse layer. Whole layers
+are timed by bench_experts.py, whose tokens and weights these are.
 """
 
 import argparse
-import contextlib
-import functools
 import json
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_experts import captured, step_of
+from bench_experts import step_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from triton.testing import do_bench
 
 from hf_moe_ted import ZCodeM3Config, ZCodeM3Model
 
 SIZES = [(65536, 64), (65536, 128), (16384, 64), (16384, 128), (4096, 64)]
-PROFILED = [(65536, 64), (16384, 64)]
 D_MODEL, FFN_DIM = 1024, 4096
+TILE_ROWS = 128
 FLOPS_PER_MS, BYTES_PER_MS = 790e9, 4.3e9  # of an H200: products in bfloat16, copies
 
 
@@ -38,280 +33,82 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--roofline", action="store_true", help="what the kernels have to do, no GPU")
     parser.add_argument("--sizes", nargs="+", help="tokens,experts; default: the five with targets")
-    parser.add_argument("--variants", nargs="+", help="default: all")
-    parser.add_argument("--parts", nargs="+", default=["checks", "layer", "profile", "sweep"])
-    parser.add_argument("--seconds", type=float, default=140.0, help="no new size is begun in the sweep after these")
-    parser.add_argument("--output", type=Path, help="JSON, written after each row")
+    parser.add_argument("--output", type=Path, help="JSON, written after each size")
     args = parser.parse_args()
     sizes = SIZES if args.sizes is None else [tuple(map(int, size.split(","))) for size in args.sizes]
     if args.roofline:
         Console(width=140).print(roofline_table(sizes))
         return
-    bench = Bench(args.output, time.perf_counter() + args.seconds)
-    variants = {name: all_variants()[name] for name in args.variants or all_variants()}
-    if "checks" in args.parts:
-        for name, settings in variants.items():
-            bench.add("checks", check(name, settings))
-        for has_half in (False, True):
-            bench.add("checks", check_router({"_HALF_PRODUCTS": has_half}))
-    if "layer" in args.parts:
-        for num_tokens, num_experts in sizes:
-            bench.add("layer", time_layer(num_tokens, num_experts, variants))
-        Console(width=160).print(layer_table(bench.results["layer"], list(variants)))
-    if "profile" in args.parts:
-        for num_tokens, num_experts in PROFILED:
-            bench.add("profile", profile(num_tokens, num_experts))
-    if "sweep" in args.parts:
-        for num_tokens, num_experts in sorted(sizes, key=lambda size: size not in PROFILED):
-            bench.add("sweep", sweep(num_tokens, num_experts, bench.deadline))
-
-
-class Bench:
-    """Rows so far, printed and written one by one."""
-
-    def __init__(self, output: Path | None, deadline: float):
-        self.output = output
-        self.deadline = deadline
-        self.start = time.perf_counter()
-        device = torch.cuda.get_device_name()
-        self.results: dict[str, Any] = {"device": device, "torch": torch.__version__}
-
-    def add(self, part: str, row: dict[str, Any]) -> None:
-        row["at_s"] = round(time.perf_counter() - self.start, 1)
-        self.results.setdefault(part, []).append(row)
-        print(part, json.dumps(row), flush=True)
-        if self.output:
-            self.output.write_text(json.dumps(self.results, indent=1) + "\n")
+    rows: list[dict[str, Any]] = []
+    for size in sizes:
+        rows.append(profile(*size))
+        Console(width=140).print(profile_table(rows[-1]))
+        if args.output:
+            setting = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+            args.output.write_text(json.dumps(setting | {"rows": rows}, indent=1) + "\n")
 
 
 # --- What the kernels have to do
 
 
-def roofline(num_tokens: int, num_experts: int, width: int = D_MODEL, inner: int = FFN_DIM) -> list[dict[str, Any]]:
-    """GFLOP, with the rows that fill up tiles, and GB of each kernel, top-1, and its ms at the device's speeds.
+@dataclass(frozen=True)
+class Work:
+    """Of one kernel.
 
-    Rows per expert are those of one random routing, uniform over the experts. "before" is the time of products whose
-    last tiles are whole, of which "now" takes halves.
+    Attributes:
+        flops: that are asked for.
+        computed: flops with the rows that fill up tiles.
+        moved: bytes read and written, each once.
     """
+
+    kernel: str
+    flops: int
+    computed: int
+    moved: int
+
+    @property
+    def milliseconds(self) -> float:
+        return max(self.computed / FLOPS_PER_MS, self.moved / BYTES_PER_MS)
+
+
+def work_of_a_step(num_tokens: int, num_experts: int) -> list[Work]:
+    """In bfloat16, top-1. Rows per expert are those of one random routing, uniform over the experts."""
     generator = torch.Generator().manual_seed(0)
     rows_E = torch.randint(num_experts, (num_tokens,), generator=generator).bincount(minlength=num_experts)
-    tokens, activations = 2 * num_tokens * width, 2 * num_tokens * inner  # bytes in bfloat16
-    weights, mask = 2 * num_experts * width * inner, num_tokens * inner // 8
-
-    def product(name: str, moved: int, before: int = 0) -> dict[str, Any]:
-        whole, half = (sum(-(-rows // tile) * tile for rows in rows_E.tolist()) for tile in (128, 64))
-        flops = [2 * rows * width * inner for rows in (num_tokens, whole, half)]
-        return times(name, flops, moved, before)
-
-    def times(name: str, flops: list[int], moved: int, before: int) -> dict[str, Any]:
-        exact, whole, half = flops
-        return {
-            "kernel": name,
-            "gflop": exact / 1e9,
-            "gb": moved / 1e9,
-            "ms_flop": exact / FLOPS_PER_MS,
-            "ms_byte": moved / BYTES_PER_MS,
-            "before": max(whole / FLOPS_PER_MS, (moved + before) / BYTES_PER_MS),
-            "now": max(half / FLOPS_PER_MS, moved / BYTES_PER_MS),
-        }
-
-    def move(name: str, moved: int, before: int = 0) -> dict[str, Any]:
-        return times(name, [0, 0, 0], moved, before)
-
-    def weight_product(name: str) -> dict[str, Any]:
-        return times(name, [2 * num_tokens * width * inner] * 3, tokens + activations + weights, 0)
-
-    router = 2 * num_tokens * width * num_experts
-    logits = 4 * num_tokens * num_experts
+    num_rows = int((rows_E + TILE_ROWS - 1).div(TILE_ROWS, rounding_mode="floor").sum()) * TILE_ROWS
+    tokens, inner = 2 * num_tokens * D_MODEL, 2 * num_tokens * FFN_DIM  # bytes
+    weights, logits = 2 * num_experts * D_MODEL * FFN_DIM, 4 * num_tokens * num_experts
+    router = 2 * num_tokens * D_MODEL * num_experts
+    flops, computed = (2 * rows * D_MODEL * FFN_DIM for rows in (num_tokens, num_rows))
     return [
-        times("router", [router] * 3, tokens + logits, 0),
-        move("gather", 2 * tokens),
-        product("up", tokens + weights + activations + mask, before=-mask),
-        product("down", activations + weights + 2 * tokens),
-        move("gather backward", 3 * tokens),
-        product("gradient", tokens + weights + activations + mask, before=activations - mask),
-        product("gradient of input", activations + weights + tokens),
-        weight_product("weight gradient, up"),
-        weight_product("weight gradient, down"),
-        {**move("sums", 0, before=tokens + activations)},
-        times("router backward", [2 * router] * 3, 2 * tokens + 3 * logits, 0),
-        move("sum of two gradients", 3 * tokens),
+        Work("router", router, router, tokens + logits),
+        Work("gather", 0, 0, 2 * tokens),
+        Work("up", flops, computed, tokens + weights + inner),
+        Work("down, with outputs before their weights", flops, computed, inner + weights + 2 * tokens),
+        Work("gather backward", 0, 0, 3 * tokens),
+        Work("gradient at the activation", flops, computed, tokens + weights + 2 * inner),
+        Work("gradient of input", flops, computed, inner + weights + tokens),
+        Work("gradients of up and its bias", flops, flops, tokens + inner + weights),
+        Work("gradients of down and its bias", flops, flops, tokens + inner + weights),
+        Work("router backward", 2 * router, 2 * router, 2 * tokens + 3 * logits),
+        Work("sum of two gradients", 0, 0, 3 * tokens),
     ]
 
 
 def roofline_table(sizes: list[tuple[int, int]]) -> Table:
-    result = Table(title="GFLOP / GB / ms at least, before and now")
-    rows = {size: roofline(*size) for size in sizes}
+    result = Table(title="GFLOP / GB / milliseconds at least")
     result.add_column("kernel")
     for num_tokens, num_experts in sizes:
         result.add_column(f"{num_tokens:,}, {num_experts}", justify="right")
-    for kernels in zip(*rows.values(), strict=True):
-        cells = [f"{k['gflop']:.0f} / {k['gb']:.2f} / {k['before']:.3f} {k['now']:.3f}" for k in kernels]
-        result.add_row(kernels[0]["kernel"], *cells)
-    sums = [[sum(kernel[key] for kernel in kernels) for key in ("before", "now")] for kernels in rows.values()]
-    result.add_row("sum", *(f"{before:.2f} {now:.2f}" for before, now in sums))
+    columns = [work_of_a_step(*size) for size in sizes]
+    for kernels in zip(*columns, strict=True):
+        cells = [f"{k.flops / 1e9:.0f} / {k.moved / 1e9:.2f} / {k.milliseconds:.3f}" for k in kernels]
+        result.add_row(kernels[0].kernel, *cells)
+    result.add_row("sum", *(f"{sum(kernel.milliseconds for kernel in kernels):.2f}" for kernels in columns))
     return result
 
 
-# --- Variants
-
-
-def all_variants() -> dict[str, dict[str, Any]]:
-    """Settings of each variant, by the names of constants in row_plan.py, fused_ffn.py and fused_router.py."""
-    from hf_moe_ted.kernels.fused_ffn import GemmConfig
-
-    before = {
-        "_MASK_AS_BITS": False,
-        "_SUMS_IN_WEIGHT_PRODUCT": False,
-        "_HALF_TILES": False,
-        "_PREFETCH": False,
-        "_HALF_PRODUCTS": False,
-        "_WEIGHT_CONFIGS": (GemmConfig(128, 128, 32, 4, 5, 2),) * 2,
-    }
-    bits = before | {"_MASK_AS_BITS": True}
-    return {
-        "before": before,
-        "bits": bits,
-        "bits, sums": bits | {"_SUMS_IN_WEIGHT_PRODUCT": True},
-        "bits, halves": bits | {"_HALF_TILES": True},
-        "as it is": {},
-        "128 x 256 weight tiles": {"_WEIGHT_CONFIGS": (GemmConfig(128, 256, 64, 8, 4),) * 2},
-        "3 weight programs": {"_WEIGHT_CONFIGS": (GemmConfig(128, 128, 32, 4, 4, 3, 168),) * 2},
-    }
-
-
-@contextlib.contextmanager
-def settings_of(settings: dict[str, Any]) -> Iterator[None]:
-    from hf_moe_ted.kernels import fused_ffn, fused_router, row_plan
-
-    before = []
-    for name, value in settings.items():
-        module = next(module for module in (row_plan, fused_ffn, fused_router) if hasattr(module, name))
-        before.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
-
-
-# --- Checks
-
-
-def check(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Largest relative errors of output and gradients against float32, over routings of all kinds, in new memory full
-    of NaN; and whether two runs are equal to the bit.
-    """
-    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills new memory with NaN
-    errors, is_same = {}, True
-    with settings_of(settings):
-        for case in ("random", "skewed", "all on one", "some dropped", "empty experts"):
-            for num_tokens in (3000, 1500):
-                inputs, ids, cotangent = example(case, num_tokens, 16, 264, 520)
-                actual, again = (experts_step(inputs, ids, cotangent) for _ in range(2))
-                expected = reference_step(inputs, ids, cotangent)
-                is_same &= all(torch.equal(one, other) for one, other in zip(actual, again, strict=True))
-                for part, one, other in zip(PARTS, actual, expected, strict=True):
-                    error = (one.float() - other).norm() / other.norm().clamp(min=1e-30)
-                    error = error.item() if one.isfinite().all() else float("nan")
-                    errors[part] = error if error != error else max(errors.get(part, 0.0), error)
-    torch.use_deterministic_algorithms(False)
-    is_right = is_same and all(error < 1.2e-2 for error in errors.values())
-    return {
-        "variant": name,
-        "right": is_right,
-        "bit-equal": is_same,
-        "errors": {k: f"{v:.1e}" for k, v in errors.items()},
-    }
-
-
-def check_router(settings: dict[str, Any]) -> dict[str, Any]:
-    """Relative errors of logits and gradients against float64."""
-    from hf_moe_ted.kernels.fused_router import fused_route
-
-    torch.manual_seed(0)
-    hidden, weight = (
-        torch.randn(5000, 264, device="cuda").bfloat16(),
-        torch.randn(72, 264, device="cuda").bfloat16() / 16,
-    )
-    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
-    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    with settings_of(settings):
-        logits, probs, choices = fused_route(*inputs, None, 1)
-        cotangents = [torch.randn_like(logits), torch.randn_like(probs)]
-        actual = [logits, *torch.autograd.grad([logits, probs], inputs, cotangents)]
-    exact_logits = exact_inputs[0] @ exact_inputs[1].T
-    exact_probs = exact_logits.softmax(dim=-1).gather(1, choices)
-    cotangents = [cotangent.double() for cotangent in cotangents]
-    expected = [exact_logits, *torch.autograd.grad([exact_logits, exact_probs], exact_inputs, cotangents)]
-    errors = [(one.double() - other).norm() / other.norm() for one, other in zip(actual, expected, strict=True)]
-    return settings | dict(zip(("logits", "hidden", "weight"), [f"{error:.1e}" for error in errors], strict=True))
-
-
-PARTS = ("output", "hidden", "weights", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
-
-
-def example(
-    case: str, num_tokens: int, num_experts: int, width: int, inner: int
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Hidden states, routing weights and parameters in bfloat16; ids of experts; cotangent."""
-    torch.manual_seed(0)
-    ids = torch.randint(num_experts, (num_tokens, 2), device="cuda")
-    if case == "skewed":
-        ids = (torch.rand(num_tokens, 2, device="cuda") ** 4 * num_experts).long()
-    elif case == "all on one":
-        ids[:] = num_experts - 1
-        ids[:, 1] = num_experts
-    elif case == "some dropped":
-        ids[torch.rand(ids.shape, device="cuda") < 0.3] = num_experts
-    elif case == "empty experts":
-        ids[ids % 2 == 0] = num_experts
-    shapes = [(inner, width), (inner,), (width, inner), (width,)]
-    scales = [width**-0.5, 0.3, inner**-0.5, 0.3]
-    parameters = [torch.randn(num_experts, *s, device="cuda") * x for s, x in zip(shapes, scales, strict=True)]
-    hidden, cotangent = torch.randn(2, num_tokens, width, device="cuda")
-    inputs = [hidden, torch.rand(num_tokens, 2, device="cuda"), *parameters]
-    return [tensor.bfloat16().requires_grad_() for tensor in inputs], ids, cotangent.bfloat16()
-
-
-def experts_step(inputs: list[Tensor], ids: Tensor, cotangent: Tensor) -> list[Tensor]:
-    from hf_moe_ted.kernels.fused_ffn import fused_ffn_experts_forward
-
-    experts = nn.Module()
-    hidden, weights, experts.up_proj, experts.up_proj_bias, experts.down_proj, experts.down_proj_bias = [
-        nn.Parameter(tensor.detach()) for tensor in inputs
-    ]
-    experts.num_experts = len(experts.up_proj)
-    output = fused_ffn_experts_forward(experts, hidden, ids, weights)
-    return [output.detach(), *torch.autograd.grad(output, [hidden, weights, *experts.parameters()], cotangent)]
-
-
-def reference_step(inputs: list[Tensor], ids: Tensor, cotangent: Tensor) -> list[Tensor]:
-    """In float32, with activations rounded as the kernels round them, so that ReLU has the same units."""
-    inputs = [tensor.detach().float().requires_grad_() for tensor in inputs]
-    x, w, up, up_bias, down, down_bias = inputs
-    output = torch.zeros_like(x)
-    for expert in range(len(up)):
-        token, slot = torch.where(ids == expert)
-        inner = torch.relu(x[token] @ up[expert].T + up_bias[expert])
-        result = (inner @ down[expert].T + down_bias[expert]) * w[token, slot, None]
-        output = output.index_add(0, token, result)
-    return [output.detach(), *torch.autograd.grad(output, inputs, cotangent.float())]
-
-
-# --- Times
-
-
-def time_layer(num_tokens: int, num_experts: int, variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Milliseconds of forward and backward, step by step and as a CUDA graph, dense and of each variant."""
-    dense, layer, hidden, cotangent = modules(num_tokens, num_experts)
-    row: dict[str, Any] = {"tokens": num_tokens, "experts": num_experts, "dense": timed(dense, hidden, cotangent)}
-    for name, settings in variants.items():
-        with settings_of(settings):
-            row[name] = timed(layer, hidden, cotangent)
-    row["dense again"] = timed(dense, hidden, cotangent)
-    return row
+# --- What they take
 
 
 def modules(num_tokens: int, num_experts: int) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
@@ -331,26 +128,6 @@ def modules(num_tokens: int, num_experts: int) -> tuple[nn.Module, nn.Module, Te
     model.set_experts_implementation("zcode_fused")
     dense, layer = (layer.ffn for layer in model.to(torch.bfloat16).encoder.layers)
     return dense, layer, hidden, cotangent
-
-
-def timed(module: nn.Module, hidden: Tensor, cotangent: Tensor) -> dict[str, float]:
-    step = step_of(module, hidden, cotangent)
-    step()
-    return {"step": milliseconds(step, 100), "graph_step": milliseconds(captured(step), 100)}
-
-
-def layer_table(rows: list[dict[str, Any]], variants: list[str]) -> Table:
-    result = Table(title="milliseconds of forward and backward, and their ratios to dense (step by step; as graphs)")
-    for column in ("tokens", "experts", "dense", *variants):
-        result.add_column(column, justify="right")
-    for row in rows:
-        dense = {key: min(row["dense"][key], row["dense again"][key]) for key in row["dense"]}
-        cells = [f"{dense['step']:.3f}, {dense['graph_step']:.3f}"]
-        for name in variants:
-            ratios = [row[name][key] / dense[key] for key in ("step", "graph_step")]
-            cells.append(f"{row[name]['step']:.3f}, {row[name]['graph_step']:.3f} ({ratios[0]:.2f}; {ratios[1]:.2f})")
-        result.add_row(f"{row['tokens']:,}", str(row["experts"]), *cells)
-    return result
 
 
 def profile(num_tokens: int, num_experts: int) -> dict[str, Any]:
@@ -390,142 +167,15 @@ def kernels_of(record: Any, num_steps: int) -> list[tuple[str, float]]:
     ]
 
 
-def milliseconds(function: Callable[[], None], rep: int = 40) -> float:
-    return do_bench(function, warmup=20, rep=rep, return_mode="median")
-
-
-# --- Tiles
-
-
-def sweep(num_tokens: int, num_experts: int, deadline: float) -> dict[str, Any]:
-    """Milliseconds of single kernels with other tiles."""
-    row: dict[str, Any] = {"tokens": num_tokens, "experts": num_experts}
-    if time.perf_counter() > deadline:
-        return row | {"left out": "no time"}
-    parts = (sweep_of_weight_products, sweep_of_row_products, sweep_of_gather)
-    if num_experts == 64:
-        parts += (sweep_of_router,)
-    for part in parts:
-        row[part.__name__] = {name: round(ms, 4) for name, ms in part(num_tokens, num_experts)}
-    return row
-
-
-def sweep_of_weight_products(num_tokens: int, num_experts: int) -> Iterator[tuple[str, float]]:
-    """Both weight gradients, and the sums of their first factors."""
-    from hf_moe_ted.kernels import fused_ffn
-
-    configs = {
-        "128 128 32, 4 warps, 5 stages, 2 programs": (128, 128, 32, 4, 5, 2),
-        "128 128 32, 4 warps, 4 stages, 3 programs": (128, 128, 32, 4, 4, 3, 168),
-        "128 128 64, 4 warps, 3 stages, 2 programs": (128, 128, 64, 4, 3, 2),
-        "128 256 64, 8 warps, 4 stages, 1 program": (128, 256, 64, 8, 4, 1),
-        "256 128 64, 8 warps, 4 stages, 1 program": (256, 128, 64, 8, 4, 1),
-    }
-    for name, config in configs.items():
-        settings = {"_WEIGHT_CONFIGS": (fused_ffn.GemmConfig(*config),) * 2}
-        for has_sums, prefetches in ((False, False), (True, False), (True, True)):
-            choice = {"_SUMS_IN_WEIGHT_PRODUCT": has_sums, "_PREFETCH": prefetches}
-            with settings_of(settings | choice):
-                plan, wide, narrow = rows_and_plan(num_tokens, num_experts)
-                label = f"{name}{', sums' if has_sums else ' + sums'}{', prefetch' if prefetches else ''}"
-                for kind, a, b in (("up", wide, narrow), ("down", narrow, wide)):
-                    yield f"{kind}: {label}", milliseconds(functools.partial(fused_ffn._weight_and_bias, a, b, plan))
-
-
-def sweep_of_row_products(num_tokens: int, num_experts: int) -> Iterator[tuple[str, float]]:
-    from hf_moe_ted.kernels import fused_ffn
-    from hf_moe_ted.kernels.fused_ffn import GemmConfig
-
-    chosen = fused_ffn._ROW_CONFIGS
-    configs = {
-        "128 256 64, 8 warps, 4 stages": (GemmConfig(128, 256, 64, 8, 4), False),
-        "128 256 64, 8 warps, 4 stages, halves": (GemmConfig(128, 256, 64, 8, 4), True),
-        "64 256 64, 4 warps, 4 stages": (GemmConfig(64, 256, 64, 4, 4), False),
-        "64 256 64, 8 warps, 4 stages": (GemmConfig(64, 256, 64, 8, 4), False),
-    }
-    for name, (config, has_halves) in configs.items():
-        with settings_of({"_ROW_CONFIGS": (*chosen[:2], config), "_HALF_TILES": has_halves}):
-            for kind, call in row_products(num_tokens, num_experts).items():
-                yield f"{kind}: {name}", milliseconds(call)
-
-
-def row_products(num_tokens: int, num_experts: int) -> dict[str, Callable[[], None]]:
-    """The four products of rows, with tensors of their own."""
-    from hf_moe_ted.kernels.fused_ffn import _row_product
-
-    plan, wide, narrow = rows_and_plan(num_tokens, num_experts)
-    up = torch.randn(num_experts, FFN_DIM, D_MODEL, device="cuda", dtype=torch.bfloat16) * 0.03
-    down = up.view(num_experts, D_MODEL, FFN_DIM)
-    bias = torch.zeros(num_experts, FFN_DIM, device="cuda", dtype=torch.bfloat16)
-    weights = torch.ones(num_tokens, 1, device="cuda", dtype=torch.bfloat16)
-    slots, unweighted = torch.empty(2, num_tokens, D_MODEL, device="cuda", dtype=torch.bfloat16)
-    inner = torch.empty_like(wide)
-    active = torch.zeros(len(wide), FFN_DIM // 32, device="cuda", dtype=torch.int32)
-    weighting = {"bias": bias, "weights": weights, "unweighted": unweighted}
-    return {
-        "up": lambda: _row_product("up", narrow, up, inner, plan, bias=bias, active=active),
-        "down": lambda: _row_product("down", wide, down, slots, plan, **weighting),
-        "gradient": lambda: _row_product("grad_inner", narrow, down, inner, plan, active=active),
-        "gradient of input": lambda: _row_product("grad_input", wide, up, slots, plan),
-    }
-
-
-def sweep_of_gather(num_tokens: int, num_experts: int) -> Iterator[tuple[str, float]]:
-    from hf_moe_ted.kernels import fused_ffn
-
-    plan, _, rows = rows_and_plan(num_tokens, num_experts)
-    tokens, slots, unweighted = torch.randn(3, num_tokens, D_MODEL, device="cuda", dtype=torch.bfloat16)
-    weights = torch.ones(num_tokens, 1, device="cuda", dtype=torch.bfloat16)
-    weighting = {"weights": weights, "unweighted": unweighted, "grad_weights": torch.empty_like(weights)}
-    for sizes in ((16, 512), (8, 1024), (16, 256), (32, 256), (64, 128)):
-        with settings_of({"_GATHER_ROWS": sizes[0], "_GATHER_COLUMNS": sizes[1]}):
-            for kind, options in (("forward", {}), ("backward", weighting)):
-                options = options | {"rows": rows, "slots_out": slots}
-                call = functools.partial(fused_ffn._gather, tokens, plan, 1, **options)
-                yield f"{kind}: {sizes}", milliseconds(call)
-
-
-def rows_and_plan(num_tokens: int, num_experts: int) -> tuple[Any, Tensor, Tensor]:
-    """Plan of a random routing, and rows of inner and of model width."""
-    from hf_moe_ted.kernels import fused_ffn
-    from hf_moe_ted.kernels.row_plan import RowPlan, plan_rows
-
-    torch.manual_seed(0)
-    ids = torch.randint(num_experts, (num_tokens, 1), device="cuda")
-    case = num_tokens, num_experts, torch.bfloat16, ids.device
-    sizes = fused_ffn.row_config(*case).block_m, fused_ffn.rows_step(*case)
-    plan = RowPlan.of(plan_rows(ids, num_experts, *sizes), num_tokens, num_experts, *sizes)
-    return plan, *(torch.randn(plan.num_rows, n, device="cuda", dtype=torch.bfloat16) for n in (FFN_DIM, D_MODEL))
-
-
-def sweep_of_router(num_tokens: int, num_experts: int) -> Iterator[tuple[str, float]]:
-    """Forward, and backward with one kernel's tiles changed at a time."""
-    from hf_moe_ted.kernels import fused_router
-    from hf_moe_ted.kernels.fused_router import RouterTiles
-
-    torch.manual_seed(0)
-    hidden = torch.randn(num_tokens, D_MODEL, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(num_experts, D_MODEL, device="cuda", dtype=torch.bfloat16) * 0.03
-    forward: tuple[Any, ...] = (hidden, weight, None, None, 0.0, 1)
-    logits, probs, choices = fused_router.route(*forward)
-    backward = (
-        logits, choices, None, torch.randn_like(probs), hidden, weight, None, 0.0, hidden.dtype, True, True, False,
-    )  # fmt: skip
-    for name, settings in (("", {}), (", TF32", {"_HALF_PRODUCTS": False})):
-        with settings_of(settings):
-            yield f"forward{name}", milliseconds(lambda: fused_router.route(*forward))
-            yield f"backward{name}", milliseconds(lambda: fused_router.route_backward(*backward))
-    for tiles in ((64, 64, 64, 4, 3), (128, 64, 64, 8, 3), (64, 32, 64, 4, 3)):
-        with settings_of({"route_tiles": lambda *_, tiles=tiles: RouterTiles(*tiles)}):
-            yield f"forward, {tiles}", milliseconds(lambda: fused_router.route(*forward))
-    for tiles in ((64, 64, 64, 4, 2), (128, 64, 64, 8, 2), (64, 128, 64, 4, 2), (128, 128, 64, 8, 2)):
-        with settings_of({"hidden_tiles": lambda *_, tiles=tiles: RouterTiles(*tiles)}):
-            yield f"backward, hidden {tiles}", milliseconds(lambda: fused_router.route_backward(*backward))
-    for tiles in ((64, 64, 64, 4, 3), (32, 128, 64, 4, 3), (64, 128, 64, 8, 3)):
-        with settings_of({"weight_tiles": lambda *_, tiles=tiles: RouterTiles(*tiles)}):
-            yield f"backward, weight {tiles}", milliseconds(lambda: fused_router.route_backward(*backward))
-    with settings_of({"_WEIGHT_PROGRAMS": 1024}):
-        yield "backward, 1024 weight programs", milliseconds(lambda: fused_router.route_backward(*backward))
+def profile_table(row: dict[str, Any]) -> Table:
+    result = Table(title=f"microseconds of a step, {row['tokens']:,} tokens, {row['experts']} experts")
+    for column in ("layer", "kernel", "us"):
+        result.add_column(column)
+    for name in ("dense", "sparse"):
+        for kernel, microseconds in row[name]:
+            result.add_row(name, kernel, f"{microseconds:.1f}")
+        result.add_row(name, "sum", f"{sum(us for _, us in row[name]):.1f}", end_section=True)
+    return result
 
 
 if __name__ == "__main__":

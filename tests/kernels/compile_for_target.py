@@ -100,10 +100,10 @@ def experts_of(dtype: torch.dtype, num_slots: int) -> None:
     up, down, *biases = experts_parameters(dtype)
     tokens, weights = torch.zeros(num_slots, WIDTH, dtype=dtype), torch.zeros(num_slots, 1)
     ids = torch.zeros(num_slots, 1, dtype=torch.int64)
-    case = num_slots, NUM_EXPERTS, dtype, tokens.device
-    sizes = fused_ffn.row_config(*case).block_m, fused_ffn.rows_step(*case)
+    block_m = fused_ffn.row_config(num_slots, NUM_EXPERTS, dtype, tokens.device).block_m
+    sizes = block_m, fused_ffn.rows_step(block_m, dtype, tokens.device)
     plan = row_plan.plan_rows(ids, NUM_EXPERTS, *sizes)
-    output, *kept = fused_ffn.relu_experts(tokens, weights, up, biases[0], down, biases[1], plan, *sizes, True, True)
+    output, *kept = fused_ffn.relu_experts(tokens, weights, up, biases[0], down, biases[1], plan, *sizes, True)
     fused_ffn.relu_experts_backward(torch.zeros_like(output), weights, up, down, *kept, plan, *sizes, True)
 
 

@@ -1,7 +1,7 @@
 """Ungated ReLU experts with biases in Triton kernels: `experts_implementation="zcode_fused"`.
 
 Bias, activation, routing weight and the way from rows to slots are part of the matrix products. In backward gradients
-of routing weights come from the gather, those of biases from sums of rows. Nothing waits for the device.
+of routing weights come from the gather, those of biases with those of weights. Nothing waits for the device.
 `torch.compile` sees the products as custom operators.
 
 Shape letters: T tokens, K slots per token, S = T * K slots, R rows, E experts, D model width, F inner width.
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -20,14 +19,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import triton_ffn
 from .device_guard import on_device_of_first
 from .grouped_ffn import grouped_ffn_experts_forward, parameters_in_dtype_of_products
-from .row_plan import RowPlan, has_half_tiles, plan_rows, plan_rows_op
+from .row_plan import RowPlan, plan_rows, plan_rows_op
 from .small_batch_ffn import MAX_SLOTS, MAX_SLOTS_COMPILED, small_batch_relu_experts, small_batch_relu_experts_op
 
 _GATHER_ROWS, _GATHER_COLUMNS = 16, 512
-_MASK_AS_BITS = True  # else backward reads the activations for ReLU's mask
-_PREFETCH = True
-_SUMS_IN_WEIGHT_PRODUCT = True  # else gradients of biases are kernels of their own
-_WORDS = {64: torch.int8, 128: torch.int16, 256: torch.int32}  # of a tile's columns, eight for each row
 
 
 @dataclass(frozen=True)
@@ -40,15 +35,12 @@ class GemmConfig:
     num_warps: int
     num_stages: int
     programs_per_sm: int = 1
-    max_registers: int | None = None  # of a thread
 
 
 # Of 16-bit products, for at most 16 rows of an expert, for at most 48, and for more. Where a program has no 227 KiB of
 # shared memory, as on a Hopper, 99 must do (compute capability 8.6, 8.9, 12.0), also where there are 163 (8.0).
 _ROW_CONFIGS = GemmConfig(16, 64, 128, 4, 4, 2), GemmConfig(64, 256, 64, 4, 4), GemmConfig(128, 256, 64, 8, 4)
 _ROW_CONFIGS_OF_99_KIB = GemmConfig(16, 64, 128, 4, 4), GemmConfig(64, 128, 64, 4, 3), GemmConfig(128, 128, 64, 8, 3)
-# Of gradients of weights, for at most 512 rows of an expert, and for more.
-_WEIGHT_CONFIGS = GemmConfig(128, 128, 32, 4, 5, 2), GemmConfig(128, 128, 32, 4, 5, 2)
 
 
 def row_config(num_rows: int, num_experts: int, dtype: torch.dtype, device: torch.device) -> GemmConfig:
@@ -60,19 +52,16 @@ def row_config(num_rows: int, num_experts: int, dtype: torch.dtype, device: torc
     return configs[0] if rows_per_expert <= 16 else configs[1] if rows_per_expert <= 48 else configs[2]
 
 
-def weight_config(num_rows: int, num_experts: int, dtype: torch.dtype, device: torch.device) -> GemmConfig:
+def weight_config(dtype: torch.dtype, device: torch.device) -> GemmConfig:
     """For gradients of weights."""
     if dtype == torch.float32:
         return GemmConfig(64, 64, 32, 4, 3, 2)
-    if not has_much_shared_memory(device):
-        return GemmConfig(128, 128, 32, 8, 4)
-    return _WEIGHT_CONFIGS[num_rows > 512 * num_experts]
+    return GemmConfig(128, 128, 32, 4, 5, 2) if has_much_shared_memory(device) else GemmConfig(128, 128, 32, 8, 4)
 
 
-def rows_step(num_rows: int, num_experts: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows of an expert that gradients of its weights take at once; divides the `block_m` of `row_config`."""
-    block_m = row_config(num_rows, num_experts, dtype, device).block_m
-    return min(block_m, weight_config(num_rows, num_experts, dtype, device).block_k)
+def rows_step(block_m: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of an expert that gradients of its weights take at once."""
+    return min(block_m, weight_config(dtype, device).block_k)
 
 
 @on_device_of_first
@@ -87,8 +76,7 @@ def relu_experts(
     block_m: int,
     row_multiple: int,
     weights_need_grad: bool,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weighted outputs of experts, `weight * down(relu(up(token)))`.
 
     Args:
@@ -99,14 +87,13 @@ def relu_experts(
 
     Returns:
         float[T, K, D], the output of each slot, zeros for one without an expert; and for backward float[R, D] and
-        float[R, F], inputs and activations by row, a bit for each activation that is positive, empty unless something
-        needs a gradient, and float[T, K, D], outputs of slots with an expert before their weights, empty unless weights
-        need one.
+        float[R, F], inputs and activations by row, and float[T, K, D], outputs of slots with an expert before their
+        weights, empty unless weights need a gradient.
     """
     parts = RowPlan.of(plan, weights.numel(), up.shape[0], block_m, row_multiple)
-    output, rows, inner, active, unweighted = _outputs(tokens, weights, up, row_multiple, weights_need_grad, needs_grad)
+    output, rows, inner, unweighted = _outputs(tokens, weights, up, row_multiple, weights_need_grad)
     _gather(tokens, parts, weights.shape[1], rows=rows, slots_out=output)
-    _row_product("up", rows, up, inner, parts, bias=up_bias, active=active if active.numel() else None)
+    _row_product("up", rows, up, inner, parts, bias=up_bias)
     _row_product(
         "down",
         inner,
@@ -117,24 +104,20 @@ def relu_experts(
         weights=weights,
         unweighted=unweighted if weights_need_grad else None,
     )
-    return output, rows, inner, active, unweighted
+    return output, rows, inner, unweighted
 
 
 def _outputs(
-    tokens: Tensor, weights: Tensor, up: Tensor, row_multiple: int, weights_need_grad: bool, needs_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens: Tensor, weights: Tensor, up: Tensor, row_multiple: int, weights_need_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Memory for what `relu_experts` returns."""
     num_experts, inner_width, width = up.shape
     num_rows = RowPlan.max_rows(weights.numel(), num_experts, row_multiple)
     output = tokens.new_empty(*weights.shape, width)
-    block_n = row_config(weights.numel(), num_experts, tokens.dtype, tokens.device).block_n
-    num_words = triton.cdiv(inner_width, block_n) * 8
-    has_active = needs_grad and _MASK_AS_BITS
     return (
         output,
         tokens.new_empty(num_rows, width),
         tokens.new_empty(num_rows, inner_width),
-        tokens.new_empty((num_rows, num_words) if has_active else 0, dtype=_WORDS[block_n]),
         torch.empty_like(output) if weights_need_grad else output.new_empty(0),
     )
 
@@ -147,7 +130,6 @@ def relu_experts_backward(
     down: Tensor,
     rows: Tensor,
     inner: Tensor,
-    active: Tensor,
     unweighted: Tensor,
     plan: Tensor,
     block_m: int,
@@ -176,14 +158,13 @@ def relu_experts_backward(
         grad_weights=grad_weights,
     )
     grad_inner = torch.empty_like(inner)
-    mask = {"active": active} if active.numel() else {"inner": inner}
-    _row_product("grad_inner", weighted, down, grad_inner, parts, **mask)
+    _row_product("grad_inner", weighted, down, grad_inner, parts, inner=inner)
     _row_product("grad_input", grad_inner, up, grad_slots, parts)
     if not experts_need_grad:
         return grad_slots, grad_weights, *_no_gradients(up)
-    grad_up, grad_up_bias = _weight_and_bias(grad_inner, rows, parts)
+    grad_up, grad_up_bias = _weight_product(grad_inner, rows, parts)
     del grad_inner  # room for what follows
-    grad_down, grad_down_bias = _weight_and_bias(weighted, inner, parts)
+    grad_down, grad_down_bias = _weight_product(weighted, inner, parts)
     return grad_slots, grad_weights, grad_up, grad_up_bias, grad_down, grad_down_bias
 
 
@@ -192,8 +173,8 @@ def _no_gradients(up: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return up.new_empty(0), up.new_empty(0), up.new_empty(0), up.new_empty(0)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, weights, up, _, down, _, plan, ctx.block_m, ctx.row_multiple, *_ = inputs
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    _, weights, up, _, down, _, plan, ctx.block_m, ctx.row_multiple, _ = inputs
     _, *kept = output
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)  # or there would be zeros of the size of what is kept
@@ -211,7 +192,7 @@ def _backward(ctx: Any, backward: Any, grad_output: Tensor | None) -> tuple[Tens
         grad_slots.sum(dim=1) if grad_slots.shape[1] > 1 else grad_slots.squeeze(1),
         grad_weights if weights_need_grad else None,
         *(grad if needed else None for grad, needed in zip(grads, experts_need_grad, strict=True)),
-        *[None] * 5,
+        *[None] * 4,
     )
 
 
@@ -219,7 +200,7 @@ class _ReluExperts(torch.autograd.Function):
     """`relu_experts` in eager mode, where the operator's wrappers would take longer than the kernels."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         output = relu_experts(*inputs)
         _save_for_backward(ctx, inputs, output)
         return output
@@ -241,14 +222,14 @@ relu_experts_op.register_autograd(
 
 
 @relu_experts_op.register_fake
-def _(tokens: Tensor, weights: Tensor, up: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    *_, row_multiple, weights_need_grad, needs_grad = others
-    return _outputs(tokens, weights, up, row_multiple, weights_need_grad, needs_grad)
+def _(tokens: Tensor, weights: Tensor, up: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, row_multiple, weights_need_grad = others
+    return _outputs(tokens, weights, up, row_multiple, weights_need_grad)
 
 
 @relu_experts_backward_op.register_fake
 def _(grad_output: Tensor, weights: Tensor, up: Tensor, down: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    _, _, _, unweighted, *_, experts_need_grad = others
+    _, _, unweighted, *_, experts_need_grad = others
     grad_slots = grad_output.new_empty(*weights.shape, up.shape[2])
     grad_weights = torch.empty_like(weights) if unweighted.numel() else weights.new_empty(0)
     if not experts_need_grad:
@@ -295,7 +276,6 @@ def _row_product(
     bias: Tensor | None = None,
     weights: Tensor | None = None,
     unweighted: Tensor | None = None,
-    active: Tensor | None = None,
     inner: Tensor | None = None,
 ) -> None:
     config = row_config(plan.num_slots, plan.num_experts, a.dtype, a.device)
@@ -305,13 +285,11 @@ def _row_product(
     num_programs = num_multiprocessors(a.device) * config.programs_per_sm
     triton_ffn.grouped_gemm_kernel[(num_programs,)](
         _described(a, [plan.block_m, config.block_k]),
-        _described(a, [plan.block_m // 2, config.block_k]) if has_half_tiles(plan.block_m) else None,
         _described(b, [1, *b_block]),
         out,
         unweighted,
         bias,
         weights,
-        active,
         None if inner is None else _described(inner, [plan.block_m, config.block_n // 2]),
         None if has_tma(a.device) else a.shape[0],
         *plan.of_rows_and_tiles,
@@ -330,11 +308,10 @@ def _row_product(
     )
 
 
-def _weight_and_bias(a: Tensor, b: Tensor, plan: RowPlan) -> tuple[Tensor, Tensor]:
-    """Products of rows of `a` and `b` for each expert, [E, A, B], and sums of rows of `a`, [E, A]."""
-    config = weight_config(plan.num_slots, plan.num_experts, a.dtype, a.device)
-    out = a.new_empty(plan.num_experts, a.shape[1], b.shape[1])
-    sums = a.new_empty(plan.num_experts, a.shape[1]) if _SUMS_IN_WEIGHT_PRODUCT else None
+def _weight_product(a: Tensor, b: Tensor, plan: RowPlan) -> tuple[Tensor, Tensor]:
+    """`a.T @ b` of the rows of each expert, [E, A, B], and sums of its rows of `a`, [E, A]."""
+    config = weight_config(a.dtype, a.device)
+    out, sums = a.new_empty(plan.num_experts, a.shape[1], b.shape[1]), a.new_empty(plan.num_experts, a.shape[1])
     num_programs = num_multiprocessors(a.device) * config.programs_per_sm
     triton_ffn.grad_weight_kernel[(num_programs,)](
         _described(a, [plan.row_multiple, config.block_m]),
@@ -350,20 +327,11 @@ def _weight_and_bias(a: Tensor, b: Tensor, plan: RowPlan) -> tuple[Tensor, Tenso
         BLOCK_N=config.block_n,
         BLOCK_K=plan.row_multiple,
         NUM_PROGRAMS=num_programs,
-        PREFETCH=_PREFETCH,
         PRECISION="ieee",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        maxnreg=config.max_registers,
     )
-    return out, _sum_rows(a, plan) if sums is None else sums
-
-
-def _sum_rows(values: Tensor, plan: RowPlan) -> Tensor:
-    out = values.new_empty(plan.num_experts, values.shape[1])
-    grid = (plan.num_experts, triton.cdiv(values.shape[1], 64))
-    triton_ffn.sum_rows_kernel[grid](values, out, plan.offsets, values.shape[1], BLOCK_M=64, BLOCK_N=64)
-    return out
+    return out, sums
 
 
 def _described(tensor: Tensor, block: list[int]) -> TensorDescriptor | Tensor:
@@ -418,16 +386,16 @@ def fused_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tens
         small_batch = small_batch_relu_experts_op if is_compiling else small_batch_relu_experts
         output_TKD = small_batch(top_k_index.contiguous(), *inputs)
     else:
+        dtype, device = inputs[0].dtype, inputs[0].device
+        block_m = row_config(num_slots, experts.num_experts, dtype, device).block_m
         experts_need_gradient = needs_gradient and any(x.requires_grad for x in parameters)
-        sizes = num_slots, experts.num_experts, inputs[0].dtype, inputs[0].device
-        block_m = row_config(*sizes).block_m
-        row_multiple = rows_step(*sizes) if experts_need_gradient else 1
+        row_multiple = rows_step(block_m, dtype, device) if experts_need_gradient else 1
         plan_function, experts_function = (
             (plan_rows_op, relu_experts_op) if is_compiling else (plan_rows, _ReluExperts.apply)
         )
         plan = plan_function(top_k_index, experts.num_experts, block_m, row_multiple)
         weights_need_gradient = needs_gradient and inputs[1].requires_grad
-        output_TKD, *_ = experts_function(*inputs, plan, block_m, row_multiple, weights_need_gradient, needs_gradient)
+        output_TKD, *_ = experts_function(*inputs, plan, block_m, row_multiple, weights_need_gradient)
     output_TD = output_TKD.squeeze(1) if output_TKD.shape[1] == 1 else output_TKD.sum(dim=1)
     return output_TD.to(hidden_TD.dtype)
 

@@ -24,7 +24,6 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _MAX_SEED = torch.iinfo(torch.int32).max
 _WEIGHT_PROGRAMS = 512  # about four for each multiprocessor; a constant, so that all GPUs sum in the same order
 _MIN_TOKENS_PER_SPLIT = 256
-_HALF_PRODUCTS = True
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,12 @@ def hidden_tiles(num_tokens: int, num_experts: int) -> RouterTiles:
 
 
 @functools.lru_cache
-def weight_tiles(num_experts: int) -> RouterTiles:
+def weight_tiles(num_experts: int, precision: str) -> RouterTiles:
     """For `grad_weight_kernel`, whose programs see all experts, some columns and a split of the tokens."""
     block_e = max(16, triton.next_power_of_2(num_experts))
-    block_t, block_d = (16, 32) if block_e == 512 else (32, 64)
+    # more columns for a gradient on its way to the tensor cores; three products would spill
+    is_wide = block_e <= 64 and precision == "tf32"
+    block_t, block_d = (16, 32) if block_e == 512 else (32, 128 if is_wide else 64)
     return RouterTiles(block_t, block_d, block_e, num_warps=4 if block_e <= 64 else 8, num_stages=3)
 
 
@@ -111,7 +112,6 @@ def route(
     tiles = route_tiles(num_tokens, num_experts)
     # TF32 holds numbers of half precision as they are
     is_exact = seed is None and hidden.dtype != torch.float32 and weight.dtype != torch.float32
-    precision = "half" if _HALF_PRODUCTS and is_exact and hidden.dtype == weight.dtype else None
     triton_router.route_kernel[(triton.cdiv(num_tokens, tiles.block_t),)](
         hidden,
         weight,
@@ -125,7 +125,7 @@ def route(
         num_experts,
         jitter,
         TOP_K=top_k,
-        PRECISION=precision or ("tf32" if is_exact else "tf32x3"),
+        PRECISION="tf32" if is_exact else "tf32x3",
         **tiles.launch,
     )
     return logits, probs, choices
@@ -182,13 +182,13 @@ def route_backward(
         jitter,
         TOP_K=choices.shape[1],
         PART_E=tiles.part_e,
-        PRECISION=_gradient_precision(hidden_dtype, weight.dtype, None),
+        PRECISION=_gradient_precision(hidden_dtype),
         **tiles.launch,
     )
     if not (weight_needs_grad or bias_needs_grad):
         return grad_hidden, weight.new_empty(0), weight.new_empty(0)
     inputs = hidden if weight_needs_grad else None
-    precision = _gradient_precision(hidden_dtype, hidden_dtype, seed)
+    precision = _gradient_precision(hidden_dtype)
     grads = _grad_weight_and_bias(grad_scores, inputs, weight, seed, jitter, bias_needs_grad, precision)
     return grad_hidden, *grads
 
@@ -205,7 +205,7 @@ def _grad_weight_and_bias(
     """Sums over splits of the tokens, in an order that depends on shapes only; without `hidden` of the bias alone."""
     num_tokens, num_experts = grad_scores.shape
     width = weight.shape[1]
-    tiles = weight_tiles(num_experts)
+    tiles = weight_tiles(num_experts, precision)
     num_columns = 1 if hidden is None else triton.cdiv(width, tiles.block_d)
     num_splits = max(1, min(_WEIGHT_PROGRAMS // num_columns, num_tokens // _MIN_TOKENS_PER_SPLIT))
     tokens_per_split = triton.cdiv(triton.cdiv(num_tokens, num_splits), tiles.block_t) * tiles.block_t
@@ -229,14 +229,9 @@ def _grad_weight_and_bias(
     return _sum_splits(grad_weight, weight.dtype), _sum_splits(grad_bias, weight.dtype)
 
 
-def _gradient_precision(hidden_dtype: torch.dtype, other_dtype: torch.dtype, seed: Tensor | None) -> str:
-    """Of products of gradients with weights or hidden states, where hidden states and their gradients are bfloat16.
-
-    One TF32 product has three bits more than these.
-    """
-    if hidden_dtype != torch.bfloat16:
-        return "tf32x3"
-    return "bf16x2" if _HALF_PRODUCTS and other_dtype == torch.bfloat16 and seed is None else "tf32"
+def _gradient_precision(hidden_dtype: torch.dtype) -> str:
+    """One TF32 product, with three bits more than bfloat16, where hidden states and their gradients are bfloat16."""
+    return "tf32" if hidden_dtype == torch.bfloat16 else "tf32x3"
 
 
 def _sum_splits(sums: Tensor, dtype: torch.dtype) -> Tensor:

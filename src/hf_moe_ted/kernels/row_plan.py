@@ -1,9 +1,8 @@
 """Slots sorted by expert into rows and tiles of rows, on the device (Triton).
 
 A slot is `token * K + k`. Slots are sorted by expert into rows, those without an expert behind all others; rows of one
-expert are cut into tiles of at most `block_m`, of large tiles the last one a half if that is enough. The first row of
-each expert is a multiple of `row_multiple`: if that is more than 1, there are rows without a slot. Nothing waits for
-the host, and shapes do not depend on the routing.
+expert are cut into tiles of at most `block_m`. The first row of each expert is a multiple of `row_multiple`: if that is
+more than 1, there are rows without a slot. Nothing waits for the host, and shapes do not depend on the routing.
 
 Shape letters: T tokens, K slots per token, S = T * K slots, R rows, E experts.
 """
@@ -22,7 +21,6 @@ from .device_guard import on_device_of_first
 
 _MAX_PROGRAMS = 256  # each reads the counts of all
 _MIN_SLOTS_PER_PROGRAM = 64
-_HALF_TILES = True
 
 
 @triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["ids"])
@@ -48,7 +46,7 @@ def _place_slots_kernel(
     row_of_slot,
     offsets,
     row_ends,
-    tile_counts,
+    tile_ends,
     tile_expert,
     tile_row,
     num_slots,
@@ -56,7 +54,6 @@ def _place_slots_kernel(
     num_blocks,
     max_tiles,
     BLOCK_M: tl.constexpr,
-    HALF_TILES: tl.constexpr,
     ROW_MULTIPLE: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
@@ -88,39 +85,19 @@ def _place_slots_kernel(
         next_row += tl.sum(is_in, axis=0)
 
     tiles = tl.cdiv(total, BLOCK_M)
-    is_half = HALF_TILES & (groups < num_experts) & (total > 0) & ((total - 1) % BLOCK_M < BLOCK_M // 2)
-    halves = is_half.to(tl.int32)
-    wholes = tl.where(groups < num_experts, tiles - halves, 0)
-    ends_of_wholes = tl.cumsum(wholes, axis=0)
-    ends_of_halves = tl.cumsum(halves, axis=0)
-    num_wholes = tl.sum(wholes, axis=0)
-    num_of_experts = num_wholes + tl.sum(halves, axis=0)
+    ends_of_tiles = tl.cumsum(tiles, axis=0)
     if block == 0:
         tl.store(offsets, 0)
         tl.store(offsets + 1 + groups, ends, mask=groups <= num_experts)
         tl.store(row_ends + groups, starts + total, mask=groups <= num_experts)
-        tl.store(tile_counts, num_wholes)
-        tl.store(tile_counts + 1, num_of_experts)
-        tl.store(tile_counts + 2, tl.sum(tiles, axis=0))
-    row_of_whole_0 = starts - (ends_of_wholes - wholes) * BLOCK_M
-    row_of_half = starts + (tiles - 1) * BLOCK_M
-    row_of_no_expert = tl.sum(tl.where(groups == num_experts, starts, 0), axis=0)
+        tl.store(tile_ends + groups, ends_of_tiles, mask=groups <= num_experts)
+    row_of_tile_0 = starts - (ends_of_tiles - tiles) * BLOCK_M
     for first in range(block * TILES_STEP, max_tiles, num_blocks * TILES_STEP):
         tile = first + tl.arange(0, TILES_STEP)
-        is_whole = (tile < num_wholes)[:, None]
-        number = tl.where(is_whole, tile[:, None], tile[:, None] - num_wholes)
-        group_ends = tl.where(is_whole, ends_of_wholes[None, :], ends_of_halves[None, :])
-        group = tl.minimum(tl.sum((group_ends <= number).to(tl.int32), axis=1), num_experts)
-        rows = tl.where(is_whole, row_of_whole_0[None, :] + number * BLOCK_M, row_of_half[None, :])
-        row = tl.sum(tl.where(groups[None, :] == group[:, None], rows, 0), axis=1)
-        row = tl.where(tile < num_of_experts, row, row_of_no_expert + (tile - num_of_experts) * BLOCK_M)
+        group = tl.sum((ends_of_tiles[None, :] <= tile[:, None]).to(tl.int32), axis=1)
+        row = tl.sum(tl.where(groups[None, :] == group[:, None], row_of_tile_0[None, :], 0), axis=1) + tile * BLOCK_M
         tl.store(tile_expert + tile, group, mask=tile < max_tiles)
         tl.store(tile_row + tile, row, mask=tile < max_tiles)
-
-
-def has_half_tiles(block_m: int) -> bool:
-    """Whether products compute the last rows of an expert by half a tile, if these are enough."""
-    return _HALF_TILES and block_m >= 128
 
 
 @dataclass(frozen=True)
@@ -137,9 +114,8 @@ class RowPlan:
         row_of_slot: [S and more], the row of each slot; -1 for one without an expert.
         offsets: [E + 2 and more], the first row of each expert; of the slots without one; the number of rows in use.
         row_ends: [E + 1 and more], behind the last row with a slot of each expert, and of the slots without one.
-        tile_counts: [3 and more], numbers of tiles: of experts without half tiles; of experts; of all slots.
-        tile_expert, tile_row: [num_tiles or more], expert and first row of each tile: those of experts, their half
-            tiles behind the others, and then those of slots without one.
+        tile_ends: [E + 1 and more], the number of tiles up to and with each expert, and with the slots without one.
+        tile_expert, tile_row: [num_tiles or more], expert and first row of each tile.
     """
 
     num_slots: int
@@ -151,7 +127,7 @@ class RowPlan:
     row_of_slot: Tensor
     offsets: Tensor
     row_ends: Tensor
-    tile_counts: Tensor
+    tile_ends: Tensor
     tile_expert: Tensor
     tile_row: Tensor
 
@@ -166,7 +142,7 @@ class RowPlan:
         """Lengths of the parts, each a multiple of 16 bytes: Triton compiles kernels anew for other alignments."""
         num_rows = cls.max_rows(num_slots, num_experts, row_multiple)
         max_tiles = num_slots // block_m + num_experts + 1
-        lengths = num_rows, num_slots, num_experts + 2, num_experts + 1, 3, max_tiles, max_tiles
+        lengths = num_rows, num_slots, num_experts + 2, num_experts + 1, num_experts + 1, max_tiles, max_tiles
         return [-(-length // 4) * 4 for length in lengths]
 
     @classmethod
@@ -179,7 +155,7 @@ class RowPlan:
     @property
     def of_rows_and_tiles(self) -> tuple[Tensor, ...]:
         """What kernels that run over tiles of rows take, in their order."""
-        return self.order, self.offsets, self.row_ends, self.tile_counts, self.tile_expert, self.tile_row
+        return self.order, self.offsets, self.row_ends, self.tile_ends, self.tile_expert, self.tile_row
 
 
 @on_device_of_first
@@ -212,7 +188,6 @@ def plan_rows(expert_ids: Tensor, num_experts: int, block_m: int, row_multiple: 
         num_blocks,
         sizes_of_parts[-1],
         BLOCK_M=block_m,
-        HALF_TILES=has_half_tiles(block_m),
         ROW_MULTIPLE=row_multiple,
         TILES_STEP=16,
         **sizes,
@@ -230,4 +205,4 @@ def _(expert_ids: Tensor, num_experts: int, block_m: int, row_multiple: int = 1)
     return expert_ids.new_empty(sum(sizes), dtype=torch.int32)
 
 
-__all__ = ["RowPlan", "has_half_tiles", "plan_rows", "plan_rows_op"]
+__all__ = ["RowPlan", "plan_rows", "plan_rows_op"]

@@ -21,7 +21,7 @@ def gather_rows_kernel(
     order,
     offsets,
     row_ends,
-    tile_counts,
+    tile_ends,
     tile_expert,
     tile_row,
     width,
@@ -39,7 +39,7 @@ def gather_rows_kernel(
     expert.
     """
     tile = tl.program_id(0)
-    if tile < tl.load(tile_counts + 2):
+    if tile < tl.load(tile_ends + num_experts):
         expert = tl.load(tile_expert + tile)
         rows = tl.load(tile_row + tile) + tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
         is_row = rows < tl.load(row_ends + expert)
@@ -72,19 +72,17 @@ def gather_rows_kernel(
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["weights"])
 def grouped_gemm_kernel(
     a_desc,
-    half_a_desc,
     b_desc,
     out,
     unweighted,
     bias,
     weights,
-    active,
     inner_desc,
     num_rows,
     order,
     offsets,
     row_ends,
-    tile_counts,
+    tile_ends,
     tile_expert,
     tile_row,
     N,
@@ -100,30 +98,26 @@ def grouped_gemm_kernel(
 ):
     """`a[rows of e] @ b[e]` for each expert e, or with `b[e]` transposed, and by `KIND`:
 
-    - "up": relu(product + bias), to rows; relu(bias) where there is no slot. To `active`, unless that is `None`, a bit
-      for each positive one.
+    - "up": relu(product + bias), to rows; relu(bias) where there is no slot.
     - "down": (product + bias) * weight, to slots; without the weight to `unweighted`, unless that is `None`.
-    - "grad_inner": product where the bit in `active` is set, to rows, zeros where there is no slot.
+    - "grad_inner": product where `inner` is positive, to rows, zeros where there is no slot.
     - "grad_input": product, to slots.
 
-    `a_desc` and `b_desc` are descriptors, with `None` for `num_rows`; or, where there is no TMA, pointers to `num_rows`
-    rows and to the experts' weights. `half_a_desc` describes `a` by half tiles; `None` if the plan has none.
+    `a_desc`, `b_desc` and `inner_desc` are descriptors, with `None` for `num_rows`; or, where there is no TMA, pointers
+    to `num_rows` rows and to the experts' weights.
     """
-    half_desc = half_a_desc
     if num_rows is not None:
         # Strides that are known, for copies of 16 bytes, and two dimensions, for copies that nobody waits for. What is
         # read behind an expert's weights are those of the next: for columns that are not stored, or times zeros.
         a_desc = tl.make_tensor_descriptor(a_desc, [num_rows, K], [K, 1], [BLOCK_M, BLOCK_K])
-        if half_a_desc is not None:
-            half_desc = tl.make_tensor_descriptor(half_a_desc, [num_rows, K], [K, 1], [BLOCK_M // 2, BLOCK_K])
         if TRANSPOSED_B:
             b_desc = tl.make_tensor_descriptor(b_desc, [num_experts * N, K], [K, 1], [BLOCK_N, BLOCK_K])
         else:
             b_desc = tl.make_tensor_descriptor(b_desc, [num_experts * K, N], [N, 1], [BLOCK_K, BLOCK_N])
-        if inner_desc is not None:
+        if KIND == "grad_inner":
             inner_desc = tl.make_tensor_descriptor(inner_desc, [num_rows, N], [N, 1], [BLOCK_M, BLOCK_N // 2])
     num_columns = tl.cdiv(N, BLOCK_N)
-    num_tiles = tl.load(tile_counts) * num_columns
+    num_tiles = tl.load(tile_ends + num_experts - 1) * num_columns
     for index in tl.range(tl.program_id(0), num_tiles, NUM_PROGRAMS, flatten=True):
         tile = index // num_columns
         n = index % num_columns * BLOCK_N
@@ -132,132 +126,39 @@ def grouped_gemm_kernel(
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, K, BLOCK_K):
             a = a_desc.load([first, k])
-            b = _load_b(b_desc, expert, n, k, N, K, num_rows is None, TRANSPOSED_B, BLOCK_N, BLOCK_K)
+            if num_rows is not None:
+                b = b_desc.load([expert * N + n, k]).T if TRANSPOSED_B else b_desc.load([expert * K + k, n])
+            elif TRANSPOSED_B:
+                b = b_desc.load([expert, n, k]).reshape(BLOCK_N, BLOCK_K).T
+            else:
+                b = b_desc.load([expert, k, n]).reshape(BLOCK_K, BLOCK_N)
             accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
-        _finish(
-            accumulator,
-            expert,
-            first,
-            n,
-            out,
-            unweighted,
-            bias,
-            weights,
-            active,
-            inner_desc,
-            order,
-            offsets,
-            row_ends,
-            N,
-            KIND,
-        )
-    if half_a_desc is not None:
-        first_index = (tl.program_id(0) + NUM_PROGRAMS - num_tiles % NUM_PROGRAMS) % NUM_PROGRAMS + num_tiles
-        num_tiles = tl.load(tile_counts + 1) * num_columns
-        for index in tl.range(first_index, num_tiles, NUM_PROGRAMS, flatten=True):
-            tile = index // num_columns
-            n = index % num_columns * BLOCK_N
-            expert = tl.load(tile_expert + tile)
-            first = tl.load(tile_row + tile)
-            accumulator = tl.zeros((BLOCK_M // 2, BLOCK_N), tl.float32)
-            for k in tl.range(0, K, BLOCK_K):
-                a = half_desc.load([first, k])
-                b = _load_b(b_desc, expert, n, k, N, K, num_rows is None, TRANSPOSED_B, BLOCK_N, BLOCK_K)
-                accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
-            _finish(
-                accumulator,
-                expert,
-                first,
-                n,
-                out,
-                unweighted,
-                bias,
-                weights,
-                active,
-                None,
-                order,
-                offsets,
-                row_ends,
-                N,
-                KIND,
-            )
 
-
-@triton.jit
-def _load_b(
-    b_desc,
-    expert,
-    n,
-    k,
-    N,
-    K,
-    HAS_TMA: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """[BLOCK_K, BLOCK_N] of an expert's weights, or of their transpose."""
-    if HAS_TMA:
-        if TRANSPOSED:
-            b = b_desc.load([expert, n, k]).reshape(BLOCK_N, BLOCK_K).T
+        rows = first + tl.arange(0, BLOCK_M)
+        is_row = rows < tl.load(row_ends + expert)
+        slots = tl.load(order + rows, mask=is_row, other=0)
+        columns = n + tl.arange(0, BLOCK_N)
+        TO_SLOTS: tl.constexpr = KIND == "down" or KIND == "grad_input"
+        target = slots if TO_SLOTS else rows
+        is_target = is_row if TO_SLOTS else rows < tl.load(offsets + expert + 1)
+        if KIND == "up" or KIND == "down":
+            row_bias = tl.load(bias + expert * N + columns, mask=columns < N, other=0.0).to(tl.float32)
+            accumulator += row_bias[None, :]
+        if KIND == "up":
+            accumulator = tl.maximum(accumulator, 0.0)
+        if KIND == "down":
+            if unweighted is not None:
+                _store_tile(unweighted, accumulator, target, is_target, n, N)
+            accumulator *= tl.load(weights + slots, mask=is_row, other=0.0).to(tl.float32)[:, None]
+        if KIND == "grad_inner":  # in two parts: `inner` does not fit into shared memory beside the product's operands
+            HALF: tl.constexpr = BLOCK_N // 2
+            left, right = accumulator.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
+            is_active = (inner_desc.load([first, n]) > 0.0) & is_row[:, None]
+            _store_tile(out, tl.where(is_active, left, 0.0), target, is_target, n, N)
+            is_active = (inner_desc.load([first, n + HALF]) > 0.0) & is_row[:, None]
+            _store_tile(out, tl.where(is_active, right, 0.0), target, is_target, n + HALF, N)
         else:
-            b = b_desc.load([expert, k, n]).reshape(BLOCK_K, BLOCK_N)
-    elif TRANSPOSED:
-        b = b_desc.load([expert * N + n, k]).T
-    else:
-        b = b_desc.load([expert * K + k, n])
-    return b
-
-
-@triton.jit
-def _finish(
-    accumulator,
-    expert,
-    first,
-    n,
-    out,
-    unweighted,
-    bias,
-    weights,
-    active,
-    inner_desc,
-    order,
-    offsets,
-    row_ends,
-    N,
-    KIND: tl.constexpr,
-):
-    """From a tile's product to what `grouped_gemm_kernel` stores."""
-    rows = first + tl.arange(0, accumulator.shape[0])
-    is_row = rows < tl.load(row_ends + expert)
-    slots = tl.load(order + rows, mask=is_row, other=0)
-    columns = n + tl.arange(0, accumulator.shape[1])
-    TO_SLOTS: tl.constexpr = KIND == "down" or KIND == "grad_input"
-    target = slots if TO_SLOTS else rows
-    is_target = is_row if TO_SLOTS else rows < tl.load(offsets + expert + 1)
-    if KIND == "up" or KIND == "down":
-        row_bias = tl.load(bias + expert * N + columns, mask=columns < N, other=0.0).to(tl.float32)
-        accumulator += row_bias[None, :]
-    if KIND == "up":
-        accumulator = tl.maximum(accumulator, 0.0)
-        if active is not None:
-            _store_active(active, accumulator, rows, is_target, n, N)
-    if KIND == "down":
-        if unweighted is not None:
-            _store_tile(unweighted, accumulator, target, is_target, n, N)
-        accumulator *= tl.load(weights + slots, mask=is_row, other=0.0).to(tl.float32)[:, None]
-    if inner_desc is not None:  # in two parts: `inner` does not fit into shared memory beside the product's operands
-        BLOCK_M: tl.constexpr = accumulator.shape[0]
-        HALF: tl.constexpr = accumulator.shape[1] // 2
-        left, right = accumulator.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
-        is_active = (inner_desc.load([first, n]) > 0.0) & is_row[:, None]
-        _store_tile(out, tl.where(is_active, left, 0.0), target, is_target, n, N)
-        is_active = (inner_desc.load([first, n + HALF]) > 0.0) & is_row[:, None]
-        _store_tile(out, tl.where(is_active, right, 0.0), target, is_target, n + HALF, N)
-    else:
-        if KIND == "grad_inner":
-            accumulator = _where_active(active, accumulator, rows, is_row, n, N)
-        _store_tile(out, accumulator, target, is_target, n, N)
+            _store_tile(out, accumulator, target, is_target, n, N)
 
 
 @triton.jit
@@ -265,34 +166,6 @@ def _store_tile(out, values, target, is_target, n, N):
     columns = n + tl.arange(0, values.shape[1])
     mask = is_target[:, None] & (columns < N)[None, :]
     tl.store(out + target.to(tl.int64)[:, None] * N + columns[None, :], values.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _store_active(active, values, rows, is_target, n, N):
-    """Which values are positive, eight words for a row of the tile: bit j of word c is that of column `8 j + c`.
-
-    A thread has these columns' results of a product in its registers, and packs them without a word to others.
-    """
-    BITS: tl.constexpr = values.shape[1] // 8
-    bit = tl.arange(0, BITS)[None, :, None]
-    words = tl.sum(tl.where(values.reshape(values.shape[0], BITS, 8) > 0.0, 1 << bit, 0), axis=1)
-    offsets = _offsets_of_words(rows, n, N, values.shape[1])
-    tl.store(active + offsets, words.to(active.dtype.element_ty), mask=is_target[:, None])
-
-
-@triton.jit
-def _where_active(active, values, rows, is_row, n, N):
-    """The values whose bits `_store_active` has set, else zeros."""
-    BITS: tl.constexpr = values.shape[1] // 8
-    bit = tl.arange(0, BITS)[None, :, None]
-    words = tl.load(active + _offsets_of_words(rows, n, N, values.shape[1]), mask=is_row[:, None], other=0).to(tl.int32)
-    parts = values.reshape(values.shape[0], BITS, 8)
-    return tl.where((words[:, None, :] & (1 << bit)) != 0, parts, 0.0).reshape(values.shape)
-
-
-@triton.jit
-def _offsets_of_words(rows, n, N, BLOCK_N: tl.constexpr):
-    return rows.to(tl.int64)[:, None] * (tl.cdiv(N, BLOCK_N) * 8) + n // BLOCK_N * 8 + tl.arange(0, 8)[None, :]
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -310,10 +183,9 @@ def grad_weight_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
-    PREFETCH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[e] = a[rows of e].T @ b[rows of e], and unless it is `None` sums[e] = a[rows of e].sum(); without rows zeros.
+    """out[e] = a[rows of e].T @ b[rows of e] and sums[e] = a[rows of e].sum(), zeros for an expert without rows.
 
     First rows are multiples of `BLOCK_K`; rows without a slot are zeros in `a` and finite in `b`. Descriptors as in
     `grouped_gemm_kernel`.
@@ -323,20 +195,15 @@ def grad_weight_kernel(
         b_desc = tl.make_tensor_descriptor(b_desc, [num_rows, N], [N, 1], [BLOCK_K, BLOCK_N])
     num_parts = tl.cdiv(M, BLOCK_M)
     tiles_per_expert = num_parts * tl.cdiv(N, BLOCK_N)
-    num_tiles = num_experts * tiles_per_expert
-    start, end = _load_range(offsets, tl.program_id(0) // tiles_per_expert, num_experts)
-    for index in tl.range(tl.program_id(0), num_tiles, NUM_PROGRAMS):
+    for index in tl.range(tl.program_id(0), num_experts * tiles_per_expert, NUM_PROGRAMS):
         expert = index // tiles_per_expert
-        next_start, next_end = start, end
-        if PREFETCH:  # of the next tile, which else would wait for them
-            next_start, next_end = _load_range(offsets, (index + NUM_PROGRAMS) // tiles_per_expert, num_experts)
-        else:
-            start, end = _load_range(offsets, expert, num_experts)
-        # the tiles with sums behind each other, so that each program gets some
+        # those with sums behind each other, so that each program gets some
         n = index % tiles_per_expert // num_parts * BLOCK_N
         m = index % num_parts * BLOCK_M
+        start = tl.load(offsets + expert)
+        end = tl.load(offsets + expert + 1)
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if sums is not None and n == 0:
+        if n == 0:
             total = tl.zeros((8, BLOCK_M), tl.float32)  # of every eighth row: a thread has several of them
             for row in tl.range(start, end, BLOCK_K):
                 a = a_desc.load([row, m])
@@ -355,28 +222,3 @@ def grad_weight_kernel(
         out_offsets = (expert.to(tl.int64) * M + rows)[:, None] * N + columns[None, :]
         mask = (rows < M)[:, None] & (columns < N)[None, :]
         tl.store(out + out_offsets, accumulator.to(out.dtype.element_ty), mask=mask)
-        start, end = next_start, next_end
-
-
-@triton.jit
-def _load_range(offsets, expert, num_experts):
-    expert = tl.minimum(expert, num_experts - 1)
-    return tl.load(offsets + expert), tl.load(offsets + expert + 1)
-
-
-@triton.jit
-def sum_rows_kernel(values, out, offsets, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """out[e] = values[rows of e].sum(), zeros for an expert without rows. Rows without a slot are zeros."""
-    expert = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    end = tl.load(offsets + expert + 1)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in tl.range(tl.load(offsets + expert), end, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        mask = (rows < end)[:, None] & (columns < width)[None, :]
-        total += tl.load(values + rows.to(tl.int64)[:, None] * width + columns[None, :], mask=mask, other=0.0)
-    tl.store(
-        out + expert.to(tl.int64) * width + columns,
-        tl.sum(total, axis=0).to(out.dtype.element_ty),
-        mask=columns < width,
-    )

@@ -1,9 +1,7 @@
 """Triton kernels of a linear top-k router: logits, softmax and choices in one, and gradients in two.
 
-`PRECISION` says how products are computed: "tf32x3" of float32 numbers, as three TF32 products each, about as exact as
-float32; "tf32"; or in bfloat16 ("half" in forward, where hidden states and weights are, or both in float16), gradients
-as sums of two such numbers: as exact as "tf32" for the first factor, and exact for the other. Each element is written
-by one program, in one order: results are the same in every run.
+Products are of float32 numbers, as three TF32 products each (`PRECISION`): about as exact as float32. Each element is
+written by one program, in one order: results are the same in every run.
 
 Shape letters: T tokens, K choices per token, E rows of the router, D model width.
 """
@@ -44,10 +42,10 @@ def route_kernel(
     is_expert = experts < num_experts
     logits = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     for first in range(0, width, BLOCK_D):
-        inputs = _load_inputs(hidden, seed, jitter, tokens, is_token, first, width, BLOCK_T, BLOCK_D, PRECISION)
-        rows = _load_weight(weight, experts, num_experts, first, width, BLOCK_D, PRECISION)
+        inputs = _load_inputs(hidden, seed, jitter, tokens, is_token, first, width, BLOCK_T, BLOCK_D)
+        rows = _load_weight(weight, experts, num_experts, first, width, BLOCK_D)
         # The limit has each tile's products summed on their own and then added: tensor cores truncate running sums.
-        logits += _dot(inputs, rows.T, None, PRECISION, BLOCK_D)
+        logits += tl.dot(inputs, rows.T, input_precision=PRECISION, max_num_imprecise_acc=BLOCK_D)
     if bias is not None:
         logits += tl.load(bias + experts, mask=is_expert, other=0.0).to(tl.float32)[None, :]
     offsets = tokens.to(tl.int64)[:, None] * num_experts + experts[None, :]
@@ -121,11 +119,11 @@ def grad_hidden_kernel(
                     part_offsets = tokens.to(tl.int64)[:, None] * num_experts + part[None, :]
                     part_mask = is_token[:, None] & (part < num_experts)[None, :]
                     part_grad = tl.load(grad_scores + part_offsets, mask=part_mask, other=0.0)
-                    rows = _load_weight(weight, part, num_experts, first, width, BLOCK_D, PRECISION)
-                    product = _dot(part_grad, rows, product, PRECISION)
+                    rows = _load_weight(weight, part, num_experts, first, width, BLOCK_D)
+                    product = tl.dot(part_grad, rows, product, input_precision=PRECISION)
             else:
-                rows = _load_weight(weight, experts, num_experts, first, width, BLOCK_D, PRECISION)
-                product = _dot(grad, rows, None, PRECISION)
+                rows = _load_weight(weight, experts, num_experts, first, width, BLOCK_D)
+                product = tl.dot(grad, rows, input_precision=PRECISION)
             if seed is not None:
                 product *= _noise(seed, jitter, tokens, first, width, BLOCK_T, BLOCK_D)
             columns = first + tl.arange(0, BLOCK_D)
@@ -169,8 +167,8 @@ def grad_weight_kernel(
         offsets = tokens.to(tl.int64)[:, None] * num_experts + experts[None, :]
         grad = tl.load(grad_scores + offsets, mask=is_token[:, None] & is_expert[None, :], other=0.0)
         if grad_weight is not None:
-            inputs = _load_inputs(hidden, seed, jitter, tokens, is_token, first, width, BLOCK_T, BLOCK_D, PRECISION)
-            weight_sum = _dot(grad.T, inputs, weight_sum, PRECISION)
+            inputs = _load_inputs(hidden, seed, jitter, tokens, is_token, first, width, BLOCK_T, BLOCK_D)
+            weight_sum = tl.dot(grad.T, inputs, weight_sum, input_precision=PRECISION)
         if grad_bias is not None:
             bias_sum += tl.sum(grad, axis=0)
     if grad_weight is not None:
@@ -184,19 +182,6 @@ def grad_weight_kernel(
 
 
 @triton.jit
-def _dot(a, b, total, PRECISION: tl.constexpr, MAX_IMPRECISE: tl.constexpr = None):
-    """total + a @ b"""
-    if PRECISION == "half":
-        return tl.dot(a, b, total, max_num_imprecise_acc=MAX_IMPRECISE)
-    elif PRECISION == "bf16x2":
-        high = a.to(tl.bfloat16)
-        low = (a - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(high, b, tl.dot(low, b, total))
-    else:
-        return tl.dot(a, b, total, input_precision=PRECISION, max_num_imprecise_acc=MAX_IMPRECISE)
-
-
-@triton.jit
 def _softmax(logits, is_expert):
     """Probabilities, 0 for padding, and what they were divided by, NaN where they are."""
     logits = tl.where(is_expert[None, :], logits, float("-inf"))
@@ -206,42 +191,23 @@ def _softmax(logits, is_expert):
 
 
 @triton.jit
-def _load_weight(weight, experts, num_experts, first, width, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
-    """float32[experts, BLOCK_D], zeros for padding; as they are for products that are not in float32."""
+def _load_weight(weight, experts, num_experts, first, width, BLOCK_D: tl.constexpr):
+    """float32[experts, BLOCK_D], zeros for padding."""
     columns = first + tl.arange(0, BLOCK_D)
     offsets = experts[:, None] * width + columns[None, :]
     mask = (experts < num_experts)[:, None] & (columns < width)[None, :]
-    rows = tl.load(weight + offsets, mask=mask, other=0.0)
-    if PRECISION != "half" and PRECISION != "bf16x2":
-        rows = rows.to(tl.float32)
-    return rows
+    return tl.load(weight + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _load_inputs(
-    hidden,
-    seed,
-    jitter,
-    tokens,
-    is_token,
-    first,
-    width,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """float32[BLOCK_T, BLOCK_D], hidden states, times noise if there is a seed; zeros for padding.
-
-    As they are, and without noise, for products that are not in float32.
-    """
+def _load_inputs(hidden, seed, jitter, tokens, is_token, first, width, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """float32[BLOCK_T, BLOCK_D], hidden states, times noise if there is a seed; zeros for padding."""
     columns = first + tl.arange(0, BLOCK_D)
     offsets = tokens.to(tl.int64)[:, None] * width + columns[None, :]
     mask = is_token[:, None] & (columns < width)[None, :]
-    inputs = tl.load(hidden + offsets, mask=mask, other=0.0)
-    if PRECISION != "half" and PRECISION != "bf16x2":
-        inputs = inputs.to(tl.float32)
-        if seed is not None:
-            inputs *= _noise(seed, jitter, tokens, first, width, BLOCK_T, BLOCK_D)
+    inputs = tl.load(hidden + offsets, mask=mask, other=0.0).to(tl.float32)
+    if seed is not None:
+        inputs *= _noise(seed, jitter, tokens, first, width, BLOCK_T, BLOCK_D)
     return inputs
 
 
