@@ -111,6 +111,8 @@ class ExpertCache:
                 return self._compute_whole(layer, hidden_TD, ids_TK, weights_TK)
             unique = ids_TK.cpu().unique().tolist()  # waits for the device
             needed = [expert for expert in unique if expert < layer.experts.num_experts]
+            if not needed:
+                return torch.zeros_like(hidden_TD)
             output = self._compute_some(layer, needed, hidden_TD, ids_TK, weights_TK)
             if layer.next is not None:
                 self._prefetch(layer.next)
@@ -234,7 +236,8 @@ class ExpertCache:
         """int64[E + 1], the row of each expert in the window of the region, that of no expert for all others."""
         start, window = layer.pool.window(region, layer.experts)
         rows = torch.full((layer.experts.num_experts + 1,), window.num_experts)
-        rows[list(experts)] = torch.tensor([region.slot_of[layer.name, expert] - start for expert in experts])
+        for expert in experts:
+            rows[expert] = region.slot_of[layer.name, expert] - start
         return rows.to(self.device)
 
     def _prefetch(self, layer: _Layer) -> None:
@@ -316,7 +319,8 @@ class ExpertCache:
             outputs.add(self._compute(layer, layer.region, here, *outputs.inputs))
         num_experts = layer.experts.num_experts
         rows = torch.full((num_experts + 1,), num_experts)
-        rows[missing] = torch.tensor(missing)
+        for expert in missing:
+            rows[expert] = expert
         hidden, ids, weights = (tensor.cpu() for tensor in outputs.inputs)
         outputs.add(layer.in_memory(hidden, rows[ids], weights).to(self.device))
         return outputs.sum()
