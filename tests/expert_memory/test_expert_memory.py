@@ -307,3 +307,25 @@ def test_threads(model: Any, folder: Path) -> None:
         thread.join()
     for number, expected_outputs in enumerate(outputs):
         assert all(torch.equal(a, b) for a, b in zip(found[number], expected_outputs, strict=True)), number
+
+
+# --- kernels of GPUs
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("num_tokens", "num_experts_per_tok"), [(70, 1), (24, 3), (3, 2)])
+def test_kernels_of_gpus(num_tokens: int, num_experts_per_tok: int, model: Any, folder: Path) -> None:
+    """Few and many slots in Triton's interpreter: slots in place of experts change nothing."""
+    pytest.importorskip("triton")
+    path, options = save(copy.deepcopy(model), "float32", folder), {"experts_implementation": "zcode_fused"}
+    cached = load(path, ExpertMemory(10 * num_bytes_of_an_expert(path)), device_map="cpu", **options)
+    layer = "model.encoder.layers.1.ffn.experts"
+    hidden = torch.randn(num_tokens, model.config.d_model)
+    ids = torch.rand(num_tokens, NUM_EXPERTS).argsort(dim=1)[:, :num_experts_per_tok]
+    ids[1] = NUM_EXPERTS  # a token that no expert computes
+    weights = torch.rand(ids.shape).masked_fill(ids == NUM_EXPERTS, 0.0)
+    with torch.no_grad():
+        for turn in range(2):
+            outputs = [m.get_submodule(layer)(hidden, ids, weights) for m in (cached, load(path, **options))]
+            assert torch.equal(*outputs) and outputs[0][2].abs().max() > 0, turn
+    assert cached.expert_memory.statistics().num_streamed or num_tokens == 3
