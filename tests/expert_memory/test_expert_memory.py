@@ -205,6 +205,7 @@ def test_too_little_memory(model: Any, folder: Path) -> None:
         ({"size": "8 apples"}, r"size \('8 apples'\) must be a number of bytes or a string such as '8GB'"),
         ({"size": 0}, r"size \(0\) must be positive"),
         ({"size": "1GB", "experts_in": "clouds"}, r"experts_in \('clouds'\) must be one of auto, memory, files"),
+        ({"size": "1GB", "max_cpu_slots": 1, "experts_in": "files"}, r"max_cpu_slots \(1\) needs experts_in='memory'"),
         ({"size": "1GB", "max_cpu_slots": -1}, r"max_cpu_slots \(-1\) must not be negative"),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from ..compression.expert_selection import ExpertSelection
@@ -28,7 +29,7 @@ from ..tensors.whole_model import check_no_adapter
 from .cached_experts import CachedExperts
 from .expert_cache import ExpertCache
 from .expert_files import ExpertFiles, Span
-from .expert_sources import ExpertsInFiles, ExpertsInMemory, ExpertSource
+from .expert_sources import ExpertsInFiles, ExpertsInMemory, ExpertSource, HostStacks
 from .memory_options import MemoryOptions
 from .residence_plan import LayerSize, plan_residence
 
@@ -202,13 +203,12 @@ def _importance(source: _Folder, tensors: LazyTensors, memory: MemoryOptions) ->
 
 
 def _in_memory(tensors: LazyTensors, experts: Mapping[str, Any], device: torch.device) -> ExpertsInMemory:
-    stacks: dict[str, dict[str, Tensor]] = {}
-    for layer, module in experts.items():
-        stacks[layer] = {}
-        for name, spec in module.named_parameters():
-            stack = stacks[layer][name] = torch.empty(spec.shape, dtype=spec.dtype)
+    layers = {}
+    for layer, module in tqdm(experts.items(), desc="Loading experts", unit="layer"):
+        layers[layer] = HostStacks(dict(module.named_parameters()))
+        for name, stack in layers[layer].tensors.items():
             _read(tensors, f"{layer}.experts.{name}", stack)
-    return ExpertsInMemory(stacks, device)
+    return ExpertsInMemory(layers, device)
 
 
 def _in_files(source: _Folder, experts: Mapping[str, Any]) -> ExpertsInFiles:
