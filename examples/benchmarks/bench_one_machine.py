@@ -19,7 +19,6 @@ the number of steps; that of the prefill is what one token takes. The file is wr
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -182,23 +181,39 @@ def dense_model(arguments: argparse.Namespace) -> Any:
 
 
 def accelerate_model(arguments: argparse.Namespace, cap: int) -> Any:
-    """transformers' class with the layers in main memory that do not fit under the cap; its routers are even."""
+    """transformers' class with the layers in main memory that do not fit under the cap.
+
+    All weights are the same, so that every token goes to the same two experts: the least that can be copied. The class
+    sends all tokens to two experts whatever the weights are.
+    """
     fields = {
         name: getattr(config_of(arguments), name) for name in ("vocab_size", "d_model", "max_position_embeddings")
     }
     for side in ("encoder", "decoder"):
         fields |= {f"{side}_layers": arguments.layers, f"{side}_ffn_dim": arguments.ffn_dim}
         fields |= {f"{side}_sparse_step": arguments.sparse_step}
-    config = NllbMoeConfig(**fields, num_experts=arguments.num_experts)
     with torch.device("meta"):
-        model = NllbMoeForConditionalGeneration(config).bfloat16()
-    need, have = sum(p.nbytes for p in model.parameters()), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        model: Any = NllbMoeForConditionalGeneration(NllbMoeConfig(**fields, num_experts=arguments.num_experts))
+    model = model.bfloat16().eval()
+    need, have = sum(p.nbytes for p in model.parameters()), free_memory()
     if need > have:
         raise MemoryError(f"its weights take {need / GB:.0f} GB of main memory, {have / GB:.0f} GB are free")
-    model = NllbMoeForConditionalGeneration._from_config(config, dtype=torch.bfloat16).eval()
-    memory = {0: cap - convert_file_size_to_int(arguments.reserve), "cpu": have}
+    model = model.to_empty(device="cpu")
+    model.tie_weights()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):  # random numbers would take minutes
+            tensor.fill_(0.01)
+    memory: dict[int | str, int] = {"cpu": have}
+    if arguments.device == "cuda":
+        memory[0] = cap - convert_file_size_to_int(arguments.reserve)
     device_map = infer_auto_device_map(model, memory, no_split_module_classes=list(model._no_split_modules or ()))
     return dispatch_model(model, device_map)
+
+
+def free_memory() -> int:
+    """Bytes of main memory that can be had, what files are cached in included."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 # ---- rows ----

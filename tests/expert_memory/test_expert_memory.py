@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from memory_cases import KINDS, MakeModel, load, num_bytes_of_an_expert, outputs_of, require_same, save, tokens
+from transformers import AutoModelForSeq2SeqLM
 
 from hf_moe_ted import (
     ExpertMemory,
     TextTranslator,
+    ZCodeM3ForConditionalGeneration,
     ZCodeM3Tokenizer,
     collect_expert_statistics,
     load_model_and_tokenizer,
@@ -121,6 +123,15 @@ def test_nllb_moe(experts_in: str, tmp_path: Path) -> None:
         cached, expected = on_cpu(path, 3 * num_bytes_of_an_expert(path), experts_in=experts_in), resident(path)
         ids = tokens() % expected.config.vocab_size
         require_same(cached, expected, ids.clamp(min=4))
+
+
+def test_auto_classes(model: Any, folder: Path) -> None:
+    path = save(copy.deepcopy(model), "int4", folder)
+    for where in (path, NLLB_MOE):
+        memory = ExpertMemory(3 * num_bytes_of_an_expert(where))
+        cached = AutoModelForSeq2SeqLM.from_pretrained(where, expert_memory=memory, device_map="cpu", dtype="auto")
+        assert type(cached) is ZCodeM3ForConditionalGeneration
+        require_same(cached, resident(where), tokens() % cached.config.vocab_size)
 
 
 def test_shipped_model_translates_the_same(tmp_path: Path) -> None:

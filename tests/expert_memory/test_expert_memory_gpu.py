@@ -117,9 +117,9 @@ def test_whole_layers_can_be_captured(make_model: MakeModel, folder: Path) -> No
             output, _ = whole(hidden)
         graph.replay()
         assert torch.equal(output, expected)
-        with pytest.raises(RuntimeError, match=r"model.encoder.layers.1.ffn cannot be captured in a CUDA graph"):
-            with torch.cuda.graph(torch.cuda.CUDAGraph()):
-                part(hidden)
+        message = r"model.encoder.layers.1.ffn cannot be captured in a CUDA graph"
+        with pytest.raises(RuntimeError, match=message), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            part(hidden)
 
 
 def require_close(model: Any, expected: Any, ids: torch.Tensor) -> None:
