@@ -65,7 +65,7 @@ RULES = {
     "compression": Rule(parts=("models", "kernels", "files", "tensors", "evaluation", "routing")),
     "expert_memory": Rule(
         parts=("models", "kernels", "files", "tensors", "routing", "compression"),
-        packages=("torch", "transformers", "accelerate"),
+        packages=("torch", "transformers", "accelerate", "tqdm"),
     ),
     "translation": Rule(parts=("models", "evaluation")),
     "serving": Rule(parts=("models", "files", "tensors", "evaluation", "routing", "translation")),

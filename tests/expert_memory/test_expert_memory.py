@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from memory_cases import KINDS, MakeModel, load, num_bytes_of_an_expert, outputs_of, require_same, save, tokens
+from transformers import AutoModelForSeq2SeqLM
 
 from hf_moe_ted import (
     ExpertMemory,
     TextTranslator,
+    ZCodeM3ForConditionalGeneration,
     ZCodeM3Tokenizer,
     collect_expert_statistics,
     load_model_and_tokenizer,
@@ -123,6 +125,15 @@ def test_nllb_moe(experts_in: str, tmp_path: Path) -> None:
         require_same(cached, expected, ids.clamp(min=4))
 
 
+def test_auto_classes(model: Any, folder: Path) -> None:
+    path = save(copy.deepcopy(model), "int4", folder)
+    for where in (path, NLLB_MOE):
+        memory = ExpertMemory(3 * num_bytes_of_an_expert(where))
+        cached = AutoModelForSeq2SeqLM.from_pretrained(where, expert_memory=memory, device_map="cpu", dtype="auto")
+        assert type(cached) is ZCodeM3ForConditionalGeneration
+        require_same(cached, resident(where), tokens() % cached.config.vocab_size)
+
+
 def test_shipped_model_translates_the_same(tmp_path: Path) -> None:
     """Real text, through each way."""
     texts = ["Close all tabs", "The disk is full.", "Save the file before you quit."]
@@ -205,6 +216,7 @@ def test_too_little_memory(model: Any, folder: Path) -> None:
         ({"size": "8 apples"}, r"size \('8 apples'\) must be a number of bytes or a string such as '8GB'"),
         ({"size": 0}, r"size \(0\) must be positive"),
         ({"size": "1GB", "experts_in": "clouds"}, r"experts_in \('clouds'\) must be one of auto, memory, files"),
+        ({"size": "1GB", "max_cpu_slots": 1, "experts_in": "files"}, r"max_cpu_slots \(1\) needs experts_in='memory'"),
         ({"size": "1GB", "max_cpu_slots": -1}, r"max_cpu_slots \(-1\) must not be negative"),
     ],
 )
@@ -307,3 +319,25 @@ def test_threads(model: Any, folder: Path) -> None:
         thread.join()
     for number, expected_outputs in enumerate(outputs):
         assert all(torch.equal(a, b) for a, b in zip(found[number], expected_outputs, strict=True)), number
+
+
+# --- kernels of GPUs
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("num_tokens", "num_experts_per_tok"), [(70, 1), (24, 3), (3, 2)])
+def test_kernels_of_gpus(num_tokens: int, num_experts_per_tok: int, model: Any, folder: Path) -> None:
+    """Few and many slots in Triton's interpreter: slots in place of experts change nothing."""
+    pytest.importorskip("triton")
+    path, options = save(copy.deepcopy(model), "float32", folder), {"experts_implementation": "zcode_fused"}
+    cached = load(path, ExpertMemory(10 * num_bytes_of_an_expert(path)), device_map="cpu", **options)
+    layer = "model.encoder.layers.1.ffn.experts"
+    hidden = torch.randn(num_tokens, model.config.d_model)
+    ids = torch.rand(num_tokens, NUM_EXPERTS).argsort(dim=1)[:, :num_experts_per_tok]
+    ids[1] = NUM_EXPERTS  # a token that no expert computes
+    weights = torch.rand(ids.shape).masked_fill(ids == NUM_EXPERTS, 0.0)
+    with torch.no_grad():
+        for turn in range(2):
+            outputs = [m.get_submodule(layer)(hidden, ids, weights) for m in (cached, load(path, **options))]
+            assert torch.equal(*outputs) and outputs[0][2].abs().max() > 0, turn
+    assert cached.expert_memory.statistics().num_streamed or num_tokens == 3

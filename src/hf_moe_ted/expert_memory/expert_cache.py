@@ -7,6 +7,7 @@ import copy
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,6 +90,8 @@ class ExpertCache:
         self._source, self._max_cpu_slots = source, max_cpu_slots
         self._lock = threading.Lock()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:  # no copy may go on into memory that is free
+            weakref.finalize(self, self._stream.synchronize).atexit = False
         self._layers = _layers(experts, kinds, plan, device)
         self._pools = list({id(layer.pool): layer.pool for layer in self._layers.values()}.values())
         self._counts = dict.fromkeys(_COUNTERS, 0)
@@ -109,8 +112,15 @@ class ExpertCache:
             if layer.is_whole:
                 self._counts["num_calls_all_resident"] += 1
                 return self._compute_whole(layer, hidden_TD, ids_TK, weights_TK)
+            if self._stream is not None and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"{name} cannot be captured in a CUDA graph: not all of its experts are on the device; run it step "
+                    "by step, or give more expert_memory"
+                )
             unique = ids_TK.cpu().unique().tolist()  # waits for the device
             needed = [expert for expert in unique if expert < layer.experts.num_experts]
+            if not needed:
+                return torch.zeros_like(hidden_TD)
             output = self._compute_some(layer, needed, hidden_TD, ids_TK, weights_TK)
             if layer.next is not None:
                 self._prefetch(layer.next)
@@ -234,7 +244,8 @@ class ExpertCache:
         """int64[E + 1], the row of each expert in the window of the region, that of no expert for all others."""
         start, window = layer.pool.window(region, layer.experts)
         rows = torch.full((layer.experts.num_experts + 1,), window.num_experts)
-        rows[list(experts)] = torch.tensor([region.slot_of[layer.name, expert] - start for expert in experts])
+        for expert in experts:
+            rows[expert] = region.slot_of[layer.name, expert] - start
         return rows.to(self.device)
 
     def _prefetch(self, layer: _Layer) -> None:
@@ -280,7 +291,9 @@ class ExpertCache:
 
     def _wait_for(self, region: Region) -> None:
         """Let the computation wait for copies to a region, if there are any under way."""
-        if region.ready is None or region.ready.query():
+        if region.ready is not None and region.ready.query():
+            region.ready = None  # CUDA graphs cannot ask
+        if region.ready is None:
             return
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         stream = torch.cuda.current_stream(self.device)
@@ -288,9 +301,9 @@ class ExpertCache:
         stream.wait_event(region.ready)
         after.record(stream)
         self._waits.append((before, after))
-        if len(self._waits) > _MAX_WAITS:
-            self._wait_s += sum(b.elapsed_time(a) / 1000 for b, a in self._waits if a.query())
-            self._waits = [(b, a) for b, a in self._waits if not a.query()]
+        while len(self._waits) > _MAX_WAITS and self._waits[0][1].query():
+            before, after = self._waits.pop(0)
+            self._wait_s += before.elapsed_time(after) / 1000
 
     def _computes_on_cpu(self, ids_TK: Tensor) -> bool:
         return self._stream is not None and ids_TK.numel() <= self._max_cpu_slots
@@ -299,7 +312,7 @@ class ExpertCache:
         if isinstance(self._source, ExpertsInMemory):
             config = copy.copy(layer.experts.config)
             config._experts_implementation = "zcode_cpu"
-            layer.in_memory = with_weights(layer.experts, self._source.tensors[layer.name], config)
+            layer.in_memory = with_weights(layer.experts, self._source.layers[layer.name].tensors, config)
 
     def _compute_with_cpu(
         self,
@@ -312,12 +325,13 @@ class ExpertCache:
     ) -> Tensor:
         """What is on the device there, all else on the CPU, at the same time."""
         outputs = _BySlot(hidden_TD, ids_TK, weights_TK, layer.experts)
+        hidden, ids, weights = (tensor.cpu() for tensor in outputs.inputs)
         if here:
             outputs.add(self._compute(layer, layer.region, here, *outputs.inputs))
         num_experts = layer.experts.num_experts
         rows = torch.full((num_experts + 1,), num_experts)
-        rows[missing] = torch.tensor(missing)
-        hidden, ids, weights = (tensor.cpu() for tensor in outputs.inputs)
+        for expert in missing:
+            rows[expert] = expert
         outputs.add(layer.in_memory(hidden, rows[ids], weights).to(self.device))
         return outputs.sum()
 

@@ -1,5 +1,6 @@
 """Where experts are that are not on the device: in main memory, or in files."""
 
+import mmap
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from .expert_files import ExpertFiles, Span
 
+_ALIGNMENT = 64
+_FOR_ALL_DEVICES = 1  # cudaHostRegisterPortable
 _NUM_BUFFERS = 3  # so that one is read while others are copied
 
 
@@ -26,19 +29,21 @@ class ExpertsInMemory:
     """Experts in main memory, pinned if there is a GPU.
 
     Args:
-        tensors: name of each MoE layer -> name of each tensor of its experts -> all of them, [E, ...].
+        layers: name of each MoE layer -> all of its experts.
         device: where the model computes.
+
+    Raises:
+        RuntimeError: the system does not allow to pin so much.
     """
 
-    def __init__(self, tensors: Mapping[str, Mapping[str, Tensor]], device: torch.device):
-        self.tensors = tensors
+    def __init__(self, layers: Mapping[str, "HostStacks"], device: torch.device):
+        self.layers = layers
         if device.type == "cuda":
             pinned: list[Tensor] = []
             weakref.finalize(self, _unpin, pinned).atexit = False
-            for of_layer in tensors.values():
-                for tensor in of_layer.values():
-                    _pin(tensor)
-                    pinned.append(tensor)
+            for stacks in layers.values():
+                _pin(stacks.memory)
+                pinned.append(stacks.memory)
 
     def announce(self, layer: str, experts: Sequence[int]) -> None:
         """Nothing to do."""
@@ -46,26 +51,40 @@ class ExpertsInMemory:
     def put(self, layer: str, expert: int, outs: Mapping[str, Tensor]) -> None:
         """See [`ExpertSource`]."""
         for name, out in outs.items():
-            out.copy_(self.tensors[layer][name][expert], non_blocking=True)
+            out.copy_(self.layers[layer].tensors[name][expert], non_blocking=True)
 
 
-def _pin(tensor: Tensor) -> None:
-    """Let the bus read a tensor while the processor does something else; `pin_memory` would round up its size.
+class HostStacks:
+    """Tensors of all experts of a layer in pages of main memory that nothing else is in, so that they can be pinned.
 
-    Raises:
-        RuntimeError: the system does not allow it.
+    Attributes:
+        memory: uint8[bytes], all of it.
+        tensors: by name, [E, ...], undefined.
     """
-    code = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
+
+    def __init__(self, specs: Mapping[str, Tensor]):
+        """`specs`: names, shapes and dtypes."""
+        sizes = [-(-spec.nbytes // _ALIGNMENT) * _ALIGNMENT for spec in specs.values()]
+        self.memory = torch.frombuffer(mmap.mmap(-1, sum(sizes)), dtype=torch.uint8)
+        self.tensors = {
+            name: part[: spec.nbytes].view(spec.dtype).view(spec.shape)
+            for (name, spec), part in zip(specs.items(), self.memory.split(sizes), strict=True)
+        }
+
+
+def _pin(memory: Tensor) -> None:
+    """Let the bus read memory while the processor does something else; `pin_memory` would round up its size."""
+    code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, _FOR_ALL_DEVICES))
     if code:
         raise RuntimeError(
-            f"{tensor.nbytes:,} bytes of main memory cannot be pinned (CUDA error {code}); use experts_in='files'"
+            f"{memory.nbytes:,} bytes of main memory cannot be pinned (CUDA error {code}); use experts_in='files'"
         )
 
 
-def _unpin(tensors: list[Tensor]) -> None:
-    for tensor in tensors:
-        torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
-    tensors.clear()
+def _unpin(pinned: list[Tensor]) -> None:
+    for memory in pinned:
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+    pinned.clear()
 
 
 class ExpertsInFiles:
@@ -134,4 +153,4 @@ class _Buffer:
             self._is_free.record()
 
 
-__all__ = ["ExpertSource", "ExpertsInFiles", "ExpertsInMemory"]
+__all__ = ["ExpertSource", "ExpertsInFiles", "ExpertsInMemory", "HostStacks"]

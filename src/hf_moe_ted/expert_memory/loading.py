@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from ..compression.expert_selection import ExpertSelection
@@ -28,9 +29,12 @@ from ..tensors.whole_model import check_no_adapter
 from .cached_experts import CachedExperts
 from .expert_cache import ExpertCache
 from .expert_files import ExpertFiles, Span
-from .expert_sources import ExpertsInFiles, ExpertsInMemory, ExpertSource
+from .expert_sources import ExpertsInFiles, ExpertsInMemory, ExpertSource, HostStacks
 from .memory_options import MemoryOptions
 from .residence_plan import LayerSize, plan_residence
+
+# what Auto classes hand on, which does not matter for a folder
+_ABOUT_THE_HUB = {"adapter_kwargs", "code_revision", "local_files_only", "revision", "token", "trust_remote_code"}
 
 
 def load_with_expert_memory(
@@ -42,6 +46,7 @@ def load_with_expert_memory(
     device_map: Any = None,
     attn_implementation: str | None = None,
     experts_implementation: str | None = None,
+    config: ZCodeM3Config | None = None,
     output_loading_info: bool = False,
     **unknown: Any,
 ) -> Any:
@@ -55,17 +60,17 @@ def load_with_expert_memory(
         device_map: one device, by default a GPU if there is one.
         attn_implementation, experts_implementation: as those of `from_pretrained`; on CPUs experts are computed by
             `"zcode_cpu"` by default.
+        config: in place of that of the folder, as Auto classes give it.
         output_loading_info: whether to return what is missing, too, which is nothing: it is refused.
 
     Raises:
         ValueError: no such folder, weights that are missing, of another shape or dtype, or not finite; statistics of
             another model or without a language; too little memory; an option that is not known here.
     """
-    if unknown:
-        raise ValueError(f"with expert_memory, from_pretrained has no option {', '.join(sorted(unknown))}")
-    source = _Folder.open(Path(folder))
-    device = _device(device_map)
-    config = source.config
+    if others := unknown.keys() - _ABOUT_THE_HUB:
+        raise ValueError(f"with expert_memory, from_pretrained has no option {', '.join(sorted(others))}")
+    source = _Folder.open(Path(folder), config)
+    device, config = _device(device_map), source.config
     if experts_implementation is None and device.type == "cpu":
         experts_implementation = "zcode_cpu"
     with torch.device("meta"):
@@ -105,11 +110,11 @@ class _Folder:
     names: dict[str, list[str]]
 
     @classmethod
-    def open(cls, path: Path) -> "_Folder":
+    def open(cls, path: Path, config: ZCodeM3Config | None) -> "_Folder":
         fields = read_json_object(config_path(path, "model"), "config")
         check_no_adapter(path)
         is_nllb_moe = fields.get("model_type") == NLLB_MOE
-        config = (read_nllb_moe_config if is_nllb_moe else read_zcode_m3_config)(path, "model")
+        config = config or (read_nllb_moe_config if is_nllb_moe else read_zcode_m3_config)(path, "model")
         tensors = open_pretrained_tensors(path, may_be_quantized="quantization_config" in fields)
         names = {name: [name] for name in tensors}
         if is_nllb_moe:
@@ -202,13 +207,12 @@ def _importance(source: _Folder, tensors: LazyTensors, memory: MemoryOptions) ->
 
 
 def _in_memory(tensors: LazyTensors, experts: Mapping[str, Any], device: torch.device) -> ExpertsInMemory:
-    stacks: dict[str, dict[str, Tensor]] = {}
-    for layer, module in experts.items():
-        stacks[layer] = {}
-        for name, spec in module.named_parameters():
-            stack = stacks[layer][name] = torch.empty(spec.shape, dtype=spec.dtype)
+    layers = {}
+    for layer, module in tqdm(experts.items(), desc="Loading experts", unit="layer"):
+        layers[layer] = HostStacks(dict(module.named_parameters()))
+        for name, stack in layers[layer].tensors.items():
             _read(tensors, f"{layer}.experts.{name}", stack)
-    return ExpertsInMemory(stacks, device)
+    return ExpertsInMemory(layers, device)
 
 
 def _in_files(source: _Folder, experts: Mapping[str, Any]) -> ExpertsInFiles:

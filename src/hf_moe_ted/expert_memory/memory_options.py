@@ -48,6 +48,8 @@ class MemoryOptions:
                 f"languages ({self.languages!r}) need statistics, which say which experts they use; make some with "
                 "hf-moe-ted expert-statistics, or leave languages out"
             )
+        if self.max_cpu_slots > 0 and self.experts_in == "files":
+            raise ValueError(f"max_cpu_slots ({self.max_cpu_slots}) needs experts_in='memory', got 'files'")
         if self.max_cpu_slots < 0:
             raise ValueError(f"max_cpu_slots ({self.max_cpu_slots}) must not be negative")
 
