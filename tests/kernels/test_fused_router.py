@@ -99,11 +99,6 @@ def test_half_precision(poisoned_buffers):
     assert_equals_float64([hidden, *make_inputs(20, 32, 8)[1:]], 2, 2e-6, 1e-3)
 
 
-def test_bfloat16_in_wide_tiles(poisoned_buffers):
-    assert fused_router.weight_tiles(6, "tf32").block_d == 128
-    assert_equals_float64(make_inputs(600, 136, 6, dtype=torch.bfloat16), 2, 2e-6, 5e-3)
-
-
 def test_hidden_states_of_any_strides():
     hidden, weight, bias = make_inputs(24, 20, 6)
     expected = fused_route(hidden, weight, bias, 2)

@@ -70,12 +70,10 @@ def hidden_tiles(num_tokens: int, num_experts: int) -> RouterTiles:
 
 
 @functools.lru_cache
-def weight_tiles(num_experts: int, precision: str) -> RouterTiles:
+def weight_tiles(num_experts: int) -> RouterTiles:
     """For `grad_weight_kernel`, whose programs see all experts, some columns and a split of the tokens."""
     block_e = max(16, triton.next_power_of_2(num_experts))
-    # more columns for a gradient on its way to the tensor cores; three products would spill
-    is_wide = block_e <= 64 and precision == "tf32"
-    block_t, block_d = (16, 32) if block_e == 512 else (32, 128 if is_wide else 64)
+    block_t, block_d = (16, 32) if block_e == 512 else (32, 64)
     return RouterTiles(block_t, block_d, block_e, num_warps=4 if block_e <= 64 else 8, num_stages=3)
 
 
@@ -205,7 +203,7 @@ def _grad_weight_and_bias(
     """Sums over splits of the tokens, in an order that depends on shapes only; without `hidden` of the bias alone."""
     num_tokens, num_experts = grad_scores.shape
     width = weight.shape[1]
-    tiles = weight_tiles(num_experts, precision)
+    tiles = weight_tiles(num_experts)
     num_columns = 1 if hidden is None else triton.cdiv(width, tiles.block_d)
     num_splits = max(1, min(_WEIGHT_PROGRAMS // num_columns, num_tokens // _MIN_TOKENS_PER_SPLIT))
     tokens_per_split = triton.cdiv(triton.cdiv(num_tokens, num_splits), tiles.block_t) * tiles.block_t
