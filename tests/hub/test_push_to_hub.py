@@ -23,6 +23,7 @@ CODE = {
         "captured_encoder",
         "captured_search",
         "configuration_zcode_m3",
+        "decoding_step",
         "expert_computation",
         "execution_device",
         "experts",

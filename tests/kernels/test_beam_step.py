@@ -9,9 +9,9 @@ pytest.importorskip("triton", reason="needs Triton")
 import triton
 
 from hf_moe_ted.kernels.beam_step import advance_beams, best_words, can_take
-from hf_moe_ted.models import captured_search
 from hf_moe_ted.models.beam_hypotheses import Ranking
 from hf_moe_ted.models.beam_search import best_of_sentences
+from hf_moe_ted.models.decoding_step import advance
 from hf_moe_ted.models.search_memory import KeySize, MemorySize, SearchMemory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,7 +116,7 @@ def test_advance(num_beams: int, early_stopping: bool | str, length_penalty: flo
         best = best.sort(dim=1, descending=True).values.to(DEVICE)
         words = torch.stack([torch.randperm(18, generator=generator)[:num_candidates] for _ in range(rows)]).to(DEVICE)
         advance_beams(best, words, memory)
-        captured_search._advance(expected, best_of_sentences(expected.hypotheses, best, words, num_candidates))
+        advance(expected, best_of_sentences(expected.hypotheses, best, words, num_candidates))
         for either in (memory, expected):
             either.counters.add_(either.steps)
         if memory.place_1 < prompt_length + 6:

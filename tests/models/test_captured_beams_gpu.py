@@ -11,7 +11,7 @@ from test_captured_search import GREEDY, OPTIONS, captured, store_of
 from torch import Tensor
 
 from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration
-from hf_moe_ted.models import captured_search, generation, graph_store
+from hf_moe_ted.models import captured_search, decoding_step, generation, graph_store
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -118,7 +118,7 @@ def test_scores_of_long_searches(
     batch_size: int, changed: dict[str, Any], with_kernels: bool, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
 ) -> None:
     """Of a larger vocabulary, two experts for each token, and layers as those of NLLB-MoE."""
-    monkeypatch.setattr(captured_search, "KERNEL_DEVICES", ("cuda",) if with_kernels else ())
+    monkeypatch.setattr(decoding_step, "KERNEL_DEVICES", ("cuda",) if with_kernels else ())
     torch.manual_seed(0)
     config = ZCodeM3Config(
         vocab_size=5000, d_model=128, encoder_layers=2, decoder_layers=4, encoder_ffn_dim=256, decoder_ffn_dim=256,

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import masking_utils
 
 from hf_moe_ted import ZCodeM3ForConditionalGeneration
-from hf_moe_ted.models import captured_search, generation, graph_store
+from hf_moe_ted.models import captured_search, decoding_step, generation, graph_store
 from hf_moe_ted.models.captured_encoder import captured_encoding
 from hf_moe_ted.models.generation import FirstTokens
+from hf_moe_ted.models.graph_store import power_of_two, rung
 from hf_moe_ted.testing import tiny_config
 
 __all__ = ["source"]
@@ -141,13 +142,13 @@ def test_sentences_that_are_done_leave_for_smaller_graphs(
 ) -> None:
     """What the comparisons above are worth: batches shrink, and keys get more."""
     shapes: list[tuple[int, int]] = []
-    step = captured_search._step
+    step = captured_search.decoding_step
 
     def counted(model: Any, memory: Any, num_candidates: int) -> None:
         shapes.append((len(memory.is_done_B), memory.mask_B1NK.shape[-1] // 4))
         step(model, memory, num_candidates)
 
-    monkeypatch.setattr(captured_search, "_step", counted)
+    monkeypatch.setattr(captured_search, "decoding_step", counted)
     captured(capturable_model(), **source, **{**ENDS, "max_new_tokens": 40})
     sizes = [size for size, _ in shapes]
     assert sizes[0] == 6 and sizes == sorted(sizes, reverse=True) and len({*sizes}) >= 2
@@ -264,6 +265,25 @@ def test_a_model_that_is_gone_takes_its_graphs_along(
     del model
     gc.collect()
     assert store() is None
+
+
+def test_few_graphs_are_kept(
+    source: dict[str, Tensor], recorders: list[TapeRecorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_store, "MAX_GRAPHS", 2)
+    model = capturable_model()
+    for _ in range(3):
+        for size in (5, 3, 1):
+            inputs = {name: tensor[:size] for name, tensor in source.items()}
+            assert torch.equal(captured(model, **inputs, **ENDS), of_transformers(model, **inputs, **ENDS))
+    assert len(store_of(model)._graphs) == 2
+    assert recorders[0].num_recorded > 6
+
+
+def test_ladders() -> None:
+    assert [rung(number) for number in range(1, 14)] == [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16]
+    assert [rung(number, 16) for number in (1, 17, 33, 48, 49, 65, 97)] == [16, 32, 48, 48, 64, 96, 128]
+    assert [power_of_two(number, 32) for number in (1, 32, 33, 200)] == [32, 32, 64, 256]
 
 
 def test_in_inference_mode_and_out_of_it(source: dict[str, Tensor]) -> None:
@@ -420,7 +440,7 @@ def test_with_the_kernels_of_gpus(num_beams: int, monkeypatch: pytest.MonkeyPatc
             return None, call
 
     monkeypatch.setattr(graph_store, "new_recorder", Again)
-    monkeypatch.setattr(captured_search, "KERNEL_DEVICES", ("cpu",))
+    monkeypatch.setattr(decoding_step, "KERNEL_DEVICES", ("cpu",))
     torch.manual_seed(0)
     config = tiny_config(
         vocab_size=1100,
