@@ -59,6 +59,8 @@ class ExpertFiles:
     """
 
     def __init__(self, folder: Path):
+        if not hasattr(os, "preadv"):
+            raise ValueError("experts cannot be read from files on this system; use experts_in='memory'")
         self._files: list[_OpenFile] = []
         weakref.finalize(self, _close, self._files)
         self._spans: dict[str, Span] = {}
