@@ -48,6 +48,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def keep_to(isa: str) -> None:
+    """Start this script again with the variables of `--isa`, which libraries read once, unless they are set."""
+    if isa == "avx2" and any(os.environ.get(name) != value for name, value in AVX2.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **AVX2})
+
+
 def dense_model(arguments: argparse.Namespace) -> Any:
     from transformers import M2M100Config, M2M100ForConditionalGeneration
 
@@ -152,8 +158,7 @@ def measure(peers: dict[str, Peer], num_rounds: int) -> dict[str, list[float]]:
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.isa == "avx2" and any(os.environ.get(name) != value for name, value in AVX2.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **AVX2})  # libraries read them once
+    keep_to(arguments.isa)
     import torch
 
     torch.set_num_threads(1)

@@ -310,6 +310,24 @@ def test_twice(make_model: MakeModel, tmp_path: Path) -> None:
             prune_experts(model, None, keep=2, criterion="random", output_dir=tmp_path / "pruned")
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_resized_embeddings(tied: bool, make_model: MakeModel) -> None:
+    model = make_model(tie_word_embeddings=tied)
+    quantized: Any = quantize_experts(model, what="all")
+    expected, num_tokens = logits_of(quantized), model.config.vocab_size
+    name = "QuantizedEmbedding" if tied else "QuantizedLinear"
+    with pytest.raises(ValueError, match=f"{name} has no rows of floats .* resize the model that was quantized"):
+        quantized.resize_token_embeddings(num_tokens + 8)
+    assert quantized.config.vocab_size == num_tokens
+    assert torch.equal(logits_of(quantized), expected)
+    model.resize_token_embeddings(num_tokens + 8)
+    assert logits_of(quantize_experts(model, what="all")).shape[-1] == num_tokens + 8
+
+    experts_only: Any = quantize_experts(make_model(tie_word_embeddings=tied))
+    experts_only.resize_token_embeddings(num_tokens + 8)
+    assert logits_of(experts_only).shape[-1] == num_tokens + 8
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -112,6 +112,9 @@ def test_changed_weights_count(make_model: MakeModel) -> None:
     assert not torch.equal(logits_of(quantized), logits_of(expected))
     quantized.load_state_dict(expected.state_dict())
     assert torch.equal(logits_of(quantized), logits_of(expected))
+    for parameter in quantized.parameters():
+        parameter.data.zero_()  # which PyTorch does not count
+    assert not torch.equal(logits_of(copy.deepcopy(quantized)), logits_of(expected))
 
 
 def test_generates(make_model: MakeModel) -> None:

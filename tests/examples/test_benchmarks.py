@@ -1,6 +1,8 @@
 """The benchmarks of experts, generation and training run, on tiny models."""
 
 import json
+import multiprocessing
+import multiprocessing.dummy
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,9 +10,11 @@ from typing import Any
 import bench_beams_gpu
 import bench_experts_cpu
 import bench_generation
+import bench_shipped_model
 import bench_training
 import bench_translate
 import pytest
+import translation_ways
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "checkpoints" / "zcode_m3_demo"
 CPU_PEERS = {"eager", "grouped_mm", "zcode_grouped", "zcode_cpu", "int8", "int8_zcode_cpu", "dense"}
@@ -105,3 +109,31 @@ def test_beams_on_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert len(results) == 8
     assert all(("ms_per_step" in r) != ("sentences_per_s" in r) for r in results)
     assert {r["num_sentences"] for r in results if "num_sentences" in r} == {2}
+
+
+def test_ways_of_the_shipped_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows_of = bench_shipped_model.rows_of
+    monkeypatch.setattr(bench_shipped_model, "rows_of", lambda split, language: rows_of("test", language))  # fewer
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: multiprocessing.dummy)  # threads are quicker
+    sizes = ("--num_sentences", "2", "--num_rounds", "1", "--num_beams", "2", "--ways", "trimmed")
+    rows = run(monkeypatch, bench_shipped_model, tmp_path / "out.json", *sizes)["results"]
+    assert [row["way"] for row in rows] == ["float32", "trimmed"]
+    whole, trimmed = rows
+    assert whole["num_equal"] == trimmed["num_equal_restricted"] == 4
+    assert 30 < trimmed["weights_mb"] < whole["weights_mb"] < 40
+    for row in rows:
+        assert row["sentences_per_s"] == pytest.approx(4 / row["seconds"][0])
+        assert 100 < row["libraries_mb"] <= row["peak_mb"]
+        assert {name: 0 < scores["chrf"] <= 100 for name, scores in row["scores"].items()} == {
+            "en-de": True, "de-en": True
+        }  # fmt: skip
+    assert bench_shipped_model.remark(whole, whole) == ""
+    worse = {**trimmed, "num_equal_restricted": 3, "scores": {"en-de": {"chrf": 0.0}}}
+    assert "MORE THAN 0.3 FROM FLOAT32; NOT THE TRANSLATIONS" in bench_shipped_model.remark(worse, whole)
+
+
+def test_a_way_that_fails(tmp_path: Path) -> None:
+    way = translation_ways.Way("broken", tmp_path / "none", is_ctranslate2=True)
+    process = translation_ways.WayProcess(way, translation_ways.Settings(1, 1, 1, "cpu"))
+    with pytest.raises(RuntimeError, match="the process of 'broken' has ended"):
+        process.round([])

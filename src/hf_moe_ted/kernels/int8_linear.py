@@ -84,8 +84,12 @@ class PackedInt8Weights:
     """int8 matrices in the order in which kernels read them, made when they are first used.
 
     A packed matrix takes one byte per weight, beside the original; with VNNI two, if it is used for few rows and for
-    many; four where there are no int8 products. It is made anew when the original has changed. Copies and pickles of
-    this object, and so of a module that has it, are empty.
+    many; four where there are no int8 products. Copies and pickles of this object, and so of a module that has it, are
+    empty.
+
+    It is made anew when the original has changed, as far as PyTorch counts that: by `load_state_dict`, `weight.copy_`
+    or another `weight.data`, but not by what is written into the same memory through `weight.data.copy_` or NumPy, or
+    into a tensor of `torch.inference_mode`. After such a write call `forget`, or go on with a copy of the module.
     """
 
     def __init__(self) -> None:

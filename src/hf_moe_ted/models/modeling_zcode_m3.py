@@ -286,6 +286,12 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
         super().activation_checkpointing_enable(options, every_n_layers, offload)
 
     def _resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        for module in (self.get_input_embeddings(), self.get_output_embeddings()):  # before one of them is changed
+            if module is not None and not hasattr(module, "weight"):
+                raise ValueError(
+                    f"resize_token_embeddings: {type(module).__name__} has no rows of floats to add to or to remove; "
+                    "resize the model that was quantized, then quantize it again"
+                )
         # `set_input_embeddings` makes one embedding of three; without tying, encoder and decoder keep their own
         base = self.base_model
         own: list[tuple[Any, Any]] = []
