@@ -151,21 +151,31 @@ from hf_moe_ted import quantize_experts
 def kibibytes(name):
     return int(re.search(rf"{name}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
-small, full, output, bits = sys.argv[1:]
+small, full, output, bits, what, dtype = sys.argv[1:]
 quantize_experts(Path(small), int(bits), output_dir=Path(output) / "warm")  # all that is loaded when it is first used
 before = kibibytes("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew; that of getrusage has the parent's in it
-quantize_experts(Path(full), int(bits), output_dir=Path(output) / "new", max_shard_size="24MB")
+quantize_experts(
+    Path(full), int(bits), what=what, dtype=dtype, output_dir=Path(output) / "new", max_shard_size="24MB"
+)
 print((kibibytes("VmHWM") - before) * 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-def test_peak_memory(make_model: MakeModel, tmp_path: Path) -> None:
-    """Of a model of 350 MiB: one shard, the largest tensor, files that are mapped in parts, and what rounding takes."""
-    sizes = {"d_model": 512, "encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048, "encoder_layers": 3}
+@pytest.mark.parametrize(
+    ("sizes", "what", "dtype"),
+    [
+        ({"vocab_size": 272, "encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048, "num_experts": 8}, "experts", "auto"),
+        ({"vocab_size": 160_000, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_experts": 2}, "all", "bfloat16"),
+    ],
+    ids=["experts", "embeddings"],
+)
+def test_peak_memory(sizes: dict[str, int], what: str, dtype: str, make_model: MakeModel, tmp_path: Path) -> None:
+    """Of 350 MiB: one shard, the largest tensor, files that are mapped in parts, and what rounding takes."""
     config = ZCodeM3Config(
-        vocab_size=272, num_experts=8, encoder_sparse_step=1, decoder_sparse_step=1, decoder_layers=2, **sizes
+        d_model=512, encoder_layers=3, decoder_layers=2, encoder_sparse_step=1, decoder_sparse_step=1, **sizes
     )
     make_model().save_pretrained(tmp_path / "small")
     with torch.device("meta"):
@@ -175,12 +185,21 @@ def test_peak_memory(make_model: MakeModel, tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.uniform_(-1, 1)
+    weights = model.state_dict()
+    copies = {"lm_head.weight": weights["lm_head.weight"].clone()}  # as checkpoints of others have them
     model.save_pretrained(tmp_path / "full", max_shard_size="64MB")
+    if what == "all":
+        save_file(copies, tmp_path / "full" / "copies.safetensors")
+        index = tmp_path / "full" / "model.safetensors.index.json"
+        fields = json.loads(index.read_text())
+        fields["weight_map"] |= dict.fromkeys(copies, "copies.safetensors")
+        index.write_text(json.dumps(fields))
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())
     largest = max(parameter.nbytes for parameter in model.parameters())
-    del model
-    command = [sys.executable, "-c", PROGRAM, tmp_path / "small", tmp_path / "full", tmp_path, "4"]
+    del model, weights, copies
+    command = [sys.executable, "-c", PROGRAM, tmp_path / "small", tmp_path / "full", tmp_path, "4", what, dtype]
     peak = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    bound = 24e6 + largest + 128 * MIB
-    assert num_bytes > 1.7 * bound, (num_bytes, bound)
+    shard = max(file.stat().st_size for file in (tmp_path / "new").glob("*.safetensors"))
+    bound = shard + largest + 128 * MIB
     assert peak < bound, (peak / MIB, bound / MIB)
+    assert what == "all" or num_bytes > 1.7 * bound

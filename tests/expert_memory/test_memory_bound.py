@@ -52,6 +52,7 @@ def make_model(**sizes: int) -> ZCodeM3ForConditionalGeneration:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_peak_memory(bits: int, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ class _Rounding:
         base, _, kind = name.rpartition("_")
         matrix = self.matrices.get(base)
         if matrix is None or kind not in _KINDS:
-            copy_rounded(name, self.tensors[name], out)
+            self._copy(name, out)
         elif kind == "packed":
             scale = torch.empty(self._scale_shape(matrix), dtype=self.dtype)
             self._round(matrix, out, scale)
@@ -147,9 +147,18 @@ class _Rounding:
         *outer, num_inputs = self.tensors.specs[matrix.source].shape
         return (*outer, num_inputs // (matrix.group_size or num_inputs))
 
+    def _copy(self, name: str, out: Tensor) -> None:
+        if out.dtype == self.tensors.specs[name].dtype:
+            self.tensors.into(name, out)
+            return
+        for rows, part in self.tensors.parts(name):
+            copy_rounded(f"{name} (rows from {rows.start})" if rows.start else name, part, out[rows])
+
     def _round(self, matrix: _Matrix, packed: Tensor, scale: Tensor) -> None:
+        """Expert by expert, or a part of the rows at a time: embeddings may be the largest tensor of all."""
         if packed.ndim == 2:
-            self._round_one(matrix, matrix.source, self.tensors[matrix.source], packed, scale)
+            for rows, weight_OI in self.tensors.parts(matrix.source):
+                self._round_one(matrix, matrix.source, weight_OI, packed[rows], scale[rows])
             return
         for expert, outs in enumerate(zip(packed, scale, strict=True)):
             weight_OI = self.tensors.row(matrix.source, expert)

@@ -26,7 +26,7 @@ class LazyTensors(Mapping[str, Tensor]):
     Args:
         specs: a tensor on the meta device for each name.
         read: reads one tensor. The caller owns the result: nothing else refers to its memory.
-        read_row: reads one index of the first dimension, if that is cheaper than to read the tensor.
+        read_row: reads one index of the first dimension, or a slice of it, if that is cheaper than to read the tensor.
         read_into: reads one tensor into another of its shape and dtype. One of `read` and `read_into` is enough; both
             are for tensors of which each way spares a copy.
         where: the file that a tensor is in, for messages.
@@ -36,7 +36,7 @@ class LazyTensors(Mapping[str, Tensor]):
         self,
         specs: Mapping[str, Tensor],
         read: Callable[[str], Tensor] | None = None,
-        read_row: Callable[[str, int], Tensor] | None = None,
+        read_row: Callable[[str, int | slice], Tensor] | None = None,
         read_into: Callable[[str, Tensor], None] | None = None,
         where: Callable[[str], object] | None = None,
     ):
@@ -56,9 +56,17 @@ class LazyTensors(Mapping[str, Tensor]):
         self.into(name, out)
         return out
 
-    def row(self, name: str, index: int) -> Tensor:
+    def row(self, name: str, index: int | slice) -> Tensor:
         """`self[name][index]`, without reading the rest of the tensor where that is possible."""
         return self[name][index].clone() if self._read_row is None else self._read_row(name, index)
+
+    def parts(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of the first dimension and what is there, as many rows at once as bound the memory."""
+        num_rows, numel = self.specs[name].shape[0], self.specs[name].numel()
+        step = max(1, num_rows if self._read_row is None else _CHUNK_NUMEL * num_rows // max(1, numel))
+        for start in range(0, num_rows, step):
+            rows = slice(start, min(start + step, num_rows))
+            yield rows, self.row(name, rows)
 
     def into(self, name: str, out: Tensor) -> None:
         """Write `self[name]` to `out`, a tensor of its shape and dtype."""
@@ -93,7 +101,7 @@ def checked_weights(tensors: LazyTensors) -> LazyTensors:
     Everything that is read to be written goes through here, so that no command spreads what is broken.
     """
 
-    def checked(name: str, tensor: Tensor, row: int | None = None) -> Tensor:
+    def checked(name: str, tensor: Tensor, row: int | slice | None = None) -> Tensor:
         check_weight(name, tensor, tensors.where(name), row=row)
         return tensor
 
@@ -134,14 +142,14 @@ def check_floating(specs: Mapping[str, Tensor], where: object) -> None:
             )
 
 
-def check_weight(name: str, tensor: Tensor, where: object, *, row: int | None = None) -> None:
+def check_weight(name: str, tensor: Tensor, where: object, *, row: int | slice | None = None) -> None:
     """Check that all of a tensor are finite floating-point numbers.
 
     Args:
         name: of the tensor, for the message.
         tensor: of any shape and dtype; it is read once.
         where: the file that it is from, for the message.
-        row: if it is only this row of the tensor.
+        row: if it is only this row of the tensor, or these, from a first one.
 
     Raises:
         ValueError: with the place of the first number that is NaN or infinite, or with the dtype.
@@ -149,7 +157,9 @@ def check_weight(name: str, tensor: Tensor, where: object, *, row: int | None = 
     check_floating({name: tensor}, where)
     first = _first_not_finite(tensor)
     if first is not None:
-        index = first if row is None else [row, *first]
+        if isinstance(row, slice):
+            first[0] += row.start
+        index = [row, *first] if isinstance(row, int) else first
         expert = f" (expert {index[0]})" if ".experts." in name and len(index) > 1 else ""
         raise ValueError(
             f"{name} in {where} has numbers that are NaN or infinite, the first at {index}{expert}; the file is "
@@ -217,8 +227,8 @@ class TensorFile:
         self._mapped: Mapping[str, Tensor] = {}
         self._num_bytes_read = 0
 
-    def read(self, name: str, index: int | None = None) -> Tensor:
-        """A copy of one tensor, or of one index of its first dimension, contiguous."""
+    def read(self, name: str, index: int | slice | None = None) -> Tensor:
+        """A copy of one tensor, or of an index or slice of its first dimension, contiguous."""
         return self._mapped_tensor(name, index).clone(memory_format=torch.contiguous_format)
 
     def read_into(self, name: str, out: Tensor) -> None:
@@ -229,7 +239,7 @@ class TensorFile:
         """Unmap the file; reading opens it again."""
         self._mapped = {}
 
-    def _mapped_tensor(self, name: str, index: int | None = None) -> Tensor:
+    def _mapped_tensor(self, name: str, index: int | slice | None = None) -> Tensor:
         if not self._is_checked:
             check_checksums(self.path)
             self._is_checked = True

@@ -76,11 +76,19 @@ def drop_tied_copies(tensors: LazyTensors, tied: Mapping[str, str]) -> LazyTenso
         if copy not in tensors:
             continue
         first = name_in_source.setdefault(original, copy)
-        if first != copy and not torch.equal(tensors[first], tensors[copy]):
+        if first != copy and not _are_equal(tensors, first, copy):
             raise ValueError(
                 f"{copy} and {first} differ, but the config ties them (tie_word_embeddings); correct the config"
             )
     return tensors.under_names(name_in_source)
+
+
+def _are_equal(tensors: LazyTensors, first: str, second: str) -> bool:
+    """Whether two tensors are, of which a part is read at a time: embeddings may be the largest of all."""
+    if tensors.specs[first].shape != tensors.specs[second].shape:
+        return False
+    pairs = zip(tensors.parts(first), tensors.parts(second), strict=True)
+    return all(torch.equal(mine, other) for (_, mine), (_, other) in pairs)
 
 
 def stored_specs(model: Any) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -43,9 +44,11 @@ def nllb_moe_tensors(tensors: LazyTensors) -> LazyTensors:
         for expert, name in enumerate(sources[target]):
             tensors.into(name, out[expert])
 
-    def read_row(target: str, index: int) -> Tensor:
+    def read_row(target: str, index: int | slice) -> Tensor:
         names = sources[target]
-        return tensors[names[index]] if target in stacked else tensors.row(names[0], index)
+        if target not in stacked:
+            return tensors.row(names[0], index)
+        return tensors[names[index]] if isinstance(index, int) else torch.stack([tensors[n] for n in names[index]])
 
     specs = {target: tensors.specs[names[0]] for target, names in sources.items()}
     specs |= {target: specs[target].new_empty(len(sources[target]), *specs[target].shape) for target in stacked}
