@@ -58,7 +58,7 @@ def test_keys_are_written_first(num_beams: int, step: int, dtype: torch.dtype) -
     query, new_keys, new_values = (projected(2, num_beams, dtype) for _ in range(3))
     keys, values = (memory_of(2, num_keys, dtype) for _ in range(2))
     before = keys.clone(), values.clone()
-    values[:, :, (step + 1) * num_beams :] = torch.nan  # nobody reads them
+    keys[:, :, step * num_beams :] = values[:, :, step * num_beams :] = torch.nan  # nobody reads them
     places = torch.arange(step * num_beams, (step + 1) * num_beams, device=DEVICE)
     mask = mask_of(2, num_beams, num_keys, dtype)
     mask[..., (step + 1) * num_beams :] = torch.finfo(dtype).min

@@ -1,6 +1,7 @@
 """Attention of the beams of a sentence to keys that they share, and where they write their own (Triton).
 
-One program for each sentence and head: it writes what the beams add, and reads no key behind.
+One program for each sentence and head. It writes what the beams add, and does not read it again: a beam attends to its
+own new key, which is at hand, and to none of the others'.
 
 Shape letters: B sentences, N beams of each, H heads, D head width, K keys.
 """
@@ -53,17 +54,21 @@ def beam_attention_kernel(
     is_beam = beams < N
     own = sentence * query_stride_b + head * query_stride_h + beams[:, None] * query_stride_n + columns[None, :]
     first_key = sentence * key_stride_b + head * key_stride_h
-    if WRITES:
-        place = tl.load(places + beams, mask=is_beam, other=0)
-        to = first_key + place[:, None] * D + columns[None, :]
-        tl.store(keys + to, tl.load(new_keys + own, mask=is_beam[:, None], other=0.0), mask=is_beam[:, None])
-        tl.store(values + to, tl.load(new_values + own, mask=is_beam[:, None], other=0.0), mask=is_beam[:, None])
-        num_keys = tl.max(tl.where(is_beam, place, 0), axis=0).to(tl.int32) + 1
-        tl.debug_barrier()  # written, before they are read
     queries = tl.load(query + own, mask=is_beam[:, None], other=0.0)
     largest = tl.full((BLOCK_N,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     sums = tl.zeros((BLOCK_N, D), tl.float32)
+    if WRITES:
+        own_keys = tl.load(new_keys + own, mask=is_beam[:, None], other=0.0)
+        own_values = tl.load(new_values + own, mask=is_beam[:, None], other=0.0)
+        place = tl.load(places + beams, mask=is_beam, other=0)
+        to = first_key + place[:, None] * D + columns[None, :]
+        tl.store(keys + to, own_keys, mask=is_beam[:, None])
+        tl.store(values + to, own_values, mask=is_beam[:, None])
+        num_keys = tl.load(places).to(tl.int32)  # those of the steps before
+        largest = tl.sum(queries.to(tl.float32) * own_keys.to(tl.float32), axis=1) * scaling
+        total += 1.0
+        sums += own_values.to(tl.float32)
     for start in range(0, num_keys, BLOCK_K):
         index = start + tl.arange(0, BLOCK_K)
         is_key = index < num_keys
@@ -107,9 +112,9 @@ def beam_attention(
     Args:
         query, new_keys, new_values: float[B, H, N, D] of the same strides, whose columns are contiguous.
         keys, values: float[B, H, K, D] of the same strides, whose rows are contiguous.
-        mask: float[B, 1, N, K], added to the scores.
         scaling: factor of the scores.
-        places: int64[N], where the new keys stand; all behind the last of them are not read.
+        mask: float[B, 1, N, K], added to the scores but of new keys, of which each beam attends to its own.
+        places: int64[N], in order, where the new keys stand; all behind the first of them are not read.
 
     Returns:
         float[B, N, H, D].
