@@ -118,12 +118,13 @@ def small_batch_of(dtype: torch.dtype, num_slots: int) -> None:
 def quantized_of(dtype: torch.dtype, num_slots: int, bits: int, group: int) -> None:
     """Both matrices of quantized experts; a group of 0 is a row."""
     ids = torch.zeros(num_slots, 1, dtype=torch.int64)
-    weights, plan = torch.zeros(num_slots, 1), quantized_ffn.plan_tiles(ids, NUM_EXPERTS)
+    weights, is_few = torch.zeros(num_slots, 1), num_slots <= quantized_ffn.MAX_SLOTS
+    plan = quantized_ffn.plan_tiles(ids, NUM_EXPERTS) if is_few else ids
     for num_rows, depth in ((INNER_WIDTH, WIDTH), (WIDTH, INNER_WIDTH)):
         packed = torch.zeros(NUM_EXPERTS, num_rows, depth * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
         scale = torch.zeros(NUM_EXPERTS, num_rows, depth // (group or depth), dtype=dtype)
         bias, inputs = torch.zeros(NUM_EXPERTS, num_rows, dtype=dtype), torch.zeros(num_slots, depth, dtype=dtype)
-        if num_slots > quantized_ffn.MAX_SLOTS and num_rows == INNER_WIDTH:
+        if not is_few and num_rows == INNER_WIDTH:
             tile = quantized_ffn.many_slots_tile(num_slots, NUM_EXPERTS, packed, scale, dtype)
             plan = row_plan.plan_rows(ids, NUM_EXPERTS, tile.block_m)
         is_down = depth == INNER_WIDTH
