@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration, quantize_experts
+os.environ["HF_MOE_TED_QUANTIZED_KERNELS"] = "1"  # read by the import
+
+from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration, quantize_experts  # noqa: E402
 
 TOP_K = 2
 SLOTS = (2, 8, 64, 512, 4096, 32768)

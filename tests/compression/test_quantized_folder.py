@@ -87,6 +87,15 @@ def test_nllb_moe(name: str, what: str, tmp_path: Path) -> None:
     assert not any(info.values()) and loaded.config.quantization_config.bits == 4
 
 
+def test_scales_that_are_larger_than_a_file(make_model: MakeModel, tmp_path: Path) -> None:
+    """They get one of their own, which comes before that of the integers."""
+    make_model().save_pretrained(tmp_path / "full")
+    stacks: Any = quantize_experts(tmp_path / "full", 4, 2).state_dict()
+    [size] = {tensor.nbytes for name, tensor in stacks.items() if name.endswith("up_proj_packed")}
+    assert all(tensor.nbytes > size for name, tensor in stacks.items() if name.endswith("up_proj_scale"))
+    both_ways(tmp_path / "full", tmp_path, bits=4, group_size=2, max_shard_size=size + 100)
+
+
 def test_pruned_and_merged(make_model: MakeModel, tmp_path: Path) -> None:
     pruned: Any = prune_experts(make_model(), None, keep=2, criterion="random", renormalize=False).model
     pruned.save_pretrained(tmp_path / "full")

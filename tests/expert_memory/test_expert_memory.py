@@ -215,6 +215,8 @@ def test_too_little_memory(model: Any, folder: Path) -> None:
     [
         ({"size": "8 apples"}, r"size \('8 apples'\) must be a number of bytes or a string such as '8GB'"),
         ({"size": 0}, r"size \(0\) must be positive"),
+        ({"size": "8gb"}, r"size \('8gb'\) must be .* with a capital B"),
+        ({"size": "infGB"}, r"size \('infGB'\) must be a number of bytes"),
         ({"size": "1GB", "experts_in": "clouds"}, r"experts_in \('clouds'\) must be one of auto, memory, files"),
         ({"size": "1GB", "max_cpu_slots": 1, "experts_in": "files"}, r"max_cpu_slots \(1\) needs experts_in='memory'"),
         ({"size": "1GB", "max_cpu_slots": -1}, r"max_cpu_slots \(-1\) must not be negative"),
@@ -223,6 +225,11 @@ def test_too_little_memory(model: Any, folder: Path) -> None:
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ExpertMemory(**options)
+
+
+def test_sizes() -> None:
+    sizes = {"8GB": 8 * 10**9, "1.5 MiB": 3 * 2**19, " 4096 ": 4096, 7: 7}
+    assert {size: ExpertMemory(size).num_bytes for size in sizes} == sizes
 
 
 def test_wrong_models(model: Any, folder: Path, make_model: MakeModel, tmp_path: Path) -> None:

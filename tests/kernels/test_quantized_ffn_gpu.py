@@ -12,6 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs Triton")
 
 from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration, quantize_experts
+from hf_moe_ted.compression import quantized_experts
 from hf_moe_ted.kernels import quantized_ffn
 
 pytestmark = [pytest.mark.gpu, on_gpu]
@@ -94,6 +95,7 @@ def test_model_takes_the_kernels_by_itself(bits, group_size, monkeypatch):
     )  # fmt: skip
     with torch.device("cuda"):
         model = ZCodeM3ForConditionalGeneration(config).to(torch.bfloat16).eval()
+    monkeypatch.setattr(quantized_experts, "TRITON_ON_GPUS", True)
     quantized = quantize_experts(model, bits, group_size)
     reference = copy.deepcopy(quantized)
     reference.set_experts_implementation("eager")

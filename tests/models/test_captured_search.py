@@ -239,6 +239,50 @@ def test_changed_weights_count_and_others_make_other_graphs(
     assert len(recorders) == 3
 
 
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_what_is_set_on_layers_and_strides_count(num_beams: int, source: dict[str, Tensor]) -> None:
+    model = capturable_model()
+    options = {**source, **ENDS, "num_beams": num_beams}
+    for _ in range(2):
+        captured(model, **options)
+    layer = model.model.decoder.layers[0]
+    router = next(module for module in model.model.decoder.modules() if hasattr(module, "top_k"))
+    for change in (
+        lambda: setattr(router, "top_k", 2),
+        lambda: setattr(layer.self_attn, "scaling", 3.0),
+        lambda: layer.self_attn.q_proj.weight.data.t_(),
+    ):
+        change()
+        expected = of_transformers(model, **options) if num_beams > 1 else model.generate(**options)
+        assert torch.equal(captured(model, **options), expected)
+
+
+@pytest.mark.parametrize("is_captured", [True, False])
+def test_options_of_one_layer_that_batches_matter_for(
+    is_captured: bool, source: dict[str, Tensor], recorders: list[TapeRecorder]
+) -> None:
+    """A search that drops or adds sentences would change what the others become."""
+    model = capturable_model()
+    for module in model.modules():
+        if hasattr(module, "eval_capacity_factor"):
+            module.eval_capacity_factor = 0.5
+    options = {**source, **ENDS, "max_new_tokens": 30}
+    torch.manual_seed(0)  # of the tokens that have no room
+    expected = of_transformers(model, **options)
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(**options, cuda_graphs=is_captured), expected)
+    assert not recorders
+
+
+def test_assistant_models(source: dict[str, Tensor]) -> None:
+    """The assistant's options are a copy, without the graphs of the model that it assists."""
+    model, assistant = capturable_model(), capturable_model(seed=1)
+    options = {name: tensor[:1] for name, tensor in source.items()} | {"max_new_tokens": 10, "num_beams": 1}
+    expected = model.generate(**options)
+    for _ in range(2):
+        assert torch.equal(captured(model, **options, assistant_model=assistant), expected)
+
+
 def test_graphs_are_not_part_of_the_model(
     source: dict[str, Tensor], recorders: list[TapeRecorder], tmp_path: Any
 ) -> None:

@@ -267,6 +267,17 @@ def test_parameters_and_states_may_move() -> None:
     assert optimizers[0].num_own == 4
 
 
+def test_gradients_of_others_where_those_of_a_parameter_were() -> None:
+    """As an allocator puts them there, when layers are frozen in turn."""
+    memory = torch.ones(256, device=DEVICE)
+    params = small(64, 256, 16)
+    optimizer = InInterpreter(params, **OPTIONS)
+    for param in params:
+        param.grad = memory[: len(param)]
+        assert optimizer.clip_grad_norm_(1.0) == len(param) ** 0.5
+        param.grad = None
+
+
 def test_copies_and_hooks() -> None:
     optimizer = InInterpreter(small(40, 3), **OPTIONS)
     steps(optimizer, 0, 2)

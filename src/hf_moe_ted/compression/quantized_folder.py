@@ -75,8 +75,9 @@ class QuantizedFolder:
         model.config.architectures = [ZCodeM3ForConditionalGeneration.__name__]
         rounded = _matrices_of_experts(model, quantization)
         rounded |= {f"{name}.weight": _Matrix(f"{name}.weight", 8, None, part) for name, (part, _) in parts.items()}
-        rounding = _Rounding(source.tensors, rounded, dtype, _Errors(quantizer))
-        return cls(model, LazyTensors(stored_specs(model), read_into=rounding.read_into), quantizer)
+        specs = stored_specs(model)
+        rounding = _Rounding(source.tensors, specs, rounded, dtype, _Errors(quantizer))
+        return cls(model, LazyTensors(specs, read_into=rounding.read_into), quantizer)
 
     def write(self, folder: Path, source: ModelSource, max_shard_size: int | str) -> None:
         """Write the model, with all that belongs to it, into a folder that is there."""
@@ -121,11 +122,12 @@ class _Errors:
 class _Rounding:
     """Reads tensors of the quantized model from those of the other.
 
-    Integers and scales of a matrix come from one pass over it. The integers are asked for first, so the scales, which
-    are small, wait for their turn.
+    Integers and scales of a matrix come from one pass over it. Those that are not asked for first wait for their turn:
+    the scales, but for groups so small that scales need a file of their own, which is written before.
     """
 
     tensors: LazyTensors
+    specs: dict[str, Tensor]
     matrices: dict[str, _Matrix]
     dtype: torch.dtype
     errors: _Errors
@@ -136,16 +138,14 @@ class _Rounding:
         matrix = self.matrices.get(base)
         if matrix is None or kind not in _KINDS:
             self._copy(name, out)
-        elif kind == "packed":
-            scale = torch.empty(self._scale_shape(matrix), dtype=self.dtype)
-            self._round(matrix, out, scale)
-            self.waiting[base] = scale
+        elif name in self.waiting:
+            out.copy_(self.waiting.pop(name))
         else:
-            out.copy_(self.waiting.pop(base))
-
-    def _scale_shape(self, matrix: _Matrix) -> tuple[int, ...]:
-        *outer, num_inputs = self.tensors.specs[matrix.source].shape
-        return (*outer, num_inputs // (matrix.group_size or num_inputs))
+            outs = {kind: out}
+            [other] = (name for name in _KINDS if name != kind)
+            spec = self.specs[f"{base}_{other}"]
+            outs[other] = self.waiting[f"{base}_{other}"] = torch.empty(spec.shape, dtype=spec.dtype)
+            self._round(matrix, outs["packed"], outs["scale"])
 
     def _copy(self, name: str, out: Tensor) -> None:
         if out.dtype == self.tensors.specs[name].dtype:

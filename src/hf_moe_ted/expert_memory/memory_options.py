@@ -58,10 +58,15 @@ class MemoryOptions:
         """`size` as a number."""
         if isinstance(self.size, int) and not isinstance(self.size, bool):
             return self.size
+        text = str(self.size).strip()
         try:
-            return convert_file_size_to_int(str(self.size).strip())
-        except ValueError:
-            raise ValueError(f"size ({self.size!r}) must be a number of bytes or a string such as '8GB'") from None
+            if text.endswith("b"):
+                raise ValueError("'8gb' would be bits")
+            return int(text) if text.isdecimal() else convert_file_size_to_int(text)
+        except (ValueError, OverflowError):
+            raise ValueError(
+                f"size ({self.size!r}) must be a number of bytes or a string such as '8GB', with a capital B"
+            ) from None
 
 
 __all__ = ["MemoryOptions"]

@@ -25,7 +25,10 @@ from transformers.generation import (
 
 from .beam_cache import BeamCache
 from .beam_hypotheses import Candidates, Hypotheses, Ranking, together
+from .field_of_config import are_set_on
 
+# with which experts compute something else for a sentence among others, or by chance
+OPTIONS_OF_BATCHES = ("eval_capacity_factor", "second_expert_policy")
 _WORDS_PER_BLOCK = 128  # among which `best_of_rows` looks for the largest first
 
 # logits processors that do something at some lengths only, and treat each row alike
@@ -80,6 +83,7 @@ def why_not(model: Any, generation_config: Any, synced_gpus: bool, model_kwargs:
         "untied positions": config.position_embedding_type == "tupe",
         "a capacity of experts": config.eval_capacity_factor is not None,
         "second experts by chance": config.second_expert_policy != "all",
+        "options of one layer": are_set_on(model.model.decoder.modules(), *OPTIONS_OF_BATCHES),
         "hooks of the model": any(
             module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
             for module in (*model.model.decoder.modules(), model.lm_head, model.model, model)

@@ -1,5 +1,6 @@
 """Attributes of modules that follow their config."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,4 +24,9 @@ class FieldOfConfig:
         return object.__getattribute__(module.config, self.field)
 
 
-__all__ = ["FieldOfConfig"]
+def are_set_on(modules: Iterable[Any], *fields: str) -> bool:
+    """Whether one of the modules has one of the fields of the config as an attribute of its own."""
+    return any(field in vars(module) for module in modules for field in fields)
+
+
+__all__ = ["FieldOfConfig", "are_set_on"]

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .beam_search import OPTIONS_OF_BATCHES
+from .field_of_config import are_set_on
+
 try:
     from hf_moe_ted.cuda_graphs.recorder import CudaRecorder
 except ImportError:  # remote code without the package
@@ -21,6 +24,7 @@ logger = logging.get_logger(__name__)
 T = TypeVar("T")
 
 MAX_GRAPHS = 64
+_PLAIN = {bool, int, float, str}
 _record = threading.Lock()  # one capture at a time in a process
 
 
@@ -50,6 +54,10 @@ class GraphStore:
         self.refusals: dict[str, str] = {}
         self._graphs: OrderedDict[Hashable, Callable[[], None]] = OrderedDict()
         self._seen: set[Hashable] = set()
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """Copies of the options of a call, such as those of an assistant model, begin without the store of a model."""
+        return None
 
     def run(self, key: Hashable, call: Callable[[], None]) -> None:
         """Make a call, which returns nothing and reads and writes memory that stays where it is."""
@@ -98,8 +106,17 @@ def store_of(model: Any) -> "GraphStore | str":
         return reason
     config = vars(model.config).items()
     signature = (
-        tuple((tensor.data_ptr(), tensor.shape) for tensor in (*parameters, *buffers)),
+        tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in (*parameters, *buffers)),
+        parameters[0].dtype,  # of all, or there is no store
         tuple((name, value) for name, value in config if isinstance(value, bool | int | float | str | None)),
+        # what is set on a layer goes before its config
+        tuple(
+            value
+            for module in modules
+            if "config" in vars(module)
+            for value in vars(module).values()
+            if type(value) in _PLAIN
+        ),
         torch.backends.cuda.matmul.fp32_precision,
     )
     with _stores_lock:
@@ -130,6 +147,7 @@ def _why_not(modules: list[nn.Module], parameters: list[Tensor], buffers: list[T
         "hooks of the model": any(
             m._forward_hooks or m._forward_pre_hooks or "_hf_hook" in vars(m) or "forward" in vars(m) for m in modules
         ),
+        "options of one layer": are_set_on(modules, *OPTIONS_OF_BATCHES),
         "compiled parts": any(getattr(module, "_compiled_call_impl", None) is not None for module in modules),
         "weights that are no plain tensors": not {type(t) for t in (*parameters, *buffers)} <= {Tensor, nn.Parameter},
         "weights of several devices": {tensor.device for tensor in (*parameters, *buffers)} != {device},

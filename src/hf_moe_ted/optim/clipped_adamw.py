@@ -161,7 +161,8 @@ class ClippedAdamW(AdamW):
         if not params or not self._has_own_step():
             return None
         grads = [local_tensor(param.grad) for param in params]
-        key = weight, tuple(grad.data_ptr() for grad in grads)
+        # not addresses alone: gradients of other parameters may be where those of these were
+        key = weight, tuple((id(p), g.data_ptr(), g.numel(), g.dtype) for p, g in zip(params, grads, strict=True))
         table = _kept(self._norm_tables, key, lambda: self._norm_table(params, grads, weight))
         if table is None or not all(grad.is_contiguous() for grad in grads):
             return None
