@@ -25,7 +25,7 @@ from torch import Tensor
 
 os.environ["HF_MOE_TED_QUANTIZED_KERNELS"] = "1"  # read by the import
 
-from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration, quantize_experts  # noqa: E402
+from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration, quantize_experts
 
 TOP_K = 2
 SLOTS = (2, 8, 64, 512, 4096, 32768)

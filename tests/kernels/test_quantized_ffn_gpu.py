@@ -34,6 +34,11 @@ FORMATS = [
 WAYS = {"few": (9, 2), "some": (60, 2), "many": (900, 2)}  # tokens, experts per token; of 8 experts
 
 
+@pytest.fixture(autouse=True)
+def kernels_on_gpus(monkeypatch):
+    monkeypatch.setattr(quantized_experts, "TRITON_ON_GPUS", True)
+
+
 @torch.no_grad()
 def run(experts: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:
     return [experts(*inputs)]
@@ -95,7 +100,6 @@ def test_model_takes_the_kernels_by_itself(bits, group_size, monkeypatch):
     )  # fmt: skip
     with torch.device("cuda"):
         model = ZCodeM3ForConditionalGeneration(config).to(torch.bfloat16).eval()
-    monkeypatch.setattr(quantized_experts, "TRITON_ON_GPUS", True)
     quantized = quantize_experts(model, bits, group_size)
     reference = copy.deepcopy(quantized)
     reference.set_experts_implementation("eager")
