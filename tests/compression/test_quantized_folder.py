@@ -13,7 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer, prune_experts, quantize_experts
+from hf_moe_ted import (
+    ExpertMemory,
+    ZCodeM3Config,
+    ZCodeM3ForConditionalGeneration,
+    ZCodeM3Tokenizer,
+    prune_experts,
+    quantize_experts,
+)
 
 MakeModel = Callable[..., ZCodeM3ForConditionalGeneration]
 NLLB_MOE = Path(__file__).parents[1] / "fixtures" / "nllb_moe"
@@ -77,6 +84,21 @@ def test_dtype(dtype: str, make_model: MakeModel, tmp_path: Path) -> None:
     dtypes = {name: tensor.dtype for name, tensor in tensors_of(tmp_path / "streamed").items()}
     assert {dtypes[name] for name in dtypes if not name.endswith("_packed")} == {expected}
     assert ZCodeM3ForConditionalGeneration.from_pretrained(tmp_path / "streamed", dtype="auto").dtype == expected
+
+
+def test_several_dtypes_and_none_in_the_config(tmp_path: Path) -> None:
+    """From_pretrained would take that of the tensor that comes first in the files."""
+    shutil.copytree(NLLB_MOE / "tiny_a", tmp_path / "full")
+    path = tmp_path / "full" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": None, "torch_dtype": None}))
+    weights = load_file(tmp_path / "full" / "model.safetensors")
+    mixed = {name: weight if "norm" in name else weight.bfloat16() for name, weight in weights.items()}
+    save_file(mixed, tmp_path / "full" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"several \(torch.bfloat16, torch.float32\); choose one, as dtype"):
+        quantize_experts(tmp_path / "full", output_dir=tmp_path / "small")
+    with pytest.raises(ValueError, match="choose one, as dtype"):
+        ZCodeM3ForConditionalGeneration.from_pretrained(tmp_path / "full", expert_memory=ExpertMemory("1GB"))
+    both_ways(tmp_path / "full", tmp_path, dtype="bfloat16")
 
 
 @pytest.mark.parametrize("name", ["tiny_a", "tiny_b"])

@@ -14,11 +14,11 @@ from ..files.writing import keeping_places
 from ..models.experts import ZCodeM3Experts
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..tensors.lazy_tensors import check_all, check_weight, num_bytes, num_parameters
-from ..tensors.model_folder import parse_dtype
+from ..tensors.model_folder import parse_dtype, stored_dtype
 from ..tensors.whole_model import DTYPES, load_whole_model
 from .model_source import ModelSource
 from .quantized_experts import ExpertQuantizationConfig, ExpertQuantizer
-from .quantized_folder import QuantizedFolder, stored_dtype
+from .quantized_folder import QuantizedFolder
 from .quantized_linear import modules_of_parts
 from .report.compression_report import QuantizationReport
 from .report.model_card import derived_card
@@ -152,7 +152,7 @@ def quantize_experts(
 
 def _quantized_folder(source: ModelSource, quantization: ExpertQuantizationConfig, dtype: str) -> QuantizedFolder:
     is_auto = dtype == "auto"
-    parsed = stored_dtype(source.config, source.tensors) if is_auto else parse_dtype(dtype)
+    parsed = stored_dtype(source.config, source.tensors.specs) if is_auto else parse_dtype(dtype)
     assert parsed is not None
     return QuantizedFolder.of(source, quantization, parsed)
 

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..tensors.lazy_tensors import LazyTensors, copy_rounded
-from ..tensors.model_folder import meta_model, parse_dtype, stored_specs
+from ..tensors.model_folder import meta_model, stored_specs
 from ..tensors.safetensors_io import write_pretrained_tensors
 from .model_source import ModelSource
 from .quantized_experts import ExpertQuantizationConfig, ExpertQuantizer, QuantizedExperts
@@ -85,11 +84,6 @@ class QuantizedFolder:
         self.model.config.save_pretrained(folder)
         self.model.generation_config.save_pretrained(folder)  # which that of the source replaces, if it has one
         source.save_others(folder)
-
-
-def stored_dtype(config: ZCodeM3Config, tensors: LazyTensors) -> torch.dtype:
-    """The dtype in which `from_pretrained` loads a model if it is asked for none: `dtype="auto"`."""
-    return parse_dtype(config.dtype) or tensors.specs["model.shared.weight"].dtype
 
 
 def _matrices_of_experts(model: nn.Module, quantization: ExpertQuantizationConfig) -> dict[str, _Matrix]:
@@ -171,4 +165,4 @@ class _Rounding:
         self.errors.add(matrix.errors_of, *round_into(weight_OI, packed, scale, matrix.bits, matrix.group_size, name))
 
 
-__all__ = ["QuantizedFolder", "stored_dtype"]
+__all__ = ["QuantizedFolder"]

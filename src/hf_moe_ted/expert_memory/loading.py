@@ -22,7 +22,7 @@ from ..models.layer_names import moe_layers
 from ..routing.expert_statistics import ExpertStatistics, ModelFingerprint
 from ..tensors.config_file import config_path, read_zcode_m3_config
 from ..tensors.lazy_tensors import LazyTensors, check_weight, copy_rounded
-from ..tensors.model_folder import drop_tied_copies, parse_dtype, read_generation_config, stored_specs
+from ..tensors.model_folder import drop_tied_copies, parse_dtype, read_generation_config, stored_dtype, stored_specs
 from ..tensors.nllb_moe_folder import nllb_moe_tensors, read_nllb_moe_config, sources_by_target
 from ..tensors.safetensors_io import check_tensors, open_pretrained_tensors
 from ..tensors.whole_model import check_no_adapter
@@ -138,9 +138,7 @@ def _quantization(path: Path, fields: Mapping[str, Any]) -> ExpertQuantizationCo
 def _dtype(dtype: torch.dtype | str, source: _Folder) -> torch.dtype:
     if dtype != "auto" and (parsed := parse_dtype(dtype)) is not None:
         return parsed
-    stored = source.tensors.specs["model.shared.weight"] if "model.shared.weight" in source.tensors else None
-    of_weights = stored.dtype if stored is not None and stored.is_floating_point() else torch.float32
-    return parse_dtype(source.config.dtype) or of_weights
+    return stored_dtype(source.config, source.tensors.specs)
 
 
 def _device(device_map: Any) -> torch.device:

@@ -44,6 +44,25 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return parsed
 
 
+def stored_dtype(config: Any, specs: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype in which a folder is loaded if nobody asks for one: that of its config, or else of its weights.
+
+    Args:
+        config: of the model.
+        specs: its tensors, whose dtypes count.
+
+    Raises:
+        ValueError: the config has none, and the weights have several.
+    """
+    if (named := parse_dtype(config.dtype)) is not None:
+        return named
+    dtypes = {spec.dtype for spec in specs.values() if spec.is_floating_point()}
+    if len(dtypes) > 1:  # from_pretrained takes the one that happens to come first in the files
+        several = ", ".join(sorted(map(str, dtypes)))
+        raise ValueError(f"the config has no dtype, and the weights have several ({several}); choose one, as dtype")
+    return dtypes.pop() if dtypes else torch.float32
+
+
 def meta_model(config: Any, model_class: Any = ZCodeM3ForConditionalGeneration) -> Any:
     """The model of a config without memory for its weights.
 
