@@ -8,6 +8,11 @@ from pydantic_core import PydanticCustomError
 from .languages import AUTO, ServedLanguages
 from .settings import ServerSettings
 
+# of terms that are no text the schema has to say that they are refused, as a pattern of keys does not
+_Glossary = Annotated[
+    dict[Annotated[str, Field(pattern=r"\S")], str | None], Field(json_schema_extra={"additionalProperties": False})
+]
+
 
 class DetectRequest(BaseModel):
     q: str | list[str] = Field(description="Text, or texts.")
@@ -27,7 +32,7 @@ class TranslateRequest(DetectRequest):
     format: Literal["text", "html", ""] | None = Field(default=None, description="By default text.")
     alternatives: int | None = Field(default=None, ge=0, description="Other translations that are wished for.")
 
-    glossary: dict[Annotated[str, Field(pattern=r"\S")], str | None] | None = Field(
+    glossary: _Glossary | None = Field(
         default=None, description="Terms and their translations; null: not translated. Only in JSON."
     )
 
