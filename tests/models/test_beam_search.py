@@ -30,7 +30,7 @@ class Downgrade(LogitsProcessor):
         return scores.scatter_add(1, token_R1, torch.full((20, 1), -1.0))
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
+COMMON_OPTIONS: dict[str, dict[str, Any]] = {  # of the searches on CPUs and those of recorded steps
     "plain": {},
     "to the limit": TO_THE_LIMIT,
     "length penalty": {"length_penalty": 2.0},
@@ -39,15 +39,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "never, short ones preferred": {"early_stopping": "never", "length_penalty": -1.0},
     "sequences": {"num_return_sequences": 3},
     "two beams": {"num_beams": 2},
-    "six beams": {"num_beams": 6},
-    "one end": {"eos_token_id": 7},
     "forced bos": {"forced_bos_token_id": 7},
     "forced eos": {"forced_eos_token_id": 2},
     "first tokens": {"logits_processor": [FirstTokens([30, 31, 32, 33, 34])]},
+    "least new tokens": {"min_new_tokens": 6},
+}
+OPTIONS = COMMON_OPTIONS | {
+    "six beams": {"num_beams": 6},
+    "one end": {"eos_token_id": 7},
     "processor of rows": {"logits_processor": [Downgrade()]},
     "n-grams": {"no_repeat_ngram_size": 2},
     "repetition": {"repetition_penalty": 1.3},
-    "least new tokens": {"min_new_tokens": 6},
     "prompt": {"decoder_input_ids": torch.full((5, 3), 2)},
     "dict": {"return_dict_in_generate": True},
     "scores": {"num_return_sequences": 2, "output_scores": True, "return_dict_in_generate": True},

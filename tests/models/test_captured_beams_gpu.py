@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from test_beam_search import ENDS, TO_THE_LIMIT, make_model, of_transformers
-from test_captured_search import GREEDY, OPTIONS, captured, store_of
+from test_captured_search import GREEDY, OPTIONS, captured, kept_hypotheses, store_of
 from torch import Tensor
 
 from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration
-from hf_moe_ted.models import captured_search, decoding_step, generation, graph_store
+from hf_moe_ted.models import decoding_step, generation, graph_store
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -133,14 +133,7 @@ def test_scores_of_long_searches(
     options |= {"eos_token_id": [2, 3], "length_penalty": 0.7, **changed}
     with torch.no_grad():
         model.lm_head.weight[2:4] *= 2.0  # so that sentences end
-    found = []
-    output_of = captured_search.output_of
-
-    def kept(options: Any, hypotheses: Any, prompt_length: int) -> Any:
-        found.append(hypotheses)
-        return output_of(options, hypotheses, prompt_length)
-
-    monkeypatch.setattr(captured_search, "output_of", kept)
+    found = kept_hypotheses(monkeypatch)
     expected = of_transformers(model, **options, output_scores=True, return_dict_in_generate=True)
     for _ in range(3):
         output = captured(model, **options)

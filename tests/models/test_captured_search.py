@@ -10,40 +10,40 @@ from typing import Any
 import pytest
 import torch
 from tape_recorder import TapeRecorder
-from test_beam_search import ENDS, TO_THE_LIMIT, make_model, of_transformers, source
+from test_beam_search import COMMON_OPTIONS, ENDS, TO_THE_LIMIT, make_model, of_transformers, source
 from torch import Tensor, nn
 from transformers import masking_utils
 
 from hf_moe_ted import ZCodeM3ForConditionalGeneration
 from hf_moe_ted.models import captured_search, decoding_step, generation, graph_store
 from hf_moe_ted.models.captured_encoder import captured_encoding
-from hf_moe_ted.models.generation import FirstTokens
 from hf_moe_ted.models.graph_store import power_of_two, rung
 from hf_moe_ted.testing import tiny_config
 
 __all__ = ["source"]
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "to the limit": TO_THE_LIMIT,
-    "length penalty": {"length_penalty": 2.0},
-    "early stopping": {"early_stopping": True},
-    "never": {"early_stopping": "never"},
-    "never, short ones preferred": {"early_stopping": "never", "length_penalty": -1.0},
-    "sequences": {"num_return_sequences": 3},
-    "two beams": {"num_beams": 2},
+OPTIONS = COMMON_OPTIONS | {
     "five beams": {"num_beams": 5},
     "one end": {"eos_token_id": 7, "max_new_tokens": 40},
     "no end": {"eos_token_id": None, "max_new_tokens": 10},
-    "forced bos": {"forced_bos_token_id": 7},
-    "forced eos": {"forced_eos_token_id": 2},
-    "first tokens": {"logits_processor": [FirstTokens([30, 31, 32, 33, 34])]},
-    "least new tokens": {"min_new_tokens": 6},
     "least length": {"min_length": 18, "max_new_tokens": 17, "forced_eos_token_id": 2},
     "prompt": {"decoder_input_ids": torch.tensor([[2, 11, 12]] * 4 + [[2, 5, 6]])},
     "dict": {"return_dict_in_generate": True, "num_return_sequences": 2},
 }
 GREEDY = ("plain", "to the limit", "one end", "no end", "forced bos", "forced eos", "first tokens", "prompt")
+
+
+def kept_hypotheses(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What searches by recorded steps end with, one for each from now on."""
+    found = []
+    output_of = captured_search.output_of
+
+    def kept(options: Any, hypotheses: Any, prompt_length: int) -> Any:
+        found.append(hypotheses)
+        return output_of(options, hypotheses, prompt_length)
+
+    monkeypatch.setattr(captured_search, "output_of", kept)
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -122,14 +122,7 @@ def test_scores_of_batches_of_any_size(
     input_ids = torch.randint(3, 96, (batch_size, 20), generator=torch.Generator().manual_seed(batch_size))
     options = {**ENDS, "input_ids": input_ids, "max_new_tokens": 90, "early_stopping": early_stopping}
     options |= {"eos_token_id": [2, 3, 4], "length_penalty": 0.7, "num_return_sequences": 4}
-    found = []
-    output_of = captured_search.output_of
-
-    def kept(options: Any, hypotheses: Any, prompt_length: int) -> Any:
-        found.append(hypotheses)
-        return output_of(options, hypotheses, prompt_length)
-
-    monkeypatch.setattr(captured_search, "output_of", kept)
+    found = kept_hypotheses(monkeypatch)
     expected = of_transformers(model, **options, output_scores=True, return_dict_in_generate=True)
     for _ in range(2):
         assert torch.equal(captured(model, **options), expected.sequences)
