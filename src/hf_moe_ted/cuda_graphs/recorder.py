@@ -65,14 +65,13 @@ class CudaRecorder:
         gc.collect()
         # "thread_local": NCCL's watchdog, a thread of its own, asks for events meanwhile
         options: Any = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
-        try:
-            # a capture that fails leaves its own stream as the current one
-            current = torch.cuda.stream(torch.cuda.current_stream())
+        # a capture that fails leaves its own stream as the current one
+        current = torch.cuda.stream(torch.cuda.current_stream())
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._end_failed_capture, graph)
             with current, _without_garbage_collection(), torch.cuda.graph(graph, **options):
                 returned = call()
-        except Exception:
-            self._end_failed_capture(graph)
-            raise
+            on_failure.pop_all()
         return returned, graph.replay
 
     def _end_failed_capture(self, graph: torch.cuda.CUDAGraph) -> None:
