@@ -142,7 +142,8 @@ def test_scores_of_long_searches(
         is_equal = (padded[0] == padded[1]).all(dim=1)
         # two beams with nearly the same score may change places, their scores do not
         assert is_equal.float().mean() >= 0.98
-        torch.testing.assert_close(found[-1].ended_scores_BN.flatten(), expected.sequences_scores, atol=1e-4, rtol=1e-4)
+        scores_BN = found[-1].ended_scores_BN[:, : options["num_return_sequences"]]
+        torch.testing.assert_close(scores_BN.flatten(), expected.sequences_scores, atol=1e-4, rtol=1e-4)
     assert not warnings
 
 
@@ -186,6 +187,10 @@ def test_two_threads(on_own_streams: bool, source: dict[str, Tensor], warnings: 
         thread.join()
     assert all(torch.equal(output, expected[n].cpu()) for n in range(2) for output in outputs[n])
     assert [len(output) for output in outputs] == [8, 8]
+    # a thread that waits for the device or loads a kernel may break the capture of the other, which is made again
+    warnings.clear()
+    for _ in range(3):
+        assert torch.equal(captured(model, **inputs[0], **ENDS), expected[0])
     assert not warnings
 
 

@@ -82,6 +82,14 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return said
 
 
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Warnings about what is not captured."""
+    warnings: list[str] = []
+    monkeypatch.setattr(graph_store.logger, "warning_once", warnings.append)
+    return warnings
+
+
 @pytest.mark.parametrize(
     ("name", "attention"), [*((name, "sdpa") for name in OPTIONS), ("plain", "eager"), ("prompt", "eager")]
 )
@@ -163,7 +171,7 @@ def test_encoder_of_batches_of_any_size(
                 hidden = captured_encoding(model, store_of(model), inputs["input_ids"], inputs["attention_mask"])
             assert hidden is not None
             is_token = inputs["attention_mask"].bool()
-            torch.testing.assert_close(hidden[is_token], expected[is_token], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(hidden[is_token], expected[is_token], atol=1e-4, rtol=1e-4)  # other shapes
     assert recorders[0].num_recorded == 3  # for six sentences, three and one
     captured(model, **source, **{**ENDS, "max_new_tokens": 2})
     assert not lines
@@ -353,36 +361,46 @@ def test_threads_take_turns(source: dict[str, Tensor]) -> None:
     assert [len(output) for output in outputs] == [3, 3, 3]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), RuntimeError("a step waits")])
-def test_what_cannot_be_recorded_runs_as_ever(
-    error: Exception, source: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+def test_a_device_that_is_full_may_have_room_again(
+    source: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
-    warnings: list[str] = []
-    monkeypatch.setattr(graph_store.logger, "warning_once", warnings.append)
-    recorder = TapeRecorder([error])
+    recorder = TapeRecorder([torch.OutOfMemoryError("no room")])
     monkeypatch.setattr(graph_store, "new_recorder", lambda: recorder)
-    model = capturable_model()
-    expected = of_transformers(model, **source, **ENDS)
-    assert torch.equal(captured(model, **source, **ENDS), expected)
-    assert len(warnings) == 1 and str(error) in warnings[0] and warnings[0].startswith("the search is not captured")
-    assert recorder.num_forgotten == 1
-    for _ in range(2):
-        assert torch.equal(captured(model, **source, **ENDS), expected)
-    is_over = isinstance(error, torch.OutOfMemoryError)  # which may not come again
-    assert {*store_of(model).refusals} == (set() if is_over else {"search"})
-    assert (recorder.num_recorded > 1) is is_over  # the encoder, and the search where there is room again
-    assert len(warnings) == 1
-
-
-def test_a_search_whose_encoder_cannot_be_recorded(source: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    warnings: list[str] = []
-    monkeypatch.setattr(graph_store.logger, "warning_once", warnings.append)
-    monkeypatch.setattr(masking_utils, "is_tracing", lambda tensor=None: False)  # then a mask is looked at
     model = capturable_model()
     expected = of_transformers(model, **source, **ENDS)
     for _ in range(3):
         assert torch.equal(captured(model, **source, **ENDS), expected)
-    assert len(warnings) == 1 and warnings[0].startswith("the encoder is not captured as a CUDA graph")
+    assert len(said) == 1 and "no room" in said[0] and said[0].startswith("the search is not captured")
+    assert recorder.num_forgotten == 1 and recorder.num_recorded > 1
+    assert not store_of(model).refusals
+
+
+@pytest.mark.parametrize("num_failures", [1, graph_store.MAX_FAILURES])
+def test_a_recording_that_fails_is_tried_again(
+    num_failures: int, source: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    recorder = TapeRecorder([RuntimeError("another thread waits")] * num_failures)
+    monkeypatch.setattr(graph_store, "new_recorder", lambda: recorder)
+    model = capturable_model()
+    expected = of_transformers(model, **source, **ENDS)
+    for _ in range(num_failures + 4):
+        assert torch.equal(captured(model, **source, **ENDS), expected)
+    is_over = num_failures == graph_store.MAX_FAILURES
+    assert recorder.num_forgotten == num_failures
+    assert {*store_of(model).refusals} == ({"search"} if is_over else set())
+    assert len(said) == is_over and all("another thread waits" in text for text in said)
+    assert recorder.num_replayed > 0  # of the encoder at least
+
+
+def test_a_search_whose_encoder_cannot_be_recorded(
+    source: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda tensor=None: False)  # then a mask is looked at
+    model = capturable_model()
+    expected = of_transformers(model, **source, **ENDS)
+    for _ in range(graph_store.MAX_FAILURES + 3):
+        assert torch.equal(captured(model, **source, **ENDS), expected)
+    assert len(said) == 1 and said[0].startswith("the encoder is not captured as a CUDA graph")
     assert {*store_of(model).refusals} == {"encoder"}
     assert store_of(model).recorder.num_replayed > 0
 

@@ -83,8 +83,10 @@ def clip(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
 def assert_close_to_torch(actual: AdamW, expected: AdamW, units: float) -> None:
     """All parameters and states, up to some units of the last place of their dtype."""
     assert actual.state_dict()["param_groups"] == expected.state_dict()["param_groups"]
+    sizes = [group["lr"] for group in expected.param_groups for _ in group["params"]]  # of a step
     for number, (param, wanted) in enumerate(zip(params_of(actual), params_of(expected), strict=True)):
-        close_to(param, wanted, units, f"parameter {number}")
+        size = sizes[number] * float(expected.state[wanted]["step"])
+        close_to(param, wanted, units, f"parameter {number}", size)
         assert actual.state[param].keys() == expected.state[wanted].keys()
         for name, value in expected.state[wanted].items():
             found = actual.state[param][name]
@@ -92,9 +94,10 @@ def assert_close_to_torch(actual: AdamW, expected: AdamW, units: float) -> None:
             close_to(found, value, 0 if name == "step" else units, f"{name} of parameter {number}")
 
 
-def close_to(found: Tensor, wanted: Tensor, units: float, what: str) -> None:
+def close_to(found: Tensor, wanted: Tensor, units: float, what: str, size: float = 0.0) -> None:
+    """`size` is that of the terms of a sum, which may be nearly zero."""
     unit = torch.finfo(wanted.dtype).eps
-    size = float(wanted.detach().abs().max()) if wanted.numel() else 0.0
+    size = max(size, float(wanted.detach().abs().max()) if wanted.numel() else 0.0)
     torch.testing.assert_close(
         found, wanted, rtol=units * unit, atol=units * unit * size, msg=lambda text: f"{what}: {text}"
     )

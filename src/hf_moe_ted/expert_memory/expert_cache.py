@@ -97,6 +97,8 @@ class ExpertCache:
         self._counts = dict.fromkeys(_COUNTERS, 0)
         self._wait_s = 0.0
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        if self._stream is not None:  # what used the memory of the pools before may still be under way
+            self._stream.wait_stream(torch.cuda.current_stream(device))
         for name, first in plan.first.items():
             layer = self._layers[name]
             self._bring(layer, layer.region, first, keep=())

@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ logger = logging.get_logger(__name__)
 T = TypeVar("T")
 
 MAX_GRAPHS = 64
+MAX_FAILURES = 3  # another thread that waits for the device, or loads a kernel, breaks a capture
 _PLAIN = {bool, int, float, str}
 _record = threading.Lock()  # one capture at a time in a process
 
@@ -42,6 +43,7 @@ class GraphStore:
         lock: to be held from before a call until what it wrote was read.
         memories: what calls read and write, by whatever tells one from another.
         num_recorded: calls that were recorded so far.
+        num_failures: of each kind of calls, recordings that failed.
         refusals: kinds of calls that are not recorded any more, and why.
     """
 
@@ -51,6 +53,7 @@ class GraphStore:
         self.lock = threading.RLock()
         self.memories: OrderedDict[Hashable, Any] = OrderedDict()
         self.num_recorded = 0
+        self.num_failures: Counter[str] = Counter()
         self.refusals: dict[str, str] = {}
         self._graphs: OrderedDict[Hashable, Callable[[], None]] = OrderedDict()
         self._seen: set[Hashable] = set()
@@ -178,7 +181,8 @@ def recorded(store: GraphStore, kind: str, work: Callable[[], T]) -> T | None:
         kind: of the work, in words.
 
     Returns:
-        `None` if the memory of the device is too small or a call cannot be recorded, which is said once.
+        `None` if the memory of the device is too small or a recording failed. Both are tried again at the next call;
+        after `MAX_FAILURES` failures that is over, which is said once.
     """
     if kind in store.refusals:
         logger.debug("%s: not recorded, because of %s", kind, store.refusals[kind])
@@ -188,10 +192,17 @@ def recorded(store: GraphStore, kind: str, work: Callable[[], T]) -> T | None:
             return work()
         except torch.OutOfMemoryError as error:
             reason = f"the memory of the device is too small for it ({error})"
+            is_over = True
         except RuntimeError as error:
-            reason = store.refusals[kind] = f"it cannot be recorded ({error})"
+            reason = f"it cannot be recorded ({error})"
+            store.num_failures[kind] += 1
+            if is_over := store.num_failures[kind] >= MAX_FAILURES:
+                store.refusals[kind] = reason
         store.forget()
-    logger.warning_once(f"the {kind} is not captured as a CUDA graph, but runs from Python: {reason}")
+    if is_over:
+        logger.warning_once(f"the {kind} is not captured as a CUDA graph, but runs from Python: {reason}")
+    else:
+        logger.debug("%s: runs from Python this time, as %s", kind, reason)
     return None
 
 
