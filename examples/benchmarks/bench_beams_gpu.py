@@ -37,9 +37,9 @@ CAPTURED, BEAMS, GREEDY, GREEDY_CAPTURED, DENSE_BEAMS = (
 OPTIONS: dict[str, dict[str, Any]] = {
     CAPTURED: {"num_beams": 4, "cuda_graphs": True},
     BEAMS: {"num_beams": 4, "cuda_graphs": False},
-    GREEDY: {"num_beams": 1, "cache_implementation": "static", "cuda_graphs": False},
     GREEDY_CAPTURED: {"num_beams": 1, "cuda_graphs": True},
     DENSE_BEAMS: {"num_beams": 4},
+    GREEDY: {"num_beams": 1, "cache_implementation": "static", "cuda_graphs": False},
 }
 
 
@@ -250,6 +250,7 @@ def main() -> None:
     parser.add_argument("--num_sentences", type=int, default=512)
     parser.add_argument("--pipeline_batch_size", type=int, default=64)
     parser.add_argument("--translation_length", type=int, default=32, help="tokens of each translation of the text")
+    parser.add_argument("--peers", nargs="*", choices=[*OPTIONS], default=[*OPTIONS])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=130.0, help="after which no row begins")
     parser.add_argument("--profile", type=int, nargs="*", default=[], help="batch sizes whose kernels are printed")
@@ -259,22 +260,23 @@ def main() -> None:
 
     peers = Peers(arguments)
     rows: list[Callable[[], None]] = []
-    largest = max(arguments.batch_sizes)
-    for name in (CAPTURED, BEAMS, GREEDY_CAPTURED, DENSE_BEAMS):
-        rows += [lambda b=b, name=name: measure_steps(peers, arguments.base, b, name) for b in arguments.batch_sizes]
+    asked = [name for name in OPTIONS if name in arguments.peers]
+    for name in asked:
+        # a compiled search takes as long to compile for each batch size as all other rows together
+        sizes = (
+            arguments.batch_sizes if name != GREEDY else [largest, *(b for b in arguments.batch_sizes if b != largest)]
+        )
+        rows += [lambda b=b, name=name: measure_steps(peers, arguments.base, b, name) for b in sizes]
     if arguments.text is not None:
-        rows += [
-            lambda name=name: measure_translations(peers, arguments.base, name) for name in (CAPTURED, DENSE_BEAMS)
-        ]
+        for name in (CAPTURED, DENSE_BEAMS, BEAMS):
+            if name in asked:
+                rows.append(lambda name=name: measure_translations(peers, arguments.base, name))
     rows += [lambda b=b: profile_step(peers, arguments.base, b) for b in arguments.profile]
-    others = [b for b in arguments.batch_sizes if b != largest]
-    rows += [lambda b=b: measure_steps(peers, arguments.base, b, GREEDY) for b in [largest, *others]]
-    if arguments.text is not None:
-        rows.append(lambda: measure_translations(peers, arguments.base, BEAMS))
     if arguments.nllb_moe_layers:
         for b in (16, 1) if arguments.base == "0.6B" else (2,):
             for name in (CAPTURED, BEAMS, GREEDY_CAPTURED):
-                rows.append(lambda b=b, name=name: measure_steps(peers, "nllb-moe", b, name))
+                if name in asked:
+                    rows.append(lambda b=b, name=name: measure_steps(peers, "nllb-moe", b, name))
     for row in rows:
         if peers.is_late:
             print(f"{len(rows)} rows, of which those behind {arguments.seconds} s are left out", flush=True)

@@ -10,10 +10,11 @@ German, validation text): by Zipf's law with an exponent of 1.1 in the encoder (
 decoder, whose experts are in another order in each layer. Every batch has sentences of its own, and tokens that are
 generated are given: a random model would repeat one, and need the experts of one.
 
-Rows: `resident`, all experts on the device; `expert memory`, a GPU whose memory is capped (`--caps`), or on a CPU a
-share of the experts' bytes (`--shares`); `dense`, M2M100 in bfloat16 with as many active parameters; `accelerate`,
-transformers' NLLB-MoE in bfloat16 with its layers in main memory where they do not fit under the cap. Each row runs in
-a process of its own. The time of a decoding step is the difference between generating many tokens and one, divided by
+Rows: `resident`, all experts on the device; `memory`, a GPU whose memory is capped (`--caps`), or on a CPU a share of
+the experts' bytes (`--shares`); `dense`, M2M100 in bfloat16 with as many active parameters; `accelerate`, transformers'
+NLLB-MoE in bfloat16 with its layers in main memory where they do not fit under the cap. `resident-graphs` and
+`dense-compiled` choose their tokens themselves, as captured searches take no tokens that are given. Each row runs in a
+process of its own. The time of a decoding step is the difference between generating many tokens and one, divided by
 the number of steps; that of the prefill is what one token takes. The file is written after each row.
 """
 
@@ -76,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--reserve", default="2500MB", help="of a cap, for activations and what CUDA takes")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25], help="on a CPU, of the experts' bytes")
     parser.add_argument("--experts_in", default="auto", choices=["auto", "memory", "files"])
-    parser.add_argument("--rows", nargs="+", help="only those whose names begin so")
+    parser.add_argument("--rows", nargs="+", help="only these, with or without a cap")
     parser.add_argument("--isolate", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--threads", type=int)
     parser.add_argument(
@@ -181,7 +182,7 @@ def dense_model(arguments: argparse.Namespace) -> Any:
 
 
 def accelerate_model(arguments: argparse.Namespace, cap: int) -> Any:
-    """transformers' class with the layers in main memory that do not fit under the cap.
+    """transformers' class with the layers in main memory that do not fit under the cap, its experts in a loop.
 
     All weights are the same, so that every token goes to the same two experts: the least that can be copied. The class
     sends all tokens to two experts whatever the weights are.
@@ -195,6 +196,7 @@ def accelerate_model(arguments: argparse.Namespace, cap: int) -> Any:
     with torch.device("meta"):
         model: Any = NllbMoeForConditionalGeneration(NllbMoeConfig(**fields, num_experts=arguments.num_experts))
     model = model.bfloat16().eval()
+    model.set_experts_implementation("eager")  # others make copies of the experts of every token
     need, have = sum(p.nbytes for p in model.parameters()), free_memory()
     if need > have:
         raise MemoryError(f"its weights take {need / GB:.0f} GB of main memory, {have / GB:.0f} GB are free")
@@ -221,14 +223,16 @@ def free_memory() -> int:
 
 def rows_of(arguments: argparse.Namespace) -> list[str]:
     if arguments.device == "cuda":
-        names = ["dense", "resident", *(f"{kind} {cap}" for cap in arguments.caps for kind in ("memory", "accelerate"))]
+        names = ["dense", "dense-compiled", "resident", "resident-graphs"]
+        names += [f"{kind} {cap}" for cap in arguments.caps for kind in ("memory", "accelerate")]
     else:
         names = ["dense", "resident", *(f"memory {share}" for share in arguments.shares)]
-    return [name for name in names if arguments.rows is None or name.startswith(tuple(arguments.rows))]
+    return [name for name in names if arguments.rows is None or {name, name.partition(" ")[0]} & {*arguments.rows}]
 
 
 def load(row: str, arguments: argparse.Namespace) -> Any:
     kind, _, limit = row.partition(" ")
+    kind = kind.partition("-")[0]
     if kind == "dense":
         return dense_model(arguments)
     if kind == "resident":
@@ -267,7 +271,7 @@ def measure(row: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]
         hits = 1.0
         for round_number in range(arguments.rounds + 1):
             for num_tokens in timed:
-                seconds = generate(model, batch_size, num_tokens, next(seed), arguments)
+                seconds = generate(row, model, batch_size, num_tokens, next(seed), arguments)
                 if cache is not None:
                     counts = cache.statistics()
                     cache.reset_statistics()
@@ -306,19 +310,25 @@ class GivenTokens(LogitsProcessor):
 
 
 @torch.inference_mode()
-def generate(model: Any, batch_size: int, num_tokens: int, seed: int, arguments: argparse.Namespace) -> float:
+def generate(row: str, model: Any, batch_size: int, num_tokens: int, seed: int, arguments: argparse.Namespace) -> float:
     """Seconds for sentences that no other call has."""
     generator = torch.Generator().manual_seed(seed)
     ids, given = (
         torch.randint(4, arguments.vocab_size, (batch_size, length), generator=generator).to(arguments.device)
         for length in (arguments.source_length, num_tokens)
     )
+    options: dict[str, Any] = {
+        "dense-compiled": {"cache_implementation": "static"},
+        "resident-graphs": {"cuda_graphs": True},
+    }.get(row, {"logits_processor": LogitsProcessorList([GivenTokens(given)])})
+    if row.startswith("resident"):
+        options.setdefault("cuda_graphs", False)
     clock = time.perf_counter if arguments.clock == "wall" else time.process_time
     synchronize(arguments)
     start = clock()
     model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, min_new_tokens=num_tokens,
-        do_sample=False, num_beams=1, logits_processor=LogitsProcessorList([GivenTokens(given)]),
+        do_sample=False, num_beams=1, **options,
     )  # fmt: skip
     synchronize(arguments)
     return clock() - start

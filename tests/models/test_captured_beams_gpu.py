@@ -10,7 +10,8 @@ from test_beam_search import ENDS, TO_THE_LIMIT, make_model, of_transformers
 from test_captured_search import GREEDY, OPTIONS, captured, kept_hypotheses, store_of
 from torch import Tensor
 
-from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration
+from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration, quantize_experts
+from hf_moe_ted.compression import quantized_experts
 from hf_moe_ted.models import decoding_step, generation, graph_store
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -219,3 +220,22 @@ def test_memory_is_given_back(source: dict[str, Tensor]) -> None:
     assert allocated() > before + 2**18
     del model
     assert allocated() <= before + 2**16
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_experts(
+    bits: int, source: dict[str, Tensor], warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding may choose other words than step by step; what a replay gives is what the first call gave."""
+    monkeypatch.setattr(quantized_experts, "TRITON_ON_GPUS", True)
+    model = quantize_experts(make_model().cuda(), bits, 16)
+    stepwise = model.generate(**source, **ENDS, cuda_graphs=False)
+    first = captured(model, **source, **ENDS)
+    width = min(stepwise.shape[1], first.shape[1])
+    assert (first[:, :width] == stepwise[:, :width]).float().mean() > 0.8
+    for _ in range(3):
+        assert torch.equal(captured(model, **source, **ENDS), first)
+    assert not warnings
+    model.set_experts_implementation("eager")  # which waits for the device
+    assert torch.equal(captured(model, **source, **ENDS), model.generate(**source, **ENDS, cuda_graphs=False))
+    assert "layers of another package" in warnings[0]

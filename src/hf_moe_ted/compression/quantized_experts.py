@@ -202,15 +202,25 @@ class QuantizedExperts(nn.Module):
             output = output.index_add(0, token, (down * top_k_weights[token, slot, None]).to(output.dtype))
         return output
 
-    def _runs_in_triton(self, hidden_states: Tensor, top_k_weights: Tensor) -> bool:
-        implementation, device = self.config._experts_implementation, hidden_states.device
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a CUDA graph can hold a call without gradients: it does not wait for the device."""
+        device = self.get_parameter("up_proj_packed").device
+        return device.type == "cuda" and self._has_triton(device)
+
+    def _has_triton(self, device: torch.device) -> bool:
+        implementation = self.config._experts_implementation
         return (
             # on CPUs Triton's interpreter is slow: by name only
             (implementation != "eager" if device.type == "cuda" else implementation == "zcode_fused")
             and (TRITON_ON_GPUS or device.type != "cuda")
             and runs_quantized_experts(device)
             and self.get_parameter("up_proj_scale").dtype in _DTYPES_IN_TRITON
-            and not (torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad))
+        )
+
+    def _runs_in_triton(self, hidden_states: Tensor, top_k_weights: Tensor) -> bool:
+        return self._has_triton(hidden_states.device) and not (
+            torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
         )
 
     def _in_triton(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

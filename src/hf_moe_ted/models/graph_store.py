@@ -1,6 +1,7 @@
 """CUDA graphs of a model, kept from call to call: the least recently used goes, and all go with the weights."""
 
 import contextlib
+import functools
 import threading
 import weakref
 from collections import Counter, OrderedDict
@@ -107,10 +108,10 @@ def store_of(model: Any) -> "GraphStore | str":
     parameters, buffers = (_tensors_of(modules, name) for name in ("_parameters", "_buffers"))
     if (reason := _why_not(modules, parameters, buffers)) is not None:
         return reason
-    config = vars(model.config).items()
+    config, dtypes = vars(model.config).items(), _dtypes_of(parameters)
     signature = (
         tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in (*parameters, *buffers)),
-        parameters[0].dtype,  # of all, or there is no store
+        dtypes.pop(),  # of all, or there is no store
         tuple((name, value) for name, value in config if isinstance(value, bool | int | float | str | None)),
         # what is set on a layer goes before its config
         tuple(
@@ -146,7 +147,9 @@ def _why_not(modules: list[nn.Module], parameters: list[Tensor], buffers: list[T
         "autocast": torch.is_autocast_enabled(device.type),
         "gradients": torch.is_grad_enabled(),
         "training mode of a part": any(module.training for module in modules),
-        "layers of another package": not all(_is_plain(kind) for kind in {type(module) for module in modules}),
+        "layers of another package": not all(
+            _is_plain(type(module)) or getattr(module, "can_be_captured", False) for module in modules
+        ),
         "hooks of the model": any(
             m._forward_hooks or m._forward_pre_hooks or "_hf_hook" in vars(m) or "forward" in vars(m) for m in modules
         ),
@@ -154,11 +157,17 @@ def _why_not(modules: list[nn.Module], parameters: list[Tensor], buffers: list[T
         "compiled parts": any(getattr(module, "_compiled_call_impl", None) is not None for module in modules),
         "weights that are no plain tensors": not {type(t) for t in (*parameters, *buffers)} <= {Tensor, nn.Parameter},
         "weights of several devices": {tensor.device for tensor in (*parameters, *buffers)} != {device},
-        "weights of several dtypes": len({tensor.dtype for tensor in parameters}) > 1,
+        "weights of several dtypes": len(_dtypes_of(parameters)) > 1,
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
 
 
+def _dtypes_of(tensors: list[Tensor]) -> set[torch.dtype]:
+    """But for integers, which quantized experts have."""
+    return {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+
+
+@functools.cache
 def _is_plain(kind: type) -> bool:
     """Whether all that a module does is known from its weights and the config of the model."""
     package = kind.__module__.rpartition(".")[0]
