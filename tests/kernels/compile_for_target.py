@@ -1,11 +1,13 @@
 """Compile the Triton kernels for a GPU that need not be there, with the sizes that their launchers choose for it.
 
-`python compile_for_target.py 80 few` (or `most`, `all`, `optimizer`) prints a line of JSON for each kernel: its name,
-dtype and case, the bytes of shared memory that it asks for, its copies to shared memory that nobody waits for, and its
-loads and stores of 16 bytes. A process of its own, as the tests' may have chosen Triton's interpreter.
+`python compile_for_target.py 80 few` (or `most`, `all`, `optimizer`, `quantized`) prints a line of JSON for each
+kernel: its name, dtype and case, the bytes of shared memory that it asks for, its copies to shared memory that nobody
+waits for, the most products of Hopper's tensor cores that may run on behind a wait, and its loads and stores of 16
+bytes. A process of its own, as the tests' may have chosen Triton's interpreter.
 """
 
 import json
+import re
 import sys
 from typing import Any
 
@@ -79,11 +81,13 @@ class Compiler:
         source = ASTSource(fn.jit_function, compile["signature"], compile["constants"], compile["configs"][0])
         options = {name: compile[name] for name in ("num_warps", "num_ctas", "num_stages", "enable_fp_fusion")}
         kernel = triton.compile(source, target=self.target, options=options)
+        waits = re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", kernel.asm["ptx"])
         compiled = {
             "kernel": fn.name.rpartition(".")[2],
             **self.case,
             "shared": kernel.metadata.shared,
             "copies": kernel.asm["ptx"].count("cp.async"),
+            "running": max((int(number) for number in waits), default=None),
             "wide": [kernel.asm["ptx"].count(f"{kind}.global.v4.b32") for kind in ("ld", "st")],
         }
         print(json.dumps(compiled), flush=True)
@@ -186,6 +190,10 @@ def main(capability: int, cases: str) -> None:
     if cases == "optimizer":
         compiler.run(optimizer_of, bf16)
         compiler.run(optimizer_of, fp32)
+        return
+    if cases == "quantized":
+        for bits, group in ((8, 0), (8, 8), (4, 0)):
+            compiler.run(quantized_of, bf16, 8192, bits, group)
         return
     compiler.run(experts_of, bf16, 8192)
     compiler.run(small_batch_of, bf16, 64)

@@ -44,6 +44,14 @@ def test_optimizer_reads_and_writes_16_bytes_at_once(capability: int, tmp_path: 
     assert ("count_steps_kernel", "float32") in wide
 
 
+@pytest.mark.slow
+def test_no_product_of_quantized_weights_runs_on_into_the_next_step(tmp_path: Path) -> None:
+    """It would read its weights from registers that hold those of the next step by then."""
+    kernels = [row for row in compiled(90, "quantized", tmp_path) if row["kernel"] == "_quantized_grouped_kernel"]
+    assert len(kernels) == 6
+    assert {row["running"] for row in kernels} == {0}
+
+
 def compiled(capability: int, cases: str, cache: Path) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(

@@ -120,8 +120,10 @@ def _quantized_grouped_kernel(
         out_column = out_plane * NUM_ROWS + matrix_row
         matrix_row = expert.to(tl.int64) * N + matrix_row * OUT_PLANES + out_plane
         scale_pointers = scale + matrix_row * NUM_GROUPS
-        if BY_CHUNK:
-            chunk_scale = tl.load(scale_pointers, mask=is_column, other=0.0)
+        if BY_WEIGHT:
+            factor = is_column.to(tl.float32)
+        else:
+            factor = tl.load(scale_pointers, mask=is_column, other=0.0).to(tl.float32)
         accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for b in tl.range(0, NUM_BYTES, BLOCK_B):
             if TMA:
@@ -131,13 +133,14 @@ def _quantized_grouped_kernel(
                 bytes_NB = tl.load(
                     packed_desc + matrix_row[:, None] * NUM_BYTES + (b + depths)[None, :], mask=matrix_mask, other=0
                 )
-            products = tl.zeros((BLOCK_N, BLOCK_M), tl.float32) if BY_CHUNK else accumulator
+            products = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for plane in tl.static_range(PLANES):
                 a = integers_of_plane(bytes_NB, plane, BITS, dtype, USE_PTX)
                 if BY_WEIGHT:
-                    groups = ((b + depths) * PLANES + plane) // GROUP
+                    weight_groups = ((b + depths) * PLANES + plane) // GROUP
                     weight_mask = is_column[:, None] & (depths < NUM_BYTES - b)[None, :]
-                    a *= tl.load(scale_pointers[:, None] + groups[None, :], mask=weight_mask, other=0.0).to(dtype)
+                    weight_pointers = scale_pointers[:, None] + weight_groups[None, :]
+                    a *= tl.load(weight_pointers, mask=weight_mask, other=0.0).to(dtype)
                 if TMA:
                     x = rows_desc.load([first, plane * NUM_BYTES + b])
                 else:
@@ -145,16 +148,14 @@ def _quantized_grouped_kernel(
                     row_offsets = rows.to(tl.int64)[:, None] * K + (plane * NUM_BYTES + b + depths)[None, :]
                     x = tl.load(rows_desc + row_offsets, mask=row_mask, other=0.0)
                 products = tl.dot(a, x.T, products, input_precision="ieee")
-            if not BY_CHUNK:
-                accumulator = products
-            else:
-                accumulator += products * chunk_scale[:, None].to(tl.float32)
-                # of the next chunk, so that products do not wait for it
+            # A factor in each step, also where one behind the loop would do: products that ran on into the next step
+            # would read `a` from registers that Triton 3.6 fills anew by then (seen with 8 bits, two steps, 8 warps).
+            accumulator += products * factor[:, None]
+            if BY_CHUNK:  # that of the next chunk, so that products do not wait for it
                 is_next = is_column & (b + BLOCK_B < NUM_BYTES)
-                chunk_scale = tl.load(scale_pointers + (b + BLOCK_B) * PLANES // GROUP, mask=is_next, other=0.0)
+                next_pointers = scale_pointers + (b + BLOCK_B) * PLANES // GROUP
+                factor = tl.load(next_pointers, mask=is_next, other=0.0).to(tl.float32)
 
-        if NUM_GROUPS == 1:
-            accumulator *= tl.load(scale_pointers, mask=is_column, other=0.0).to(tl.float32)[:, None]
         accumulator += tl.load(bias + matrix_row, mask=is_column, other=0.0).to(tl.float32)[:, None]
         if RELU:
             accumulator = tl.maximum(accumulator, 0.0)
