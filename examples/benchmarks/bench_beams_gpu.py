@@ -263,9 +263,7 @@ def main() -> None:
     asked = [name for name in OPTIONS if name in arguments.peers]
     for name in asked:
         # a compiled search takes as long to compile for each batch size as all other rows together
-        sizes = (
-            arguments.batch_sizes if name != GREEDY else [largest, *(b for b in arguments.batch_sizes if b != largest)]
-        )
+        sizes = sorted(arguments.batch_sizes, reverse=name == GREEDY)
         rows += [lambda b=b, name=name: measure_steps(peers, arguments.base, b, name) for b in sizes]
     if arguments.text is not None:
         for name in (CAPTURED, DENSE_BEAMS, BEAMS):
