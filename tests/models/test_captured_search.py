@@ -62,7 +62,7 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> list[TapeRecorder]:
 
 
 def capturable_model(**overrides: Any) -> Any:
-    return make_model(experts_implementation="batched_mm", **overrides)
+    return make_model(**{"experts_implementation": "batched_mm"} | overrides)
 
 
 def store_of(model: Any) -> Any:
@@ -72,6 +72,11 @@ def store_of(model: Any) -> Any:
 
 def captured(model: Any, **options: Any) -> Any:
     return model.generate(**options, cuda_graphs=True)
+
+
+def stepwise(model: Any, **options: Any) -> Any:
+    """From Python: greedy search of transformers."""
+    return model.generate(**options, cuda_graphs=False)
 
 
 @pytest.fixture
@@ -115,7 +120,7 @@ def test_beams_are_those_of_transformers(
 def test_greedy_is_that_of_transformers(name: str, source: dict[str, Tensor], recorders: list[TapeRecorder]) -> None:
     model = capturable_model()
     options = {**source, **ENDS, **OPTIONS[name], "num_beams": 1}
-    expected = model.generate(**options)
+    expected = stepwise(model, **options)
     for _ in range(2):
         assert torch.equal(captured(model, **options), expected)
     assert recorders[0].num_replayed > 0
@@ -219,7 +224,7 @@ def test_calls_of_other_sizes_and_numbers_of_beams_take_turns(source: dict[str, 
         for inputs in (few, source, many, few):
             for num_beams in (1, 2, 4):
                 options = {**inputs, **ENDS, "num_beams": num_beams}
-                assert torch.equal(captured(model, **options), model.generate(**options)), (num_beams, inputs)
+                assert torch.equal(captured(model, **options), stepwise(model, **options)), (num_beams, inputs)
 
 
 def test_changed_weights_count_and_others_make_other_graphs(
@@ -254,7 +259,7 @@ def test_what_is_set_on_layers_and_strides_count(num_beams: int, source: dict[st
         lambda: layer.self_attn.q_proj.weight.data.t_(),
     ):
         change()
-        expected = of_transformers(model, **options) if num_beams > 1 else model.generate(**options)
+        expected = of_transformers(model, **options) if num_beams > 1 else stepwise(model, **options)
         assert torch.equal(captured(model, **options), expected)
 
 
@@ -279,7 +284,7 @@ def test_assistant_models(source: dict[str, Tensor]) -> None:
     """The assistant's options are a copy, without the graphs of the model that it assists."""
     model, assistant = capturable_model(), capturable_model(seed=1)
     options = {name: tensor[:1] for name, tensor in source.items()} | {"max_new_tokens": 10, "num_beams": 1}
-    expected = model.generate(**options)
+    expected = stepwise(model, **options)
     for _ in range(2):
         assert torch.equal(captured(model, **options, assistant_model=assistant), expected)
 
@@ -416,6 +421,8 @@ def test_a_search_whose_encoder_cannot_be_recorded(
         ({}, {"decoder_input_ids": torch.tensor([[2, 1, 12]] * 5)}, "padding in prompts"),
         ({"max_position_embeddings": 16}, {}, "more tokens than positions"),
         ({"position_embedding_type": "tupe"}, {}, "untied positions"),
+        ({"experts_implementation": "eager"}, {}, "experts that wait for the device"),
+        ({"experts_implementation": "grouped_mm"}, {}, "experts that wait for the device"),  # but in bfloat16
         ({}, {"num_beams": 1, "return_dict_in_generate": True}, "return_dict_in_generate"),
     ],
 )
@@ -429,9 +436,10 @@ def test_what_it_does_not_have_goes_to_transformers(
     torch.manual_seed(1)
     output = captured(model, **options)
     assert lines[-1].endswith(f"because of {reason}")
-    assert {*store_of(model).memories} <= {("encoder",)}
+    store = store_of(model)
+    assert store == reason or {*store.memories} <= {("encoder",)}
     torch.manual_seed(1)
-    expected = model.generate(**options)
+    expected = stepwise(model, **options)
     assert torch.equal(*(o if isinstance(o, Tensor) else o.sequences for o in (output, expected)))
 
 
@@ -466,19 +474,18 @@ def test_numbers_that_are_not_numbers_are_refused(source: dict[str, Tensor]) -> 
 
 def test_the_option(source: dict[str, Tensor], recorders: list[TapeRecorder], tmp_path: Any) -> None:
     model = capturable_model()
-    model.generate(**source, **ENDS)
+    model.generate(**source, **ENDS, cuda_graphs=False)
     assert not recorders
     with pytest.raises(ValueError, match=r"cuda_graphs \('yes'\) must be True, False or None"):
         model.generate(**source, **ENDS, cuda_graphs="yes")
-    model.generation_config.cuda_graphs = True
-    model.generate(**source, **ENDS, cuda_graphs=False)
-    assert not recorders
+    model.generation_config.cuda_graphs = False
     model.generate(**source, **ENDS)
-    assert len(recorders) == 1
+    assert not recorders
     model.save_pretrained(tmp_path)
+    model.generation_config.cuda_graphs = None  # as it is by itself
     again = type(model).from_pretrained(tmp_path, experts_implementation="batched_mm")
     assert torch.equal(again.generate(**source, **ENDS), model.generate(**source, **ENDS))
-    assert len(recorders) == 2
+    assert len(recorders) == 1
 
 
 @pytest.mark.slow
@@ -513,7 +520,7 @@ def test_with_the_kernels_of_gpus(num_beams: int, monkeypatch: pytest.MonkeyPatc
     with torch.no_grad():
         model.lm_head.weight[2:4] *= 3.0  # so that some sentences end
     options |= {"max_new_tokens": 5, "eos_token_id": [2, 3], "forced_bos_token_id": 9, "min_new_tokens": 2}
-    expected = model.generate(**options)
+    expected = stepwise(model, **options)
     assert torch.equal(captured(model, **options), expected)
     assert not lines
     assert store_of(model).num_recorded == 1

@@ -34,8 +34,7 @@ METHOD = "zcode_experts"
 BITS = (8, 4)
 WHAT = ("experts", "all")
 
-# the kernels of GPUs, until their last version has passed its tests there (tests/kernels/test_quantized_ffn_gpu.py)
-TRITON_ON_GPUS = os.environ.get("HF_MOE_TED_QUANTIZED_KERNELS") == "1"
+TRITON_ON_GPUS = os.environ.get("HF_MOE_TED_QUANTIZED_KERNELS", "1") == "1"
 
 _PROJECTIONS = ("up_proj", "down_proj")
 _DTYPES_IN_TRITON = (torch.float32, torch.bfloat16, torch.float16)

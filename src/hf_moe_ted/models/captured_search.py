@@ -29,7 +29,7 @@ from .decoding_step import decoding_step, read_prompts
 from .graph_store import GraphStore, on_device, power_of_two, recorded, rung
 from .search_memory import FixedCache, KeysAndValues, KeySize, MemorySize, SearchMemory
 
-BY_DEFAULT = False  # whether searches on a GPU are captured where nobody says `cuda_graphs`
+BY_DEFAULT = True  # whether searches on a GPU are captured where nobody says `cuda_graphs`
 DEVICES: tuple[str, ...] = ("cuda",)
 _MAX_MEMORIES = 4  # kept for each model, of different numbers of beams, and that of the encoder
 _LEAST_LENGTH, _LEAST_SOURCE = 32, 16  # numbers of keys are multiples of 16, as kernels of masked attention want them

@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
 from .configuration_zcode_m3 import ZCodeM3Config
-from .expert_computation import ExpertsWithReasons
+from .expert_computation import COMPUTATIONS, ExpertsWithReasons
 from .field_of_config import FieldOfConfig
 
 
@@ -49,6 +49,12 @@ class ZCodeM3Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, config.d_model, ffn_dim))
         self.down_proj_bias = nn.Parameter(torch.empty(num_experts, config.d_model))
         self.act_fn = ActivationWithDropout(config)
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a CUDA graph can hold a call: the computation that is chosen does not wait for the device."""
+        row = COMPUTATIONS.get(self.config._experts_implementation)
+        return row is None or row.cuda_graphs in ("yes", str(self.up_proj.dtype).removeprefix("torch."))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """

@@ -148,8 +148,9 @@ def _why_not(modules: list[nn.Module], parameters: list[Tensor], buffers: list[T
         "gradients": torch.is_grad_enabled(),
         "training mode of a part": any(module.training for module in modules),
         "layers of another package": not all(
-            _is_plain(type(module)) or getattr(module, "can_be_captured", False) for module in modules
+            _is_plain(type(module)) or hasattr(module, "can_be_captured") for module in modules
         ),
+        "experts that wait for the device": not all(getattr(module, "can_be_captured", True) for module in modules),
         "hooks of the model": any(
             m._forward_hooks or m._forward_pre_hooks or "_hf_hook" in vars(m) or "forward" in vars(m) for m in modules
         ),
