@@ -12,7 +12,7 @@ even if no translation has them, as they take places of the beam and have a shar
 If CTranslate2 is installed, a dense model of the same active size stands beside them: one expert of each layer, drawn
 at random and trained no further, in int8. Its translations are worth nothing, so each is as long as those of float32
 are on average: speed and memory only. It runs without PyTorch, from text to text. On a GPU (`--device cuda`) it is left
-out, and "graph beams" are float32 with `cuda_graphs=True`.
+out, the first row runs step by step, and all others, of which there are more, with CUDA graphs where they can.
 """
 
 import argparse
@@ -35,7 +35,11 @@ MODEL = EXAMPLES / "checkpoints" / "zcode_m3_demo"
 FLOAT32, INT8, TRIMMED, TRIMMED_INT8 = "float32", "int8", "trimmed", "trimmed + int8"
 RESTRICTED = "float32, without the tokens that are gone"
 GRAPH_BEAMS, CTRANSLATE2 = "float32, graph beams", "CTranslate2, dense, int8"
-WAYS = (FLOAT32, INT8, TRIMMED, TRIMMED_INT8, GRAPH_BEAMS, CTRANSLATE2)
+BFLOAT16, BFLOAT16_STEPS = "bfloat16", "bfloat16, step by step"
+INT8_EXPERTS, INT4_EXPERTS = "int8 experts, bfloat16", "int4 experts, bfloat16"
+EXPERT_MEMORY = "int4 experts, bfloat16, a quarter of them on the GPU"
+ON_GPUS = (GRAPH_BEAMS, BFLOAT16, BFLOAT16_STEPS, INT8_EXPERTS, INT4_EXPERTS, EXPERT_MEMORY)
+WAYS = (FLOAT32, INT8, TRIMMED, TRIMMED_INT8, *ON_GPUS, CTRANSLATE2)
 MAX_CHRF_DIFFERENCE = 0.3
 
 
@@ -63,7 +67,8 @@ def make_ways(folder: Path, arguments: argparse.Namespace) -> list[Way]:
     from hf_moe_ted import quantize_experts
 
     wanted, language = {FLOAT32, *arguments.ways}, arguments.language
-    ways = [Way(FLOAT32, MODEL)]
+    on_gpu = arguments.device == "cuda"
+    ways = [Way(FLOAT32, MODEL, {"cuda_graphs": False} if on_gpu else {})]
     if INT8 in wanted:
         quantize_experts(MODEL, what="all", output_dir=folder / "int8")
         ways.append(Way(INT8, folder / "int8"))
@@ -75,11 +80,34 @@ def make_ways(folder: Path, arguments: argparse.Namespace) -> list[Way]:
     if TRIMMED_INT8 in wanted:
         quantize_experts(folder / "trimmed", what="all", output_dir=folder / "trimmed_int8")
         ways.append(Way(TRIMMED_INT8, folder / "trimmed_int8"))
-    if GRAPH_BEAMS in wanted and arguments.device == "cuda":
-        ways.append(Way(GRAPH_BEAMS, MODEL, {"cuda_graphs": True}))
-    if CTRANSLATE2 in wanted and arguments.device == "cpu":
+    if on_gpu:
+        ways += [way for way in gpu_ways(folder) if way.name in wanted]
+    elif CTRANSLATE2 in wanted:
         ways += ctranslate2_ways(folder)
     return ways
+
+
+def gpu_ways(folder: Path) -> list[Way]:
+    from hf_moe_ted import quantize_experts
+
+    for bits in (8, 4):
+        quantize_experts(MODEL, bits=bits, output_dir=folder / f"int{bits}_experts", dtype="bfloat16")
+    int4 = folder / "int4_experts"
+    return [
+        Way(GRAPH_BEAMS, MODEL),
+        Way(BFLOAT16, MODEL, dtype="bfloat16"),
+        Way(BFLOAT16_STEPS, MODEL, {"cuda_graphs": False}, dtype="bfloat16"),
+        Way(INT8_EXPERTS, folder / "int8_experts"),
+        Way(INT4_EXPERTS, int4),
+        Way(EXPERT_MEMORY, int4, expert_bytes=bytes_of_experts(int4) // 4),
+    ]
+
+
+def bytes_of_experts(folder: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as tensors:
+        return sum(tensors.get_tensor(name).nbytes for name in tensors.keys() if ".experts." in name)  # noqa: SIM118
 
 
 def trim(folder: Path, language: str) -> None:

@@ -39,6 +39,8 @@ class Way:
         generate_options: besides the number of beams.
         is_ctranslate2: whether the folder is one of CTranslate2.
         tokens: ids of all that it may generate.
+        dtype: that the model is loaded in.
+        expert_bytes: of the experts that are on the device; by default all are.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Way:
     generate_options: dict[str, Any] = field(default_factory=dict)
     tokens: tuple[int, ...] | None = None
     is_ctranslate2: bool = False
+    dtype: str | None = None
+    expert_bytes: int | None = None
 
     @property
     def weights_mb(self) -> float:
@@ -81,11 +85,12 @@ def pipeline_translate(way: Way, settings: Settings) -> tuple[Translate, float]:
     import torch
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-    from hf_moe_ted import ZCodeM3TranslationPipeline
+    from hf_moe_ted import ExpertMemory, ZCodeM3TranslationPipeline
 
     torch.set_num_threads(settings.threads)
     libraries_mb = peak_memory_mb()
-    model = AutoModelForSeq2SeqLM.from_pretrained(way.folder)
+    load_options = {} if way.expert_bytes is None else {"expert_memory": ExpertMemory(way.expert_bytes)}
+    model = AutoModelForSeq2SeqLM.from_pretrained(way.folder, dtype=way.dtype or "auto", **load_options)
     tokenizer = AutoTokenizer.from_pretrained(way.folder)
     if way.tokens is not None:
         mask = torch.full((model.config.vocab_size,), -torch.inf, device=settings.device)
