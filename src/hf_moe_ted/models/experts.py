@@ -3,6 +3,8 @@
 Shape letters: T tokens, K experts per token, E experts, D model width, F inner width.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -53,7 +55,8 @@ class ZCodeM3Experts(nn.Module):
     @property
     def can_be_captured(self) -> bool:
         """Whether a CUDA graph can hold a call: the computation that is chosen does not wait for the device."""
-        row = COMPUTATIONS.get(self.config._experts_implementation)
+        config: Any = self.config
+        row = COMPUTATIONS.get(config._experts_implementation)
         return row is None or row.cuda_graphs in ("yes", str(self.up_proj.dtype).removeprefix("torch."))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

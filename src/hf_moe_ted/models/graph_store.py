@@ -1,7 +1,6 @@
 """CUDA graphs of a model, kept from call to call: the least recently used goes, and all go with the weights."""
 
 import contextlib
-import functools
 import threading
 import weakref
 from collections import Counter, OrderedDict
@@ -148,7 +147,7 @@ def _why_not(modules: list[nn.Module], parameters: list[Tensor], buffers: list[T
         "gradients": torch.is_grad_enabled(),
         "training mode of a part": any(module.training for module in modules),
         "layers of another package": not all(
-            _is_plain(type(module)) or hasattr(module, "can_be_captured") for module in modules
+            _is_plain(kind) or hasattr(kind, "can_be_captured") for kind in {type(module) for module in modules}
         ),
         "experts that wait for the device": not all(getattr(module, "can_be_captured", True) for module in modules),
         "hooks of the model": any(
@@ -168,7 +167,6 @@ def _dtypes_of(tensors: list[Tensor]) -> set[torch.dtype]:
     return {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
 
 
-@functools.cache
 def _is_plain(kind: type) -> bool:
     """Whether all that a module does is known from its weights and the config of the model."""
     package = kind.__module__.rpartition(".")[0]
