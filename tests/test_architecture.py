@@ -76,7 +76,7 @@ RULES = {
     ),
     "distributed": Rule(
         parts=("models", "kernels", "files", "tensors", "optim", "cuda_graphs"),
-        packages=("numpy", "torch", "transformers", "accelerate", "safetensors", "tqdm"),
+        packages=("numpy", "torch", "transformers", "accelerate", "safetensors", "tqdm", "peft"),
     ),
     "planning": Rule(parts=("models", "distributed", "files"), packages=("torch", "transformers")),
     "metrics": Rule(parts=("evaluation.metrics",), packages=()),

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .data.multitask_stream import StreamSource as StreamSource
     from .distributed.accelerate_plugin import TedPlugin as TedPlugin
     from .distributed.activation_checkpoint import communication_aware_context_fn as communication_aware_context_fn
+    from .distributed.adapters import shard_adapters as shard_adapters
     from .distributed.bounded_exchange import bounded_expert_load as bounded_expert_load
     from .distributed.layout import Layout as Layout
     from .distributed.step_snapshot import StepSnapshot as StepSnapshot
@@ -202,6 +203,7 @@ _MODULE_OF_NAME = {
     "resolve_language": "models.language_codes",
     "run_server": "serving.server",
     "score_translations": "evaluation.translation_scores",
+    "shard_adapters": "distributed.adapters",
     "token_lengths": "data.batch_sampler",
     "token_routing": "routing.token_routing",
     "translate_file": "translation.translated_file",

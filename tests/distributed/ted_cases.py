@@ -300,9 +300,15 @@ def set_up(model: PreTrainedModel, plugin: TedPlugin, case: Case) -> None:
         model.activation_checkpointing_enable(plugin.activation_checkpointing_kwargs)
 
 
-def train_alone(folder: str, case: Case, world_size: int) -> tuple[list[float], list[float], dict[str, Tensor], Any]:
+def load_alone(folder: str) -> Any:
+    return model_class(folder).from_pretrained(folder)
+
+
+def train_alone(
+    folder: str, case: Case, world_size: int, load: Callable[[str], Any] = load_alone
+) -> tuple[list[float], list[float], dict[str, Tensor], Any]:
     """The same in one process with what torch has: losses, norms, gradients of the first step, and parameters."""
-    model: Any = model_class(folder).from_pretrained(folder)
+    model = load(folder)
     model.train()
     causal, data_parallel_size = is_causal(folder), case.data_parallel_size(world_size)
     states = [RandomState(rank) for rank in range(data_parallel_size)]
@@ -407,9 +413,11 @@ class CollectiveCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def assert_as_one_process(folder: Path, case: Case, by_rank: list[Trained]) -> None:
+def assert_as_one_process(
+    folder: Path, case: Case, by_rank: list[Trained], load: Callable[[str], Any] = load_alone
+) -> None:
     """Losses, gradient norms, the gradient of every parameter and the parameters are those of one process."""
-    losses, norms, gradients, parameters = train_alone(str(folder / case.model), case, len(by_rank))
+    losses, norms, gradients, parameters = train_alone(str(folder / case.model), case, len(by_rank), load)
     tensor_parallel_size = case.layout.get("tensor_parallel_size", 1)
     for rank, trained in enumerate(by_rank):
         assert trained.losses == by_rank[rank - rank % tensor_parallel_size].losses  # those of the same batch

@@ -17,12 +17,14 @@ from accelerate.utils import load
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers.trainer_utils import unwrap_peft_model
 from transformers.utils import logging
 
 from ..files.output import remove_folder
 from ..files.output_kinds import ACCELERATOR_STATE
 from ..optim.tiled_adamw import TiledAdamW
 from .activation_checkpoint import communication_aware_context_fn
+from .adapters import check_optimizers, is_adapted, shard_adapters
 from .checkpoint import atomic_folder, save_pretrained, together, whole_state_dict
 from .gradient_norm import clip_grad_norm_
 from .layout import Layout, layout_of, sizes_of_axes
@@ -170,12 +172,20 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
         if not _is_sharded(model):
             return super().prepare_model(model, device_placement, evaluation_mode)
         prepare_for_training(model)
+        shard_adapters(model)
         # for evaluation the parent does mixed precision and compilation, which is needed, and wraps nothing
         return super().prepare_model(model, device_placement=False, evaluation_mode=True)
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's; an optimizer has to be made after the adapters of its model are sharded."""
+        optimizers = [arg for arg in args if isinstance(arg, torch.optim.Optimizer)]
+        check_optimizers([arg for arg in args if isinstance(arg, nn.Module)], optimizers)
+        return super().prepare(*args, **kwargs)
 
     @contextlib.contextmanager
     def no_sync(self, model: Any) -> Iterator[None]:
         """Where `accumulate` goes on to the next micro-batch, only ZeRO-2 reduces gradients."""
+        model = unwrap_peft_model(model)
         layout = layout_of(model)
         if layout is None or not isinstance(model, FSDPModule):
             with super().no_sync(model):
@@ -222,7 +232,11 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
             return
         if not safe_serialization:
             raise ValueError("safe_serialization (False) cannot be given for a sharded model; it has safetensors only")
-        save_pretrained(self.unwrap_model(model), save_directory, max_shard_size=max_shard_size)
+        whole: Any = self.unwrap_model(model)
+        if is_adapted(whole):
+            whole.save_pretrained(save_directory)
+            return
+        save_pretrained(whole, save_directory, max_shard_size=max_shard_size)
 
     def save_state(self, output_dir: str | None = None, safe_serialization: bool = True, **kwargs: Any) -> str:
         """As the parent's; the folder appears when all is in it, and older ones of `total_limit` are removed after it.

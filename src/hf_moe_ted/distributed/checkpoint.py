@@ -67,6 +67,11 @@ def save_pretrained(
         OSError: the disk is full, or what else the system says to rank 0; a RuntimeError on the others.
     """
     with together():
+        if getattr(model, "peft_config", None):
+            raise ValueError(
+                f"{type(model).__name__} has adapters (PEFT): call save_pretrained of the PEFT model, which writes "
+                "them, or merge_and_unload before"
+            )
         wrong = {"is quantized": getattr(model, "hf_quantizer", None), "has adapters": has_adapters(model)}
         for what, is_wrong in wrong.items():
             if is_wrong:
@@ -213,19 +218,27 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
         On rank 0, by the names of `state_dict`, whole tensors on the CPU, tied weights as one tensor under each
         of their names; on the other ranks nothing.
     """
+    tensors = named_tensors(model)
+    whole = whole_tensors(tensors)
+    if rank() > 0:
+        return {}
+    whole_of_id = {id(tensor): whole[name] for name, tensor in tensors.items()}
+    state = model.state_dict(keep_vars=True)
+    return {name: whole_of_id[id(tensor)] for name, tensor in state.items() if id(tensor) in whole_of_id}
+
+
+def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sharded tensors as whole ones on the CPU of rank 0; nothing on the other ranks. All call it."""
     with together():
-        tensors = named_tensors(model)
         _check_sources(tensors)
     if rank() > 0:
         _send_what_is_asked_for(tensors)
         return {}
     try:
         collected = _collected(tensors)
-        whole_of_id = {id(tensor): collected[name] for name, tensor in tensors.items()}
+        return {name: collected[name] for name in tensors}
     finally:
         _tell(None)
-    state = model.state_dict(keep_vars=True)
-    return {name: whole_of_id[id(tensor)] for name, tensor in state.items() if id(tensor) in whole_of_id}
 
 
 def _tensors_of_model(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -390,4 +403,5 @@ __all__ = [
     "save_pretrained",
     "together",
     "whole_state_dict",
+    "whole_tensors",
 ]

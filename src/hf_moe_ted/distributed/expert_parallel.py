@@ -4,7 +4,7 @@ Shape letters: T tokens of this rank, K experts per token, R rows sent, V rows r
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +139,8 @@ class TedExpertParallel(EPImplementation):
 
     Attributes:
         overflow: the bound, and what is noted of it; `None` for exchanges of what there is.
+        adapters: by name of a parameter, what makes another weight of this rank's part of it in each forward, and takes
+            the factor of its own gradients.
     """
 
     def __init__(self, experts: Any, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh):
@@ -152,6 +154,7 @@ class TedExpertParallel(EPImplementation):
         self.num_experts = self.num_local_experts * self.ep_group.size()
         self.overlap_chunks = layout.overlap_chunks
         self.overflow: ExpertLoadOverflow | None = None
+        self.adapters: dict[str, Callable[[Tensor, float], Tensor]] = {}
         self.pads_to_capacity = layout.pad_expert_input_to_capacity and self.ep_group.size() > 1
         if self.pads_to_capacity and not hasattr(experts, "max_tokens_per_expert"):
             raise ValueError(
@@ -426,7 +429,8 @@ class TedExpertParallel(EPImplementation):
             if param is None:
                 continue
             forward_factor = 1.0 / etp_size if name == "down_proj_bias" else 1.0
-            parameters[name] = LocalShard.apply(param, forward_factor, gradient_factor)
+            local = LocalShard.apply(param, forward_factor, gradient_factor)
+            parameters[name] = self.adapters[name](local, gradient_factor) if name in self.adapters else local
         try:
             yield
         finally:

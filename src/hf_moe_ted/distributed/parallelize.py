@@ -17,12 +17,14 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 from transformers.distributed.expert_parallel import apply_expert_parallelism
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+from transformers.trainer_utils import unwrap_peft_model
 
 from ..models.moe_layer import ZCodeM3MoELayer
 from .expert_parallel import expert_modules
 from .layout import Layout, layout_of
 from .mesh import inherit_timeout
 from .private_transformers import expanded_plan, mark_fsdp_managed, mark_sharded, mesh_manager
+from .private_torch import StridedShard
 from .random_state import synchronize_random_state
 from .refusals import refuse_methods
 from .tensor_parallel import STYLES, join_logits_without_loss, vocab_parallel_cross_entropy
@@ -109,25 +111,15 @@ def apply_zero(model: PreTrainedModel, layout: Layout, meshes: Any) -> None:
 
     Experts that no other rank holds are left as they are: FSDP2 would keep a second copy of them.
     """
-    options: dict[str, Any] = {"reshard_after_forward": layout.zero_stage == 3}
-    if layout.offload:
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
-    if layout.mixed_precision:
-        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-
+    options = zero_options(layout)
     alone: set[nn.Parameter] = set()
     for experts in expert_modules(model):
         if layout.wraps_experts_in_fsdp:
-            _shard_experts(experts, layout, meshes.get_mesh("efsdp"), options)
+            shard_experts(experts, layout, meshes.get_mesh("efsdp"), options)
         else:
             alone.update(experts.parameters())
     mesh = meshes.get_mesh("fsdp")
-    units = [
-        layers[start : start + size]
-        for layers in _stacks_of_layers(model)
-        for size in [1 if layout.zero_stage == 3 else LAYERS_PER_UNIT]
-        for start in range(0, len(layers), size)
-    ]
+    units = units_of_layers(model, layout)
     for unit in units:
         fully_shard(unit, mesh=mesh, ignored_params=alone, **options)
     _prefetch(units)
@@ -137,12 +129,31 @@ def apply_zero(model: PreTrainedModel, layout: Layout, meshes: Any) -> None:
     mark_fsdp_managed(model)
 
 
-def _shard_experts(experts: nn.Module, layout: Layout, mesh: DeviceMesh, options: dict[str, Any]) -> None:
-    """Shard experts by expert if each rank gets as many, else by rows of the weights."""
+def zero_options(layout: Layout) -> dict[str, Any]:
+    """What a layout gives to each `fully_shard`."""
+    options: dict[str, Any] = {"reshard_after_forward": layout.zero_stage == 3}
+    if layout.offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+    if layout.mixed_precision:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return options
+
+
+def units_of_layers(model: nn.Module, layout: Layout) -> list[list[nn.Module]]:
+    """Layers whose parameters are gathered at once."""
+    size = 1 if layout.zero_stage == 3 else LAYERS_PER_UNIT
+    return [
+        layers[start : start + size] for layers in _stacks_of_layers(model) for start in range(0, len(layers), size)
+    ]
+
+
+def shard_experts(experts: nn.Module, layout: Layout, mesh: DeviceMesh, options: dict[str, Any]) -> None:
+    """Shard experts, or their adapters, by expert if each rank gets as many, else by rows of the weights."""
 
     def placement(param: nn.Parameter) -> Shard | None:
         local = param.to_local() if isinstance(param, DTensor) else param
-        dims = [dim for dim in range(local.ndim) if local.shape[dim] % mesh.size() == 0]
+        taken = {place.dim for place in getattr(param, "placements", ()) if isinstance(place, StridedShard)}
+        dims = [dim for dim in range(local.ndim) if local.shape[dim] % mesh.size() == 0 and dim not in taken]
         return Shard(dims[0]) if dims else None
 
     module: Any = fully_shard(experts, mesh=mesh, shard_placement_fn=placement, **options)
@@ -178,6 +189,7 @@ def prepare_for_training(model: nn.Module) -> None:
 
     transformers shards models other than ZCodeM3 itself, without ZeRO's stages 1 and 2.
     """
+    model = unwrap_peft_model(model)
     layout = layout_of(model)
     for module in model.modules():
         if isinstance(module, FSDPModule) and layout is not None and layout.zero_stage < 3:
@@ -211,5 +223,8 @@ __all__ = [
     "offload_parameters",
     "parallelize",
     "prepare_for_training",
+    "shard_experts",
     "tensor_parallel_plan",
+    "units_of_layers",
+    "zero_options",
 ]

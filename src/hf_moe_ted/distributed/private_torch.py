@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout as set_group_timeout  # meshes make groups without one
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import (
     _StridedShard as StridedShard,  # FSDP2's, of what has shards already
@@ -70,6 +71,14 @@ def fsdp_parameters(module: Any) -> list[FSDPParameter]:
     ]
 
 
+def forget_root(model: Any) -> None:
+    """Have the next forward find the modules of FSDP2 in a model again, which it otherwise does once."""
+    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    for state in states:
+        state._is_root = None
+        state._state_ctx.all_states = []
+
+
 __all__ = [
     "FSDPParameter",
     "StridedShard",
@@ -77,6 +86,7 @@ __all__ = [
     "c10d",
     "foreach_mul_",
     "foreach_norm",
+    "forget_root",
     "fsdp_parameters",
     "local_of",
     "parameter_table",

@@ -17,14 +17,24 @@ _METHODS = {
     "resize_token_embeddings": _AGAIN,
     "set_input_embeddings": _AGAIN,
     "set_output_embeddings": _AGAIN,
-    "add_adapter": "adapters (PEFT) train on whole models, without a TedPlugin",
-    "load_adapter": "adapters (PEFT) train on whole models, without a TedPlugin",
+    "add_adapter": "give the model to peft.get_peft_model(model, config)",
+    "load_adapter": "give the model to peft.PeftModel.from_pretrained(model, folder, is_trainable=True)",
     "push_to_hub": "call save_pretrained on all ranks and huggingface_hub.upload_folder on rank 0, or "
     "trainer.push_to_hub()",
     "half": _DTYPE,
     "bfloat16": _DTYPE,
     "float": _DTYPE,
     "double": _DTYPE,
+}
+_ONE_ADAPTER = "a sharded model keeps the adapter that it was given first: merge it, or load the model anew"
+_METHODS_OF_ADAPTERS = {
+    "add_adapter": _ONE_ADAPTER,
+    "load_adapter": _ONE_ADAPTER,
+    "delete_adapter": "call unload() for the model without it",
+    "add_weighted_adapter": _ONE_ADAPTER,
+    "merge_adapter": "call merge_and_unload()",
+    "unmerge_adapter": "the adapter is not merged",
+    "push_to_hub": _METHODS["push_to_hub"],
 }
 # optimizers of TrainingArguments that step a DTensor as they would the whole, tested in test_ted_trainer_options.py
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
@@ -34,13 +44,20 @@ def refuse_methods(model: nn.Module) -> None:
     """Methods that would change a whole model have errors in place of them: a ValueError says what to do.
 
     Raises:
-        ValueError: the model has adapters already.
+        ValueError: the model has adapters of `add_adapter` already.
     """
-    if getattr(model, "peft_config", None) or has_adapters(model):
+    if has_adapters(model):
         raise ValueError(f"{type(model).__name__} is sharded and has adapters; {_METHODS['add_adapter']}")
     for name, instead in _METHODS.items():
         if hasattr(model, name):
             setattr(model, name, functools.partial(_refuse, name, instead))
+
+
+def refuse_methods_of_adapters(model: Any) -> None:
+    """As [`refuse_methods`], for a PEFT model whose adapters are sharded, and what it hands on to its tuner."""
+    for part in (model, model.base_model):
+        for name, instead in _METHODS_OF_ADAPTERS.items():
+            setattr(part, name, functools.partial(_refuse, name, instead))
 
 
 def check_accelerator(accelerator: Accelerator) -> None:
@@ -122,4 +139,10 @@ def _refuse(name: str, instead: str, *args: Any, **kwargs: Any) -> None:
     raise ValueError(f"{name} cannot be called on a sharded model: {instead}")
 
 
-__all__ = ["OPTIMIZERS", "check_accelerator", "check_training_arguments", "refuse_methods"]
+__all__ = [
+    "OPTIMIZERS",
+    "check_accelerator",
+    "check_training_arguments",
+    "refuse_methods",
+    "refuse_methods_of_adapters",
+]

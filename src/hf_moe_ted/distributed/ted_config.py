@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
+from .adapters import expect_adapters
 from .checkpoint import save_pretrained
 from .layout import Layout
 from .layout_check import check_model
@@ -84,6 +85,7 @@ class TedConfig(DistributedConfig):
 
     def finish_loading(self, model: PreTrainedModel) -> None:
         """After the weights are there: with `offload="cpu"` they go to the CPU, where FSDP2 wants them."""
+        expect_adapters(model)
         if self.layout.offload is not None:
             offload_parameters(model)
 

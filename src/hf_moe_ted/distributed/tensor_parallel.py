@@ -58,7 +58,7 @@ class TedColumn(_LocalStyle):
                 x = copy_to_group(x, group)
             return nn.functional.linear(x, _local(module.weight), _local(module.bias))
 
-        module.forward = forward
+        module.forward, module.tensor_parallel_style = forward, self
         return module
 
 
@@ -75,8 +75,50 @@ class TedRow(_LocalStyle):
             output = sum_over_group(nn.functional.linear(x, _local(module.weight)), group)
             return output if module.bias is None else output + _local(module.bias)
 
+        module.forward, module.tensor_parallel_style = forward, self
+        return module
+
+
+class TedBeforeColumn(TensorParallelLayer):
+    """Linear layer that every rank has whole, whose output a column-parallel layer reads without a copy to the group.
+
+    Each rank then knows its part of the gradients: that of the input is summed where the block copies its input, that
+    of the weight here, which is less to sum than the output if that is long and the weight is small.
+    """
+
+    def install_forward(self, module: Any, mesh: DeviceMesh) -> nn.Module:
+        group = mesh.get_group()
+
+        def forward(x: Tensor) -> Tensor:
+            return nn.functional.linear(x, copy_to_group(module.weight, group))
+
         module.forward = forward
         return module
+
+
+def split_low_rank(first: nn.Module, second: nn.Module, of: nn.Module, mesh: DeviceMesh) -> None:
+    """Split two linear layers, whose product is added to that of a layer that is split, as that layer is.
+
+    Args:
+        first: [rank, inputs], without bias; whole on each rank, the same on all.
+        second: [outputs, rank], likewise.
+        of: the layer with one of the styles here. The weight along its split is split, the other one stays whole.
+        mesh: of the tensor-parallel group.
+
+    Raises:
+        ValueError: the layer has another style.
+    """
+    style = getattr(of, "tensor_parallel_style", None)
+    if isinstance(style, TedRow):
+        style.shard_param(first, "weight", mesh)
+        style.install_forward(first, mesh)
+    elif isinstance(style, TedColumn):
+        style.shard_param(second, "weight", mesh)
+        style.install_forward(second, mesh)  # the first of its block copies what it reads, as the layer does
+        if not style.copies_input:
+            TedBeforeColumn().install_forward(first, mesh)
+    elif isinstance(of.weight, DTensor) and "tp" in (of.weight.device_mesh.mesh_dim_names or ()):
+        raise ValueError(f"{type(of).__name__} with placements {of.weight.placements} is split in another way")
 
 
 class TedBlockInput(TensorParallelLayer):
@@ -255,4 +297,4 @@ _REGISTRY.register("ted_untied_positions", TedUntiedPositions())
 _REGISTRY.register("ted_vocab_embedding", TedVocabEmbedding())
 _REGISTRY.register("ted_vocab_head", TedVocabHead())
 
-__all__ = ["join_logits_without_loss", "vocab_parallel_cross_entropy"]
+__all__ = ["join_logits_without_loss", "split_low_rank", "vocab_parallel_cross_entropy"]

@@ -24,6 +24,8 @@ from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
 from ..optim.clipped_adamw import ClippedAdamW
 from .accelerate_plugin import TRAINING_STATE, TedPlugin
 from .activation_checkpoint import CommunicationAwareContextFn
+from .adapter_folder import load_adapter
+from .adapters import is_adapted, shard_adapters
 from .bounded_exchange import bounded_expert_load
 from .checkpoint import atomic_folder, has_weights, load_weights, save_pretrained
 from .counts import CountsOnceMixin
@@ -161,21 +163,28 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
             super()._save(output_dir, state_dict)
             return
         folder: str = output_dir or self.args.output_dir  # None only where nothing is saved
-        save_pretrained(self._sharded_model, folder)
+        if is_adapted(self._sharded_model):
+            self._sharded_model.save_pretrained(folder)
+        else:
+            save_pretrained(self._sharded_model, folder)
         if self.args.should_save:
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
             torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._reads_weights_itself(resume_from_checkpoint):
+        if is_adapted(self._sharded_model):
+            load_adapter(self._sharded_model, resume_from_checkpoint)
+        elif self._reads_weights_itself(resume_from_checkpoint):
             load_weights(self._sharded_model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         best: str = self.state.best_model_checkpoint  # type: ignore[assignment]  # called where there is one
-        if self._reads_weights_itself(best):
+        if is_adapted(self._sharded_model):
+            load_adapter(self._sharded_model, best)
+        elif self._reads_weights_itself(best):
             load_weights(self._sharded_model, best)
         else:
             super()._load_best_model()
@@ -345,6 +354,10 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
                 f"offload ({layout.offload!r}) does not go with cuda_graphs (True): the optimizer steps on the CPU; "
                 "leave offload out"
             )
+        if is_adapted(self._sharded_model):
+            raise ValueError(
+                "cuda_graphs (True) does not go with the adapters (PEFT) of a sharded model: leave cuda_graphs out"
+            )
         super()._check_can_capture()
 
     def _step_to_record(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> tuple[Tensor, Tensor | None]:
@@ -413,6 +426,7 @@ def _check_and_prepare(model: Any, args: Any) -> None:
     check_is_sharded(model, getattr(args, "parallelism_config", None))
     if getattr(model, "is_distributed_loading_by_transformers", False):
         prepare_for_training(model)
+        shard_adapters(model)
         _keep_collectives_of_transformers(model, args)
 
 

@@ -72,6 +72,13 @@ MODEL = OutputKind(
     with_file="compression_report.json",
     more_files=_REPORT_FILES,
 )
+ADAPTER = OutputKind(
+    "an adapter of PEFT",
+    r"([\w-]+/)?adapter_(config\.json|model\.safetensors)|README\.md",
+    "adapter_config.json",
+    rb'"peft_type"',
+    last="adapter_config.json",
+)
 M2M100_EXPORT = OutputKind(
     "an exported M2M100 model",
     _MODEL_FILES,
@@ -115,6 +122,7 @@ TRAINER_CHECKPOINT = OutputKind(
 
 __all__ = [
     "ACCELERATOR_STATE",
+    "ADAPTER",
     "DEEPSPEED_EXPORT",
     "EXPERT_STATISTICS",
     "M2M100_EXPORT",

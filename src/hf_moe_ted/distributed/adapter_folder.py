@@ -1,0 +1,141 @@
+"""PEFT's folders from and into adapters that are sharded, and adapters into the shards of their weights.
+
+All ranks call what is here. Rank 0 writes; factors are small, so that it holds all of them.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..files.output_kinds import ADAPTER
+from .checkpoint import atomic_folder, named_tensors, rank, together, whole_tensors
+from .sharding import local_tensor, regions, sources
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_OURS = re.compile(rf"{re.escape(_WEIGHTS)}|{re.escape(_CONFIG)}")
+_FACTOR = re.compile(r"\.(lora_[AB])\.[^.]+\.weight$")
+
+
+def save_adapter(
+    model: "PeftModel",
+    save_directory: str | os.PathLike[str],
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    **kwargs: Any,
+) -> None:
+    """Write the adapter of a sharded model as PEFT's ordinary folder, with whole tensors; all ranks call it.
+
+    It takes the place of `PeftModel.save_pretrained`, and loads into a model of any layout, or of one process, by
+    `PeftModel.from_pretrained`. A new folder appears whole; in one that has other files, those stay.
+
+    Args:
+        model: its adapter is sharded.
+        save_directory: on a disk of rank 0.
+        state_dict: what [`whole_state_dict`] gives, to be written in place of what the model has.
+        kwargs: of `PeftModel.save_pretrained`, which rank 0 calls.
+
+    Raises:
+        ValueError: on all ranks: an argument that a sharded model does not have, or `save_directory` is no folder.
+    """
+    with together():
+        if not kwargs.pop("safe_serialization", True):
+            raise ValueError("safe_serialization (False) cannot be given for a sharded model; it has safetensors only")
+        if kwargs.pop("path_initial_model_for_weight_conversion", None) is not None:
+            raise ValueError(
+                "path_initial_model_for_weight_conversion cannot be given for a sharded model; save the adapter, load "
+                "it in one process and convert it there"
+            )
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("push_to_hub (True) cannot be given for a sharded model; upload the folder from rank 0")
+    for name in ("is_main_process", "save_embedding_layers"):  # rank 0 is; words cannot be added to sharded embeddings
+        kwargs.pop(name, None)
+    whole = dict(whole_tensors(_factors(model)) if state_dict is None else state_dict)
+    with atomic_folder(save_directory, kind=ADAPTER, stale=_OURS) as temporary:
+        if rank() == 0:
+            type(model).save_pretrained(model, str(temporary), state_dict=whole, save_embedding_layers=False, **kwargs)
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Fill the factors of a sharded model from a folder of `PeftModel.save_pretrained`; each rank reads its part.
+
+    Raises:
+        ValueError: on all ranks: there is no adapter, it cannot be read, or it has other factors.
+    """
+    path = Path(folder, _WEIGHTS)
+    with together(), torch.no_grad():
+        tensors = {_FACTOR.sub(r".\1.weight", name): tensor for name, tensor in _factors(model).items()}
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}
+                wanted = {name: tensor.shape for name, tensor in tensors.items()}
+                if shapes != wanted:
+                    different = sorted(n for n in {*shapes, *wanted} if shapes.get(n) != wanted.get(n))
+                    raise ValueError(
+                        f"{path} has other factors than the adapter of the model: {different[0]} and "
+                        f"{len(different) - 1} more; make the adapter with the {_CONFIG} of that folder"
+                    )
+                for name, tensor in tensors.items():
+                    for region in regions(tensor):
+                        region.local.copy_(file.get_slice(name)[region.slices])
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} is no adapter that can be read: {error}") from error
+
+
+def has_adapter(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder has what [`load_adapter`] reads."""
+    return Path(folder, _WEIGHTS).is_file()
+
+
+@torch.no_grad()
+def merge_into_shards(wrappers: "Mapping[str, LoraLayer]", adapter: str) -> None:
+    """Add the product of each pair of factors to the weight that it belongs to: each rank to its regions.
+
+    Args:
+        wrappers: layers of PEFT by name, whose weights and factors are shards now.
+        adapter: the name of the factors.
+    """
+    for layer in wrappers.values():
+        wrapper: Any = layer
+        weight = getattr(wrapper.get_base_layer(), getattr(wrapper, "parameter_name", "weight"))
+        first, second = (_whole_everywhere(f[adapter].weight) for f in (wrapper.lora_A, wrapper.lora_B))
+        for region in regions(weight):
+            rows, columns = region.slices[-2:]
+            if weight.ndim == 2:
+                delta = second[rows] @ first[:, columns]
+            else:  # [experts * R, I] and [O, R * experts]
+                experts = region.slices[0]
+                first_ERI = first.view(weight.shape[0], -1, first.shape[1])[experts, :, columns]
+                second_EOR = second.view(second.shape[0], -1, weight.shape[0])[rows, :, experts].permute(2, 0, 1)
+                delta = second_EOR @ first_ERI
+            region.local.add_((delta * wrapper.scaling[adapter]).to(weight.dtype))
+
+
+def _factors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in named_tensors(model).items() if _FACTOR.search(name)}
+
+
+def _whole_everywhere(tensor: Tensor) -> Tensor:
+    """The whole tensor, on all ranks."""
+    if not isinstance(tensor, DTensor):
+        return local_tensor(tensor)
+    whole = torch.zeros(tensor.shape, dtype=torch.float32, device=local_tensor(tensor).device)
+    for region in regions(tensor):
+        whole[region.slices] = region.local.float()
+    dist.all_reduce(whole)
+    num_copies = dist.get_world_size() // len(sources(tensor, rank=int(tensor.device_mesh.mesh.flatten()[0])))
+    return (whole / num_copies).to(tensor.dtype)
+
+
+__all__ = ["has_adapter", "load_adapter", "merge_into_shards", "save_adapter"]

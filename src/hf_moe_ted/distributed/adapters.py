@@ -1,0 +1,346 @@
+"""LoRA (PEFT) in a model that is sharded: factors are split as the weights that they belong to.
+
+The layers of PEFT stay what they are, but for three things, read in peft 0.21.2:
+
+- It makes the factors of a linear layer that is split from the shape of this rank's shard, which behind data parallelism
+  is no part that any layer computes with, and gives them the tensor parallelism of layers that exchange DTensors, which
+  counts gradients of inputs several times where a block copies its input to the group once. Here its `update_layer`
+  makes them whole, and they are split as the layer is.
+- A factor of a layer that is split runs with the collectives of that layer's style.
+- It adds the factors of experts to their weights by `torch.nn.utils.parametrize`, which takes them from where the
+  exchange of tokens looks for its shards. There the exchange adds them itself.
+
+Shape letters: E local experts, R rank of the factors, I inputs and O outputs of a weight.
+"""
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement
+from transformers.trainer_utils import unwrap_peft_model
+
+from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
+from .adapter_folder import merge_into_shards, save_adapter
+from .collectives import copy_to_group
+from .expert_parallel import layout_of_experts
+from .layout import Layout
+from .local_shard import LocalShard
+from .mesh import expert_mesh
+from .parallelize import shard_experts, units_of_layers, zero_options
+from .private_torch import StridedShard, forget_root, fsdp_parameters
+from .private_transformers import mesh_manager
+from .refusals import refuse_methods_of_adapters
+from .tensor_parallel import split_low_rank
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer, ParamWrapper
+
+_EXPERT_WEIGHTS = ("up_proj", "down_proj")
+_WHAT_TO_DO = "; else train the adapter in one process, without a TedPlugin"
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether it is a PEFT model around one that is sharded."""
+    base = unwrap_peft_model(model)
+    return base is not model and bool(getattr(base, "is_distributed_loading_by_transformers", False))
+
+
+def expect_adapters(base: Any) -> None:
+    """Have PEFT load adapters into a sharded model as into a whole one: factors are whole until they are sharded."""
+    base.tp_plan = None  # by which PEFT would split them, and nothing is sharded after
+    base.register_load_state_dict_pre_hook(lambda module, *_: _make_whole(module))
+
+
+def _make_whole(base: Any) -> None:
+    """Make the factors of split linear layers anew where PEFT made them for this rank's shard of the weight."""
+    configs = getattr(base, "peft_config", None)
+    for module in base.modules() if configs else ():
+        layer = getattr(module, "base_layer", None)
+        if not (isinstance(layer, nn.Linear) and hasattr(module, "lora_A")):
+            continue
+        shape = layer.in_features, layer.out_features
+        for adapter in [name for name in module.lora_A if _sizes(module, name) != shape]:
+            before = module.lora_A[adapter].weight
+            module.in_features, module.out_features = shape
+            module.update_layer(adapter, module.r[adapter], module.lora_alpha[adapter], config=configs[adapter])
+            for factor in (module.lora_A[adapter], module.lora_B[adapter]):
+                factor.to(before.dtype).requires_grad_(before.requires_grad)
+
+
+def _sizes(wrapper: Any, adapter: str) -> tuple[int, int]:
+    return wrapper.lora_A[adapter].weight.shape[1], wrapper.lora_B[adapter].weight.shape[0]
+
+
+def shard_adapters(model: nn.Module) -> nn.Module:
+    """Share the LoRA factors of a sharded model between the ranks, as the weights are; all ranks call it, once.
+
+    A Trainer and `accelerator.prepare` do it. A training loop that makes its optimizer before calls it itself, as the
+    optimizer has to get the parameters that are left.
+
+    All ranks take the factors of rank 0, however they were seeded. Factors of a column-parallel layer: `lora_A` is
+    whole, `lora_B` split by outputs; of a row-parallel layer: `lora_A` split by inputs, `lora_B` whole; of experts: both
+    are spread with them. ZeRO shards them over data-parallel ranks. The weights beneath get no gradients, and ZeRO's
+    stages 1 and 2 gather them once and keep them.
+
+    Args:
+        model: what `get_peft_model` or `PeftModel.from_pretrained` gives for a model that
+            `from_pretrained(distributed_config=plugin.distributed_config)` has sharded. Any other is left as it is.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: adapters of another kind, more than one, or on layers that are split in a way that has none.
+    """
+    if not is_adapted(model) or "ted_is_sharded" in model.__dict__:
+        return model
+    peft_model: Any = model
+    base: Any = unwrap_peft_model(model)
+    adapter, wrappers = _check(peft_model, base)
+    _make_whole(base)
+    _check_what_is_trained(peft_model, wrappers, adapter)
+    layout, meshes = layout_of_experts(base), mesh_manager(base)
+    for wrapper in wrappers.values():
+        for factor in (wrapper.lora_A[adapter], wrapper.lora_B[adapter]):
+            dist.broadcast(factor.weight.detach(), src=0)
+    _split(wrappers, adapter, layout, meshes)
+    _freeze(base)
+    if layout.data_parallel_size > 1:
+        _apply_zero(base, wrappers, layout, meshes)
+    refuse_methods_of_adapters(peft_model)
+    peft_model.save_pretrained = functools.partial(save_adapter, peft_model)
+    for part in (peft_model, peft_model.base_model):
+        part.merge_and_unload = functools.partial(_unload, peft_model, merge=True)
+        part.unload = functools.partial(_unload, peft_model, merge=False)
+    peft_model.ted_is_sharded = True
+    return model
+
+
+def _check(model: "PeftModel", base: nn.Module) -> tuple[str, "dict[str, LoraLayer]"]:
+    """The adapter's name, and its layers by name.
+
+    Raises:
+        ValueError: something that is not supported.
+    """
+    from peft import PeftType
+    from peft.tuners import lora
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(base, ZCodeM3PreTrainedModel):
+        raise ValueError(
+            f"{type(base).__name__} is sharded and has adapters; adapters of sharded models are for ZCodeM3{_WHAT_TO_DO}"
+        )
+    if len(model.peft_config) > 1:
+        raise ValueError(f"a sharded model can have one adapter, this has {[*model.peft_config]}; load one of them")
+    adapter, config = next(iter(model.peft_config.items()))
+    if config.peft_type != PeftType.LORA:
+        raise ValueError(f"peft_type ({config.peft_type}) must be LORA for a sharded model{_WHAT_TO_DO}")
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(
+            f"init_lora_weights ({config.init_lora_weights!r}) must be True, False or 'gaussian' for a sharded model, as "
+            "others compute with whole weights; make the adapter in one process, save it, set init_lora_weights to true "
+            "in its adapter_config.json, and load it with PeftModel.from_pretrained(model, folder, is_trainable=True)"
+        )
+    wrappers = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+    for name, wrapper in wrappers.items():
+        is_dense = type(wrapper) is lora.Linear and isinstance(wrapper.get_base_layer(), nn.Linear)
+        is_of_experts = type(wrapper) is lora.ParamWrapper and wrapper.parameter_name in _EXPERT_WEIGHTS
+        if not (is_dense or is_of_experts):
+            target = getattr(wrapper, "parameter_name", type(wrapper.get_base_layer()).__name__)
+            raise ValueError(
+                f"{name} ({target}) is adapted, and a sharded model takes adapters of linear layers of attention and "
+                "feed-forwards (target_modules) and of up_proj and down_proj of experts (target_parameters): leave it "
+                f"out of the LoraConfig{_WHAT_TO_DO}"
+            )
+        if wrapper.lora_variant or any(wrapper.lora_bias.values()):
+            raise ValueError(f"{name} has a variant of LoRA or a bias; a sharded model takes plain LoRA{_WHAT_TO_DO}")
+        if wrapper.merged:
+            raise ValueError(f"{name} is merged; merge after the training, with merge_and_unload")
+    return adapter, wrappers
+
+
+def _check_what_is_trained(model: nn.Module, wrappers: "dict[str, LoraLayer]", adapter: str) -> None:
+    """
+    Raises:
+        ValueError: something besides the factors.
+    """
+    factors = {id(f.weight) for w in wrappers.values() for f in (w.lora_A[adapter], w.lora_B[adapter])}
+    trained = {name: id(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    others = [name for name, key in trained.items() if key not in factors]
+    if others:
+        raise ValueError(
+            f"{others[0]} and {len(others) - 1} more parameters besides the factors of LoRA are to be trained "
+            "(modules_to_save, bias, trainable_token_indices): leave them out of the LoraConfig, as a sharded model "
+            f"trains factors alone{_WHAT_TO_DO}"
+        )
+
+
+def _split(wrappers: "dict[str, LoraLayer]", adapter: str, layout: Layout, meshes: Any) -> None:
+    """Tensor and expert parallelism of the factors, which are whole on all ranks."""
+    for name, wrapper in wrappers.items():
+        of: Any = wrapper.get_base_layer()
+        if _is_of_spread_experts(wrapper):
+            _spread(wrapper, adapter, meshes.get_mesh("ep"))
+        elif layout.tensor_parallel_size > 1 and isinstance(of, nn.Linear):
+            try:
+                split_low_rank(wrapper.lora_A[adapter], wrapper.lora_B[adapter], of, meshes.get_mesh("tp"))
+            except ValueError as error:
+                raise ValueError(f"{name} is adapted: {error}; leave it out of target_modules") from error
+
+
+def _is_of_spread_experts(wrapper: nn.Module) -> bool:
+    layer: Any = wrapper
+    return bool(getattr(layer.get_base_layer(), "is_spread_over_ranks", False))
+
+
+def _spread(wrapper: "ParamWrapper", adapter: str, mesh: DeviceMesh) -> None:
+    """Factors of stacked experts, [experts * R, I] and [O, R * experts]: each rank has those of its experts."""
+    experts: Any = wrapper.get_base_layer()
+    axes = expert_mesh(mesh, layout_of_experts(experts).expert_tensor_parallel_size)
+    is_split, rank = int(axes.size(1)) > 1, wrapper.r[adapter]
+    by_inputs = wrapper.parameter_name == "down_proj"  # how ranks of one expert split it
+    whole: Placement = Replicate()
+    placements = {
+        wrapper.lora_A[adapter]: [Shard(0), Shard(1) if is_split and by_inputs else whole],
+        wrapper.lora_B[adapter]: [_every_expert(rank), Shard(0) if is_split and not by_inputs else whole],
+    }
+    for factor, places in placements.items():
+        sharded = distribute_tensor(factor.weight.detach(), axes, places, src_data_rank=None)
+        factor.weight = nn.Parameter(sharded, requires_grad=factor.weight.requires_grad)
+    experts.ted_exchange.adapters[wrapper.parameter_name] = functools.partial(
+        _adapted, wrapper, axes["etp"].get_group() if is_split else None
+    )
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return wrapper.base_layer(x, *args, **kwargs)
+
+    layer: Any = wrapper
+    layer.forward = forward
+
+
+def _every_expert(rank: int) -> Placement:
+    """Dim 1 of [O, R * experts], where experts follow each other in each of R groups."""
+    return Shard(1) if rank == 1 else StridedShard(1, split_factor=rank)
+
+
+def _adapted(wrapper: "ParamWrapper", group: Any, weight_EOI: Tensor, gradient_factor: float) -> Tensor:
+    """The weight with the product of its factors added.
+
+    Args:
+        group: ranks that split the experts, each of which knows its part of the gradient of the factor that all have
+            whole; `None` for one.
+        weight_EOI: of this rank.
+        gradient_factor: of the factors' gradients.
+    """
+    if wrapper.disable_adapters:
+        return weight_EOI
+    num_experts = weight_EOI.shape[0]
+    for adapter in wrapper.active_adapters:
+        first = LocalShard.apply(wrapper.lora_A[adapter].weight, 1.0, gradient_factor)
+        second = LocalShard.apply(wrapper.lora_B[adapter].weight, 1.0, gradient_factor)
+        if group is not None and wrapper.parameter_name == "down_proj":
+            second = copy_to_group(second, group)
+        elif group is not None:
+            first = copy_to_group(first, group)
+        first_ERI = first.view(num_experts, -1, first.shape[-1]).to(weight_EOI.dtype)
+        second_EOR = second.view(second.shape[0], -1, num_experts).permute(2, 0, 1).to(weight_EOI.dtype)
+        weight_EOI = torch.baddbmm(weight_EOI, second_EOR, first_ERI, alpha=wrapper.scaling[adapter])
+    return weight_EOI
+
+
+def _freeze(base: nn.Module) -> None:
+    """PEFT freezes the parameters that it sees, which are the gathered ones if a forward went before."""
+    for module in base.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+            for parameter in fsdp_parameters(module):
+                parameter.sharded.requires_grad_(False)
+                if parameter.whole is not None:
+                    parameter.whole.requires_grad_(False)
+
+
+def _apply_zero(base: Any, wrappers: "dict[str, LoraLayer]", layout: Layout, meshes: Any) -> None:
+    """The factors of a unit of layers are gathered, and their gradients reduced, at once; those of experts with them."""
+    if layout.zero_stage < 3:  # they do not change
+        for module in base.modules():
+            if isinstance(module, FSDPModule):
+                module.set_reshard_after_backward(False, recurse=False)
+    factors = {id(parameter) for wrapper in wrappers.values() for parameter in _factors_in(wrapper)}
+    frozen = {parameter for parameter in base.parameters() if id(parameter) not in factors}
+    options = zero_options(layout) | {"ignored_params": frozen}
+    outermost = {name: wrapper for name, wrapper in wrappers.items() if not name.endswith(".base_layer")}
+    spread = [wrapper for wrapper in outermost.values() if _is_of_spread_experts(wrapper)]
+    for wrapper in spread if layout.wraps_experts_in_fsdp else []:
+        shard_experts(wrapper, layout, meshes.get_mesh("efsdp"), options)
+    dense = [wrapper for wrapper in outermost.values() if wrapper not in spread]
+    units = [
+        [wrapper for layer in unit for wrapper in layer.modules() if wrapper in dense]
+        for unit in units_of_layers(base, layout)
+    ]
+    in_units = [wrapper for unit in units for wrapper in unit]
+    units += [[wrapper] for wrapper in dense if wrapper not in in_units]
+    for unit in units:
+        if unit:
+            fully_shard(unit, mesh=meshes.get_mesh("fsdp"), **options)
+    forget_root(base)
+
+
+def _factors_in(wrapper: nn.Module) -> list[nn.Parameter]:
+    layer: Any = wrapper
+    return [*layer.lora_A.parameters(), *layer.lora_B.parameters()]
+
+
+def _unload(model: "PeftModel", *, merge: bool, safe_merge: bool = False, **kwargs: Any) -> nn.Module:
+    """As PEFT's `unload` and `merge_and_unload`; each rank adds to its shards. All ranks call it.
+
+    Returns:
+        The sharded model without adapters, to be saved or evaluated; its parameters are frozen, as PEFT leaves them.
+
+    Raises:
+        ValueError: on all ranks: other adapters are asked for than the one there is.
+    """
+    peft_model: Any = model
+    base: Any = unwrap_peft_model(model)
+    adapter, wrappers = _check(peft_model, base)
+    if kwargs.get("adapter_names") not in (None, [adapter]):
+        raise ValueError(f"adapter_names ({kwargs['adapter_names']}) must be [{adapter!r}], which is what there is")
+    for module in base.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+            module.set_reshard_after_backward(True, recurse=False)
+    if merge:
+        merge_into_shards(wrappers, adapter)
+    for wrapper in wrappers.values():
+        if _is_of_spread_experts(wrapper):
+            experts: Any = wrapper.get_base_layer()
+            experts.ted_exchange.adapters.clear()
+    type(peft_model.base_model).unload(peft_model.base_model)
+    forget_root(base)
+    return base
+
+
+def check_optimizers(models: list[nn.Module], optimizers: list[torch.optim.Optimizer]) -> None:
+    """
+    Raises:
+        ValueError: an optimizer has parameters of adapters that are not sharded yet, which it would step in vain.
+    """
+    for model in models:
+        if not is_adapted(model) or "ted_is_sharded" in model.__dict__:
+            continue
+        own = {id(parameter) for parameter in model.parameters()}
+        for optimizer in optimizers:
+            if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+                raise ValueError(
+                    "the optimizer was made before the adapters were sharded, and would step parameters that are gone: "
+                    "call hf_moe_ted.shard_adapters(model) after get_peft_model, and make the optimizer then"
+                )
+
+
+__all__ = ["check_optimizers", "expect_adapters", "is_adapted", "shard_adapters"]
