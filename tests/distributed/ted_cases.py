@@ -300,8 +300,8 @@ def set_up(model: PreTrainedModel, plugin: TedPlugin, case: Case) -> None:
         model.activation_checkpointing_enable(plugin.activation_checkpointing_kwargs)
 
 
-def load_alone(folder: str) -> Any:
-    return model_class(folder).from_pretrained(folder)
+def load_alone(folder: str, **options: Any) -> Any:
+    return model_class(folder).from_pretrained(folder, **options)
 
 
 def train_alone(

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,17 +19,13 @@ from ..files.output_kinds import ADAPTER
 from .checkpoint import atomic_folder, named_tensors, rank, together, whole_tensors
 from .sharding import local_tensor, regions, sources
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
-
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _OURS = re.compile(rf"{re.escape(_WEIGHTS)}|{re.escape(_CONFIG)}")
 _FACTOR = re.compile(r"\.(lora_[AB])\.[^.]+\.weight$")
 
 
 def save_adapter(
-    model: "PeftModel",
+    model: Any,
     save_directory: str | os.PathLike[str],
     *,
     state_dict: Mapping[str, Tensor] | None = None,
@@ -78,7 +74,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         tensors = {_FACTOR.sub(r".\1.weight", name): tensor for name, tensor in _factors(model).items()}
         try:
             with safe_open(path, framework="pt") as file:
-                shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}
+                shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no dict
                 wanted = {name: tensor.shape for name, tensor in tensors.items()}
                 if shapes != wanted:
                     different = sorted(n for n in {*shapes, *wanted} if shapes.get(n) != wanted.get(n))
@@ -99,15 +95,14 @@ def has_adapter(folder: str | os.PathLike[str]) -> bool:
 
 
 @torch.no_grad()
-def merge_into_shards(wrappers: "Mapping[str, LoraLayer]", adapter: str) -> None:
+def merge_into_shards(wrappers: Mapping[str, Any], adapter: str) -> None:
     """Add the product of each pair of factors to the weight that it belongs to: each rank to its regions.
 
     Args:
         wrappers: layers of PEFT by name, whose weights and factors are shards now.
         adapter: the name of the factors.
     """
-    for layer in wrappers.values():
-        wrapper: Any = layer
+    for wrapper in wrappers.values():
         weight = getattr(wrapper.get_base_layer(), getattr(wrapper, "parameter_name", "weight"))
         first, second = (_whole_everywhere(f[adapter].weight) for f in (wrapper.lora_A, wrapper.lora_B))
         for region in regions(weight):

@@ -2,10 +2,10 @@
 
 The layers of PEFT stay what they are, but for three things, read in peft 0.21.2:
 
-- It makes the factors of a linear layer that is split from the shape of this rank's shard, which behind data parallelism
-  is no part that any layer computes with, and gives them the tensor parallelism of layers that exchange DTensors, which
-  counts gradients of inputs several times where a block copies its input to the group once. Here its `update_layer`
-  makes them whole, and they are split as the layer is.
+- It makes the factors of a linear layer that is split from the shape of this rank's shard, which behind data
+  parallelism is no part that any layer computes with. It gives them the tensor parallelism of layers that exchange
+  DTensors, which counts the gradient of an input several times where a block copies its input to the group once. Here
+  its `update_layer` makes them whole, and they are split as the layer is.
 - A factor of a layer that is split runs with the collectives of that layer's style.
 - It adds the factors of experts to their weights by `torch.nn.utils.parametrize`, which takes them from where the
   exchange of tokens looks for its shards. There the exchange adds them itself.
@@ -14,7 +14,7 @@ Shape letters: E local experts, R rank of the factors, I inputs and O outputs of
 """
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,9 +38,7 @@ from .private_transformers import mesh_manager
 from .refusals import refuse_methods_of_adapters
 from .tensor_parallel import split_low_rank
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from peft.tuners.lora import LoraLayer, ParamWrapper
+Wrappers = dict[str, Any]  # layers of PEFT by name, each around a layer of the model
 
 _EXPERT_WEIGHTS = ("up_proj", "down_proj")
 _WHAT_TO_DO = "; else train the adapter in one process, without a TedPlugin"
@@ -56,11 +54,24 @@ def expect_adapters(base: Any) -> None:
     """Have PEFT load adapters into a sharded model as into a whole one: factors are whole until they are sharded."""
     base.tp_plan = None  # by which PEFT would split them, and nothing is sharded after
     base.register_load_state_dict_pre_hook(lambda module, *_: _make_whole(module))
+    base.register_forward_pre_hook(_check_adapters_are_sharded)
+
+
+def _check_adapters_are_sharded(base: Any, _: Any) -> None:
+    if getattr(base, "peft_config", None) and not _has_sharded_adapter(base):
+        raise ValueError(
+            f"{type(base).__name__} is sharded, and its adapter is not: call hf_moe_ted.shard_adapters(model) after "
+            "get_peft_model or PeftModel.from_pretrained, as Trainer and accelerator.prepare do"
+        )
+
+
+def _has_sharded_adapter(base: nn.Module) -> bool:
+    return "ted_adapter" in base.__dict__
 
 
 def _make_whole(base: Any) -> None:
     """Make the factors of split linear layers anew where PEFT made them for this rank's shard of the weight."""
-    configs = getattr(base, "peft_config", None)
+    configs: Any = getattr(base, "peft_config", None)
     for module in base.modules() if configs else ():
         layer = getattr(module, "base_layer", None)
         if not (isinstance(layer, nn.Linear) and hasattr(module, "lora_A")):
@@ -85,9 +96,9 @@ def shard_adapters(model: nn.Module) -> nn.Module:
     optimizer has to get the parameters that are left.
 
     All ranks take the factors of rank 0, however they were seeded. Factors of a column-parallel layer: `lora_A` is
-    whole, `lora_B` split by outputs; of a row-parallel layer: `lora_A` split by inputs, `lora_B` whole; of experts: both
-    are spread with them. ZeRO shards them over data-parallel ranks. The weights beneath get no gradients, and ZeRO's
-    stages 1 and 2 gather them once and keep them.
+    whole, `lora_B` split by outputs; of a row-parallel layer: `lora_A` split by inputs, `lora_B` whole; of experts:
+    both are spread with them. ZeRO shards them over data-parallel ranks. The weights beneath get no gradients, and
+    ZeRO's stages 1 and 2 gather them once and keep them.
 
     Args:
         model: what `get_peft_model` or `PeftModel.from_pretrained` gives for a model that
@@ -99,10 +110,10 @@ def shard_adapters(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: adapters of another kind, more than one, or on layers that are split in a way that has none.
     """
-    if not is_adapted(model) or "ted_is_sharded" in model.__dict__:
-        return model
     peft_model: Any = model
     base: Any = unwrap_peft_model(model)
+    if not is_adapted(model) or _has_sharded_adapter(base):
+        return model
     adapter, wrappers = _check(peft_model, base)
     _make_whole(base)
     _check_what_is_trained(peft_model, wrappers, adapter)
@@ -119,11 +130,11 @@ def shard_adapters(model: nn.Module) -> nn.Module:
     for part in (peft_model, peft_model.base_model):
         part.merge_and_unload = functools.partial(_unload, peft_model, merge=True)
         part.unload = functools.partial(_unload, peft_model, merge=False)
-    peft_model.ted_is_sharded = True
+    base.ted_adapter = adapter
     return model
 
 
-def _check(model: "PeftModel", base: nn.Module) -> tuple[str, "dict[str, LoraLayer]"]:
+def _check(model: Any, base: nn.Module) -> tuple[str, Wrappers]:
     """The adapter's name, and its layers by name.
 
     Raises:
@@ -131,24 +142,25 @@ def _check(model: "PeftModel", base: nn.Module) -> tuple[str, "dict[str, LoraLay
     """
     from peft import PeftType
     from peft.tuners import lora
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
     if not isinstance(base, ZCodeM3PreTrainedModel):
         raise ValueError(
-            f"{type(base).__name__} is sharded and has adapters; adapters of sharded models are for ZCodeM3{_WHAT_TO_DO}"
+            f"{type(base).__name__} is sharded and has adapters, which go with a sharded ZCodeM3 only{_WHAT_TO_DO}"
         )
     if len(model.peft_config) > 1:
         raise ValueError(f"a sharded model can have one adapter, this has {[*model.peft_config]}; load one of them")
-    adapter, config = next(iter(model.peft_config.items()))
+    configs: dict[str, Any] = model.peft_config
+    adapter, config = next(iter(configs.items()))
     if config.peft_type != PeftType.LORA:
         raise ValueError(f"peft_type ({config.peft_type}) must be LORA for a sharded model{_WHAT_TO_DO}")
     if config.init_lora_weights not in (True, False, "gaussian"):
         raise ValueError(
-            f"init_lora_weights ({config.init_lora_weights!r}) must be True, False or 'gaussian' for a sharded model, as "
-            "others compute with whole weights; make the adapter in one process, save it, set init_lora_weights to true "
-            "in its adapter_config.json, and load it with PeftModel.from_pretrained(model, folder, is_trainable=True)"
+            f"init_lora_weights ({config.init_lora_weights!r}) must be True, False or 'gaussian' for a sharded model, "
+            "as others compute with whole weights; make the adapter in one process, save it, set init_lora_weights to "
+            "true in its adapter_config.json, and load it with PeftModel.from_pretrained(model, folder, "
+            "is_trainable=True)"
         )
-    wrappers = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+    wrappers = _layers_of_peft(base)
     for name, wrapper in wrappers.items():
         is_dense = type(wrapper) is lora.Linear and isinstance(wrapper.get_base_layer(), nn.Linear)
         is_of_experts = type(wrapper) is lora.ParamWrapper and wrapper.parameter_name in _EXPERT_WEIGHTS
@@ -166,7 +178,13 @@ def _check(model: "PeftModel", base: nn.Module) -> tuple[str, "dict[str, LoraLay
     return adapter, wrappers
 
 
-def _check_what_is_trained(model: nn.Module, wrappers: "dict[str, LoraLayer]", adapter: str) -> None:
+def _layers_of_peft(base: nn.Module) -> Wrappers:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def _check_what_is_trained(model: nn.Module, wrappers: Wrappers, adapter: str) -> None:
     """
     Raises:
         ValueError: something besides the factors.
@@ -182,7 +200,7 @@ def _check_what_is_trained(model: nn.Module, wrappers: "dict[str, LoraLayer]", a
         )
 
 
-def _split(wrappers: "dict[str, LoraLayer]", adapter: str, layout: Layout, meshes: Any) -> None:
+def _split(wrappers: Wrappers, adapter: str, layout: Layout, meshes: Any) -> None:
     """Tensor and expert parallelism of the factors, which are whole on all ranks."""
     for name, wrapper in wrappers.items():
         of: Any = wrapper.get_base_layer()
@@ -195,12 +213,11 @@ def _split(wrappers: "dict[str, LoraLayer]", adapter: str, layout: Layout, meshe
                 raise ValueError(f"{name} is adapted: {error}; leave it out of target_modules") from error
 
 
-def _is_of_spread_experts(wrapper: nn.Module) -> bool:
-    layer: Any = wrapper
-    return bool(getattr(layer.get_base_layer(), "is_spread_over_ranks", False))
+def _is_of_spread_experts(wrapper: Any) -> bool:
+    return bool(getattr(wrapper.get_base_layer(), "is_spread_over_ranks", False))
 
 
-def _spread(wrapper: "ParamWrapper", adapter: str, mesh: DeviceMesh) -> None:
+def _spread(wrapper: Any, adapter: str, mesh: DeviceMesh) -> None:
     """Factors of stacked experts, [experts * R, I] and [O, R * experts]: each rank has those of its experts."""
     experts: Any = wrapper.get_base_layer()
     axes = expert_mesh(mesh, layout_of_experts(experts).expert_tensor_parallel_size)
@@ -221,8 +238,7 @@ def _spread(wrapper: "ParamWrapper", adapter: str, mesh: DeviceMesh) -> None:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return wrapper.base_layer(x, *args, **kwargs)
 
-    layer: Any = wrapper
-    layer.forward = forward
+    wrapper.forward = forward
 
 
 def _every_expert(rank: int) -> Placement:
@@ -230,7 +246,7 @@ def _every_expert(rank: int) -> Placement:
     return Shard(1) if rank == 1 else StridedShard(1, split_factor=rank)
 
 
-def _adapted(wrapper: "ParamWrapper", group: Any, weight_EOI: Tensor, gradient_factor: float) -> Tensor:
+def _adapted(wrapper: Any, group: Any, weight_EOI: Tensor, gradient_factor: float) -> Tensor:
     """The weight with the product of its factors added.
 
     Args:
@@ -266,13 +282,13 @@ def _freeze(base: nn.Module) -> None:
                     parameter.whole.requires_grad_(False)
 
 
-def _apply_zero(base: Any, wrappers: "dict[str, LoraLayer]", layout: Layout, meshes: Any) -> None:
-    """The factors of a unit of layers are gathered, and their gradients reduced, at once; those of experts with them."""
+def _apply_zero(base: Any, wrappers: Wrappers, layout: Layout, meshes: Any) -> None:
+    """The factors of a unit of layers are gathered, and their gradients reduced, at once; those of experts alone."""
     if layout.zero_stage < 3:  # they do not change
         for module in base.modules():
             if isinstance(module, FSDPModule):
                 module.set_reshard_after_backward(False, recurse=False)
-    factors = {id(parameter) for wrapper in wrappers.values() for parameter in _factors_in(wrapper)}
+    factors = {id(p) for w in wrappers.values() for factors in (w.lora_A, w.lora_B) for p in factors.parameters()}
     frozen = {parameter for parameter in base.parameters() if id(parameter) not in factors}
     options = zero_options(layout) | {"ignored_params": frozen}
     outermost = {name: wrapper for name, wrapper in wrappers.items() if not name.endswith(".base_layer")}
@@ -292,12 +308,7 @@ def _apply_zero(base: Any, wrappers: "dict[str, LoraLayer]", layout: Layout, mes
     forget_root(base)
 
 
-def _factors_in(wrapper: nn.Module) -> list[nn.Parameter]:
-    layer: Any = wrapper
-    return [*layer.lora_A.parameters(), *layer.lora_B.parameters()]
-
-
-def _unload(model: "PeftModel", *, merge: bool, safe_merge: bool = False, **kwargs: Any) -> nn.Module:
+def _unload(model: Any, *, merge: bool, safe_merge: bool = False, **kwargs: Any) -> nn.Module:
     """As PEFT's `unload` and `merge_and_unload`; each rank adds to its shards. All ranks call it.
 
     Returns:
@@ -306,9 +317,8 @@ def _unload(model: "PeftModel", *, merge: bool, safe_merge: bool = False, **kwar
     Raises:
         ValueError: on all ranks: other adapters are asked for than the one there is.
     """
-    peft_model: Any = model
     base: Any = unwrap_peft_model(model)
-    adapter, wrappers = _check(peft_model, base)
+    adapter, wrappers = base.ted_adapter, _layers_of_peft(base)
     if kwargs.get("adapter_names") not in (None, [adapter]):
         raise ValueError(f"adapter_names ({kwargs['adapter_names']}) must be [{adapter!r}], which is what there is")
     for module in base.modules():
@@ -321,7 +331,8 @@ def _unload(model: "PeftModel", *, merge: bool, safe_merge: bool = False, **kwar
         if _is_of_spread_experts(wrapper):
             experts: Any = wrapper.get_base_layer()
             experts.ted_exchange.adapters.clear()
-    type(peft_model.base_model).unload(peft_model.base_model)
+    type(model.base_model).unload(model.base_model)
+    del base.ted_adapter
     forget_root(base)
     return base
 
@@ -332,7 +343,7 @@ def check_optimizers(models: list[nn.Module], optimizers: list[torch.optim.Optim
         ValueError: an optimizer has parameters of adapters that are not sharded yet, which it would step in vain.
     """
     for model in models:
-        if not is_adapted(model) or "ted_is_sharded" in model.__dict__:
+        if not is_adapted(model) or _has_sharded_adapter(unwrap_peft_model(model)):
             continue
         own = {id(parameter) for parameter in model.parameters()}
         for optimizer in optimizers:

@@ -23,8 +23,8 @@ from ..models.moe_layer import ZCodeM3MoELayer
 from .expert_parallel import expert_modules
 from .layout import Layout, layout_of
 from .mesh import inherit_timeout
-from .private_transformers import expanded_plan, mark_fsdp_managed, mark_sharded, mesh_manager
 from .private_torch import StridedShard
+from .private_transformers import expanded_plan, mark_fsdp_managed, mark_sharded, mesh_manager
 from .random_state import synchronize_random_state
 from .refusals import refuse_methods
 from .tensor_parallel import STYLES, join_logits_without_loss, vocab_parallel_cross_entropy
