@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import Seq2SeqTrainingArguments, TrainerCallback
 
 from hf_moe_ted import CudaGraphSeq2SeqTrainingArguments, TedPlugin, TedSeq2SeqTrainer, shard_adapters
+from hf_moe_ted.distributed.sharding import local_tensor
 from hf_moe_ted.testing import run_distributed_test
 
 MODEL = "residual"
@@ -43,10 +44,9 @@ CASES = {
     "dp, accumulated": Case({"zero_stage": 2}, model=MODEL, accumulation=2),
     "tp": Case({TP: 4}, model=MODEL),
     "ep": Case({EP: 4}, model=MODEL, data="uneven"),
-    "tp x ep": Case({TP: 2, EP: 2}, model=MODEL, checkpointing="communication-aware"),
+    "tp x ep, offloaded": Case({TP: 2, EP: 2, "offload": "cpu"}, model=MODEL, checkpointing="communication-aware"),
     "ep x edp, stage 3": Case({EP: 2, "zero_stage": 3}, model=MODEL, checkpointing="full"),
     "etp x edp, stage 3": Case({TP: 2, "zero_stage": 3}, model=MODEL, data="idle"),
-    "offload": Case({TP: 2, EP: 2, "offload": "cpu"}, model=MODEL),
 }
 # a model whose batches may be divided in any way
 ADDITIVE = "additive"
@@ -54,11 +54,11 @@ FIRST, SECOND = {TP: 2, EP: 2}, {EP: 4, "zero_stage": 3}
 NUM_STEPS, SAVED_STEP, BATCH_SIZE = 4, 2, 8
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "router": ({"target_parameters": ["ffn.router.weight"]}, "(weight) is adapted, and a sharded model takes adapters"),
-    "head": ({"target_modules": ["lm_head"]}, "lm_head is adapted: Linear with placements"),
+    "head": ({"target_modules": ["lm_head"]}, "lm_head (Linear) is adapted, and a sharded model takes adapters"),
     "embedding": ({"target_modules": ["embed_tokens"]}, "is adapted, and a sharded model takes adapters of linear"),
     "biases": ({"target_modules": ["q_proj"], "bias": "lora_only"}, "q_proj.base_layer.bias and "),
     "bias of B": ({"target_modules": ["q_proj"], "lora_bias": True}, "q_proj has a variant of LoRA or a bias"),
-    "initialization": ({"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}, "must be True, False or 'gaus"),
+    "initialization": ({"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}, "must be True, False or"),
 }  # fmt: skip
 METHODS = {
     "add_adapter": ("other", None),
@@ -186,7 +186,12 @@ def train_and_resume(folder: str, runs: str) -> Run:
     adapted.save_pretrained(f"{runs}/end")
     after = logits(adapted)
     found = words(adapted)
-    merged = adapted.merge_and_unload()
+    factor = next(local_tensor(tensor) for name, tensor in adapted.named_parameters() if "experts.lora_A" in name)
+    kept = factor.clone()
+    factor.fill_(float("inf"))
+    messages |= messages_of({"infinite": lambda: adapted.merge_and_unload(safe_merge=True)})
+    factor.copy_(kept)
+    merged = adapted.merge_and_unload(safe_merge=True)
     merged.save_pretrained(f"{runs}/merged")
     return Run((first, second), before, after, logits(merged), found, messages)
 
@@ -200,16 +205,14 @@ def refusals(folder: str, trainer: TedSeq2SeqTrainer) -> dict[str, str]:
     attempts["CUDA graphs"] = lambda: trainer_of(adapted, plugin, folder, cuda_graphs=True).train()
     attempts["a whole model"] = lambda: trainer_of(load_adapted_alone(folder), plugin, folder)
     found = messages_of(attempts)
+    model, _ = load(folder, FIRST)
     for name, (options, _) in REFUSED.items():
-        model, _ = load(folder, FIRST)
-        config = peft.LoraConfig(**{"r": 2, "init_lora_weights": True, **options})
-        found |= messages_of(
-            {name: lambda model=model, config=config: shard_adapters(peft.get_peft_model(model, config))}
-        )
-    two = peft.get_peft_model(load(folder, FIRST)[0], peft.LoraConfig(**LORA))
+        refused = peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, "init_lora_weights": True, **options}))
+        found |= messages_of({name: lambda refused=refused: shard_adapters(refused)})
+        model = refused.unload()
+    two = peft.get_peft_model(model, peft.LoraConfig(**LORA))
+    accelerator, optimizer = Accelerator(cpu=True, parallelism_config=plugin), torch.optim.AdamW(two.parameters())
     found |= messages_of({"not sharded": lambda: two(**batch())})
-    accelerator = Accelerator(cpu=True, parallelism_config=plugin)
-    optimizer = torch.optim.AdamW(two.parameters())
     found |= messages_of({"optimizer": lambda: accelerator.prepare(two, optimizer)})
     two.add_adapter("other", peft.LoraConfig(**LORA))
     return found | messages_of({"two": lambda: shard_adapters(two)})
@@ -362,6 +365,7 @@ def test_refused_when_it_is_called(launched: Launched, name: str) -> None:
         ("a whole model", "PeftModelForSeq2SeqLM is not sharded, and the TedPlugin is for 4 processes"),
         ("not sharded", "is sharded, and its adapter is not: call hf_moe_ted.shard_adapters(model)"),
         ("optimizer", "the optimizer was made before the adapters were sharded"),
+        ("infinite", "has an adapter with which its weight would not be finite"),
         ("two", "a sharded model can have one adapter, this has ['default', 'other']"),
     ],
 )

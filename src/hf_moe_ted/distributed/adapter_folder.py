@@ -1,6 +1,8 @@
 """PEFT's folders from and into adapters that are sharded, and adapters into the shards of their weights.
 
 All ranks call what is here. Rank 0 writes; factors are small, so that it holds all of them.
+
+Shape letters: E experts, R rank of the factors, I inputs and O outputs of a weight.
 """
 
 import os
@@ -95,26 +97,48 @@ def has_adapter(folder: str | os.PathLike[str]) -> bool:
 
 
 @torch.no_grad()
-def merge_into_shards(wrappers: Mapping[str, Any], adapter: str) -> None:
+def merge_into_shards(wrappers: Mapping[str, Any], adapter: str, *, checks: bool = False) -> None:
     """Add the product of each pair of factors to the weight that it belongs to: each rank to its regions.
 
     Args:
         wrappers: layers of PEFT by name, whose weights and factors are shards now.
         adapter: the name of the factors.
+        checks: whether all weights have to be finite then.
+
+    Raises:
+        ValueError: on all ranks: a weight would not be finite; nothing is changed.
     """
-    for wrapper in wrappers.values():
-        weight = getattr(wrapper.get_base_layer(), getattr(wrapper, "parameter_name", "weight"))
-        first, second = (_whole_everywhere(f[adapter].weight) for f in (wrapper.lora_A, wrapper.lora_B))
-        for region in regions(weight):
-            rows, columns = region.slices[-2:]
-            if weight.ndim == 2:
-                delta = second[rows] @ first[:, columns]
-            else:  # [experts * R, I] and [O, R * experts]
-                experts = region.slices[0]
-                first_ERI = first.view(weight.shape[0], -1, first.shape[1])[experts, :, columns]
-                second_EOR = second.view(second.shape[0], -1, weight.shape[0])[rows, :, experts].permute(2, 0, 1)
-                delta = second_EOR @ first_ERI
-            region.local.add_((delta * wrapper.scaling[adapter]).to(weight.dtype))
+    for is_check in [True, False] if checks else [False]:
+        for name, wrapper in wrappers.items():
+            weight = getattr(wrapper.get_base_layer(), getattr(wrapper, "parameter_name", "weight"))
+            first, second = (_whole_everywhere(part[adapter].weight) for part in (wrapper.lora_A, wrapper.lora_B))
+            is_finite = True
+            for region in regions(weight):
+                delta = _product(first, second, weight.shape, region.slices) * wrapper.scaling[adapter]
+                delta = delta.to(weight.dtype)
+                if is_check:
+                    is_finite &= bool((region.local + delta).isfinite().all())
+                else:
+                    region.local.add_(delta)
+            if is_check:
+                with together():
+                    if not is_finite:
+                        raise ValueError(f"{name} has an adapter with which its weight would not be finite")
+
+
+def _product(first: Tensor, second: Tensor, shape: torch.Size, slices: tuple[slice, ...]) -> Tensor:
+    """A part of the product of [R, I] and [O, R], or, for each of the experts, [experts * R, I] and [O, R * experts].
+
+    Args:
+        shape: [O, I] or [experts, O, I].
+        slices: the part of it.
+    """
+    outputs, inputs = slices[-2:]
+    if len(shape) == 2:
+        return second[outputs] @ first[:, inputs]
+    first_ERI = first.view(shape[0], -1, shape[2])[slices[0], :, inputs]
+    second_EOR = second.view(shape[1], -1, shape[0])[outputs, :, slices[0]].permute(2, 0, 1)
+    return second_EOR @ first_ERI
 
 
 def _factors(model: nn.Module) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ from .parallelize import shard_experts, units_of_layers, zero_options
 from .private_torch import StridedShard, forget_root, fsdp_parameters
 from .private_transformers import mesh_manager
 from .refusals import refuse_methods_of_adapters
-from .tensor_parallel import split_low_rank
+from .tensor_parallel import can_split_low_rank, split_low_rank
 
 Wrappers = dict[str, Any]  # layers of PEFT by name, each around a layer of the model
 
@@ -162,7 +162,7 @@ def _check(model: Any, base: nn.Module) -> tuple[str, Wrappers]:
         )
     wrappers = _layers_of_peft(base)
     for name, wrapper in wrappers.items():
-        is_dense = type(wrapper) is lora.Linear and isinstance(wrapper.get_base_layer(), nn.Linear)
+        is_dense = type(wrapper) is lora.Linear and can_split_low_rank(wrapper.get_base_layer())
         is_of_experts = type(wrapper) is lora.ParamWrapper and wrapper.parameter_name in _EXPERT_WEIGHTS
         if not (is_dense or is_of_experts):
             target = getattr(wrapper, "parameter_name", type(wrapper.get_base_layer()).__name__)
@@ -202,15 +202,12 @@ def _check_what_is_trained(model: nn.Module, wrappers: Wrappers, adapter: str) -
 
 def _split(wrappers: Wrappers, adapter: str, layout: Layout, meshes: Any) -> None:
     """Tensor and expert parallelism of the factors, which are whole on all ranks."""
-    for name, wrapper in wrappers.items():
-        of: Any = wrapper.get_base_layer()
+    for wrapper in wrappers.values():
         if _is_of_spread_experts(wrapper):
             _spread(wrapper, adapter, meshes.get_mesh("ep"))
-        elif layout.tensor_parallel_size > 1 and isinstance(of, nn.Linear):
-            try:
-                split_low_rank(wrapper.lora_A[adapter], wrapper.lora_B[adapter], of, meshes.get_mesh("tp"))
-            except ValueError as error:
-                raise ValueError(f"{name} is adapted: {error}; leave it out of target_modules") from error
+        elif layout.tensor_parallel_size > 1 and isinstance(wrapper.get_base_layer(), nn.Linear):
+            factors = wrapper.lora_A[adapter], wrapper.lora_B[adapter]
+            split_low_rank(*factors, of=wrapper.get_base_layer(), mesh=meshes.get_mesh("tp"))
 
 
 def _is_of_spread_experts(wrapper: Any) -> bool:
@@ -315,7 +312,8 @@ def _unload(model: Any, *, merge: bool, safe_merge: bool = False, **kwargs: Any)
         The sharded model without adapters, to be saved or evaluated; its parameters are frozen, as PEFT leaves them.
 
     Raises:
-        ValueError: on all ranks: other adapters are asked for than the one there is.
+        ValueError: on all ranks: other adapters are asked for than the one there is, or `safe_merge` and a weight would
+            not be finite; nothing is changed.
     """
     base: Any = unwrap_peft_model(model)
     adapter, wrappers = base.ted_adapter, _layers_of_peft(base)
@@ -324,13 +322,15 @@ def _unload(model: Any, *, merge: bool, safe_merge: bool = False, **kwargs: Any)
     for module in base.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-            module.set_reshard_after_backward(True, recurse=False)
     if merge:
-        merge_into_shards(wrappers, adapter)
+        merge_into_shards(wrappers, adapter, checks=safe_merge)
     for wrapper in wrappers.values():
         if _is_of_spread_experts(wrapper):
             experts: Any = wrapper.get_base_layer()
             experts.ted_exchange.adapters.clear()
+    for module in base.modules():
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_backward(True, recurse=False)
     type(model.base_model).unload(model.base_model)
     del base.ted_adapter
     forget_root(base)

@@ -25,15 +25,16 @@ from .local_shard import LocalShard
 
 
 class _LocalStyle(TensorParallelLayer):
-    """A module that runs on this rank's parts of its parameters."""
+    """A module that runs on this rank's parts of its parameters; it keeps its style as `tensor_parallel_style`."""
 
     def placement(self, param: str) -> Placement:
         raise NotImplementedError
 
-    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
+    def shard_param(self, module: Any, param: str, mesh: DeviceMesh) -> None:
         full = getattr(module, param, None)
         if full is None:
             return
+        module.tensor_parallel_style = self
         sharded = distribute_tensor(full, mesh, [self.placement(param)], src_data_rank=None)
         setattr(module, param, nn.Parameter(sharded, requires_grad=full.requires_grad))
 
@@ -58,7 +59,7 @@ class TedColumn(_LocalStyle):
                 x = copy_to_group(x, group)
             return nn.functional.linear(x, _local(module.weight), _local(module.bias))
 
-        module.forward, module.tensor_parallel_style = forward, self
+        module.forward = forward
         return module
 
 
@@ -75,7 +76,7 @@ class TedRow(_LocalStyle):
             output = sum_over_group(nn.functional.linear(x, _local(module.weight)), group)
             return output if module.bias is None else output + _local(module.bias)
 
-        module.forward, module.tensor_parallel_style = forward, self
+        module.forward = forward
         return module
 
 
@@ -102,11 +103,8 @@ def split_low_rank(first: nn.Module, second: nn.Module, of: nn.Module, mesh: Dev
     Args:
         first: [rank, inputs], without bias; whole on each rank, the same on all.
         second: [outputs, rank], likewise.
-        of: the layer with one of the styles here. The weight along its split is split, the other one stays whole.
+        of: the layer, which [`can_split_low_rank`]. Of a layer that is not split, they stay whole, too.
         mesh: of the tensor-parallel group.
-
-    Raises:
-        ValueError: the layer has another style.
     """
     style = getattr(of, "tensor_parallel_style", None)
     if isinstance(style, TedRow):
@@ -117,8 +115,12 @@ def split_low_rank(first: nn.Module, second: nn.Module, of: nn.Module, mesh: Dev
         style.install_forward(second, mesh)  # the first of its block copies what it reads, as the layer does
         if not style.copies_input:
             TedBeforeColumn().install_forward(first, mesh)
-    elif isinstance(of.weight, DTensor) and "tp" in (of.weight.device_mesh.mesh_dim_names or ()):
-        raise ValueError(f"{type(of).__name__} with placements {of.weight.placements} is split in another way")
+
+
+def can_split_low_rank(layer: nn.Module) -> bool:
+    """Whether it is a linear layer that is split by inputs or outputs, or not at all."""
+    style = getattr(layer, "tensor_parallel_style", None)
+    return isinstance(layer, nn.Linear) and (style is None or isinstance(style, TedColumn | TedRow))
 
 
 class TedBlockInput(TensorParallelLayer):
@@ -297,4 +299,4 @@ _REGISTRY.register("ted_untied_positions", TedUntiedPositions())
 _REGISTRY.register("ted_vocab_embedding", TedVocabEmbedding())
 _REGISTRY.register("ted_vocab_head", TedVocabHead())
 
-__all__ = ["join_logits_without_loss", "split_low_rank", "vocab_parallel_cross_entropy"]
+__all__ = ["can_split_low_rank", "join_logits_without_loss", "split_low_rank", "vocab_parallel_cross_entropy"]
