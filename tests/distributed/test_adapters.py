@@ -280,7 +280,9 @@ def test_as_one_process(launched: Launched, name: str) -> None:
 
 
 def adapted_alone(folder: Path, adapter: Path) -> Any:
-    return peft.PeftModel.from_pretrained(load_alone(str(folder / ADDITIVE)), adapter, is_trainable=True)
+    """By the script that runs on several processes, too."""
+    model, _ = load(str(folder / ADDITIVE), {})
+    return peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
 
 
 def test_trainer_and_resume_on_another_layout(launched: Launched, tmp_path: Path) -> None:

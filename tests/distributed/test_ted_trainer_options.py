@@ -144,7 +144,7 @@ def run_on_ranks(folder: str, runs: str) -> tuple[dict[str, dict[str, float]], d
     trainer = trainer_of(f"{folder}/additive", runs, TP2_EP2, {})
     attempts |= {name: lambda n=name, a=args: getattr(trainer.model, n)(*a) for name, args in METHODS.items()}
     attempts["hyperparameter_search"] = trainer.hyperparameter_search
-    other = trainer_of(f"{folder}/mixtral", runs, EP4, {})
+    other = trainer_of(f"{folder}/mixtral", runs, TP2_EP2, {})
     adapted = peft.get_peft_model(other.model, peft.LoraConfig(target_modules=["q_proj"]))
     attempts["adapters"] = lambda: TedSeq2SeqTrainer(adapted, other.args)
     attempts["adapters, Accelerator"] = lambda: other.accelerator.prepare(adapted)

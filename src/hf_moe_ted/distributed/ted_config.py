@@ -85,7 +85,8 @@ class TedConfig(DistributedConfig):
 
     def finish_loading(self, model: PreTrainedModel) -> None:
         """After the weights are there: with `offload="cpu"` they go to the CPU, where FSDP2 wants them."""
-        expect_adapters(model)
+        if model.is_distributed_loading_by_transformers:
+            expect_adapters(model)
         if self.layout.offload is not None:
             offload_parameters(model)
 
