@@ -31,7 +31,7 @@ from hf_moe_ted import CudaGraphSeq2SeqTrainingArguments, TedPlugin, TedSeq2SeqT
 from hf_moe_ted.distributed.sharding import local_tensor
 from hf_moe_ted.testing import run_distributed_test
 
-MODEL = "residual"
+MODEL, UNTIED = "residual", "untied"  # the second has projections of positions
 LORA: dict[str, Any] = {
     "task_type": "SEQ_2_SEQ_LM",
     "r": 3,
@@ -42,7 +42,7 @@ LORA: dict[str, Any] = {
 TP, EP = "tensor_parallel_size", "expert_parallel_size"
 CASES = {
     "dp, accumulated": Case({"zero_stage": 2}, model=MODEL, accumulation=2),
-    "tp": Case({TP: 4}, model=MODEL),
+    "tp": Case({TP: 4}, model=UNTIED),
     "ep": Case({EP: 4}, model=MODEL, data="uneven"),
     "tp x ep, offloaded": Case({TP: 2, EP: 2, "offload": "cpu"}, model=MODEL, checkpointing="communication-aware"),
     "ep x edp, stage 3": Case({EP: 2, "zero_stage": 3}, model=MODEL, checkpointing="full"),
@@ -137,6 +137,11 @@ def logits(model: Any) -> Tensor:
         return model(**batch()).logits
 
 
+def evaluation_loss(model: Any, plugin: TedPlugin, runs: str) -> float:
+    trainer = trainer_of(model, plugin, runs, per_device_eval_batch_size=BATCH_SIZE // plugin.dp_shard_size)
+    return trainer.evaluate(samples()[:BATCH_SIZE])["eval_loss"]
+
+
 def words(model: Any) -> list[list[int]]:
     inputs = {name: tensor for name, tensor in batch().items() if name != "labels"}
     return model.generate(**inputs, max_new_tokens=4, min_new_tokens=4).tolist()
@@ -148,9 +153,10 @@ class Run:
 
     Attributes:
         losses: of each step, of both.
-        before, after, merged: logits of the model without an adapter, at the end of the second run, and when its
-            adapter is merged.
+        before, after, disabled, merged: logits of the model without an adapter, at the end of the second run, when its
+            adapter is disabled then, and when it is merged.
         words: that it generates then.
+        eval_loss: then.
         bytes: that a rank gives to collectives of FSDP2 in the first step and in the second.
         messages: of what is refused.
     """
@@ -158,8 +164,10 @@ class Run:
     losses: tuple[dict[int, float], dict[int, float]]
     before: Tensor
     after: Tensor
+    disabled: Tensor
     merged: Tensor
     words: list[list[int]]
+    eval_loss: float
     messages: dict[str, str]
 
 
@@ -186,6 +194,9 @@ def train_and_resume(folder: str, runs: str) -> Run:
     adapted.save_pretrained(f"{runs}/end")
     after = logits(adapted)
     found = words(adapted)
+    eval_loss = evaluation_loss(adapted, plugin, f"{runs}/evaluation")
+    with adapted.disable_adapter():
+        disabled = logits(adapted)
     factor = next(local_tensor(tensor) for name, tensor in adapted.named_parameters() if "experts.lora_A" in name)
     kept = factor.clone()
     factor.fill_(float("inf"))
@@ -193,7 +204,7 @@ def train_and_resume(folder: str, runs: str) -> Run:
     factor.copy_(kept)
     merged = adapted.merge_and_unload(safe_merge=True)
     merged.save_pretrained(f"{runs}/merged")
-    return Run((first, second), before, after, logits(merged), found, messages)
+    return Run((first, second), before, after, disabled, logits(merged), found, eval_loss, messages)
 
 
 def refusals(folder: str, trainer: TedSeq2SeqTrainer) -> dict[str, str]:
@@ -263,8 +274,9 @@ Launched = tuple[Path, Path, list[OfRank]]
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     """Models with adapters of which both factors are random, the folder of runs, and what each rank has."""
     folder, runs = (tmp_path_factory.mktemp(name) for name in ("models", "runs"))
-    write_models(folder, {MODEL, ADDITIVE})
-    for name in (MODEL, ADDITIVE):
+    names = {MODEL, UNTIED, ADDITIVE}
+    write_models(folder, names)
+    for name in sorted(names):
         torch.manual_seed(1)
         config = peft.LoraConfig(**LORA, init_lora_weights=False)
         peft.get_peft_model(load_alone(str(folder / name)), config).save_pretrained(folder / name / "adapter")
@@ -309,7 +321,7 @@ def test_trainer_and_resume_on_another_layout(launched: Launched, tmp_path: Path
             torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_folders_are_those_of_peft(launched: Launched) -> None:
+def test_folders_are_those_of_peft(launched: Launched, tmp_path: Path) -> None:
     folder, runs, by_rank = launched
     checkpoint = runs / "first" / f"checkpoint-{NUM_STEPS}"
     assert {*os.listdir(runs / "end")} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
@@ -317,12 +329,15 @@ def test_folders_are_those_of_peft(launched: Launched) -> None:
     assert not (checkpoint / "model.safetensors").exists()
     loaded = adapted_alone(folder, runs / "end")
     expected = logits(loaded)
+    eval_loss = evaluation_loss(loaded, TedPlugin(), str(tmp_path))
     merged = logits(loaded.merge_and_unload())
     of_folder = logits(load_alone(str(runs / "merged")))
     for of_rank in by_rank:
         run = of_rank.run
         assert (run.after - run.before).abs().max() > 0.1
+        assert run.eval_loss == pytest.approx(eval_loss, rel=1e-5)
         torch.testing.assert_close(run.after, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(run.disabled, run.before, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(run.merged, merged, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(of_folder, merged, atol=1e-4, rtol=1e-4)
 
