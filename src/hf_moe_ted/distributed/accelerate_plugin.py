@@ -29,6 +29,7 @@ from .checkpoint import atomic_folder, save_pretrained, together, whole_state_di
 from .gradient_norm import clip_grad_norm_
 from .layout import Layout, layout_of, sizes_of_axes
 from .layout_check import check_is_sharded
+from .least_loaded import LEAST_LOADED, LEAST_LOADED_BOUND, LEAST_LOADED_MIN_TOKENS
 from .parallelize import prepare_for_training
 from .private_accelerate import models_with_optimizers, num_registered_objects, without_models
 from .random_state import load_generators, load_random_state, saved_random_state
@@ -72,6 +73,11 @@ class TedPlugin(ParallelismConfig):
         pad_expert_input_to_capacity: whether ranks exchange as many rows as the capacity of the experts allows, so that
             none waits for the routing of the others: for models with a `capacity_factor` near 1, and batches whose
             padded shape is the same on all data-parallel ranks.
+        least_loaded_experts: whether ranks with few tokens compute for those with many, on experts that are sent to
+            them (Least-Loaded Expert Parallelism, https://huggingface.co/papers/2601.17111): for text whose tokens go
+            to few experts.
+        least_loaded_bound: largest load of a rank, in parts of the mean, up to which no expert is sent.
+        least_loaded_min_tokens: (token, expert) slots of an expert that another rank computes at least.
         timeout_s: seconds after which a collective that waits for a dead rank fails.
 
     Raises:
@@ -100,6 +106,9 @@ class TedPlugin(ParallelismConfig):
         tile_numel: int | None = None,
         overlap_chunks: int = 1,
         pad_expert_input_to_capacity: bool = False,
+        least_loaded_experts: bool = False,
+        least_loaded_bound: float = LEAST_LOADED_BOUND,
+        least_loaded_min_tokens: int = LEAST_LOADED_MIN_TOKENS,
         timeout_s: float = 1800.0,
     ):
         world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
@@ -119,6 +128,9 @@ class TedPlugin(ParallelismConfig):
             duplicate_token_dropping=duplicate_token_dropping,
             overlap_chunks=overlap_chunks,
             pad_expert_input_to_capacity=pad_expert_input_to_capacity,
+            ep_implementation=LEAST_LOADED if least_loaded_experts else "ted",
+            least_loaded_bound=least_loaded_bound,
+            least_loaded_min_tokens=least_loaded_min_tokens,
         )
         super().__init__(dp_shard_size=dp, tp_size=tp, dp_replicate_size=1, cp_size=1, sp_size=1)
         self.communication_aware_checkpointing = communication_aware_checkpointing

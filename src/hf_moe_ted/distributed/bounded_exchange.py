@@ -28,7 +28,8 @@ def bounded_expert_load(model: nn.Module, bound: float = EXPERT_LOAD_BOUND) -> I
         the step back ([`StepSnapshot`]) and run it again outside.
 
     Raises:
-        ValueError: a bound below 1; experts that others bring tokens to (`ep_implementation`); a bound inside a bound.
+        ValueError: a bound below 1; experts that others bring tokens to (`ep_implementation`), or that move themselves
+            (`least_loaded_experts`); a bound inside a bound.
 
     Example:
 
@@ -46,6 +47,11 @@ def bounded_expert_load(model: nn.Module, bound: float = EXPERT_LOAD_BOUND) -> I
     exchanges = _exchanges(model)
     if any(exchange.overflow is not None for exchange in exchanges):
         raise ValueError("bounded_expert_load inside bounded_expert_load: leave the outer one first")
+    if not all(exchange.can_be_bounded for exchange in exchanges):
+        raise ValueError(
+            "least_loaded_experts (True) does not go with bounded_expert_load: which rows go where follows from the "
+            "routing, which the host has to read; load the model with least_loaded_experts=False"
+        )
     for exchange in exchanges:
         exchange.overflow = overflow
     try:

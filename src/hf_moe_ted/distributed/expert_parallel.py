@@ -141,7 +141,10 @@ class TedExpertParallel(EPImplementation):
         overflow: the bound, and what is noted of it; `None` for exchanges of what there is.
         adapters: by name of a parameter, what makes another weight of this rank's part of it in each forward, and takes
             the factor of its own gradients.
+        can_be_bounded: whether there may be one.
     """
+
+    can_be_bounded = True
 
     def __init__(self, experts: Any, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh):
         super().__init__(experts, ep_mesh, tp_mesh)
@@ -353,31 +356,36 @@ class TedExpertParallel(EPImplementation):
         received_PCE = exchange_even(sent_PCE, self.ep_group)
         all_received = received_PCE
         if self.drops_duplicates:
-            all_received = gather_even(received_PCE, self.etp_group)
-        all_received = all_received.view(-1, ep_size, *received_PCE.shape[1:])  # [etp or 1, P, C, E]
+            all_received = gather_even(received_PCE, self.etp_group)  # [etp * P, C, E]
         # recomputation does not wait for the device again
-        on_host = KeptResults.of(torch.cat([sent_PCE.sum(-1), all_received.sum(-1).flatten(0, 1)]).tolist)
+        on_host = KeptResults.of(torch.cat([sent_PCE.sum(-1), all_received.sum(-1)]).tolist)
+        by_chunk = [[row[index] for row in on_host] for index in range(len(chunks))]
+        return [
+            self._dispatch(order, row_TK, sizes[:ep_size], sizes[ep_size:], all_received[:, index])
+            for index, ((order, row_TK, _), sizes) in enumerate(zip(sorted_chunks, by_chunk, strict=True))
+        ]
 
-        dispatches = []
-        for index, (order, row_TK, _) in enumerate(sorted_chunks):
-            by_rank = [row[index] for row in on_host]
-            send_sizes, received = by_rank[:ep_size], by_rank[ep_size:]
-            received_sizes = [sum(received[i : i + ep_size]) for i in range(0, len(received), ep_size)]
-            own = self.etp_group.rank() if self.drops_duplicates else 0
-            experts = torch.arange(num_local, device=order.device).repeat(len(received))
-            dispatches.append(
-                Dispatch(
-                    slot_R=order[: sum(send_sizes)],
-                    row_TK=row_TK,
-                    send_sizes=send_sizes,
-                    receive_sizes=received[own * ep_size : (own + 1) * ep_size],
-                    received_sizes=received_sizes,
-                    expert_ids_V=experts.repeat_interleave(
-                        all_received[:, :, index].flatten(), output_size=sum(received_sizes)
-                    ),
-                )
-            )
-        return dispatches
+    def _dispatch(
+        self, order: Tensor, row_TK: Tensor, send_sizes: list[int], received: list[int], received_SE: Tensor
+    ) -> Dispatch:
+        """Rows as [`sort_slots`] orders them, each to the rank of its expert.
+
+        Args:
+            received: rows from each rank of the group, of all ranks that bring theirs together if they do.
+            received_SE: integer[S, E], those for each local expert.
+        """
+        ep_size = self.ep_group.size()
+        received_sizes = [sum(received[first : first + ep_size]) for first in range(0, len(received), ep_size)]
+        first = self.etp_group.rank() * ep_size if self.drops_duplicates else 0
+        experts = torch.arange(self.num_local_experts, device=order.device).repeat(len(received))
+        return Dispatch(
+            slot_R=order[: sum(send_sizes)],
+            row_TK=row_TK,
+            send_sizes=send_sizes,
+            receive_sizes=received[first : first + ep_size],
+            received_sizes=received_sizes,
+            expert_ids_V=experts.repeat_interleave(received_SE.flatten(), output_size=sum(received_sizes)),
+        )
 
     def _compute(self, rows_VD: Tensor, dispatch: Dispatch) -> Tensor:
         """This rank's experts on the rows of its group, with the collectives of expert tensor parallelism around."""
@@ -386,18 +394,20 @@ class TedExpertParallel(EPImplementation):
             rows_VD = gather_rows(rows_VD, dispatch.received_sizes, etp_group)
         elif etp_group.size() > 1:
             rows_VD = copy_to_group(rows_VD, etp_group)
-
-        ids_V = dispatch.expert_ids_V
-        with self._own_view_of_parameters():
-            if ids_V.shape[0] == 0:  # one row of zeros that is cut off again: every parameter gets a gradient
-                row = torch.cat([rows_VD, rows_VD.new_zeros(1, rows_VD.shape[1])])
-                output_VD = self.experts_forward(row, ids_V.new_zeros(1, 1), row.new_ones(1, 1))[:0]
-            else:
-                output_VD = self.experts_forward(rows_VD, ids_V[:, None], rows_VD.new_ones(ids_V.shape[0], 1))
-
+        output_VD = self._run_on_rows(rows_VD, dispatch)
         if self.drops_duplicates:
             return scatter_sum(output_VD, dispatch.received_sizes, etp_group)
         return sum_over_group(output_VD, etp_group) if etp_group.size() > 1 else output_VD
+
+    def _run_on_rows(self, rows_VD: Tensor, dispatch: Dispatch) -> Tensor:
+        with self._own_view_of_parameters():
+            return self._run_own_experts(rows_VD, dispatch.expert_ids_V)
+
+    def _run_own_experts(self, rows_VD: Tensor, expert_ids_V: Tensor) -> Tensor:
+        if expert_ids_V.shape[0] == 0:  # one row of zeros that is cut off again: every parameter gets a gradient
+            row = torch.cat([rows_VD, rows_VD.new_zeros(1, rows_VD.shape[1])])
+            return self.experts_forward(row, expert_ids_V.new_zeros(1, 1), row.new_ones(1, 1))[:0]
+        return self.experts_forward(rows_VD, expert_ids_V[:, None], rows_VD.new_ones(expert_ids_V.shape[0], 1))
 
     @contextlib.contextmanager
     def _random_numbers_apart(self) -> Iterator[None]:

@@ -6,6 +6,8 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
+from .least_loaded import LEAST_LOADED, LEAST_LOADED_BOUND, LEAST_LOADED_MIN_TOKENS, check_least_loaded
+
 logger = logging.get_logger(__name__)
 
 
@@ -32,6 +34,8 @@ class Layout:
     overlap_chunks: int = 1
     pad_expert_input_to_capacity: bool = False
     ep_implementation: str = "ted"
+    least_loaded_bound: float = LEAST_LOADED_BOUND
+    least_loaded_min_tokens: int = LEAST_LOADED_MIN_TOKENS
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (1, 2, 3):
@@ -42,12 +46,29 @@ class Layout:
             raise ValueError(f"overlap_chunks ({self.overlap_chunks}) must be at least 1")
         if self.pad_expert_input_to_capacity and self.overlap_chunks > 1:
             raise ValueError(f"overlap_chunks ({self.overlap_chunks}) must be 1 with pad_expert_input_to_capacity")
+        if self.moves_experts:
+            self._check_moving()
         if self.offload and self.data_parallel_size == 1:
             tp = self.tensor_parallel_size
             raise ValueError(
                 f"offload='cpu' moves the shards of data parallelism, and data_parallel_size is 1 (world "
                 f"{tp} / tensor_parallel_size {tp}); lower tensor_parallel_size"
             )
+
+    def _check_moving(self) -> None:
+        check_least_loaded(self.least_loaded_bound, self.least_loaded_min_tokens)
+        if self.overlap_chunks > 1:
+            raise ValueError(f"overlap_chunks ({self.overlap_chunks}) must be 1 with least_loaded_experts")
+        if self.pad_expert_input_to_capacity:
+            raise ValueError(
+                "pad_expert_input_to_capacity (True) does not go with least_loaded_experts (True): which rows go where "
+                "follows from the routing, and those of a padded exchange must not; leave one of them False"
+            )
+
+    @property
+    def moves_experts(self) -> bool:
+        """Whether ranks with few tokens compute experts of those with many."""
+        return self.ep_implementation == LEAST_LOADED
 
     @property
     def experts_are_spread(self) -> bool:

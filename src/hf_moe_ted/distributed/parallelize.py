@@ -22,6 +22,7 @@ from transformers.trainer_utils import unwrap_peft_model
 from ..models.moe_layer import ZCodeM3MoELayer
 from .expert_parallel import expert_modules
 from .layout import Layout, layout_of
+from .least_loaded_parallel import LeastLoadedExpertParallel as _LeastLoaded  # noqa: F401  # registers itself
 from .mesh import inherit_timeout
 from .private_torch import StridedShard
 from .private_transformers import expanded_plan, mark_fsdp_managed, mark_sharded, mesh_manager

@@ -10,6 +10,7 @@ from .adapters import expect_adapters
 from .checkpoint import save_pretrained
 from .layout import Layout
 from .layout_check import check_model
+from .least_loaded import LEAST_LOADED_BOUND, LEAST_LOADED_MIN_TOKENS
 from .parallelize import offload_parameters, parallelize
 
 # of both classes, under the same names
@@ -20,6 +21,8 @@ _SHARED_FIELDS = (
     "overlap_chunks",
     "pad_expert_input_to_capacity",
     "ep_implementation",
+    "least_loaded_bound",
+    "least_loaded_min_tokens",
 )
 
 
@@ -38,6 +41,8 @@ class TedConfig(DistributedConfig):
             a share of them to the experts.
         overlap_chunks: parts of a batch whose exchange overlaps with the experts' work on another; 1 for no overlap.
         pad_expert_input_to_capacity: whether ranks exchange as many rows as the capacity allows, whatever the routing.
+        ep_implementation: `"ted"`, or `"ted_least_loaded"` for ranks with few tokens to compute experts of others.
+        least_loaded_bound, least_loaded_min_tokens: of that, as [`TedPlugin`] has them.
     """
 
     expert_tensor_parallel_size: int = 1
@@ -46,6 +51,8 @@ class TedConfig(DistributedConfig):
     overlap_chunks: int = 1
     pad_expert_input_to_capacity: bool = False
     ep_implementation: str = "ted"
+    least_loaded_bound: float = LEAST_LOADED_BOUND
+    least_loaded_min_tokens: int = LEAST_LOADED_MIN_TOKENS
 
     @classmethod
     def of_layout(cls, layout: Layout) -> "TedConfig":

@@ -358,6 +358,11 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
             raise ValueError(
                 "cuda_graphs (True) does not go with the adapters (PEFT) of a sharded model: leave cuda_graphs out"
             )
+        if layout is not None and layout.moves_experts:
+            raise ValueError(
+                "least_loaded_experts (True) does not go with cuda_graphs (True): the host reads the load of each "
+                "expert; leave one of them False"
+            )
         super()._check_can_capture()
 
     def _step_to_record(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> tuple[Tensor, Tensor | None]:

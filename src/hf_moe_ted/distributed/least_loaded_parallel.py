@@ -1,0 +1,216 @@
+"""Expert parallelism in which ranks with few tokens help those with many: tokens move, and experts with them.
+
+Shape letters: T tokens of this rank, K experts per token, R rows sent, V rows received, S ranks that rows come from,
+P ranks of the expert-parallel group, E experts of all of them, N experts that this rank holds, D model width.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from transformers.distributed.expert_parallel import EPImplementationInterface
+
+from ..kernels.permutation import sort_slots
+from .collectives import FinishExchange, KeptResults, StartExchange, gather_even
+from .expert_parallel import Dispatch, TedExpertParallel, layout_of_experts
+from .least_loaded import LEAST_LOADED, Counts, ExpertVisits, RowShares, share_loads
+from .private_torch import parameter_table
+
+
+@dataclass(frozen=True)
+class SharedDispatch(Dispatch):
+    """A dispatch in which some rows go to another rank than that of their expert. All ranks of a group have one.
+
+    Attributes:
+        visits: the experts that go along.
+        guest_ids_V: int64[V], the number of the expert among those that come, for each row that this rank gets; how
+            many come for a row of an expert of its own.
+    """
+
+    visits: ExpertVisits
+    guest_ids_V: Tensor
+
+
+class LeastLoadedExpertParallel(TedExpertParallel):
+    """As its parent, and what ranks have over the mean is computed by the least loaded ones
+    (https://huggingface.co/papers/2601.17111).
+
+    The host reads the rows of each expert, once per layer, where the parent reads those of each rank. Experts travel
+    while the ranks compute those that they hold; in backward their gradients return meanwhile, and are added to those
+    of the rank that holds them.
+    """
+
+    can_be_bounded = False
+
+    def __init__(self, experts: Any, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh):
+        super().__init__(experts, ep_mesh, tp_mesh)
+        layout = layout_of_experts(experts)
+        self.bound, self.min_tokens = layout.least_loaded_bound, layout.least_loaded_min_tokens
+
+    def _plan(self, chunks: tuple[Tensor, ...]) -> list[Dispatch]:
+        (expert_ids_TK,) = chunks  # the layout allows no more
+        order, row_TK, counts_E = sort_slots(expert_ids_TK, self.num_experts)
+        rank, ep_size, num_local = self.ep_group.rank(), self.ep_group.size(), self.num_local_experts
+        received_SE = gather_even(counts_E, self.ep_group)
+        source = rank
+        if self.drops_duplicates:
+            received_SE = gather_even(received_SE, self.etp_group)
+            source += self.etp_group.rank() * ep_size
+        received_SE = received_SE.view(-1, self.num_experts)
+        counts_SE = np.array(KeptResults.of(received_SE.tolist), dtype=np.int64)
+        shares_PE = share_loads(counts_SE.sum(axis=0), ep_size, bound=self.bound, min_tokens=self.min_tokens)
+        if shares_PE is not None:
+            return [self._shared_dispatch(order, row_TK, counts_SE, shares_PE, source)]
+        own = slice(rank * num_local, (rank + 1) * num_local)
+        sent = counts_SE[source].reshape(ep_size, -1).sum(axis=1).tolist()
+        received = counts_SE[:, own].sum(axis=1).tolist()
+        return [self._dispatch(order, row_TK, sent, received, received_SE[:, own])]
+
+    def _shared_dispatch(
+        self, order: Tensor, row_TK: Tensor, counts_SE: Counts, shares_PE: Counts, source: int
+    ) -> SharedDispatch:
+        """Rows as [`sort_slots`] orders them, each to a rank that computes its expert.
+
+        Args:
+            source: this rank among the S.
+        """
+        rank, ep_size, num_local = self.ep_group.rank(), self.ep_group.size(), self.num_local_experts
+        rows = RowShares(counts_SE, shares_PE)
+        visits = ExpertVisits.of(shares_PE, rank)
+        own_E = np.full(self.num_experts, num_local)
+        own_E[rank * num_local : (rank + 1) * num_local] = np.arange(num_local)
+        guest_E = np.full(self.num_experts, len(visits.received))
+        guest_E[visits.received] = np.arange(len(visits.received))
+
+        first_PE, sent_PE = rows.sent_by(source)
+        first_PE = first_PE + counts_SE[source].cumsum() - counts_SE[source]
+        received_SE, num_sources = rows.received_by(rank), len(counts_SE)
+        first, sent, received, own, guest = on_device(
+            [first_PE, sent_PE, received_SE, np.tile(own_E, num_sources), np.tile(guest_E, num_sources)], order.device
+        )
+        num_sent, num_received = int(sent_PE.sum()), int(received_SE.sum())
+        place_R = ranges(first, sent, num_sent)
+        row_of_place = row_TK.new_full((num_sent + 1,), -1)  # the last is that of -1, a slot without a row
+        row_of_place[place_R] = torch.arange(num_sent, device=order.device, dtype=row_TK.dtype)
+        received_S = received_SE.sum(axis=1)
+        of_group = received_S.reshape(-1, ep_size)
+        return SharedDispatch(
+            slot_R=order[place_R],
+            row_TK=row_of_place[row_TK.long()],
+            send_sizes=sent_PE.sum(axis=1).tolist(),
+            receive_sizes=of_group[source // ep_size].tolist(),
+            received_sizes=of_group.sum(axis=1).tolist(),
+            expert_ids_V=own.repeat_interleave(received, output_size=num_received),
+            visits=visits,
+            guest_ids_V=guest.repeat_interleave(received, output_size=num_received),
+        )
+
+    def _run_on_rows(self, rows_VD: Tensor, dispatch: Dispatch) -> Tensor:
+        if not isinstance(dispatch, SharedDispatch):
+            return super()._run_on_rows(rows_VD, dispatch)
+        visits = dispatch.visits
+        sizes = visits.send_sizes, visits.receive_sizes, self.ep_group
+        with self._own_view_of_parameters():
+            traveling = {
+                name: StartExchange.apply(TakeExperts.apply(param, visits.sent), *sizes)
+                for name, param in parameter_table(self.experts).items()
+                if param is not None
+            }
+            output_VD = self._run_on_some(rows_VD, dispatch.expert_ids_V, self.num_local_experts)
+        guests = {name: FinishExchange.apply(*pair, *sizes) for name, pair in traveling.items()}
+        output_VD = _return_gradients_first(output_VD, guests)
+        if not visits.received:
+            return output_VD
+        with self._guests_as_parameters(guests, len(visits.received)):
+            return output_VD + self._run_on_some(rows_VD, dispatch.guest_ids_V, len(visits.received))
+
+    def _run_on_some(self, rows_VD: Tensor, expert_ids_V: Tensor, num_experts: int) -> Tensor:
+        """Zeros for rows of no expert here, whatever an experts function makes of them without a weight of zero."""
+        if expert_ids_V.shape[0] == 0:
+            return self._run_own_experts(rows_VD, expert_ids_V)
+        is_here_V1 = (expert_ids_V < num_experts).to(rows_VD.dtype).unsqueeze(1)
+        return self.experts_forward(rows_VD, expert_ids_V.unsqueeze(1), is_here_V1)
+
+    @contextlib.contextmanager
+    def _guests_as_parameters(self, guests: dict[str, Tensor], num_guests: int) -> Iterator[None]:
+        parameters = parameter_table(self.experts)
+        originals, num_experts = dict(parameters), self.experts.num_experts
+        parameters.update(guests)
+        self.experts.num_experts = num_guests
+        try:
+            yield
+        finally:
+            parameters.update(originals)
+            self.experts.num_experts = num_experts
+
+
+class TakeExperts(torch.autograd.Function):
+    """Some experts of a parameter [N, ...], one maybe several times, in a copy; backward adds up what returns.
+
+    Sums are taken in the order of the ranks that have helped. A rank from which nothing went has no part in it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, param: Tensor, experts: list[int]) -> Tensor:
+        ctx.experts, ctx.num_experts = experts, param.shape[0]
+        return torch.stack([param[expert] for expert in experts]) if experts else torch.empty_like(param[:0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        if not ctx.experts:
+            return None, None
+        total = grad.new_zeros(ctx.num_experts, *grad.shape[1:])
+        for expert, returned in zip(ctx.experts, grad, strict=True):
+            total[expert] += returned
+        return total, None
+
+
+class _Together(torch.autograd.Function):
+    """Identity of several tensors, whose gradients go on when all are there."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads
+
+
+def _return_gradients_first(output_VD: Tensor, guests: dict[str, Tensor]) -> Tensor:
+    """Have backward send the gradients of guests, changed in place, before it computes those of own experts.
+
+    So all ranks run their collectives in the same order, with guests or without, and the gradients travel meanwhile:
+    of what is ready autograd takes first what was made last.
+    """
+    names = [name for name, guest in guests.items() if guest.requires_grad]
+    if not names:
+        return output_VD
+    output_VD, *tied = _Together.apply(output_VD, *(guests[name] for name in names))
+    guests.update(zip(names, tied, strict=True))
+    return output_VD
+
+
+def on_device(numbers: list[Counts], device: torch.device) -> list[Tensor]:
+    """Each as int64[n] on a device, in one copy that the host does not wait for."""
+    flat = torch.from_numpy(np.concatenate([part.ravel() for part in numbers]))
+    if device.type == "cuda":
+        flat = flat.pin_memory().to(device, non_blocking=True)
+    return list(flat.split([part.size for part in numbers]))
+
+
+def ranges(firsts: Tensor, sizes: Tensor, total: int) -> Tensor:
+    """int64[total], `first, first + 1, ...` of each range, one behind the other; nothing is read back to the host."""
+    before = sizes.cumsum(0) - sizes
+    offsets = (firsts - before).repeat_interleave(sizes, output_size=total)
+    return torch.arange(total, device=firsts.device) + offsets
+
+
+EPImplementationInterface.register(LEAST_LOADED, LeastLoadedExpertParallel)
+
+__all__ = ["LeastLoadedExpertParallel", "SharedDispatch", "TakeExperts", "on_device", "ranges"]
