@@ -46,6 +46,11 @@ class LayoutArguments:
     pad_expert_input_to_capacity: bool = field(
         default=False, metadata={"help": "Exchange what the capacity allows; needs batches of one shape."}
     )
+    least_loaded_experts: bool = field(
+        default=False, metadata={"help": "Ranks with few tokens compute experts of those with many."}
+    )
+    least_loaded_bound: float = field(default=1.3, metadata={"help": "Load over the mean from which they do."})
+    least_loaded_min_tokens: int = field(default=1024, metadata={"help": "Tokens of an expert that go at least."})
     timeout_s: float = field(default=600.0, metadata={"help": "Seconds after which waiting for a dead rank ends."})
 
 

@@ -67,6 +67,7 @@ def test_layouts_that_cannot_be(world_size: int, sizes: tuple[Any, ...], message
         Layout(2, 4, 2, 2, zero_stage=3, offload="cpu", mixed_precision=True),
         Layout(2, 2, 4, 1, duplicate_token_dropping=False, pad_expert_input_to_capacity=True),
         Layout(1, 4, 4, 1, overlap_chunks=2, ep_implementation="all_to_all"),
+        Layout(1, 4, 4, 1, ep_implementation="ted_least_loaded", least_loaded_bound=1.5, least_loaded_min_tokens=64),
     ],
 )
 def test_a_config_has_the_layout_that_it_is_made_of(layout: Layout) -> None:

@@ -22,7 +22,9 @@ BY_HAND = {
     "two over the mean": ([14, 14, 2], 3, 1.3, 1, [[10, 0, 0], [0, 10, 0], [4, 4, 2]]),
     # a helper is filled up to the mean, no further, and the next one has the rest
     "fewer rows than they have room": ([21, 6, 3], 3, 1.3, 1, [[10, 0, 0], [4, 6, 0], [7, 0, 3]]),
-    "what is left is less than a chunk": ([21, 8, 7, 4], 4, 1.3, 4, [[11, 0, 0, 0], [0, 8, 0, 0], [4, 0, 7, 0], [6, 0, 0, 4]]),
+    "what is left is less than a chunk": (
+        [21, 8, 7, 4], 4, 1.3, 4, [[11, 0, 0, 0], [0, 8, 0, 0], [4, 0, 7, 0], [6, 0, 0, 4]],
+    ),
 }  # fmt: skip
 
 
@@ -58,7 +60,8 @@ def test_all_rows_go_somewhere_once(seed: int) -> None:
         return
     assert shares.min() >= 0 and (shares.sum(axis=0) == loads).all()
     after = shares.sum(axis=1)
-    assert after.max() <= before.max() and (after <= np.maximum(before, -(-loads.sum() // num_ranks) + min_tokens)).all()
+    mean = -(-loads.sum() // num_ranks)
+    assert after.max() <= before.max() and (after <= np.maximum(before, mean + min_tokens)).all()
     moved = [shares[rank, e] for rank in range(num_ranks) for e in range(len(loads)) if at_home[e] != rank]
     assert all(rows == 0 or rows >= min_tokens for rows in moved)
 

@@ -80,16 +80,18 @@ class LeastLoadedExpertParallel(TedExpertParallel):
             source: this rank among the S.
         """
         rank, ep_size, num_local = self.ep_group.rank(), self.ep_group.size(), self.num_local_experts
-        rows = RowShares(counts_SE, shares_PE)
+        # ranks that bring their rows together stand beside each other in a queue, so that each brings about as many
+        rows = RowShares(swap_axes(counts_SE, len(counts_SE) // ep_size), shares_PE)
         visits = ExpertVisits.of(shares_PE, rank)
         own_E = np.full(self.num_experts, num_local)
         own_E[rank * num_local : (rank + 1) * num_local] = np.arange(num_local)
         guest_E = np.full(self.num_experts, len(visits.received))
         guest_E[visits.received] = np.arange(len(visits.received))
 
-        first_PE, sent_PE = rows.sent_by(source)
+        num_sources, num_together = len(counts_SE), len(counts_SE) // ep_size
+        first_PE, sent_PE = rows.sent_by(source % ep_size * num_together + source // ep_size)
         first_PE = first_PE + counts_SE[source].cumsum() - counts_SE[source]
-        received_SE, num_sources = rows.received_by(rank), len(counts_SE)
+        received_SE = swap_axes(rows.received_by(rank), ep_size)
         first, sent, received, own, guest = on_device(
             [first_PE, sent_PE, received_SE, np.tile(own_E, num_sources), np.tile(guest_E, num_sources)], order.device
         )
@@ -196,6 +198,11 @@ def _return_gradients_first(output_VD: Tensor, guests: dict[str, Tensor]) -> Ten
     return output_VD
 
 
+def swap_axes(counts_SE: Counts, num_outer: int) -> Counts:
+    """From rows in the order of an outer and an inner number to the order of the inner and the outer one."""
+    return counts_SE.reshape(num_outer, -1, counts_SE.shape[1]).swapaxes(0, 1).reshape(counts_SE.shape)
+
+
 def on_device(numbers: list[Counts], device: torch.device) -> list[Tensor]:
     """Each as int64[n] on a device, in one copy that the host does not wait for."""
     flat = torch.from_numpy(np.concatenate([part.ravel() for part in numbers]))
@@ -213,4 +220,4 @@ def ranges(firsts: Tensor, sizes: Tensor, total: int) -> Tensor:
 
 EPImplementationInterface.register(LEAST_LOADED, LeastLoadedExpertParallel)
 
-__all__ = ["LeastLoadedExpertParallel", "SharedDispatch", "TakeExperts", "on_device", "ranges"]
+__all__ = ["LeastLoadedExpertParallel", "SharedDispatch", "TakeExperts", "on_device", "ranges", "swap_axes"]
