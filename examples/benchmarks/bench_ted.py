@@ -6,6 +6,11 @@ Runs the cases of a suite that the GPUs of this machine allow, one `torchrun` pe
 Models have random weights, made in place on the devices, and batches without padding. Every case reports the mean of
 ten steps, what the collectives of one step move by kind, and the time they take on the device, from a profile. In cases
 with `graph` the whole step, collectives and optimizer included, is one CUDA graph.
+
+    python examples/benchmarks/bench_ted.py --suite skewed_four --pair en-de
+
+Plain and least-loaded expert parallelism, forward and training, where experts get the shares of tokens that those of
+the shipped model get of a language pair; a second table has the ratios.
 """
 
 import argparse
@@ -26,9 +31,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from collectives_profile import collectives_of
+from least_loaded import print_ratios, route_as
 from rich.console import Console
 from rich.table import Table
-from ted_suites import BASES, Case, suite_of
+from ted_suites import BASES, SKEWED, Case, suite_of
 from transformers import AutoModelForSeq2SeqLM, M2M100Config
 from transformers import initialization as init
 from transformers.distributed import DistributedConfig
@@ -62,7 +68,7 @@ def run_case(case: Case) -> dict[str, Any]:
     step_s = (time.perf_counter() - start) / TIMED_STEPS
     peak_gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else float("nan")
     tokens = 2 * case.batch_size * case.length * num_batches
-    tflops_per_gpu = 6 * active_parameters(case) * tokens / 2 / step_s / case.num_gpus / 1e12
+    tflops_per_gpu = (2 if case.forward else 6) * active_parameters(case) * tokens / 2 / step_s / case.num_gpus / 1e12
     result = {
         "step_ms": step_s * 1e3,
         "tokens_per_s": tokens / step_s,
@@ -74,7 +80,18 @@ def run_case(case: Case) -> dict[str, Any]:
         result["mfu"] = tflops_per_gpu / HOPPER_PEAK_TFLOPS
     if case.system != "deepspeed":
         result |= collectives_of(step, counts_bytes=not case.graph)
+    if case.routing is not None:
+        result |= of_all_ranks(result)
     return result
+
+
+def of_all_ranks(result: dict[str, Any]) -> dict[str, float]:
+    """Where loads differ, rank 0 stands for no other: the largest peak, and what all give to all-to-alls."""
+    own = result["peak_gib"], result["collective_mb"].get("all_to_all", 0.0)
+    by_rank = [own] * dist.get_world_size()
+    dist.all_gather_object(by_rank, own)
+    peaks, exchanged = zip(*by_rank, strict=True)
+    return {"largest_peak_gib": max(peaks), "all_to_all_mb_of_all": sum(exchanged)}
 
 
 def sync() -> None:
@@ -125,7 +142,7 @@ def torch_step(case: Case) -> tuple[Callable[[], torch.Tensor], int]:
             )
         model = sharded_model(case, distributed_config, device)
         num_batches = distributed_config.fsdp_size if distributed_config is not None else 1
-    model.train()
+    model.train(not case.forward)
     if case.checkpointing is not None:
         kwargs = plugin.activation_checkpointing_kwargs if case.checkpointing != "full" else {"use_reentrant": False}
         model.activation_checkpointing_enable(kwargs)
@@ -138,6 +155,8 @@ def torch_step(case: Case) -> tuple[Callable[[], torch.Tensor], int]:
         optimizer = optimizer_class(model.parameters(), **kwargs)
     tp_size = plugin.tp_size if case.system == "ours" else 1
     batch = dist.get_rank() // tp_size if dist.is_initialized() else 0
+    if case.routing is not None:
+        route_as(model, case.routing, seed=batch)
     generator = torch.Generator().manual_seed(batch)
     ids = torch.randint(10, model.config.vocab_size, (case.batch_size, case.length), generator=generator).to(device)
     # in a capture transformers cannot see that a mask hides nothing, and attention with one is slower
@@ -145,8 +164,10 @@ def torch_step(case: Case) -> tuple[Callable[[], torch.Tensor], int]:
     autocast = torch.autocast(device.type, torch.bfloat16) if case.system == "dense" else nullcontext()
 
     def step() -> torch.Tensor:
-        with autocast:
+        with autocast, torch.set_grad_enabled(not case.forward):
             loss = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
+        if case.forward:
+            return loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -193,7 +214,7 @@ def config_of(case: Case) -> ZCodeM3Config:
         encoder_attention_heads=num_heads, decoder_attention_heads=num_heads, num_experts=case.num_experts,
         num_experts_per_tok=1, encoder_sparse_step=2, decoder_sparse_step=2, dropout=0.1,
         # transformers' expert parallelism takes no dropped tokens
-        capacity_factor=None if case.system == "transformers" else 1.25,
+        capacity_factor=None if case.system == "transformers" or case.routing else 1.25,
         attention_dropout=0.0, activation_dropout=0.0, max_position_embeddings=max(512, case.length),
     )  # fmt: skip
 
@@ -338,7 +359,7 @@ def cases_of(arguments: argparse.Namespace) -> list[Case]:
     systems, only = arguments.systems, arguments.only
     return [
         case
-        for case in suite_of(arguments.suite)
+        for case in suite_of(arguments.suite, arguments.pair)
         if (not systems or case.system in systems) and (not only or any(text in case.name for text in only))
     ]
 
@@ -350,7 +371,8 @@ def processes_of(case: Case) -> tuple[int, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=["tiny", "one", "two", "four", "eight"], default="one")
+    parser.add_argument("--suite", choices=["tiny", "one", "two", "four", "eight", *SKEWED], default="one")
+    parser.add_argument("--pair", default="en-de", help="of the skewed suites: en-XX or XX-en")
     parser.add_argument("--systems", nargs="*", help="only these, such as ours deepspeed")
     parser.add_argument("--only", nargs="+", metavar="SUBSTRING", help="only cases whose name has one of these")
     parser.add_argument("--output", type=Path, default=Path("ted.json"))
@@ -371,6 +393,7 @@ def main() -> None:
     }
     arguments.output.write_text(json.dumps({"versions": versions, "results": results}, indent=1))
     print_table(results)
+    print_ratios(results)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from least_loaded import MOVES, routing_of_pair
 
 # d_model, encoder and decoder layers, heads; the feed-forward is 4 * d_model wide, the vocabulary has 128,000 tokens
 BASES = {
@@ -26,6 +27,8 @@ class Case:
         batch_size, length: per data-parallel rank; tokens of source and target each.
         graph: whether the whole step is one CUDA graph. Not where the host waits for the device: expert parallelism
             without `pad_expert_input_to_capacity`, and `offload`.
+        forward: whether only the loss is computed, without gradients, as in evaluation.
+        routing: of `least_loaded.routing_of_pair`, in place of what routers say and without a capacity.
     """
 
     system: str
@@ -39,6 +42,8 @@ class Case:
     batch_size: int = 64
     length: int = 128
     graph: bool = False
+    forward: bool = False
+    routing: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -50,11 +55,14 @@ class Case:
             self.checkpointing and f"ckpt={self.checkpointing}",
         ]
         parts += ["" if self.optimizer == "tiled" else self.optimizer, "graph" if self.graph else ""]
+        parts += ["forward" if self.forward else "", self.routing["pair"] if self.routing else ""]
         return " ".join(part for part in parts if part)
 
 
-def suite_of(name: str) -> list[Case]:
-    """The cases of one record, in the order in which they run."""
+def suite_of(name: str, pair: str = "en-de") -> list[Case]:
+    """The cases of one record, in the order in which they run; those of a pair have its routing."""
+    if name in SKEWED:
+        return skewed_cases(SKEWED[name], routing_of_pair(pair, 20 if name == "skewed_tiny" else 500))
     if name == "tiny":
         return tiny_cases()
     if name == "one":
@@ -80,6 +88,54 @@ def tiny_cases() -> list[Case]:
         Case("transformers", 2, layout=native, experts_implementation="grouped_mm", **small),
         Case("deepspeed", 4, layout={"tp": 2, "ep": 2}, checkpointing="full", **small),
     ]
+
+
+def skewed_cases(shapes: list[dict[str, Any]], routing: dict[str, Any]) -> list[Case]:
+    """Plain and least-loaded expert parallelism, forward and training."""
+    cases = []
+    for shape in shapes:
+        for forward in (True, False):
+            without = {"checkpointing": None} if forward else {}
+            for moves in ({}, shape["moves"]):
+                fields = {name: value for name, value in shape.items() if name != "moves"} | without
+                fields["layout"] = shape["layout"] | moves
+                cases.append(Case("ours", num_experts=8, forward=forward, routing=routing, **fields))
+    return cases
+
+
+def _skewed_shapes(num_gpus: int) -> list[dict[str, Any]]:
+    """8,192 and 16,384 tokens of source and target per GPU, of models of several widths."""
+    shapes = []
+    layouts = [{"expert_parallel_size": num_gpus}]
+    if num_gpus == 4:
+        layouts.append({"tensor_parallel_size": 2, "expert_parallel_size": 2})
+    for base in ("0.6B", "1.3B", "6.7B")[: 3 if num_gpus == 4 else 2]:
+        for layout in layouts[: 1 if base == "0.6B" else 2]:
+            for batch_size in (16, 32)[: 1 if base == "6.7B" else 2]:
+                shapes.append(
+                    {
+                        "num_gpus": num_gpus,
+                        "base": base,
+                        "layout": layout,
+                        "batch_size": batch_size,
+                        "length": 512,
+                        "checkpointing": None if base == "0.6B" else "communication-aware",
+                        "moves": {MOVES: True},
+                    }
+                )
+    return shapes
+
+
+SKEWED = {
+    "skewed_tiny": [
+        {
+            "num_gpus": 2, "base": "tiny", "layout": {"expert_parallel_size": 2}, "batch_size": 2, "length": 16,
+            "moves": {MOVES: True, "least_loaded_min_tokens": 1, "least_loaded_bound": 1.0},
+        }
+    ],
+    "skewed_two": _skewed_shapes(2),
+    "skewed_four": _skewed_shapes(4),
+}  # fmt: skip
 
 
 def one_gpu_cases() -> list[Case]:
@@ -158,4 +214,4 @@ def tensor_expert_cases(num_gpus: int, shape: dict[str, Any]) -> list[Case]:
     return [*cases, Case("deepspeed", num_gpus, layout={"tp": 2, "ep": ep}, checkpointing="full", **shape)]
 
 
-__all__ = ["BASES", "Case", "suite_of"]
+__all__ = ["BASES", "SKEWED", "Case", "suite_of"]
