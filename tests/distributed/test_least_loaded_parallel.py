@@ -1,5 +1,6 @@
 """Experts that go to ranks with few tokens: the numbers of a plain loop, of one process, and what is sent for them."""
 
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ted_cases import (
 )
 from torch import Tensor
 
-from hf_moe_ted import TedPlugin, ZCodeM3ForConditionalGeneration
+from hf_moe_ted import CudaGraphSeq2SeqTrainingArguments, TedPlugin, TedSeq2SeqTrainer, ZCodeM3ForConditionalGeneration
 from hf_moe_ted.distributed.bounded_exchange import bounded_expert_load
 from hf_moe_ted.testing import run_distributed_test
 
@@ -157,6 +158,15 @@ def run_model(folder: str, checkpointing: str | None) -> tuple[tuple[Log, Log], 
 
 def refused(folder: str) -> dict[str, str]:
     experts, _ = layer_of(folder, **EP4)
+    plugin = TedPlugin(**EP4)
+    load = ZCodeM3ForConditionalGeneration.from_pretrained
+    model = load(f"{folder}/top2", distributed_config=plugin.distributed_config)
+
+    def train_with_graphs() -> None:
+        args = CudaGraphSeq2SeqTrainingArguments(
+            tempfile.mkdtemp(), parallelism_config=plugin, cuda_graphs=True, use_cpu=True, report_to=[]
+        )
+        TedSeq2SeqTrainer(model, args, optimizer_cls_and_kwargs=plugin.tiled_adamw())
 
     def enter_bound() -> None:
         with bounded_expert_load(experts):
@@ -165,6 +175,7 @@ def refused(folder: str) -> dict[str, str]:
     return messages_of(
         {
             "bound": enter_bound,
+            "graphs": train_with_graphs,
             "chunks": lambda: TedPlugin(**EP4, overlap_chunks=2),
             "padding": lambda: TedPlugin(**EP4, pad_expert_input_to_capacity=True),
             "load": lambda: TedPlugin(**EP4 | {"least_loaded_bound": 0.5}),
@@ -233,9 +244,9 @@ def log_of(**counts: list[int]) -> Log:
 ROW = WIDTH * FLOAT
 
 
-def expert_bytes(etp: int) -> list[int]:
+def expert_bytes(etp: int) -> int:
     """Of the parameters of one expert, of which the second bias is not split."""
-    return [FFN * WIDTH * FLOAT // etp, FFN * FLOAT // etp, WIDTH * FFN * FLOAT // etp, WIDTH * FLOAT]
+    return (2 * FFN * WIDTH + FFN) * FLOAT // etp + WIDTH * FLOAT
 
 
 def test_bytes_of_one_expert_on_four_ranks(by_rank: list[Any]) -> None:
@@ -243,8 +254,8 @@ def test_bytes_of_one_expert_on_four_ranks(by_rank: list[Any]) -> None:
     for rank, results in enumerate(by_rank):
         sent, helps = (3, 0) if rank == 2 else (0, 1)
         rows, loads = [20 * ROW] * 2, NUM_EXPERTS * INT64
-        forward = log_of(all_gather_into_tensor=[loads], all_to_all_single=rows + [sent * n for n in expert_bytes(1)])
-        backward = log_of(all_to_all_single=rows + [helps * n for n in expert_bytes(1)])
+        forward = log_of(all_gather_into_tensor=[loads], all_to_all_single=[*rows, sent * expert_bytes(1)])
+        backward = log_of(all_to_all_single=[*rows, helps * expert_bytes(1)])
         assert results["counts"]["ep4", True] == (forward, backward)
         # a plain rank gets all 80 rows or none
         received = 80 * ROW if rank == 2 else 0
@@ -264,12 +275,12 @@ def test_bytes_of_one_expert_of_two_slices(by_rank: list[Any]) -> None:
         inside: dict[str, list[int]] = {"reduce_scatter_tensor": [2 * share]}
         forward = log_of(
             all_gather_into_tensor=[loads, 2 * loads, share, joined[0]],
-            all_to_all_single=[share] * 2 + [sent * n for n in expert_bytes(2)],
+            all_to_all_single=[share, share, sent * expert_bytes(2)],
             **inside,
         )
         backward = log_of(
             all_gather_into_tensor=[share, *joined],
-            all_to_all_single=[share] * 2 + [helps * n for n in expert_bytes(2)],
+            all_to_all_single=[share, share, helps * expert_bytes(2)],
             **inside,
         )
         assert results["counts"]["tp2 x ep2", True] == (forward, backward)
@@ -280,7 +291,7 @@ def test_checkpointing(by_rank: list[Any]) -> None:
     for rank, results in enumerate(by_rank):
         forward, backward = results["models"][None][0]
         largest = max(num_bytes for name, num_bytes in forward if name.endswith("all_to_all_single"))
-        assert (largest >= expert_bytes(1)[0]) == (rank in (1, 3))  # those of the experts that all tokens want
+        assert (largest >= expert_bytes(1)) == (rank in (1, 3))  # those of the experts that all tokens want
         assert results["models"]["communication-aware"][0] == (forward, backward)
         functional = Counter({key: n for key, n in forward.items() if key[0].startswith("_c10d_functional")})
         assert results["models"]["full"][0] == (forward, backward + functional)
@@ -295,6 +306,7 @@ def test_generation_as_one_process(folder: Path, by_rank: list[Any]) -> None:
 
 REFUSED = {
     "bound": "least_loaded_experts (True) does not go with bounded_expert_load",
+    "graphs": "least_loaded_experts (True) does not go with cuda_graphs (True)",
     "chunks": "overlap_chunks (2) must be 1 with least_loaded_experts",
     "padding": "pad_expert_input_to_capacity (True) does not go with least_loaded_experts (True)",
     "load": "least_loaded_bound (0.5) must be a number of at least 1",

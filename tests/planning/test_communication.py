@@ -28,13 +28,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "expert_parallel_size": 2,
         "duplicate_token_dropping": False,
     },
+    "ep4, no load moves": {"expert_parallel_size": 4, "least_loaded_experts": True, "least_loaded_bound": 4.0},
     "tp4, etp1 x ep4": {"tensor_parallel_size": 4, "expert_parallel_size": 4, "expert_tensor_parallel_size": 1},
     "tp2": {"tensor_parallel_size": 2},
     "dp4": {},
 }
 # layout, checkpointing, ZeRO stage, dropout, whether experts are padded to their capacity
 CASES = [
-    *((name, "communication-aware", 1, 0.0, "ep" in name) for name in LAYOUTS),
+    *((name, "communication-aware", 1, 0.0, "ep" in name and "moves" not in name) for name in LAYOUTS),
     ("tp2 x ep2", None, 1, 0.0, True),
     ("tp2 x ep2", "full", 1, 0.0, True),
     ("tp2 x ep2", "full", 1, 0.1, True),
@@ -140,6 +141,15 @@ def test_accumulation_reduces_once_or_every_time() -> None:
     assert zero(1, 3) == {"all_gather": 3 * once["all_gather"], "reduce_scatter": once["reduce_scatter"]}
     assert zero(2, 3) == {"all_gather": 3 * once["all_gather"], "reduce_scatter": 3 * once["reduce_scatter"]}
     assert zero(3, 1)["all_gather"] == 2 * once["all_gather"]
+
+
+def test_ranks_that_split_experts_gather_the_loads_of_all() -> None:
+    """8 bytes for each of 4 experts, of 2 ranks; without least-loaded experts of those that the rank sends only."""
+    workload, layout = Workload(2, 6, 8), Layout(2, 2, 2, 2)
+    for name, num_ranks in (("ted", 1), ("ted_least_loaded", 2)):
+        collectives = collectives_of_step(config_of(0.0), replace(layout, ep_implementation=name), workload)
+        loads = [c.num_bytes for c in collectives if c.axis == "etp" and c.operation == "all_gather"]
+        assert min(loads) == 4 * 8 * num_ranks
 
 
 def test_links() -> None:

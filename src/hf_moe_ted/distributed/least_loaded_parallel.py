@@ -1,7 +1,8 @@
 """Expert parallelism in which ranks with few tokens help those with many: tokens move, and experts with them.
 
 Shape letters: T tokens of this rank, K experts per token, R rows sent, V rows received, S ranks that rows come from,
-P ranks of the expert-parallel group, E experts of all of them, N experts that this rank holds, D model width.
+P ranks of the expert-parallel group, E experts of all of them, G experts that visit this rank, N numbers of an expert,
+D model width.
 """
 
 import contextlib
@@ -118,84 +119,82 @@ class LeastLoadedExpertParallel(TedExpertParallel):
         visits = dispatch.visits
         sizes = visits.send_sizes, visits.receive_sizes, self.ep_group
         with self._own_view_of_parameters():
-            traveling = {
-                name: StartExchange.apply(TakeExperts.apply(param, visits.sent), *sizes)
-                for name, param in parameter_table(self.experts).items()
-                if param is not None
-            }
+            parameters = {name: param for name, param in parameter_table(self.experts).items() if param is not None}
+            traveling = StartExchange.apply(TakeExperts.apply(visits.sent, *parameters.values()), *sizes)
             output_VD = self._run_on_some(rows_VD, dispatch.expert_ids_V, self.num_local_experts)
-        guests = {name: FinishExchange.apply(*pair, *sizes) for name, pair in traveling.items()}
-        output_VD = _return_gradients_first(output_VD, guests)
+        guests_GN = FinishExchange.apply(*traveling, *sizes)
+        if guests_GN.requires_grad:
+            output_VD, guests_GN = ReturnFirst.apply(output_VD, guests_GN)
         if not visits.received:
             return output_VD
-        with self._guests_as_parameters(guests, len(visits.received)):
+        with self._as_parameters(guests_GN, parameters):
             return output_VD + self._run_on_some(rows_VD, dispatch.guest_ids_V, len(visits.received))
 
     def _run_on_some(self, rows_VD: Tensor, expert_ids_V: Tensor, num_experts: int) -> Tensor:
-        """Zeros for rows of no expert here, whatever an experts function makes of them without a weight of zero."""
+        """Zeros for rows of no expert here: not every experts function makes them of a row whose weight is not zero."""
         if expert_ids_V.shape[0] == 0:
             return self._run_own_experts(rows_VD, expert_ids_V)
         is_here_V1 = (expert_ids_V < num_experts).to(rows_VD.dtype).unsqueeze(1)
         return self.experts_forward(rows_VD, expert_ids_V.unsqueeze(1), is_here_V1)
 
     @contextlib.contextmanager
-    def _guests_as_parameters(self, guests: dict[str, Tensor], num_guests: int) -> Iterator[None]:
-        parameters = parameter_table(self.experts)
-        originals, num_experts = dict(parameters), self.experts.num_experts
-        parameters.update(guests)
-        self.experts.num_experts = num_guests
+    def _as_parameters(self, guests_GN: Tensor, like: dict[str, Tensor]) -> Iterator[None]:
+        """Compute with experts as [`TakeExperts`] gives them, of parameters such as these."""
+        table = parameter_table(self.experts)
+        originals, num_experts = dict(table), self.experts.num_experts
+        parts = guests_GN.split([param[0].numel() for param in like.values()], dim=1)
+        for (name, param), part_GN in zip(like.items(), parts, strict=True):
+            table[name] = part_GN.to(param.dtype).reshape(-1, *param.shape[1:]).contiguous()
+        self.experts.num_experts = len(guests_GN)
         try:
             yield
         finally:
-            parameters.update(originals)
+            table.update(originals)
             self.experts.num_experts = num_experts
 
 
 class TakeExperts(torch.autograd.Function):
-    """Some experts of a parameter [N, ...], one maybe several times, in a copy; backward adds up what returns.
+    """Some experts, one maybe several times, of parameters [E / P, ...]: the numbers of each in a row, one parameter
+    behind the other. Backward adds up what returns.
 
     Sums are taken in the order of the ranks that have helped. A rank from which nothing went has no part in it.
     """
 
     @staticmethod
-    def forward(ctx: Any, param: Tensor, experts: list[int]) -> Tensor:
-        ctx.experts, ctx.num_experts = experts, param.shape[0]
-        return torch.stack([param[expert] for expert in experts]) if experts else torch.empty_like(param[:0])
+    def forward(ctx: Any, experts: list[int], *parameters: Tensor) -> Tensor:
+        ctx.experts = experts
+        ctx.shapes, ctx.dtypes = [param.shape for param in parameters], [param.dtype for param in parameters]
+        if not experts:
+            return torch.cat([param[:0].flatten(1) for param in parameters], dim=1)
+        return torch.stack([torch.cat([param[expert].flatten() for param in parameters]) for expert in experts])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
-        if not ctx.experts:
-            return None, None
-        total = grad.new_zeros(ctx.num_experts, *grad.shape[1:])
-        for expert, returned in zip(ctx.experts, grad, strict=True):
-            total[expert] += returned
-        return total, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        totals: list[Tensor | None] = [None] * len(ctx.shapes)
+        parts = grad.split([shape[1:].numel() for shape in ctx.shapes], dim=1)
+        for index, (shape, part) in enumerate(zip(ctx.shapes, parts, strict=True)):
+            if ctx.experts and ctx.needs_input_grad[index + 1]:
+                total = part.new_zeros(shape)
+                for expert, returned in zip(ctx.experts, part, strict=True):
+                    total[expert] += returned.view(shape[1:])
+                totals[index] = total.to(ctx.dtypes[index])
+        return None, *totals
 
 
-class _Together(torch.autograd.Function):
-    """Identity of several tensors, whose gradients go on when all are there."""
+class ReturnFirst(torch.autograd.Function):
+    """Identity of what own experts put out and of guests, for backward to send the gradients of guests first.
 
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return grads
-
-
-def _return_gradients_first(output_VD: Tensor, guests: dict[str, Tensor]) -> Tensor:
-    """Have backward send the gradients of guests, changed in place, before it computes those of own experts.
-
-    So all ranks run their collectives in the same order, with guests or without, and the gradients travel meanwhile:
-    of what is ready autograd takes first what was made last.
+    So all ranks run their collectives in the same order, with guests or without, and gradients travel while those of
+    own experts are computed: of what is ready autograd takes first what was made last.
     """
-    names = [name for name, guest in guests.items() if guest.requires_grad]
-    if not names:
-        return output_VD
-    output_VD, *tied = _Together.apply(output_VD, *(guests[name] for name in names))
-    guests.update(zip(names, tied, strict=True))
-    return output_VD
+
+    @staticmethod
+    def forward(ctx: Any, output_VD: Tensor, guests_GN: Tensor) -> tuple[Tensor, Tensor]:
+        return output_VD.view_as(output_VD), guests_GN.view_as(guests_GN)
+
+    @staticmethod
+    def backward(ctx: Any, grad_VD: Tensor, grad_GN: Tensor) -> tuple[Tensor, Tensor]:
+        return grad_VD, grad_GN
 
 
 def swap_axes(counts_SE: Counts, num_outer: int) -> Counts:
@@ -220,4 +219,12 @@ def ranges(firsts: Tensor, sizes: Tensor, total: int) -> Tensor:
 
 EPImplementationInterface.register(LEAST_LOADED, LeastLoadedExpertParallel)
 
-__all__ = ["LeastLoadedExpertParallel", "SharedDispatch", "TakeExperts", "on_device", "ranges", "swap_axes"]
+__all__ = [
+    "LeastLoadedExpertParallel",
+    "ReturnFirst",
+    "SharedDispatch",
+    "TakeExperts",
+    "on_device",
+    "ranges",
+    "swap_axes",
+]

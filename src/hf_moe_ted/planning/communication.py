@@ -176,9 +176,10 @@ def _exchange(
     sizes = INT64 * num_experts * layout.overlap_chunks
     if layout.pad_expert_input_to_capacity:
         sizes += INT64 * layout.expert_parallel_size  # the capacity, which must be equal
-    yield Collective("all_to_all", "ep", "forward", sizes)
-    if exchange.drops_duplicates:
-        yield Collective("all_gather", "etp", "forward", sizes)
+    yield Collective("all_gather" if layout.moves_experts else "all_to_all", "ep", "forward", sizes)
+    if exchange.drops_duplicates:  # of the rank's own experts, or of all that experts move between
+        group_size = layout.expert_parallel_size if layout.moves_experts else 1
+        yield Collective("all_gather", "etp", "forward", sizes * group_size)
     chunks = layout.overlap_chunks
     for phase in ("forward", "backward"):
         part = Collective("all_to_all", "ep", phase, rows // chunks, count=2 * chunks)
