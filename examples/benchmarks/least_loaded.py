@@ -96,7 +96,10 @@ def imbalance(shares: list[float], num_ranks: int) -> float:
 
 
 def print_ratios(results: list[dict[str, Any]]) -> None:
-    """Plain expert parallelism over least-loaded, of cases that differ in nothing else: above 1 it pays."""
+    """Plain expert parallelism over least-loaded, of cases that differ in nothing else: above 1 it pays.
+
+    Losses are of the same steps on the same data, and equal but for rounding.
+    """
     columns = (
         "case",
         "GPUs",
@@ -106,6 +109,7 @@ def print_ratios(results: list[dict[str, Any]]) -> None:
         "time",
         "largest peak",
         "all-to-all MB, all ranks",
+        "loss",
     )
     table = Table(*columns, title="plain / least-loaded")
     plain_cases: dict[Any, dict[str, Any]] = {}
@@ -134,6 +138,7 @@ def _ratios(plain: dict[str, Any], moving: dict[str, Any]) -> list[str]:
         f"{plain['step_ms'] / moving['step_ms']:.2f}",
         f"{plain['largest_peak_gib'] / moving['largest_peak_gib']:.2f}",
         f"{plain['all_to_all_mb_of_all']:.1f} / {moving['all_to_all_mb_of_all']:.1f}",
+        f"{plain['loss']:.4f} / {moving['loss']:.4f}",
     ]
 
 

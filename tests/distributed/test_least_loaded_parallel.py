@@ -20,6 +20,7 @@ from ted_cases import (
     write_models,
 )
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from hf_moe_ted import CudaGraphSeq2SeqTrainingArguments, TedPlugin, TedSeq2SeqTrainer, ZCodeM3ForConditionalGeneration
 from hf_moe_ted.distributed.bounded_exchange import bounded_expert_load
@@ -126,6 +127,40 @@ def run_within_bound(folder: str) -> dict[str, bool]:
     return found
 
 
+def run_frozen(folder: str) -> dict[str, bool]:
+    """Whether gradients are as ever where experts, or what is below them, get none."""
+    experts, batch = layer_of(folder, **EP4)
+    output, of_hidden, _, gradients = run_layer(experts, batch, "most on one")
+    experts.zero_grad()
+    hidden, ids, weights = inputs_of("most on one", batch)
+    experts(hidden.detach(), ids, weights.detach()).backward(gradient_of(output, batch))
+    again = parts_of({name: p.grad for name, p in experts.named_parameters()})
+    same = all(torch.equal(gradients[name][0][1], again[name][0][1]) for name in gradients)
+    experts.requires_grad_(False).zero_grad()
+    experts(hidden, ids, weights).backward(gradient_of(output, batch))
+    assert hidden.grad is not None
+    return {"experts only": same, "tokens only": torch.equal(hidden.grad, of_hidden)}
+
+
+def masks_of(folder: str) -> tuple[Tensor, Tensor]:
+    """Which activations of own experts and of guests were dropped, in forward and as it is recomputed."""
+    plugin = TedPlugin(**TP2_EP2)
+    model = ZCodeM3ForConditionalGeneration.from_pretrained(
+        f"{folder}/top2",
+        distributed_config=plugin.distributed_config,
+        experts_implementation="eager",
+        activation_function="sigmoid",
+    ).train()
+    experts: Any = model.model.encoder.layers[1].ffn.experts
+    experts.act_fn.dropout = 0.5
+    masks: list[Tensor] = []
+    experts.act_fn.register_forward_hook(lambda module, args, out: masks.append((out != 0).flatten()))
+    output = checkpoint(experts, *inputs_of("one expert", dist.get_rank() // plugin.tp_size), use_reentrant=False)
+    output.sum().backward()
+    half = len(masks) // 2
+    return torch.cat(masks[:half]), torch.cat(masks[half:])
+
+
 def count(run: Any) -> tuple[Log, Log]:
     with CollectiveCounter() as forward:
         output = run()
@@ -188,6 +223,8 @@ def run_all(folder: str) -> dict[Any, Any]:
     return {
         **run_layers(folder),
         "within the bound": run_within_bound(folder),
+        "frozen": run_frozen(folder),
+        "masks": masks_of(folder),
         "counts": count_layers(folder),
         "models": {checkpointing: run_model(folder, checkpointing) for checkpointing in CHECKPOINTING},
         "refused": refused(folder),
@@ -235,6 +272,18 @@ def test_training_as_one_process(folder: Path, by_rank: list[Any], name: str) ->
 @pytest.mark.parametrize("name", ["ep4", "tp2 x ep2"])
 def test_no_bit_changes_within_the_bound(by_rank: list[Any], name: str) -> None:
     assert all(results["within the bound"][name] for results in by_rank)
+
+
+@pytest.mark.parametrize("trained", ["experts only", "tokens only"])
+def test_frozen_parts(by_rank: list[Any], trained: str) -> None:
+    assert all(results["frozen"][trained] for results in by_rank)
+
+
+def test_ranks_that_split_an_expert_drop_the_same_activations(by_rank: list[Any]) -> None:
+    masks = [results["masks"] for results in by_rank]
+    for rank, (mask, again) in enumerate(masks):
+        assert mask.numel() and torch.equal(mask, again)
+        assert torch.equal(mask, masks[rank // 2 * 2][0])
 
 
 def log_of(**counts: list[int]) -> Log:

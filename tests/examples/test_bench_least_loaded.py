@@ -52,12 +52,12 @@ def test_ratios_are_of_cases_that_differ_in_nothing_else(capsys: pytest.CaptureF
     plain = {
         "name": "ours", "num_gpus": 2, "base": "tiny", "num_experts": 4, "layout": {"expert_parallel_size": 2},
         "checkpointing": None, "batch_size": 2, "length": 8, "forward": False, "routing": ROUTING, "step_ms": 30.0,
-        "largest_peak_gib": 8.0, "all_to_all_mb_of_all": 1.0,
+        "largest_peak_gib": 8.0, "all_to_all_mb_of_all": 1.0, "loss": 2.5,
     }  # fmt: skip
     moving = plain | {"layout": {"expert_parallel_size": 2, MOVES: True}, "step_ms": 20.0, "largest_peak_gib": 4.0}
     print_ratios([plain, plain | {"forward": True}, moving, plain | {"routing": None}, {"error": "out of memory"}])
     (row,) = [line for line in capsys.readouterr().out.splitlines() if "ours" in line]
     cells = [cell.strip() for cell in row.split("│")[1:-1]]
-    assert cells == ["ours", "2", "1.50 to 2.00", "30.0", "20.0", "1.50", "2.00", "1.0 / 1.0"]
+    assert cells == ["ours", "2", "1.50 to 2.00", "30.0", "20.0", "1.50", "2.00", "1.0 / 1.0", "2.5000 / 2.5000"]
     print_ratios([plain, moving | {"batch_size": 4}])
     assert capsys.readouterr().out == ""
