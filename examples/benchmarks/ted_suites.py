@@ -55,7 +55,8 @@ class Case:
             self.checkpointing and f"ckpt={self.checkpointing}",
         ]
         parts += ["" if self.optimizer == "tiled" else self.optimizer, "graph" if self.graph else ""]
-        parts += ["forward" if self.forward else "", self.routing["pair"] if self.routing else ""]
+        parts += ["forward" if self.forward else ""]
+        parts += [self.routing["pair"], f"{self.batch_size}x{self.length}"] if self.routing else []
         return " ".join(part for part in parts if part)
 
 
@@ -104,26 +105,23 @@ def skewed_cases(shapes: list[dict[str, Any]], routing: dict[str, Any]) -> list[
 
 
 def _skewed_shapes(num_gpus: int) -> list[dict[str, Any]]:
-    """8,192 and 16,384 tokens of source and target per GPU, of models of several widths."""
-    shapes = []
-    layouts = [{"expert_parallel_size": num_gpus}]
+    """Batches of 8,192 and 16,384 tokens of source and target, of models of several widths."""
+    ep: dict[str, Any] = {"expert_parallel_size": num_gpus}
+    sizes = [("0.6B", ep, 32), ("1.3B", ep, 16), ("1.3B", ep, 32)]
     if num_gpus == 4:
-        layouts.append({"tensor_parallel_size": 2, "expert_parallel_size": 2})
-    for base in ("0.6B", "1.3B", "6.7B")[: 3 if num_gpus == 4 else 2]:
-        for layout in layouts[: 1 if base == "0.6B" else 2]:
-            for batch_size in (16, 32)[: 1 if base == "6.7B" else 2]:
-                shapes.append(
-                    {
-                        "num_gpus": num_gpus,
-                        "base": base,
-                        "layout": layout,
-                        "batch_size": batch_size,
-                        "length": 512,
-                        "checkpointing": None if base == "0.6B" else "communication-aware",
-                        "moves": {MOVES: True},
-                    }
-                )
-    return shapes
+        sizes += [("1.3B", {"tensor_parallel_size": 2, "expert_parallel_size": 2}, 32), ("6.7B", ep, 16)]
+    return [
+        {
+            "num_gpus": num_gpus,
+            "base": base,
+            "layout": layout,
+            "batch_size": batch_size,
+            "length": 512,
+            "checkpointing": None if base == "0.6B" else "communication-aware",
+            "moves": {MOVES: True},
+        }
+        for base, layout, batch_size in sizes
+    ]
 
 
 SKEWED = {
