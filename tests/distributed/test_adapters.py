@@ -40,10 +40,12 @@ LORA: dict[str, Any] = {
     "target_parameters": ["ffn.experts.up_proj", "ffn.experts.down_proj"],
 }
 TP, EP = "tensor_parallel_size", "expert_parallel_size"
+LEAST_LOADED = {"least_loaded_experts": True, "least_loaded_bound": 1.0, "least_loaded_min_tokens": 1}
 CASES = {
     "dp, accumulated": Case({"zero_stage": 2}, model=MODEL, accumulation=2),
     "tp": Case({TP: 4}, model=UNTIED),
     "ep": Case({EP: 4}, model=MODEL, data="uneven"),
+    "ep, least-loaded": Case({EP: 4, **LEAST_LOADED}, model=MODEL),
     "tp x ep, offloaded": Case({TP: 2, EP: 2, "offload": "cpu"}, model=MODEL, checkpointing="communication-aware"),
     "ep x edp, stage 3": Case({EP: 2, "zero_stage": 3}, model=MODEL, checkpointing="full"),
     "etp x edp, stage 3": Case({TP: 2, "zero_stage": 3}, model=MODEL, data="idle"),
