@@ -1,5 +1,6 @@
 """Training runs that ranks do on their shards, and one process without them."""
 
+import contextlib
 import functools
 import itertools
 from collections import Counter
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -25,7 +27,7 @@ from transformers import (
 from hf_moe_ted import TedPlugin, ZCodeM3ForConditionalGeneration
 from hf_moe_ted.distributed.bounded_exchange import bounded_expert_load
 from hf_moe_ted.distributed.gradient_norm import clip_grad_norm_
-from hf_moe_ted.distributed.parallelize import prepare_for_training
+from hf_moe_ted.distributed.parallelize import deferred_reduction, prepare_for_training
 from hf_moe_ted.distributed.random_state import RandomState
 from hf_moe_ted.distributed.sharding import regions
 from hf_moe_ted.testing import run_distributed_test, tiny_config
@@ -253,8 +255,8 @@ def train(
     run_micro_batch: Callable[[Run], float] = run_once,
 ) -> Trained:
     """`run_step` and `run_micro_batch` run what they get, maybe more than once."""
-    data_parallel_size, causal = plugin.dp_shard_size, model.config.is_encoder_decoder is not True
-    first = dist.get_rank() // plugin.tp_size * case.accumulation
+    data_parallel_size, causal = plugin.data_parallel_size, model.config.is_encoder_decoder is not True
+    first, layout = dist.get_rank() // plugin.tp_size * case.accumulation, plugin.distributed_config.layout
     optimizer_class, options = plugin.tiled_adamw(**ADAMW)
     optimizer = optimizer_class(model.parameters(), **options)
     losses, norms, gradients = [], [], {}
@@ -264,10 +266,10 @@ def train(
         own_parts = parts[first : first + case.accumulation]
 
         def backward(index: int, own_parts: Any = own_parts, total: int = total) -> float:
-            if plugin.distributed_config.zero_stage != 2 and hasattr(model, "set_requires_gradient_sync"):
-                model.set_requires_gradient_sync(index == case.accumulation - 1)
-            loss = model(**own_parts[index], num_items_in_batch=torch.tensor(total)).loss
-            (loss * data_parallel_size).backward()
+            is_deferred = index < case.accumulation - 1 and isinstance(model, FSDPModule)
+            with deferred_reduction(model, layout) if is_deferred else contextlib.nullcontext():
+                loss = model(**own_parts[index], num_items_in_batch=torch.tensor(total)).loss
+                (loss * data_parallel_size).backward()
             return loss.item()
 
         def accumulate(backward: Callable[[int], float] = backward) -> float:

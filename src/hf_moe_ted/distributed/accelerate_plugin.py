@@ -27,10 +27,10 @@ from .activation_checkpoint import communication_aware_context_fn
 from .adapters import check_optimizers, is_adapted, shard_adapters
 from .checkpoint import atomic_folder, save_pretrained, together, whole_state_dict
 from .gradient_norm import clip_grad_norm_
-from .layout import Layout, layout_of, sizes_of_axes
+from .layout import Layout, layout_of, replicas_of, sizes_of_axes
 from .layout_check import check_is_sharded
 from .least_loaded import LEAST_LOADED, LEAST_LOADED_BOUND, LEAST_LOADED_MIN_TOKENS
-from .parallelize import prepare_for_training
+from .parallelize import deferred_reduction, prepare_for_training
 from .private_accelerate import models_with_optimizers, num_registered_objects, without_models
 from .random_state import load_generators, load_random_state, saved_random_state
 from .refusals import check_accelerator
@@ -61,6 +61,10 @@ class TedPlugin(ParallelismConfig):
             divide.
         data_parallel_size: ranks with different batches; by default what the world leaves,
             `world / tensor_parallel_size`.
+        dp_replicate_size: replicas of the shards of ZeRO, such as one per machine (HSDP, hybrid sharding): parameters
+            and optimizer states are sharded over the ranks of a replica, and gradients summed over replicas. Experts
+            are replicated likewise, unless `expert_parallel_size` spreads them over several replicas: then ZeRO shards
+            them over all their copies.
         zero_stage: 1, 2 or 3. Optimizer states are sharded over data-parallel ranks, those of experts over the ranks
             that hold the same. 1 and 2 gather parameters once a micro-batch, 3 for each use; 2 reduces gradients after
             every micro-batch, 1 at the end of an accumulation.
@@ -99,6 +103,7 @@ class TedPlugin(ParallelismConfig):
         expert_parallel_size: int = 1,
         expert_tensor_parallel_size: int | None = None,
         data_parallel_size: int | None = None,
+        dp_replicate_size: int = 1,
         zero_stage: Literal[1, 2, 3] = 1,
         offload: Literal["cpu"] | None = None,
         duplicate_token_dropping: bool = True,
@@ -123,6 +128,7 @@ class TedPlugin(ParallelismConfig):
             data_parallel_size=dp,
             expert_parallel_size=ep,
             expert_tensor_parallel_size=etp,
+            dp_replicate_size=replicas_of(world_size, dp_replicate_size),
             zero_stage=zero_stage,
             offload=offload,
             duplicate_token_dropping=duplicate_token_dropping,
@@ -132,7 +138,9 @@ class TedPlugin(ParallelismConfig):
             least_loaded_bound=least_loaded_bound,
             least_loaded_min_tokens=least_loaded_min_tokens,
         )
-        super().__init__(dp_shard_size=dp, tp_size=tp, dp_replicate_size=1, cp_size=1, sp_size=1)
+        super().__init__(
+            dp_shard_size=layout.zero_size, tp_size=tp, dp_replicate_size=layout.dp_replicate_size, cp_size=1, sp_size=1
+        )
         self.communication_aware_checkpointing = communication_aware_checkpointing
         self.tile_numel = tile_numel
         self.distributed_config = TedConfig.of_layout(layout)
@@ -156,7 +164,7 @@ class TedPlugin(ParallelismConfig):
         if self.total_size != accelerator.num_processes:
             raise ValueError(
                 f"TedPlugin is for {self.total_size} processes (tensor_parallel_size {self.tp_size} x "
-                f"data_parallel_size {self.dp_shard_size}), the Accelerator has {accelerator.num_processes}; on CPUs "
+                f"data_parallel_size {self.data_parallel_size}), the Accelerator has {accelerator.num_processes}; on CPUs "
                 "pass use_cpu=True to TrainingArguments or cpu=True to the Accelerator"
             )
         check_accelerator(accelerator)
@@ -196,18 +204,15 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
 
     @contextlib.contextmanager
     def no_sync(self, model: Any) -> Iterator[None]:
-        """Where `accumulate` goes on to the next micro-batch, only ZeRO-2 reduces gradients."""
+        """Where `accumulate` goes on to the next micro-batch, only ZeRO-2 reduces gradients, within a replica."""
         model = unwrap_peft_model(model)
         layout = layout_of(model)
         if layout is None or not isinstance(model, FSDPModule):
             with super().no_sync(model):
                 yield
             return
-        model.set_requires_gradient_sync(layout.zero_stage == 2)
-        try:
+        with deferred_reduction(model, layout):
             yield
-        finally:
-            model.set_requires_gradient_sync(True)
 
     def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Any:
         parameters = list(parameters)

@@ -16,6 +16,7 @@ class Layout:
     """Sizes of the axes (mesh.py), and how the ranks of an axis work together, as [`TedPlugin`] explains it.
 
     Attributes:
+        dp_replicate_size: replicas, each with all that ZeRO shards; `data_parallel_size` counts the ranks of all.
         mixed_precision: whether FSDP2 computes in bfloat16.
         ep_implementation: name of what brings tokens to experts, in the registry of transformers.
 
@@ -27,6 +28,7 @@ class Layout:
     data_parallel_size: int = 1
     expert_parallel_size: int = 1
     expert_tensor_parallel_size: int = 1
+    dp_replicate_size: int = 1
     zero_stage: int = 1
     offload: str | None = None
     mixed_precision: bool = False
@@ -54,6 +56,8 @@ class Layout:
                 f"offload='cpu' moves the shards of data parallelism, and data_parallel_size is 1 (world "
                 f"{tp} / tensor_parallel_size {tp}); lower tensor_parallel_size"
             )
+        if self.dp_replicate_size != 1:
+            self._check_replicas()
 
     def _check_moving(self) -> None:
         check_least_loaded(self.least_loaded_bound, self.least_loaded_min_tokens)
@@ -70,6 +74,60 @@ class Layout:
         """Whether ranks with few tokens compute experts of those with many."""
         return self.ep_implementation == LEAST_LOADED
 
+    def _check_replicas(self) -> None:
+        replicas, dp, tp = self.dp_replicate_size, self.data_parallel_size, self.tensor_parallel_size
+        if replicas < 1:
+            raise ValueError(f"dp_replicate_size ({replicas}) must be at least 1")
+        if dp % replicas:
+            raise ValueError(
+                f"dp_replicate_size ({replicas}) must divide data_parallel_size ({dp}): as many data-parallel ranks "
+                "for each replica"
+            )
+        if replicas == dp:
+            raise ValueError(
+                f"dp_replicate_size ({replicas}) must be less than data_parallel_size ({dp}): with one data-parallel "
+                "rank in a replica ZeRO has nothing to shard there; leave dp_replicate_size out, which sends as many "
+                "bytes between machines in stages 1 and 2 and takes less memory"
+            )
+        ranks, num_expert_ranks = self.ranks_per_replica, self.expert_parallel_size * self.expert_tensor_parallel_size
+        if ranks % num_expert_ranks and num_expert_ranks % ranks:
+            raise ValueError(
+                f"expert_parallel_size ({self.expert_parallel_size}) x expert_tensor_parallel_size "
+                f"({self.expert_tensor_parallel_size}) = {num_expert_ranks} must divide the {ranks} ranks of a replica "
+                f"(tensor_parallel_size {tp} x data_parallel_size {dp} / dp_replicate_size {replicas}), or be a "
+                "multiple of them; change expert_parallel_size or dp_replicate_size"
+            )
+
+    @property
+    def ranks_per_replica(self) -> int:
+        return self.tensor_parallel_size * self.data_parallel_size // self.dp_replicate_size
+
+    @property
+    def zero_size(self) -> int:
+        """Ranks over which ZeRO shards what is no expert."""
+        return self.data_parallel_size // self.dp_replicate_size
+
+    @property
+    def expert_data_parallel_size(self) -> int:
+        """Ranks that hold the same slices of the same experts."""
+        num_ranks = self.tensor_parallel_size * self.data_parallel_size
+        return num_ranks // (self.expert_parallel_size * self.expert_tensor_parallel_size)
+
+    @property
+    def expert_dp_replicate_size(self) -> int:
+        """Replicas of experts: as many as of the rest if each has all experts.
+
+        Where experts are spread over several replicas, no two copies of one are in the same replica. They are shared
+        out between all of them, as without replicas: nothing would be saved but memory be spent.
+        """
+        num_expert_ranks = self.expert_parallel_size * self.expert_tensor_parallel_size
+        return self.dp_replicate_size if self.ranks_per_replica % num_expert_ranks == 0 else 1
+
+    @property
+    def expert_zero_size(self) -> int:
+        """Ranks over which ZeRO shards experts."""
+        return self.expert_data_parallel_size // self.expert_dp_replicate_size
+
     @property
     def experts_are_spread(self) -> bool:
         return self.expert_parallel_size * self.expert_tensor_parallel_size > 1
@@ -77,9 +135,7 @@ class Layout:
     @property
     def wraps_experts_in_fsdp(self) -> bool:
         """Whether FSDP manages ZCodeM3's experts: to share them, or for what only FSDP does."""
-        num_ranks = self.tensor_parallel_size * self.data_parallel_size
-        is_shared = num_ranks > self.expert_parallel_size * self.expert_tensor_parallel_size
-        return is_shared or self.offload is not None or self.mixed_precision
+        return self.expert_data_parallel_size > 1 or self.offload is not None or self.mixed_precision
 
 
 def layout_of(module: nn.Module) -> Layout | None:
@@ -113,6 +169,20 @@ def sizes_of_axes(world_size: int, tp: int, ep: int, etp: int | None, dp: int | 
     return tp, ep, etp, dp
 
 
+def replicas_of(world_size: int, dp_replicate_size: int) -> int:
+    """On one process 1, whatever is asked for.
+
+    Raises:
+        ValueError: it is less than 1.
+    """
+    if dp_replicate_size < 1:
+        raise ValueError(f"dp_replicate_size ({dp_replicate_size}) must be at least 1")
+    if world_size == 1 and dp_replicate_size > 1:
+        logger.warning(f"one process: dp_replicate_size ({dp_replicate_size}) is taken as 1; start several")
+        return 1
+    return dp_replicate_size
+
+
 def _check_sizes(world_size: int, tp: int, ep: int, etp: int, dp: int) -> None:
     if world_size % tp:
         raise ValueError(f"the world ({world_size} processes) must be divisible by tensor_parallel_size ({tp})")
@@ -132,4 +202,4 @@ def _check_sizes(world_size: int, tp: int, ep: int, etp: int, dp: int) -> None:
         )
 
 
-__all__ = ["Layout", "layout_of", "sizes_of_axes"]
+__all__ = ["Layout", "layout_of", "replicas_of", "sizes_of_axes"]

@@ -7,7 +7,8 @@ from transformers import PretrainedConfig
 
 from .layout import Layout
 
-_SIZES = ("tp_size", "fsdp_size", "ep_size", "expert_tensor_parallel_size", "zero_stage")
+_SIZES = ("tp_size", "fsdp_size", "dp_replicate_size", "ep_size", "expert_tensor_parallel_size")
+_SIZES += ("dense_replicate_size", "zero_stage")
 
 
 def check_is_sharded(model: nn.Module, parallelism_config: Any) -> None:
@@ -27,7 +28,7 @@ def check_is_sharded(model: nn.Module, parallelism_config: Any) -> None:
         if any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(
                 f"{type(model).__name__} is not sharded, and the TedPlugin is for {parallelism_config.total_size} "
-                f"processes (tensor_parallel_size {wanted.tp_size} x data_parallel_size {wanted.fsdp_size}): load it "
+                f"processes (tensor_parallel_size {wanted.tp_size} x data_parallel_size {wanted.dp_size}): load it "
                 "with from_pretrained(folder, distributed_config=plugin.distributed_config)"
             )
         return

@@ -1,6 +1,8 @@
 """What happens to which layer of a ZCodeM3, in order: tensor parallelism, expert parallelism, ZeRO."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from ..models.moe_layer import ZCodeM3MoELayer
 from .expert_parallel import expert_modules
 from .layout import Layout, layout_of
 from .least_loaded_parallel import LeastLoadedExpertParallel as _LeastLoaded  # noqa: F401  # registers itself
-from .mesh import inherit_timeout
+from .mesh import data_parallel_rank, expert_zero_mesh, inherit_timeout, zero_mesh
 from .private_torch import StridedShard
 from .private_transformers import expanded_plan, mark_fsdp_managed, mark_sharded, mesh_manager
 from .random_state import synchronize_random_state
@@ -110,16 +112,17 @@ def tensor_parallel_plan(model: Any) -> dict[str, str]:
 def apply_zero(model: PreTrainedModel, layout: Layout, meshes: Any) -> None:
     """ZeRO through FSDP2: experts over the ranks that hold the same ones, all else over data-parallel ranks.
 
+    With replicas only over those of a replica, and gradients are summed over replicas behind that.
     Experts that no other rank holds are left as they are: FSDP2 would keep a second copy of them.
     """
     options = zero_options(layout)
     alone: set[nn.Parameter] = set()
     for experts in expert_modules(model):
         if layout.wraps_experts_in_fsdp:
-            shard_experts(experts, layout, meshes.get_mesh("efsdp"), options)
+            shard_experts(experts, layout, expert_zero_mesh(meshes, layout), options)
         else:
             alone.update(experts.parameters())
-    mesh = meshes.get_mesh("fsdp")
+    mesh = zero_mesh(meshes, layout)
     units = units_of_layers(model, layout)
     for unit in units:
         fully_shard(unit, mesh=mesh, ignored_params=alone, **options)
@@ -153,14 +156,13 @@ def shard_experts(experts: nn.Module, layout: Layout, mesh: DeviceMesh, options:
 
     def placement(param: nn.Parameter) -> Shard | None:
         local = param.to_local() if isinstance(param, DTensor) else param
-        taken = {place.dim for place in getattr(param, "placements", ()) if isinstance(place, StridedShard)}
-        dims = [dim for dim in range(local.ndim) if local.shape[dim] % mesh.size() == 0 and dim not in taken]
+        dims = [dim for dim in range(local.ndim) if local.shape[dim] % layout.expert_zero_size == 0]
         return Shard(dims[0]) if dims else None
 
     module: Any = fully_shard(experts, mesh=mesh, shard_placement_fn=placement, **options)
     # the gradient covers the tokens of all data-parallel ranks, however many hold the expert
     module.set_gradient_divide_factor(float(layout.data_parallel_size))
-    if mesh.size() > 1:
+    if layout.expert_zero_size > 1:  # else FSDP2 divides before it sums over replicas
         # another factor than the group's size is applied in the reduction, which gloo refuses and NCCL gets wrong in
         # bfloat16 (https://github.com/pytorch/pytorch/issues/190745)
         module.set_force_sum_reduction_for_comms(True)
@@ -198,9 +200,26 @@ def prepare_for_training(model: nn.Module) -> None:
     meshes = mesh_manager(model)
     _name_as_whole(model)
     refuse_methods(model)
-    for axes in (("fsdp", "tp"), ("efsdp", "ep")):
+    for axes in (("dp_replicate", "fsdp", "tp"), ("dp_replicate", "efsdp", "ep")):
         inherit_timeout(meshes.get_mesh(axes))
-    synchronize_random_state(model, meshes.get_mesh("fsdp").get_local_rank(), meshes.get_mesh("tp").get_group())
+    synchronize_random_state(model, data_parallel_rank(meshes), meshes.get_mesh("tp").get_group())
+
+
+@contextlib.contextmanager
+def deferred_reduction(model: Any, layout: Layout) -> Iterator[None]:
+    """Around a micro-batch that is not the last of its accumulation, for a model that FSDP2 manages.
+
+    ZeRO-2 reduces its gradients inside a replica, so that no whole ones stay, and sums them over replicas with the
+    last. Stages 1 and 3 reduce nothing.
+    """
+    if layout.zero_stage == 2:
+        model.set_requires_all_reduce(False)
+    else:
+        model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)  # and the sum over replicas
 
 
 def _name_as_whole(model: nn.Module) -> None:
@@ -221,6 +240,7 @@ def _name_as_whole(model: nn.Module) -> None:
 
 __all__ = [
     "apply_zero",
+    "deferred_reduction",
     "offload_parameters",
     "parallelize",
     "prepare_for_training",

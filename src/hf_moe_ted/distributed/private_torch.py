@@ -62,9 +62,14 @@ class FSDPParameter:
     state: Any
 
 
+def fsdp_group(module: Any) -> Any:
+    """What holds, in `_partial_reduce_output`, gradients that are not summed over replicas yet; `None` for none."""
+    return module._get_fsdp_state()._fsdp_param_group
+
+
 def fsdp_parameters(module: Any) -> list[FSDPParameter]:
     """Those that FSDP2 manages with this module, and not with one inside."""
-    group = module._get_fsdp_state()._fsdp_param_group
+    group = fsdp_group(module)
     return [
         FSDPParameter(state.sharded_param, getattr(state, "_unsharded_param", None), state)
         for state in (group.fsdp_params if group is not None else ())
@@ -87,6 +92,7 @@ __all__ = [
     "foreach_mul_",
     "foreach_norm",
     "forget_root",
+    "fsdp_group",
     "fsdp_parameters",
     "local_of",
     "parameter_table",

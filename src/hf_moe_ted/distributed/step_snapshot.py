@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from .private_torch import fsdp_parameters, local_of
+from .private_torch import fsdp_group, fsdp_parameters, local_of
 from .random_state import RandomState, all_generator_states, set_all_generator_states
 
 
@@ -66,20 +66,19 @@ def _places_of_gradients(model: nn.Module) -> Iterator[tuple[Any, str]]:
     """Objects with the names of their attributes that hold a gradient or `None`.
 
     FSDP2 keeps the whole gradients of an accumulation that is reduced at its end beside its parameters, in the dtype of
-    the reduction or not. Its sharded parameters are not those of the module while it has gathered them.
+    the reduction or not, and those that are not summed over replicas yet in one piece. Its sharded parameters are not
+    those of the module while it has gathered them.
     """
-    managed = {
-        id(parameter.sharded): parameter
-        for module in model.modules()
-        if isinstance(module, FSDPModule)
-        for parameter in fsdp_parameters(module)
-    }
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    managed = {id(parameter.sharded): parameter for module in modules for parameter in fsdp_parameters(module)}
     holders = [holder for parameter in managed.values() for holder in (parameter.sharded, parameter.whole)]
     for holder in {id(holder): holder for holder in (*holders, *model.parameters())}.values():
         if holder is not None:
             yield holder, "grad"
     for parameter in managed.values():
         yield parameter.state, "unsharded_accumulated_grad"
+    for group in filter(None, map(fsdp_group, modules)):
+        yield group, "_partial_reduce_output"
 
 
 __all__ = ["StepSnapshot"]

@@ -32,9 +32,12 @@ class TedConfig(DistributedConfig):
 
     Attributes:
         tp_size: ranks that share a batch and split each dense layer.
-        fsdp_size: data-parallel ranks, of `tp_size` each.
+        dp_replicate_size: replicas of the model, each sharded over `fsdp_size` x `tp_size` ranks (HSDP).
+        fsdp_size: data-parallel ranks of a replica, of `tp_size` each.
         ep_size: ranks that hold all experts once between them: expert-parallel times expert-tensor-parallel size.
         expert_tensor_parallel_size: ranks that split an expert; divides `tp_size`.
+        dense_replicate_size: replicas of all that is no expert in each of the `dp_replicate_size`. For experts that are
+            spread over replicas, which the meshes of transformers cannot have.
         zero_stage: 1 and 2 keep parameters gathered from forward to backward, 3 does not; 2 reduces gradients after
             every micro-batch, 1 at the end of an accumulation.
         duplicate_token_dropping: whether ranks of a tensor-parallel group, which hold the same tokens, send each only
@@ -46,6 +49,7 @@ class TedConfig(DistributedConfig):
     """
 
     expert_tensor_parallel_size: int = 1
+    dense_replicate_size: int = 1
     zero_stage: int = 1
     duplicate_token_dropping: bool = True
     overlap_chunks: int = 1
@@ -59,7 +63,9 @@ class TedConfig(DistributedConfig):
         """The config of a [`Layout`]."""
         return cls(
             tp_size=layout.tensor_parallel_size,
-            fsdp_size=layout.data_parallel_size,
+            fsdp_size=layout.data_parallel_size // layout.expert_dp_replicate_size,
+            dp_replicate_size=layout.expert_dp_replicate_size,
+            dense_replicate_size=layout.dp_replicate_size // layout.expert_dp_replicate_size,
             ep_size=layout.expert_parallel_size * layout.expert_tensor_parallel_size,
             fsdp_cpu_offload=layout.offload is not None,
             fsdp_mixed_precision=layout.mixed_precision,
@@ -77,6 +83,7 @@ class TedConfig(DistributedConfig):
         return Layout(
             tensor_parallel_size=sizes.tp_size,
             data_parallel_size=sizes.dp_size,
+            dp_replicate_size=sizes.dp_replicate_size * self.dense_replicate_size,
             expert_parallel_size=sizes.ep_size // self.expert_tensor_parallel_size,
             offload="cpu" if self.fsdp_cpu_offload and self.dp_size > 1 else None,
             mixed_precision=self.fsdp_mixed_precision,
@@ -87,7 +94,8 @@ class TedConfig(DistributedConfig):
         """Shard a model that is not loaded yet; ZCodeM3 asks for it in place of transformers' own way."""
         check_model(model.config, self.layout)
         expert_plan = dict(model.ep_plan or {})
-        self._validate_resolved_ep_plan(expert_plan)
+        super()._validate_resolved_ep_plan(expert_plan)
+        _take_ted_experts(expert_plan)
         return parallelize(model, self.layout, mesh_manager, expert_plan)
 
     def finish_loading(self, model: PreTrainedModel) -> None:
@@ -124,12 +132,23 @@ class TedConfig(DistributedConfig):
         save_pretrained(model, save_directory, max_shard_size=max_shard_size, state_dict=state_dict)
 
     def _validate_resolved_ep_plan(self, ep_plan: dict[str, str]) -> None:
-        # here transformers shows a configuration the plan of the model, the only place where it does: experts are
-        # sharded over two axes in place of one
+        # here transformers shows a configuration the plan of a model that it shards, the only place where it does
         super()._validate_resolved_ep_plan(ep_plan)
-        for name, style in ep_plan.items():
-            if style == "grouped_gemm":
-                ep_plan[name] = "ted_experts"
+        if self.dense_replicate_size > 1:
+            ranks = self.layout.ranks_per_replica
+            raise ValueError(
+                f"dp_replicate_size ({self.layout.dp_replicate_size}) with experts on more ranks ({self.ep_size}) than "
+                f"the {ranks} of a replica is for ZCodeM3 only: leave dp_replicate_size out, or lower "
+                "expert_parallel_size"
+            )
+        _take_ted_experts(ep_plan)
+
+
+def _take_ted_experts(ep_plan: dict[str, str]) -> None:
+    """Experts are sharded over two axes in place of one."""
+    for name, style in ep_plan.items():
+        if style == "grouped_gemm":
+            ep_plan[name] = "ted_experts"
 
 
 __all__ = ["TedConfig"]

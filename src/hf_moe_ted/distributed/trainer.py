@@ -33,7 +33,7 @@ from .expert_load import EXPERT_LOAD_BOUND
 from .gradient_norm import clip_grad_norm_, clip_in_step
 from .layout import layout_of
 from .layout_check import check_is_sharded
-from .parallelize import prepare_for_training
+from .parallelize import deferred_reduction, prepare_for_training
 from .private_transformers import tensor_parallel_size
 from .random_state import RandomState, load_generators, load_random_state, saved_random_state
 from .refusals import check_training_arguments
@@ -393,10 +393,12 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
     @contextlib.contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
         """ZeRO-2 keeps no whole gradients from one micro-batch to the next."""
-        if self._sharded_model.config.distributed_config.zero_stage == 2:
-            yield
+        layout = layout_of(self._sharded_model)
+        if layout is None or self._step_store is not None:
+            with super()._defer_fsdp_gradient_reduction():
+                yield
             return
-        with super()._defer_fsdp_gradient_reduction():
+        with deferred_reduction(self._sharded_model, layout):
             yield
 
     # ---- evaluation ----
