@@ -22,7 +22,7 @@ def test_table(folder: Path, name: str) -> None:
     lines = run_here("plan", folder / name, *map(str, OPTIONS), "--layouts", "3").splitlines()
     assert lines[0].startswith("101,152 parameters on 4 x h100-80gb")
     assert lines[1].startswith("TedPlugin(")
-    assert lines[2].split()[:5] == ["tp", "ep", "etp", "dp", "ZeRO"]
+    assert lines[2].split()[:6] == ["tp", "ep", "etp", "dp", "replicas", "ZeRO"]
     assert len(lines) == 7 and "cannot be" in lines[-1]
 
 

@@ -32,6 +32,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp4, etp1 x ep4": {"tensor_parallel_size": 4, "expert_parallel_size": 4, "expert_tensor_parallel_size": 1},
     "tp2": {"tensor_parallel_size": 2},
     "dp4": {},
+    "dp4, HSDP": {"dp_replicate_size": 2},
+    "ep2 x edp2, HSDP": {"expert_parallel_size": 2, "dp_replicate_size": 2},
+    "ep4, HSDP": {"expert_parallel_size": 4, "dp_replicate_size": 2},
 }
 # layout, checkpointing, ZeRO stage, dropout, whether experts are padded to their capacity
 CASES = [
@@ -43,6 +46,8 @@ CASES = [
     ("ep2 x edp2", "full", 3, 0.1, True),
     ("ep4", "full", 2, 0.0, False),
     ("tp4, etp1 x ep4", "full", 1, 0.0, False),
+    ("dp4, HSDP", None, 3, 0.0, False),
+    ("ep2 x edp2, HSDP", None, 3, 0.0, True),
 ]
 OPERATIONS = {
     "_c10d_functional.all_reduce": "all_reduce",
@@ -51,6 +56,7 @@ OPERATIONS = {
     "_c10d_functional.all_to_all_single": "all_to_all",
     "c10d._allgather_base_": "all_gather",
     "c10d._reduce_scatter_base_": "reduce_scatter",
+    "c10d.allreduce_": "all_reduce",
 }
 
 

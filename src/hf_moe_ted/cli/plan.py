@@ -60,17 +60,18 @@ def _count(text: str) -> int:
 
 
 def _print_table(layouts: Any) -> None:
-    header = ["tp", "ep", "etp", "dp", "ZeRO", "offload", "checkpointing", "pairs", "times", "weights", "optimizer",
-              "gathered", "logits", "activations", "peak GiB", "ms", "tokens/s", "hours", "kWh"]  # fmt: skip
+    header = ["tp", "ep", "etp", "dp", "replicas", "ZeRO", "offload", "checkpointing", "pairs", "times", "weights",
+              "optimizer", "gathered", "logits", "activations", "peak GiB", "ms", "tokens/s", "hours", "kWh"]  # fmt: skip
     rows = [header]
     for planned in layouts:
         layout, workload, memory = planned.layout, planned.workload, planned.memory
-        sizes = (layout.tensor_parallel_size, layout.expert_parallel_size, layout.expert_tensor_parallel_size)
+        sizes = (layout.tensor_parallel_size, layout.expert_parallel_size, layout.expert_tensor_parallel_size,
+                 layout.data_parallel_size, layout.dp_replicate_size)  # fmt: skip
         of_activations = memory.activations + memory.exchange
         gathered, logits = memory.gathered + memory.whole_gradients, memory.logits + memory.loss
         terms = (memory.weights, memory.optimizer, gathered, logits, of_activations, memory.peak)
         rows.append([
-            *map(str, (*sizes, layout.data_parallel_size, layout.zero_stage)), layout.offload or "",
+            *map(str, (*sizes, layout.zero_stage)), layout.offload or "",
             workload.checkpointing or "none", str(workload.batch_size), str(workload.accumulation),
             *(f"{term / GIB:.1f}" for term in terms), f"{planned.step.total * 1e3:,.0f}",
             f"{planned.tokens_per_s:,.0f}", f"{planned.hours:,.1f}", f"{planned.kwh:,.0f}",

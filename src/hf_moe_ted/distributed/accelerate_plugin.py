@@ -138,9 +138,9 @@ class TedPlugin(ParallelismConfig):
             least_loaded_bound=least_loaded_bound,
             least_loaded_min_tokens=least_loaded_min_tokens,
         )
-        super().__init__(
-            dp_shard_size=layout.zero_size, tp_size=tp, dp_replicate_size=layout.dp_replicate_size, cp_size=1, sp_size=1
-        )
+        # Accelerate shards nothing, and asks only who shares a batch: all data-parallel ranks are one axis for it, as
+        # the Trainer sets it
+        super().__init__(dp_shard_size=dp, tp_size=tp, dp_replicate_size=1, cp_size=1, sp_size=1)
         self.communication_aware_checkpointing = communication_aware_checkpointing
         self.tile_numel = tile_numel
         self.distributed_config = TedConfig.of_layout(layout)

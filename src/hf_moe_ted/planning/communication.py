@@ -19,7 +19,6 @@ from ..models.router import expert_capacity
 from .parameters import (
     SIDES,
     HashableConfig,
-    expert_data_parallel_size,
     gathered_shape,
     is_spread_expert,
     layer_groups,
@@ -29,7 +28,8 @@ from .parameters import (
 from .workload import Workload
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
-Axis = Literal["tp", "etp", "fold", "ep", "dp", "edp"]
+Axis = Literal["tp", "etp", "fold", "ep", "dp", "edp", "dp_replicate", "edp_replicate"]
+_REPLICAS: dict[Axis, Axis] = {"dp": "dp_replicate", "edp": "edp_replicate"}
 Phase = Literal["forward", "recomputation", "backward"]
 FLOAT32, INT64 = 4, 8
 
@@ -39,7 +39,8 @@ class Collective:
     """
     Attributes:
         operation: its kind.
-        axis: whose group it runs in, as in `distributed/mesh.py`.
+        axis: whose group it runs in, as in `distributed/mesh.py`; dp and edp are those over which ZeRO shards, within a
+            replica.
         phase: of a forward and its backward.
         num_bytes: that a rank gives to it.
         is_zero: whether it is ZeRO's, which runs beside computation.
@@ -62,7 +63,8 @@ def collectives_of_step(config: ZCodeM3Config, layout: Layout, workload: Workloa
     found = [replace(c, count=c.count * workload.accumulation) for c in once if group_of(c.axis, layout)[0] > 1]
     for collective in _collectives_of_zero(config, layout, workload):
         repeats = workload.accumulation
-        if collective.operation == "reduce_scatter" and layout.zero_stage != 2:
+        is_at_end = collective.operation == "reduce_scatter" and layout.zero_stage != 2
+        if is_at_end or collective.operation == "all_reduce":
             repeats = 1  # at the end of the accumulation
         found.append(replace(collective, count=collective.count * repeats))
     return [c for c in found if group_of(c.axis, layout)[0] > 1 and c.num_bytes]
@@ -72,9 +74,12 @@ def group_of(axis: Axis, layout: Layout) -> tuple[int, int]:
     """Ranks of a group, and the distance of neighbours in it."""
     tp, etp, ep = layout.tensor_parallel_size, layout.expert_tensor_parallel_size, layout.expert_parallel_size
     if axis in ("tp", "dp"):
-        return (tp, 1) if axis == "tp" else (layout.data_parallel_size, tp)
+        return (tp, 1) if axis == "tp" else (layout.zero_size, tp)
     if axis == "edp":
-        return expert_data_parallel_size(layout), ep * etp
+        return layout.expert_zero_size, ep * etp
+    if axis in ("dp_replicate", "edp_replicate"):
+        size = layout.dp_replicate_size if axis == "dp_replicate" else layout.expert_dp_replicate_size
+        return size, layout.ranks_per_replica
     return {"etp": (etp, 1), "fold": (tp // etp, etp), "ep": (ep, etp)}[axis]
 
 
@@ -221,7 +226,10 @@ def _outside_of_layers(config: ZCodeM3Config, layout: Layout, workload: Workload
 
 
 def _collectives_of_zero(config: ZCodeM3Config, layout: Layout, workload: Workload) -> Iterator[Collective]:
-    """A unit's parameters are gathered, its gradients scattered; stage 3 gathers again for backward."""
+    """A unit's parameters are gathered, its gradients scattered; stage 3 gathers again for backward.
+
+    Gradients are then summed over replicas.
+    """
     if layout.data_parallel_size == 1:
         return
     for axis, numel in _units(HashableConfig.of(config), layout):
@@ -230,7 +238,9 @@ def _collectives_of_zero(config: ZCodeM3Config, layout: Layout, workload: Worklo
         yield gather
         if layout.zero_stage == 3:
             yield replace(gather, phase="backward")
-        yield Collective("reduce_scatter", axis, "backward", numel * workload.element_bytes, is_zero=True)
+        scattered = numel * workload.element_bytes
+        yield Collective("reduce_scatter", axis, "backward", scattered, is_zero=True)
+        yield Collective("all_reduce", _REPLICAS[axis], "backward", scattered // size, is_zero=True)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -246,7 +256,7 @@ def _units(hashable: HashableConfig, layout: Layout) -> tuple[tuple[Axis, int], 
                 experts[parameter.layer] = experts.get(parameter.layer, 0) + numel
             continue
         unit = None if parameter.layer is None else (parameter.layer[0], parameter.layer[1] // layers_per_unit)
-        padded = math.prod(shard_shape(parameter, layout)) * layout.data_parallel_size
+        padded = math.prod(shard_shape(parameter, layout)) * layout.zero_size
         dense[unit] = dense.get(unit, 0) + padded
     return (*(("dp", numel) for numel in dense.values()), *(("edp", numel) for numel in experts.values()))
 

@@ -146,12 +146,6 @@ def is_spread_expert(parameter: ParameterShape, layout: Layout) -> bool:
     return parameter.kind == "expert" and layout.experts_are_spread
 
 
-def expert_data_parallel_size(layout: Layout) -> int:
-    """Ranks that hold the same slices of the same experts."""
-    world_size = layout.tensor_parallel_size * layout.data_parallel_size
-    return world_size // (layout.expert_parallel_size * layout.expert_tensor_parallel_size)
-
-
 def gathered_shape(parameter: ParameterShape, layout: Layout) -> tuple[int, ...]:
     """What a rank computes with: its slice by tensor and expert parallelism, not divided by ZeRO."""
     shape = list(parameter.shape)
@@ -174,13 +168,13 @@ def shard_shape(parameter: ParameterShape, layout: Layout, rank: int | None = No
     """
     shape = list(gathered_shape(parameter, layout))
     if is_spread_expert(parameter, layout):
-        num_shards, stride = expert_data_parallel_size(layout), layout.expert_parallel_size
+        num_shards, stride = layout.expert_zero_size, layout.expert_parallel_size
         stride *= layout.expert_tensor_parallel_size
         dim = next((dim for dim, size in enumerate(shape) if size % num_shards == 0), 0)
     else:
-        num_shards, stride, dim = layout.data_parallel_size, layout.tensor_parallel_size, 0
+        num_shards, stride, dim = layout.zero_size, layout.tensor_parallel_size, 0
     rows = -(-shape[dim] // num_shards)
-    index = 0 if rank is None else rank // stride
+    index = 0 if rank is None else rank // stride % num_shards
     shape[dim] = max(0, min(rows, shape[dim] - index * rows))
     return tuple(shape)
 
@@ -236,7 +230,6 @@ __all__ = [
     "Kind",
     "ParameterShape",
     "RankParameters",
-    "expert_data_parallel_size",
     "gathered_shape",
     "is_spread_expert",
     "layer_groups",

@@ -1,5 +1,6 @@
 """Which layout trains a model on given GPUs, how fast, for how long, and with what energy."""
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -52,6 +53,8 @@ class PlannedLayout:
                 given[name] = getattr(layout, name)
         if layout.expert_tensor_parallel_size != layout.tensor_parallel_size:
             given["expert_tensor_parallel_size"] = layout.expert_tensor_parallel_size
+        if layout.dp_replicate_size > 1:
+            given["dp_replicate_size"] = layout.dp_replicate_size
         if layout.zero_stage > 1:
             given["zero_stage"] = layout.zero_stage
         if layout.offload:
@@ -250,7 +253,7 @@ def _fitting(
     if batch.num_pairs % dp:
         raise ValueError(f"{batch.num_pairs} sentence pairs of a step must be divisible by data_parallel_size ({dp})")
     found, least = [], math.inf
-    for layout in _options(base):
+    for layout in _options(base, machine.num_gpus // machine.gpus_per_node):
         for checkpointing in CHECKPOINTING:
             if checkpointing == "communication-aware" and tp == ep == 1:
                 continue  # no collective in a layer
@@ -267,14 +270,23 @@ def _fitting(
     return found
 
 
-def _options(base: Layout) -> Iterator[Layout]:
+def _options(base: Layout, num_nodes: int) -> Iterator[Layout]:
     stages = (1, 2, 3) if base.data_parallel_size > 1 else (1,)
     offloads = (None, "cpu") if base.data_parallel_size > 1 else (None,)
     has_duplicates = base.expert_parallel_size > 1 and base.expert_tensor_parallel_size > 1
-    for stage in stages:
-        for offload in offloads:
-            for drops in (True, False) if has_duplicates else (True,):
-                yield replace(base, zero_stage=stage, offload=offload, duplicate_token_dropping=drops)
+    for layout, stage, offload in itertools.product(_with_replicas(base, num_nodes), stages, offloads):
+        for drops in (True, False) if has_duplicates else (True,):
+            yield replace(layout, zero_stage=stage, offload=offload, duplicate_token_dropping=drops)
+
+
+def _with_replicas(base: Layout, num_nodes: int) -> list[Layout]:
+    """As it is, and with a replica per machine where sizes allow it."""
+    if num_nodes == 1:
+        return [base]
+    try:
+        return [base, replace(base, dp_replicate_size=num_nodes)]
+    except ValueError:
+        return [base]
 
 
 def _largest_micro_batch(
