@@ -35,6 +35,7 @@ class LayoutArguments:
         default=None, metadata={"help": "Ranks that split each expert; default: tensor_parallel_size."}
     )
     data_parallel_size: int | None = field(default=None, metadata={"help": "Ranks with different batches."})
+    dp_replicate_size: int = field(default=1, metadata={"help": "Replicas that ZeRO shards within, one per machine."})
     zero_stage: Literal[1, 2, 3] = field(default=1, metadata={"help": "1, 2 or 3."})
     offload: Literal["cpu"] | None = field(default=None, metadata={"help": "cpu: keep shards and optimizer there."})
     duplicate_token_dropping: bool = field(default=True, metadata={"help": "Send each token to the experts once."})
@@ -86,10 +87,10 @@ def training_arguments(run: TrainingRun, plugin: TedPlugin) -> Seq2SeqTrainingAr
     Raises:
         ValueError: the batch cannot be divided.
     """
-    num_batches = plugin.dp_shard_size * run.gradient_accumulation_steps
+    num_batches = plugin.data_parallel_size * run.gradient_accumulation_steps
     if run.batch_size % num_batches:
         raise ValueError(
-            f"batch_size ({run.batch_size}) must be divisible by data_parallel_size ({plugin.dp_shard_size}) x "
+            f"batch_size ({run.batch_size}) must be divisible by data_parallel_size ({plugin.data_parallel_size}) x "
             f"gradient_accumulation_steps ({run.gradient_accumulation_steps})"
         )
     return Seq2SeqTrainingArguments(
@@ -99,7 +100,7 @@ def training_arguments(run: TrainingRun, plugin: TedPlugin) -> Seq2SeqTrainingAr
         use_cpu=not torch.cuda.is_available(),  # else several processes on CPUs do not find one another
         max_steps=run.max_steps,
         per_device_train_batch_size=run.batch_size // num_batches,
-        per_device_eval_batch_size=max(run.batch_size // plugin.dp_shard_size, 1),
+        per_device_eval_batch_size=max(run.batch_size // plugin.data_parallel_size, 1),
         gradient_accumulation_steps=run.gradient_accumulation_steps,
         learning_rate=run.learning_rate,
         activation_checkpointing=run.activation_checkpointing,

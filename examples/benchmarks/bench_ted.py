@@ -11,6 +11,14 @@ with `graph` the whole step, collectives and optimizer included, is one CUDA gra
 
 Plain and least-loaded expert parallelism, forward and training, where experts get the shares of tokens that those of
 the shipped model get of a language pair; a second table has the ratios.
+
+Across machines:
+
+    python examples/benchmarks/bench_ted.py --suite nodes --nodes 2
+    torchrun --nnodes 2 --nproc_per_node 8 ... examples/benchmarks/bench_ted.py --suite nodes --systems ours
+
+The first emulates machines on this host (machines.py), and says so. The second takes those of the launcher, on which
+DeepSpeed, which keeps its groups in globals, needs a launch of its own (`--systems deepspeed`).
 """
 
 import argparse
@@ -32,6 +40,7 @@ import torch
 import torch.distributed as dist
 from collectives_profile import collectives_of
 from least_loaded import print_ratios, route_as
+from machines import Machines, check_ranks, emulate, machines_of
 from rich.console import Console
 from rich.table import Table
 from ted_suites import BASES, SKEWED, Case, suite_of
@@ -141,7 +150,7 @@ def torch_step(case: Case) -> tuple[Callable[[], torch.Tensor], int]:
                 DistributedConfig(ep_implementation="all_to_all", **case.layout) if case.layout else None
             )
         model = sharded_model(case, distributed_config, device)
-        num_batches = distributed_config.fsdp_size if distributed_config is not None else 1
+        num_batches = distributed_config.dp_size if distributed_config is not None else 1
     model.train(not case.forward)
     if case.checkpointing is not None:
         kwargs = plugin.activation_checkpointing_kwargs if case.checkpointing != "full" else {"use_reentrant": False}
@@ -270,20 +279,26 @@ def sharded_model(case: Case, distributed_config: Any, device: torch.device) -> 
 def worker(path: Path) -> None:
     """Run the cases of a file in this process of a `torchrun`; rank 0 adds a line to the output for each."""
     job = json.loads(path.read_text())
+    if job["emulated_nodes"] > 1:
+        emulate(job["emulated_nodes"])
+    try:
+        run_cases([Case(**fields) for fields in job["cases"]], Path(job["output"]))
+    except Exception as error:
+        # the other ranks may wait for this one for ever: let torchrun end them all, with the first error kept
+        with suppress(FileExistsError), open(job["error"], "x", encoding="utf-8") as file:
+            file.write(described(error))
+        raise
+
+
+def run_cases(cases: list[Case], output: Path) -> None:
+    """In every process of a launcher."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    for fields in job["cases"]:
-        case = Case(**fields)
-        try:
-            result = run_case(case)
-        except Exception as error:
-            # the other ranks may wait for this one for ever: let torchrun end them all, with the first error kept
-            with suppress(FileExistsError), open(job["error"], "x", encoding="utf-8") as file:
-                file.write(described(error))
-            raise
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            with open(job["output"], "a", encoding="utf-8") as lines:
-                lines.write(json.dumps({"name": case.name, **fields, **result}) + "\n")
+    for case in cases:
+        result = run_case(case)
+        if int(os.environ["RANK"]) == 0:
+            with open(output, "a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"name": case.name, **asdict(case), **result}) + "\n")
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -297,11 +312,11 @@ def described(error: BaseException) -> str:
     return ", then ".join(f"{type(e).__name__}: {str(e)[:200]}" for e in dict.fromkeys((first, error)))
 
 
-def launch(cases: list[Case], lines: Path, time_limit_s: float) -> None:
+def launch(cases: list[Case], lines: Path, time_limit_s: float, machines: Machines) -> None:
     """Run cases on the same number of GPUs in one torchrun, and those after one that fails in the next."""
     deadline = time.monotonic() + time_limit_s
     while cases:
-        error = torchrun(cases, lines, deadline - time.monotonic())
+        error = torchrun(cases, lines, deadline - time.monotonic(), machines)
         done = {(result["name"], result["num_gpus"]) for result in results_in(lines)}
         cases = [case for case in cases if (case.name, case.num_gpus) not in done]
         if error is None:
@@ -313,11 +328,12 @@ def launch(cases: list[Case], lines: Path, time_limit_s: float) -> None:
         cases = cases[len(failed) :]
 
 
-def torchrun(cases: list[Case], lines: Path, time_limit_s: float) -> str | None:
+def torchrun(cases: list[Case], lines: Path, time_limit_s: float, machines: Machines) -> str | None:
     """Run cases in processes of their own until one fails; what failed, or `None`."""
     with tempfile.TemporaryDirectory() as folder:
         job, error = Path(folder, "job.json"), Path(folder, "error")
-        fields = {"cases": [asdict(case) for case in cases], "output": str(lines), "error": str(error)}
+        fields: dict[str, Any] = {"cases": [asdict(case) for case in cases], "output": str(lines), "error": str(error)}
+        fields["emulated_nodes"] = machines.number if machines.is_emulated else 1
         job.write_text(json.dumps(fields))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc_per_node={cases[0].num_gpus}", __file__, "--worker", str(job)]
@@ -337,9 +353,9 @@ def results_in(lines: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
 
 
-def print_table(results: list[dict[str, Any]]) -> None:
+def print_table(results: list[dict[str, Any]], machines: Machines) -> None:
     columns = ("case", "GPUs", "ms/step", "tokens/s", "TFLOP/s/GPU", "MFU", "peak GiB")
-    table = Table(*columns, "collectives ms", "all-to-all MB")
+    table = Table(*columns, "collectives ms", "all-to-all MB", title=str(machines))
     for result in results:
         if "error" in result:
             table.add_row(result["name"], str(result["num_gpus"]), result["error"], *[""] * 6)
@@ -355,13 +371,34 @@ def print_table(results: list[dict[str, Any]]) -> None:
     Console(width=200).print(table)
 
 
-def cases_of(arguments: argparse.Namespace) -> list[Case]:
+def cases_of(arguments: argparse.Namespace, machines: Machines) -> list[Case]:
+    """Those that are asked for, and that the machines can be divided between.
+
+    Raises:
+        ValueError: there are none, or a launcher has started processes that cannot run all of them.
+    """
     systems, only = arguments.systems, arguments.only
-    return [
+    num_gpus = arguments.gpus or machines.world_size or torch.cuda.device_count()
+    if arguments.suite == "nodes":
+        if num_gpus == 0:
+            raise ValueError("--suite nodes needs GPUs, and this machine has none")
+        check_ranks(num_gpus, machines)
+    cases = [
         case
-        for case in suite_of(arguments.suite, arguments.pair)
-        if (not systems or case.system in systems) and (not only or any(text in case.name for text in only))
+        for case in suite_of(arguments.suite, num_gpus, machines.number, arguments.pair)
+        if (not systems or case.system in systems)
+        and (not only or any(text in case.name for text in only))
+        and case.num_gpus % machines.number == 0
+        and case.num_gpus == (machines.world_size or case.num_gpus)
     ]
+    if not cases:
+        raise ValueError(f"--suite {arguments.suite} has no such case for {machines}: leave --systems and --only out")
+    if machines.world_size is not None and len({processes_of(case) for case in cases}) > 1:
+        raise ValueError(
+            "one launch runs either one case of DeepSpeed or cases without it: give --systems ours, or --systems "
+            "deepspeed with --only"
+        )
+    return cases
 
 
 def processes_of(case: Case) -> tuple[int, str]:
@@ -371,8 +408,10 @@ def processes_of(case: Case) -> tuple[int, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=["tiny", "one", "two", "four", "eight", *SKEWED], default="one")
+    parser.add_argument("--suite", choices=["tiny", "one", "two", "four", "eight", "nodes", *SKEWED], default="one")
     parser.add_argument("--pair", default="en-de", help="of the skewed suites: en-XX or XX-en")
+    parser.add_argument("--nodes", type=int, help="emulate so many machines on this host; a launcher has its own")
+    parser.add_argument("--gpus", type=int, help="of the suite nodes, of all machines; default: all")
     parser.add_argument("--systems", nargs="*", help="only these, such as ours deepspeed")
     parser.add_argument("--only", nargs="+", metavar="SUBSTRING", help="only cases whose name has one of these")
     parser.add_argument("--output", type=Path, default=Path("ted.json"))
@@ -382,17 +421,29 @@ def main() -> None:
     if arguments.worker is not None:
         worker(arguments.worker)
         return
+    machines = machines_of(arguments.nodes)
+    if machines.is_emulated and not torch.cuda.is_available():
+        raise ValueError(f"--nodes ({machines.number}) needs GPUs: NCCL is what takes one host for several machines")
+    cases = cases_of(arguments, machines)
     lines = arguments.output.with_suffix(".jsonl")
-    lines.unlink(missing_ok=True)
-    for _, group in itertools.groupby(cases_of(arguments), key=processes_of):
-        launch(list(group), lines, arguments.time_limit_s)
+    if int(os.environ.get("RANK", "0")) == 0:
+        lines.unlink(missing_ok=True)
+        print(f"{len(cases)} cases on {machines}", flush=True)
+    if machines.world_size is not None:
+        run_cases(cases, lines)
+        if int(os.environ["RANK"]) > 0:
+            return
+    else:
+        for _, group in itertools.groupby(cases, key=processes_of):
+            launch(list(group), lines, arguments.time_limit_s, machines)
     results = results_in(lines)
     versions = {
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
-    arguments.output.write_text(json.dumps({"versions": versions, "results": results}, indent=1))
-    print_table(results)
+    record = {"versions": versions, "machines": asdict(machines), "results": results}
+    arguments.output.write_text(json.dumps(record, indent=1))
+    print_table(results, machines)
     print_ratios(results)
 
 

@@ -60,8 +60,16 @@ class Case:
         return " ".join(part for part in parts if part)
 
 
-def suite_of(name: str, pair: str = "en-de") -> list[Case]:
-    """The cases of one record, in the order in which they run; those of a pair have its routing."""
+def suite_of(name: str, num_gpus: int = 1, num_nodes: int = 1, pair: str = "en-de") -> list[Case]:
+    """The cases of one record, in the order in which they run.
+
+    Args:
+        name: of the suite.
+        num_gpus, num_nodes: of the suite "nodes".
+        pair: languages whose routing the skewed suites have.
+    """
+    if name == "nodes":
+        return node_cases(num_gpus, num_nodes)
     if name in SKEWED:
         return skewed_cases(SKEWED[name], routing_of_pair(pair, 20 if name == "skewed_tiny" else 500))
     if name == "tiny":
@@ -190,6 +198,35 @@ def large_cases(num_gpus: int) -> list[Case]:
     cases.append(Case("ours", num_gpus, layout=untiled, checkpointing="communication-aware", **shapes[0]))
     cases += tensor_expert_cases(num_gpus, shapes[2])
     cases.append(Case("deepspeed", num_gpus, layout={"ep": num_gpus}))
+    return cases
+
+
+def node_cases(num_gpus: int, num_nodes: int) -> list[Case]:
+    """Across machines: the paper's layout, its neighbours and DeepSpeed's own, then ZeRO with and without replicas.
+
+    Tensor parallelism is inside machines and experts across them, with neither, either and both of the paper's
+    optimizations; all ranks for tensor and for expert parallelism; experts inside machines.
+    """
+    shape: dict[str, Any] = {"base": "1.3B", "num_experts": 16, "batch_size": 16, "length": 512, "graph": True}
+    inside = num_gpus // num_nodes
+    both = ("full", "communication-aware")
+    layouts: list[dict[str, Any]] = [
+        {"tensor_parallel_size": inside, "expert_parallel_size": num_nodes, "duplicate_token_dropping": drops} | PADDED
+        for drops in (False, True)
+    ]
+    layouts += [{"tensor_parallel_size": num_gpus}, {"expert_parallel_size": num_gpus} | PADDED]
+    cases = [
+        Case("ours", num_gpus, layout=layout, checkpointing=checkpointing, **shape)
+        for layout in layouts
+        for checkpointing in both
+    ]
+    deepspeed = {"tp": inside, "ep": num_nodes}
+    cases.append(Case("deepspeed", num_gpus, layout=deepspeed, checkpointing="full", **shape | {"graph": False}))
+    replicas: dict[str, Any] = {"dp_replicate_size": num_nodes} if inside > 1 and num_nodes > 1 else {}
+    for stage in (1, 3):
+        layout = {"expert_parallel_size": inside, "zero_stage": stage} | PADDED
+        for options in ({}, replicas) if replicas else ({},):
+            cases.append(Case("ours", num_gpus, layout=layout | options, checkpointing=both[1], **shape))
     return cases
 
 

@@ -31,7 +31,7 @@ from .collectives import copy_to_group
 from .expert_parallel import layout_of_experts
 from .layout import Layout
 from .local_shard import LocalShard
-from .mesh import expert_mesh
+from .mesh import expert_mesh, expert_zero_mesh, zero_mesh
 from .parallelize import shard_experts, units_of_layers, zero_options
 from .private_torch import StridedShard, forget_root, fsdp_parameters
 from .private_transformers import mesh_manager
@@ -291,7 +291,7 @@ def _apply_zero(base: Any, wrappers: Wrappers, layout: Layout, meshes: Any) -> N
     outermost = {name: wrapper for name, wrapper in wrappers.items() if not name.endswith(".base_layer")}
     spread = [wrapper for wrapper in outermost.values() if _is_of_spread_experts(wrapper)]
     for wrapper in spread if layout.wraps_experts_in_fsdp else []:
-        shard_experts(wrapper, layout, meshes.get_mesh("efsdp"), options)
+        shard_experts(wrapper, layout, expert_zero_mesh(meshes, layout), options)
     dense = [wrapper for wrapper in outermost.values() if wrapper not in spread]
     units = [
         [wrapper for layer in unit for wrapper in layer.modules() if wrapper in dense]
@@ -301,7 +301,7 @@ def _apply_zero(base: Any, wrappers: Wrappers, layout: Layout, meshes: Any) -> N
     units += [[wrapper] for wrapper in dense if wrapper not in in_units]
     for unit in units:
         if unit:
-            fully_shard(unit, mesh=meshes.get_mesh("fsdp"), **options)
+            fully_shard(unit, mesh=zero_mesh(meshes, layout), **options)
     forget_root(base)
 
 

@@ -156,7 +156,9 @@ def shard_experts(experts: nn.Module, layout: Layout, mesh: DeviceMesh, options:
 
     def placement(param: nn.Parameter) -> Shard | None:
         local = param.to_local() if isinstance(param, DTensor) else param
-        dims = [dim for dim in range(local.ndim) if local.shape[dim] % layout.expert_zero_size == 0]
+        taken = {place.dim for place in getattr(param, "placements", ()) if isinstance(place, StridedShard)}
+        size = layout.expert_zero_size
+        dims = [dim for dim in range(local.ndim) if local.shape[dim] % size == 0 and dim not in taken]
         return Shard(dims[0]) if dims else None
 
     module: Any = fully_shard(experts, mesh=mesh, shard_placement_fn=placement, **options)
