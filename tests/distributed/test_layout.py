@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from hf_moe_ted import TedConfig
-from hf_moe_ted.distributed.layout import Layout, sizes_of_axes
+from hf_moe_ted.distributed.layout import Layout, replicas_of, sizes_of_axes
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,59 @@ def test_layouts_that_cannot_be(world_size: int, sizes: tuple[Any, ...], message
 
 
 @pytest.mark.parametrize(
+    ("sizes", "replicas", "message"),
+    [
+        ((1, 8, 2, 1), 3, "dp_replicate_size (3) must divide data_parallel_size (8)"),
+        (
+            (2, 4, 2, 2),
+            4,
+            "dp_replicate_size (4) must be less than data_parallel_size (4): with one data-parallel rank",
+        ),
+        (
+            (1, 12, 4, 1),
+            2,
+            "expert_parallel_size (4) x expert_tensor_parallel_size (1) = 4 must divide the 6 ranks of a replica "
+            "(tensor_parallel_size 1 x data_parallel_size 12 / dp_replicate_size 2), or be a multiple of them",
+        ),
+        ((1, 8, 2, 1), 0, "dp_replicate_size (0) must be at least 1"),
+        ((1, 8, 2, 1), -2, "dp_replicate_size (-2) must be at least 1"),
+    ],
+)
+def test_replicas_that_cannot_be(sizes: tuple[int, ...], replicas: int, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        Layout(*sizes, dp_replicate_size=replicas)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "replicas", "of_dense", "of_experts"),
+    [
+        ((2, 8, 2, 2), 1, (1, 8), (1, 4)),
+        ((2, 8, 2, 2), 2, (2, 4), (2, 2)),
+        ((2, 8, 2, 2), 4, (4, 2), (4, 1)),  # each replica has each expert once
+        ((1, 16, 8, 1), 4, (4, 4), (1, 2)),  # experts on two replicas
+        ((1, 8, 8, 1), 2, (2, 4), (1, 1)),  # and on all
+    ],
+)
+def test_what_is_replicated(
+    sizes: tuple[int, ...], replicas: int, of_dense: tuple[int, int], of_experts: tuple[int, int]
+) -> None:
+    layout = Layout(*sizes, dp_replicate_size=replicas)
+    assert (layout.dp_replicate_size, layout.zero_size) == of_dense
+    assert (layout.expert_dp_replicate_size, layout.expert_zero_size) == of_experts
+    config = TedConfig.of_layout(layout)
+    assert (config.tp_size, config.dp_size) == sizes[:2]
+    assert config.dp_replicate_size == layout.expert_dp_replicate_size  # the axis of transformers' meshes
+
+
+def test_one_process_has_one_replica() -> None:
+    assert replicas_of(1, 2) == replicas_of(8, 1) == 1
+    assert replicas_of(8, 2) == 2
+    with pytest.raises(ValueError, match=r"dp_replicate_size \(0\) must be at least 1"):
+        replicas_of(1, 0)
+
+
+@pytest.mark.parametrize(
     "layout",
     [
         Layout(),
@@ -68,6 +121,8 @@ def test_layouts_that_cannot_be(world_size: int, sizes: tuple[Any, ...], message
         Layout(2, 2, 4, 1, duplicate_token_dropping=False, pad_expert_input_to_capacity=True),
         Layout(1, 4, 4, 1, overlap_chunks=2, ep_implementation="all_to_all"),
         Layout(1, 4, 4, 1, ep_implementation="ted_least_loaded", least_loaded_bound=1.5, least_loaded_min_tokens=64),
+        Layout(2, 8, 2, 2, dp_replicate_size=2, zero_stage=2),
+        Layout(1, 16, 8, 1, dp_replicate_size=4, zero_stage=3),
     ],
 )
 def test_a_config_has_the_layout_that_it_is_made_of(layout: Layout) -> None:

@@ -44,6 +44,8 @@ def test_another_layout_is_named() -> None:
     check_is_sharded(sharded(tp_size=2, fsdp_size=2, ep_size=2), plugin)
     with pytest.raises(ValueError, match="loaded with ep_size 4, and the TedPlugin has 2"):
         check_is_sharded(sharded(tp_size=2, fsdp_size=2, ep_size=4), plugin)
+    with pytest.raises(ValueError, match="loaded with dp_replicate_size 2, and the TedPlugin has 1"):
+        check_is_sharded(sharded(tp_size=2, fsdp_size=2, dp_replicate_size=2, ep_size=2), plugin)
     with pytest.raises(ValueError, match="loaded with zero_stage 3, and the TedPlugin has 1"):
         check_is_sharded(sharded(tp_size=2, fsdp_size=2, ep_size=2, zero_stage=3), plugin)
 

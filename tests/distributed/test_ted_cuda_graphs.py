@@ -29,9 +29,9 @@ NUM_STEPS = 8
 # tokens, may round otherwise: bits are equal if steps from Python have the same rows.
 LAYOUTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "ep4, no capacity": ("jittered", {"expert_parallel_size": 4}, {"expert_load_bound": 1.3}),
-    "ep4, padded": (
+    "ep4, padded, two replicas": (
         "random",
-        {"expert_parallel_size": 4, "pad_expert_input_to_capacity": True},
+        {"expert_parallel_size": 4, "dp_replicate_size": 2, "pad_expert_input_to_capacity": True},
         {"max_grad_norm": 0.5},
     ),
     "tp2 x ep2": (

@@ -170,3 +170,13 @@ def test_links() -> None:
     assert (links.fast, links.slow) == (150, 150)
     links = bytes_over_links(Collective("reduce_scatter", "dp", "backward", 400), layout, 2)
     assert (links.fast, links.slow) == (0, 300)
+
+
+def test_links_with_a_replica_per_machine() -> None:
+    """8 ranks in machines of 4: ZeRO inside, the sum of shards across."""
+    layout = Layout(1, 8, 2, 1, dp_replicate_size=2)
+    links = bytes_over_links(Collective("all_gather", "dp", "forward", 100), layout, 4)
+    assert (links.fast, links.slow) == (300, 0)
+    for axis in ("dp_replicate", "edp_replicate"):
+        links = bytes_over_links(Collective("all_reduce", axis, "backward", 100), layout, 4)  # type: ignore[arg-type]
+        assert (links.fast, links.slow) == (0, 100)

@@ -42,6 +42,8 @@ def test_whole_model(name: str) -> None:
         ("pyramid", Layout(2, 4, 2, 2), (0, 7)),
         ("dense", Layout(1, 5, 1, 1), (0, 4)),
         ("plain", Layout(1, 4, 4, 1, offload="cpu"), (0, 3)),
+        ("residual", Layout(2, 8, 2, 2, dp_replicate_size=2), (0, 5, 15)),  # an expert twice in each replica
+        ("plain", Layout(1, 16, 4, 1, dp_replicate_size=8), (0, 5, 15)),  # experts spread over two replicas
     ],
 )
 def test_sharded_model(name: str, layout: Layout, ranks: Any) -> None:

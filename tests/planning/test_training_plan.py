@@ -52,6 +52,8 @@ def test_plugin_line_makes_the_layout(tiny_plan: TrainingPlan) -> None:
     assert (layout.tensor_parallel_size, layout.expert_parallel_size, layout.expert_tensor_parallel_size) == (2, 2, 2)
     assert (layout.zero_stage, layout.offload, layout.duplicate_token_dropping) == (3, None, False)
     assert "TedPlugin()" in by_line
+    assert by_line["TedPlugin(dp_replicate_size=2)"].dp_replicate_size == 2  # one per machine
+    assert not any(layout.dp_replicate_size > 1 and layout.data_parallel_size == 2 for layout in by_line.values())
 
 
 def test_impossible_layouts_have_reasons() -> None:

@@ -61,7 +61,8 @@ def _count(text: str) -> int:
 
 def _print_table(layouts: Any) -> None:
     header = ["tp", "ep", "etp", "dp", "replicas", "ZeRO", "offload", "checkpointing", "pairs", "times", "weights",
-              "optimizer", "gathered", "logits", "activations", "peak GiB", "ms", "tokens/s", "hours", "kWh"]  # fmt: skip
+              "optimizer", "gathered", "logits", "activations", "peak GiB", "ms", "tokens/s", "hours",
+              "kWh"]  # fmt: skip
     rows = [header]
     for planned in layouts:
         layout, workload, memory = planned.layout, planned.workload, planned.memory

@@ -164,7 +164,7 @@ class TedPlugin(ParallelismConfig):
         if self.total_size != accelerator.num_processes:
             raise ValueError(
                 f"TedPlugin is for {self.total_size} processes (tensor_parallel_size {self.tp_size} x "
-                f"data_parallel_size {self.data_parallel_size}), the Accelerator has {accelerator.num_processes}; on CPUs "
+                f"data_parallel_size {self.dp_shard_size}), the Accelerator has {accelerator.num_processes}; on CPUs "
                 "pass use_cpu=True to TrainingArguments or cpu=True to the Accelerator"
             )
         check_accelerator(accelerator)

@@ -7,8 +7,10 @@ from transformers import PretrainedConfig
 
 from .layout import Layout
 
-_SIZES = ("tp_size", "fsdp_size", "dp_replicate_size", "ep_size", "expert_tensor_parallel_size")
-_SIZES += ("dense_replicate_size", "zero_stage")
+_SIZES = (
+    *("tp_size", "fsdp_size", "dp_replicate_size", "dense_replicate_size"),
+    *("ep_size", "expert_tensor_parallel_size", "zero_stage"),
+)
 
 
 def check_is_sharded(model: nn.Module, parallelism_config: Any) -> None:
