@@ -385,7 +385,7 @@ def cases_of(arguments: argparse.Namespace, machines: Machines) -> list[Case]:
         check_ranks(num_gpus, machines)
     cases = [
         case
-        for case in suite_of(arguments.suite, num_gpus, machines.number, arguments.pair)
+        for case in suite_of(arguments.suite, num_gpus, machines.number, arguments.shapes, arguments.pair)
         if (not systems or case.system in systems)
         and (not only or any(text in case.name for text in only))
         and case.num_gpus % machines.number == 0
@@ -411,6 +411,7 @@ def main() -> None:
     parser.add_argument("--suite", choices=["tiny", "one", "two", "four", "eight", "nodes", *SKEWED], default="one")
     parser.add_argument("--pair", default="en-de", help="of the skewed suites: en-XX or XX-en")
     parser.add_argument("--nodes", type=int, help="emulate so many machines on this host; a launcher has its own")
+    parser.add_argument("--shapes", nargs="+", default=["1.3Bx16"], help="of the suite nodes, such as 6.7Bx8")
     parser.add_argument("--gpus", type=int, help="of the suite nodes, of all machines; default: all")
     parser.add_argument("--systems", nargs="*", help="only these, such as ours deepspeed")
     parser.add_argument("--only", nargs="+", metavar="SUBSTRING", help="only cases whose name has one of these")

@@ -1,5 +1,6 @@
 """What `bench_ted.py` measures: cases, and the suites that records are made of."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,16 +61,18 @@ class Case:
         return " ".join(part for part in parts if part)
 
 
-def suite_of(name: str, num_gpus: int = 1, num_nodes: int = 1, pair: str = "en-de") -> list[Case]:
+def suite_of(
+    name: str, num_gpus: int = 1, num_nodes: int = 1, shapes: Sequence[str] = (), pair: str = "en-de"
+) -> list[Case]:
     """The cases of one record, in the order in which they run.
 
     Args:
         name: of the suite.
-        num_gpus, num_nodes: of the suite "nodes".
+        num_gpus, num_nodes, shapes: of the suite "nodes".
         pair: languages whose routing the skewed suites have.
     """
     if name == "nodes":
-        return node_cases(num_gpus, num_nodes)
+        return node_cases(num_gpus, num_nodes, shapes)
     if name in SKEWED:
         return skewed_cases(SKEWED[name], routing_of_pair(pair, 20 if name == "skewed_tiny" else 500))
     if name == "tiny":
@@ -201,33 +204,47 @@ def large_cases(num_gpus: int) -> list[Case]:
     return cases
 
 
-def node_cases(num_gpus: int, num_nodes: int) -> list[Case]:
-    """Across machines: the paper's layout, its neighbours and DeepSpeed's own, then ZeRO with and without replicas.
+def node_cases(num_gpus: int, num_nodes: int, shapes: Sequence[str] = ("1.3Bx16",)) -> list[Case]:
+    """Across machines: the paper's layout, its neighbours, ZeRO with and without replicas, and DeepSpeed's own.
 
     Tensor parallelism is inside machines and experts across them, with neither, either and both of the paper's
-    optimizations; all ranks for tensor and for expert parallelism; experts inside machines.
+    optimizations, as whole steps in graphs; then all ranks for tensor and for expert parallelism; then experts inside
+    machines. In one machine it is tensor parallelism of 2.
+
+    Args:
+        shapes: bases and numbers of experts, such as "6.7Bx8".
+
+    Raises:
+        ValueError: a shape that is none.
     """
-    shape: dict[str, Any] = {"base": "1.3B", "num_experts": 16, "batch_size": 16, "length": 512, "graph": True}
-    inside = num_gpus // num_nodes
-    both = ("full", "communication-aware")
-    layouts: list[dict[str, Any]] = [
-        {"tensor_parallel_size": inside, "expert_parallel_size": num_nodes, "duplicate_token_dropping": drops} | PADDED
-        for drops in (False, True)
-    ]
-    layouts += [{"tensor_parallel_size": num_gpus}, {"expert_parallel_size": num_gpus} | PADDED]
+    return [case for shape in shapes for case in _cases_of_shape(num_gpus, num_nodes, shape)]
+
+
+def _cases_of_shape(num_gpus: int, num_nodes: int, shape: str) -> list[Case]:
+    base, _, experts = shape.partition("x")
+    if base not in BASES or not experts.isdecimal():
+        raise ValueError(f"--shapes {shape} must be one of {', '.join(BASES)} and a number of experts, as in 1.3Bx16")
+    fields: dict[str, Any] = {"base": base, "num_experts": int(experts), "batch_size": 16, "length": 512}
+    inside = num_gpus // num_nodes if num_nodes > 1 else min(2, num_gpus)
+    paper: dict[str, Any] = {"tensor_parallel_size": inside, "expert_parallel_size": num_gpus // inside}
+    replicas = {"dp_replicate_size": num_nodes}
+    in_machines: dict[str, Any] = {"expert_parallel_size": inside} | PADDED
+    full, aware = "full", "communication-aware"
     cases = [
-        Case("ours", num_gpus, layout=layout, checkpointing=checkpointing, **shape)
-        for layout in layouts
-        for checkpointing in both
+        *(
+            (paper | PADDED | {"duplicate_token_dropping": drops}, kept)
+            for drops in (False, True)
+            for kept in (full, aware)
+        ),
+        (paper | PADDED | {"zero_stage": 3}, aware),
+        *(({"tensor_parallel_size": num_gpus}, kept) for kept in (full, aware)),
+        *(({"expert_parallel_size": num_gpus} | PADDED, kept) for kept in (full, aware)),
     ]
-    deepspeed = {"tp": inside, "ep": num_nodes}
-    cases.append(Case("deepspeed", num_gpus, layout=deepspeed, checkpointing="full", **shape | {"graph": False}))
-    replicas: dict[str, Any] = {"dp_replicate_size": num_nodes} if inside > 1 and num_nodes > 1 else {}
-    for stage in (1, 3):
-        layout = {"expert_parallel_size": inside, "zero_stage": stage} | PADDED
-        for options in ({}, replicas) if replicas else ({},):
-            cases.append(Case("ours", num_gpus, layout=layout | options, checkpointing=both[1], **shape))
-    return cases
+    for stage in (1, 3) if num_nodes > 1 and inside > 1 else ():
+        cases += [(in_machines | options | {"zero_stage": stage}, aware) for options in ({}, replicas)]
+    ours = [Case("ours", num_gpus, layout=layout, checkpointing=kept, graph=True, **fields) for layout, kept in cases]
+    deepspeed = {"tp": inside, "ep": num_gpus // inside}
+    return [*ours, Case("deepspeed", num_gpus, layout=deepspeed, checkpointing=full, **fields)]
 
 
 def tensor_expert_cases(num_gpus: int, shape: dict[str, Any]) -> list[Case]:
@@ -249,4 +266,4 @@ def tensor_expert_cases(num_gpus: int, shape: dict[str, Any]) -> list[Case]:
     return [*cases, Case("deepspeed", num_gpus, layout={"tp": 2, "ep": ep}, checkpointing="full", **shape)]
 
 
-__all__ = ["BASES", "SKEWED", "Case", "suite_of"]
+__all__ = ["BASES", "SKEWED", "Case", "node_cases", "suite_of"]
