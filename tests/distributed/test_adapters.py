@@ -46,6 +46,7 @@ CASES = {
     "tp": Case({TP: 4}, model=UNTIED),
     "ep": Case({EP: 4}, model=MODEL, data="uneven"),
     "ep, least-loaded": Case({EP: 4, **LEAST_LOADED}, model=MODEL),
+    "ep in replicas, least-loaded": Case({EP: 2, "dp_replicate_size": 2, "zero_stage": 2, **LEAST_LOADED}, model=MODEL),
     "tp x ep, offloaded": Case({TP: 2, EP: 2, "offload": "cpu"}, model=MODEL, checkpointing="communication-aware"),
     "ep x edp, stage 3": Case({EP: 2, "zero_stage": 3}, model=MODEL, checkpointing="full"),
     "etp x edp, stage 3": Case({TP: 2, "zero_stage": 3}, model=MODEL, data="idle"),
