@@ -78,7 +78,13 @@ RULES = {
         parts=("models", "kernels", "files", "tensors", "optim", "cuda_graphs"),
         packages=("numpy", "torch", "transformers", "accelerate", "safetensors", "tqdm", "peft"),
     ),
-    "planning": Rule(parts=("models", "distributed", "files"), packages=("torch", "transformers")),
+    "planning": Rule(
+        parts=(
+            *("models", "distributed", "files", "tensors.config_file"),
+            *("routing.pictures", "expert_memory.residence_plan"),
+        ),
+        packages=("torch", "transformers"),
+    ),
     "metrics": Rule(parts=("evaluation.metrics",), packages=()),
     "testing": Rule(parts=("models", "distributed")),
     "_auto_registration": Rule(parts=("models", "compression"), packages=("transformers",)),

@@ -74,7 +74,10 @@ if TYPE_CHECKING:
     from .optim.tiled_adamw import TiledAdamW as TiledAdamW
     from .planning.gpus import Gpu as Gpu
     from .planning.memory import memory_of_rank as memory_of_rank
+    from .planning.model_config import read_planned_config as read_planned_config
     from .planning.parameters import parameters_of_rank as parameters_of_rank
+    from .planning.serving_plan import ServingPlan as ServingPlan
+    from .planning.serving_plan import plan_serving as plan_serving
     from .planning.simulation import local_numels_of_rank as local_numels_of_rank
     from .planning.training_plan import TrainingPlan as TrainingPlan
     from .planning.training_plan import plan_training as plan_training
@@ -150,6 +153,7 @@ _MODULE_OF_NAME = {
     "RouterStatisticsCallback": "routing.router_statistics",
     "RuleSet": "conversion.conversion_rules",
     "ServerSettings": "serving.settings",
+    "ServingPlan": "planning.serving_plan",
     "StepSnapshot": "distributed.step_snapshot",
     "StreamSource": "data.multitask_stream",
     "TedConfig": "distributed.ted_config",
@@ -195,11 +199,13 @@ _MODULE_OF_NAME = {
     "open_parallel_text": "evaluation.text_file",
     "parameters_of_rank": "planning.parameters",
     "parse_languages": "models.language_codes",
+    "plan_serving": "planning.serving_plan",
     "plan_training": "planning.training_plan",
     "propose_length_buckets": "data.length_buckets",
     "prune_experts": "compression.prune",
     "quantize_experts": "compression.quantize",
     "read_deepspeed_state_dict": "conversion.deepspeed.reader",
+    "read_planned_config": "planning.model_config",
     "resolve_language": "models.language_codes",
     "run_server": "serving.server",
     "score_translations": "evaluation.translation_scores",

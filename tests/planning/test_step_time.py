@@ -12,14 +12,15 @@ from measured_layouts import ON_NVLINK, ON_TWO_EMULATED_MACHINES, THROUGH_HOST_M
 from scipy.stats import kendalltau
 
 from hf_moe_ted.distributed.layout import Layout
+from hf_moe_ted.planning.constants import POWER, TIME, PowerConstants, origins
 from hf_moe_ted.planning.gpus import GPUS, Gpu
-from hf_moe_ted.planning.step_time import CONSTANTS, forward_flops, time_of_step, watts
+from hf_moe_ted.planning.step_time import forward_flops, gpu_watts, time_of_step, watts
 from hf_moe_ted.planning.workload import Workload
 from hf_moe_ted.testing import tiny_config
 
 H200 = GPUS["h200-141gb"]
-SOCKETS = replace(H200, network_gbs=3.35 / CONSTANTS.network_efficiency)
-HOST_MEMORY = replace(H200, nvlink_gbs=20.4 / CONSTANTS.nvlink_efficiency)
+SOCKETS = replace(H200, network_gbs=3.35 / TIME.network_efficiency)
+HOST_MEMORY = replace(H200, nvlink_gbs=20.4 / TIME.nvlink_efficiency)
 STEPS = [
     *((line, H200, 8) for line in ON_NVLINK),
     *((line, SOCKETS, 2) for line in ON_TWO_EMULATED_MACHINES),
@@ -86,7 +87,18 @@ def test_slower_links_and_smaller_gpus_take_longer() -> None:
 def test_power_is_between_idle_and_full_load() -> None:
     line = ON_NVLINK[0]
     step = time_of_step(line.config, line.layout, line.workload, H200)
-    assert watts(step, H200) == pytest.approx(CONSTANTS.cooling * (700 + CONSTANTS.host_power_w))
+    assert watts(step.busy_share, H200) == pytest.approx(POWER.cooling * (700 + POWER.host_power_w))
     waiting = replace(step, communication=1e9)
-    idle = CONSTANTS.cooling * (CONSTANTS.idle_power * 700 + CONSTANTS.host_power_w)
-    assert watts(waiting, H200) == pytest.approx(idle, rel=1e-6)
+    idle = POWER.cooling * (POWER.idle_power * 700 + POWER.host_power_w)
+    assert watts(waiting.busy_share, H200) == pytest.approx(idle, rel=1e-6)
+
+
+def test_measured_power_takes_the_place_of_the_assumed() -> None:
+    measured = PowerConstants(idle_power=0.1, busy_power=0.7)
+    assert [gpu_watts(share, H200, measured) for share in (0.0, 0.5, 1.0)] == pytest.approx([70, 280, 490])
+
+
+def test_every_constant_has_an_origin() -> None:
+    found = origins(POWER) | origins(TIME)
+    assert {constant["origin"] for constant in found.values()} <= {"measured", "fitted", "assumed"}
+    assert found["passes_of_kept"] == {"value": 16.6, "origin": "fitted", "note": found["passes_of_kept"]["note"]}

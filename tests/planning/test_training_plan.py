@@ -8,9 +8,9 @@ import pytest
 
 from hf_moe_ted import Gpu, ZCodeM3Config, plan_training
 from hf_moe_ted.planning import training_plan
-from hf_moe_ted.planning.gpus import GPUS, gpu_of
+from hf_moe_ted.planning.gpus import GPUS, gpu_of, usable_bytes
 from hf_moe_ted.planning.memory import memory_of_rank
-from hf_moe_ted.planning.training_plan import TrainingPlan, usable_bytes
+from hf_moe_ted.planning.training_plan import TrainingPlan
 from hf_moe_ted.testing import tiny_config
 
 SMALL = Gpu("small", memory_gib=0.15, tflops=1, memory_gbs=10, nvlink_gbs=10, network_gbs=1, power_w=100)
@@ -100,7 +100,17 @@ def test_gpu_of_a_file(tmp_path: Path) -> None:
     path.write_text("- 48")
     with pytest.raises(ValueError, match="must have a field per line"):
         gpu_of(str(path))
-    with pytest.raises(ValueError, match=r"tflops \(0\) of the GPU l40s must be positive"):
+    for line, message in {
+        "memory_gib: 48 GB": r"memory_gib \(48 GB\) must be float",
+        "memory_gib: .nan": r"memory_gib \(nan\) must be float",
+        "memory_gb: 48": r"it lacks memory_gib",
+    }.items():
+        path.write_text("\n".join([line, *(f"{name}: 1" for name in fields if name != "memory_gib")]))
+        with pytest.raises(ValueError, match=message):
+            gpu_of(str(path))
+    with pytest.raises(ValueError, match=r"power_w \(inf\) of the GPU l40s must be a positive number"):
+        Gpu("l40s", **fields | {"power_w": float("inf")})
+    with pytest.raises(ValueError, match=r"tflops \(0\) of the GPU l40s must be a positive number"):
         Gpu("l40s", **fields | {"tflops": 0})
 
 
@@ -116,6 +126,9 @@ def test_gpu_of_a_file(tmp_path: Path) -> None:
         ({"gpu": "b300"}, r"gpu \('b300'\) must be one of v100-32gb, .*, or a YAML file"),
         ({"gpu": "none.yaml"}, r"gpu: none.yaml does not exist"),
         ({"dtype": "float8"}, r"dtype \('float8'\) must be one of"),
+        ({"num_gpus": float("nan")}, r"num_gpus \(nan\) must be a whole number"),
+        ({"sequence_length": 16.0}, r"sequence_length \(16.0\) must be a whole number"),
+        ({"host_gib_per_gpu": -1}, r"host_gib_per_gpu \(-1\) must be 0 or a positive number"),
     ],
 )
 def test_errors(options: dict[str, Any], message: str) -> None:
@@ -131,6 +144,31 @@ def test_nllb_sized_model_on_machines() -> None:
     best = plan_training(config, num_gpus=8, **options).best
     assert best.memory.peak <= 0.92 * 40 * 2**30
     assert best.parameters.total * 8 >= 10e9  # of which each GPU holds its part
+
+
+def test_a_small_host_offloads_nothing() -> None:
+    options: dict[str, Any] = {"num_gpus": 8, "gpu": "a100-40gb", "batch_tokens": 2**14, "sequence_length": 512}
+    config = ZCodeM3Config(num_experts=256)  # 35 billion parameters
+    assert {p.layout.offload for p in plan_training(config, **options).layouts} == {"cpu"}
+    found = plan_training(config, host_gib_per_gpu=32, **options)
+    assert found.layouts == ()
+    with pytest.raises(ValueError, match=r"the host has 32 GiB per GPU for what is offloaded"):
+        _ = found.best
+
+
+def test_a_quantized_model_is_not_trained() -> None:
+    config = tiny_config(quantization_config={"quant_method": "zcode_experts", "bits": 4, "group_size": 16})
+    with pytest.raises(ValueError, match=r"the model is quantized \(4 bits\) and cannot be trained"):
+        plan_training(config, num_gpus=1, gpu=SMALL, sequence_length=16)
+
+
+def test_training_arguments(tiny_plan: TrainingPlan) -> None:
+    checkpointed = next(p for p in tiny_plan.layouts if p.workload.checkpointing is not None)
+    workload = checkpointed.workload
+    assert f"per_device_train_batch_size={workload.batch_size}" in checkpointed.arguments
+    assert "activation_checkpointing=True" in checkpointed.arguments
+    whole = next(p for p in tiny_plan.layouts if p.workload.checkpointing is None and p.workload.accumulation == 1)
+    assert whole.arguments == f"per_device_train_batch_size={whole.workload.batch_size}"
 
 
 def test_one_gpu_has_one_layout() -> None:

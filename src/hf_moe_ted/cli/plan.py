@@ -1,55 +1,140 @@
-"""The command that says what a training needs and what it costs."""
+"""The command that says what a training, or a translation, needs and what it costs."""
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .errors import naming
-
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 GIB = 2**30
+_TRAINING, _SERVING = "Training", "Translation (--serve)"
 
 
 def plan(
-    model: Annotated[Path, typer.Argument(help="config.json of ZCodeM3, or a folder with one.")],
+    model: Annotated[
+        Path, typer.Argument(help="config.json of ZCodeM3 or NLLB-MoE, or a folder with one; weights are not read.")
+    ],
     gpus: Annotated[int, typer.Option(help="All of them.")],
-    gpu: Annotated[str, typer.Option(help="Such as h100-80gb, or a YAML file with the fields of a GPU.")],
+    gpu: Annotated[
+        str,
+        typer.Option(
+            help="v100-32gb, a100-40gb, a100-80gb, h100-80gb, h200-141gb, or a YAML file: see docs/planning.md."
+        ),
+    ],
+    serve: Annotated[bool, typer.Option("--serve", help="Plan translation with the model, not its training.")] = False,
     gpus_per_node: Annotated[int, typer.Option(help="Of one machine, joined by NVLink.")] = 8,
-    tokens: Annotated[str, typer.Option(help="Source and target tokens of the whole training, such as 30B.")] = "1B",
-    batch_tokens: Annotated[int, typer.Option(help="Source and target tokens of a step, over all GPUs.")] = 2**20,
-    sequence: Annotated[int, typer.Option(help="Tokens of a source, and of a target.")] = 512,
-    layouts: Annotated[int, typer.Option(help="How many of the best to show.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the layouts that cannot be.")] = False,
+    host_memory: Annotated[float, typer.Option(help="GiB of a machine's memory for each of its GPUs.")] = 128,
+    sequence: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a source, and of a target; default: 512 to train, 64 to translate."),
+    ] = None,
+    layouts: Annotated[int, typer.Option(min=1, help="How many of the best to show.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all terms and what cannot be.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="PNG file for bars of what takes a GPU's memory; needs matplotlib.")
+    ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="Source and target tokens of the whole training, such as 30B; default: 1B.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Source and target tokens of a step, over all GPUs; default: 1048576.", rich_help_panel=_TRAINING
+        ),
+    ] = None,
+    sentences: Annotated[
+        int | None,
+        typer.Option(help="That a GPU translates at once; default: 16.", rich_help_panel=_SERVING),
+    ] = None,
+    beams: Annotated[int | None, typer.Option(help="1 is greedy; default: 4.", rich_help_panel=_SERVING)] = None,
+    expert_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Experts on a GPU at once, such as 8GB; default: all, or as many as fit.", rich_help_panel=_SERVING
+        ),
+    ] = None,
+    zipf: Annotated[
+        float | None,
+        typer.Option(
+            help="How unevenly tokens choose experts; default: 0, evenly. One pair of languages: about 2.",
+            rich_help_panel=_SERVING,
+        ),
+    ] = None,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="As with generate(cuda_graphs=True).", rich_help_panel=_SERVING)
+    ] = False,
+    quantized_kernels: Annotated[
+        bool,
+        typer.Option(
+            "--quantized-kernels",
+            help="As with HF_MOE_TED_QUANTIZED_KERNELS=1: quantized experts in Triton kernels, not in a loop.",
+            rich_help_panel=_SERVING,
+        ),
+    ] = False,
 ) -> None:
-    """The best layouts to train a model on GPUs: memory by term, tokens per second, hours, energy."""
-    from .. import ZCodeM3Config, plan_training
+    """What fits on GPUs, best first: layouts to train a model, with memory, tokens per second, hours and energy.
 
-    with naming("MODEL"):
-        if not model.exists():
-            raise ValueError(f"{model} does not exist; give a config.json, or a folder with one")
-        config = ZCodeM3Config.from_pretrained(model)
-    found = plan_training(
-        config,
-        num_gpus=gpus,
-        gpu=gpu,
-        gpus_per_node=gpus_per_node,
-        batch_tokens=batch_tokens,
-        sequence_length=sequence,
-        total_tokens=_count(tokens),
-    )
+    With --serve: ways to translate with it, with memory and milliseconds per token.
+    """
+    from .. import read_planned_config
+
+    config = read_planned_config(model)
+    machines: dict[str, Any] = {
+        "num_gpus": gpus, "gpu": gpu, "gpus_per_node": gpus_per_node, "host_gib_per_gpu": host_memory,
+    }  # fmt: skip
+    training = {"batch_tokens": batch_tokens, "sequence_length": sequence}
+    serving = {"batch_size": sentences, "num_beams": beams, "zipf": zipf}
+    if serve:
+        _refuse({"--tokens": tokens, "--batch-tokens": batch_tokens}, "is of training, and --serve plans translation")
+        options = _given(serving | {"source_length": sequence, "target_length": sequence})
+        options |= {"expert_memory": _size(expert_memory), "quantized_kernels": quantized_kernels}
+        found, show = _plan_serving(config, machines | options | {"cuda_graphs": cuda_graphs}), _show_serving
+    else:
+        flags = {"--cuda-graphs": cuda_graphs or None, "--quantized-kernels": quantized_kernels or None}
+        named = {"--sentences": sentences, "--beams": beams, "--zipf": zipf, "--expert-memory": expert_memory}
+        _refuse(named | flags, "is of translation: give --serve, too")
+        total = {} if tokens is None else {"total_tokens": _count(tokens)}
+        found, show = _plan_training(config, machines | _given(training) | total), _show_training
+    if picture is not None:
+        found.write_picture(picture, layouts)
     if as_json:
         print(json.dumps(found.as_dict(layouts), indent=2))
-        return
-    best = found.best
-    print(f"{found.num_parameters:,} parameters on {gpus} x {found.gpu.name}; per GPU and micro-batch "
-          f"{best.workload.batch_size} pairs of {sequence} + {sequence} tokens")  # fmt: skip
-    print(best.plugin)
-    _print_table(found.layouts[:layouts])
-    if found.impossible:
-        print(f"{len(found.impossible)} combinations of tp, ep and etp cannot be; --json has the reasons")
+    else:
+        show(found, model, layouts)
+
+
+def _plan_training(config: Any, options: dict[str, Any]) -> Any:
+    from .. import plan_training
+
+    return plan_training(config, **options)
+
+
+def _plan_serving(config: Any, options: dict[str, Any]) -> Any:
+    from .. import plan_serving
+
+    return plan_serving(config, **options)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    for name, value in _given(options).items():
+        raise ValueError(f"{name} ({value}) {why}")
+
+
+def _size(text: str | None) -> int | None:
+    from .. import ExpertMemory
+
+    return None if text is None else ExpertMemory(text).num_bytes
 
 
 def _count(text: str) -> int:
@@ -59,24 +144,76 @@ def _count(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def _print_table(layouts: Any) -> None:
-    header = ["tp", "ep", "etp", "dp", "replicas", "ZeRO", "offload", "checkpointing", "pairs", "times", "weights",
-              "optimizer", "gathered", "logits", "activations", "peak GiB", "ms", "tokens/s", "hours",
-              "kWh"]  # fmt: skip
-    rows = [header]
+# ---- tables ----
+
+
+def _show_training(found: Any, model: Path, num_layouts: int) -> None:
+    best = found.best
+    print(f"{found.num_parameters:,} parameters in {best.workload.dtype} on {found.num_gpus} x {found.gpu.name}; per "
+          f"GPU and micro-batch {best.workload.batch_size} pairs of {found.sequence_length} + {found.sequence_length} "
+          "tokens")  # fmt: skip
+    print(best.plugin)
+    print(f"TrainingArguments: {best.arguments}")
+    _print_training(found.layouts[:num_layouts])
+    print("GiB of a GPU at its peak; host: GiB of the machine's memory per GPU; ms: of a step")
+    if found.impossible:
+        print(f"{len(found.impossible)} combinations of tp, ep and etp cannot be; --json has the reasons")
+
+
+def _print_training(layouts: Sequence[Any]) -> None:
+    rows = [["tp", "ep", "etp", "dp", "replicas", "ZeRO", "offload", "checkpointing", "pairs", "times", "weights",
+             "optimizer", "gathered", "logits", "activations", "peak GiB", "host", "ms", "tokens/s", "hours", "kWh"]]  # fmt: skip
     for planned in layouts:
         layout, workload, memory = planned.layout, planned.workload, planned.memory
         sizes = (layout.tensor_parallel_size, layout.expert_parallel_size, layout.expert_tensor_parallel_size,
                  layout.data_parallel_size, layout.dp_replicate_size)  # fmt: skip
         of_activations = memory.activations + memory.exchange
         gathered, logits = memory.gathered + memory.whole_gradients, memory.logits + memory.loss
-        terms = (memory.weights, memory.optimizer, gathered, logits, of_activations, memory.peak)
+        terms = (memory.weights, memory.optimizer, gathered, logits, of_activations, memory.peak, memory.host)
         rows.append([
             *map(str, (*sizes, layout.zero_stage)), layout.offload or "",
             workload.checkpointing or "none", str(workload.batch_size), str(workload.accumulation),
             *(f"{term / GIB:.1f}" for term in terms), f"{planned.step.total * 1e3:,.0f}",
             f"{planned.tokens_per_s:,.0f}", f"{planned.hours:,.1f}", f"{planned.kwh:,.0f}",
         ])  # fmt: skip
+    _print_table(rows)
+
+
+def _show_serving(found: Any, model: Path, num_ways: int) -> None:
+    workload, best = found.workload, found.best
+    at_once = f"{workload.batch_size} sentences at once with {workload.num_beams} beams"
+    lengths = f"{workload.source_length} tokens to {workload.target_length}"
+    print(f"{found.num_parameters:,} parameters on {found.num_gpus} x {found.gpu.name}; {at_once}, {lengths}")
+    for line in found.commands(str(model)):
+        print(line)
+    if best.num_copies > 1:
+        print(f"once for each of {best.num_copies} copies, with GPUs and a --port of its own")
+    if best.token.is_captured:
+        print("and, for CUDA graphs, model.generation_config.cuda_graphs = True, saved with the model")
+    _print_serving(found.ways[:num_ways])
+    print("GiB of a GPU; host: GiB of main memory that a copy's experts take; ms: from a token to the next")
+    print("8 and 4 bits change translations: measure them before you choose")
+    for way in found.impossible:
+        print(f"{way.weights} cannot be: {way.reason}")
+
+
+def _print_serving(ways: Sequence[Any]) -> None:
+    rows = [["weights", "GPUs each", "copies", "expert memory", "dense", "words", "experts", "keys", "logits",
+             "activations", "GiB", "host", "source ms", "ms", "captured", "tokens/s", "kWh/M tokens"]]  # fmt: skip
+    for way in ways:
+        memory, size = way.memory, "all" if way.expert_memory is None else f"{way.expert_memory / 10**9:g} GB"
+        keys = memory.own_keys + memory.source_keys
+        terms = (memory.dense, memory.embedding, memory.experts, keys, memory.logits, memory.activations, memory.peak)
+        host = "files" if way.experts_in_files else f"{memory.host / GIB:.1f}"
+        rows.append([
+            way.weights, str(way.num_gpus), str(way.num_copies), size, *(f"{term / GIB:.1f}" for term in terms), host,
+            f"{way.source_s * 1e3:,.0f}", f"{way.token.total * 1e3:,.1f}", "yes" if way.token.is_captured else "no",
+            f"{way.tokens_per_s:,.0f}", f"{way.kwh_per_million_tokens:,.3f}",
+        ])  # fmt: skip
+    _print_table(rows)
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))

@@ -1,10 +1,15 @@
 """GPUs as their data sheets describe them, and YAML files of one's own."""
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from ..files.typed_fields import from_fields
 from ..files.yaml_file import read_yaml
+from .constants import MEMORY, MemoryConstants
+
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -12,15 +17,15 @@ class Gpu:
     """
     Attributes:
         name: for messages.
-        memory_gib: of the device.
-        tflops: of dense matrix products in bfloat16 (V100: float16), without sparsity.
+        memory_gib: GiB of the device.
+        tflops: TFLOP/s of dense matrix products in bfloat16 (V100: float16), without sparsity.
         memory_gbs: GB/s of its memory.
         nvlink_gbs: GB/s to GPUs of the same machine, in one direction.
         network_gbs: GB/s to other machines in one direction, its share of the machine's adapters.
-        power_w: at full load.
+        power_w: watts at full load.
 
     Raises:
-        ValueError: a number that is not positive.
+        ValueError: a number that is not positive and finite.
     """
 
     name: str
@@ -34,8 +39,12 @@ class Gpu:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "name" and not value > 0:
-                raise ValueError(f"{field.name} ({value}) of the GPU {self.name} must be positive")
+            if field.name != "name" and not (_is_number(value) and 0 < value < math.inf):
+                raise ValueError(f"{field.name} ({value!r}) of the GPU {self.name} must be a positive number")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # NVIDIA's data sheets of the SXM modules; the network is that of the DGX with eight of them (V100: DGX-1, four adapters
@@ -74,4 +83,9 @@ def gpu_of(name: str | Gpu) -> Gpu:
         raise ValueError(f"gpu ({path}): {error}") from error
 
 
-__all__ = ["GPUS", "Gpu", "gpu_of"]
+def usable_bytes(gpu: Gpu, constants: MemoryConstants = MEMORY) -> float:
+    """Bytes of a GPU's memory that tensors can have."""
+    return constants.usable_share * gpu.memory_gib * GIB
+
+
+__all__ = ["GIB", "GPUS", "Gpu", "gpu_of", "usable_bytes"]

@@ -9,53 +9,11 @@ from dataclasses import dataclass
 from ..distributed.layout import Layout
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from .communication import LinkBytes, bytes_over_links, collectives_of_step
+from .constants import POWER, TIME, PowerConstants, TimeConstants
 from .gpus import Gpu
 from .memory import kept_of_layer
 from .parameters import SIDES, layer_groups, parameters_of_rank
 from .workload import Workload
-
-
-@dataclass(frozen=True)
-class TimeConstants:
-    """What turns data sheets into time.
-
-    Fitted on the steps of tests/planning/test_step_time.py (H200, CUDA graphs), so that agreement with those is no
-    proof:
-
-    Attributes:
-        passes_of_kept: how often all but matrix products moves the bytes that a layer keeps for backward.
-        nvlink_efficiency: of the links in a machine, in collectives.
-        collective_s: of each collective, besides its bytes.
-        zero_overlap: share of computation beside which gathers and reductions of ZeRO run. Small, as they and the
-            exchange share the slow link where they were measured.
-
-    Assumed, not measured:
-
-    Attributes:
-        matmul_efficiency: of the peak of matrix products.
-        memory_efficiency: of the bandwidth of memory.
-        network_efficiency: of the links between machines.
-        pcie_gbs, host_memory_gbs: GB/s of a GPU's share, for `offload`.
-        idle_power: share of a GPU's power that it takes while it waits.
-        host_power_w: of CPUs, memory and adapters, per GPU.
-        cooling: energy of the building per energy of its machines (PUE).
-    """
-
-    matmul_efficiency: float = 0.8
-    passes_of_kept: float = 16.6
-    memory_efficiency: float = 0.8
-    nvlink_efficiency: float = 0.51
-    network_efficiency: float = 0.7
-    collective_s: float = 54e-6
-    zero_overlap: float = 0.08
-    pcie_gbs: float = 25.0
-    host_memory_gbs: float = 25.0
-    idle_power: float = 0.2
-    host_power_w: float = 300.0
-    cooling: float = 1.2
-
-
-CONSTANTS = TimeConstants()
 
 
 @dataclass(frozen=True)
@@ -100,9 +58,16 @@ def time_of_step(
     workload: Workload,
     gpu: Gpu,
     gpus_per_node: int = 8,
-    constants: TimeConstants = CONSTANTS,
+    constants: TimeConstants = TIME,
 ) -> StepTime:
-    """Of one optimizer step, all its forwards and backwards included."""
+    """Of one optimizer step, all its forwards and backwards included.
+
+    Args:
+        config, layout, workload: the model, how ranks share it, and what one of them computes in a step.
+        gpu: of the ranks.
+        gpus_per_node: of one machine, joined by NVLink; others are reached by the network.
+        constants: of the model of time.
+    """
     in_layers, in_head = forward_flops(config, layout, workload)
     recomputes = workload.checkpointing is not None
     flops = (4 if recomputes else 3) * in_layers + 3 * in_head
@@ -129,7 +94,7 @@ def time_of_step(
 
 
 def forward_flops(config: ZCodeM3Config, layout: Layout, workload: Workload) -> tuple[float, float]:
-    """Of one rank, in its layers and in the head: two per multiplication and addition, one forward."""
+    """FLOPs of one forward of one rank, in its layers and in the head: two per multiplication and addition."""
     width, top_k = config.d_model, config.num_experts_per_tok
     source, target = workload.num_tokens("encoder"), workload.num_tokens("decoder")
     total = 0.0
@@ -148,10 +113,14 @@ def forward_flops(config: ZCodeM3Config, layout: Layout, workload: Workload) -> 
     return total / tp, 2 * width * config.vocab_size * target / tp
 
 
-def watts(step: StepTime, gpu: Gpu, constants: TimeConstants = CONSTANTS) -> float:
-    """Mean power that the building takes for one GPU."""
-    load = constants.idle_power + (1 - constants.idle_power) * step.busy_share
-    return constants.cooling * (gpu.power_w * load + constants.host_power_w)
+def gpu_watts(busy_share: float, gpu: Gpu, power: PowerConstants = POWER) -> float:
+    """Mean power of one GPU in watts, which NVML measures; `busy_share`: of the time, in which it computes."""
+    return gpu.power_w * (power.idle_power + (power.busy_power - power.idle_power) * busy_share)
+
+
+def watts(busy_share: float, gpu: Gpu, power: PowerConstants = POWER) -> float:
+    """Mean power in watts that the building takes for one GPU: its part of the host and the cooling included."""
+    return power.cooling * (gpu_watts(busy_share, gpu, power) + power.host_power_w)
 
 
 def _kept_bytes(config: ZCodeM3Config, layout: Layout, workload: Workload) -> int:
@@ -184,4 +153,4 @@ def _seconds(links: LinkBytes, gpu: Gpu, constants: TimeConstants) -> float:
     return max(fast, slow)
 
 
-__all__ = ["CONSTANTS", "StepTime", "TimeConstants", "forward_flops", "time_of_step", "watts"]
+__all__ = ["StepTime", "forward_flops", "gpu_watts", "time_of_step", "watts"]

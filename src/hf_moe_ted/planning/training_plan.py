@@ -4,22 +4,21 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ..distributed.layout import Layout, sizes_of_axes
 from ..distributed.layout_check import check_model
 from ..models.configuration_zcode_m3 import ZCodeM3Config
-from .gpus import Gpu, gpu_of
+from .constants import MEMORY, POWER, TIME, origins
+from .gpus import GIB, Gpu, gpu_of, usable_bytes
 from .memory import Memory, memory_of_rank
+from .memory_picture import write_memory_picture
+from .model_config import stored_bits
 from .parameters import SIDES, RankParameters, num_parameters, parameters_of_rank
 from .step_time import StepTime, time_of_step, watts
-from .workload import Checkpointing, Workload
+from .workload import Checkpointing, Workload, check_counts
 
-# what the CUDA context, communicators and fragmentation leave to tensors; assumed
-USABLE_MEMORY = 0.92
-# of the host, per GPU: machines of eight GPUs have one to two TB; assumed
-HOST_GIB_PER_GPU = 128
-GIB = 2**30
 CHECKPOINTING: tuple[Checkpointing | None, ...] = (None, "full", "communication-aware")
 
 
@@ -65,13 +64,44 @@ class PlannedLayout:
             given["communication_aware_checkpointing"] = False
         return f"TedPlugin({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
+    @property
+    def arguments(self) -> str:
+        """What goes to `TrainingArguments` beside `parallelism_config=plugin`."""
+        given = [f"per_device_train_batch_size={self.workload.batch_size}"]
+        if self.workload.accumulation > 1:
+            given.append(f"gradient_accumulation_steps={self.workload.accumulation}")
+        if self.workload.checkpointing is not None:
+            given.append("activation_checkpointing=True")
+            given.append("activation_checkpointing_kwargs=plugin.activation_checkpointing_kwargs")
+        return ", ".join(given)
+
+    @property
+    def name(self) -> str:
+        """Sizes of the axes and options, in words."""
+        layout = self.layout
+        parts = [
+            f"tp {layout.tensor_parallel_size} x ep {layout.expert_parallel_size}, ZeRO {layout.zero_stage}",
+            "" if layout.expert_tensor_parallel_size == layout.tensor_parallel_size or layout.expert_parallel_size == 1
+            else f"etp {layout.expert_tensor_parallel_size}",
+            f"offload {layout.offload}" if layout.offload else "",
+            "" if layout.duplicate_token_dropping else "duplicates sent",
+            f"{self.workload.checkpointing or 'no'} checkpointing",
+        ]  # fmt: skip
+        return ", ".join(part for part in parts if part)
+
 
 @dataclass(frozen=True)
 class ImpossibleLayout:
-    """A layout that cannot be, and why."""
+    """A layout that cannot be, and why.
+
+    Attributes:
+        sizes, reason: in words.
+        least_bytes: of a GPU, with all options tried, where memory is the reason; `None` where sizes are.
+    """
 
     sizes: str
     reason: str
+    least_bytes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,11 +133,26 @@ class TrainingPlan:
         """
         if self.layouts:
             return self.layouts[0]
-        reasons = "; ".join(f"{layout.sizes}: {layout.reason}" for layout in self.impossible[:3])
+        nearest = sorted(self.impossible, key=lambda layout: layout.least_bytes or math.inf)
+        reasons = "; ".join(f"{layout.sizes}: {layout.reason}" for layout in nearest[:2])
         raise ValueError(
             f"no layout of {self.num_gpus} x {self.gpu.name} trains {self.num_parameters:,} parameters with "
             f"{self.batch_tokens:,} tokens per step: take more or larger GPUs, or another batch ({reasons})"
         )
+
+    def write_picture(self, path: str | Path, num_layouts: int = 5) -> None:
+        """Bars of what takes the memory of a GPU in the best layouts, as a PNG file.
+
+        Args:
+            path: ends with .png; an earlier picture of a plan is replaced.
+            num_layouts: how many bars, at most 20.
+
+        Raises:
+            ValueError: no layout fits, another file is at `path`, or matplotlib is not installed.
+        """
+        bars = {f"{i + 1}. {p.name}": p.memory for i, p in enumerate(self.layouts[:num_layouts])} if self.best else {}
+        title = f"{self.num_parameters / 1e9:,.1f} B parameters, trained on {self.num_gpus} x {self.gpu.name}"
+        write_memory_picture(path, bars, usable_bytes(self.gpu), title)
 
     def as_dict(self, num_layouts: int = 10) -> dict[str, Any]:
         """For JSON, with the best layouts."""
@@ -118,6 +163,7 @@ class TrainingPlan:
             "layouts": [
                 {
                     "plugin": layout.plugin,
+                    "training_arguments": layout.arguments,
                     **asdict(layout),
                     "peak_bytes": layout.memory.peak,
                     "step_s": layout.step.total,
@@ -125,6 +171,7 @@ class TrainingPlan:
                 for layout in self.layouts[:num_layouts]
             ],
             "impossible": [asdict(layout) for layout in self.impossible],
+            "constants": origins(TIME) | origins(POWER) | origins(MEMORY),
         }
 
 
@@ -139,6 +186,7 @@ def plan_training(
     total_tokens: int = 10**9,
     dtype: str = "bfloat16",
     optimizer: str = "tiled_adamw",
+    host_gib_per_gpu: float = MEMORY.host_gib_per_gpu,
 ) -> TrainingPlan:
     """Enumerate layouts, ZeRO stages, activation checkpointing, offload and micro-batches, and rank those that fit.
 
@@ -148,12 +196,14 @@ def plan_training(
         batch_tokens: source and target tokens of a step, over all GPUs.
         sequence_length: tokens of a source, and of a target.
         total_tokens: source and target tokens of the whole training.
-        dtype: of the weights.
+        dtype: of the weights, "bfloat16" or "float32".
         optimizer: a key of `planning.workload.BYTES_OF_STATES`.
+        host_gib_per_gpu: GiB of the host's memory for each GPU, which bounds `offload`.
 
     Raises:
-        ValueError: a number under 1, GPUs that do not fill their machines, a batch that is no number of sentence pairs,
-            a sequence that is longer than the model's positions, or an unknown GPU.
+        ValueError: a number that is not whole or under 1, GPUs that do not fill their machines, a batch that is no
+            number of sentence pairs, a sequence that is longer than the model's positions, an unknown GPU, or a model
+            that is quantized, which cannot be trained.
     """
     gpu = gpu_of(gpu)
     numbers = {
@@ -162,15 +212,18 @@ def plan_training(
     }  # fmt: skip
     _check_numbers(config, numbers)
     Workload(1, 1, 1, dtype=dtype, optimizer=optimizer)  # checks the names
+    _check_trains(config, host_gib_per_gpu)
     gpus_per_node = min(gpus_per_node, num_gpus)
     batch = _Batch(batch_tokens // (2 * sequence_length), sequence_length, total_tokens)
-    machine = _Machine(gpu, num_gpus, gpus_per_node)
+    machine = _Machine(gpu, num_gpus, gpus_per_node, host_gib_per_gpu)
     layouts: list[PlannedLayout] = []
     impossible: list[ImpossibleLayout] = []
     for sizes in _sizes(config, num_gpus, gpus_per_node):
         shown = " x ".join(f"{name} {size}" for name, size in sizes.items())
         try:
             found = [*_fitting(config, machine, batch, sizes, dtype, optimizer)]
+        except _TooSmall as error:
+            impossible.append(ImpossibleLayout(shown, str(error), error.least_bytes))
         except ValueError as error:
             impossible.append(ImpossibleLayout(shown, str(error)))
         else:
@@ -181,6 +234,14 @@ def plan_training(
         batch_tokens=batch_tokens, sequence_length=sequence_length, total_tokens=total_tokens,
         layouts=tuple(layouts), impossible=tuple(impossible),
     )  # fmt: skip
+
+
+class _TooSmall(ValueError):
+    """A layout needs `least_bytes` of a GPU; `None` where it is the host that has too little."""
+
+    def __init__(self, message: str, least_bytes: float | None):
+        super().__init__(message)
+        self.least_bytes = least_bytes
 
 
 @dataclass(frozen=True)
@@ -195,12 +256,11 @@ class _Machine:
     gpu: Gpu
     num_gpus: int
     gpus_per_node: int
+    host_gib_per_gpu: float
 
 
 def _check_numbers(config: ZCodeM3Config, numbers: Mapping[str, int]) -> None:
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name} ({value}) must be at least 1")
+    check_counts(numbers)
     num_gpus, per_node = numbers["num_gpus"], numbers["gpus_per_node"]
     if num_gpus > per_node and num_gpus % per_node:
         raise ValueError(f"num_gpus ({num_gpus}) must be a multiple of gpus_per_node ({per_node})")
@@ -215,6 +275,16 @@ def _check_numbers(config: ZCodeM3Config, numbers: Mapping[str, int]) -> None:
             f"batch_tokens ({batch_tokens}) must be a multiple of {2 * length}, the tokens of a pair of two sequences "
             f"of sequence_length ({length})"
         )
+
+
+def _check_trains(config: ZCodeM3Config, host_gib_per_gpu: float) -> None:
+    if (stored := stored_bits(config)) is not None:
+        raise ValueError(
+            f"the model is quantized ({stored.bits} bits) and cannot be trained: plan for the model that it was made "
+            "of, or for translation (--serve, plan_serving)"
+        )
+    if not 0 <= host_gib_per_gpu < math.inf:
+        raise ValueError(f"host_gib_per_gpu ({host_gib_per_gpu}) must be 0 or a positive number")
 
 
 def _sizes(config: ZCodeM3Config, num_gpus: int, gpus_per_node: int) -> Iterator[dict[str, int]]:
@@ -262,12 +332,18 @@ def _fitting(
             if planned is not None:
                 found.append(planned)
     if not found:
-        limit = usable_bytes(machine.gpu)
-        raise ValueError(
-            f"it takes at least {least / GIB:,.1f} GiB per GPU, of which {limit / GIB:,.1f} can be used, or more than "
-            f"{HOST_GIB_PER_GPU} GiB of the host"
-        )
+        raise _too_small(machine, least)
     return found
+
+
+def _too_small(machine: _Machine, least: float) -> _TooSmall:
+    of_host = f"the host has {machine.host_gib_per_gpu:,g} GiB per GPU for what is offloaded"
+    if math.isinf(least):
+        return _TooSmall(f"{of_host}, which is too little", None)
+    usable = usable_bytes(machine.gpu) / GIB
+    return _TooSmall(
+        f"it takes at least {least / GIB:,.1f} GiB per GPU, of which {usable:,.1f} can be used ({of_host})", least
+    )
 
 
 def _options(base: Layout, num_nodes: int) -> Iterator[Layout]:
@@ -307,16 +383,11 @@ def _largest_micro_batch(
             pairs // accumulation, batch.length, batch.length, accumulation, dtype, optimizer, checkpointing
         )
         memory = memory_of_rank(config, layout, workload)
-        if memory.host <= HOST_GIB_PER_GPU * GIB:
+        if memory.host <= machine.host_gib_per_gpu * GIB:
             least = min(least, memory.peak)
             if memory.peak <= limit:
                 return _planned(config, machine, batch, layout, workload, memory), least
     return None, least
-
-
-def usable_bytes(gpu: Gpu) -> float:
-    """Of a GPU's memory, what tensors can have."""
-    return USABLE_MEMORY * gpu.memory_gib * GIB
 
 
 def _planned(
@@ -328,16 +399,13 @@ def _planned(
     return PlannedLayout(
         layout=layout, workload=workload, parameters=parameters_of_rank(config, layout), memory=memory, step=step,
         tokens_per_s=tokens_per_s, hours=hours,
-        kwh=hours * machine.num_gpus * watts(step, machine.gpu) / 1000,
+        kwh=hours * machine.num_gpus * watts(step.busy_share, machine.gpu) / 1000,
     )  # fmt: skip
 
 
 __all__ = [
-    "HOST_GIB_PER_GPU",
-    "USABLE_MEMORY",
     "ImpossibleLayout",
     "PlannedLayout",
     "TrainingPlan",
     "plan_training",
-    "usable_bytes",
 ]

@@ -1,7 +1,8 @@
 """What a rank trains with: its batches, its dtype, and what is kept of activations."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Checkpointing = Literal["full", "communication-aware"]
 
@@ -12,6 +13,18 @@ BYTES_OF_STATES = {
     "adamw": {"bfloat16": 4, "float32": 8},  # torch's, whose moments are of the dtype of the weights
     "sgd": {"bfloat16": 0, "float32": 0},
 }
+
+
+def check_counts(numbers: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: a number, by its name, is not whole or under 1.
+    """
+    for name, value in numbers.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{name} ({value!r}) must be a whole number")
+        if value < 1:
+            raise ValueError(f"{name} ({value}) must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -26,7 +39,7 @@ class Workload:
         checkpointing: of activations: `None`, "full" or "communication-aware".
 
     Raises:
-        ValueError: a number under 1, or an unknown name.
+        ValueError: a number that is not whole or under 1, or an unknown name.
     """
 
     batch_size: int
@@ -38,9 +51,8 @@ class Workload:
     checkpointing: Checkpointing | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "source_length", "target_length", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        counts = ("batch_size", "source_length", "target_length", "accumulation")
+        check_counts({name: getattr(self, name) for name in counts})
         known: dict[str, list[str | None]] = {
             "dtype": [*BYTES_OF_DTYPE],
             "optimizer": [*BYTES_OF_STATES],
@@ -65,4 +77,4 @@ class Workload:
         return BYTES_OF_STATES[self.optimizer][self.dtype]
 
 
-__all__ = ["BYTES_OF_DTYPE", "BYTES_OF_STATES", "Checkpointing", "Workload"]
+__all__ = ["BYTES_OF_DTYPE", "BYTES_OF_STATES", "Checkpointing", "Workload", "check_counts"]

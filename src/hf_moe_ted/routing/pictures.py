@@ -32,10 +32,10 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def as_png(figure: Any, dpi: int = 100) -> bytes:
-    """The figure as the bytes of a PNG file."""
+def as_png(figure: Any, dpi: int = 100, title: str | None = None) -> bytes:
+    """The figure as the bytes of a PNG file, with a title among its data, by which such files are known again."""
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=dpi)
+    figure.savefig(file, format="png", dpi=dpi, metadata=None if title is None else {"Title": title})
     return file.getvalue()
 
 

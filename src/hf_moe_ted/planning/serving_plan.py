@@ -1,0 +1,384 @@
+"""How a model translates on given GPUs: what of it fits, and how long a token takes, by the way that it is stored."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..models.configuration_zcode_m3 import ZCodeM3Config
+from .constants import MEMORY, POWER, SERVING, TIME, origins
+from .gpus import GIB, Gpu, gpu_of, usable_bytes
+from .memory_picture import write_memory_picture
+from .model_config import StoredBits, stored_bits
+from .parameters import num_parameters
+from .serving_memory import (
+    ServingMemory,
+    ServingWorkload,
+    default_bits,
+    memory_of_serving,
+    resident_bytes,
+    resident_experts,
+    weight_bytes,
+)
+from .serving_time import DecodingTime, captured_why_not, time_of_source, time_of_token
+from .step_time import watts
+from .workload import check_counts
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class PlannedServing:
+    """A way that fits.
+
+    Attributes:
+        stored: how weights are rounded; `None` for floats.
+        expert_memory: bytes of experts on the GPU, *optional*: `ExpertMemory(expert_memory)`.
+        experts_in_files: whether its other experts stay in the files, as the host has too little memory.
+        num_gpus: that share a model.
+        num_copies: of the model, on all GPUs together.
+        memory: of one GPU.
+        token: from a token to the next.
+        source_s: seconds of the encoder, before the first token.
+        tokens_per_s: target tokens, of all copies, the encoder's time included.
+        kwh_per_million_tokens: kWh for a million target tokens.
+    """
+
+    stored: StoredBits | None
+    expert_memory: int | None
+    experts_in_files: bool
+    num_gpus: int
+    num_copies: int
+    memory: ServingMemory
+    token: DecodingTime
+    source_s: float
+    tokens_per_s: float
+    kwh_per_million_tokens: float
+
+    @property
+    def weights(self) -> str:
+        """What is stored, in words."""
+        if self.stored is None:
+            return "floats"
+        return f"int{self.stored.bits} {self.stored.what}"
+
+    @property
+    def options(self) -> str:
+        """Options of `hf-moe-ted serve` and `translate`."""
+        found = []
+        if self.expert_memory is not None:
+            found.append(f"--expert-memory {self.expert_memory // GB}GB")
+        if self.num_gpus > 1:
+            found.append("--device auto")
+        return " ".join(found)
+
+
+@dataclass(frozen=True)
+class ImpossibleServing:
+    """A way that does not fit, and why."""
+
+    weights: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ServingPlan:
+    """
+    Attributes:
+        gpu, num_gpus: what it is for.
+        num_parameters: of the model.
+        workload: what each copy of the model translates at once.
+        is_quantized: whether the folder is.
+        ways: that fit, the fastest first.
+        impossible: the others.
+    """
+
+    gpu: Gpu
+    num_gpus: int
+    num_parameters: int
+    workload: ServingWorkload
+    is_quantized: bool
+    ways: tuple[PlannedServing, ...]
+    impossible: tuple[ImpossibleServing, ...]
+
+    @property
+    def best(self) -> PlannedServing:
+        """
+        Raises:
+            ValueError: nothing fits.
+        """
+        if self.ways:
+            return self.ways[0]
+        reasons = "; ".join(f"{way.weights}: {way.reason}" for way in self.impossible)
+        raise ValueError(
+            f"{self.num_parameters:,} parameters do not translate {self.workload.batch_size} sentences with "
+            f"{self.workload.num_beams} beams on {self.num_gpus} x {self.gpu.name}: take more or larger GPUs, or a "
+            f"smaller batch ({reasons})"
+        )
+
+    def commands(self, model: str, way: PlannedServing | None = None) -> list[str]:
+        """The command lines of a way, by default of the best.
+
+        Args:
+            model: the folder.
+            way: of `ways`.
+        """
+        way = way or self.best
+        lines = []
+        if way.stored is not None and not self.is_quantized:
+            target = f"{model}-int{way.stored.bits}{'-all' if way.stored.what == 'all' else ''}"
+            what = " --what all" if way.stored.what == "all" else ""
+            dtype = self.workload.dtype
+            lines.append(
+                f"hf-moe-ted quantize {model} --bits {way.stored.bits}{what} --dtype {dtype} --output {target}"
+            )
+            model = target
+        size = self.workload.batch_size * self.workload.source_length
+        shown = ",".join(map(str, range(way.num_gpus)))
+        visible = f"CUDA_VISIBLE_DEVICES={shown} " if way.num_gpus < self.num_gpus else ""
+        parts = [f"{visible}hf-moe-ted serve {model} --dtype {self.workload.dtype} --beams {self.workload.num_beams}"]
+        parts += [f"--batch-tokens {size}", way.options]
+        lines.append(" ".join(part for part in parts if part))
+        return lines
+
+    def write_picture(self, path: str | Path, num_ways: int = 5) -> None:
+        """Bars of what takes the memory of a GPU in the best ways, as a PNG file.
+
+        Args:
+            path: ends with .png; an earlier picture of a plan is replaced.
+            num_ways: how many bars, at most 20.
+
+        Raises:
+            ValueError: nothing fits, another file is at `path`, or matplotlib is not installed.
+        """
+        ways = enumerate(self.ways[:num_ways]) if self.best else ()
+        bars = {f"{i + 1}. {way.weights} {way.options}".strip(): way.memory for i, way in ways}
+        title = f"{self.num_parameters / 1e9:,.1f} B parameters, translating on {self.num_gpus} x {self.gpu.name}"
+        write_memory_picture(path, bars, usable_bytes(self.gpu), title)
+
+    def as_dict(self, num_ways: int = 10) -> dict[str, Any]:
+        """For JSON, with the best ways, and where all constants come from."""
+        return {
+            "gpu": asdict(self.gpu),
+            "num_gpus": self.num_gpus,
+            "num_parameters": self.num_parameters,
+            "workload": asdict(self.workload),
+            "ways": [
+                {
+                    "weights": way.weights,
+                    **asdict(way),
+                    "peak_bytes": way.memory.peak,
+                    "ms_per_token": way.token.total * 1e3,
+                }
+                for way in self.ways[:num_ways]
+            ],
+            "impossible": [asdict(way) for way in self.impossible],
+            "constants": origins(SERVING) | origins(TIME) | origins(POWER) | origins(MEMORY),
+        }
+
+
+def plan_serving(
+    config: ZCodeM3Config,
+    *,
+    gpu: str | Gpu,
+    num_gpus: int = 1,
+    gpus_per_node: int = 8,
+    batch_size: int = 16,
+    num_beams: int = 4,
+    source_length: int = 64,
+    target_length: int = 64,
+    dtype: str = "bfloat16",
+    expert_memory: int | None = None,
+    cuda_graphs: bool = False,
+    quantized_kernels: bool = False,
+    zipf: float = 0.0,
+    host_gib_per_gpu: float = MEMORY.host_gib_per_gpu,
+) -> ServingPlan:
+    """Ways to translate with a model: floats, 8 or 4 bits, all experts on the GPU or some, one GPU or several.
+
+    A model that fits on one GPU has a copy on each. One that does not keeps some experts on the GPU and the others in
+    the host's memory ([`ExpertMemory`]), or spreads its layers over as few GPUs as hold it. What fits is ranked by
+    target tokens per second. Quantization changes translations a little; a plan says nothing of that.
+
+    Args:
+        config: of the model. A quantized one is planned for as it is.
+        gpu: a name of `planning.gpus.GPUS`, a YAML file, or a [`Gpu`].
+        num_gpus: all of them, in machines of `gpus_per_node`.
+        batch_size: sentences that a copy of the model translates at once.
+        num_beams: 1 is greedy search.
+        source_length, target_length: tokens.
+        dtype: of activations and of what is not quantized, "bfloat16" or "float32".
+        expert_memory: bytes of experts on a GPU, as of [`ExpertMemory`]; by default as many as there is room for, if
+            not all of them fit.
+        cuda_graphs: whether `generate` captures its steps, where it can.
+        quantized_kernels: whether Triton kernels compute quantized experts on the GPU
+            (`HF_MOE_TED_QUANTIZED_KERNELS=1`).
+        zipf: how unevenly tokens choose experts, see [`ServingWorkload`].
+        host_gib_per_gpu: GiB of the host's memory for each GPU.
+
+    Raises:
+        ValueError: a number that is not whole or under 1, GPUs that do not fill their machines, sequences that are
+            longer than the model's positions, an unknown GPU or dtype, or a model that another package has quantized.
+    """
+    gpu = gpu_of(gpu)
+    check_counts({"num_gpus": num_gpus, "gpus_per_node": gpus_per_node})
+    if expert_memory is not None:
+        check_counts({"expert_memory": expert_memory})
+    if num_gpus > gpus_per_node and num_gpus % gpus_per_node:
+        raise ValueError(f"num_gpus ({num_gpus}) must be a multiple of gpus_per_node ({gpus_per_node})")
+    if not 0 <= host_gib_per_gpu < math.inf:
+        raise ValueError(f"host_gib_per_gpu ({host_gib_per_gpu}) must be 0 or a positive number")
+    workload = ServingWorkload(batch_size, num_beams, source_length, target_length, dtype, cuda_graphs, zipf)
+    _check_lengths(config, workload)
+    machine = _Machine(gpu, num_gpus, min(gpus_per_node, num_gpus), host_gib_per_gpu * GIB, quantized_kernels)
+    ways: list[PlannedServing] = []
+    impossible: list[ImpossibleServing] = []
+    for stored in _formats(config):
+        try:
+            ways += _fitting(config, workload, machine, stored, expert_memory)
+        except ValueError as error:
+            name = "floats" if stored is None else f"int{stored.bits} {stored.what}"
+            impossible.append(ImpossibleServing(name, str(error)))
+    ways.sort(key=lambda way: (-way.tokens_per_s, way.memory.peak))
+    return ServingPlan(
+        gpu=gpu, num_gpus=num_gpus, num_parameters=num_parameters(config), workload=workload,
+        is_quantized=stored_bits(config) is not None, ways=tuple(ways), impossible=tuple(impossible),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Machine:
+    gpu: Gpu
+    num_gpus: int
+    gpus_per_node: int
+    host_bytes_per_gpu: float
+    quantized_kernels: bool
+
+    @property
+    def usable(self) -> float:
+        return usable_bytes(self.gpu)
+
+
+def _check_lengths(config: ZCodeM3Config, workload: ServingWorkload) -> None:
+    for name in ("source_length", "target_length"):
+        if getattr(workload, name) > config.max_position_embeddings:
+            raise ValueError(
+                f"{name} ({getattr(workload, name)}) must be at most the model's max_position_embeddings "
+                f"({config.max_position_embeddings})"
+            )
+
+
+def _formats(config: ZCodeM3Config) -> Sequence[StoredBits | None]:
+    found = stored_bits(config)
+    if found is not None:
+        return [found]
+    if not any(config.num_experts_per_layer(side) for side in ("encoder", "decoder")):
+        return [None]  # `quantize_experts` wants experts
+    return [None, *(default_bits(config, bits, what) for bits in (8, 4) for what in ("experts", "all"))]
+
+
+def _fitting(
+    config: ZCodeM3Config,
+    workload: ServingWorkload,
+    machine: _Machine,
+    stored: StoredBits | None,
+    expert_memory: int | None,
+) -> Iterator[PlannedServing]:
+    """With all experts on as few GPUs as hold them, and with some on one.
+
+    Raises:
+        ValueError: neither fits, with the reason.
+    """
+    whole = None
+    if expert_memory is None:
+        for num_shares in _shares(machine, config):
+            memory = memory_of_serving(config, workload, stored, num_shares=num_shares)
+            if memory.peak <= machine.usable:
+                whole = _planned(config, workload, machine, stored, None, num_shares)
+                yield whole
+                break
+        if whole is not None and whole.num_gpus == 1:
+            return
+    try:
+        size = _room_for_experts(config, workload, machine, stored) if expert_memory is None else expert_memory
+        planned = _planned(config, workload, machine, stored, size, 1)
+        _check_room(planned.memory, machine)
+    except ValueError:
+        if whole is None:
+            raise
+    else:
+        yield planned
+
+
+def _shares(machine: _Machine, config: ZCodeM3Config) -> list[int]:
+    """Numbers of GPUs of one machine that may share a model: they divide the machine and have a layer each."""
+    layers = config.encoder_layers + config.decoder_layers
+    return [
+        size for size in range(1, machine.gpus_per_node + 1) if machine.gpus_per_node % size == 0 and size <= layers
+    ]
+
+
+def _room_for_experts(
+    config: ZCodeM3Config, workload: ServingWorkload, machine: _Machine, stored: StoredBits | None
+) -> int:
+    """Whole GB that are left for experts on a GPU that has all else.
+
+    Raises:
+        ValueError: there is less than one.
+    """
+    weights = weight_bytes(config, stored, workload.dtype)
+    memory = memory_of_serving(config, workload, stored)
+    others = memory.peak - memory.experts
+    size = int((machine.usable - others) // GB) * GB
+    if size < GB or not weights.experts:
+        raise ValueError(
+            f"all but the experts takes {others / GIB:,.1f} GiB of a GPU, of which {machine.usable / GIB:,.1f} can be "
+            "used"
+        )
+    return size
+
+
+def _check_room(memory: ServingMemory, machine: _Machine) -> None:
+    if memory.peak > machine.usable:
+        raise ValueError(
+            f"it takes {memory.peak / GIB:,.1f} GiB of a GPU, of which {machine.usable / GIB:,.1f} can be used"
+        )
+
+
+def _planned(
+    config: ZCodeM3Config,
+    workload: ServingWorkload,
+    machine: _Machine,
+    stored: StoredBits | None,
+    expert_memory: int | None,
+    num_shares: int,
+) -> PlannedServing:
+    weights = weight_bytes(config, stored, workload.dtype)
+    residence = resident_experts(weights, expert_memory)
+    in_files = weights.experts > machine.host_bytes_per_gpu and expert_memory is not None
+    memory = memory_of_serving(
+        config, workload, stored, expert_memory=expert_memory, experts_in_files=in_files, num_shares=num_shares
+    )
+    where: dict[str, Any] = {
+        "residence": residence if resident_bytes(weights, residence) < weights.experts else None,
+        "experts_in_files": in_files,
+        "quantized_kernels": machine.quantized_kernels,
+    }
+    is_captured = captured_why_not(stored, expert_memory is not None, num_shares) is None
+    as_run = replace(workload, cuda_graphs=workload.cuda_graphs and is_captured)
+    token = time_of_token(config, as_run, machine.gpu, weights, stored, **where, num_shares=num_shares)
+    source_s = time_of_source(config, as_run, machine.gpu, weights, stored, **where)
+    num_copies = machine.num_gpus // num_shares
+    seconds = source_s + workload.target_length * token.total
+    tokens_per_s = num_copies * workload.batch_size * workload.target_length / seconds
+    busy_share = token.busy_share / num_shares  # the GPUs of a copy take turns
+    joules = machine.num_gpus * watts(busy_share, machine.gpu) / tokens_per_s
+    return PlannedServing(
+        stored=stored, expert_memory=expert_memory, experts_in_files=in_files, num_gpus=num_shares,
+        num_copies=num_copies, memory=memory, token=token, source_s=source_s, tokens_per_s=tokens_per_s,
+        kwh_per_million_tokens=joules * 1e6 / 3.6e6,
+    )  # fmt: skip
+
+
+__all__ = ["ImpossibleServing", "PlannedServing", "ServingPlan", "plan_serving"]

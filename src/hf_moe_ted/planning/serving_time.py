@@ -1,0 +1,244 @@
+"""How long a token takes when a GPU translates: a model of the bytes that a step of decoding reads.
+
+Between two tokens the weights of the decoder, those of the experts that any row chose, the head and all keys and values
+are read once. Small batches wait for that, and for the start of kernels; few wait for matrix products.
+
+Letters: R rows, which are beams of all sentences; E experts of a layer, K experts per token.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ..expert_memory.residence_plan import ResidencePlan
+from ..models.configuration_zcode_m3 import ZCodeM3Config
+from .constants import SERVING, TIME, ServingConstants, TimeConstants
+from .gpus import Gpu
+from .model_config import StoredBits
+from .parameters import parameter_shapes
+from .serving_memory import ServingWorkload, WeightBytes, is_large_matrix, is_rounded, stored_bytes
+
+
+@dataclass(frozen=True)
+class DecodingTime:
+    """Seconds of one step of decoding, which gives a token to each beam of each sentence.
+
+    Attributes:
+        weights: to read attention, dense feed-forward, routers and the head.
+        experts: to read the experts that rows chose.
+        keys: to read keys and values.
+        matmul: of matrix products; they run while weights are read, so that the larger counts.
+        kernels: the start of kernels within a CUDA graph, or of the host step by step; in the latter case the device
+            works meanwhile, so that the larger counts.
+        loop: of the host, to go through quantized experts one after the other, where no kernel computes them; the
+            device mostly waits.
+        missing: to bring experts that are not on the GPU.
+        is_captured: whether the step is a CUDA graph.
+        bytes_read: of the GPU's memory.
+        experts_used: mean number of different experts of an MoE layer of the decoder that a step computes.
+    """
+
+    weights: float
+    experts: float
+    keys: float
+    matmul: float
+    kernels: float
+    loop: float
+    missing: float
+    is_captured: bool
+    bytes_read: float
+    experts_used: float
+
+    @property
+    def device(self) -> float:
+        """Seconds in which the GPU reads or computes."""
+        return max(self.weights + self.experts + self.keys, self.matmul)
+
+    @property
+    def total(self) -> float:
+        """Seconds from a token to the next."""
+        if self.is_captured:
+            return self.device + self.kernels + self.missing
+        return max(self.device, self.kernels) + self.loop + self.missing
+
+    @property
+    def busy_share(self) -> float:
+        """Of the step, in which the GPU reads or computes."""
+        return min(1.0, self.device / self.total)
+
+
+def chosen_experts(num_experts: int, top_k: int, num_rows: int, zipf: float = 0.0) -> list[float]:
+    """Probability that any of `num_rows` tokens chose each expert, the most popular first; tokens are independent.
+
+    Args:
+        num_experts, top_k: of the layer.
+        num_rows: tokens.
+        zipf: exponent of the popularity; 0: all are alike.
+    """
+    popularity = [(rank + 1) ** -zipf for rank in range(num_experts)]
+    share = min(top_k, num_experts) / sum(popularity)
+    return [1 - max(0.0, 1 - share * each) ** num_rows for each in popularity]
+
+
+def captured_why_not(stored: StoredBits | None, has_expert_memory: bool, num_shares: int) -> str | None:
+    """Why steps of a model cannot be CUDA graphs, or `None`."""
+    reasons = {
+        "quantized experts": stored is not None,
+        "experts that are not all on the GPU": has_expert_memory,
+        "layers on several GPUs": num_shares > 1,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def time_of_token(
+    config: ZCodeM3Config,
+    workload: ServingWorkload,
+    gpu: Gpu,
+    weights: WeightBytes,
+    stored: StoredBits | None = None,
+    *,
+    residence: ResidencePlan | None = None,
+    experts_in_files: bool = False,
+    quantized_kernels: bool = False,
+    num_shares: int = 1,
+    constants: ServingConstants = SERVING,
+    time: TimeConstants = TIME,
+) -> DecodingTime:
+    """Of a step in the middle of a translation, with half of its keys.
+
+    Args:
+        config, workload: the model, and what it translates.
+        gpu: that it is on.
+        weights: `weight_bytes` of the model.
+        stored: how weights are rounded; `None` for floats.
+        residence: which experts are on the GPU; `None` for all.
+        experts_in_files: whether the others are read from files, not from the host's memory.
+        quantized_kernels: whether Triton kernels compute quantized experts (`HF_MOE_TED_QUANTIZED_KERNELS=1`), in place
+            of a loop.
+        num_shares: GPUs that share the layers, one after the other.
+        constants, time: of the model of time.
+    """
+    rate = gpu.memory_gbs * 1e9 * time.memory_efficiency
+    rows, element = workload.num_rows, workload.element_bytes
+    is_captured = workload.cuda_graphs and captured_why_not(stored, residence is not None, num_shares) is None
+    dense_bytes = _decoder_bytes(config, stored, element, constants)
+    head_bytes = float(weights.head)
+    if stored is not None and stored.what == "all":
+        head_bytes = constants.dequantized_bytes * config.vocab_size * config.d_model
+    key_bytes = 2 * config.d_model * element * config.decoder_layers
+    key_bytes *= rows * workload.target_length / 2 + workload.batch_size * workload.source_length
+    experts = _Experts(config, weights, workload, residence)
+    used = [sum(chosen) for _, _, chosen in experts.of_side("decoder", rows)]
+    expert_bytes = sum(sum(chosen) * slot for slot, _, chosen in experts.of_side("decoder", rows))
+    missing_bytes = sum(sum(chosen[count:]) * slot for slot, count, chosen in experts.of_side("decoder", rows))
+    in_loop = stored is not None and not quantized_kernels
+    return DecodingTime(
+        weights=(dense_bytes + head_bytes) / rate,
+        experts=_expert_seconds(stored, in_loop, expert_bytes / rate, len(used), constants),
+        keys=key_bytes / rate,
+        matmul=_flops_of_rows(config, rows) / (gpu.tflops * 1e12 * time.matmul_efficiency),
+        kernels=config.decoder_layers * (constants.captured_layer_s if is_captured else constants.eager_layer_s),
+        loop=sum(used) * _loop_s(stored, constants) if in_loop else 0.0,
+        missing=missing_bytes / (1e9 * (constants.disk_gbs if experts_in_files else time.pcie_gbs)),
+        is_captured=is_captured,
+        bytes_read=dense_bytes + head_bytes + expert_bytes + key_bytes,
+        experts_used=sum(used) / len(used) if used else 0.0,
+    )
+
+
+def time_of_source(
+    config: ZCodeM3Config,
+    workload: ServingWorkload,
+    gpu: Gpu,
+    weights: WeightBytes,
+    stored: StoredBits | None = None,
+    *,
+    residence: ResidencePlan | None = None,
+    experts_in_files: bool = False,
+    quantized_kernels: bool = False,
+    constants: ServingConstants = SERVING,
+    time: TimeConstants = TIME,
+) -> float:
+    """Seconds of the encoder, before the first token; arguments as of [`time_of_token`]."""
+    rate = gpu.memory_gbs * 1e9 * time.memory_efficiency
+    tokens, length = workload.batch_size * workload.source_length, workload.source_length
+    experts = _Experts(config, weights, workload, residence)
+    found = [*experts.of_side("encoder", tokens)]
+    used = sum(sum(chosen) for _, _, chosen in found)
+    read = sum(sum(chosen) * slot for slot, _, chosen in found)
+    missing = sum(sum(chosen[count:]) * slot for slot, count, chosen in found)
+    in_loop = stored is not None and not quantized_kernels
+    expert_s = _expert_seconds(stored, in_loop, read / rate, len(found), constants)
+    loop_s = used * _loop_s(stored, constants) if in_loop else 0.0
+    width, ffn_dim, layers = config.d_model, config.encoder_ffn_dim, config.encoder_layers
+    num_ffns = layers + len(found) * (config.num_experts_per_tok - 1 + config.use_residual)
+    attention = layers * (8 * width**2 + 4 * length * width)
+    flops = tokens * (attention + num_ffns * 4 * width * ffn_dim)
+    device = max(expert_s, flops / (gpu.tflops * 1e12 * time.matmul_efficiency))
+    layer_s = constants.captured_layer_s if workload.cuda_graphs and stored is None else constants.eager_layer_s
+    missing_s = missing / (1e9 * (constants.disk_gbs if experts_in_files else time.pcie_gbs))
+    return max(device, layers * layer_s) + loop_s + missing_s
+
+
+@dataclass(frozen=True)
+class _Experts:
+    config: ZCodeM3Config
+    weights: WeightBytes
+    workload: ServingWorkload
+    residence: ResidencePlan | None
+
+    def of_side(self, side: str, num_rows: int) -> Iterator[tuple[int, int, Sequence[float]]]:
+        """Of each MoE layer: bytes of an expert, how many are on the GPU, and `chosen_experts`.
+
+        Those that are on the GPU are taken to be the most popular ones: those that were used last, in the long run.
+        """
+        for name, layer in self.weights.layers.items():
+            if f".{side}." in name:
+                count = layer.num_experts if self.residence is None else self.residence.num_slots[name]
+                top_k, zipf = self.config.num_experts_per_tok, self.workload.zipf
+                yield layer.slot_bytes, count, chosen_experts(layer.num_experts, top_k, num_rows, zipf)
+
+
+def _expert_seconds(
+    stored: StoredBits | None, in_loop: bool, read_s: float, num_layers: int, constants: ServingConstants
+) -> float:
+    """Seconds of the device to read experts; those of a loop are read while the host goes through it."""
+    if stored is None or in_loop:
+        return read_s
+    is_int4 = stored.bits == 4
+    efficiency = constants.quantized_int4_efficiency if is_int4 else constants.quantized_int8_efficiency
+    return read_s / efficiency + num_layers * constants.quantized_kernel_s
+
+
+def _loop_s(stored: StoredBits | None, constants: ServingConstants) -> float:
+    """Seconds of each expert in the loop."""
+    is_int4 = stored is not None and stored.bits == 4
+    return constants.loop_expert_int4_s if is_int4 else constants.loop_expert_int8_s
+
+
+def _decoder_bytes(
+    config: ZCodeM3Config, stored: StoredBits | None, element_bytes: int, constants: ServingConstants
+) -> float:
+    """Of the decoder's layers but its experts; keys and values of the source are there already."""
+    total = 0.0
+    for shape in parameter_shapes(config):
+        if shape.layer is None or shape.layer[0] != "decoder" or shape.kind != "dense":
+            continue
+        if is_large_matrix(shape) and is_rounded(shape, stored):
+            total += constants.dequantized_bytes * shape.numel
+        else:
+            total += stored_bytes(shape, stored, element_bytes, False)
+    is_all = stored is not None and stored.what == "all"
+    of_source = 2 * config.d_model**2 * config.decoder_layers
+    return total - of_source * (constants.dequantized_bytes if is_all else element_bytes)
+
+
+def _flops_of_rows(config: ZCodeM3Config, num_rows: int) -> float:
+    """Of a step: two per multiplication and addition; attention to keys is left out, which reads more than it does."""
+    width, layers = config.d_model, config.decoder_layers
+    sparse = len(config.num_experts_per_layer("decoder"))
+    num_ffns = layers + sparse * (config.num_experts_per_tok - 1 + config.use_residual)
+    weights = layers * 6 * width**2 + num_ffns * 2 * width * config.decoder_ffn_dim + width * config.vocab_size
+    return 2 * num_rows * weights
+
+
+__all__ = ["DecodingTime", "captured_why_not", "chosen_experts", "time_of_source", "time_of_token"]
