@@ -19,12 +19,17 @@ Across machines:
 
 The first emulates machines on this host (machines.py), and says so. The second takes those of the launcher, on which
 DeepSpeed, which keeps its groups in globals, needs a launch of its own (`--systems deepspeed`).
+
+With nvidia-ml-py (`pip install nvidia-ml-py`) each case has joules of all GPUs per step and watts of a GPU, by NVML's
+counter of energy, and watts of a GPU that waits. `idle_power` of the planner (planning/constants.py) is the latter, and
+`busy_power` the watts of a case that waits for nothing, as shares of what the data sheet has.
 """
 
 import argparse
 import gc
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -39,6 +44,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from collectives_profile import collectives_of
+from energy_meter import EnergyMeter
 from least_loaded import print_ratios, route_as
 from machines import Machines, check_ranks, emulate, machines_of
 from rich.console import Console
@@ -52,6 +58,7 @@ from transformers.distributed.utils import initialize_distributed_mesh
 from hf_moe_ted import TedPlugin, ZCodeM3Config, ZCodeM3ForConditionalGeneration
 
 WARMUP_STEPS, TIMED_STEPS = 3, 10
+ENERGY_S = 2.0  # that steps run at least while their energy is measured, as the counter goes on ten times a second
 HOPPER_PEAK_TFLOPS = 989  # dense bfloat16 of H100 and H200 as SXM modules, from NVIDIA's data sheets
 
 
@@ -61,6 +68,8 @@ HOPPER_PEAK_TFLOPS = 989  # dense bfloat16 of H100 and H200 as SXM modules, from
 def run_case(case: Case) -> dict[str, Any]:
     """Build, train some steps, profile one."""
     torch.manual_seed(0)
+    meter = EnergyMeter.of_current_gpu()
+    idle_w = meter.idle_watts() if meter is not None else None
     if case.system == "deepspeed":
         step, num_batches = deepspeed_step(case)
     else:
@@ -85,6 +94,8 @@ def run_case(case: Case) -> dict[str, Any]:
         "peak_gib": peak_gib,
         "loss": float(loss),
     }
+    if meter is not None:
+        result |= {"idle_w": idle_w, **energy_of(step, step_s, meter)}
     if torch.cuda.is_available() and any(name in torch.cuda.get_device_name() for name in ("H100", "H200")):
         result["mfu"] = tflops_per_gpu / HOPPER_PEAK_TFLOPS
     if case.system != "deepspeed":
@@ -101,6 +112,19 @@ def of_all_ranks(result: dict[str, Any]) -> dict[str, float]:
     dist.all_gather_object(by_rank, own)
     peaks, exchanged = zip(*by_rank, strict=True)
     return {"largest_peak_gib": max(peaks), "all_to_all_mb_of_all": sum(exchanged)}
+
+
+def energy_of(step: Callable[[], Any], step_s: float, meter: EnergyMeter) -> dict[str, float]:
+    """Joules of a step of all GPUs, and watts of one, over at least `ENERGY_S`; all ranks take as many steps."""
+    count = torch.tensor(max(TIMED_STEPS, math.ceil(ENERGY_S / step_s)), device=current_device())
+    if dist.is_initialized():
+        dist.all_reduce(count, op=dist.ReduceOp.MAX)
+    spent = meter.of_calls(step, int(count), sync)
+    both = torch.tensor([spent.joules, spent.watts], dtype=torch.float64, device=current_device())
+    if dist.is_initialized():
+        dist.all_reduce(both)
+    joules, watts = both.tolist()
+    return {"joules_per_step": joules, "gpu_w": watts / (dist.get_world_size() if dist.is_initialized() else 1)}
 
 
 def sync() -> None:
@@ -355,10 +379,10 @@ def results_in(lines: Path) -> list[dict[str, Any]]:
 
 def print_table(results: list[dict[str, Any]], machines: Machines) -> None:
     columns = ("case", "GPUs", "ms/step", "tokens/s", "TFLOP/s/GPU", "MFU", "peak GiB")
-    table = Table(*columns, "collectives ms", "all-to-all MB", title=str(machines))
+    table = Table(*columns, "collectives ms", "all-to-all MB", "J/step", "W/GPU", "idle W", title=str(machines))
     for result in results:
         if "error" in result:
-            table.add_row(result["name"], str(result["num_gpus"]), result["error"], *[""] * 6)
+            table.add_row(result["name"], str(result["num_gpus"]), result["error"], *[""] * 9)
             continue
         device_ms = result.get("device_ms", {})
         collectives = sum(spent for kind, spent in device_ms.items() if kind != "compute")
@@ -367,6 +391,7 @@ def print_table(results: list[dict[str, Any]], machines: Machines) -> None:
             f"{result['tflops_per_gpu']:.0f}", f"{result['mfu']:.1%}" if "mfu" in result else "",
             f"{result['peak_gib']:.1f}", f"{collectives:.1f}",
             f"{result['collective_mb'].get('all_to_all', 0.0):.1f}" if "collective_mb" in result else "",
+            *(f"{result[name]:.0f}" if name in result else "" for name in ("joules_per_step", "gpu_w", "idle_w")),
         )  # fmt: skip
     Console(width=200).print(table)
 

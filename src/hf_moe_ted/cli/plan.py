@@ -95,19 +95,21 @@ def plan(
         _refuse({"--tokens": tokens, "--batch-tokens": batch_tokens}, "is of training, and --serve plans translation")
         options = _given(serving | {"source_length": sequence, "target_length": sequence})
         options |= {"expert_memory": _size(expert_memory), "quantized_kernels": quantized_kernels}
-        found, show = _plan_serving(config, machines | options | {"cuda_graphs": cuda_graphs}), _show_serving
+        found = _plan_serving(config, machines | options | {"cuda_graphs": cuda_graphs})
     else:
         flags = {"--cuda-graphs": cuda_graphs or None, "--quantized-kernels": quantized_kernels or None}
         named = {"--sentences": sentences, "--beams": beams, "--zipf": zipf, "--expert-memory": expert_memory}
         _refuse(named | flags, "is of translation: give --serve, too")
         total = {} if tokens is None else {"total_tokens": _count(tokens)}
-        found, show = _plan_training(config, machines | _given(training) | total), _show_training
+        found = _plan_training(config, machines | _given(training) | total)
     if picture is not None:
         found.write_picture(picture, layouts)
     if as_json:
         print(json.dumps(found.as_dict(layouts), indent=2))
+    elif serve:
+        _show_serving(found, model, layouts)
     else:
-        show(found, model, layouts)
+        _show_training(found, layouts)
 
 
 def _plan_training(config: Any, options: dict[str, Any]) -> Any:
@@ -147,7 +149,7 @@ def _count(text: str) -> int:
 # ---- tables ----
 
 
-def _show_training(found: Any, model: Path, num_layouts: int) -> None:
+def _show_training(found: Any, num_layouts: int) -> None:
     best = found.best
     print(f"{found.num_parameters:,} parameters in {best.workload.dtype} on {found.num_gpus} x {found.gpu.name}; per "
           f"GPU and micro-batch {best.workload.batch_size} pairs of {found.sequence_length} + {found.sequence_length} "

@@ -124,7 +124,7 @@ def time_of_token(
     head_bytes = float(weights.head)
     if stored is not None and stored.what == "all":
         head_bytes = constants.dequantized_bytes * config.vocab_size * config.d_model
-    key_bytes = 2 * config.d_model * element * config.decoder_layers
+    key_bytes = 2.0 * config.d_model * element * config.decoder_layers
     key_bytes *= rows * workload.target_length / 2 + workload.batch_size * workload.source_length
     experts = _Experts(config, weights, workload, residence)
     used = [sum(chosen) for _, _, chosen in experts.of_side("decoder", rows)]

@@ -83,9 +83,9 @@ class PlannedLayout:
             f"tp {layout.tensor_parallel_size} x ep {layout.expert_parallel_size}, ZeRO {layout.zero_stage}",
             "" if layout.expert_tensor_parallel_size == layout.tensor_parallel_size or layout.expert_parallel_size == 1
             else f"etp {layout.expert_tensor_parallel_size}",
-            f"offload {layout.offload}" if layout.offload else "",
+            "offload" if layout.offload else "",
             "" if layout.duplicate_token_dropping else "duplicates sent",
-            f"{self.workload.checkpointing or 'no'} checkpointing",
+            f"checkpointing {self.workload.checkpointing}" if self.workload.checkpointing else "",
         ]  # fmt: skip
         return ", ".join(part for part in parts if part)
 
@@ -237,9 +237,9 @@ def plan_training(
 
 
 class _TooSmall(ValueError):
-    """A layout needs `least_bytes` of a GPU; `None` where it is the host that has too little."""
+    """A layout needs `least_bytes` of a GPU, offloaded or not, whatever the batch."""
 
-    def __init__(self, message: str, least_bytes: float | None):
+    def __init__(self, message: str, least_bytes: float):
         super().__init__(message)
         self.least_bytes = least_bytes
 
@@ -332,17 +332,19 @@ def _fitting(
             if planned is not None:
                 found.append(planned)
     if not found:
-        raise _too_small(machine, least)
+        offloaded = None if dp == 1 else memory_of_rank(config, replace(base, offload="cpu"), Workload(1, 1, 1)).host
+        raise _too_small(machine, least, offloaded)
     return found
 
 
-def _too_small(machine: _Machine, least: float) -> _TooSmall:
-    of_host = f"the host has {machine.host_gib_per_gpu:,g} GiB per GPU for what is offloaded"
-    if math.isinf(least):
-        return _TooSmall(f"{of_host}, which is too little", None)
-    usable = usable_bytes(machine.gpu) / GIB
+def _too_small(machine: _Machine, least: float, offloaded: int | None) -> _TooSmall:
+    """Why nothing fits; `offloaded`: bytes of the host per GPU that offload takes, `None` where there is none."""
+    usable, of_host = usable_bytes(machine.gpu) / GIB, ""
+    if offloaded is not None and offloaded > machine.host_gib_per_gpu * GIB:
+        of_host = f"; offload takes {offloaded / GIB:,.1f} GiB of the host per GPU, which has "
+        of_host += f"{machine.host_gib_per_gpu:,g}"
     return _TooSmall(
-        f"it takes at least {least / GIB:,.1f} GiB per GPU, of which {usable:,.1f} can be used ({of_host})", least
+        f"it takes at least {least / GIB:,.1f} GiB per GPU, of which {usable:,.1f} can be used{of_host}", least
     )
 
 
