@@ -81,7 +81,7 @@ RULES = {
     "planning": Rule(
         parts=(
             *("models", "distributed", "files", "tensors.config_file"),
-            *("routing.pictures", "expert_memory.residence_plan"),
+            *("routing.pictures", "expert_memory.residence_plan", "optim.tiled_adamw"),
         ),
         packages=("torch", "transformers"),
     ),

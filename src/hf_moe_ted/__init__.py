@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from .models.tokenization_zcode_m3 import ZCodeM3Tokenizer as ZCodeM3Tokenizer
     from .optim.clipped_adamw import ClippedAdamW as ClippedAdamW
     from .optim.tiled_adamw import TiledAdamW as TiledAdamW
+    from .planning.communication import collectives_of_step as collectives_of_step
     from .planning.gpus import Gpu as Gpu
     from .planning.memory import memory_of_rank as memory_of_rank
     from .planning.model_config import read_planned_config as read_planned_config
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from .planning.serving_plan import ServingPlan as ServingPlan
     from .planning.serving_plan import plan_serving as plan_serving
     from .planning.simulation import local_numels_of_rank as local_numels_of_rank
+    from .planning.simulation import simulated_step as simulated_step
     from .planning.training_plan import TrainingPlan as TrainingPlan
     from .planning.training_plan import plan_training as plan_training
     from .planning.workload import Workload as Workload
@@ -182,6 +184,7 @@ _MODULE_OF_NAME = {
     "bind_address": "serving.server",
     "bounded_expert_load": "distributed.bounded_exchange",
     "collect_expert_statistics": "routing.statistics_collection",
+    "collectives_of_step": "planning.communication",
     "communication_aware_context_fn": "distributed.activation_checkpoint",
     "convert_deepspeed_checkpoint": "conversion.deepspeed.converter",
     "convert_nllb_moe_checkpoint": "conversion.nllb_moe",
@@ -210,6 +213,7 @@ _MODULE_OF_NAME = {
     "run_server": "serving.server",
     "score_translations": "evaluation.translation_scores",
     "shard_adapters": "distributed.adapters",
+    "simulated_step": "planning.simulation",
     "token_lengths": "data.batch_sampler",
     "token_routing": "routing.token_routing",
     "translate_file": "translation.translated_file",

@@ -19,7 +19,6 @@ from ..models.router import expert_capacity
 from .parameters import (
     SIDES,
     HashableConfig,
-    gathered_shape,
     is_spread_expert,
     layer_groups,
     parameter_shapes,
@@ -252,7 +251,7 @@ def _units(hashable: HashableConfig, layout: Layout) -> tuple[tuple[Axis, int], 
     for parameter in parameter_shapes(hashable.config):
         if is_spread_expert(parameter, layout):
             if layout.wraps_experts_in_fsdp:
-                numel = math.prod(gathered_shape(parameter, layout))
+                numel = math.prod(shard_shape(parameter, layout)) * layout.expert_zero_size  # padded, too
                 experts[parameter.layer] = experts.get(parameter.layer, 0) + numel
             continue
         unit = None if parameter.layer is None else (parameter.layer[0], parameter.layer[1] // layers_per_unit)
