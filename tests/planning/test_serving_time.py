@@ -77,15 +77,18 @@ def test_experts_that_are_missing_are_brought() -> None:
 def test_what_cannot_be_captured() -> None:
     assert planned(cuda_graphs=True).is_captured
     assert not planned(cuda_graphs=True, share=0.5).is_captured
-    assert not planned(cuda_graphs=True, stored=default_bits(CONFIG_0_6B, 8, "experts")).is_captured
+    int8, int8_all = (default_bits(CONFIG_0_6B, 8, what) for what in ("experts", "all"))
+    assert planned(cuda_graphs=True, stored=int8).is_captured
+    assert not planned(cuda_graphs=True, stored=int8, quantized_kernels=False).is_captured
+    assert not planned(cuda_graphs=True, stored=int8_all).is_captured
     assert not planned(cuda_graphs=True, num_shares=2).is_captured
 
 
 def test_quantized_experts_read_less_and_loop() -> None:
-    floats, int8 = planned(), planned(stored=default_bits(CONFIG_0_6B, 8, "experts"))
+    floats, int8 = planned(), planned(stored=default_bits(CONFIG_0_6B, 8, "experts"), quantized_kernels=False)
     assert int8.bytes_read < floats.bytes_read
     assert int8.loop == pytest.approx(6 * int8.experts_used * 0.35e-3) and floats.loop == 0
-    assert planned(stored=default_bits(CONFIG_0_6B, 8, "experts"), quantized_kernels=True).loop == 0
+    assert planned(stored=default_bits(CONFIG_0_6B, 8, "experts")).loop == 0
     everything = planned(stored=default_bits(CONFIG_0_6B, 8, "all"))
     assert everything.weights > int8.weights  # they become floats in each call
 

@@ -68,16 +68,15 @@ def plan(
         ),
     ] = None,
     cuda_graphs: Annotated[
-        bool, typer.Option("--cuda-graphs", help="As with generate(cuda_graphs=True).", rich_help_panel=_SERVING)
-    ] = False,
+        bool | None, typer.Option(help="Steps as CUDA graphs, where they can be.", rich_help_panel=_SERVING)
+    ] = None,
     quantized_kernels: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--quantized-kernels",
-            help="As with HF_MOE_TED_QUANTIZED_KERNELS=1: quantized experts in Triton kernels, not in a loop.",
+            help="Quantized experts in Triton kernels, not in a loop; default: on all but V100.",
             rich_help_panel=_SERVING,
         ),
-    ] = False,
+    ] = None,
 ) -> None:
     """What fits on GPUs, best first: layouts to train a model, with memory, tokens per second, hours and energy.
 
@@ -94,11 +93,16 @@ def plan(
     if serve:
         _refuse({"--tokens": tokens, "--batch-tokens": batch_tokens}, "is of training, and --serve plans translation")
         options = _given(serving | {"source_length": sequence, "target_length": sequence})
-        options |= {"expert_memory": _size(expert_memory), "quantized_kernels": quantized_kernels}
-        found = _plan_serving(config, machines | options | {"cuda_graphs": cuda_graphs})
+        flags = {"cuda_graphs": cuda_graphs, "quantized_kernels": quantized_kernels}
+        found = _plan_serving(config, machines | options | _given(flags | {"expert_memory": _size(expert_memory)}))
     else:
-        flags = {"--cuda-graphs": cuda_graphs or None, "--quantized-kernels": quantized_kernels or None}
-        named = {"--sentences": sentences, "--beams": beams, "--zipf": zipf, "--expert-memory": expert_memory}
+        flags = {"--cuda-graphs": cuda_graphs, "--quantized-kernels": quantized_kernels}
+        named: dict[str, Any] = {
+            "--sentences": sentences,
+            "--beams": beams,
+            "--zipf": zipf,
+            "--expert-memory": expert_memory,
+        }
         _refuse(named | flags, "is of translation: give --serve, too")
         total = {} if tokens is None else {"total_tokens": _count(tokens)}
         found = _plan_training(config, machines | _given(training) | total)
@@ -190,8 +194,8 @@ def _show_serving(found: Any, model: Path, num_ways: int) -> None:
         print(line)
     if best.num_copies > 1:
         print(f"once for each of {best.num_copies} copies, with GPUs and a --port of its own")
-    if best.token.is_captured:
-        print("and, for CUDA graphs, model.generation_config.cuda_graphs = True, saved with the model")
+    if not workload.cuda_graphs:
+        print("and, for no CUDA graphs, model.generation_config.cuda_graphs = False, saved with the model")
     _print_serving(found.ways[:num_ways])
     print("GiB of a GPU; host: GiB of main memory that a copy's experts take; ms: from a token to the next")
     print("8 and 4 bits change translations: measure them before you choose")

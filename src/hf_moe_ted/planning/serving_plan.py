@@ -26,6 +26,7 @@ from .step_time import watts
 from .workload import check_counts
 
 GB = 10**9
+WITHOUT_KERNELS = ("v100-32gb",)  # for quantized experts: compute capability 7.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class ServingPlan:
         num_parameters: of the model.
         workload: what each copy of the model translates at once.
         is_quantized: whether the folder is.
-        ways: that fit, the fastest first.
+        ways: that fit, the fastest first; of those within a percent the one that is rounded least.
         impossible: the others.
     """
 
@@ -190,8 +191,8 @@ def plan_serving(
     target_length: int = 64,
     dtype: str = "bfloat16",
     expert_memory: int | None = None,
-    cuda_graphs: bool = False,
-    quantized_kernels: bool = False,
+    cuda_graphs: bool = True,
+    quantized_kernels: bool | None = None,
     zipf: float = 0.0,
     host_gib_per_gpu: float = MEMORY.host_gib_per_gpu,
 ) -> ServingPlan:
@@ -211,9 +212,9 @@ def plan_serving(
         dtype: of activations and of what is not quantized, "bfloat16" or "float32".
         expert_memory: bytes of experts on a GPU, as of [`ExpertMemory`]; by default as many as there is room for, if
             not all of them fit.
-        cuda_graphs: whether `generate` captures its steps, where it can.
-        quantized_kernels: whether Triton kernels compute quantized experts on the GPU
-            (`HF_MOE_TED_QUANTIZED_KERNELS=1`).
+        cuda_graphs: whether `generate` captures its steps, where it can, as it does by itself.
+        quantized_kernels: whether Triton kernels compute quantized experts, not a loop; by default on all GPUs but
+            V100, whose compute capability is less than 8.0.
         zipf: how unevenly tokens choose experts, see [`ServingWorkload`].
         host_gib_per_gpu: GiB of the host's memory for each GPU.
 
@@ -231,7 +232,8 @@ def plan_serving(
         raise ValueError(f"host_gib_per_gpu ({host_gib_per_gpu}) must be 0 or a positive number")
     workload = ServingWorkload(batch_size, num_beams, source_length, target_length, dtype, cuda_graphs, zipf)
     _check_lengths(config, workload)
-    machine = _Machine(gpu, num_gpus, min(gpus_per_node, num_gpus), host_gib_per_gpu * GIB, quantized_kernels)
+    kernels = gpu.name not in WITHOUT_KERNELS if quantized_kernels is None else quantized_kernels
+    machine = _Machine(gpu, num_gpus, min(gpus_per_node, num_gpus), host_gib_per_gpu * GIB, kernels)
     ways: list[PlannedServing] = []
     impossible: list[ImpossibleServing] = []
     for stored in _formats(config):
@@ -240,11 +242,18 @@ def plan_serving(
         except ValueError as error:
             name = "floats" if stored is None else f"int{stored.bits} {stored.what}"
             impossible.append(ImpossibleServing(name, str(error)))
-    ways.sort(key=lambda way: (-way.tokens_per_s, way.memory.peak))
+    ways.sort(key=_worth)
     return ServingPlan(
         gpu=gpu, num_gpus=num_gpus, num_parameters=num_parameters(config), workload=workload,
         is_quantized=stored_bits(config) is not None, ways=tuple(ways), impossible=tuple(impossible),
     )  # fmt: skip
+
+
+def _worth(way: PlannedServing) -> tuple[int, int, int]:
+    """The fastest first; of those that are equal within a percent what is rounded least, then what is smallest."""
+    bits = 16 if way.stored is None else way.stored.bits
+    rounded = 2 * (16 - bits) + (way.stored is not None and way.stored.what == "all")
+    return -round(100 * math.log(way.tokens_per_s)), rounded, way.memory.peak
 
 
 @dataclass(frozen=True)
@@ -293,7 +302,8 @@ def _fitting(
     whole = None
     if expert_memory is None:
         for num_shares in _shares(machine, config):
-            memory = memory_of_serving(config, workload, stored, num_shares=num_shares)
+            as_run = _as_run(workload, machine, stored, False, num_shares)
+            memory = memory_of_serving(config, as_run, stored, num_shares=num_shares)
             if memory.peak <= machine.usable:
                 whole = _planned(config, workload, machine, stored, None, num_shares)
                 yield whole
@@ -328,7 +338,7 @@ def _room_for_experts(
         ValueError: there is less than one.
     """
     weights = weight_bytes(config, stored, workload.dtype)
-    memory = memory_of_serving(config, workload, stored)
+    memory = memory_of_serving(config, _as_run(workload, machine, stored, True, 1), stored)
     others = memory.peak - memory.experts
     size = int((machine.usable - others) // GB) * GB
     if size < GB or not weights.experts:
@@ -337,6 +347,14 @@ def _room_for_experts(
             "used"
         )
     return size
+
+
+def _as_run(
+    workload: ServingWorkload, machine: _Machine, stored: StoredBits | None, has_expert_memory: bool, num_shares: int
+) -> ServingWorkload:
+    """Without CUDA graphs where there can be none."""
+    why_not = captured_why_not(stored, has_expert_memory, num_shares, machine.quantized_kernels)
+    return replace(workload, cuda_graphs=workload.cuda_graphs and why_not is None)
 
 
 def _check_room(memory: ServingMemory, machine: _Machine) -> None:
@@ -357,16 +375,15 @@ def _planned(
     weights = weight_bytes(config, stored, workload.dtype)
     residence = resident_experts(weights, expert_memory)
     in_files = weights.experts > machine.host_bytes_per_gpu and expert_memory is not None
+    as_run = _as_run(workload, machine, stored, expert_memory is not None, num_shares)
     memory = memory_of_serving(
-        config, workload, stored, expert_memory=expert_memory, experts_in_files=in_files, num_shares=num_shares
+        config, as_run, stored, expert_memory=expert_memory, experts_in_files=in_files, num_shares=num_shares
     )
     where: dict[str, Any] = {
         "residence": residence if resident_bytes(weights, residence) < weights.experts else None,
         "experts_in_files": in_files,
         "quantized_kernels": machine.quantized_kernels,
     }
-    is_captured = captured_why_not(stored, expert_memory is not None, num_shares) is None
-    as_run = replace(workload, cuda_graphs=workload.cuda_graphs and is_captured)
     token = time_of_token(config, as_run, machine.gpu, weights, stored, **where, num_shares=num_shares)
     source_s = time_of_source(config, as_run, machine.gpu, weights, stored, **where)
     num_copies = machine.num_gpus // num_shares

@@ -79,10 +79,13 @@ def chosen_experts(num_experts: int, top_k: int, num_rows: int, zipf: float = 0.
     return [1 - max(0.0, 1 - share * each) ** num_rows for each in popularity]
 
 
-def captured_why_not(stored: StoredBits | None, has_expert_memory: bool, num_shares: int) -> str | None:
-    """Why steps of a model cannot be CUDA graphs, or `None`."""
+def captured_why_not(
+    stored: StoredBits | None, has_expert_memory: bool, num_shares: int, quantized_kernels: bool = True
+) -> str | None:
+    """Why steps of a model cannot be CUDA graphs, or `None`; arguments as of [`time_of_token`]."""
     reasons = {
-        "quantized experts": stored is not None,
+        "quantized layers": stored is not None and stored.what == "all",
+        "quantized experts in a loop": stored is not None and not quantized_kernels,
         "experts that are not all on the GPU": has_expert_memory,
         "layers on several GPUs": num_shares > 1,
     }
@@ -98,7 +101,7 @@ def time_of_token(
     *,
     residence: ResidencePlan | None = None,
     experts_in_files: bool = False,
-    quantized_kernels: bool = False,
+    quantized_kernels: bool = True,
     num_shares: int = 1,
     constants: ServingConstants = SERVING,
     time: TimeConstants = TIME,
@@ -112,14 +115,15 @@ def time_of_token(
         stored: how weights are rounded; `None` for floats.
         residence: which experts are on the GPU; `None` for all.
         experts_in_files: whether the others are read from files, not from the host's memory.
-        quantized_kernels: whether Triton kernels compute quantized experts (`HF_MOE_TED_QUANTIZED_KERNELS=1`), in place
-            of a loop.
+        quantized_kernels: whether Triton kernels compute quantized experts, not a loop (before compute capability 8.0,
+            or with `HF_MOE_TED_QUANTIZED_KERNELS=0`).
         num_shares: GPUs that share the layers, one after the other.
         constants, time: of the model of time.
     """
     rate = gpu.memory_gbs * 1e9 * time.memory_efficiency
     rows, element = workload.num_rows, workload.element_bytes
-    is_captured = workload.cuda_graphs and captured_why_not(stored, residence is not None, num_shares) is None
+    why_not = captured_why_not(stored, residence is not None, num_shares, quantized_kernels)
+    is_captured = workload.cuda_graphs and why_not is None
     dense_bytes = _decoder_bytes(config, stored, element, constants)
     head_bytes = float(weights.head)
     if stored is not None and stored.what == "all":
@@ -154,7 +158,7 @@ def time_of_source(
     *,
     residence: ResidencePlan | None = None,
     experts_in_files: bool = False,
-    quantized_kernels: bool = False,
+    quantized_kernels: bool = True,
     constants: ServingConstants = SERVING,
     time: TimeConstants = TIME,
 ) -> float:
@@ -174,7 +178,8 @@ def time_of_source(
     attention = layers * (8 * width**2 + 4 * length * width)
     flops = tokens * (attention + num_ffns * 4 * width * ffn_dim)
     device = max(expert_s, flops / (gpu.tflops * 1e12 * time.matmul_efficiency))
-    layer_s = constants.captured_layer_s if workload.cuda_graphs and stored is None else constants.eager_layer_s
+    is_captured = workload.cuda_graphs and captured_why_not(stored, residence is not None, 1, quantized_kernels) is None
+    layer_s = constants.captured_layer_s if is_captured else constants.eager_layer_s
     missing_s = missing / (1e9 * (constants.disk_gbs if experts_in_files else time.pcie_gbs))
     return max(device, layers * layer_s) + loop_s + missing_s
 
