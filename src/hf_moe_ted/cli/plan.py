@@ -168,7 +168,8 @@ def _show_training(found: Any, num_layouts: int) -> None:
 
 def _print_training(layouts: Sequence[Any]) -> None:
     rows = [["tp", "ep", "etp", "dp", "replicas", "ZeRO", "offload", "checkpointing", "pairs", "times", "weights",
-             "optimizer", "gathered", "logits", "activations", "peak GiB", "host", "ms", "tokens/s", "hours", "kWh"]]  # fmt: skip
+             "optimizer", "gathered", "logits", "activations", "peak GiB", "host", "ms", "tokens/s", "hours",
+             "kWh"]]  # fmt: skip
     for planned in layouts:
         layout, workload, memory = planned.layout, planned.workload, planned.memory
         sizes = (layout.tensor_parallel_size, layout.expert_parallel_size, layout.expert_tensor_parallel_size,
