@@ -3,19 +3,25 @@
     python examples/benchmarks/plan_simulation.py
 
 Prints the tables of docs/benchmarks/plan_2026-11-29.md. Needs no GPU: a rank is this process with torch's fake process
-group, and a model on the meta device.
+group, and a model on the meta device. With `--steps` it is a step of training of one rank of each published model, on
+tensors without numbers, which takes minutes.
 """
 
+import argparse
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from hf_moe_ted import (
     Layout,
     Workload,
     ZCodeM3Config,
+    collectives_of_step,
     local_numels_of_rank,
     memory_of_rank,
     parameters_of_rank,
+    simulated_step,
 )
 
 GIB = 2**30
@@ -36,6 +42,18 @@ def model_of(width: int, num_experts: int, layers: tuple[int, int] = (24, 12), *
         decoder_ffn_dim=4 * width, encoder_attention_heads=NUM_HEADS, decoder_attention_heads=NUM_HEADS,
         num_experts=num_experts, **fields,
     )  # fmt: skip
+
+
+PUBLISHED = {
+    "3.5T on 512 (2109.10465)": (
+        model_of(4096, 1024, (34, 18)),
+        Layout(1, 512, 512, 1, zero_stage=2, offload="cpu"),
+    ),
+    "40B on 128 (2303.06318)": (
+        model_of(4096, 16, (31, 1), vocab_size=51_200, decoder_sparse_layers=[0]),
+        Layout(4, 32, 16, 4),
+    ),
+}
 
 
 def total(config: ZCodeM3Config) -> int:
@@ -96,19 +114,9 @@ def print_largest() -> None:
 
 
 def print_simulated() -> None:
-    published = {
-        "3.5T on 512 (2109.10465)": (
-            model_of(4096, 1024, (34, 18)),
-            Layout(1, 512, 512, 1, zero_stage=2, offload="cpu"),
-        ),
-        "40B on 128 (2303.06318)": (
-            model_of(4096, 16, (31, 1), vocab_size=51_200, decoder_sparse_layers=[0]),
-            Layout(4, 32, 16, 4),
-        ),
-    }
     print("\n| model | parameters | rank | simulated | formula | optimizer, GB | GPU, GiB | host, GiB |")
     print("|---|---|---|---|---|---|---|---|")
-    for name, (config, layout) in published.items():
+    for name, (config, layout) in PUBLISHED.items():
         world_size = layout.tensor_parallel_size * layout.data_parallel_size
         memory = memory_of_rank(config, layout, WORKLOAD)
         for rank in (0, world_size // 2 + 1, world_size - 1):
@@ -121,7 +129,32 @@ def print_simulated() -> None:
             )
 
 
+def print_steps() -> None:
+    """Of a rank in the middle, exchanges padded to the capacity and nothing offloaded."""
+    print(
+        "\n| model | rank | collectives, GB | as planned | optimizer, bytes | as planned |\n|---|---|---|---|---|---|"
+    )
+    for name, (given, of_model) in PUBLISHED.items():
+        config = ZCodeM3Config.from_dict(given.to_dict() | {"capacity_factor": 1.25})
+        layout = replace(of_model, offload=None, pad_expert_input_to_capacity=True)
+        rank = layout.tensor_parallel_size * layout.data_parallel_size // 2 + 1
+        step = simulated_step(config, layout, WORKLOAD, rank)
+        planned: Counter[tuple[str, int]] = Counter()
+        for collective in collectives_of_step(config, layout, WORKLOAD):
+            planned[collective.operation, collective.num_bytes] += collective.count
+        states = WORKLOAD.state_bytes * parameters_of_rank(config, layout, rank).total
+        moved = sum(num_bytes * count for (_, num_bytes), count in step.collectives.items()) / 1e9
+        is_as_planned = [step.collectives == planned, step.optimizer_bytes == states]
+        shown = ["to the byte" if is_equal else "no" for is_equal in is_as_planned]
+        print(f"| {name} | {rank} | {moved:.2f} | {shown[0]} | {step.optimizer_bytes:,} | {shown[1]} |", flush=True)
+
+
 if __name__ == "__main__":
-    print_simulated()
-    print()
-    print_largest()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", action="store_true", help="only steps of one rank of each published model")
+    if parser.parse_args().steps:
+        print_steps()
+    else:
+        print_simulated()
+        print()
+        print_largest()
