@@ -262,8 +262,9 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
         """
         if (expert_memory := getattr(self, "expert_memory", None)) is not None:
             expert_memory.refuse("save_pretrained")
-        if getattr(self.generation_config, "cuda_graphs", None) is not None:
-            self.generation_config._from_model_config = False  # of one that is, options of our own are not read again
+        options: Any = getattr(self, "generation_config", None)
+        if getattr(options, "cuda_graphs", None) is not None:
+            options._from_model_config = False  # of one that is, options of our own are not read again
         if self.is_distributed_loading_by_transformers and hasattr(self.config.distributed_config, "save_pretrained"):
             self.config.distributed_config.save_pretrained(self, save_directory, *args, **kwargs)
             return
