@@ -23,7 +23,8 @@ SHELL = frozenset({"bash", "sh"})
 DATA = frozenset({"", "json", "text", "yaml"})  # is shown, and never runs
 
 _BLOCK = re.compile(
-    r"(?:<!-- code:(?P<marks>(?:(?!-->).)*)-->\n)?^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
+    r"(?:<!-- code:(?P<marks>(?:(?!-->).)*)-->\n)?"
+    r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$",
     re.DOTALL | re.MULTILINE,
 )
 _FENCE = re.compile(r"^ *```", re.MULTILINE)
@@ -107,18 +108,17 @@ def pages_of(root: Path) -> dict[str, list[CodeBlock]]:
     """README and docs with their blocks, by their path from the root of the repository."""
     paths = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
     names = [path.relative_to(root).as_posix() for path in paths]
-    return {
-        name: blocks_of(path.read_text(encoding="utf-8"), name) for name, path in zip(names, paths, strict=True)
-    }
+    return {name: blocks_of(path.read_text(encoding="utf-8"), name) for name, path in zip(names, paths, strict=True)}
 
 
 def _marks(comment: str, place: str) -> dict[str, object]:
     marks: dict[str, object] = {}
-    for words in filter(None, (" ".join(part.split()) for part in comment.split(";"))):
+    comment = " ".join(comment.split())
+    if comment.startswith("not run, "):
+        return {"reason": comment.removeprefix("not run, ")}
+    for words in filter(None, (part.strip() for part in comment.split(";"))):
         kind, _, rest = words.partition(" ")
-        if words.startswith("not run, "):
-            marks["reason"] = words.removeprefix("not run, ")
-        elif kind == "with" and rest:
+        if kind == "with" and rest:
             pairs = re.findall(r"(\w+)=(\[[^]]*\]|[^,]+)", rest)
             marks["replacements"] = {name: value.strip() for name, value in pairs}
         elif kind == "file" and rest:

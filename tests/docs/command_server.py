@@ -5,6 +5,7 @@ programs do less: `pip` looks whether the extras that it is asked for exist, and
 """
 
 import configparser
+import contextlib
 import os
 import re
 import runpy
@@ -33,18 +34,18 @@ class CommandServer:
         self.bin.mkdir(parents=True)
         for name in PROGRAMS:
             self._write_program(name, f"#!{sys.executable} -SE\n{CLIENT.read_text()}")
-        curl = "command curl --no-progress-meter --fail-with-body --retry 60 --retry-delay 1 --retry-connrefused"
+        curl = "command curl --no-progress-meter --fail-with-body"
         self._write_program("curl", f'#!/bin/bash\nPATH=/usr/bin:/bin\n{curl} "$@"\n')
         self.address = str(folder / "commands")
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(self.address)
         self._listener.listen()
+        parent_id = os.getpid()
         self.process_id = os.fork()
         if self.process_id == 0:
-            os.setsid()  # so that `stop` ends the commands, too
-            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-            while True:
-                self._answer(self._listener.accept()[0])
+            os.setpgid(0, 0)  # so that `stop` ends the commands, too
+            self._serve(parent_id)
+        os.setpgid(self.process_id, self.process_id)  # here as well: whichever process comes first
         self._listener.close()
 
     def environment(self) -> dict[str, str]:
@@ -59,6 +60,15 @@ class CommandServer:
         path = self.bin / name
         path.write_text(text)
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+    def _serve(self, parent_id: int) -> None:
+        """Answer clients for as long as the parent lives."""
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        self._listener.settimeout(1.0)
+        while os.getppid() == parent_id:
+            with contextlib.suppress(TimeoutError):
+                self._answer(self._listener.accept()[0])
+        os.killpg(0, signal.SIGTERM)
 
     def _answer(self, connection: socket.socket) -> None:
         if os.fork():

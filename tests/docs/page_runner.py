@@ -1,6 +1,7 @@
 """Running the blocks of a page one after the other, as a reader would who types them all."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
@@ -18,7 +19,7 @@ import torch
 from code_blocks import PYTHON, CodeBlock
 from command_server import CommandServer
 
-PORT = 5000  # the one that pages write; a test takes one that is free
+_PAGE_PORTS = re.compile(r"\b500\d\b")  # those that pages write; a test takes others, which are free
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def run_page(blocks: Sequence[CodeBlock], folder: Path, preamble: str) -> list[R
         The blocks that ran. Those that need a GPU are not among them on a machine that has none.
 
     Raises:
-        BlockError: at the first block that fails.
+        BlockError: with all blocks that failed.
     """
     os.chdir(folder)
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -72,9 +73,6 @@ class _Shell:
         self._environment = server.environment()
         self._assignments: list[str] = []
         self._servers: list[subprocess.Popen[bytes]] = []
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            self._port = str(listener.getsockname()[1])
 
     def run(self, block: CodeBlock) -> str:
         """
@@ -84,14 +82,18 @@ class _Shell:
         Raises:
             BlockError: it fails.
         """
-        code = re.sub(rf"\b{PORT}\b", self._port, block.test_code)
+        code = block.test_code
         script = "\n".join(["set -euo pipefail", *self._assignments, code])
         self._assignments += re.findall(r"^[A-Z_]+=\S+$", code, flags=re.MULTILINE)
         if block.stays_running:
-            self._servers.append(subprocess.Popen(["bash", "-c", script], env=self._environment, start_new_session=True))
+            self._servers.append(
+                subprocess.Popen(["bash", "-c", script], env=self._environment, start_new_session=True)
+            )
+            for port in re.findall(r"--port (\d+)", code):
+                _wait_for_server(int(port))
             return ""
         done = subprocess.run(
-            ["bash", "-c", script], env=self._environment, capture_output=True, text=True, timeout=240.0
+            ["bash", "-c", script], env=self._environment, capture_output=True, text=True, timeout=120.0
         )
         if done.returncode:
             raise BlockError(f"{block.place}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
@@ -118,16 +120,25 @@ def _run_blocks(blocks: Sequence[CodeBlock], preamble: str, shell: _Shell | None
     names: dict[str, Any] = {"__name__": "__main__"}
     exec(compile(preamble, "preamble", "exec"), names)
     runs = []
+    errors = []
     printed = ""
+    ports: dict[str, str] = {}
     for block in blocks:
+        block = dataclasses.replace(block, code=_PAGE_PORTS.sub(lambda found: _free_port(found[0], ports), block.code))
         if block.file:
             Path(block.file).write_text(block.code, encoding="utf-8")
-        elif block.is_output and printed.strip() != block.code.strip():
-            raise BlockError(f"{block.place}: the block before it printed\n{printed}")
-        elif block.runs and not (block.needs_gpu and not torch.cuda.is_available()):
-            start = time.perf_counter()
-            printed = _run_python(block, names) if block.language in PYTHON else _run_shell(block, shell)
-            runs.append(Run(block.place, time.perf_counter() - start))
+            continue
+        start = time.perf_counter()
+        try:
+            if block.is_output and printed.strip() != block.code.strip():
+                raise BlockError(f"{block.place}: the block before it printed\n{printed}")
+            if block.runs and not (block.needs_gpu and not torch.cuda.is_available()):
+                printed = _run_python(block, names) if block.language in PYTHON else _run_shell(block, shell)
+                runs.append(Run(block.place, time.perf_counter() - start))
+        except BlockError as error:
+            errors.append(str(error))
+    if errors:
+        raise BlockError("\n\n".join(errors))
     return runs
 
 
@@ -146,3 +157,21 @@ def _run_shell(block: CodeBlock, shell: _Shell | None) -> str:
     if shell is None:
         raise BlockError(f"{block.place}: a block of a shell cannot be one of two ranks")
     return shell.run(block)
+
+
+def _free_port(port: str, ports: dict[str, str]) -> str:
+    """Another port for one of a page, and always the same."""
+    if port not in ports:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            ports[port] = str(listener.getsockname()[1])
+    return ports[port]
+
+
+def _wait_for_server(port: int) -> None:
+    deadline = time.monotonic() + 60.0
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+            return
+        time.sleep(0.1)
+    raise BlockError(f"nothing listens on port {port} after a minute")

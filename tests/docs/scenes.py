@@ -7,28 +7,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import M2M100Config, M2M100ForConditionalGeneration, NllbMoeForConditionalGeneration, NllbTokenizer
+from transformers import (
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
+    NllbMoeForConditionalGeneration,
+    NllbTokenizer,
+)
 
 from hf_moe_ted import ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer
-from hf_moe_ted.testing import TINY_SIZES, tiny_config
+from hf_moe_ted.testing import tiny_config
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
 SHIPPED = Path("examples/checkpoints/zcode_m3_demo")
-LANGUAGES = ("de", "es", "fr", "ru", "uk")
-NUM_ROWS = {"train": 24, "validation": 4, "test": 3}  # of each language
+NUM_ROWS = {"train": 16, "validation": 2, "test": 2}  # of each language
 WITH_SHIPPED_MODEL = ("README.md", "docs/index.md")  # its translations are what these pages show
 
-_MODEL = """
-from hf_moe_ted import load_model_and_tokenizer
-model, tokenizer = load_model_and_tokenizer("MODEL")
-"""
-_ROWS = """
-import json
-rows = [json.loads(line) for line in open("pairs.jsonl")]
-"""
 PREAMBLES = {
-    "docs/translation.md": _MODEL,
+    "docs/translation.md": """
+import torch
+from hf_moe_ted import ZCodeM3TranslationPipeline, load_model_and_tokenizer
+model, tokenizer = load_model_and_tokenizer("MODEL", device="cuda" if torch.cuda.is_available() else "cpu")
+translator = ZCodeM3TranslationPipeline(model=model, tokenizer=tokenizer, src_lang="en", tgt_lang="de")
+inputs = tokenizer("Close all tabs", src_lang="en", return_tensors="pt").to(model.device)
+""",
+    "docs/ted.md": """
+import os
+os.environ["ACCELERATE_USE_CPU"] = "true"
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, TrainingArguments
+from hf_moe_ted import StepSnapshot, TedTrainer, ZCodeM3Tokenizer, bounded_expert_load
+folder = "MODEL"
+tokenizer = ZCodeM3Tokenizer.from_pretrained(folder, src_lang="en", tgt_lang="de")
+collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)
+dataset = 16 * [tokenizer("Close all tabs", text_target="Alle Tabs schließen")]
+loader = DataLoader(dataset, batch_size=4, collate_fn=collator)
+texts = 8 * [{"input_ids": [3, 4, 5, 6], "labels": [3, 4, 5, 6]}]
+""",
 }
 
 
@@ -44,11 +62,13 @@ def make_scene(folder: Path) -> None:
     (folder / "MODEL").symlink_to(SHIPPED)
     shutil.copy(ROOT / SHIPPED / "config.json", folder)
     _write_nllb_moe(folder / "nllb-moe-54b")
-    _write_dense(folder / "m2m100_418M")
+    _write_mixtral(folder / "mixtral")
     source = FIXTURES / "deepspeed" / "m2m_ep2_zero1_top2_fp32"
     shutil.copytree(source, folder / "runs" / "moe")
-    base = torch.load(source / "expected.pt", weights_only=True)["base_config"]
-    (folder / "base_config.json").write_text(json.dumps({**base, "model_type": "m2m_100"}))
+    config = M2M100Config(**torch.load(source / "expected.pt", weights_only=True)["base_config"])
+    M2M100ForConditionalGeneration(config).save_pretrained(folder / "m2m100_418M")
+    for name in ("european", "asian"):
+        shutil.copytree(folder / SHIPPED, folder / "runs" / name)
 
 
 def scene_of(page: str, template: Path, folder: Path) -> str:
@@ -65,13 +85,14 @@ def scene_of(page: str, template: Path, folder: Path) -> str:
 
 
 def _write_data(folder: Path) -> None:
-    """The shipped text, short sentences of a few languages."""
+    """The shipped text, some short sentences of each language."""
     (folder / "examples" / "data").mkdir()
     for split, num_rows in NUM_ROWS.items():
         name = f"chromium_l10n.{split}.tsv.xz"
         head, *lines = lzma.decompress((ROOT / "examples" / "data" / name).read_bytes()).decode().splitlines()
-        for language in LANGUAGES:
-            of_language = [line for line in lines if line.startswith(f"{language}\t") and len(line) < 40]
+        short = [line for line in lines if len(line) < 40]
+        for language in sorted({line.split("\t")[0] for line in short}):
+            of_language = [line for line in short if line.startswith(f"{language}\t")]
             head = "\n".join([head, *of_language[:num_rows]])
         (folder / "examples" / "data" / name).write_bytes(lzma.compress(f"{head}\n".encode()))
 
@@ -94,7 +115,7 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def _randomized(model: torch.nn.Module) -> Any:
+def _randomized(model: Any) -> Any:
     """With weights, biases and norms that all matter."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -107,8 +128,12 @@ def _randomized(model: torch.nn.Module) -> Any:
 def _write_model(folder: Path) -> None:
     """A tiny model with the tokenizer of the shipped one, in its place."""
     tokenizer = ZCodeM3Tokenizer.from_pretrained(ROOT / SHIPPED)
-    config = tiny_config(vocab_size=len(tokenizer), max_position_embeddings=256, num_experts=8)
-    _randomized(ZCodeM3ForConditionalGeneration(config)).save_pretrained(folder)
+    config = tiny_config(vocab_size=len(tokenizer), max_position_embeddings=256, num_experts=8, num_experts_per_tok=1)
+    model = _randomized(ZCodeM3ForConditionalGeneration(config))
+    with torch.no_grad():  # most translations end after some tokens
+        end = model.get_input_embeddings().weight[config.eos_token_id]
+        model.model.decoder.layer_norm.bias.add_(6 * end / end.norm())
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -121,8 +146,14 @@ def _write_nllb_moe(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _write_dense(folder: Path) -> None:
-    tokenizer = ZCodeM3Tokenizer.from_pretrained(ROOT / SHIPPED)
-    config = M2M100Config(**{**TINY_SIZES, "vocab_size": len(tokenizer), "pad_token_id": 1})
-    _randomized(M2M100ForConditionalGeneration(config)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def _write_mixtral(folder: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    MixtralForCausalLM(config).save_pretrained(folder)
