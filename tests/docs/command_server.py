@@ -6,6 +6,7 @@ programs do less: `pip` looks whether the extras that it is asked for exist, and
 
 import configparser
 import contextlib
+import multiprocessing
 import os
 import re
 import runpy
@@ -62,32 +63,33 @@ class CommandServer:
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
     def _serve(self, parent_id: int) -> None:
-        """Answer clients for as long as the parent lives."""
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        """Answer clients for as long as the parent lives, each in a process that ends as one of Python does."""
+        context = multiprocessing.get_context("fork")
         self._listener.settimeout(1.0)
         while os.getppid() == parent_id:
+            multiprocessing.active_children()  # those that have ended are gone then
             with contextlib.suppress(TimeoutError):
-                self._answer(self._listener.accept()[0])
+                connection = self._listener.accept()[0]
+                context.Process(target=_run_command, args=(connection,)).start()
+                connection.close()
         os.killpg(0, signal.SIGTERM)
 
-    def _answer(self, connection: socket.socket) -> None:
-        if os.fork():
-            connection.close()
-            return
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        head, files, _, _ = socket.recv_fds(connection, 4, 3)
-        [size] = struct.unpack("!I", head)
-        folder, num_words, *texts = connection.recv(size, socket.MSG_WAITALL).decode().split("\0")
-        words, variables = texts[: int(num_words)], texts[int(num_words) :]
-        for number, file in enumerate(files):
-            os.dup2(file, number)
-        sys.stdin = open(0, closefd=False, encoding="utf-8")  # noqa: SIM115 - of the whole process
-        os.chdir(folder)
-        os.environ.clear()
-        os.environ.update(variable.split("=", 1) for variable in variables)
-        status = _status_of(PROGRAMS[words[0]], words[1:])
-        connection.sendall(bytes([status]))
-        os._exit(status)
+
+def _run_command(connection: socket.socket) -> None:
+    """What the client at the other end asks for."""
+    connection.setblocking(True)
+    head, files, _, _ = socket.recv_fds(connection, 4, 3)
+    [size] = struct.unpack("!I", head)
+    folder, num_words, *texts = connection.recv(size, socket.MSG_WAITALL).decode().split("\0")
+    words, variables = texts[: int(num_words)], texts[int(num_words) :]
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    sys.stdin = open(0, closefd=False, encoding="utf-8")  # noqa: SIM115 - of the whole process
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(variable.split("=", 1) for variable in variables)
+    connection.sendall(bytes([_status_of(PROGRAMS[words[0]], words[1:])]))
 
 
 def _status_of(program: Callable[[list[str]], None], words: list[str]) -> int:

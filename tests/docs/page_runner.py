@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ import torch
 from code_blocks import PYTHON, CodeBlock
 from command_server import CommandServer
 
+BLOCK_TIMEOUT_S = 150.0
 _PAGE_PORTS = re.compile(r"\b500\d\b")  # those that pages write; a test takes others, which are free
 
 
@@ -92,12 +94,14 @@ class _Shell:
             for port in re.findall(r"--port (\d+)", code):
                 _wait_for_server(int(port))
             return ""
-        done = subprocess.run(
-            ["bash", "-c", script], env=self._environment, capture_output=True, text=True, timeout=120.0
-        )
+        with tempfile.TemporaryFile("w+") as printed:  # no pipe, whose end may be with a process that is left over
+            streams = {"stdout": printed, "stderr": subprocess.STDOUT}
+            done = subprocess.run(["bash", "-c", script], env=self._environment, **streams, timeout=BLOCK_TIMEOUT_S)
+            printed.seek(0)
+            text = printed.read()
         if done.returncode:
-            raise BlockError(f"{block.place}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
-        return done.stdout
+            raise BlockError(f"{block.place}: exit status {done.returncode}\n{text}")
+        return text
 
     def stop(self) -> None:
         for server in self._servers:
