@@ -1,6 +1,7 @@
 # make demo     the main job on real text: translate, evaluate, fine-tune, prune
 # make test     the tests
 # make quality  ruff and mypy
+# make docs     the pages of docs/ as a site, in site/; a warning is an error
 #
 # And what CI runs besides:
 #
@@ -17,7 +18,7 @@ NEWEST_TRANSFORMERS := 5.24.0
 PARALLEL := --numprocesses auto --dist loadfile
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 
-.PHONY: demo test test-avx2 test-newest quality
+.PHONY: demo test test-avx2 test-newest quality docs
 
 demo: $(VENV)/.installed_viz
 	$(VENV)/bin/python examples/demo.py
@@ -40,6 +41,17 @@ quality: $(VENV)/.installed_dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(VENV)-docs/.installed_docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet
+
+# the pages are made from the source alone: what the package itself needs is not installed
+$(VENV)-docs/.installed_docs: $(VERSIONS)
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -c "import configparser; c = configparser.ConfigParser(); c.read('setup.cfg'); \
+		print(c['options.extras_require']['docs'])" > $(VENV)-docs/requirements.txt
+	$(VENV)-docs/bin/python -m pip install --quiet --constraint constraints.txt --requirement $(VENV)-docs/requirements.txt
+	touch $@
 
 $(VENV)/.installed_%: $(VERSIONS)
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""What the site has besides the pages of docs/: lists of the records, and the files of the repository that pages link to.
+"""What the site has besides the pages of docs/: lists of the records, and the files outside it that pages link to.
 
 A link of a page that leads out of docs/ works in the repository. On the site it leads to a copy of the file, under
 `repository/`.

@@ -27,12 +27,12 @@ class CommandServer:
     """A process that answers clients until `stop`.
 
     Args:
-        folder: a new one, for its socket and the programs; put `bin` of it first in PATH.
+        folder: an empty one, for its socket and the programs; put `bin` of it first in PATH.
     """
 
     def __init__(self, folder: Path) -> None:
         self.bin = folder / "bin"
-        self.bin.mkdir(parents=True)
+        self.bin.mkdir()
         for name in PROGRAMS:
             self._write_program(name, f"#!{sys.executable} -SE\n{CLIENT.read_text()}")
         curl = "command curl --no-progress-meter --fail-with-body"

@@ -57,7 +57,7 @@ def run_page(blocks: Sequence[CodeBlock], folder: Path, preamble: str) -> list[R
     """
     os.chdir(folder)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    with _shell(folder) as shell:
+    with _shell() as shell:
         return _run_blocks([block for block in blocks if not block.on_two_ranks], preamble, shell)
 
 
@@ -110,14 +110,15 @@ class _Shell:
 
 
 @contextlib.contextmanager
-def _shell(folder: Path) -> Iterator[_Shell]:
-    server = CommandServer(folder.with_name(f"{folder.name}.commands"))
-    shell = _Shell(server)
-    try:
-        yield shell
-    finally:
-        shell.stop()
-        server.stop()
+def _shell() -> Iterator[_Shell]:
+    with tempfile.TemporaryDirectory() as commands:  # a short path, as that of a socket has to be
+        server = CommandServer(Path(commands))
+        shell = _Shell(server)
+        try:
+            yield shell
+        finally:
+            shell.stop()
+            server.stop()
 
 
 def _run_blocks(blocks: Sequence[CodeBlock], preamble: str, shell: _Shell | None) -> list[Run]:
