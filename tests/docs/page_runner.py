@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -20,7 +21,7 @@ import torch
 from code_blocks import PYTHON, CodeBlock
 from command_server import CommandServer
 
-BLOCK_TIMEOUT_S = 150.0
+BLOCK_TIMEOUT_S = 300.0
 _PAGE_PORTS = re.compile(r"\b500\d\b")  # those that pages write; a test takes others, which are free
 
 
@@ -140,6 +141,7 @@ def _run_blocks(blocks: Sequence[CodeBlock], preamble: str, shell: _Shell | None
             if block.runs and not (block.needs_gpu and not torch.cuda.is_available()):
                 printed = _run_python(block, names) if block.language in PYTHON else _run_shell(block, shell)
                 runs.append(Run(block.place, time.perf_counter() - start))
+                print(f"{block.place} took {runs[-1].seconds:.1f} s", file=sys.stderr, flush=True)
         except BlockError as error:
             errors.append(str(error))
     if errors:

@@ -16,7 +16,7 @@ from hf_moe_ted.testing import run_distributed_test
 
 PAGES = pages_of(ROOT)
 WITH_CODE = [page for page, blocks in PAGES.items() if any(block.runs for block in blocks)]
-TIMEOUT_S = 200.0  # of a page; most take some seconds
+TIMEOUT_S = 500.0  # of a page; on a quiet machine most take some seconds
 HAS_GPU = torch.cuda.is_available()
 PRELOADED = [
     *("torch", "datasets", "sacrebleu", "matplotlib.figure", "accelerate", "evaluate", "safetensors.torch"),
@@ -82,7 +82,6 @@ def runs_of(blocks: Sequence[CodeBlock], folder: Path, preamble: str) -> list[Ru
 def test_blocks_of_page_run(page: str, template: Path, tmp_path: Path) -> None:
     preamble = scene_of(page, template, tmp_path / "page")
     runs = runs_of(PAGES[page], tmp_path / "page", preamble)
-    print(*(f"{run.place} took {run.seconds:.1f} s" for run in runs), sep="\n")
     expected = [block.place for block in PAGES[page] if block.runs and not (block.needs_gpu and not HAS_GPU)]
     assert sorted(run.place for run in runs) == sorted(expected)
 
