@@ -60,7 +60,8 @@ def make_scene(folder: Path) -> None:
     _write_texts(folder)
     _write_model(folder / SHIPPED)
     (folder / "MODEL").symlink_to(SHIPPED)
-    shutil.copy(ROOT / SHIPPED / "config.json", folder)
+    config = json.loads((ROOT / SHIPPED / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))
     _write_nllb_moe(folder / "nllb-moe-54b")
     _write_mixtral(folder / "mixtral")
     source = FIXTURES / "deepspeed" / "m2m_ep2_zero1_top2_fp32"
