@@ -27,7 +27,7 @@ PRELOADED = [
         "hf_moe_ted.training.multitask_trainer",
     ),
     *("transformers.models.auto.tokenization_auto", "transformers.pipelines", "transformers.trainer_seq2seq"),
-    *("hf_moe_ted.models.pipeline_translation", "hf_moe_ted.compression.report.report_folder"),
+    *("hf_moe_ted.models.pipeline_translation", "hf_moe_ted.compression.report.report_folder", "gradio"),
     *("hf_moe_ted.models.modeling_zcode_m3", "transformers.models.m2m_100.modeling_m2m_100"),
 ]
 
