@@ -280,7 +280,7 @@ def train(run: Run, text: Text, tokenizer: Any) -> None:
 
 
 def main() -> None:
-    # its backward can give NaN on Hopper since torch 2.11: https://github.com/pytorch/pytorch/issues/196678
+    # its backward can give NaN on Hopper since torch 2.11: docs/upstream/torch_cudnn_attention_gradient.md
     torch.backends.cuda.enable_cudnn_sdp(False)
     runs, is_dry = runs_of(sys.argv[1:])
     texts: dict[str, Text] = {}

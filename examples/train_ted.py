@@ -135,7 +135,7 @@ def evaluate(
 
 
 def main() -> None:
-    # its backward can give NaN on Hopper since torch 2.11: https://github.com/pytorch/pytorch/issues/196678
+    # its backward can give NaN on Hopper since torch 2.11: docs/upstream/torch_cudnn_attention_gradient.md
     torch.backends.cuda.enable_cudnn_sdp(False)
     layout, run = HfArgumentParser([LayoutArguments, TrainingRun]).parse_args_into_dataclasses()
     plugin = TedPlugin(**asdict(layout))

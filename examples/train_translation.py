@@ -101,7 +101,7 @@ def print_scores(scores: dict[Direction, Score], title: str) -> None:
 
 
 def main() -> None:
-    # its backward can give NaN on Hopper since torch 2.11: https://github.com/pytorch/pytorch/issues/196678
+    # its backward can give NaN on Hopper since torch 2.11: docs/upstream/torch_cudnn_attention_gradient.md
     torch.backends.cuda.enable_cudnn_sdp(False)
     model_args, data_args, training_args = parse_arguments(sys.argv[1:])
     training_args.dataloader_pin_memory &= torch.cuda.is_available()  # without a GPU it does nothing but warn

@@ -17,7 +17,8 @@ from hf_moe_ted.testing import tiny_config
 
 peft = pytest.importorskip("peft")
 
-# transformers asks for a version of its own for `add_adapter`; 5.24 for one that is newer than the newest
+# transformers asks for a version of its own for `add_adapter`; 5.24 for one that is newer than the newest:
+# docs/upstream/transformers_peft_minimum.md
 by_transformers = pytest.mark.skipif(
     Version(peft.__version__) < Version(MIN_PEFT_VERSION), reason=f"add_adapter asks for peft {MIN_PEFT_VERSION}"
 )

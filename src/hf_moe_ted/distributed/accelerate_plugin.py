@@ -160,7 +160,10 @@ class TedPlugin(ParallelismConfig):
         return TiledAdamW, {**tile, **kwargs}
 
     def _validate_accelerator(self, accelerator: Accelerator) -> None:
-        """Called by the Accelerator that gets this plugin; the parent's refuses CPUs."""
+        """Called by the Accelerator that gets this plugin.
+
+        The parent's refuses CPUs: docs/upstream/accelerate_parallelism_on_cpus.md.
+        """
         if self.total_size != accelerator.num_processes:
             raise ValueError(
                 f"TedPlugin is for {self.total_size} processes (tensor_parallel_size {self.tp_size} x "
@@ -180,8 +183,9 @@ class TedPlugin(ParallelismConfig):
 class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
     """What an [`Accelerator`] lacks for models that `from_pretrained(distributed_config=...)` has sharded.
 
-    It would wrap them in DistributedDataParallel and save rank 0's shards only. A state that is saved here loads on any
-    layout and world size, and its folder appears when all is in it.
+    It would wrap them in DistributedDataParallel, and cannot save DTensors
+    (docs/upstream/accelerate_save_state_of_dtensors.md). A state that is saved here loads on any layout and world size.
+    Its folder appears under its name once it is complete.
     """
 
     def prepare_model(

@@ -15,7 +15,8 @@ from .private_torch import foreach_mul_, foreach_norm
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
     """As `torch.nn.utils.clip_grad_norm_` with the 2-norm, for parameters on different meshes or on none.
 
-    torch's refuses parameters of different meshes, and one norm per mesh costs a chain of collectives for each.
+    torch's refuses parameters of different meshes (docs/upstream/torch_clip_grad_norm_meshes.md), and one norm per mesh
+    costs a chain of collectives for each.
 
     Args:
         parameters: those with gradients are looked at; plain ones are the same on all ranks.

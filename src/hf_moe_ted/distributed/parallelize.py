@@ -128,7 +128,8 @@ def apply_zero(model: PreTrainedModel, layout: Layout, meshes: Any) -> None:
         fully_shard(unit, mesh=mesh, ignored_params=alone, **options)
     _prefetch(units)
     fully_shard(model, mesh=mesh, ignored_params=alone, **options)
-    # generation calls the encoder without the model, whose hooks gather the embedding
+    # generation calls the encoder without the model, whose hooks gather the embedding:
+    # docs/upstream/transformers_fsdp_generate.md
     register_fsdp_forward_method(model, "generate")
     mark_fsdp_managed(model)
 
@@ -166,7 +167,7 @@ def shard_experts(experts: nn.Module, layout: Layout, mesh: DeviceMesh, options:
     module.set_gradient_divide_factor(float(layout.data_parallel_size))
     if layout.expert_zero_size > 1:  # else FSDP2 divides before it sums over replicas
         # another factor than the group's size is applied in the reduction, which gloo refuses and NCCL gets wrong in
-        # bfloat16 (https://github.com/pytorch/pytorch/issues/190745)
+        # bfloat16: docs/upstream/torch_premul_sum_bfloat16.md
         module.set_force_sum_reduction_for_comms(True)
 
 
@@ -228,7 +229,8 @@ def _name_as_whole(model: nn.Module) -> None:
     """FSDP2 makes a subclass, by whose name transformers would not know the model.
 
     Saving would take it for the model's own and copy its file as remote code (`custom_object_save` in
-    transformers/dynamic_module_utils.py), and the Trainer's label smoothing would not shift labels (`compute_loss`).
+    transformers/dynamic_module_utils.py), and the Trainer's label smoothing would not shift labels (`compute_loss`):
+    docs/upstream/transformers_fsdp_class_name.md.
     """
     wrapped: Any = type(model)
     if isinstance(model, FSDPModule):

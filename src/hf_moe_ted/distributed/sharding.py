@@ -1,7 +1,8 @@
 """Which part of a tensor this rank holds: rectangles of the whole tensor, as views of the local one.
 
 DTensor describes a shard as one rectangle, which is wrong for nested and strided shards: there the local tensor is
-several rectangles of the whole one, laid side by side. What reads or writes whole tensors works on these instead.
+several rectangles of the whole one, laid side by side, and DTensor cannot always gather them
+(docs/upstream/torch_strided_shards.md). What reads or writes whole tensors works on these rectangles instead.
 """
 
 import itertools

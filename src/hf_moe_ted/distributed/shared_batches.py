@@ -30,7 +30,7 @@ class SharedBatchesMixin(Accelerator):
                     f"dispatch_batches (True) would give all data-parallel ranks the same batch with "
                     f"tensor_parallel_size {self.parallelism_config.tp_size}; leave it None"
                 )
-            # None would mean True for an IterableDataset
+            # None would mean True for an IterableDataset: docs/upstream/accelerate_dispatched_batches.md
             self.dataloader_config.dispatch_batches = False
         if self.num_processes > 1 and not self.even_batches:
             raise ValueError(

@@ -192,7 +192,7 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
     def _reads_weights_itself(self, checkpoint: str) -> bool:
         """The parent cannot for a sharded model, and keeps the experts of one whose checkpoints have other names.
 
-        https://github.com/huggingface/transformers/issues/48805
+        docs/upstream/transformers_resume_renamed_experts.md
         """
         if self.is_distributed_loading_by_transformers:
             return True

@@ -46,7 +46,9 @@ def _add_group_bias(rows_RF: Tensor, bias_EF: Tensor, group_R: Tensor, ends_E: T
 
 
 def _grouped_mm(rows: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
-    """`grouped_mm`; compiled, and not in bfloat16, transformers' loop over experts: torch 2.11 compiles no other.
+    """`grouped_mm`; compiled, and not in bfloat16, transformers' loop over experts.
+
+    torch before 2.15 compiles `grouped_mm` in bfloat16 only: docs/upstream/torch_grouped_mm_fake_tensors.md.
 
     `transformers.integrations.moe`, which models/experts.py imports, registers that operator.
     """

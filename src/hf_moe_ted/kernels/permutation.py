@@ -99,7 +99,8 @@ def _tokens_of_rows(tokens_TD: Tensor, slot_R: Tensor, top_k: int) -> Tensor:
     if tokens_TD.shape[0] == 0:
         return tokens_TD.new_zeros(len(slot_R), tokens_TD.shape[1])
     gathered = tokens_TD.index_select(0, slot_R.clamp(min=0) // top_k)
-    # not in place: torch.compile of torch 2.11 loses the gradient of a Function that returns what it changed
+    # not in place: torch.compile of torch 2.11 loses the gradient of a Function that returns what it changed,
+    # docs/upstream/torch_compiled_inplace_function.md
     return gathered.masked_fill((slot_R < 0).unsqueeze(-1), 0.0)
 
 

@@ -22,7 +22,7 @@ def has_faulty_cudnn_backward(device: torch.device) -> bool:
     """Whether cuDNN's attention can give NaN gradients on a device: Hopper since torch 2.11.
 
     Masked attention runs there by default. Where the last tile of 128 keys is half full and the scores of a query are
-    below -88, the gradient of the query is NaN: https://github.com/pytorch/pytorch/issues/196678.
+    below -88, the gradient of the query is NaN: docs/upstream/torch_cudnn_attention_gradient.md.
     """
     return (
         device.type == "cuda"

@@ -23,6 +23,7 @@ logger = logging.get_logger(__name__)
 
 ExpertsFunction = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
+# transformers lets the products fail: docs/upstream/transformers_grouped_mm_widths.md
 _ROWS_OF_16_BYTES = {torch.float32: 4, torch.bfloat16: 8, torch.float16: 8}
 _ROWS_UNDER_AUTOCAST = {torch.float32: 8, torch.bfloat16: 8, torch.float16: 8}  # it may choose 16 bits
 _FIRST_WITH_GROUPED_MM = (8, 0)

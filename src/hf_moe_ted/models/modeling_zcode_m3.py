@@ -178,7 +178,8 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for the decorator in the source of the modeling file; ours stands in experts.py
+        # transformers looks for the decorator in the source of the modeling file, and ours stands in experts.py:
+        # docs/upstream/transformers_experts_by_source.md
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
@@ -657,7 +658,8 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, ZCodeM3GenerationM
                 unless given, and no cache is returned unless asked for.
             output_router_logits: return router logits and router losses; defaults to the config.
             output_routings: return the [`Routing`] of each sparse layer.
-            num_items_in_batch: labels that count in the whole optimizer step, over all its batches and processes.
+            num_items_in_batch: labels that count in the whole optimizer step, over all its batches and processes;
+                M2M100 does not use it (docs/upstream/transformers_gradient_accumulation.md).
                 The loss is their mean, and the router losses are scaled by this batch's share of them. By default
                 this batch is all.
 

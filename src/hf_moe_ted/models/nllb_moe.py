@@ -1,4 +1,7 @@
-"""NLLB-MoE checkpoints (https://huggingface.co/papers/2207.04672) as ZCodeM3: names of config fields and of weights."""
+"""NLLB-MoE checkpoints (https://huggingface.co/papers/2207.04672) as ZCodeM3: names of config fields and of weights.
+
+NLLB-MoE of transformers 5 runs only two of its experts: docs/upstream/transformers_nllb_moe_routing.md.
+"""
 
 from typing import Any
 

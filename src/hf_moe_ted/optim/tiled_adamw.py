@@ -187,8 +187,9 @@ class TiledAdamW(Optimizer):
         """
         restored: list[dict[str, Any]] = []
 
-        # Optimizer.load_state_dict casts states to the parameter's dtype (https://github.com/pytorch/pytorch/issues/43706)
-        # and cannot be told not to; so it sees none of them, between all other hooks that change or use what is loaded.
+        # Optimizer.load_state_dict casts states to the parameter's dtype and cannot be told not to
+        # (docs/upstream/torch_optimizer_state_dtype.md); so it sees none of them, between all other hooks that change or
+        # use what is loaded.
         def take_states_out(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             _check_loaded_groups(loaded["param_groups"])
             keys = [key for group in loaded["param_groups"] for key in group["params"]]
