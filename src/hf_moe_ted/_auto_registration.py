@@ -36,8 +36,8 @@ def _register_quantizer(_: Any) -> None:
 
 
 def _register_pipeline(pipelines: Any) -> None:
-    # `register_pipeline` takes only a class; dotted paths, as transformers has them, leave modules unloaded. The task is
-    # not "translation": docs/upstream/transformers_translation_task.md
+    # `register_pipeline` takes only a class; dotted paths, as transformers has them, leave modules unloaded. The task
+    # cannot be named "translation": docs/upstream/transformers_translation_task.md
     pipelines.PIPELINE_REGISTRY.supported_tasks["zcode-m3-translation"] = {
         "impl": "hf_moe_ted.models.pipeline_translation.ZCodeM3TranslationPipeline",
         "pt": (pipelines.AutoModelForSeq2SeqLM,),

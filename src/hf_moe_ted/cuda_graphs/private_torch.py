@@ -1,4 +1,4 @@
-"""What PyTorch has no public name for, read in 2.13."""
+"""What PyTorch has no public name for; docs/private_names.md says in which versions it was read."""
 
 import torch
 

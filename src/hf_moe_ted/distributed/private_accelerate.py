@@ -1,7 +1,6 @@
-"""What TED uses of accelerate under private names, with the reason; read in accelerate 1.15.0.
+"""What TED uses of accelerate under private names, with the reason.
 
-Overridden in a subclass: `ParallelismConfig._validate_accelerator` (accelerate_plugin.py), which the Accelerator calls
-with itself, and whose parent refuses CPUs.
+`docs/private_names.md` lists all such names of the package with the versions that were read.
 """
 
 import contextlib

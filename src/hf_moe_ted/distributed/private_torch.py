@@ -1,10 +1,6 @@
-"""What TED uses of torch under private names, with the reason; read in torch 2.13.0.
+"""What TED uses of torch under private names, with the reason.
 
-Named elsewhere, where a name from here would say nothing more:
-
-- `FileSystemReader._slice_file`, overridden in state_metadata.py: the only place that every read of a chunk passes.
-- `torch.serialization._get_layout`, `_MEM_FORMAT_ENCODING`, `_StorageInfo`: strings in the pickles of checkpoints.
-- `_last_lr`, `_schedulers`: keys of what schedulers return as their `state_dict`.
+`docs/private_names.md` lists all such names of the package with the versions that were read.
 """
 
 from dataclasses import dataclass

@@ -1,15 +1,7 @@
-"""What TED uses of transformers under private names, with the reason; read in transformers 5.23.0.
+"""What TED uses of transformers under private names, with the reason.
 
-Overridden in subclasses or read there on `self`:
-
-- `DistributedConfig._validate_resolved_ep_plan` (ted_config.py): the only place where a config sees a model's plan.
-- `Trainer._get_output_dir`, `_save_checkpoint`, `_save`, `_load_from_checkpoint`, `_load_best_model`,
-  `_save_optimizer_and_scheduler`, `_load_optimizer_and_scheduler`, `_save_rng_state`, `_load_rng_state`
-  (trainer.py): the steps of saving and resuming, which no callback can replace.
-- `Trainer._validate_args`, `_get_train_sampler`, `_run_epoch`, `_clip_grad_norm`, `_get_grad_norm`,
-  `_sync_replicated_trainable_parameters`, `_defer_fsdp_gradient_reduction` (trainer.py), `_get_num_items_in_batch`,
-  `_track_num_input_tokens` (counts.py): what the Trainer does with arguments, batches, gradients and counts.
-- `_is_expert_parallel` of experts (expert_parallel.py): the switch of the experts functions that makes them skip slots.
+`docs/private_names.md` lists all such names of the package with the versions that were read; methods of transformers
+that subclasses override stand there only.
 """
 
 from operator import attrgetter

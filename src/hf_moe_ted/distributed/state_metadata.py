@@ -2,7 +2,7 @@
 
 torch writes them as a pickle and reads them with `pickle.load`, which runs whatever a file asks for
 (docs/upstream/torch_checkpoint_metadata_pickle.md). Here a pickle may name only the classes that such metadata consist
-of, in plain structures, and everything in it is checked afterwards: no chunk is outside its file, none is compressed, and
+of, in plain structures. Everything in it is checked afterwards: no chunk is outside its file, none is compressed, and
 none is larger than the tensor it is a part of.
 """
 

@@ -1,4 +1,6 @@
-"""What PyTorch has no public name for, read in 2.13: products of oneDNN and FBGEMM, and counters of writes.
+"""What PyTorch has no public name for: products of oneDNN and FBGEMM, and counters of writes.
+
+docs/private_names.md says in which versions they were read.
 
 `torch.nn.functional.linear` gives float32 to MKL, and `torch.ao` has int8 products inside quantized models only.
 """

@@ -1,4 +1,6 @@
-"""What PyTorch has no public name for, read in 2.13: the kernels of `torch.optim.AdamW`, and counters of writes.
+"""What PyTorch has no public name for: the kernels of `torch.optim.AdamW`, and counters of writes.
+
+docs/private_names.md says in which versions they were read.
 
 `torch.optim` runs these kernels for whole parameters only; a tiled step runs them for parts. `ClippedAdamW` also calls
 its own `_init_group`, which makes and lists the states.

@@ -188,8 +188,8 @@ class TiledAdamW(Optimizer):
         restored: list[dict[str, Any]] = []
 
         # Optimizer.load_state_dict casts states to the parameter's dtype and cannot be told not to
-        # (docs/upstream/torch_optimizer_state_dtype.md); so it sees none of them, between all other hooks that change or
-        # use what is loaded.
+        # (docs/upstream/torch_optimizer_state_dtype.md). So it sees none of them, between all other hooks that change
+        # or use what is loaded.
         def take_states_out(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             _check_loaded_groups(loaded["param_groups"])
             keys = [key for group in loaded["param_groups"] for key in group["params"]]
