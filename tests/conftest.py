@@ -2,6 +2,9 @@ import os
 
 import pytest
 import torch
+from skips import pytest_sessionfinish, pytest_terminal_summary
+
+__all__ = ["pytest_sessionfinish", "pytest_terminal_summary"]  # hooks
 
 # The tests' tensors are tiny: a second thread costs more than it gives, and far more on a machine that is busy.
 # This is a default: the tests' results must not depend on it. The processes that tests start inherit it.

@@ -28,7 +28,7 @@ async def read_body(request: Request, *, max_bytes: int, timeout_s: float) -> by
         raise _too_large(max_bytes)
     try:
         return await asyncio.wait_for(_read(request, max_bytes), timeout_s)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         raise HTTPException(408, f"The body did not arrive within {timeout_s:g} s") from None
     except ClientDisconnect:
         raise HTTPException(CLIENT_CLOSED_REQUEST, "The client closed the request") from None

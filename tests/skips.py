@@ -1,0 +1,67 @@
+"""Which tests were skipped, and why: printed at the end of a run, and part of its result in CI.
+
+What is skipped must follow from the machine: without a GPU, all tests that need one. A missing package, or a test that
+skips itself for another reason, fails the run where the variable `CI` is set. Nobody would see it otherwise.
+"""
+
+import os
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# Reasons by which tests may be skipped, and whether this machine has it.
+REASONS = {
+    "needs a CUDA device": not torch.cuda.is_available(),
+    "a GPU has one way to read blocks|needs Triton's interpreter|.* is not available: .*": torch.cuda.is_available(),
+    "needs Triton.*|could not import 'triton.*|reads the peak from /proc|no fork on this system": sys.platform
+    != "linux",
+    "root may write everywhere": hasattr(os, "geteuid") and os.geteuid() == 0,
+    "there is no /usr/bin/chromium": not Path("/usr/bin/chromium").exists(),
+    # of the processor, whose kind PyTorch tells by no public name
+    "needs a processor with integer products|needs FBGEMM, which is for x86 with AVX2": True,
+    # an extra that is large, and needs a compiler
+    "needs the extra deepspeed": True,
+    # of versions: what docs/upstream reports
+    r"not in (torch|transformers|accelerate|peft) \d.*|add_adapter .*asks for peft .*": True,
+    # of one case of a table of cases
+    "a dense model has neither experts nor routers|fewer blocks than candidates": True,
+    "a product of float32 may round .*": True,
+}
+
+
+def is_expected(reason: str) -> bool:
+    return any(is_here and re.fullmatch(pattern, reason) for pattern, is_here in REASONS.items())
+
+
+def reasons_of_skips(reporter: Any) -> Counter[str]:
+    """How many tests were skipped for each reason; a file that is skipped as a whole counts once."""
+    # workers of pytest-xdist each report such a file
+    skipped = {
+        (report.nodeid, report.longrepr[2].removeprefix("Skipped: ")) for report in reporter.stats.get("skipped", [])
+    }
+    return Counter(reason for _, reason in skipped)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or hasattr(session.config, "workerinput"):
+        return
+    is_unexpected = not all(map(is_expected, reasons_of_skips(reporter)))
+    if is_unexpected and "CI" in os.environ and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    counts = reasons_of_skips(terminalreporter)
+    if not counts:
+        return
+    terminalreporter.section(f"{counts.total()} skipped")
+    for reason, count in counts.most_common():
+        note = "" if is_expected(reason) else " (not expected on this machine: an error in CI; see tests/skips.py)"
+        terminalreporter.write_line(f"{count:5} {reason}{note}", red=bool(note))
