@@ -29,6 +29,7 @@ from hf_moe_ted import (
     evaluate_translation,
     prune_experts,
     write_compression_report,
+    write_translation_card,
 )
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "zcode_m3_demo"
@@ -171,6 +172,7 @@ def fine_tune(arguments: argparse.Namespace) -> dict[str, Any]:
     trainer.train()
     trainer.save_model()
     after = evaluate(model, tokenizer, test, description="After fine-tuning")
+    write_translation_card(trainer.args.output_dir, after)
     return {"new_language_before": summary(model, before), "new_language_after": summary(model, after)}
 
 

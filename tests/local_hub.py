@@ -19,17 +19,25 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 USER = "tester"
 TOKEN = "hf_local"
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet")
 DATE = "2026-01-01T00:00:00.000Z"
+CARD_VALUES = {
+    "license": {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0"},
+    "pipeline_tag": {"translation", "text-generation"},
+    "library_name": {"transformers", "peft"},
+    "base_model_relation": {"finetune", "adapter", "quantized", "merge"},
+}
 SOURCE = Path(__file__).parents[1] / "src"
 
 
@@ -40,6 +48,44 @@ class HubError(Exception):
         super().__init__(message)
         self.status = status
         self.headers = {"X-Error-Code": code, "X-Error-Message": message, **headers}
+
+
+def card_errors(content: str, repositories: Collection[tuple[str, str]]) -> list[str]:
+    """What is wrong with the metadata of a model card.
+
+    The Hub's rules, as far as cards of this package go: codes of languages, known licenses, tasks and relations, names
+    of repositories, and the form of a `model-index`. More strictly than the Hub, which only warns: models and datasets
+    that are named exist.
+
+    Args:
+        content: of README.md.
+        repositories: (kind, id) of all that there are.
+    """
+    found = re.match(r"---\n(.*?)\n---(?:\n|$)", content, re.DOTALL)
+    data = yaml.safe_load(found[1]) if found else {}
+    if not isinstance(data, dict):
+        return ["the metadata must be an object"]
+
+    def listed(name: str) -> list[Any]:
+        value = data.get(name, [])
+        return value if isinstance(value, list) else [value]
+
+    errors = [
+        f'"{name}" must be one of {", ".join(sorted(known))}'
+        for name, known in CARD_VALUES.items()
+        if name in data and data[name] not in known
+    ]
+    for language in listed("language"):
+        if not isinstance(language, str) or not re.fullmatch(r"[a-z]{2,3}|multilingual|code", language):
+            errors.append(f'"language" must be codes of ISO 639, not {language!r}')
+    for name, kind in (("base_model", "models"), ("datasets", "datasets")):
+        missing = [identity for identity in listed(name) if (kind, identity) not in repositories]
+        errors += [f'"{name}" {identity!r} is not there' for identity in missing]
+    for result in [result for model in listed("model-index") for result in model.get("results", [{}])]:
+        dataset = {"type", "name"} <= result.get("dataset", {}).keys()
+        if not (dataset and "type" in result.get("task", {}) and result.get("metrics")):
+            errors.append('"model-index" must have a task, a dataset and metrics in each result')
+    return errors
 
 
 @dataclass(frozen=True)
@@ -150,7 +196,8 @@ class HubState:
         return Response({**account, "auth": {"type": "access_token", "accessToken": token}})
 
     def validate_yaml(self, request: Request) -> Response:
-        return Response({"errors": [], "warnings": []})
+        errors = [{"message": error} for error in card_errors(request.json()["content"], self.repositories)]
+        return Response({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def create_repo(self, request: Request) -> Response:
         options = request.json()

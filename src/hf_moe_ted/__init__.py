@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from .distributed.trainer import TedSeq2SeqTrainer as TedSeq2SeqTrainer
     from .distributed.trainer import TedTrainer as TedTrainer
     from .evaluation.text_file import open_parallel_text as open_parallel_text
+    from .evaluation.translation_card import write_translation_card as write_translation_card
     from .evaluation.translation_evaluation import evaluate_translation as evaluate_translation
     from .evaluation.translation_quality import DirectionQuality as DirectionQuality
     from .evaluation.translation_quality import TranslationQuality as TranslationQuality
@@ -220,6 +221,7 @@ _MODULE_OF_NAME = {
     "trim_vocabulary": "compression.trim",
     "upcycle_dense_checkpoint": "conversion.upcycling",
     "write_compression_report": "compression.report.report_folder",
+    "write_translation_card": "evaluation.translation_card",
 }
 
 __all__ = list(_MODULE_OF_NAME)

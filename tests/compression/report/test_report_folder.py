@@ -260,6 +260,7 @@ def test_names_are_no_markup(source: Path, statistics: ExpertStatistics, make_qu
     assert ModelCard.load(folder / "README.md").data.to_dict() == {
         "library_name": "transformers",
         "pipeline_tag": "translation",
+        "language": ["en"],  # the other name is no code of a language
     }
     for name in ("report.md", "README.md"):
         text = (folder / name).read_text()

@@ -7,9 +7,8 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from ...evaluation.translation_card import CARD_NAME, hub_languages
 from .markdown_text import as_text
-
-CARD_NAME = "README.md"
 
 _BEGIN = "<!-- compression report of hf_moe_ted: begin -->"
 _END = "<!-- compression report of hf_moe_ted: end -->"
@@ -20,6 +19,10 @@ _LINKS = re.compile(
     r"^!\[[a-z ]*\]\(compression_report/.*\)\n+\*.*\*\n+|^!\[.*\]\(compression_report/.*\)\n+"
     r"| The whole report: \[report.md\]\(report.md\)\.",
     re.M,
+)
+_SCORES = re.compile(
+    r"^(#{2,6} (?:scores|results|metrics|benchmarks?|evaluation(?: results)?|translation quality))[ \t]*$",
+    re.MULTILINE | re.IGNORECASE,
 )
 _METADATA_AND_TITLE = re.compile(r"\A(?:---\n.*?\n---\n)?\s*(?:# [^\n]*\n)?", re.DOTALL)
 _IN_HUB_CACHE = re.compile(r"models--(?P<name>[^/]+)/snapshots/[^/]+/?$")
@@ -45,8 +48,9 @@ def display_name(source: str) -> str:
 def derived_card(sources: Sequence[str], relation: str | None = None) -> ModelCard:
     """The card of a model that is made of others, to which `with_section` adds what was done.
 
-    Its text and metadata are those of the first source, `base_model` the ids of those on the Hub. Without a card there,
-    it has the metadata of a translation model and a title.
+    Its text and metadata are those of the first source, `base_model` the ids of those on the Hub. Scores in its
+    metadata are left out; headings of scores say whose they are. Without a card there, it has the metadata of a
+    translation model and a title.
 
     Args:
         sources: what `from_pretrained` was given.
@@ -61,7 +65,9 @@ def derived_card(sources: Sequence[str], relation: str | None = None) -> ModelCa
             card = ModelCard.load(path)
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"the metadata of {path} cannot be read: {error}; correct or remove the file") from error
-        card.text = _LINKS.sub("", card.text.replace(_BEGIN, "").replace(_END, ""))
+        text = _LINKS.sub("", card.text.replace(_BEGIN, "").replace(_END, ""))
+        card.text = _SCORES.sub(r"\1 of the model that this one was made of", text)
+        card.data.eval_results = card.data.model_name = None
     else:
         metadata = ModelCardData(library_name="transformers", pipeline_tag="translation")
         card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n# Made of {as_text(display_name(sources[0]))}\n")
@@ -69,6 +75,20 @@ def derived_card(sources: Sequence[str], relation: str | None = None) -> ModelCa
         card.data.base_model = ids[0] if len(ids) == 1 else ids
         card.data.base_model_relation = relation
     return card
+
+
+def with_languages(card: str, languages: Sequence[str]) -> str:
+    """The text of a card that was just derived, with the languages that its model serves.
+
+    Args:
+        card: `str` of a `derived_card`; the text of a card that has a section already comes back as it is.
+        languages: codes in any form; without any the card comes back as it is.
+    """
+    if not languages or _SECTION.search(card):
+        return card
+    derived = ModelCard(card)
+    derived.data.language = hub_languages([*languages])
+    return str(derived)
 
 
 def with_section(card: str, section: str) -> str:
@@ -82,4 +102,4 @@ def with_section(card: str, section: str) -> str:
     return f"{head[0].rstrip()}\n\n{marked}{card[head.end() :].lstrip()}".lstrip()
 
 
-__all__ = ["CARD_NAME", "derived_card", "display_name", "hub_id", "with_section"]
+__all__ = ["CARD_NAME", "derived_card", "display_name", "hub_id", "with_languages", "with_section"]

@@ -10,7 +10,7 @@ from ...files.output import files_into
 from ...routing.expert_statistics import ExpertStatistics
 from .compression_report import REPORT_NAME
 from .markdown_report import PICTURE_FOLDER, REPORT_MARKDOWN, card_section, full_report
-from .model_card import CARD_NAME, with_section
+from .model_card import CARD_NAME, with_languages, with_section
 from .report_pictures import PICTURES, draw_pictures
 from .summary import Summary, read_summary
 
@@ -29,13 +29,19 @@ def describe(folder: Path, summary: Summary, card: str, earlier_pictures: Collec
     texts = {
         REPORT_NAME: json.dumps(summary.to_dict(), indent=1, ensure_ascii=False) + "\n",
         REPORT_MARKDOWN: full_report(summary, pictures),
-        CARD_NAME: with_section(card, card_section(summary, pictures)),
+        CARD_NAME: with_section(with_languages(card, _languages_of(summary)), card_section(summary, pictures)),
     }
     for name, text in texts.items():
         (folder / name).write_bytes(text.encode("utf-8"))
     for name, content in drawn.items():
         (folder / PICTURE_FOLDER).mkdir(exist_ok=True)
         (folder / PICTURE_FOLDER / name).write_bytes(content)
+
+
+def _languages_of(summary: Summary) -> list[str]:
+    """The languages that a model was made for, given as codes or as pairs; empty for all of its source."""
+    chosen = summary.report.arguments.get("languages") or ()
+    return [code for item in chosen for code in ([item] if isinstance(item, str) else item)]
 
 
 def write_compression_report(

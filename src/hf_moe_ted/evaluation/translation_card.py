@@ -1,0 +1,116 @@
+"""The model card of a model whose translations were measured: a table per direction, and metadata of the Hub."""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from transformers.utils import logging
+
+from ..files.output import files_into
+from ..models.language_codes import parse_language
+from .translation_quality import DirectionQuality, MeanQuality, TranslationQuality
+
+logger = logging.get_logger(__name__)
+
+CARD_NAME = "README.md"
+
+_BEGIN = "<!-- translation quality of hf_moe_ted: begin -->"
+_END = "<!-- translation quality of hf_moe_ted: end -->"
+_SECTION = re.compile(rf"{_BEGIN}.*?{_END}\n*", re.DOTALL)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def hub_languages(languages: Iterable[str]) -> list[str]:
+    """Codes of languages as cards of the Hub have them: ISO 639, without script and country, each once.
+
+    Args:
+        languages: such as `"en"`, `"zh-CN"` and `"deu_Latn"`; codes that are none of ISO 639 are left out.
+    """
+    codes = []
+    for language in languages:
+        try:
+            codes.append(parse_language(language).language)
+        except ValueError:
+            logger.warning("language %r is left out of the model card: it is no code of ISO 639", language)
+    return list(dict.fromkeys(codes))
+
+
+def write_translation_card(
+    model_dir: str | os.PathLike[str], quality: TranslationQuality, *, base_model: str | None = None
+) -> Path:
+    """Write how well a model translates into its model card, `README.md`.
+
+    A card that is there keeps its text and its other metadata; a section from an earlier call is replaced. The card
+    names the languages of the directions that were measured.
+
+    Args:
+        model_dir: of the model, with its `config.json`.
+        quality: of `evaluate_translation` for this model.
+        base_model: id on the Hub of the model that was fine-tuned.
+
+    Returns:
+        the path of the card.
+
+    Raises:
+        ValueError: before anything is written: `model_dir` is no folder with a model, the metadata of its card cannot
+            be read, or `base_model` is no id of the Hub.
+    """
+    folder = Path(model_dir)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model_dir ({folder}) has no config.json; name the folder that save_pretrained has written")
+    if base_model is not None and not _HUB_ID.fullmatch(base_model):
+        raise ValueError(f"base_model ({base_model!r}) must be an id on the Hub, such as 'organization/name', or None")
+    card = _card_of(folder)
+    card.data.language = hub_languages(language for pair in quality.directions for language in pair)
+    if base_model is not None:
+        card.data.base_model = base_model
+    section = f"{_BEGIN}\n{_section(quality)}\n{_END}\n"
+    text = card.text
+    card.text = _SECTION.sub(lambda _: section, text) if _SECTION.search(text) else f"{text.rstrip()}\n\n{section}"
+    with files_into(folder) as staged:
+        (staged / CARD_NAME).write_bytes(str(card).encode("utf-8"))
+    return folder / CARD_NAME
+
+
+def _card_of(folder: Path) -> ModelCard:
+    path = folder / CARD_NAME
+    if not path.is_file():
+        data = ModelCardData(library_name="transformers", pipeline_tag="translation")
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {folder.resolve().name}\n")
+    try:
+        return ModelCard.load(path)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"the metadata of {path} cannot be read: {error}; correct or remove the file") from error
+
+
+def _section(quality: TranslationQuality) -> str:
+    rows = [_row("-".join(pair), one.num_sentences, one) for pair, one in quality.directions.items()]
+    for name, pairs in quality.groups().items() if len(rows) > 1 else ():
+        num_sentences = sum(quality.directions[pair].num_sentences for pair in pairs)
+        rows.append(_row(f"**{name}**", num_sentences, quality.mean(pairs)))
+    tokenizers = ", ".join(sorted({direction.bleu_tokenizer for direction in quality.directions.values()}))
+    return "\n".join(
+        [
+            "## Translation quality",
+            "",
+            "| direction | sentences | chrF | BLEU | length ratio | off target |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            "",
+            f"BLEU (tokenizers: {tokenizers}) and chrF are sacreBLEU's. The length ratio counts characters. Off target",
+            "is the share of translations whose detected language is not the target language.",
+            f"Beams: {quality.num_beams}, at most {quality.max_new_tokens} new tokens.",
+        ]
+    )
+
+
+def _row(name: str, num_sentences: int, scores: DirectionQuality | MeanQuality) -> str:
+    off_target = "" if scores.off_target is None else f"{scores.off_target:.1%}"
+    numbers = f"{scores.chrf:.1f} | {scores.bleu:.1f} | {scores.length_ratio:.2f} | {off_target}"
+    return f"| {name} | {num_sentences:,} | {numbers} |"
+
+
+__all__ = ["CARD_NAME", "hub_languages", "write_translation_card"]
