@@ -131,4 +131,5 @@ def test_workflows_call_targets_that_exist() -> None:
             called |= {*values, *re.findall(r"make ([\w-]+)$", step.get("run", ""), re.MULTILINE)}
     called |= set(re.search(r"for target in (.+);", (ROOT / ".ci/run").read_text())[1].split())  # type: ignore[index]
     assert {"lint", "types", "test", "dist", "test-oldest", "test-newest"} <= called
-    assert called - targets == set()
+    to_come = set() if (ROOT / "mkdocs.yml").is_file() else {"docs"}
+    assert called - targets - to_come == set()

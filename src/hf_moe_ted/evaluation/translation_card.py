@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
@@ -64,9 +65,10 @@ def write_translation_card(
     if base_model is not None and not _HUB_ID.fullmatch(base_model):
         raise ValueError(f"base_model ({base_model!r}) must be an id on the Hub, such as 'organization/name', or None")
     card = _card_of(folder)
-    card.data.language = hub_languages(language for pair in quality.directions for language in pair)
+    metadata: Any = card.data
+    metadata.language = hub_languages(language for pair in quality.directions for language in pair)
     if base_model is not None:
-        card.data.base_model = base_model
+        metadata.base_model = base_model
     section = f"{_BEGIN}\n{_section(quality)}\n{_END}\n"
     text = card.text
     card.text = _SECTION.sub(lambda _: section, text) if _SECTION.search(text) else f"{text.rstrip()}\n\n{section}"

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
@@ -87,7 +88,8 @@ def with_languages(card: str, languages: Sequence[str]) -> str:
     if not languages or _SECTION.search(card):
         return card
     derived = ModelCard(card)
-    derived.data.language = hub_languages([*languages])
+    metadata: Any = derived.data
+    metadata.language = hub_languages(languages)
     return str(derived)
 
 
