@@ -1,4 +1,4 @@
-"""Where the metrics stood before: `metric_path` is imported from here."""
+"""The former place of the metrics: `metric_path` can still be imported from here."""
 
 from .evaluation.metrics import METRICS, metric_path
 

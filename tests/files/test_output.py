@@ -247,7 +247,7 @@ def test_next_run_removes_what_a_killed_one_has_left(tmp_path: Path, caplog: pyt
         assert list(folder.iterdir()) == []
     assert sorted(os.listdir(tmp_path)) == [".other.incomplete-abc", "new"]
     assert [record.getMessage() for record in caplog.records if "Removed" in record.getMessage()] == [
-        f"Removed {tmp_path / min(left, key=len)}, which a run that was stopped has left"
+        f"Removed {tmp_path / min(left, key=len)}, left by a run that was stopped"
     ] or len(caplog.records) == 1
 
 
@@ -366,7 +366,7 @@ def test_the_only_good_copy_is_put_back(tmp_path: Path, caplog: pytest.LogCaptur
 def test_two_copies_of_which_one_may_be_good(tmp_path: Path) -> None:
     make_model(tmp_path / ".new.previous", "good")
     make_model(tmp_path / "new", "other")
-    with pytest.raises(ValueError, match="keep one of both"):
+    with pytest.raises(ValueError, match="keep one of the two"):
         check_output_dir(tmp_path / "new", overwrite=True)
     assert (text_of(tmp_path / "new"), text_of(tmp_path / ".new.previous")) == ("other", "good")
 

@@ -72,7 +72,7 @@ class ExpertSelection:
 
     @property
     def criterion_name(self) -> str:
-        """For messages and reports."""
+        """Name of the criterion, for messages and reports."""
         criterion = self.criterion
         return criterion if isinstance(criterion, str) else getattr(criterion, "__name__", repr(criterion))
 

@@ -138,7 +138,7 @@ def merge_experts(
 
 
 def _arguments(selection: ExpertSelection) -> dict[str, Any]:
-    """Those that merging has; the criterion is always utilization."""
+    """The options of merging; the criterion is always utilization."""
     return {name: value for name, value in selection.arguments().items() if name not in ("criterion", "seed")}
 
 
@@ -210,7 +210,7 @@ class _Merging:
         return up, bias, down
 
     def tensors(self, config: ZCodeM3Config) -> LazyTensors:
-        """Those of the model with this config, each made when it is read."""
+        """The tensors of the model with this config, each made when it is read."""
         specs = {
             name: spec.to(self._source.specs[name].dtype) for name, spec in stored_specs(meta_model(config)).items()
         }

@@ -91,7 +91,7 @@ class ModelSource:
         return dataclasses.replace(source, tensors=tensors)
 
     def fingerprint(self) -> ModelFingerprint:
-        """By which expert statistics know the model."""
+        """What tells whether expert statistics belong to this model."""
         weights = {layer: self.tensors[f"{layer}.router.weight"] for layer in moe_layers(self.config)}
         return ModelFingerprint.of(self.config, weights)
 

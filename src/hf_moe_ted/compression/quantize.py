@@ -125,8 +125,8 @@ def quantize_experts(
         check_output_dir(output_dir, overwrite=overwrite, sources=[model_or_folder])
     if dtype not in DTYPES or (dtype != "auto" and isinstance(model_or_folder, nn.Module)):
         raise ValueError(
-            f"dtype ({dtype!r}) must be one of {', '.join(DTYPES)}, and 'auto' for a model in memory; it has a dtype, "
-            "which model.to changes"
+            f"dtype ({dtype!r}) must be one of {', '.join(DTYPES)}, and 'auto' for a model in memory, whose dtype "
+            "model.to changes"
         )
     quantization = ExpertQuantizationConfig(bits, group_size, what=what)
     source = ModelSource.open(model_or_folder, allow_merged=True, allow_nllb_moe=True)

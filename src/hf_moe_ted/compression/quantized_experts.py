@@ -80,7 +80,7 @@ class ExpertQuantizationConfig(QuantizationConfigMixin):
         self.what = what
 
     def to_dict(self) -> dict[str, Any]:
-        """As the parent's; without `what` where only experts are quantized, so that older versions read it."""
+        """Like the parent's; without `what` where only experts are quantized, so that older versions can read it."""
         fields = super().to_dict()
         if self.what == "experts":
             del fields["what"]

@@ -67,7 +67,7 @@ def tags_that_go(tokenizer: PreTrainedTokenizerBase, languages: Collection[str])
 
 
 class _BackendTrimming:
-    """Of the *tokenizers* library: byte-pair encoding, or unigram."""
+    """Trimming of a tokenizer of the *tokenizers* library: byte-pair encoding, or unigram."""
 
     def __init__(self, tokenizer: TokenizersBackend):
         self._tokenizer = tokenizer

@@ -21,7 +21,7 @@ WARMUP_STEPS = 3  # of a signature, from Python: they make what is made once, su
 
 
 class _Outcome(IntEnum):
-    """Of recording a step, the worst last."""
+    """Outcome of recording a step, the worst last."""
 
     RECORDED = 0
     OUT_OF_MEMORY = 1

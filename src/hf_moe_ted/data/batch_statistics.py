@@ -35,7 +35,7 @@ class BatchStatistics:
     """Batches of an epoch.
 
     Attributes:
-        signatures: what there is of the signatures that were chosen, those of fewer tokens a row first.
+        signatures: the chosen signatures that occur, those with fewer tokens per row first.
         leftovers: other shapes; without `length_buckets` all are.
         num_ranks: data-parallel ranks, which take a batch each in a step (of forward and backward).
     """
@@ -46,12 +46,12 @@ class BatchStatistics:
 
     @property
     def num_batches(self) -> int:
-        """Of all ranks."""
+        """Number of batches, of all ranks together."""
         return sum(shape.num_batches for shape in self.signatures + self.leftovers)
 
     @property
     def num_steps(self) -> int:
-        """In which each rank has a batch."""
+        """Number of steps; each rank has a batch in each."""
         return -(-self.num_batches // self.num_ranks)
 
     @property

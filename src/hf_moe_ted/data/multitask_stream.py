@@ -141,8 +141,8 @@ class MultitaskStream(IterableDataset):
             raise ValueError(f"index ({index}) must be at least 0 and less than num_shards ({num_shards})")
         if self._start["num_draws"] + self._start["num_batches"] and num_shards != self.num_shards:
             raise ValueError(
-                f"the state that was loaded is of a stream with {self.num_shards} shards, and there are to be "
-                f"{num_shards}: where each of them was does not follow from it; load the state of a shard into it"
+                f"the loaded state is of a stream with {self.num_shards} shards, and there are to be {num_shards}: it "
+                "does not tell where each of these was; load the state of a shard into that shard"
             )
         shard = MultitaskStream(
             self.sources,

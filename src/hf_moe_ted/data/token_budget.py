@@ -49,7 +49,7 @@ def checked_buckets(length_buckets: Any, collator: DataCollatorForMultitaskSeq2S
     if odd := [bucket for bucket in buckets if bucket % multiple]:
         raise ValueError(
             f"length_buckets ({odd}) must be multiples of pad_to_multiple_of ({multiple}) of the collator; leave that "
-            "out, as buckets stand in its place"
+            "out, as length_buckets replace it"
         )
     return buckets
 

@@ -149,7 +149,7 @@ class TedPlugin(ParallelismConfig):
 
     @property
     def activation_checkpointing_kwargs(self) -> dict[str, Any]:
-        """For `TrainingArguments` or `model.gradient_checkpointing_enable`."""
+        """Arguments for `TrainingArguments` or `model.gradient_checkpointing_enable`."""
         if not self.communication_aware_checkpointing:
             return {"use_reentrant": False}
         return {"use_reentrant": False, "context_fn": communication_aware_context_fn}
@@ -208,7 +208,7 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
 
     @contextlib.contextmanager
     def no_sync(self, model: Any) -> Iterator[None]:
-        """Where `accumulate` goes on to the next micro-batch, only ZeRO-2 reduces gradients, within a replica."""
+        """While `accumulate` goes on to the next micro-batch, only ZeRO-2 reduces gradients, within a replica."""
         model = unwrap_peft_model(model)
         layout = layout_of(model)
         if layout is None or not isinstance(model, FSDPModule):
@@ -235,7 +235,7 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
             torch.nn.utils.clip_grad_value_(param, clip_value, foreach=False)
 
     def get_state_dict(self, model: Any, unwrap: bool = True) -> dict[str, Tensor]:
-        """Of a sharded model: whole tensors on the CPU of rank 0, which has to hold all; nothing on other ranks."""
+        """Whole tensors of a sharded model, on the CPU of rank 0, which must hold them all; empty on other ranks."""
         if not _is_sharded(model):
             return super().get_state_dict(model, unwrap)
         return whole_state_dict(model)
@@ -247,7 +247,7 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
         max_shard_size: int | str = "10GB",
         safe_serialization: bool = True,
     ) -> None:
-        """Of a sharded model: an ordinary folder, as its `save_pretrained` writes it, one tensor at a time."""
+        """Write a sharded model as an ordinary folder, as its `save_pretrained` does, one tensor at a time."""
         if not _is_sharded(model):
             super().save_model(model, save_directory, max_shard_size, safe_serialization)
             return
@@ -260,7 +260,7 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
         save_pretrained(whole, save_directory, max_shard_size=max_shard_size)
 
     def save_state(self, output_dir: str | None = None, safe_serialization: bool = True, **kwargs: Any) -> str:
-        """As the parent's; the folder appears when all is in it, and older ones of `total_limit` are removed after it.
+        """Like the parent's. The folder appears once it is complete; then folders beyond `total_limit` are removed.
 
         Files of others in the folder stay, such as those of hooks; then the new ones take their places one by one.
 
@@ -286,7 +286,7 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
     def load_state(
         self, input_dir: str | None = None, load_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """As the parent's, in whatever layout; without `input_dir` the latest of automatic naming.
+        """Like the parent's, from a state of any layout. Without `input_dir` it loads the latest state.
 
         Raises:
             ValueError: on all ranks: there is no such folder, it is no state of this model and optimizer, or the state
@@ -312,7 +312,7 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
         self.step = 0  # micro-batches of an accumulation, which may have been others, and whose gradients are not saved
 
     def _saved_states(self) -> list[str]:
-        """Those of automatic naming, the latest one last."""
+        """The states that were named automatically, the latest last."""
         found = Path(self.project_dir, _NAMED_STATES).glob("checkpoint_*")
         numbered = [path for path in found if path.is_dir() and path.name.removeprefix("checkpoint_").isdecimal()]
         return sorted(map(str, numbered), key=lambda path: int(path.rpartition("_")[2]))

@@ -27,7 +27,7 @@ class CommunicationAwareContextFn(str):
     Args:
         every_collective: also those of other code, such as the tensor parallelism of transformers. Every operation
             of a layer then goes through Python (`create_selective_checkpoint_contexts`), which doubles the time of a
-            step in which the host is the limit; the collectives of TED, all that ZCodeM3 runs, need it not.
+            step whose speed the host limits. The collectives of TED, all that ZCodeM3 runs, do not need it.
     """
 
     every_collective: bool

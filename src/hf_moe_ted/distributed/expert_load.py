@@ -106,7 +106,7 @@ def rows_within_bound(expert_ids_TK: Tensor, num_experts: int, num_ranks: int, m
 
 
 def experts_of_rows(ends_PE: Tensor, max_rows: int) -> Tensor:
-    """int64[P * max_rows], the expert of each row that came with [`BoundedRows.ends_PE`]; E for one that is none's."""
+    """int64[P * max_rows], the expert of each row that came with [`BoundedRows.ends_PE`]; E for no expert."""
     place_PR = torch.arange(max_rows, device=ends_PE.device).expand(ends_PE.shape[0], -1)
     return torch.searchsorted(ends_PE.contiguous(), place_PR.contiguous(), right=True).flatten()
 

@@ -109,7 +109,7 @@ class Dispatch:
         row_TK: integer[T, K], the row of each slot; -1 for a slot that no expert computes or that found no row.
         send_sizes, receive_sizes: rows to and from each rank of the expert-parallel group.
         received_sizes: rows that each rank of the expert-tensor-parallel group received.
-        expert_ids_V: int64[V], the local expert of each row that the experts get; their number for one that is none's.
+        expert_ids_V: int64[V], the local expert of each row that the experts get; their number for a row of no expert.
     """
 
     slot_R: Tensor

@@ -13,7 +13,7 @@ from .private_torch import foreach_mul_, foreach_norm
 
 @torch.no_grad()
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
-    """As `torch.nn.utils.clip_grad_norm_` with the 2-norm, for parameters on different meshes or on none.
+    """Like `torch.nn.utils.clip_grad_norm_` with the 2-norm, for parameters on different meshes or on none.
 
     torch's refuses parameters of different meshes (docs/upstream/torch_clip_grad_norm_meshes.md), and one norm per mesh
     costs a chain of collectives for each.
@@ -46,7 +46,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float | None) -> Ten
 
 
 def clip_in_step(optimizer: ClippedAdamW, max_norm: float) -> Tensor | None:
-    """As [`clip_grad_norm_`] for all parameters of an optimizer, whose next step clips.
+    """Like [`clip_grad_norm_`] for all parameters of an optimizer, whose next step clips.
 
     Returns:
         The norm before clipping, or `None` if gradients of this rank are to be clipped now, and nothing was done. A

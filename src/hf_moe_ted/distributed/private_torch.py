@@ -64,7 +64,7 @@ def fsdp_group(module: Any) -> Any:
 
 
 def fsdp_parameters(module: Any) -> list[FSDPParameter]:
-    """Those that FSDP2 manages with this module, and not with one inside."""
+    """The parameters that FSDP2 manages with this module itself, not with a module inside."""
     group = fsdp_group(module)
     return [
         FSDPParameter(state.sharded_param, getattr(state, "_unsharded_param", None), state)

@@ -186,7 +186,7 @@ def _data_parallel_rank(model: nn.Module) -> int:
 
 
 def all_generator_states() -> dict[str, Any]:
-    """Of Python, NumPy and torch, as numbers, strings, tensors, and tuples of them."""
+    """States of the generators of Python, NumPy and torch: numbers, strings, tensors, and tuples of them."""
     algorithm, keys, *rest = np.random.get_state()
     on_cpu, on_device = _generator_states()
     return {

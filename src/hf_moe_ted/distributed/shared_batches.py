@@ -19,7 +19,7 @@ class SharedBatchesMixin(Accelerator):
     """
 
     def prepare_data_loader(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's.
+        """Like the parent's.
 
         Raises:
             ValueError: with `dispatch_batches=True` under tensor parallelism, and with `even_batches=False`.
@@ -40,7 +40,7 @@ class SharedBatchesMixin(Accelerator):
         return super().prepare_data_loader(*args, **kwargs)
 
     def join_uneven_inputs(self, joinables: Any, even_batches: bool | None = None) -> Any:
-        """As the parent's in one process.
+        """Like the parent's, in one process only.
 
         Raises:
             ValueError: on several: a sharded model has collectives in its forward, which others have to take part in.
@@ -66,7 +66,7 @@ class SharedBatchesMixin(Accelerator):
             yield share
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
-        """Of each sample once, in the order of the data, on all ranks."""
+        """Gather the values of each sample once, in the order of the data, on all ranks."""
         tp_size = self.parallelism_config.tp_size
         if tp_size == 1:
             return super().gather_for_metrics(input_data, use_gather_object)

@@ -55,7 +55,7 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
     """What a [`Trainer`] lacks for a model that `from_pretrained(distributed_config=...)` has sharded.
 
     - Optimizer and scheduler are saved as shards, and a checkpoint resumes on any layout and world size, one process
-      included. A checkpoint folder appears when all is in it.
+      included. A checkpoint folder appears once it is complete.
     - The gradient norm takes one collective.
     - Ranks of a tensor-parallel group draw the same batches, and give each token, and each prediction, once.
     """
@@ -102,7 +102,7 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
         check_training_arguments(self.args, self._sharded_model, has_optimizer=has_optimizer)
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's, for a model that is not sharded."""
+        """Like the parent's, for a model that is not sharded."""
         if self.is_distributed_loading_by_transformers:
             raise ValueError(
                 "hyperparameter_search cannot be called for a sharded model: each trial would share out new groups of "
@@ -116,7 +116,7 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
         return self._staging_dir or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the parent, into a folder beside, which gets the name of the checkpoint when all is in it."""
+        """Save into a temporary folder, which gets the name of the checkpoint once it is complete."""
         run_dir = super()._get_output_dir(trial)
         # the first uploads the folder in the background, under its name, the second has one on the disk of each node
         if self.args.push_to_hub or self.args.save_on_each_node:
@@ -149,7 +149,7 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
             inner.rmdir()
 
     def _remove_old_checkpoints(self, run_dir: str) -> None:
-        """As `transformers.trainer_utils.rotate_checkpoints`, but that a kill leaves none of them in part."""
+        """Like `transformers.trainer_utils.rotate_checkpoints`; a kill leaves no checkpoint in part."""
         limit, found = self.args.save_total_limit or 0, sort_checkpoints(run_dir, use_mtime=True)
         if limit <= 0:
             return
@@ -247,7 +247,7 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
         load_whole_state(checkpoint, self._sharded_model, self._plain_optimizer, self.lr_scheduler, groups, **known)
 
     def _save_whole_state(self, output_dir: str) -> None:
-        """As the parent, so that a plain Trainer can go on from it, and what a sharded model would need besides."""
+        """Save what the parent does, for a plain Trainer, and what a sharded model would need besides."""
         handle = self._plain_optimizer.register_state_dict_post_hook(mark_described)
         try:
             super()._save_optimizer_and_scheduler(output_dir)
@@ -269,7 +269,7 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
             load_generators(self._sharded_model, self._resumed)
 
     def _generators_by_process(self, checkpoint: str) -> list[dict[str, Any]]:
-        """Of a checkpoint of an earlier version, which has the Trainer's file of each process."""
+        """Generators in a checkpoint of an earlier version, which has the Trainer's file of each process."""
         found = saved_generators(checkpoint)
         is_same_world = len(found) == self.args.world_size
         return found[:: self.get_tp_size()] if is_same_world else found
@@ -304,7 +304,7 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
         )
 
     def get_train_dataloader(self) -> Any:
-        """As the parent; workers of ranks that share a batch have the same seeds."""
+        """Like the parent's; workers of ranks that share a batch get the same seeds."""
         loader = super().get_train_dataloader()
         source = getattr(loader, "base_dataloader", loader)
         init = getattr(source, "worker_init_fn", None)

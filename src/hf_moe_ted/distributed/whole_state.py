@@ -190,7 +190,7 @@ def groups_of_trainer(model: nn.Module, decay: list[str]) -> list[list[str]]:
 
 
 def _own_part(value: Any, parameter: Tensor, what: str) -> Any:
-    """Of a state of a whole parameter, what belongs to its local shard; counts of steps as they are."""
+    """The part of a whole parameter's state that belongs to the local shard; counts of steps as they are."""
     if not isinstance(value, Tensor) or value.ndim == 0 or not isinstance(parameter, DTensor):
         return value
     if value.shape != parameter.shape:

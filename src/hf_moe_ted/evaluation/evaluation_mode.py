@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """As `model.eval()`; afterwards every module is in the mode it was in."""
+    """A block in which the model is in `eval()` mode; afterwards every module is in the mode it had."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -74,7 +74,7 @@ class TranslationQuality:
 
     @property
     def num_sentences(self) -> int:
-        """Of all directions together."""
+        """Number of sentences of all directions together."""
         return sum(direction.num_sentences for direction in self.directions.values())
 
     @property
@@ -193,7 +193,7 @@ class TranslationQuality:
             raise ValueError(f"{path} is corrupted: {error}; evaluate the model again") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The quality as plain values for JSON."""
         directions = [
             {"src_lang": source, "tgt_lang": target, **dataclasses.asdict(direction)}
             for (source, target), direction in self.directions.items()

@@ -77,7 +77,7 @@ def score_translations(
 
 
 def _bleu_tokenizer(tgt_lang: str, languages: Iterable[str]) -> str:
-    """That of the language; a language with a name of one's own is taken for one with spaces between words."""
+    """The tokenizer for a language; one that is not known is taken to have spaces between words."""
     if tgt_lang in languages:
         try:
             parse_language(tgt_lang)

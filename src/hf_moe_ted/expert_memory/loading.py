@@ -229,7 +229,7 @@ def _in_files(source: _Folder, experts: Mapping[str, Any]) -> ExpertsInFiles:
             if spec.dtype == torch.float16 != stored:
                 raise ValueError(
                     f"{full_name} in {source.path} is {stored}, which torch.float16 may not hold, and experts that are "
-                    "read when they are needed are not looked at before; use dtype='bfloat16', experts_in='memory', "
+                    "read when they are needed cannot be checked before; use dtype='bfloat16', experts_in='memory', "
                     "or hf-moe-ted quantize with --dtype float16"
                 )
             names = source.names[full_name]

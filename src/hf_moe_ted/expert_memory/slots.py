@@ -82,7 +82,7 @@ class SlotPool:
 
     @property
     def num_bytes(self) -> int:
-        """Of all slots."""
+        """Bytes of all slots."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def at(self, slot: int) -> dict[str, Tensor]:

@@ -207,7 +207,7 @@ def _check_no_leftover(sources: Sequence[Any], target: Path) -> None:
     for path in map(_path_of, sources):
         real = None if path is None else Path(os.path.realpath(path))
         if real is not None and folder in real.parents and is_ours(target, real.relative_to(folder).parts[0]):
-            raise ValueError(f"{path} is what a run to {target} that was stopped has left; give it another name first")
+            raise ValueError(f"{path} was left by a run to {target} that was stopped; give it another name first")
 
 
 def _path_of(source: Any) -> Source | None:

@@ -161,7 +161,7 @@ class Workplace:
             self.has_leftovers = True
             if tidy:
                 remove(path)
-                logger.warning("Removed %s, which a run that was stopped has left", path)
+                logger.warning("Removed %s, left by a run that was stopped", path)
 
     def _take_back(self, record: dict[str, Any]) -> None:
         """Undo or end a replacement that was stopped between or behind its renames."""
@@ -173,11 +173,11 @@ class Workplace:
             logger.warning("Put %s back to its place, from where a run that was stopped had moved it", self.target)
         elif self.target.stat().st_ino == record.get("swapped"):
             shutil.rmtree(self.previous)
-            logger.warning("Removed %s, which a run that was stopped has left", self.previous)
+            logger.warning("Removed %s, left by a run that was stopped", self.previous)
         else:
             raise ValueError(
-                f"a run that was stopped has left {self.previous}, which was {self.target} before; keep one of both "
-                "and remove or rename the other"
+                f"{self.previous} was left by a run that was stopped, and was {self.target} before; keep one of the "
+                "two and remove or rename the other"
             )
 
     def _write_record(self, record: dict[str, Any]) -> None:

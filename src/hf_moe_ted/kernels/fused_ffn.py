@@ -44,7 +44,7 @@ _ROW_CONFIGS_OF_99_KIB = GemmConfig(16, 64, 128, 4, 4), GemmConfig(64, 128, 64, 
 
 
 def row_config(num_rows: int, num_experts: int, dtype: torch.dtype, device: torch.device) -> GemmConfig:
-    """For products of the rows of an expert with its weights."""
+    """Tiles for products of an expert's rows with its weights."""
     rows_per_expert = num_rows / num_experts
     if dtype == torch.float32:
         return GemmConfig(64 if rows_per_expert > 16 else 16, 64, 32, 4, 3, 2)
@@ -53,7 +53,7 @@ def row_config(num_rows: int, num_experts: int, dtype: torch.dtype, device: torc
 
 
 def weight_config(dtype: torch.dtype, device: torch.device) -> GemmConfig:
-    """For gradients of weights."""
+    """Tiles for gradients of weights."""
     if dtype == torch.float32:
         return GemmConfig(64, 64, 32, 4, 3, 2)
     return GemmConfig(128, 128, 32, 4, 5, 2) if has_much_shared_memory(device) else GemmConfig(128, 128, 32, 8, 4)

@@ -63,7 +63,7 @@ class SometimesActive(LogitsProcessor):
 
 
 def why_not(model: Any, generation_config: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) -> str | None:
-    """What of a generation this search does not have; `None` if it has all."""
+    """What a generation asks for that this search does not have; `None` if it has all."""
     config = model.config
     others = {name for name, value in model_kwargs.items() if value is not None} - _KNOWN_ARGUMENTS
     reasons = {
@@ -159,7 +159,7 @@ def beam_search(
     watch: Callable[[Tensor], None],
     **model_kwargs: Any,
 ) -> Any:
-    """As `GenerationMixin._beam_search`, for what `why_not` has nothing against; the cache is not returned.
+    """Like `GenerationMixin._beam_search`, where `why_not` gives no reason against it. The cache is not returned.
 
     Args:
         watch: is given the log-sum of each row of logits, float[R], in each step.

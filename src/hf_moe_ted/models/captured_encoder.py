@@ -30,7 +30,7 @@ class _EncoderMemory:
 
 
 def why_not_encoded(config: Any, inputs: Tensor, input_name: str | None, model_kwargs: dict[str, Any]) -> str | None:
-    """What of an encoder call a captured one does not have, besides what `store_of` says; `None` if it has all."""
+    """Why an encoder call cannot be captured, besides what `store_of` says; `None` if it can."""
     mask = model_kwargs.get("attention_mask")
     others = {n for n, value in model_kwargs.items() if value is not None and not n.startswith("decoder_")}
     reasons = {

@@ -40,7 +40,7 @@ _FORCE_A_TOKEN = (ForcedBOSTokenLogitsProcessor, ForcedEOSTokenLogitsProcessor)
 def why_not_captured(
     config: Any, generation_config: Any, logits_processor: Any, stopping_criteria: Any, inputs: Tensor
 ) -> str | None:
-    """What of a generation captured steps do not have, besides what `why_not` and `store_of` say, or `None`."""
+    """Why steps of a generation cannot be captured, besides what `why_not` and `store_of` say; `None` if they can."""
     num_sentences = len(inputs) // generation_config.num_beams
     reasons = {
         "scores of all words": generation_config.output_scores and generation_config.return_dict_in_generate,
@@ -101,7 +101,7 @@ def captured_search(
     watch: Callable[[Tensor], None],
     **model_kwargs: Any,
 ) -> Any:
-    """As `GenerationMixin._beam_search`, or `_sample` for one beam, for what nobody has anything against.
+    """Like `GenerationMixin._beam_search`, or `_sample` for one beam, where there is no reason against it.
 
     Args:
         watch: is given a number that is NaN if a logit was.

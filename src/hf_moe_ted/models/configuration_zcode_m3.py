@@ -222,7 +222,7 @@ class ZCodeM3Config(PreTrainedConfig):
             super().__setattr__(name, value)
 
     def update(self, config_dict: dict[str, Any]) -> None:
-        """As [`PreTrainedConfig.update`]; the fields are checked together, in whatever order they stand.
+        """Like [`PreTrainedConfig.update`]; the fields are checked together, in whatever order they stand.
 
         Raises:
             ValueError: a routing option that contradicts others; the config is then as it was.
@@ -261,18 +261,18 @@ class ZCodeM3Config(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As [`PreTrainedConfig.from_dict`]; fields among `kwargs` are checked together with the others."""
+        """Like [`PreTrainedConfig.from_dict`]; fields among `kwargs` are checked together with the others."""
         given = {name: kwargs.pop(name) for name in [*kwargs] if name in cls.__annotations__}
         return super().from_dict(changed_fields(config_dict, given), **kwargs)
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As [`PreTrainedConfig.get_config_dict`]; the config of an NLLB-MoE checkpoint is read as one of ours."""
+        """Like [`PreTrainedConfig.get_config_dict`]; the config of an NLLB-MoE checkpoint is read as one of ours."""
         fields, unused_kwargs = super().get_config_dict(*args, **kwargs)
         return config_fields(fields) if fields.get("model_type") == MODEL_TYPE else fields, unused_kwargs
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As [`PreTrainedConfig.save_pretrained`], with the code that `auto_map` and `custom_pipelines` name."""
+        """Like [`PreTrainedConfig.save_pretrained`], with the code that `auto_map` and `custom_pipelines` name."""
         pipelines = getattr(self, "custom_pipelines", None) or {}
         references = [*(getattr(self, "auto_map", None) or {}).values(), *(item["impl"] for item in pipelines.values())]
         if not os.path.isfile(save_directory):
@@ -280,7 +280,7 @@ class ZCodeM3Config(PreTrainedConfig):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As [`PreTrainedConfig.to_dict`]; without `expert_map` if there is none."""
+        """Like [`PreTrainedConfig.to_dict`]; without `expert_map` if there is none."""
         fields = super().to_dict()
         fields.pop("_is_complete", None)
         if fields.get("expert_map") is None:

@@ -1,4 +1,4 @@
-"""Where the inputs of a model belong, also of one whose weights are not in the memory of a device."""
+"""The device for a model's inputs, also where its weights are not in the memory of a device."""
 
 from typing import Any
 

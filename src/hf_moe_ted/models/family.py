@@ -1,4 +1,4 @@
-"""Which models translate here: a source that begins with its language, and a target that is forced to begin with its.
+"""Which models translate here: source and target begin with the tag of their language, the target by force.
 
 Others would run, too, and answer in a wrong language or not at all, so they are refused by name.
 """

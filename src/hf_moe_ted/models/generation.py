@@ -75,7 +75,7 @@ class ZCodeM3GenerationMixin(GenerationMixin):
             generation_config.max_length = self.config.default_generation_length
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
-        """As [`GenerationMixin.adjust_generation_fn`], which loads the generation config; it has a length behind it."""
+        """Like [`GenerationMixin.adjust_generation_fn`], which loads the generation config; then sets its length."""
         super().adjust_generation_fn(*args, **kwargs)  # type: ignore[misc]  # the mixin has a protocol for `self`
         self._set_default_length(self.generation_config)
 
@@ -87,7 +87,7 @@ class ZCodeM3GenerationMixin(GenerationMixin):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """As [`GenerationMixin.generate`].
+        """Like [`GenerationMixin.generate`].
 
         Raises:
             ValueError: NaN or infinity in a router's weights, or logits that become NaN. It names the first router with
@@ -212,7 +212,7 @@ class ZCodeM3GenerationMixin(GenerationMixin):
         return prepare(*given)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As the parent, without the tokenizers of stop strings, which transformers hands on to `forward`."""
+        """Like the parent's, without the tokenizer of stop strings, which transformers hands on to `forward`."""
         for name in ("tokenizer", "assistant_tokenizer"):
             kwargs.pop(name, None)
         prepare: Callable = super().prepare_inputs_for_generation  # type: ignore[misc]

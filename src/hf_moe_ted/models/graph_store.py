@@ -139,7 +139,7 @@ def _tensors_of(modules: list[nn.Module], name: str) -> list[Tensor]:
 
 
 def _why_not(modules: list[nn.Module], parameters: list[Tensor], buffers: list[Tensor]) -> str | None:
-    """What of the parts of a model cannot be recorded, or may change without anybody seeing it."""
+    """Why a model cannot be recorded: parts that have no recording, or that may change unnoticed."""
     device = parameters[0].device
     reasons = {
         "the package hf_moe_ted, which is not installed": CudaRecorder is None,

@@ -134,7 +134,7 @@ def resolve_language(
 
 
 def find_language(code: str, languages: Iterable[str]) -> str | None:
-    """As `resolve_language`, but `None` where none is meant.
+    """Like `resolve_language`, but `None` where none is meant.
 
     Raises:
         ValueError: several are meant.

@@ -142,7 +142,7 @@ class ZCodeM3DecoderLayer(ZCodeM3Layer):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Routing | None]:
-        """As the encoder's; encoder_hidden_states float[batch, source_length, d_model]."""
+        """Like the encoder's; encoder_hidden_states float[batch, source_length, d_model]."""
         attended, _ = self.self_attn(self.self_attn_layer_norm(hidden_states), attention_mask, cache=cache, **kwargs)
         hidden_states = self._add(hidden_states, attended)
         if encoder_hidden_states is not None:
@@ -233,7 +233,7 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
 
     @classmethod
     def maybe_distribute_model(cls, model: nn.Module, distributed_config: Any, mesh_manager: Any) -> nn.Module:
-        """As transformers does it, or as a `distributed_config` does that has a way of its own, such as TedConfig."""
+        """Shard as transformers does, or as a `distributed_config` with its own way does, such as TedConfig."""
         if not hasattr(distributed_config, "distribute"):
             return super().maybe_distribute_model(model, distributed_config, mesh_manager)
         return distributed_config.distribute(model, mesh_manager)
@@ -242,7 +242,7 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, expert_memory: Any = None, **kwargs: Any
     ) -> Any:
-        """As [`PreTrainedModel.from_pretrained`].
+        """Like [`PreTrainedModel.from_pretrained`].
 
         Args:
             pretrained_model_name_or_path: a folder, or the id of a model on the Hub.
@@ -256,7 +256,7 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
         return expert_memory.load(cls, pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As [`PreTrainedModel.save_pretrained`], but under our own names: by default that writes NLLB-MoE's.
+        """Like [`PreTrainedModel.save_pretrained`], but under our own names: by default that writes NLLB-MoE's.
 
         Raises:
             ValueError: the model has `expert_memory`, and not its experts.
@@ -278,7 +278,7 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """As [`PreTrainedModel.activation_checkpointing_enable`].
+        """Like [`PreTrainedModel.activation_checkpointing_enable`].
 
         Raises:
             ValueError: `use_reentrant=True`, whose first forward runs without gradients: those of the router losses,
@@ -651,7 +651,7 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, ZCodeM3GenerationM
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> ZCodeM3Output:
-        """As [`ZCodeM3Model.forward`], and:
+        """Like [`ZCodeM3Model.forward`], and:
 
         Args:
             labels: int64[batch, target_length], -100 for positions without loss. Decoder inputs are made from them

@@ -113,7 +113,7 @@ class ZCodeM3Router(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which logits are computed."""
+        """The dtype in which logits are computed."""
         return getattr(torch, self.config.router_dtype)
 
     def forward(self, hidden_states_TD: Tensor, token_mask_T: Tensor | None = None) -> tuple[Tensor, Routing]:
@@ -248,7 +248,7 @@ class ZCodeM3Router(nn.Module):
 
 
 def modules_in_use(module: Any, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """As `named_modules`; of a module of which PEFT trains a copy (`modules_to_save`), the one that runs."""
+    """Like `named_modules`. Where PEFT trains a copy of a module (`modules_to_save`), it gives the one that runs."""
     copies = getattr(module, "modules_to_save", None)
     if isinstance(copies, nn.ModuleDict) and hasattr(module, "original_module"):
         active = [] if module.disable_adapters else [copies[adapter] for adapter in module.active_adapters]

@@ -21,7 +21,7 @@ KeysAndValues = list[tuple[Tensor, Tensor]]  # of each layer
 
 @dataclass(frozen=True)
 class MemorySize:
-    """For how much there is room.
+    """The sizes that there is room for.
 
     Attributes:
         num_sentences, num_beams: of a batch.

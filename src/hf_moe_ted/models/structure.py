@@ -46,8 +46,8 @@ def refuse_changed_structure(
         changed += _changed_sparse_layers(config, side, layers[side])
     if changed:
         raise ValueError(
-            f"model.config was changed after the model was built, in what layers are made of: {', '.join(changed)};"
-            " change it back, or build a new model of the config"
+            "model.config was changed after the model was built, in fields that layers are made from: "
+            f"{', '.join(changed)}; change it back, or build a new model of the config"
         )
 
 

@@ -342,7 +342,7 @@ class ZCodeM3Tokenizer(TokenizersBackend):
         return inputs
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> tuple[str, ...]:
-        """As [`~PreTrainedTokenizerBase.save_pretrained`], with the code that `auto_map` names."""
+        """Like [`~PreTrainedTokenizerBase.save_pretrained`], with the code that `auto_map` names."""
         auto_map = getattr(self, "_auto_map", None) or self.init_kwargs.get("auto_map") or {}
         if not os.path.isfile(save_directory):
             classes = auto_map.get("AutoTokenizer") or []

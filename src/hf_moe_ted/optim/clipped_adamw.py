@@ -88,7 +88,7 @@ class ClippedAdamW(AdamW):
         fused: bool = True,
     ):
         if fused is not True:
-            raise ValueError(f"fused ({fused}) must be True; torch.optim.AdamW does what is not fused")
+            raise ValueError(f"fused ({fused}) must be True; use torch.optim.AdamW for steps that are not fused")
         self._forget()
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, fused=True)
 
@@ -146,7 +146,7 @@ class ClippedAdamW(AdamW):
         weight: Callable[[Tensor], float] | None = None,
         reduce: Callable[[Tensor], Any] | None = None,
     ) -> Tensor | None:
-        """As `clip_grad_norm_`, of parameters that are shared out to several ranks, too.
+        """Like `clip_grad_norm_`, also for parameters that are sharded over several ranks.
 
         Args:
             weight: of the squares of a gradient in the sum over all ranks, such as one over the ranks that have it.

@@ -104,7 +104,7 @@ class TiledAdamW(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As [`torch.optim.Optimizer.add_param_group`].
+        """Like [`torch.optim.Optimizer.add_param_group`].
 
         Raises:
             ValueError: an option is out of its range, or a parameter is complex.
@@ -175,7 +175,7 @@ class TiledAdamW(Optimizer):
                 state["master"].copy_(param)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As [`torch.optim.Optimizer.load_state_dict`], but states stay float32 whatever the parameter's dtype is.
+        """Like [`torch.optim.Optimizer.load_state_dict`], but states stay float32 whatever the parameter's dtype is.
 
         The parameters stay as they are; they should be those of the same checkpoint, as masters that do not round to
         them are made anew by the next step. Masters that the checkpoint does not have, such as one of
@@ -352,7 +352,7 @@ def _check_loaded_groups(groups: list[dict[str, Any]]) -> None:
     for group in groups:
         for name, value in (("amsgrad", False), ("maximize", False), ("decoupled_weight_decay", True)):
             if group.get(name, value) != value:
-                raise ValueError(f"the loaded optimizer has {name}={group[name]}, which TiledAdamW does not do")
+                raise ValueError(f"the loaded optimizer has {name}={group[name]}, which TiledAdamW does not support")
 
 
 def _restored_state(param: Tensor, saved: Mapping[str, Any] | None, key: object) -> dict[str, Any]:

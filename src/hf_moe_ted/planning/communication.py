@@ -57,7 +57,7 @@ class Collective:
 
 
 def collectives_of_step(config: ZCodeM3Config, layout: Layout, workload: Workload) -> list[Collective]:
-    """Of one rank, in a step of `workload.accumulation` forwards and backwards, collectives of one rank left out."""
+    """Collectives of one rank in a step of `workload.accumulation` forwards and backwards; groups of one have none."""
     once = _collectives_of_forward(config, layout, workload)
     found = [replace(c, count=c.count * workload.accumulation) for c in once if group_of(c.axis, layout)[0] > 1]
     for collective in _collectives_of_zero(config, layout, workload):

@@ -71,7 +71,7 @@ class Memory:
 
 
 def memory_of_rank(config: ZCodeM3Config, layout: Layout, workload: Workload) -> Memory:
-    """Of the rank that has the most, as `shard_shape` without a rank."""
+    """Memory of the rank that needs the most."""
     parameters = parameters_of_rank(config, layout)
     element = workload.element_bytes
     is_offloaded = layout.offload is not None

@@ -220,7 +220,7 @@ def _parameters_of_rank(hashable: HashableConfig, layout: Layout, rank: int | No
 
 
 def num_parameters(config: ZCodeM3Config, kind: Kind | None = None) -> int:
-    """Of the whole model, of one kind or all."""
+    """Number of parameters of the whole model, of one kind or all."""
     return sum(p.numel for p in parameter_shapes(config) if kind is None or p.kind == kind)
 
 

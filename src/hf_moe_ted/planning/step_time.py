@@ -48,7 +48,7 @@ class StepTime:
 
     @property
     def busy_share(self) -> float:
-        """Of the step, in which the GPU computes."""
+        """Share of the step in which the GPU computes."""
         return (self.matmul + self.elementwise + self.optimizer) / self.total
 
 
@@ -60,7 +60,7 @@ def time_of_step(
     gpus_per_node: int = 8,
     constants: TimeConstants = TIME,
 ) -> StepTime:
-    """Of one optimizer step, all its forwards and backwards included.
+    """Time of one optimizer step, all its forwards and backwards included.
 
     Args:
         config, layout, workload: the model, how ranks share it, and what one of them computes in a step.
@@ -94,7 +94,7 @@ def time_of_step(
 
 
 def forward_flops(config: ZCodeM3Config, layout: Layout, workload: Workload) -> tuple[float, float]:
-    """FLOPs of one forward of one rank, in its layers and in the head: two per multiplication and addition."""
+    """Floating point operations of one rank in one forward, layers and head: two per multiplication and addition."""
     width, top_k = config.d_model, config.num_experts_per_tok
     source, target = workload.num_tokens("encoder"), workload.num_tokens("decoder")
     total = 0.0

@@ -155,7 +155,7 @@ class TrainingPlan:
         write_memory_picture(path, bars, usable_bytes(self.gpu), title)
 
     def as_dict(self, num_layouts: int = 10) -> dict[str, Any]:
-        """For JSON, with the best layouts."""
+        """The plan as plain values for JSON, with the best layouts."""
         fields = {name: value for name, value in vars(self).items() if name not in ("gpu", "layouts", "impossible")}
         return {
             "gpu": asdict(self.gpu),

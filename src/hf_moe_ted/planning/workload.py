@@ -63,17 +63,17 @@ class Workload:
                 raise ValueError(f"{name} ({getattr(self, name)!r}) must be one of {choices}")
 
     def num_tokens(self, side: str) -> int:
-        """Of a forward, of the source ("encoder") or the target ("decoder")."""
+        """Tokens of a forward, of the source ("encoder") or the target ("decoder")."""
         return self.batch_size * (self.source_length if side == "encoder" else self.target_length)
 
     @property
     def element_bytes(self) -> int:
-        """Of weights and activations."""
+        """Bytes per element of weights and activations."""
         return BYTES_OF_DTYPE[self.dtype]
 
     @property
     def state_bytes(self) -> int:
-        """Of the optimizer, per parameter."""
+        """Bytes of the optimizer's state per parameter."""
         return BYTES_OF_STATES[self.optimizer][self.dtype]
 
 

@@ -37,7 +37,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class ModelFingerprint:
-    """By what statistics know the model they belong to.
+    """What tells whether statistics belong to a model.
 
     Attributes:
         num_experts: name of each MoE layer -> its experts.
@@ -112,7 +112,7 @@ class LayerStatistics:
         return self.output_sum / self.num_computed.sum(dim=0).clamp(min=1).unsqueeze(-1)
 
     def of_pairs(self, pairs: Sequence[int]) -> "LayerStatistics":
-        """Those of some of the pairs, by index; `output_sum` stays that of all."""
+        """The statistics of some of the pairs, by index; `output_sum` stays that of all."""
         rows = {name: tensor[list(pairs)] for name, tensor in vars(self).items() if name != "output_sum"}
         return LayerStatistics(**rows, output_sum=self.output_sum)
 

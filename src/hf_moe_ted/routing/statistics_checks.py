@@ -28,7 +28,7 @@ def check_fingerprint(num_experts: Any, num_experts_per_tok: Any, d_model: Any, 
         raise ValueError(f"num_experts ({num_experts!r}) must have the experts of each MoE layer, by its name")
     for layer, count in num_experts.items():
         if not isinstance(layer, str) or not _LAYER.fullmatch(layer):
-            raise ValueError(f"num_experts has {layer!r}, which is no name as model.encoder.layers.1.ffn")
+            raise ValueError(f"num_experts has {layer!r}, which is no name such as model.encoder.layers.1.ffn")
         if not _is_count(count):
             raise ValueError(f"num_experts of {layer} ({count!r}) must be an integer from 1 up")
     for name, value in (("num_experts_per_tok", num_experts_per_tok), ("d_model", d_model)):

@@ -104,7 +104,7 @@ def collect_expert_statistics(
 
 
 def fingerprint_of(model: ZCodeM3PreTrainedModel) -> ModelFingerprint:
-    """By what statistics know a model that is loaded.
+    """What tells whether statistics belong to a model that is loaded.
 
     Raises:
         ValueError: it has no MoE layer.

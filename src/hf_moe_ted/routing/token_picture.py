@@ -49,7 +49,7 @@ def expert_colours(num_experts: int) -> list[ExpertColour]:
 
 
 def relative_luminance(colour: str) -> float:
-    """From 0 for black to 1 for white (WCAG 2.2), of `#rrggbb`."""
+    """Relative luminance (WCAG 2.2) of a color `#rrggbb`, from 0 for black to 1 for white."""
     values = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
     linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in values]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -62,7 +62,7 @@ class SideRouting:
 
 @dataclass(frozen=True, eq=False)
 class TokenRouting:
-    """Of a sentence and its translation."""
+    """The routing of a sentence and its translation."""
 
     encoder: SideRouting
     decoder: SideRouting

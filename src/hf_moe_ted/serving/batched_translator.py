@@ -119,7 +119,7 @@ class BatchedTranslator:
 
     @property
     def num_waiting_characters(self) -> int:
-        """Of all texts that are not translated yet."""
+        """Characters of all texts that are not translated yet."""
         return self._num_characters
 
     async def translate(

@@ -50,7 +50,7 @@ class PatientConnection(H11Protocol):
         self._watch_writing()
 
     def shutdown(self) -> None:
-        """Of a server that is being stopped: what never ends by itself is not waited for."""
+        """Stop a server without waiting for what never ends by itself."""
         super().shutdown()
         if not self._waits_for_head and _ENDLESS in self.scope["path"]:
             self.transport.close()

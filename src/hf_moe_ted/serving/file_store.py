@@ -44,7 +44,7 @@ class FileStore:
         return sum(file.num_bytes for file in self._files.values()) + num_bytes <= self._max_bytes
 
     def seconds_to_room(self) -> float:
-        """Until the oldest file is removed."""
+        """Seconds until the oldest file is removed."""
         oldest = next(iter(self._files.values()), None)
         return 0.0 if oldest is None else max(oldest.expires_at - self._clock(), 0.0)
 

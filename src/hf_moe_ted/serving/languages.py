@@ -56,7 +56,7 @@ class ServedLanguages:
 
 
 def language_name(language: str) -> str:
-    """In English, from the CLDR: `zh-Hans` -> `Chinese (Simplified)`; the code itself where it has no name."""
+    """Its English name, from the CLDR: `zh-Hans` -> `Chinese (Simplified)`; the code itself where it has no name."""
     from babel import Locale
 
     english: Any = Locale("en")  # its tables are made when they are asked for, without types

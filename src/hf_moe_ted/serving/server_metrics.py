@@ -8,7 +8,7 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 
 
 
 class ServerMetrics:
-    """Of one app, in a registry of its own."""
+    """Metrics of one app, in a registry of their own."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -26,7 +26,7 @@ class ServerMetrics:
         self.waiting = Gauge("hf_moe_ted_waiting_characters", "That wait for the model.", registry=self._registry)
 
     def shown(self) -> bytes:
-        """In the text format of Prometheus."""
+        """The metrics in the text format of Prometheus."""
         return generate_latest(self._registry)
 
 

@@ -156,7 +156,7 @@ class TranslationApi:
         return fields
 
     def _admit(self, request: Request, api_key: str | None) -> None:
-        """Those with a key where there are keys, and nobody too often."""
+        """Admit a request: with a key where there are keys, and not too often."""
         keys = self._settings.api_keys
         client = request.client.host if request.client else ""
         is_known = keys is not None and api_key is not None and api_key in keys

@@ -49,7 +49,7 @@ class ArrivingLines:
         return True
 
     def num_lines(self) -> int | None:
-        """Of a regular file, from where it is read; `None` of what arrives."""
+        """Number of lines left in a regular file; `None` for a stream."""
         if self._descriptor is None or not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
             return None
         place = os.lseek(self._descriptor, 0, os.SEEK_CUR)

@@ -137,7 +137,7 @@ class Glossary:
 
     @cached_property
     def sha256(self) -> str:
-        """Of its entries, in any order."""
+        """SHA-256 of the entries, whatever their order."""
         lines = sorted(f"{entry.source}\t{'' if entry.target is None else entry.target}" for entry in self.entries)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

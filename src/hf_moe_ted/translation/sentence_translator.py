@@ -288,7 +288,7 @@ class SentenceTranslator:
         return self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
 
     def _max_new_tokens(self, sentence: SourceSentence) -> int:
-        """By the sentence alone, so that its translation does not depend on its batch."""
+        """The limit by the sentence alone, so that its translation does not depend on its batch."""
         if not self._cuts_early:
             return self.max_new_tokens
         return min(self.max_new_tokens, 4 * len(sentence.input_ids) + 32)

@@ -86,7 +86,7 @@ def paragraphs(rows: Iterable[TextRow], src_lang: str) -> Iterator[TextRow]:
 
 
 def num_parquet_rows(path: Path) -> int | None:
-    """As the file says; `None` if it is no parquet file."""
+    """Number of rows that the file names; `None` if it is no parquet file."""
     from pyarrow import ArrowException
     from pyarrow.parquet import read_metadata
 

@@ -69,7 +69,7 @@ class TranslatedText:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Of all its sentences, with the start of each."""
+        """Problems of all its sentences, with the start of each."""
         return tuple(f"{s.source[:60]!r}: {problem}" for s in self.sentences for problem in s.problems)
 
 
@@ -173,12 +173,12 @@ class TextTranslator:
 
     @property
     def languages(self) -> list[str]:
-        """As the tokenizer names them."""
+        """The languages, as the tokenizer names them."""
         return self._sentences.languages
 
     @property
     def num_beams(self) -> int:
-        """Of the beam search."""
+        """Number of beams of the search."""
         return self._sentences.num_beams
 
     @property

@@ -20,7 +20,7 @@ def words_with_spans(text: str) -> tuple[list[str], list[tuple[int, int]]]:
 
 
 def split_words(text: str) -> tuple[str, ...]:
-    """As `words_with_spans`."""
+    """The words of a text, as `words_with_spans` finds them."""
     return tuple(map(_normalized, _PIECE.findall(text)))
 
 
@@ -46,7 +46,7 @@ def count_phrase(phrase: str, text: str, *, may_be_capitalized: bool = False) ->
 
 
 def capitalized(text: str) -> str:
-    """With its first letter upper case; the others stay."""
+    """The text with its first letter in upper case; the others stay."""
     return text[:1].upper() + text[1:]
 
 

@@ -25,7 +25,7 @@ PICTURES = {
 
 
 def draw_pictures(summary: Summary) -> dict[str, bytes]:
-    """Those of `PICTURES` that there are data for, as PNG, by file name; none without matplotlib."""
+    """Draw those of `PICTURES` that there are data for: file name -> PNG; empty without matplotlib."""
     report, statistics = summary.report, summary.statistics
     if not has_matplotlib():
         return {}

@@ -67,7 +67,7 @@ class Summary:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; see `read_summary`."""
+        """The summary as plain values for JSON; `read_summary` reads them."""
         qualities = {stage: quality.to_dict() for stage, quality in self.qualities.items()}
         return self.report.to_dict() | {"quality": qualities, "nearest_languages": self.nearest}
 

@@ -358,7 +358,7 @@ def _add_expert_file(contents: Contents, mp_rank: int, path: Path) -> None:
 def _add_expert_tensor(contents: Contents, mp_rank: int, path: Path, name: str, tensor: Tensor) -> None:
     if parse_expert_name(name) is None:
         raise UnreadableFileError(
-            f"{path} holds {name}, which is no expert's; the file is not from DeepSpeed, or damaged"
+            f"{path} holds {name}, which belongs to no expert; the file is not from DeepSpeed, or damaged"
         )
     shards = contents.experts.setdefault(name, {})
     if mp_rank not in shards:

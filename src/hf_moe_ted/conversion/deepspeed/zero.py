@@ -183,8 +183,8 @@ def _check_partitions(contents: Contents) -> None:
     mp_ranks = contents.tensor_parallel_size * contents.pipeline_parallel_size
     if mp_ranks * num_replicas > MAX_RANKS:
         raise ValueError(
-            f"{files.folder} was written by {num_replicas} data-parallel and {mp_ranks} model-parallel ranks, it says, "
-            "which are more than any cluster has; the main files are damaged"
+            f"{files.folder} says that {num_replicas} data-parallel and {mp_ranks} model-parallel ranks wrote it, more "
+            "than any cluster has; the main files are damaged"
         )
     expected = {(mp_rank, dp_rank) for mp_rank in range(mp_ranks) for dp_rank in range(num_replicas)}
     missing = [f"zero_pp_rank_{dp}_mp_rank_{mp:02d}_optim_states.pt" for mp, dp in sorted(expected - files.zero.keys())]
