@@ -77,3 +77,4 @@ def test_demo(trained: Path) -> None:
     text = (output_dir / "pruned_model" / "report.md").read_text()
     assert "en-de" in text and "pruned in memory" in printed
     assert list((output_dir / "pruned_model").rglob("routing_by_language.png"))
+    assert "| en-uk | 1 | " in (output_dir / "fine_tuned_model" / "README.md").read_text()

@@ -213,7 +213,7 @@ def _languages_left(counts: Collection[str], chosen: Sequence[str] | None) -> tu
     """The languages whose tags stay, each of which has text, if the texts say their languages."""
     if WITHOUT_LANGUAGE in counts:
         if chosen is None:
-            raise ValueError("languages, whose tags are kept, are required for texts that do not name theirs")
+            raise ValueError("languages are required for texts that do not name theirs; the tags of others go")
         return tuple(chosen)
     if missing := sorted({*(chosen or ())} - {*counts}):
         raise ValueError(
