@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 SETUP = ConfigParser()
 SETUP.read(ROOT / "setup.cfg", encoding="utf-8")
 PRIVATE_NAMES_OF = ("torch", "transformers", "accelerate")  # docs/private_names.md
-# imported where they are installed: Triton comes with PyTorch for GPUs, the others with what brings their files
-OPTIONAL = {"triton", "sentencepiece", "deepspeed", "pydantic-core"}
+# imported where they are installed: Triton comes with PyTorch for GPUs, the others with what makes their files
+OPTIONAL = {"triton", "sentencepiece", "deepspeed", "peft", "pydantic-core"}
 
 
 def requirements(text: str) -> dict[str, Requirement]:
