@@ -3,18 +3,20 @@
     python examples/experiment_report.py runs/token_dropping --title "Random Token Selection"
 
 reads `<variant>/seed_<seed>/result.json` and `translations.json` and writes `report.md`, `curves.png` and, where tokens
-were dropped, `dropped_by_place.png` to the folder. Numbers are means over seeds, with the standard deviation if there
-are several. Translations are scored by BLEU and chrF.
+were dropped, `dropped_by_place.png` to the folder. `--reference` is the variant whose losses the others are timed to:
+how many times fewer steps, and seconds of training alone, they need for them. Numbers are means over seeds, with the
+standard deviation if there are several. Translations are scored by BLEU and chrF.
 """
 
 import argparse
+import itertools
 import json
 import math
 import re
 import textwrap
 from collections import defaultdict
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -33,7 +35,7 @@ def read_runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
         ValueError: no run in the folder is done.
     """
     runs = defaultdict(list)
-    for path in sorted(folder.glob("*/seed_*/result.json"), key=lambda path: path.stat().st_mtime):
+    for path in sorted(folder.glob("*/seed_*/result.json"), key=lambda path: path.stat().st_mtime_ns):
         result = json.loads(path.read_text(encoding="utf-8"))
         translations = path.with_name("translations.json")
         result["translations"] = json.loads(translations.read_text(encoding="utf-8")) if translations.is_file() else []
@@ -43,28 +45,89 @@ def read_runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return dict(runs)
 
 
-def validation_sets(result: dict[str, Any]) -> list[str]:
-    """Names of the validation sets of a run."""
+def curves_of(result: dict[str, Any]) -> dict[str, Curve]:
+    """The losses on validation sets over the steps of a run.
+
+    Runs on token ids have one, which is told apart by the tiers of the recipe and by whether English is the source,
+    weighted by target tokens.
+    """
     names = {name for entry in result["log_history"] for name in entry}
-    return sorted(found[1] for name in names if (found := EVAL_LOSS.fullmatch(name)))
+    curves = {
+        found[1]: [(entry["step"], entry["seconds"], entry[name]) for entry in result["log_history"] if name in entry]
+        for name in sorted(names)
+        if (found := EVAL_LOSS.fullmatch(name))
+    }
+    if "direction_losses" in names:
+        entries = [entry for entry in result["log_history"] if "direction_losses" in entry]
+        for group, directions in groups_of(result).items():
+            curves[group] = [
+                (entry["step"], entry["seconds"], mean_loss(result, entry, directions)) for entry in entries
+            ]
+    return curves
 
 
-def curve_of(result: dict[str, Any], dataset: str) -> Curve:
-    """The loss on a validation set over the steps of a run."""
-    name = f"eval_{dataset}_loss"
-    return [(entry["step"], entry["seconds"], entry[name]) for entry in result["log_history"] if name in entry]
+def groups_of(result: dict[str, Any]) -> dict[str, list[str]]:
+    """Directions of the held-out text, all of them first, then by tier and side."""
+    directions = list(result["held_out_tokens"])
+    groups = {"held-out": directions, "en-X": [], "X-en": []}
+    for direction in directions:
+        groups["en-X" if direction.startswith("en-") else "X-en"].append(direction)
+    for tier, languages in result["tiers"].items():
+        groups[tier] = [direction for direction in directions if {*direction.split("-")} & {*languages}]
+    return groups
+
+
+def mean_loss(result: dict[str, Any], entry: dict[str, Any], directions: list[str]) -> float:
+    """Nats per target token of some directions together."""
+    tokens = result["held_out_tokens"]
+    nats = sum(entry["direction_losses"][direction] * tokens[direction] for direction in directions)
+    return nats / sum(tokens[direction] for direction in directions)
 
 
 def steps_to(curve: Curve, loss: float) -> float:
     """Steps until a loss is reached, interpolated between evaluations; infinite if it is not."""
-    before = None
-    for step, _, value in curve:
+    return reached(curve, loss)[0]
+
+
+def reached(curve: Curve, loss: float) -> tuple[float, float]:
+    """Steps and seconds until a loss is reached, interpolated between evaluations; infinite if it is not."""
+    before: tuple[float, float, float] | None = None
+    for step, seconds, value in curve:
         if value <= loss:
-            if before is None or before[1] == value:
-                return step
-            return before[0] + (step - before[0]) * (before[1] - loss) / (before[1] - value)
-        before = (step, value)
-    return math.inf
+            if before is None or before[2] == value:
+                return step, seconds
+            share = (before[2] - loss) / (before[2] - value)
+            return before[0] + (step - before[0]) * share, before[1] + (seconds - before[1]) * share
+        before = (step, seconds, value)
+    return math.inf, math.inf
+
+
+def ratios_to(curve: Curve, reference: Curve) -> list[tuple[float, float, float]]:
+    """How many times fewer steps, and seconds, a run needs for the loss that another has at each of its evaluations.
+
+    Returns:
+        Step of the reference, ratio of steps, and ratio of seconds, for its evaluations behind which no earlier one was
+        better; 0 where the run does not reach the loss. The first evaluation of the run is left out as a bound only.
+    """
+    found = []
+    best = math.inf
+    for step, seconds, loss in reference:
+        if loss >= best or loss >= curve[0][2]:
+            continue
+        best = loss
+        own_steps, own_seconds = reached(curve, loss)
+        found.append((step, step / own_steps, seconds / own_seconds))
+    return found
+
+
+def step_ms(result: dict[str, Any]) -> float:
+    """Median time of a step between two logs, in milliseconds, without evaluation."""
+    logs = [entry for entry in result["log_history"] if "loss" in entry]
+    times = [
+        (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+        for first, last in itertools.pairwise(logs)
+    ]
+    return 1e3 * median(times) if times else math.nan
 
 
 def mean_and_spread(values: list[float], digits: int = 3) -> str:
@@ -103,8 +166,8 @@ def last_of(result: dict[str, Any], name: str) -> float | None:
 
 def rows_of(runs: dict[str, list[dict[str, Any]]], reference: str) -> list[dict[str, str]]:
     """A row of the table per variant."""
-    datasets = validation_sets(runs[reference][0])
-    goals = {dataset: fmean(curve_of(result, dataset)[-1][2] for result in runs[reference]) for dataset in datasets}
+    datasets = list(curves_of(runs[reference][0]))
+    goals = {dataset: fmean(curves_of(result)[dataset][-1][2] for result in runs[reference]) for dataset in datasets}
     rows = []
     for variant, results in runs.items():
         row = {
@@ -113,10 +176,15 @@ def rows_of(runs: dict[str, list[dict[str, Any]]], reference: str) -> list[dict[
             "parameters": f"{results[0]['num_parameters'] / 1e6:.0f}M",
         }
         for dataset in datasets:
-            curves = [curve_of(result, dataset) for result in results]
+            curves = [curves_of(result)[dataset] for result in results]
             row[f"{dataset} loss"] = mean_and_spread([curve[-1][2] for curve in curves])
             row[f"steps to {goals[dataset]:.3f}"] = mean_and_spread([steps_to(c, goals[dataset]) for c in curves], 0)
-        row["seconds"] = mean_and_spread([result["log_history"][-1]["seconds"] for result in results], 0)
+        row["steps"] = mean_and_spread([last_of(result, "step") or 0 for result in results], 0)
+        row["seconds"] = mean_and_spread([last_of(result, "seconds") or 0 for result in results], 0)
+        row["ms per step"] = mean_and_spread([step_ms(result) for result in results], 1)
+        row["last training loss"] = mean_and_spread([last_of(result, "loss") or math.inf for result in results])
+        if "learning_rate" in results[0]:
+            row["learning rate"] = f"{results[0]['learning_rate']:g}"
         for name, title in (("router/dropped", "dropped"), ("router/load_max", "busiest expert")):
             values = [last_of(result, name) for result in results]
             row[title] = mean_and_spread([v for v in values if v is not None]) if None not in values else "-"
@@ -129,20 +197,42 @@ def rows_of(runs: dict[str, list[dict[str, Any]]], reference: str) -> list[dict[
 
 def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Losses over steps and over seconds, each seed a line."""
-    datasets = validation_sets(next(iter(runs.values()))[0])
+    datasets = list(curves_of(next(iter(runs.values()))[0]))
     figure = Figure(figsize=(11, 4 * len(datasets)), layout="constrained")
     axes = figure.subplots(len(datasets), 2, squeeze=False, sharey="row")
     for row, dataset in zip(axes, datasets, strict=True):
         for column, (axis, unit) in enumerate(zip(row, ("steps", "seconds of training"), strict=True)):
             for number, (variant, results) in enumerate(runs.items()):
                 for place, result in enumerate(results):
-                    curve = curve_of(result, dataset)
+                    curve = curves_of(result)[dataset]
                     xs, ys = [point[column] for point in curve], [point[2] for point in curve]
                     axis.plot(xs, ys, color=f"C{number}", alpha=0.8, label=variant if place == 0 else None)
             axis.set(xlabel=unit, ylabel=f"{dataset} loss", yscale="log")
             axis.grid(alpha=0.3, which="both")
         row[0].legend()
     figure.savefig(path, dpi=120)
+
+
+def ratio_lines(runs: dict[str, list[dict[str, Any]]], reference: str) -> list[str]:
+    """A table: times fewer steps and seconds than the reference with the same seed, over the steps of the reference."""
+    lines = []
+    for variant, results in runs.items():
+        for result in results if variant != reference else ():
+            others = [other for other in runs[reference] if other["seed"] == result["seed"]]
+            if not others:
+                continue
+            name = next(iter(curves_of(result)))
+            ratios = ratios_to(curves_of(result)[name], curves_of(others[0])[name])
+            speed = step_ms(others[0]) / step_ms(result)
+            for step, of_steps, of_seconds in ratios:
+                lines.append(
+                    f"| {variant} | {result['seed']} | {step:.0f} | {of_steps:.2f} | {of_seconds:.2f} | "
+                    f"{of_steps * speed:.2f} |"
+                )
+    if not lines:
+        return []
+    title = f"| variant | seed | step of {reference} | steps, times fewer | seconds | seconds at median speed |"
+    return ["", title, "|" + "---|" * 6, *lines]
 
 
 def draw_dropped(runs: dict[str, list[dict[str, Any]]], path: Path) -> bool:
@@ -181,6 +271,7 @@ def write_report(folder: Path, title: str, reference: str | None) -> str:
         per token, steps those to the mean last loss of `{reference}`; seconds are without evaluation; "dropped" and
         "busiest expert" (1 is an even share) are means over the sparse layers at the end of training."""
     lines += ["", *textwrap.wrap(" ".join(notes.split()), 120), "", "![Losses](curves.png)"]
+    lines += ratio_lines(runs, reference)
     draw_curves(runs, folder / "curves.png")
     if draw_dropped(runs, folder / "dropped_by_place.png"):
         lines += ["", "![Dropped tokens by place in the batch](dropped_by_place.png)"]

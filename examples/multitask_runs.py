@@ -29,6 +29,22 @@ class Seconds(TrainerCallback):
         state.log_history[-1]["seconds"] = time.perf_counter() - self.start
 
 
+class TimeLimit(TrainerCallback):
+    """Ends a training in time, with an evaluation and a checkpoint from which it goes on.
+
+    Args:
+        deadline: value of `time.perf_counter()`, in seconds.
+    """
+
+    def __init__(self, deadline: float):
+        self.deadline = deadline
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if time.perf_counter() >= self.deadline:
+            control.should_log = control.should_evaluate = control.should_save = True
+            control.should_training_stop = True
+
+
 class PlaceOfDropped(TrainerCallback):
     """Adds `dropped_by_place` to logs of training: the share of slots that no expert computes, by tenths of batches."""
 

@@ -8,30 +8,38 @@ fields by name, and `seeds` it is an experiment, whose runs are done one after a
     python examples/experiment_report.py runs/token_dropping
 
 Fields on the command line override those of the recipe and its variants; `--variants`, `--seeds` select runs. A run
-goes on from its last checkpoint, if it saves any. `--dry_run` trains no model and prints for each variant the mixture,
-the tokens of each language, steps, shapes of batches and memory. Files hold lines of lang, English and target, see
-`multitask_data.py`.
+goes on from its last checkpoint, if it saves any. With `--max_seconds` the process ends in time: the run that is in
+work evaluates and saves a checkpoint, from which the same command goes on. `--dry_run` trains no model and prints for
+each variant the mixture, the tokens of each language, steps, shapes of batches and memory. Files hold lines of lang,
+English and target, see `multitask_data.py`; `train_tokens` and `validation_tokens` are token ids in their place
+(`prepare_tokens.py`), which are on the GPU before the first step.
+
+A recipe with `pilot`, a list of learning rates and other fields, tries them for each variant with the first seed, and
+trains with the one whose held-out loss is lowest at the end of its pilot:
+
+    "pilot": {"learning_rate": [0.001, 0.002, 0.004], "max_steps": 400}
 
 Each run leaves `result.json` (losses over steps and seconds, numbers of the routers) and, with `max_test_samples`,
-`translations.json` in `output_dir/<variant>/seed_<seed>`.
+`translations.json` in `output_dir/<variant>/seed_<seed>`, pilots in `output_dir/<variant>/pilot_<learning rate>`.
 """
 
-import argparse
+import gc
 import hashlib
 import json
+import math
 import os
 import sys
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from multitask_data import backwards, first_pairs, monolingual, read_pairs
 from multitask_plan import print_plan
-from multitask_runs import PlaceOfDropped, Seconds, translate, write_json
-from transformers import HfArgumentParser, set_seed
+from multitask_recipe import DataArguments, Run, command_of
+from multitask_runs import PlaceOfDropped, Seconds, TimeLimit, translate, write_json
+from token_pairs import BatchCollator, TokenArrays, TokenPairs, TokenPairsTrainer
+from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_moe_ted import (
@@ -40,7 +48,6 @@ from hf_moe_ted import (
     LanguageRoutingCallback,
     MultitaskDataset,
     MultitaskSeq2SeqTrainer,
-    MultitaskTrainingArguments,
     RouterStatisticsCallback,
     TokenBudgetBatchSampler,
     ZCodeM3Config,
@@ -50,105 +57,38 @@ from hf_moe_ted import (
 )
 
 
-@dataclass
-class ModelArguments:
-    """Which model to train."""
+class Tokens:
+    """The token ids of a run in the place of [`Text`], read once for all runs that take the same."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Train this model; default: a new one."})
-    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Default: one trained on the text."})
-    vocab_size: int = field(default=32000, metadata={"help": "Vocabulary of a new tokenizer, language tags included."})
-    tokenizer_texts: int = field(default=500_000, metadata={"help": "Texts that a new tokenizer is trained on."})
-    config: str = field(default="{}", metadata={"help": "ZCodeM3Config fields of a new model, as JSON."})
-    experts_implementation: str | None = field(default=None, metadata={"help": "Such as zcode_grouped."})
-    save_model: bool = field(default=False, metadata={"help": "Write the trained model to the folder of the run."})
+    def __init__(self, args: DataArguments, device: torch.device):
+        arrays = TokenArrays.load(str(args.train_tokens))
+        if unknown := {*(args.languages or ())} - {*arrays.tags}:
+            raise ValueError(f"{args.train_tokens} has no pairs in {sorted(unknown)}; it has {list(arrays.tags)}")
+        self.dataset = TokenPairs(arrays, device, arrays.first_pairs(args.max_pairs, args.languages))
+        of_validation = TokenArrays.load(str(args.validation_tokens))
+        if (of_validation.tags, of_validation.vocab_size) != (arrays.tags, arrays.vocab_size):
+            raise ValueError(f"{args.validation_tokens} and {args.train_tokens} are not of one tokenizer")
+        self.validation: Any = TokenPairs(
+            of_validation, device, of_validation.first_pairs(args.max_eval_samples, args.languages)
+        )
+        rows = [] if args.validation_file is None else read_pairs(args.validation_file, args.languages)
+        self.test = first_pairs(rows[::-1], args.max_test_samples)
 
-
-@dataclass
-class DataArguments:
-    """Which text to train on."""
-
-    train_file: str = field(metadata={"help": "Training pairs, see multitask_data.py."})
-    validation_file: str = field(metadata={"help": "Pairs for eval_loss."})
-    test_file: str | None = field(default=None, metadata={"help": "Pairs to translate; default: validation_file."})
-    languages: list[str] | None = field(default=None, metadata={"help": "Languages besides English; default: all."})
-    max_pairs: int | None = field(default=None, metadata={"help": "Training pairs per language; default: all."})
-    low_resource_languages: list[str] = field(
-        default_factory=list, metadata={"help": "Languages with low_resource_pairs only, whose losses are told apart."}
-    )
-    low_resource_pairs: int = field(default=1000, metadata={"help": "Training pairs of a low-resource language."})
-    denoising: bool = field(
-        default=False, metadata={"help": "Denoise all training texts, those left out as pairs too."}
-    )
-    mask_ratio: float = field(default=0.35, metadata={"help": "Share of the words that denoising masks."})
-    poisson_lambda: float = field(default=3.5, metadata={"help": "Mean length of a masked span, in words."})
-    sentence_distance: int = field(default=0, metadata={"help": "Places that denoising may move a sentence."})
-    word_dropout: float = field(default=0.0, metadata={"help": "Probability that denoising leaves a word out."})
-    max_length: int = field(default=128, metadata={"help": "Longer texts are truncated, in tokens."})
-    max_eval_samples: int = field(default=20, metadata={"help": "Validation pairs per direction."})
-    max_test_samples: int = field(default=0, metadata={"help": "Pairs per direction that are translated at the end."})
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training of an experiment."""
-
-    variant: str
-    seed: int
-    model: ModelArguments
-    data: DataArguments
-    training: MultitaskTrainingArguments
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.training.output_dir or "runs/multitask")
-
-
-def runs_of(argv: list[str]) -> tuple[list[Run], bool]:
-    """The runs that a command line asks for, and whether it is a dry run.
-
-    Raises:
-        ValueError: an unknown variant, or a field of the recipe that is no argument.
-    """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--variants", nargs="+")
-    parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--dry_run", "--dry-run", action="store_true")
-    selected, overrides = parser.parse_known_args(argv)
-    recipe = json.loads(selected.recipe.read_text())
-    variants = recipe.pop("variants", {"run": {}})
-    seeds = recipe.pop("seeds", [recipe.get("seed", 0)])
-    if unknown := {*(selected.variants or ())} - {*variants}:
-        raise ValueError(f"{selected.recipe} has no variants {sorted(unknown)}; it has {list(variants)}")
-    runs = [
-        _run(recipe, overrides, variant, variants[variant], seed)
-        for seed in selected.seeds or seeds
-        for variant in selected.variants or variants
-    ]
-    return runs, selected.dry_run
-
-
-def _run(recipe: dict[str, Any], overrides: list[str], variant: str, of_variant: dict[str, Any], seed: int) -> Run:
-    fields = {**recipe, **of_variant, "seed": seed}
-    fields["config"] = {**recipe.get("config", {}), **of_variant.get("config", {})}
-    if fields.get("bf16") and not torch.cuda.is_available():
-        fields["bf16"] = False  # bfloat16 is slower than float32 on most CPUs
-    argv = []
-    for name, value in fields.items():
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        argv += [f"--{name}", *map(str, values)]
-    parser = HfArgumentParser([ModelArguments, DataArguments, MultitaskTrainingArguments])
-    model, data, training = parser.parse_args_into_dataclasses([*argv, *overrides])
-    training.dataloader_pin_memory &= torch.cuda.is_available()  # without a GPU it does nothing but warn
-    training.output_dir = os.path.join(training.output_dir or "runs/multitask", variant, f"seed_{seed}")
-    return Run(variant, seed, model, data, training)
+    def numbers(self, steps_per_epoch: int) -> dict[str, Any]:
+        """What the report needs besides losses: target tokens that are held out by direction, and tokens of a step."""
+        tokens = np.bincount(self.validation.component_numbers, weights=self.validation.lengths[:, 1])
+        return {
+            "held_out_tokens": dict(zip(self.validation.directions, tokens.astype(int).tolist(), strict=True)),
+            "steps_per_epoch": steps_per_epoch,
+            "tokens_per_epoch": int(self.dataset.lengths.sum()),
+        }
 
 
 class Text:
     """The text of a run, read once for all runs that take the same."""
 
     def __init__(self, args: DataArguments):
-        self.all_pairs = read_pairs(args.train_file, args.languages)
+        self.all_pairs = read_pairs(str(args.train_file), args.languages)
         pairs = self.all_pairs if args.max_pairs is None else first_pairs(self.all_pairs, args.max_pairs)
         self.pairs = first_pairs(pairs, args.low_resource_pairs, args.low_resource_languages)
         self.dataset = MultitaskDataset(
@@ -157,7 +97,7 @@ class Text:
             both_directions=True,
             languages=None if args.languages is None else ["en", *args.languages],
         )
-        validation = read_pairs(args.validation_file, args.languages)
+        validation = read_pairs(str(args.validation_file), args.languages)
         self.validation = {"validation": first_pairs(validation, args.max_eval_samples)}
         if args.low_resource_languages:
             of_low = [row["tgt_lang"] in args.low_resource_languages for row in self.validation["validation"]]
@@ -172,12 +112,19 @@ class Text:
         return ["en", *sorted({row["tgt_lang"] for row in self.all_pairs})]
 
 
-def tokenizer_of(run: Run, text: Text) -> Any:
-    """The tokenizer of a run; a new one is kept beside the runs, for the others."""
-    kept = run.folder.parents[1] / f"tokenizer_{run.model.vocab_size}"
+def tokenizer_of(run: Run, text: Text | Tokens) -> Any:
+    """The tokenizer of a run; a new one is kept beside the runs, for the others.
+
+    Raises:
+        ValueError: token ids without the tokenizer that made them.
+    """
+    kept = run.kept_folder / f"tokenizer_{run.model.vocab_size}"
     name = run.model.tokenizer_name_or_path or run.model.model_name_or_path or (str(kept) if kept.is_dir() else None)
+    if isinstance(text, Tokens) and run.model.tokenizer_name_or_path is None:
+        raise ValueError("train_tokens needs tokenizer_name_or_path, the tokenizer that prepare_tokens.py has written")
     if name is not None:
         return ZCodeM3Tokenizer.from_pretrained(name)
+    assert isinstance(text, Text)
     texts = [row["text"] for row in monolingual(text.pairs)]
     step = max(1, len(texts) // run.model.tokenizer_texts)
     tokenizer = ZCodeM3Tokenizer(languages=text.languages)
@@ -193,51 +140,66 @@ def config_of(run: Run, tokenizer: Any) -> ZCodeM3Config:
     return ZCodeM3Config(vocab_size=len(tokenizer), **json.loads(run.model.config))
 
 
+def model_of(run: Run, tokenizer: Any) -> Any:
+    """A new model, or the one that is named."""
+    if run.model.model_name_or_path is not None:
+        model = ZCodeM3ForConditionalGeneration.from_pretrained(run.model.model_name_or_path)
+    else:
+        model = ZCodeM3ForConditionalGeneration(config_of(run, tokenizer))
+        with torch.no_grad():
+            for name, module in model.named_modules():
+                if name.endswith(".ffn.router"):
+                    module.weight.mul_(run.model.router_init_scale)
+    if run.model.experts_implementation is not None:
+        model.set_experts_implementation(run.model.experts_implementation)
+    return model
+
+
 def collator_of(run: Run, tokenizer: Any, model: Any = None) -> DataCollatorForMultitaskSeq2Seq:
     """The data collator of a run."""
     args = run.data
     noise = DenoisingNoise(args.mask_ratio, args.poisson_lambda, args.sentence_distance, args.word_dropout)
-    multiple = 8 if run.training.length_buckets is None else None
-    return DataCollatorForMultitaskSeq2Seq(
-        tokenizer, model, noise=noise, max_length=args.max_length, pad_to_multiple_of=multiple
-    )
+    kind = DataCollatorForMultitaskSeq2Seq if args.train_tokens is None else BatchCollator
+    multiple = 8 if run.training.length_buckets is None and args.train_tokens is None else None
+    return kind(tokenizer, model, noise=noise, max_length=args.max_length, pad_to_multiple_of=multiple)
 
 
-def trainer_of(run: Run, text: Text, tokenizer: Any) -> MultitaskSeq2SeqTrainer:
+def trainer_of(run: Run, text: Text | Tokens, tokenizer: Any) -> MultitaskSeq2SeqTrainer:
     """A trainer with a new model, or the one that is named."""
     set_seed(run.seed)
-    config = config_of(run, tokenizer)
-    if run.model.model_name_or_path is None:
-        model = ZCodeM3ForConditionalGeneration(config)
-    else:
-        model = ZCodeM3ForConditionalGeneration.from_pretrained(run.model.model_name_or_path)
-    if run.model.experts_implementation is not None:
-        model.set_experts_implementation(run.model.experts_implementation)
-    collator = collator_of(run, tokenizer, model)
-    validation = {
-        name: MultitaskDataset(sorted(rows, key=lambda row: len(row["source"])), both_directions=True)
-        for name, rows in text.validation.items()
-    }
-    trainer = MultitaskSeq2SeqTrainer(
+    model = model_of(run, tokenizer)
+    validation: Any = text.validation
+    if isinstance(text, Text):
+        validation = {
+            name: MultitaskDataset(sorted(rows, key=lambda row: len(row["source"])), both_directions=True)
+            for name, rows in text.validation.items()
+        }
+    kind = TokenPairsTrainer if isinstance(text, Tokens) else MultitaskSeq2SeqTrainer
+    trainer = kind(
         model=model,
         args=run.training,
         train_dataset=text.dataset,
         eval_dataset=validation,
-        data_collator=collator,
+        data_collator=collator_of(run, tokenizer, model),
         processing_class=tokenizer,
         token_lengths=lengths_of(text, run, tokenizer),
         callbacks=[Seconds()],
     )
-    if config.sparse_layers("encoder") or config.sparse_layers("decoder"):
-        for callback in (RouterStatisticsCallback(), LanguageRoutingCallback(tokenizer), PlaceOfDropped()):
+    if model.config.sparse_layers("encoder") or model.config.sparse_layers("decoder"):
+        callbacks: list[Any] = [RouterStatisticsCallback()]
+        if isinstance(text, Text):  # where speed is measured, no more than the load of the experts
+            callbacks += [LanguageRoutingCallback(tokenizer), PlaceOfDropped()]
+        for callback in callbacks:
             callback.add_to(trainer)
     return trainer
 
 
-def lengths_of(text: Text, run: Run, tokenizer: Any) -> np.ndarray:
+def lengths_of(text: Text | Tokens, run: Run, tokenizer: Any) -> np.ndarray:
     """Tokens of the training examples, which are counted once and kept beside the runs."""
+    if isinstance(text, Tokens):
+        return text.dataset.lengths
     key = f"{run.data} {run.model.tokenizer_name_or_path} {run.model.model_name_or_path} {run.model.vocab_size}"
-    path = run.folder.parents[1] / f"token_lengths_{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+    path = run.kept_folder / f"token_lengths_{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
     if not path.is_file():
         lengths = token_lengths(text.dataset, collator_of(run, tokenizer))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -247,13 +209,36 @@ def lengths_of(text: Text, run: Run, tokenizer: Any) -> np.ndarray:
     return np.load(path)
 
 
-def train(run: Run, text: Text, tokenizer: Any) -> None:
-    """Train, translate the test set, and write what came out."""
+def sampler_of(run: Run, text: Text | Tokens, tokenizer: Any) -> TokenBudgetBatchSampler:
+    """The batches that a trainer draws."""
+    return TokenBudgetBatchSampler(
+        text.dataset,
+        collator_of(run, tokenizer),
+        run.training.max_tokens_per_batch,
+        mixture=run.training.mixture(),
+        examples_per_epoch=run.training.examples_per_epoch,
+        seed=run.seed,
+        length_buckets=run.training.length_buckets,
+        max_signatures=run.training.max_signatures,
+        lengths=lengths_of(text, run, tokenizer),
+    )
+
+
+def train(run: Run, text: Text | Tokens, deadline: float | None) -> None:
+    """Train until the steps or the time are over, translate the test set, and write what came out."""
+    tokenizer = tokenizer_of(run, text)
+    pilot_losses = {str(each.training.learning_rate): last_loss(each) for each in run.pilots}
+    if run.pilots:
+        run.training.learning_rate = min(run.pilots, key=last_loss).training.learning_rate
+    print(f"{run.variant}, seed {run.seed}, learning rate {run.training.learning_rate}: {run.folder}", flush=True)
     trainer = trainer_of(run, text, tokenizer)
+    if deadline is not None:
+        trainer.add_callback(TimeLimit(deadline))
     checkpoint = get_last_checkpoint(str(run.folder)) if run.folder.is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)
+    is_done = trainer.state.global_step >= trainer.state.max_steps
     seconds = time.perf_counter()
-    rows = text.test + backwards(text.test)
+    rows = text.test + backwards(text.test) if is_done else []
     translations = translate(trainer.model, tokenizer, rows, max_length=run.data.max_length) if rows else []
     if not trainer.is_world_process_zero():
         return
@@ -266,49 +251,73 @@ def train(run: Run, text: Text, tokenizer: Any) -> None:
     result = {
         "variant": run.variant,
         "seed": run.seed,
+        "is_done": is_done,
+        "learning_rate": run.training.learning_rate,
+        "pilot_losses": pilot_losses,
         "config": trainer.model.config.to_diff_dict(),
         "num_parameters": trainer.model.num_parameters(),
+        "num_active_parameters": num_active_parameters(trainer.model),
         "max_tokens_per_batch": run.training.max_tokens_per_batch,
         "low_resource_languages": run.data.low_resource_languages,
+        "tiers": run.tiers,
         "device": device,
         "torch": torch.__version__,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "translating_s": time.perf_counter() - seconds,
+        **(text.numbers(len(trainer.get_train_dataloader())) if isinstance(text, Tokens) else {}),
         "log_history": trainer.state.log_history,
     }
     write_json(run.folder / "result.json", result)
 
 
+def last_loss(run: Run) -> float:
+    """Held-out loss at the end of a pilot; infinite for one that diverged."""
+    losses = [entry["eval_loss"] for entry in (run.result() or {})["log_history"] if "eval_loss" in entry]
+    return losses[-1] if math.isfinite(losses[-1]) else math.inf
+
+
+def num_active_parameters(model: Any) -> int:
+    """Parameters that a token uses, without those of the embedding."""
+    top_k = model.config.num_experts_per_tok
+    return int(
+        sum(
+            parameter.numel() * (top_k / parameter.shape[0] if ".experts." in name else 1)
+            for name, parameter in model.named_parameters()
+            if parameter is not model.get_input_embeddings().weight
+        )
+    )
+
+
 def main() -> None:
+    start = time.perf_counter()
     # its backward can give NaN on Hopper since torch 2.11: docs/upstream/torch_cudnn_attention_gradient.md
     torch.backends.cuda.enable_cudnn_sdp(False)
-    runs, is_dry = runs_of(sys.argv[1:])
-    texts: dict[str, Text] = {}
-    for run in runs if not is_dry else [run for run in runs if run.seed == runs[0].seed]:
-        if not is_dry and (run.folder / "result.json").is_file():
-            print(f"{run.folder} is done")
-            continue
-        if str(run.data) not in texts:
-            texts[str(run.data)] = Text(run.data)
-        text = texts[str(run.data)]
-        tokenizer = tokenizer_of(run, text)
-        if is_dry:
+    command = command_of(sys.argv[1:], __doc__)
+    deadline = None if command.max_seconds is None else start + command.max_seconds
+    texts: dict[str, Text | Tokens] = {}
+
+    def text_of(run: Run) -> Text | Tokens:
+        key = str(run.data)
+        if key not in texts:
+            texts[key] = Text(run.data) if run.data.train_tokens is None else Tokens(run.data, run.training.device)
+        return texts[key]
+
+    if command.is_dry:
+        for run in (each for each in command.runs if each.seed == command.runs[0].seed):
             print(f"\n{run.variant}, seed {run.seed}")
-            sampler = TokenBudgetBatchSampler(
-                text.dataset,
-                collator_of(run, tokenizer),
-                run.training.max_tokens_per_batch,
-                mixture=run.training.mixture(),
-                examples_per_epoch=run.training.examples_per_epoch,
-                seed=run.seed,
-                length_buckets=run.training.length_buckets,
-                max_signatures=run.training.max_signatures,
-                lengths=lengths_of(text, run, tokenizer),
-            )
-            print_plan(sampler, config_of(run, tokenizer), run.training)
-        else:
-            print(f"{run.variant}, seed {run.seed}: {run.folder}", flush=True)
-            train(run, text, tokenizer)
+            tokenizer = tokenizer_of(run, text_of(run))
+            print_plan(sampler_of(run, text_of(run), tokenizer), config_of(run, tokenizer), run.training)
+        return
+    for run in command.runs:
+        for each in (run,) if run.result() else (*run.pilots, run):
+            if each.result() is not None:
+                print(f"{each.folder} is done")
+                continue
+            train(each, text_of(each), deadline)
+            gc.collect()  # a trainer and its model hold each other
+            if deadline is not None and time.perf_counter() >= deadline:
+                print(f"{command.max_seconds} s are over; the same command goes on from here")
+                return
 
 
 if __name__ == "__main__":

@@ -1,0 +1,181 @@
+"""Recipes of `train_multitask.py`: their fields, and the runs that a recipe and a command line make."""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import HfArgumentParser
+
+from hf_moe_ted import MultitaskTrainingArguments
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Train this model; default: a new one."})
+    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Default: one trained on the text."})
+    vocab_size: int = field(default=32000, metadata={"help": "Vocabulary of a new tokenizer, language tags included."})
+    tokenizer_texts: int = field(default=500_000, metadata={"help": "Texts that a new tokenizer is trained on."})
+    config: str = field(default="{}", metadata={"help": "ZCodeM3Config fields of a new model, as JSON."})
+    experts_implementation: str | None = field(default=None, metadata={"help": "Such as zcode_grouped."})
+    router_init_scale: float = field(
+        default=1.0, metadata={"help": "Factor of the initial router weights of a new model; Switch: 0.1."}
+    )
+    save_model: bool = field(default=False, metadata={"help": "Write the trained model to the folder of the run."})
+
+
+@dataclass
+class DataArguments:
+    """Which text to train on."""
+
+    train_file: str | None = field(default=None, metadata={"help": "Training pairs, see multitask_data.py."})
+    validation_file: str | None = field(default=None, metadata={"help": "Pairs for eval_loss, and to translate."})
+    train_tokens: str | None = field(default=None, metadata={"help": "train_file as written by prepare_tokens.py."})
+    validation_tokens: str | None = field(
+        default=None, metadata={"help": "Pairs for eval_loss as written by prepare_tokens.py; with train_tokens."}
+    )
+    test_file: str | None = field(default=None, metadata={"help": "Pairs to translate; default: validation_file."})
+    languages: list[str] | None = field(default=None, metadata={"help": "Languages besides English; default: all."})
+    max_pairs: int | None = field(default=None, metadata={"help": "Training pairs per language; default: all."})
+    low_resource_languages: list[str] = field(
+        default_factory=list, metadata={"help": "Languages with low_resource_pairs only, whose losses are told apart."}
+    )
+    low_resource_pairs: int = field(default=1000, metadata={"help": "Training pairs of a low-resource language."})
+    denoising: bool = field(
+        default=False, metadata={"help": "Denoise all training texts, those left out as pairs too."}
+    )
+    mask_ratio: float = field(default=0.35, metadata={"help": "Share of the words that denoising masks."})
+    poisson_lambda: float = field(default=3.5, metadata={"help": "Mean length of a masked span, in words."})
+    sentence_distance: int = field(default=0, metadata={"help": "Places that denoising may move a sentence."})
+    word_dropout: float = field(default=0.0, metadata={"help": "Probability that denoising leaves a word out."})
+    max_length: int = field(default=128, metadata={"help": "Longer texts are truncated, in tokens."})
+    max_eval_samples: int = field(default=20, metadata={"help": "Validation pairs per direction."})
+    max_test_samples: int = field(default=0, metadata={"help": "Pairs per direction that are translated at the end."})
+
+    def __post_init__(self) -> None:
+        for name in ("train", "validation"):
+            given = [getattr(self, f"{name}_{kind}") for kind in ("file", "tokens")]
+            if self.train_tokens is None and given != [given[0], None]:
+                raise ValueError(f"{name}_tokens ({given[1]!r}) goes with train_tokens, which is not given")
+            if given[self.train_tokens is not None] is None:
+                raise ValueError(f"give {name}_file, or train_tokens and validation_tokens (prepare_tokens.py)")
+        if self.train_tokens is not None and (self.denoising or self.low_resource_languages):
+            raise ValueError("denoising and low_resource_languages need text: give train_file, not train_tokens")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of an experiment.
+
+    Attributes:
+        pilots: short ones that choose its learning rate.
+        tiers: languages besides English by the name of their group, for the report.
+    """
+
+    variant: str
+    seed: int
+    model: ModelArguments
+    data: DataArguments
+    training: MultitaskTrainingArguments
+    pilots: "tuple[Run, ...]" = ()
+    tiers: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.training.output_dir or "runs/multitask")
+
+    @property
+    def kept_folder(self) -> Path:
+        """Where all runs of the experiment find what they share."""
+        return self.folder.parents[1]
+
+    def result(self) -> dict[str, Any] | None:
+        """What a run has left that is done."""
+        path = self.folder / "result.json"
+        result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return result if result.get("is_done", bool(result)) else None
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command line asks for.
+
+    Attributes:
+        max_seconds: of the process; `None` for as long as it takes.
+    """
+
+    runs: list[Run]
+    is_dry: bool
+    max_seconds: float | None
+
+
+def command_of(argv: list[str], about: str | None = None) -> Command:
+    """What a command line asks for; `about` is its help.
+
+    Raises:
+        ValueError: an unknown variant, or a field of the recipe that is no argument.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--variants", nargs="+")
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--dry_run", "--dry-run", action="store_true")
+    parser.add_argument("--max_seconds", type=float, help="of the process, its start included")
+    selected, overrides = parser.parse_known_args(argv)
+    recipe = json.loads(selected.recipe.read_text())
+    variants = recipe.pop("variants", {"run": {}})
+    pilot = recipe.pop("pilot", None)
+    if any(argument.split("=")[0] == "--learning_rate" for argument in overrides):
+        pilot = None
+    tiers = recipe.pop("tiers", {})
+    seeds = recipe.pop("seeds", [recipe.get("seed", 0)])
+    if unknown := {*(selected.variants or ())} - {*variants}:
+        raise ValueError(f"{selected.recipe} has no variants {sorted(unknown)}; it has {list(variants)}")
+    runs = []
+    for seed in selected.seeds or seeds:
+        for variant in selected.variants or variants:
+            of_variant = variants[variant]
+            pilots = tuple(_pilots(recipe, overrides, variant, of_variant, seeds[0], pilot) if pilot else ())
+            run = _run(recipe, overrides, variant, of_variant, seed)
+            runs.append(replace(run, pilots=pilots, tiers=tiers))
+    return Command(runs, selected.dry_run, selected.max_seconds)
+
+
+def _pilots(
+    recipe: dict[str, Any],
+    overrides: list[str],
+    variant: str,
+    of_variant: dict[str, Any],
+    seed: int,
+    pilot: dict[str, Any],
+) -> Iterator[Run]:
+    """A short run for each learning rate."""
+    fixed = [text for name, value in pilot.items() if name != "learning_rate" for text in (f"--{name}", str(value))]
+    for rate in pilot["learning_rate"]:
+        run = _run(recipe, [*overrides, *fixed, "--learning_rate", str(rate)], variant, of_variant, seed)
+        run.training.output_dir = str(run.folder.with_name(f"pilot_{rate}"))
+        yield run
+
+
+def _run(recipe: dict[str, Any], overrides: list[str], variant: str, of_variant: dict[str, Any], seed: int) -> Run:
+    fields = {**recipe, **of_variant, "seed": seed}
+    fields["config"] = {**recipe.get("config", {}), **of_variant.get("config", {})}
+    if not torch.cuda.is_available():
+        fields |= {name: False for name in ("bf16", "cuda_graphs") if name in fields}  # for CPUs: slower, and refused
+    argv = []
+    for name, value in fields.items():
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        argv += [f"--{name}", *map(str, values)]
+    parser = HfArgumentParser([ModelArguments, DataArguments, MultitaskTrainingArguments])
+    model, data, training = parser.parse_args_into_dataclasses([*argv, *overrides])
+    training.dataloader_pin_memory &= torch.cuda.is_available()  # without a GPU it does nothing but warn
+    if data.train_tokens is not None:  # batches are made on the device
+        training.dataloader_pin_memory, training.dataloader_num_workers = False, 0
+    training.output_dir = os.path.join(training.output_dir or "runs/multitask", variant, f"seed_{seed}")
+    return Run(variant, seed, model, data, training)

@@ -1,0 +1,52 @@
+"""Turn tab-separated pairs into token ids for `train_multitask.py --train_tokens`, with a tokenizer trained on them.
+
+    python examples/prepare_tokens.py train.tsv.xz valid.tsv.xz --vocab_size 16000 --output_dir tokens
+
+writes `tokenizer/`, and for each file `<name>.npz.xz`; the first file trains the tokenizer.
+"""
+
+import argparse
+from pathlib import Path
+
+from multitask_data import first_pairs, monolingual, read_pairs
+from token_pairs import TokenArrays
+
+from hf_moe_ted import ZCodeM3Tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, help="pairs as multitask_data.py reads them")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, help="default: a new one")
+    parser.add_argument("--vocab_size", type=int, default=16_000)
+    parser.add_argument("--tokenizer_texts", type=int, default=200_000, help="texts that a new tokenizer is trained on")
+    parser.add_argument("--max_length", type=int, default=128, help="pairs with a longer text are left out, in tokens")
+    parser.add_argument("--max_pairs", type=int, help="pairs of each language; default: all")
+    arguments = parser.parse_args()
+
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer = None if arguments.tokenizer is None else ZCodeM3Tokenizer.from_pretrained(arguments.tokenizer)
+    for path in arguments.files:
+        pairs = read_pairs(path)
+        if arguments.max_pairs is not None:
+            pairs = first_pairs(pairs, arguments.max_pairs)
+        if tokenizer is None:
+            texts = [row["text"] for row in monolingual(pairs)]
+            languages = ["en", *sorted({row["tgt_lang"] for row in pairs})]
+            tokenizer = ZCodeM3Tokenizer(languages=languages).train_new_from_iterator(
+                texts[:: max(1, len(texts) // arguments.tokenizer_texts)], arguments.vocab_size
+            )
+            tokenizer.save_pretrained(arguments.output_dir / "tokenizer")
+        arrays = TokenArrays.of(pairs, tokenizer, arguments.max_length)
+        written = arguments.output_dir / f"{path.name.removesuffix('.xz').removesuffix('.tsv')}.npz.xz"
+        arrays.save(written)
+        print(
+            f"{written}: {len(arrays.english):,} of {len(pairs):,} pairs, {arrays.num_english:,} English texts, "
+            f"{len(arrays.ids):,} tokens, {written.stat().st_size:,} bytes",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Experiments on token ids: batches equal those of the text, held-out losses, pilots, going on from a time limit."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import experiment_report
+import numpy as np
+import prepare_tokens
+import pytest
+import torch
+import train_multitask
+from multitask_data import read_pairs
+from safetensors.torch import load_file
+from tiny_sizes import SIZES
+from token_pairs import TokenArrays, TokenPairs, held_out_nats
+
+from hf_moe_ted import (
+    DataCollatorForMultitaskSeq2Seq,
+    MultitaskDataset,
+    ZCodeM3Config,
+    ZCodeM3ForConditionalGeneration,
+    ZCodeM3Tokenizer,
+)
+
+LINES = [
+    f"{lang}\tEnglish sentence {number} about {topic}\t{lang} {topic} sentensi {'hapa ' * (number % 5)}{number}"
+    for topic in ("tabs", "windows")
+    for number in range(12)
+    for lang in ("de", "is")
+]
+RECIPE: dict[str, Any] = {
+    "config": {**SIZES, "max_position_embeddings": 64, "capacity_factor": 1.25, "eval_capacity_factor": 2.0},
+    "router_init_scale": 0.1,
+    "max_length": 48,
+    "max_tokens_per_batch": 512,
+    "length_buckets": [24, 48],
+    "max_eval_samples": 4,
+    "max_steps": 4,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "save_model": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "bf16": True,
+    "cuda_graphs": True,
+    "tiers": {"german": ["de"], "icelandic": ["is"]},
+    "seeds": [3],
+    "pilot": {"learning_rate": [1e-6, 0.01], "max_steps": 2},
+    "variants": {
+        "sparse": {},
+        "dense": {"config": {"encoder_sparse_step": 0, "decoder_sparse_step": 0}},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("token_pairs")
+    (folder / "train.tsv").write_text("\n".join([*LINES, f"de\tshort\t{'lang ' * 99}"]) + "\n")
+    (folder / "valid.tsv").write_text("\n".join(LINES[:20]) + "\n")
+    files = [str(folder / f"{name}.tsv") for name in ("train", "valid")]
+    with pytest.MonkeyPatch.context() as patch:
+        options = ["--vocab_size", "320", "--max_length", "48", "--output_dir", str(folder)]
+        patch.setattr(sys, "argv", ["prepare_tokens.py", *files, *options])
+        prepare_tokens.main()
+    fields = {
+        **RECIPE,
+        "train_tokens": str(folder / "train.npz.xz"),
+        "validation_tokens": str(folder / "valid.npz.xz"),
+        "tokenizer_name_or_path": str(folder / "tokenizer"),
+    }
+    (folder / "recipe.json").write_text(json.dumps(fields))
+    return folder
+
+
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, output: str, *more: str) -> None:
+    argv = ["train_multitask.py", str(folder / "recipe.json"), "--output_dir", str(folder / output), *more]
+    monkeypatch.setattr(sys, "argv", argv)
+    train_multitask.main()
+
+
+def result_of(folder: Path, output: str, variant: str, name: str = "seed_3") -> dict[str, Any]:
+    return json.loads((folder / output / variant / name / "result.json").read_text())
+
+
+def test_batches_are_those_of_the_text(folder: Path) -> None:
+    tokenizer = ZCodeM3Tokenizer.from_pretrained(folder / "tokenizer")
+    arrays = TokenArrays.load(folder / "train.npz.xz")
+    tokens = TokenPairs(arrays, "cpu")
+    rows = read_pairs(folder / "train.tsv")[:-1]  # the last one is too long
+    text = MultitaskDataset(rows, both_directions=True)
+    collator = DataCollatorForMultitaskSeq2Seq(tokenizer, max_length=48)
+    assert len(tokens) == len(text) == 96 and arrays.num_english == 24
+    assert sorted(map(str, tokens.components)) == sorted(map(str, text.components))
+
+    numbers = np.array([0, 1, 30, 47, 48, 95])
+    of_text = collator([text[2 * (n % 48) + n // 48] for n in numbers.tolist()])
+    assert tokens.lengths[numbers].tolist() == [list(pair) for pair in zip(
+        of_text["attention_mask"].sum(1).tolist(), (of_text["labels"] != -100).sum(1).tolist(), strict=True
+    )]  # fmt: skip
+    shape = (of_text["input_ids"].shape[1], of_text["labels"].shape[1])
+    batch = tokens.batch(numbers, shape)
+    assert all(torch.equal(batch[name], of_text[name]) for name in ("input_ids", "attention_mask", "labels"))
+    wider = tokens.batch(numbers, (shape[0] + 3, shape[1] + 5))
+    assert torch.equal(wider["labels"][:, : shape[1]], batch["labels"]) and bool(
+        (wider["labels"][:, -5:] == -100).all()
+    )
+
+    assert arrays.first_pairs(2).tolist() == [0, 1, 2, 3]
+    assert arrays.first_pairs(None, ["is"]).tolist() == list(range(1, 48, 2))
+    few = TokenPairs(arrays, "cpu", arrays.first_pairs(2, ["is"]))
+    assert few.directions == ["en-is", "is-en"] and few.component_numbers.tolist() == [0, 0, 1, 1]
+    assert torch.equal(few.batch(np.array([1]), shape)["labels"], tokens.batch(np.array([3]), shape)["labels"])
+
+
+def test_held_out_loss_is_that_of_each_example_alone(folder: Path) -> None:
+    tokens = TokenPairs(TokenArrays.load(folder / "valid.npz.xz"), "cpu")
+    torch.manual_seed(0)
+    model = ZCodeM3ForConditionalGeneration(
+        ZCodeM3Config(vocab_size=tokens.arrays.vocab_size, **SIZES, label_smoothing=0.1, router_aux_loss_coef=0.01)
+    ).train()
+    nats_G, tokens_G = held_out_nats(model, tokens, max_tokens=200)
+    assert model.training
+    model.eval()
+    expected = np.zeros(len(tokens.components))
+    for number, component in enumerate(tokens.component_numbers.tolist()):
+        source, target = tokens.lengths[number].tolist()
+        batch = tokens.batch(np.array([number]), (source, target))
+        labels = batch.pop("labels")
+        start = torch.cat([torch.tensor([[model.config.decoder_start_token_id]]), labels[:, :-1]], dim=1)
+        with torch.no_grad():
+            log_probs = model(**batch, decoder_input_ids=start).logits.log_softmax(-1)
+        expected[component] -= float(log_probs.gather(-1, labels[..., None]).sum())
+    np.testing.assert_allclose(nats_G, expected, rtol=1e-5)
+    assert tokens_G.tolist() == np.bincount(tokens.component_numbers, weights=tokens.lengths[:, 1]).tolist()
+
+
+def test_an_experiment_goes_on_exactly_from_its_time_limit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(folder, monkeypatch, "whole")
+    assert {path.name for path in (folder / "whole" / "sparse").iterdir()} == {"pilot_1e-06", "pilot_0.01", "seed_3"}
+    whole = result_of(folder, "whole", "sparse")
+    pilots = {rate: result_of(folder, "whole", "sparse", f"pilot_{rate}") for rate in ("1e-06", "0.01")}
+    losses = {rate: pilot["log_history"][-2]["eval_loss"] for rate, pilot in pilots.items()}
+    assert whole["pilot_losses"] == losses and whole["learning_rate"] == 0.01 and losses["0.01"] < losses["1e-06"]
+    assert [pilot["log_history"][-1]["step"] for pilot in pilots.values()] == [2, 2]
+
+    limited = ["--max_seconds", "0.001", "--variants", "sparse", "--learning_rate", "0.01"]
+    for step in (1, 2, 3):  # a step in each piece
+        run(folder, monkeypatch, "pieces", *limited)
+        piece = result_of(folder, "pieces", "sparse")
+        assert not piece["is_done"] and piece["log_history"][-1]["step"] == step
+    assert capsys.readouterr().out.count("the same command goes on from here") == 3
+    run(folder, monkeypatch, "pieces", "--variants", "sparse", "--learning_rate", "0.01")
+    pieces = result_of(folder, "pieces", "sparse")
+    assert pieces["is_done"] and not pieces["pilot_losses"]
+    names = ("step", "loss", "grad_norm")
+    logs = [[[e[name] for name in names] for e in each["log_history"] if "loss" in e] for each in (whole, pieces)]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+    losses_of = [
+        {entry["step"]: entry["direction_losses"] for entry in each["log_history"] if "direction_losses" in entry}
+        for each in (whole, pieces)
+    ]
+    assert {step: losses_of[1][step] for step in (2, 4)} == losses_of[0] and [*losses_of[1]] == [1, 2, 3, 4]
+    weights = [load_file(folder / name / "sparse" / "seed_3" / "model.safetensors") for name in ("whole", "pieces")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    text = experiment_report.write_report(folder / "whole", "Few steps", "dense")
+    assert "german loss" in text and "en-X loss" in text and "ms per step" in text
+    tokens = whole["held_out_tokens"]
+    last = whole["log_history"][-2]
+    assert last["eval_loss"] == pytest.approx(
+        sum(last["direction_losses"][name] * tokens[name] for name in tokens) / sum(tokens.values())
+    )
+    assert experiment_report.curves_of(whole)["held-out"][-1][2] == pytest.approx(last["eval_loss"])
+
+
+def test_the_router_starts_at_a_tenth(folder: Path) -> None:
+    tokenizer = ZCodeM3Tokenizer.from_pretrained(folder / "tokenizer")
+    deviations = []
+    for scale in ("1.0", "0.1"):
+        command = train_multitask.command_of([str(folder / "recipe.json"), "--router_init_scale", scale])
+        train_multitask.set_seed(0)
+        model = train_multitask.model_of(command.runs[0], tokenizer)
+        deviations.append(model.model.encoder.layers[1].ffn.router.weight.std().item())
+    assert deviations[1] == pytest.approx(deviations[0] / 10)
+
+
+def test_what_does_not_go_together(folder: Path) -> None:
+    recipe = str(folder / "recipe.json")
+    with pytest.raises(ValueError, match="denoising and low_resource_languages need text"):
+        train_multitask.command_of([recipe, "--denoising"])
+    (folder / "none.json").write_text(json.dumps({"output_dir": str(folder), "report_to": "none"}))
+    with pytest.raises(ValueError, match="give train_file, or train_tokens and validation_tokens"):
+        train_multitask.command_of([str(folder / "none.json")])
+    with pytest.raises(ValueError, match="goes with train_tokens, which is not given"):
+        train_multitask.command_of([str(folder / "none.json"), "--train_file", "a", "--validation_tokens", "b"])
+    command = train_multitask.command_of([recipe])
+    with pytest.raises(ValueError, match=r"has no pairs in \['fr'\]"):
+        command.runs[0].data.languages = ["fr"]
+        train_multitask.Tokens(command.runs[0].data, torch.device("cpu"))
+    tokenizer = ZCodeM3Tokenizer.from_pretrained(folder / "tokenizer")
+    with pytest.raises(ValueError, match=r"none of 48 pairs has at most max_length \(4\) tokens"):
+        TokenArrays.of(read_pairs(folder / "train.tsv")[:-1], tokenizer, max_length=4)
+
+
+def test_ratios_of_steps_and_seconds() -> None:
+    dense = [(100, 10.0, 4.0), (200, 20.0, 3.0), (300, 30.0, 3.5), (400, 40.0, 2.0)]
+    sparse = [(100, 20.0, 3.5), (200, 40.0, 2.5)]
+    assert experiment_report.reached(sparse, 3.0) == (150.0, 30.0)
+    # 4.0 is above what the run starts with, 3.5 is behind something better, 2.0 is not reached
+    assert experiment_report.ratios_to(sparse, dense) == [(200, 200 / 150, 20 / 30), (400, 0.0, 0.0)]
