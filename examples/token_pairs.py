@@ -14,7 +14,9 @@ import lzma
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -237,7 +239,9 @@ class TokenPairsTrainer(MultitaskSeq2SeqTrainer):
 
     `evaluate` gives `eval_loss`, nats per target token of all held-out examples together, tag and end counted, and
     leaves in the log history `direction_losses`, the same of each direction ("en-de"). The Trainer's own is a mean of
-    the means of batches.
+    the means of batches. Of sparse models it has `expert_load`, a list for each sparse layer ("encoder.1"), 1 being an
+    even share, and the means over layers of the busiest expert and of the share of tokens that no expert computes.
+    Training has no hooks: nothing that is not part of it counts into its seconds.
     """
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
@@ -245,19 +249,69 @@ class TokenPairsTrainer(MultitaskSeq2SeqTrainer):
         seconds = -_now(data.device)
         devices = [data.device] if data.device.type == "cuda" else []
         # routers that drop tokens at random draw in evaluation, too: training has the same numbers with or without it
-        with torch.random.fork_rng(devices), self.compute_loss_context_manager():
+        with (
+            torch.random.fork_rng(devices),
+            self.compute_loss_context_manager(),
+            ExpertLoad(self.model) as load,
+        ):
             torch.manual_seed(0)
             nats_G, tokens_G = held_out_nats(self.model, data, self.args.max_tokens_per_batch)
         seconds += _now(data.device)
         metrics = {
             f"{metric_key_prefix}_loss": float(nats_G.sum() / tokens_G.sum()),
             f"{metric_key_prefix}_runtime": seconds,
+            **load.means(),
         }
         self.log(metrics)
+        self.state.log_history[-1]["expert_load"] = load.shares()
         losses = dict(zip(data.directions, (nats_G / tokens_G).tolist(), strict=True))
         self.state.log_history[-1]["direction_losses"] = losses
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+class ExpertLoad:
+    """Counts what the experts of each sparse layer get while it is entered."""
+
+    def __init__(self, model: nn.Module):
+        self._routers = {
+            ".".join(name.split(".")[-5:-2:2]): module
+            for name, module in model.named_modules()
+            if name.endswith(".ffn.router")
+        }
+        self._counts: dict[str, Tensor] = {}
+        self._num_tokens: dict[str, Tensor] = {}
+
+    def __enter__(self) -> "ExpertLoad":
+        self._handles = [
+            router.register_forward_hook(partial(self._count, layer)) for layer, router in self._routers.items()
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _count(self, layer: str, router: nn.Module, args: Any, output: Any) -> None:
+        routing = output[1]
+        mask_T = torch.ones_like(routing.expert_ids[:, 0]) if routing.token_mask is None else routing.token_mask
+        self._counts[layer] = self._counts.get(layer, 0) + routing.num_tokens_per_expert()
+        self._num_tokens[layer] = self._num_tokens.get(layer, 0) + mask_T.sum() * routing.expert_ids.shape[1]
+
+    def shares(self) -> dict[str, list[float]]:
+        """Tokens of each expert by layer, in parts of an even share."""
+        return {
+            layer: (counts_E / counts_E.sum().clamp(min=1) * len(counts_E)).tolist()
+            for layer, counts_E in self._counts.items()
+        }
+
+    def means(self) -> dict[str, float]:
+        """Means over the layers: busiest expert, and share of the tokens that no expert computes; none if dense."""
+        if not self._counts:
+            return {}
+        kept = [float(counts_E.sum() / self._num_tokens[layer]) for layer, counts_E in self._counts.items()]
+        busiest = [max(of_layer) for of_layer in self.shares().values()]
+        return {"router/load_max": fmean(busiest), "router/dropped": 1 - fmean(kept)}
 
 
 @torch.no_grad()

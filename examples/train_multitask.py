@@ -33,6 +33,7 @@ import time
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from multitask_data import backwards, first_pairs, monolingual, read_pairs
 from multitask_plan import print_plan
@@ -185,11 +186,9 @@ def trainer_of(run: Run, text: Text | Tokens, tokenizer: Any) -> MultitaskSeq2Se
         token_lengths=lengths_of(text, run, tokenizer),
         callbacks=[Seconds()],
     )
-    if model.config.sparse_layers("encoder") or model.config.sparse_layers("decoder"):
-        callbacks: list[Any] = [RouterStatisticsCallback()]
-        if isinstance(text, Text):  # where speed is measured, no more than the load of the experts
-            callbacks += [LanguageRoutingCallback(tokenizer), PlaceOfDropped()]
-        for callback in callbacks:
+    is_sparse = bool(model.config.sparse_layers("encoder") or model.config.sparse_layers("decoder"))
+    if is_sparse and isinstance(text, Text):
+        for callback in (RouterStatisticsCallback(), LanguageRoutingCallback(tokenizer), PlaceOfDropped()):
             callback.add_to(trainer)
     return trainer
 
@@ -289,7 +288,7 @@ def num_active_parameters(model: Any) -> int:
 
 
 def main() -> None:
-    start = time.perf_counter()
+    start = time.perf_counter() - (time.time() - psutil.Process().create_time())
     # its backward can give NaN on Hopper since torch 2.11: docs/upstream/torch_cudnn_attention_gradient.md
     torch.backends.cuda.enable_cudnn_sdp(False)
     command = command_of(sys.argv[1:], __doc__)
