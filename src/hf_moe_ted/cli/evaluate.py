@@ -12,6 +12,10 @@ def evaluate(
     model: ModelWithTokenizer,
     data: Data,
     output: Annotated[Path, typer.Option(help="The new JSON file, for `hf-moe-ted report`.")],
+    also: Annotated[
+        str | None,
+        typer.Option(help="A second text, best of another domain: what is lost there does not show in DATA."),
+    ] = None,
     languages: DataLanguages = None,
     subset: Subset = None,
     split: Split = "test",
@@ -23,7 +27,7 @@ def evaluate(
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output file.")] = False,
 ) -> None:
-    """Translate a test set: BLEU, chrF, length ratio and language of each direction, and speed."""
+    """Translate a test set: BLEU, chrF, lengths, languages, what is copied and repeated, by direction; and speed."""
     from .. import TranslationQuality, evaluate_translation, load_model_and_tokenizer, open_parallel_text
 
     with TranslationQuality.keeping_path(output, overwrite=overwrite):
@@ -31,6 +35,7 @@ def evaluate(
         quality = evaluate_translation(
             *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL"),
             rows,
+            also=None if also is None else open_parallel_text(also, None, split),
             languages=codes(languages),
             max_sentences=max_sentences,
             batch_size=batch_size,
@@ -38,13 +43,17 @@ def evaluate(
             max_new_tokens=max_new_tokens,
         )
         quality.save(output, overwrite=overwrite)
-    print(f"{_table(quality)}\n\n{quality}")
+    print(_table(quality))
+    if quality.also is not None:
+        print(f"\n{also}\n{_table(quality.also)}")
+    print(f"\n{quality}")
     print(f"{quality.num_sentences:,} sentences in {len(quality.directions)} directions -> {output}")
 
 
 def _table(quality: Any) -> str:
     """The scores of each direction, a line each."""
-    header = ["direction", "sentences", "BLEU", "chrF", "length", "off target"]
+    kinds = [*next(iter(quality.directions.values())).copied]
+    header = ["direction", "sentences", "BLEU", "chrF", "length", "off target", *kinds, "repeating"]
     rows = [
         [
             "-".join(pair),
@@ -53,6 +62,8 @@ def _table(quality: Any) -> str:
             f"{scores.chrf:.1f}",
             f"{scores.length_ratio:.2f}",
             "" if scores.off_target is None else f"{scores.off_target:.1%}",
+            *(_share(*scores.copied.get(kind, (0, 0))) for kind in kinds),
+            "" if scores.repeating is None else f"{scores.repeating:.1%}",
         ]
         for pair, scores in quality.directions.items()
     ]
@@ -60,3 +71,7 @@ def _table(quality: Any) -> str:
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in [header, *rows]
     )
+
+
+def _share(num_wanted: int, num_copied: int) -> str:
+    return f"{num_copied / num_wanted:.1%}" if num_wanted else ""

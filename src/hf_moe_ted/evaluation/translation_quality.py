@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from .translation_scores import TranslationScores
 
 FORMAT = "hf_moe_ted.translation_quality"
 FORMAT_VERSION = 1
+_NOT_IN_OLDER_FILES: dict[str, Any] = {"copied": {}, "repeating": None, "reference_repeating": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +40,19 @@ class DirectionQuality(TranslationScores):
 
 @dataclass(frozen=True, kw_only=True)
 class MeanQuality:
-    """Means over directions, each counting the same; see [`DirectionQuality`]."""
+    """Means over directions, each counting the same; see [`DirectionQuality`].
+
+    Attributes:
+        copied: kind -> share of what was to be copied in all directions together; kinds of which there is nothing are
+            not in it.
+    """
 
     bleu: float
     chrf: float
     length_ratio: float
     off_target: float | None
+    copied: dict[str, float]
+    repeating: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +68,7 @@ class TranslationQuality:
         num_bytes: of the weights in memory.
         peak_memory_bytes: most memory of the GPU that tensors had while it translated, weights included; `None`
             without a GPU.
+        also: the same of another text, such as one of another domain; `None` without.
     """
 
     model: str
@@ -71,6 +80,7 @@ class TranslationQuality:
     dtype: str
     num_bytes: int
     peak_memory_bytes: int | None
+    also: "TranslationQuality | None" = None
 
     @property
     def num_sentences(self) -> int:
@@ -102,11 +112,14 @@ class TranslationQuality:
         """Over some of the directions."""
         directions = [self.directions[pair] for pair in pairs]
         off_target = [direction.off_target for direction in directions if direction.off_target is not None]
+        repeating = [direction.repeating for direction in directions if direction.repeating is not None]
         return MeanQuality(
             bleu=fmean(direction.bleu for direction in directions),
             chrf=fmean(direction.chrf for direction in directions),
             length_ratio=fmean(direction.length_ratio for direction in directions),
             off_target=fmean(off_target) if off_target else None,
+            copied=copied_shares(directions),
+            repeating=fmean(repeating) if repeating else None,
         )
 
     def __str__(self) -> str:
@@ -114,10 +127,16 @@ class TranslationQuality:
         for name, pairs in self.groups().items():
             mean = self.mean(pairs)
             off_target = "" if mean.off_target is None else f", off target {mean.off_target:.1%}"
+            copied = "".join(f", {kind} copied {share:.1%}" for kind, share in mean.copied.items())
+            repeating = "" if mean.repeating is None else f", repeating {mean.repeating:.1%}"
             lines.append(
                 f"{name}: BLEU {mean.bleu:.1f}, chrF {mean.chrf:.1f}, length ratio {mean.length_ratio:.2f}{off_target}"
+                f"{copied}{repeating}"
             )
-        return "\n".join([*lines, f"{self.sentences_per_s:,.1f} sentences/s"])
+        lines.append(f"{self.sentences_per_s:,.1f} sentences/s")
+        if self.also is not None:
+            lines += [f"other text: {line}" for line in str(self.also).splitlines()]
+        return "\n".join(lines)
 
     def require_comparable(self, other: "TranslationQuality") -> None:
         """
@@ -134,9 +153,13 @@ class TranslationQuality:
                 problems.append(f"{'-'.join(pair)} is in one of them only")
             elif self.directions[pair].text_sha256 != other.directions[pair].text_sha256:
                 problems.append(f"{'-'.join(pair)} has other sentences")
+        if (self.also is None) != (other.also is None):
+            problems.append("one of them has another text, too (also), and the other has not")
         if problems:
             listed = shorten("; ".join(problems), 600)
             raise ValueError(f"the translations of {self.model} and {other.model} cannot be compared: {listed}")
+        if self.also is not None and other.also is not None:
+            self.also.require_comparable(other.also)
 
     @staticmethod
     def check_path(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -198,9 +221,8 @@ class TranslationQuality:
             {"src_lang": source, "tgt_lang": target, **dataclasses.asdict(direction)}
             for (source, target), direction in self.directions.items()
         ]
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {
-            "directions": directions
-        }
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**fields, "directions": directions, "also": None if self.also is None else self.also.to_dict()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "TranslationQuality":
@@ -215,11 +237,23 @@ class TranslationQuality:
             source, target = (of_type(str, row.get(name), name) for name in ("src_lang", "tgt_lang"))
             if (source, target) in directions:
                 raise ValueError(f"the direction {source}-{target} is there twice")
-            directions[source, target] = from_fields(DirectionQuality, scores)
+            directions[source, target] = from_fields(DirectionQuality, {**_NOT_IN_OLDER_FILES, **scores})
         if not directions:
             raise ValueError("there is no direction in it")
-        rest = {name: value for name, value in fields.items() if name != "directions"}
-        return from_fields(cls, rest, directions=directions)
+        rest = {name: value for name, value in fields.items() if name not in ("directions", "also")}
+        also = of_type(dict[str, Any] | None, fields.get("also"), "also")
+        if also is not None and also.get("also") is not None:
+            raise ValueError("also has another text (also) itself")
+        return from_fields(cls, rest, directions=directions, also=None if also is None else cls.from_dict(also))
 
 
-__all__ = ["DirectionQuality", "MeanQuality", "TranslationQuality"]
+def copied_shares(directions: Iterable[TranslationScores]) -> dict[str, float]:
+    """Kind -> share of what was to be copied, of all directions together; without kinds of which there is nothing."""
+    totals: dict[str, list[int]] = {}
+    for direction in directions:
+        for kind, counts in direction.copied.items():
+            totals[kind] = [total + count for total, count in zip(totals.get(kind, [0, 0]), counts, strict=True)]
+    return {kind: num_copied / num_wanted for kind, (num_wanted, num_copied) in totals.items() if num_wanted}
+
+
+__all__ = ["DirectionQuality", "MeanQuality", "TranslationQuality", "copied_shares"]

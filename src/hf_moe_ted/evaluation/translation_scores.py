@@ -1,10 +1,11 @@
-"""How good translations are: BLEU, chrF, length ratio and language, of a test set."""
+"""How good translations are: BLEU, chrF, length ratio, language, what they copy and repeat, of a test set."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..models.language_codes import parse_language, sacrebleu_tokenizer
 from ..models.language_detection import detector_code
+from .copied_parts import copied_parts, repeating_share
 from .corpus_metrics import bleu, chrf, length_ratio, off_target
 
 
@@ -22,6 +23,11 @@ class TranslationScores:
         off_target: share of translations whose detected language is not the target language; `None` for a language
             that the detector does not know.
         reference_off_target: the same of the references, which is the detector's own error.
+        copied: `"numbers"`, `"placeholders"` and `"names"` -> how many of them source and reference have in common, and
+            how many of these the translations have; see `copied_parts`. Empty in files of before it was measured.
+        repeating: share of translations that repeat something three times in a row, see `repeats_itself`; `None` in
+            files of before it was measured.
+        reference_repeating: the same of the references.
     """
 
     num_sentences: int
@@ -32,6 +38,9 @@ class TranslationScores:
     length_ratio: float
     off_target: float | None
     reference_off_target: float | None
+    copied: dict[str, tuple[int, int]] = field(default_factory=dict)
+    repeating: float | None = None
+    reference_repeating: float | None = None
 
 
 def score_translations(
@@ -73,6 +82,9 @@ def score_translations(
         length_ratio=length_ratio(translations, references)["corpus_ratio"],
         off_target=language_shares.get("off_target_share"),
         reference_off_target=language_shares.get("reference_off_target_share"),
+        copied=copied_parts(sources, translations, references),
+        repeating=repeating_share(translations),
+        reference_repeating=repeating_share(references),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from .placeholders import placeholder_spans
+from ..evaluation.placeholders import placeholder_spans
 from .words import count_phrase, split_words, words_with_spans
 
 HEADER = ("source", "target")

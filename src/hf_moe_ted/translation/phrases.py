@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..evaluation.placeholders import count_placeholder, placeholder_spans, placeholders
 from ..models.language_codes import languages_kept
 from .glossary import Glossary
-from .placeholders import count_placeholder, placeholder_spans, placeholders
 from .words import capitalized, count_phrase, ends_in_word, starts_in_word
 
 

@@ -13,14 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import StoppingCriteria
 
+from ..evaluation.placeholders import lost_placeholders
 from ..models.attention_backends import without_cudnn_attention
 from ..models.execution_device import execution_device
 from ..models.family import check_family
 from ..models.generation import FirstTokens
 from ..models.language_codes import language_ids, languages_kept
 from .grid_search import MAX_BEAMS, Hypothesis, grid_search
+from .markers import Markers
 from .phrases import Phrase, PhraseTokens
-from .placeholders import Markers, lost_placeholders
 
 OnStep = Callable[[], None]
 

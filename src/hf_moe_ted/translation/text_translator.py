@@ -7,12 +7,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..evaluation.placeholders import lost_placeholders, without_placeholders
 from ..models.language_codes import resolve_language
 from ..models.language_detection import AUTO, UNDETERMINED, detector_code, language_finder
 from ..models.segments import Segments, split_long, split_sentences
 from .glossary import Glossary
 from .phrases import phrases_of
-from .placeholders import lost_placeholders, without_placeholders
 from .sentence_translator import (
     MAX_LENGTH_RATIO,
     MIN_LENGTH_RATIO,

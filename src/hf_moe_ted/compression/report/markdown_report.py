@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from ...evaluation.translation_quality import DirectionQuality, MeanQuality
+from ...evaluation.copied_parts import KINDS
+from ...evaluation.translation_quality import DirectionQuality, MeanQuality, TranslationQuality, copied_shares
 from ...models.layer_names import SIDES
 from ...routing.pictures import has_matplotlib, short_name
 from .compression_report import AggregationReport, FewerExpertsReport, PruningReport, TrimmingReport
@@ -24,7 +25,10 @@ What it costs in quality was not measured. With text in the model's languages th
 hf-moe-ted evaluate SOURCE TEXT --output before.json
 hf-moe-ted evaluate MODEL TEXT --output after.json
 hf-moe-ted report MODEL --before before.json --after after.json    # puts it here and into {REPORT_MARKDOWN}
-```"""
+```
+
+With `--also OTHER` at both `evaluate`, a second text of another domain: quality may hold in the domain whose text chose
+the experts, and break outside of it."""
 
 _WITHOUT_PICTURES = (
     "Pictures were not drawn, as matplotlib was not installed: `pip install 'hf-moe-ted[viz]'`, then "
@@ -50,6 +54,7 @@ def full_report(summary: Summary, pictures: Sequence[str]) -> str:
         *_overview(summary),
         *([f"Arguments: {', '.join(arguments)}."] if arguments else []),
         *(["## Every direction", _how_measured(summary), _directions(summary)] if summary.qualities else []),
+        *(["## The other text", _directions(summary.also)] if summary.also else []),
         *(["## Vocabulary", _vocabulary(report)] if isinstance(report, TrimmingReport) else []),
         *(["## Experts", _experts(summary)] if report.layers() else []),
         "## Languages",
@@ -71,6 +76,9 @@ def card_section(summary: Summary, pictures: Sequence[str]) -> str:
     if summary.qualities:
         num_worst = min(NUM_WORST, len(summary.by_loss))
         parts += [f"**The {num_worst} directions that lost most, by chrF:**", _directions(summary, num_worst)]
+    if summary.also:
+        num_worst = min(NUM_WORST, len(summary.also.by_loss))
+        parts += [f"**The {num_worst} that lost most in another text:**", _directions(summary.also, num_worst)]
     return "\n\n".join([*parts, *_pictures(pictures)]) + "\n"
 
 
@@ -120,8 +128,15 @@ def _how_measured(summary: Summary) -> str:
         "sacreBLEU's; the length ratio counts characters; off target is the share of translations whose detected "
         "language is not the target language"
         + (f", which is also said of {_percent(fmean(floors))} of the references" if floors else "")
+        + ". Copied: of the numbers, placeholders and names that source and reference have in common, those that "
+        f"translations have; repeating: translations that say something three times in a row{_repeating_floor(after)}"
         + f". Beams: {after.num_beams}, at most {after.max_new_tokens} new tokens. {'; '.join(models)}."
     )
+
+
+def _repeating_floor(quality: TranslationQuality) -> str:
+    shares = [d.reference_repeating for d in quality.directions.values() if d.reference_repeating is not None]
+    return f", as {_percent(fmean(shares))} of the references do" if shares else ""
 
 
 def _directions(summary: Summary, num_worst: int | None = None) -> str:
@@ -135,13 +150,19 @@ def _directions(summary: Summary, num_worst: int | None = None) -> str:
     for pair in summary.by_loss[:num_worst]:
         directions = [quality.directions[pair] for quality in qualities]
         rows.append(["-".join(pair), str(directions[0].num_sentences), *_scores(directions)])
-    return _table(["direction", "sentences", "chrF", "BLEU", "length ratio", "off target"], rows)
+    header = ["direction", "sentences", "chrF", "BLEU", "length ratio", "off target"]
+    return _table([*header, *(f"{kind} copied" for kind in KINDS), "repeating"], rows)
 
 
 def _scores(stages: Sequence[DirectionQuality | MeanQuality]) -> list[str]:
     """A cell for each score, with those of all stages."""
-    rows = [(f"{s.chrf:.1f}", f"{s.bleu:.1f}", f"{s.length_ratio:.2f}", _percent(s.off_target)) for s in stages]
-    return [" → ".join(cells) for cells in zip(*rows, strict=True)]
+    rows = []
+    for scores in stages:
+        copied = scores.copied if isinstance(scores, MeanQuality) else copied_shares([scores])
+        shares = [scores.off_target, *(copied.get(kind) for kind in KINDS), scores.repeating]
+        numbers = [f"{scores.chrf:.1f}", f"{scores.bleu:.1f}", f"{scores.length_ratio:.2f}"]
+        rows.append([*numbers, *map(_percent, shares)])
+    return [" → ".join(cells) if any(cells) else "" for cells in zip(*rows, strict=True)]
 
 
 def _vocabulary(report: TrimmingReport) -> str:

@@ -15,6 +15,9 @@ from .compression_report import AggregationReport, CompressionReport, FewerExper
 
 STAGES = {"before": "before", "after": "after", "trained": "after training"}
 TOO_LONG = 1.1  # length ratio; as in the metric
+COPIED_LESS = 0.01  # share of numbers, placeholders or names; and of texts that repeat themselves
+LOSES_MORE = 0.05  # share of chrF that is left
+OTHER_TEXT = "The other text: "
 
 Nearest = Mapping[str, Mapping[str, tuple[str, float]]]
 
@@ -28,6 +31,7 @@ class Summary:
         nearest: of `nearest_languages`; empty without statistics.
         statistics: for the pictures of languages.
         by_loss: the directions, those with the largest loss of chrF first.
+        also: the same of the other text that qualities have (`also`); `None` without.
         warnings: of the report and of the qualities.
     """
 
@@ -37,6 +41,7 @@ class Summary:
     statistics: ExpertStatistics | None = None
     by_loss: tuple[LanguagePair, ...] = ()
     warnings: tuple[str, ...] = ()
+    also: "Summary | None" = None
 
     @classmethod
     def of(
@@ -54,6 +59,7 @@ class Summary:
         """
         qualities = {stage: qualities[stage] for stage in STAGES if stage in qualities} if qualities else {}
         _check_qualities(qualities)
+        others = {stage: quality.also for stage, quality in qualities.items() if quality.also is not None}
         if statistics is not None:
             _check_statistics(report, statistics)
             nearest = nearest_languages(statistics)
@@ -63,7 +69,8 @@ class Summary:
             nearest=nearest or {},
             statistics=statistics,
             by_loss=_by_loss(qualities),
-            warnings=(*report.warnings, *_quality_warnings(qualities)),
+            warnings=(*report.warnings, *_quality_warnings(qualities), *_domain_warnings(qualities, others)),
+            also=cls(report=report, qualities=others, by_loss=_by_loss(others)) if others else None,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,10 +145,42 @@ def _quality_warnings(qualities: Mapping[str, TranslationQuality]) -> list[str]:
             f"{num_cut[1]:,} of {both[1].num_sentences:,} translations, before {num_cut[0]:,}, did not end within "
             f"{both[1].max_new_tokens} tokens and were cut; without the cut they would be longer"
         )
+    warnings += _copying_warnings(qualities)
     settings = dict.fromkeys((quality.device, quality.dtype, quality.batch_size) for quality in qualities.values())
     if len(settings) > 1:
         listed = "; ".join(f"{device}, {dtype}, batches of {size}" for device, dtype, size in settings)
         warnings.append(f"Speed and memory were not measured in the same way ({listed}) and cannot be compared")
+    return warnings
+
+
+def _copying_warnings(qualities: Mapping[str, TranslationQuality]) -> list[str]:
+    before, after = (qualities[stage].mean([*qualities[stage].directions]) for stage in ("before", "after"))
+    warnings = [
+        f"Of the {kind} that stay as they are in a translation, {after.copied[kind]:.1%} are copied, before {share:.1%}"
+        for kind, share in before.copied.items()
+        if share - after.copied.get(kind, share) >= COPIED_LESS
+    ]
+    if None not in (before.repeating, after.repeating) and after.repeating - before.repeating >= COPIED_LESS:
+        warnings.append(f"{after.repeating:.1%} of the translations repeat themselves, before {before.repeating:.1%}")
+    return warnings
+
+
+def _domain_warnings(
+    qualities: Mapping[str, TranslationQuality], others: Mapping[str, TranslationQuality]
+) -> list[str]:
+    """What the other text shows, and whether it loses more than the text."""
+    if not others:
+        return []
+    warnings = [OTHER_TEXT + warning[0].lower() + warning[1:] for warning in _quality_warnings(others)]
+    kept = []
+    for of_text in (qualities, others):
+        before, after = (of_text[stage].mean([*of_text[stage].directions]).chrf for stage in ("before", "after"))
+        kept.append(after / before if before else 1.0)
+    if kept[0] - kept[1] >= LOSES_MORE:
+        warnings.append(
+            f"{OTHER_TEXT}{kept[1]:.0%} of the chrF before are left, of the text {kept[0]:.0%}: quality that holds in "
+            "one domain does not hold in the other"
+        )
     return warnings
 
 

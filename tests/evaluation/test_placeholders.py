@@ -2,7 +2,8 @@ import time
 
 import pytest
 
-from hf_moe_ted.translation.placeholders import Markers, count_placeholder, lost_placeholders, placeholders
+from hf_moe_ted.evaluation.placeholders import count_placeholder, lost_placeholders, placeholders
+from hf_moe_ted.translation.markers import Markers
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Callable
 
 # Letters that follow an address without a space: of Thai, Lao, Burmese, Khmer, Chinese, Japanese and Korean.
 _NO_SPACE = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uac00-\ud7af\uff00-\uffef"
@@ -26,8 +27,6 @@ _PLACEHOLDER = re.compile(
     re.VERBOSE,
 )
 
-_MARKER = re.compile(r"\$\d(?!\d)")
-
 
 def placeholders(text: str) -> list[str]:
     """The placeholders of a text, in its order.
@@ -41,6 +40,11 @@ def placeholders(text: str) -> list[str]:
 def without_placeholders(text: str) -> str:
     """The text, a space in place of each of the `placeholders`."""
     return _PLACEHOLDER.sub(" ", text)
+
+
+def replace_placeholders(text: str, replacement: Callable[[str], str]) -> str:
+    """The text with what a function makes of each of the `placeholders` in its place."""
+    return _PLACEHOLDER.sub(lambda match: replacement(match[0]), text)
 
 
 def placeholder_spans(text: str) -> list[tuple[int, int]]:
@@ -64,37 +68,11 @@ def lost_placeholders(source: str, translation: str) -> list[str]:
     return [*missing, *(name for name in added if name not in before and not any(name in other for other in before))]
 
 
-class Markers:
-    """A sentence with `$1`, `$2`, ... in place of its placeholders, which models copy more often than others.
-
-    Args:
-        text: of the sentence.
-    """
-
-    MAX = 9
-
-    def __init__(self, text: str):
-        names = [name for name in dict.fromkeys(placeholders(text)) if not _MARKER.fullmatch(name)]
-        free = [mark for number in range(1, self.MAX + 1) if (mark := f"${number}") not in text]
-        self._names = dict(zip(free, names, strict=False))
-        marks = {name: mark for mark, name in self._names.items()}
-        self.text = _PLACEHOLDER.sub(lambda match: marks.get(match[0], match[0]), text)
-
-    @property
-    def is_other(self) -> bool:
-        """Whether the sentence with markers is another one."""
-        return bool(self._names)
-
-    def restored(self, translation: str) -> str:
-        """A translation with the placeholders in the places of the markers."""
-        return _MARKER.sub(lambda match: self._names.get(match[0], match[0]), translation)
-
-
 __all__ = [
-    "Markers",
     "count_placeholder",
     "lost_placeholders",
     "placeholder_spans",
     "placeholders",
+    "replace_placeholders",
     "without_placeholders",
 ]
