@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from hf_moe_ted import DataCollatorForMultitaskSeq2Seq, MultitaskDataset, MultitaskSeq2SeqTrainer
-from hf_moe_ted.data.multitask_rows import TRANSLATION, Component
 
 # 16-bit numbers: two bytes are one symbol
 _XZ_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 2, "lp": 1, "pb": 1}]
@@ -157,6 +156,17 @@ def _tag_of(tokenizer: Any, lang: str) -> int:
     return int(tag)
 
 
+class Component(NamedTuple):
+    """What a mixture draws from, as of [`MultitaskDataset`]."""
+
+    task: str
+    src_lang: str
+    tgt_lang: str
+
+    def __str__(self) -> str:
+        return f"{self.task} {self.src_lang}-{self.tgt_lang}"
+
+
 class TokenPairs(MultitaskDataset):
     """Pairs of `TokenArrays` in both directions, as a [`MultitaskDataset`] whose batches are tensors on a device.
 
@@ -176,8 +186,8 @@ class TokenPairs(MultitaskDataset):
         codes = list(arrays.tags)
         present = np.unique(arrays.languages[pairs_P])
         place = np.searchsorted(present, arrays.languages[pairs_P])
-        self.components = [Component(TRANSLATION, "en", codes[number]) for number in present]
-        self.components += [Component(TRANSLATION, codes[number], "en") for number in present]
+        self.components = [Component("translation", "en", codes[number]) for number in present]
+        self.components += [Component("translation", codes[number], "en") for number in present]
         self.component_numbers = np.concatenate([place, place + len(present)]).astype(np.uint16)
         english_P, other_P = arrays.english[pairs_P], arrays.num_english + pairs_P
         texts_N2 = np.stack([np.concatenate([english_P, other_P]), np.concatenate([other_P, english_P])], axis=1)
