@@ -53,6 +53,7 @@ def quality_of(chrf: dict[tuple[str, str], float], **others: Any) -> Translation
         "dtype": "float32",
         "num_bytes": 1000,
         "peak_memory_bytes": None,
+        "also": None,
     }
     of_model |= {name: others.pop(name) for name in [*others] if name in of_model}
     directions = {}
@@ -70,7 +71,10 @@ def quality_of(chrf: dict[tuple[str, str], float], **others: Any) -> Translation
             "seconds": 0.5,
             "text_sha256": "x",
         }
-        given = {name: o.get(pair, fields[name]) if isinstance(o, dict) else o for name, o in others.items()}
+        given = {
+            name: o.get(pair, fields.get(name)) if isinstance(o, dict) and isinstance(next(iter(o)), tuple) else o
+            for name, o in others.items()
+        }
         directions[pair] = DirectionQuality(**{**fields, **given})
     return TranslationQuality(directions=directions, **of_model)
 

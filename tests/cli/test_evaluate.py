@@ -13,10 +13,20 @@ from hf_moe_ted import ExpertStatistics, TranslationQuality
 
 def test_evaluate_prints_a_table(model_and_text: tuple[Path, Path], tmp_path: Path) -> None:
     full, text = model_and_text
-    lines = run_here("evaluate", full, text, "--max-new-tokens", "3", "--output", tmp_path / "a.json").splitlines()
-    start = next(number for number, line in enumerate(lines) if "direction  " in line)
-    assert lines[start].split()[-6:] == ["sentences", "BLEU", "chrF", "length", "off", "target"]
-    assert [line.split()[:2] for line in lines[start + 1 : start + 3]] == [["de-en", "2"], ["en-de", "2"]]
+    other, output = tmp_path / "other.jsonl", tmp_path / "a.json"
+    other.write_text(json.dumps({"translation": {"en": "Tab 7 of WebKit", "de": "Tab 7 von WebKit"}}))
+    options = ["--also", other, "--max-new-tokens", "3", "--output", output]
+    lines = run_here("evaluate", full, text, *options).splitlines()
+    tables = [number for number, line in enumerate(lines) if "direction  " in line]
+    scores = ["direction", "sentences", "BLEU", "chrF", "length", "off", "target"]
+    headers = [lines[start][lines[start].index("direction") :].split() for start in tables]
+    assert headers == [[*scores, "repeating"], [*scores, "numbers", "names", "repeating"]]
+    for start, num_sentences in zip(tables, "21", strict=True):
+        rows = [line.split() for line in lines[start + 1 : start + 3]]
+        assert [row[:2] for row in rows] == [["de-en", num_sentences], ["en-de", num_sentences]]
+    assert lines[tables[1] - 1] == str(other)
+    also = TranslationQuality.load(output).also
+    assert also is not None and also.num_sentences == 2 and also.directions["en", "de"].copied["numbers"][0] == 1
 
 
 def test_paths_that_are_not_there_are_named_and_not_looked_up(
@@ -29,6 +39,9 @@ def test_paths_that_are_not_there_are_named_and_not_looked_up(
         assert f"MODEL ({none}) must be a folder with config.json" in message_of(command, none, text, *options)
         assert "MODEL (gpt2) must be a folder" in message_of(command, "gpt2", text, *options)
         assert f"DATA ({none}) does not exist" in message_of(command, full, none, *options)
+        if command == "evaluate":
+            message = message_of(command, full, text, "--also", none, *options)
+            assert f"--also ({none}) does not exist" in message
         assert "dtype ('float99') must be one of" in message_of(command, full, text, *options, "--dtype", "float99")
         for device in ("tpu9", "meta"):
             assert f"device ('{device}') cannot be used" in message_of(

@@ -94,6 +94,24 @@ def test_what_is_measured(demo: tuple[Any, Any]) -> None:
     assert other.directions["de", "en"].text_sha256 == quality.directions["de", "en"].text_sha256
 
 
+def test_another_text(make_model: Callable[..., Any], tokenizer: ZCodeM3Tokenizer) -> None:
+    """Measured as it is alone, and read before the first sentence is translated."""
+    texts = [[{"translation": {"en": f"save {number}", "de": f"speichern {number}"}}] for number in (1, 2)]
+    options: dict[str, Any] = {"max_new_tokens": 3}
+    quality = evaluate_translation(make_model(), tokenizer, texts[0], also=texts[1], **options)
+    alone = [evaluate_translation(make_model(), tokenizer, text, **options) for text in texts]
+    assert quality.also is not None and alone[0].also is None and quality.num_sentences == 2
+    for found, expected in zip((quality, quality.also), alone, strict=True):
+        found.require_comparable(found)
+        for pair, direction in expected.directions.items():
+            assert vars(found.directions[pair]) | {"seconds": 0} == vars(direction) | {"seconds": 0}
+            assert direction.copied["numbers"][0] == 1
+    model = make_model()
+    model.generate = lambda *args, **kwargs: pytest.fail("translated")
+    with pytest.raises(ValueError, match="does not know the languages xx"):
+        evaluate_translation(model, tokenizer, texts[0], also=[ROWS[0] | {"tgt_lang": "xx"}])
+
+
 def test_translation_rows_and_languages(make_model: Callable[..., Any], tokenizer: ZCodeM3Tokenizer) -> None:
     rows = [{"translation": {"en": "save", "de": "speichern", "fr": "enregistrer"}}] * 2
     quality = evaluate_translation(make_model(), tokenizer, rows, languages=["en", "fr"], max_new_tokens=3)
@@ -191,6 +209,15 @@ def test_scores() -> None:
     assert score_translations(**texts, tgt_lang="de").off_target == 1.0
     unknown = score_translations(**texts, tgt_lang="tlh", languages=["en", "tlh"])
     assert unknown.off_target is unknown.reference_off_target is None and unknown.bleu_tokenizer == "13a"
+    assert (chinese.copied["numbers"], chinese.repeating) == ((0, 0), 0.0)
+    copying = score_translations(
+        ["Open %s in WebKit, 3 times", "a 5"],
+        ["Öffne %s in Webkit, Webkit, Webkit", "ein 5"],
+        ["Öffne %s dreimal in WebKit", "das das das 5"],
+        tgt_lang="de",
+    )
+    assert copying.copied == {"numbers": (1, 1), "placeholders": (1, 1), "names": (1, 0)}
+    assert (copying.repeating, copying.reference_repeating) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,10 @@ from hf_moe_ted import DirectionQuality, TranslationQuality
 MakeQuality = Any
 
 
+def _with_copied(fields: dict[str, Any], copied: Any) -> dict[str, Any]:
+    return {**fields, "directions": [{**fields["directions"][0], "copied": copied}]}
+
+
 def test_means(make_quality: MakeQuality) -> None:
     pairs = {("en", "de"): 40.0, ("en", "fr"): 60.0, ("fr", "en"): 20.0}
     quality: TranslationQuality = make_quality(pairs, off_target={("en", "fr"): None, ("fr", "en"): 0.5})
@@ -29,13 +33,27 @@ def test_means(make_quality: MakeQuality) -> None:
     assert lines[-1] == "20.0 sentences/s" and len(lines) == 4
 
 
+def test_shares_of_what_is_copied_are_those_of_all_directions_together(make_quality: MakeQuality) -> None:
+    pairs = {("en", "de"): 40.0, ("de", "en"): 60.0}
+    copied = {("en", "de"): {"numbers": (8, 6), "names": (0, 0)}, ("de", "en"): {"numbers": (2, 1), "names": (0, 0)}}
+    other = make_quality(pairs, repeating=1.0)
+    quality = make_quality(pairs, copied=copied, repeating={("en", "de"): 0.5, ("de", "en"): 0.0}, also=other)
+    mean = quality.mean([*pairs])
+    assert mean.copied == {"numbers": 0.7} and mean.repeating == 0.25
+    lines = str(quality).splitlines()
+    assert lines[0].endswith(", off target 0.0%, numbers copied 70.0%, repeating 25.0%")
+    assert lines[1] == lines[-1].removeprefix("other text: ") == "20.0 sentences/s"
+    assert lines[-2].startswith("other text: all") and lines[-2].endswith("off target 0.0%, repeating 100.0%")
+
+
 @pytest.mark.parametrize("pairs", [[("en", "de")], [("en", "de"), ("fr", "es")], [("en", "de"), ("en", "fr")]])
 def test_one_group_if_there_is_nothing_to_set_apart(make_quality: MakeQuality, pairs: list[Any]) -> None:
     assert [*make_quality(dict.fromkeys(pairs, 1.0)).groups()] == ["all directions"]
 
 
 def test_files(make_quality: MakeQuality, tmp_path: Path) -> None:
-    quality = make_quality({("en", "de"): 40.0, ("zh-Hant", "en"): 60.5})
+    pairs = {("en", "de"): 40.0, ("zh-Hant", "en"): 60.5}
+    quality = make_quality(pairs, copied={"numbers": (3, 2)}, repeating=0.1, also=make_quality(pairs))
     path = tmp_path / "new" / "quality.json"
     quality.save(path)
     assert TranslationQuality.load(path) == quality
@@ -48,6 +66,19 @@ def test_files(make_quality: MakeQuality, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a folder"):
         quality.save(tmp_path, overwrite=True)
     assert [entry.name for entry in path.parent.iterdir()] == ["quality.json"]
+
+
+def test_files_of_versions_that_did_not_count_what_is_copied(make_quality: MakeQuality, tmp_path: Path) -> None:
+    quality = make_quality({("en", "de"): 40.0})
+    path = tmp_path / "quality.json"
+    quality.save(path)
+    fields = json.loads(path.read_text())
+    assert fields.pop("also") is None
+    (direction,) = fields["directions"]
+    assert [direction.pop(name) for name in ("copied", "repeating", "reference_repeating")] == [{}, None, None]
+    path.write_text(json.dumps(fields))
+    assert TranslationQuality.load(path) == quality
+    quality.require_comparable(make_quality({("en", "de"): 30.0}, copied={"numbers": (3, 2)}, repeating=0.1))
 
 
 def test_nothing_half_written(make_quality: MakeQuality, tmp_path: Path) -> None:
@@ -73,6 +104,11 @@ def test_nothing_half_written(make_quality: MakeQuality, tmp_path: Path) -> None
         (lambda fields: {**fields, "num_bytes": True}, r"is corrupted: num_bytes \(True\) must be int"),
         (lambda fields: {**fields, "num_bytes": 10**30}, "is corrupted: num_bytes"),
         (lambda fields: {**fields, "peak_memory_bytes": []}, r"is corrupted: peak_memory_bytes \(\[\]\) must be int"),
+        (lambda fields: {**fields, "also": []}, r"is corrupted: also \(\[\]\) must be dict"),
+        (lambda fields: {**fields, "also": {}}, r"is corrupted: directions \(None\) must be list"),
+        (lambda fields: {**fields, "also": {**fields, "also": fields}}, "is corrupted: also has another text"),
+        (lambda fields: _with_copied(fields, {"numbers": [1]}), r"copied of numbers \(\[1\]\) must be tuple"),
+        (lambda fields: _with_copied(fields, None), r"is corrupted: copied \(None\) must be dict"),
         (lambda fields: [], "must be a JSON object"),
         (lambda fields: math.nan, "is not JSON: NaN"),
     ],
@@ -98,3 +134,11 @@ def test_comparable(make_quality: MakeQuality) -> None:
         first.require_comparable(make_quality({("en", "de"): 40.0}, model="b", num_beams=5))
     with pytest.raises(ValueError, match="en-de has other sentences; en-fr has other sentences"):
         first.require_comparable(make_quality({("en", "de"): 40.0, ("en", "fr"): 1.0}, text_sha256="y"))
+    of_both = [
+        make_quality({("en", "de"): 40.0}, also=make_quality({pair: 1.0})) for pair in (("en", "de"), ("de", "en"))
+    ]
+    of_both[0].require_comparable(of_both[0])
+    with pytest.raises(ValueError, match="cannot be compared: de-en is in one of them only; en-de is in one"):
+        of_both[0].require_comparable(of_both[1])
+    with pytest.raises(ValueError, match=r"one of them has another text, too \(also\), and the other has not"):
+        of_both[0].require_comparable(make_quality({("en", "de"): 40.0}))

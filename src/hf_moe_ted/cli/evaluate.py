@@ -35,7 +35,7 @@ def evaluate(
         quality = evaluate_translation(
             *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL"),
             rows,
-            also=None if also is None else open_parallel_text(also, None, split),
+            also=None if also is None else open_parallel_text(also, None, split, "--also"),
             languages=codes(languages),
             max_sentences=max_sentences,
             batch_size=batch_size,
@@ -52,7 +52,7 @@ def evaluate(
 
 def _table(quality: Any) -> str:
     """The scores of each direction, a line each."""
-    kinds = [*next(iter(quality.directions.values())).copied]
+    kinds = [*quality.mean([*quality.directions]).copied]
     header = ["direction", "sentences", "BLEU", "chrF", "length", "off target", *kinds, "repeating"]
     rows = [
         [

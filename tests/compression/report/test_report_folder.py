@@ -135,6 +135,44 @@ def test_quality(source: Path, statistics: ExpertStatistics, make_quality: MakeQ
     assert "encoder: nearest" in again
 
 
+def test_what_is_copied_and_another_text(source: Path, statistics: ExpertStatistics, make_quality: MakeQuality) -> None:
+    """Columns and warnings of what chrF hides, and of a text in which more is lost."""
+    folder = compress("prune", source, statistics)
+    numbers = [{pair: {"numbers": (50, copied), "names": (0, 0)} for pair in PAIRS} for copied in (50, 40)]
+    others = [make_quality({("de", "en"): chrf}, copied=numbers[0], repeating=0.02) for chrf in (40.0, 20.0)]
+    before = make_quality(PAIRS, copied=numbers[0], repeating=0.0, reference_repeating=0.04, also=others[0])
+    repeating = {**dict.fromkeys(PAIRS, 0.0), ("en", "de"): 0.2}
+    after = make_quality(PAIRS, copied=numbers[1], repeating=repeating, reference_repeating=0.04, also=others[1])
+    write_compression_report(folder, before=before, after=after)
+    text, card = (folder / "report.md").read_text(), (folder / "README.md").read_text()
+    for shared in (
+        "**Of the numbers that stay as they are in a translation, 80.0% are copied, before 100.0%**",
+        "**5.0% of the translations repeat themselves, before 0.0%**",
+        "**The other text: 50% of the chrF before are left, of the text 100%: quality that holds in one domain",
+        "| length ratio | off target | numbers copied | repeating |",
+        "| en-de | 10 | 50.0 → 50.0 | 25.0 → 25.0 | 1.00 → 1.00 | 0.0% → 0.0% | 100.0% → 80.0% | 0.0% → 20.0% |",
+        "| de-en | 10 | 40.0 → 20.0 | 20.0 → 10.0 | 1.00 → 1.00 | 0.0% → 0.0% | 100.0% → 100.0% | 2.0% → 2.0% |",
+    ):
+        assert shared in text and shared in card
+    assert "names copied" not in text and "three times in a row, as 4.0% of the references do." in text
+    assert "lost most in another text" in card
+    assert text.index("## Every direction") < text.index("## The other text") < text.index("## Experts")
+
+    # a difference of less than a point is none, and the other text has warnings of its own
+    copied = {**numbers[0], ("en", "de"): {"numbers": (50, 49)}}
+    after = make_quality(PAIRS, copied=copied, repeating=0.009, also=make_quality({("de", "en"): 39.0}, num_cut=1))
+    write_compression_report(folder, before=before, after=after)
+    text = (folder / "report.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("- **")] == [
+        "- **The other text: 1 of 10 translations, before 0, did not end within 128 tokens and were cut; without the "
+        "cut they would be longer**"
+    ]
+    # without it again
+    write_compression_report(folder, before=make_quality(PAIRS), after=make_quality(AFTER))
+    text = (folder / "report.md").read_text()
+    assert "other text" not in text.lower() and "numbers copied" not in text
+
+
 def test_statistics_later(source: Path, statistics: ExpertStatistics) -> None:
     folder = compress("quantize", source, statistics)
     assert "`hf-moe-ted report MODEL --statistics STATISTICS` adds them" in (folder / "report.md").read_text()

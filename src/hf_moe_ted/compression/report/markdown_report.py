@@ -151,7 +151,10 @@ def _directions(summary: Summary, num_worst: int | None = None) -> str:
         directions = [quality.directions[pair] for quality in qualities]
         rows.append(["-".join(pair), str(directions[0].num_sentences), *_scores(directions)])
     header = ["direction", "sentences", "chrF", "BLEU", "length ratio", "off target"]
-    return _table([*header, *(f"{kind} copied" for kind in KINDS), "repeating"], rows)
+    header += [*(f"{kind} copied" for kind in KINDS), "repeating"]
+    # a text may have no placeholders, and files of older versions have none of the last four
+    columns = [column for column in range(len(header)) if any(row[column] for row in rows)]
+    return _table([header[column] for column in columns], [[row[column] for column in columns] for row in rows])
 
 
 def _scores(stages: Sequence[DirectionQuality | MeanQuality]) -> list[str]:

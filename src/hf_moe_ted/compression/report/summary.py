@@ -15,8 +15,9 @@ from .compression_report import AggregationReport, CompressionReport, FewerExper
 
 STAGES = {"before": "before", "after": "after", "trained": "after training"}
 TOO_LONG = 1.1  # length ratio; as in the metric
-COPIED_LESS = 0.01  # share of numbers, placeholders or names; and of texts that repeat themselves
-LOSES_MORE = 0.05  # share of chrF that is left
+COPIED_LESS = 0.01  # of the numbers, placeholders or names
+REPEATS_MORE = 0.01  # of the translations
+LOSES_MORE = 0.05  # of the chrF before, from one text to the other
 OTHER_TEXT = "The other text: "
 
 Nearest = Mapping[str, Mapping[str, tuple[str, float]]]
@@ -69,7 +70,12 @@ class Summary:
             nearest=nearest or {},
             statistics=statistics,
             by_loss=_by_loss(qualities),
-            warnings=(*report.warnings, *_quality_warnings(qualities), *_domain_warnings(qualities, others)),
+            warnings=(
+                *report.warnings,
+                *_quality_warnings(qualities),
+                *_domain_warnings(qualities, others),
+                *_setting_warnings(qualities),
+            ),
             also=cls(report=report, qualities=others, by_loss=_by_loss(others)) if others else None,
         )
 
@@ -145,12 +151,15 @@ def _quality_warnings(qualities: Mapping[str, TranslationQuality]) -> list[str]:
             f"{num_cut[1]:,} of {both[1].num_sentences:,} translations, before {num_cut[0]:,}, did not end within "
             f"{both[1].max_new_tokens} tokens and were cut; without the cut they would be longer"
         )
-    warnings += _copying_warnings(qualities)
+    return warnings + _copying_warnings(qualities)
+
+
+def _setting_warnings(qualities: Mapping[str, TranslationQuality]) -> list[str]:
     settings = dict.fromkeys((quality.device, quality.dtype, quality.batch_size) for quality in qualities.values())
-    if len(settings) > 1:
-        listed = "; ".join(f"{device}, {dtype}, batches of {size}" for device, dtype, size in settings)
-        warnings.append(f"Speed and memory were not measured in the same way ({listed}) and cannot be compared")
-    return warnings
+    if len(settings) < 2:
+        return []
+    listed = "; ".join(f"{device}, {dtype}, batches of {size}" for device, dtype, size in settings)
+    return [f"Speed and memory were not measured in the same way ({listed}) and cannot be compared"]
 
 
 def _copying_warnings(qualities: Mapping[str, TranslationQuality]) -> list[str]:
@@ -160,9 +169,12 @@ def _copying_warnings(qualities: Mapping[str, TranslationQuality]) -> list[str]:
         for kind, share in before.copied.items()
         if share - after.copied.get(kind, share) >= COPIED_LESS
     ]
-    if None not in (before.repeating, after.repeating) and after.repeating - before.repeating >= COPIED_LESS:
-        warnings.append(f"{after.repeating:.1%} of the translations repeat themselves, before {before.repeating:.1%}")
-    return warnings
+    if before.repeating is None or after.repeating is None or after.repeating - before.repeating < REPEATS_MORE:
+        return warnings
+    return [
+        *warnings,
+        f"{after.repeating:.1%} of the translations repeat themselves, before {before.repeating:.1%}",
+    ]
 
 
 def _domain_warnings(
