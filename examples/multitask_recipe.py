@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,11 @@ def _pilots(
         yield run
 
 
+@cache
+def _parser() -> HfArgumentParser:
+    return HfArgumentParser([ModelArguments, DataArguments, MultitaskTrainingArguments])
+
+
 def _run(recipe: dict[str, Any], overrides: list[str], variant: str, of_variant: dict[str, Any], seed: int) -> Run:
     fields = {**recipe, **of_variant, "seed": seed}
     fields["config"] = {**recipe.get("config", {}), **of_variant.get("config", {})}
@@ -172,8 +178,7 @@ def _run(recipe: dict[str, Any], overrides: list[str], variant: str, of_variant:
     for name, value in fields.items():
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
         argv += [f"--{name}", *map(str, values)]
-    parser = HfArgumentParser([ModelArguments, DataArguments, MultitaskTrainingArguments])
-    model, data, training = parser.parse_args_into_dataclasses([*argv, *overrides])
+    model, data, training = _parser().parse_args_into_dataclasses([*argv, *overrides])
     training.dataloader_pin_memory &= torch.cuda.is_available()  # without a GPU it does nothing but warn
     if data.train_tokens is not None:  # batches are made on the device
         training.dataloader_pin_memory, training.dataloader_num_workers = False, 0
