@@ -167,6 +167,16 @@ def test_what_is_copied_and_another_text(source: Path, statistics: ExpertStatist
         "- **The other text: 1 of 10 translations, before 0, did not end within 128 tokens and were cut; without the "
         "cut they would be longer**"
     ]
+    # a text that the model never translated has nothing to lose
+    others = [make_quality({("de", "en"): chrf}) for chrf in (7.9, 1.0)]
+    write_compression_report(
+        folder, before=make_quality(PAIRS, also=others[0]), after=make_quality(PAIRS, also=others[1])
+    )
+    text = (folder / "report.md").read_text()
+    assert (
+        "**The other text: the model before has a chrF of 7.9, a copy of the source 3.0: it does not translate" in text
+    )
+    assert "of the chrF before are left" not in text
     # without it again
     write_compression_report(folder, before=make_quality(PAIRS), after=make_quality(AFTER))
     text = (folder / "report.md").read_text()

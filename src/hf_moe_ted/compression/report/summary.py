@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ...evaluation.translation_quality import TranslationQuality
@@ -18,6 +19,7 @@ TOO_LONG = 1.1  # length ratio; as in the metric
 COPIED_LESS = 0.01  # of the numbers, placeholders or names
 REPEATS_MORE = 0.01  # of the translations
 LOSES_MORE = 0.05  # of the chrF before, from one text to the other
+TRANSLATES = 5.0  # chrF above that of a copy of the source
 OTHER_TEXT = "The other text: "
 
 Nearest = Mapping[str, Mapping[str, tuple[str, float]]]
@@ -184,16 +186,26 @@ def _domain_warnings(
     if not others:
         return []
     warnings = [OTHER_TEXT + warning[0].lower() + warning[1:] for warning in _quality_warnings(others)]
-    kept = []
-    for of_text in (qualities, others):
-        before, after = (of_text[stage].mean([*of_text[stage].directions]).chrf for stage in ("before", "after"))
-        kept.append(after / before if before else 1.0)
+    before = [*others["before"].directions.values()]
+    chrf, of_copy = fmean(each.chrf for each in before), fmean(each.source_chrf for each in before)
+    if chrf < of_copy + TRANSLATES:
+        return [
+            *warnings,
+            f"{OTHER_TEXT}the model before has a chrF of {chrf:.1f}, a copy of the source {of_copy:.1f}: it does not "
+            "translate this text, so that there is no quality to lose",
+        ]
+    kept = [_chrf_kept(qualities), _chrf_kept(others)]
     if kept[0] - kept[1] >= LOSES_MORE:
         warnings.append(
             f"{OTHER_TEXT}{kept[1]:.0%} of the chrF before are left, of the text {kept[0]:.0%}: quality that holds in "
             "one domain does not hold in the other"
         )
     return warnings
+
+
+def _chrf_kept(qualities: Mapping[str, TranslationQuality]) -> float:
+    before, after = (fmean(each.chrf for each in qualities[stage].directions.values()) for stage in ("before", "after"))
+    return after / before if before else 1.0
 
 
 __all__ = ["STAGES", "Summary", "read_summary"]
