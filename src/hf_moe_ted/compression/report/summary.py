@@ -16,7 +16,8 @@ from .compression_report import AggregationReport, CompressionReport, FewerExper
 
 STAGES = {"before": "before", "after": "after", "trained": "after training"}
 TOO_LONG = 1.1  # length ratio; as in the metric
-COPIED_LESS = 0.01  # of the numbers, placeholders or names
+COPIED_LESS = 0.01  # of the numbers, placeholders or names, and
+NUM_COPIED_LESS = 3  # of them: less can be chance
 REPEATS_MORE = 0.01  # of the translations
 LOSES_MORE = 0.05  # of the chrF before, from one text to the other
 TRANSLATES = 5.0  # chrF above that of a copy of the source
@@ -170,6 +171,7 @@ def _copying_warnings(qualities: Mapping[str, TranslationQuality]) -> list[str]:
         f"Of the {kind} that stay as they are in a translation, {after.copied[kind]:.1%} are copied, before {share:.1%}"
         for kind, share in before.copied.items()
         if share - after.copied.get(kind, share) >= COPIED_LESS
+        and _num_copied(qualities["before"], kind) - _num_copied(qualities["after"], kind) >= NUM_COPIED_LESS
     ]
     if before.repeating is None or after.repeating is None or after.repeating - before.repeating < REPEATS_MORE:
         return warnings
@@ -177,6 +179,10 @@ def _copying_warnings(qualities: Mapping[str, TranslationQuality]) -> list[str]:
         *warnings,
         f"{after.repeating:.1%} of the translations repeat themselves, before {before.repeating:.1%}",
     ]
+
+
+def _num_copied(quality: TranslationQuality, kind: str) -> int:
+    return sum(direction.copied.get(kind, (0, 0))[1] for direction in quality.directions.values())
 
 
 def _domain_warnings(
