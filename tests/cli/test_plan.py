@@ -34,6 +34,8 @@ def test_serve(folder: Path) -> None:
     assert lines[1] == f"CUDA_VISIBLE_DEVICES=0 hf-moe-ted serve {folder} --dtype bfloat16 --beams 2 --batch-tokens 48"
     assert "2 copies" in lines[2] and "cuda_graphs = False" in lines[3]
     assert lines[4].split()[0] == "weights" and lines[5].split()[0] == "floats" and "no" in lines[5].split()
+    lines = run_here("plan", folder, *map(str, options), "--expert-memory", "200KB", "--host-memory", "0").splitlines()
+    assert lines[1].endswith("--expert-memory 200000 --experts-in files")
     content = json.loads(run_here("plan", folder, *map(str, options), "--json", "--expert-memory", "200KB"))
     assert content["ways"][0]["expert_memory"] == 200_000 and content["ways"][0]["ms_per_token"] > 0
 

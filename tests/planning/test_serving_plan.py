@@ -60,6 +60,8 @@ def test_a_small_host_leaves_experts_in_files() -> None:
     assert in_files.experts_in_files and in_files.memory.host == 0
     in_memory = next(way for way in plan(num_gpus=1).ways if way.weights == "floats")
     assert in_files.token.missing > in_memory.token.missing
+    assert in_files.options == "--expert-memory 32GB --experts-in files"
+    assert in_memory.options == "--expert-memory 32GB"
 
 
 def test_a_model_that_fits_has_copies() -> None:
@@ -84,6 +86,9 @@ def test_commands(on_a100: ServingPlan) -> None:
         "hf-moe-ted quantize nllb --bits 4 --what all --dtype bfloat16 --output nllb-int4-all"
     )
     assert "serve nllb-int4-all" in on_a100.commands("nllb", int4)[1]
+    of_file = on_a100.commands("my models/nllb/config.json", int4)
+    assert of_file[0].startswith("hf-moe-ted quantize 'my models/nllb' ")
+    assert "serve 'my models/nllb'-int4-all " in of_file[1]
 
 
 def test_a_quantized_model_stays_as_it_is() -> None:

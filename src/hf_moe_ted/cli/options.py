@@ -49,6 +49,12 @@ ExpertMemoryStatistics = Annotated[
         "--expert-statistics", help="Folder of `expert-statistics`: which experts of --expert-memory are first."
     ),
 ]
+ExpertsIn = Annotated[
+    str | None,
+    typer.Option(
+        "--experts-in", help="Where those of --expert-memory come from, memory or files; default: memory for a GPU."
+    ),
+]
 ExpertLanguages = Annotated[
     str | None, typer.Option(help="Languages whose --expert-statistics count, en,de; default: all they have.")
 ]
@@ -70,7 +76,9 @@ def codes(languages: str | None) -> list[str] | None:
     return None if languages is None else parse_languages(languages)
 
 
-def expert_memory(size: str | None, statistics: Path | None = None, languages: str | None = None) -> Any:
+def expert_memory(
+    size: str | None, statistics: Path | None = None, languages: str | None = None, experts_in: str | None = None
+) -> Any:
     """`ExpertMemory` of the options of the command, `None` without a size.
 
     Raises:
@@ -81,5 +89,7 @@ def expert_memory(size: str | None, statistics: Path | None = None, languages: s
     if size is None:
         if statistics is not None or languages is not None:
             raise ValueError("--expert-statistics and --expert-languages need --expert-memory")
+        if experts_in is not None:
+            raise ValueError(f"--experts-in ({experts_in}) needs --expert-memory")
         return None
-    return ExpertMemory(size, statistics=statistics, languages=codes(languages))
+    return ExpertMemory(size, statistics=statistics, languages=codes(languages), experts_in=experts_in or "auto")

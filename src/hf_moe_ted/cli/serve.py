@@ -14,6 +14,7 @@ from .options import (
     ExpertLanguages,
     ExpertMemorySize,
     ExpertMemoryStatistics,
+    ExpertsIn,
     KeepPlaceholders,
     MaxNewTokens,
     ModelWithTokenizer,
@@ -56,6 +57,7 @@ def serve(
     expert_memory_size: ExpertMemorySize = None,
     expert_statistics: ExpertMemoryStatistics = None,
     expert_languages: ExpertLanguages = None,
+    experts_in: ExpertsIn = None,
 ) -> None:
     """Serve a model with LibreTranslate's HTTP API. SIGTERM finishes what is running."""
     from .. import ApiKeys, Glossary, ServerSettings, bind_address
@@ -78,7 +80,7 @@ def serve(
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
     from .. import BatchedTranslator, ExpertStatistics, TextTranslator, load_model_and_tokenizer
 
-    memory = expert_memory(expert_memory_size, expert_statistics, expert_languages)
+    memory = expert_memory(expert_memory_size, expert_statistics, expert_languages, experts_in)
     texts = TextTranslator(
         *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL", expert_memory=memory),
         num_beams=beams,

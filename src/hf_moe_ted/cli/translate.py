@@ -14,6 +14,7 @@ from .options import (
     ExpertLanguages,
     ExpertMemorySize,
     ExpertMemoryStatistics,
+    ExpertsIn,
     KeepPlaceholders,
     MaxNewTokens,
     ModelWithTokenizer,
@@ -61,12 +62,13 @@ def translate(
     expert_memory_size: ExpertMemorySize = None,
     expert_statistics: ExpertMemoryStatistics = None,
     expert_languages: ExpertLanguages = None,
+    experts_in: ExpertsIn = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output, and begin again.")] = False,
 ) -> None:
     """Translate text of any length. An interrupted run goes on where it was; torchrun shares the rows among GPUs."""
     from .. import Glossary, TextTranslator, load_model_and_tokenizer, translate_file
 
-    memory = expert_memory(expert_memory_size, expert_statistics, expert_languages)
+    memory = expert_memory(expert_memory_size, expert_statistics, expert_languages, experts_in)
     terms = None if glossary is None else Glossary.from_file(glossary)
     translator = TextTranslator(
         *load_model_and_tokenizer(model, dtype or "auto", device, "MODEL", expert_memory=memory),

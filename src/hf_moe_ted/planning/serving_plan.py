@@ -1,6 +1,7 @@
 """How a model translates on given GPUs: what of it fits, and how long a token takes, by the way that it is stored."""
 
 import math
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -69,7 +70,9 @@ class PlannedServing:
         """Options of `hf-moe-ted serve` and `translate`."""
         found = []
         if self.expert_memory is not None:
-            found.append(f"--expert-memory {self.expert_memory // GB}GB")
+            found.append(f"--expert-memory {_size(self.expert_memory)}")
+        if self.experts_in_files:
+            found.append("--experts-in files")
         if self.num_gpus > 1:
             found.append("--device auto")
         return " ".join(found)
@@ -122,11 +125,11 @@ class ServingPlan:
         """The command lines of a way, by default of the best.
 
         Args:
-            model: the folder.
+            model: the folder, or the config.json in it.
             way: of `ways`.
         """
         way = way or self.best
-        lines = []
+        model, lines = _folder(model), []
         if way.stored is not None and not self.is_quantized:
             target = f"{model}-int{way.stored.bits}{'-all' if way.stored.what == 'all' else ''}"
             what = " --what all" if way.stored.what == "all" else ""
@@ -247,6 +250,17 @@ def plan_serving(
         gpu=gpu, num_gpus=num_gpus, num_parameters=num_parameters(config), workload=workload,
         is_quantized=stored_bits(config) is not None, ways=tuple(ways), impossible=tuple(impossible),
     )  # fmt: skip
+
+
+def _size(num_bytes: int) -> str:
+    """As `--expert-memory` takes it: whole GB, or bytes."""
+    return str(num_bytes) if num_bytes % GB else f"{num_bytes // GB}GB"
+
+
+def _folder(model: str) -> str:
+    """As a shell takes it."""
+    path = Path(model)
+    return shlex.quote(str(path.parent if path.suffix == ".json" else path))
 
 
 def _worth(way: PlannedServing) -> tuple[int, int, int]:
