@@ -186,6 +186,8 @@ def train_and_resume(folder: str, runs: str) -> Run:
     adapted = peft.get_peft_model(model, peft.LoraConfig(**LORA))
     trainer = trainer_of(adapted, plugin, f"{runs}/first")
     adapted.save_pretrained(f"{runs}/start")
+    with adapted.disable_adapter():
+        torch.testing.assert_close(logits(adapted), before, atol=1e-5, rtol=1e-5)
     first = fit(adapted, plugin, f"{runs}/first")
     messages = refusals(folder, trainer)
 

@@ -58,6 +58,8 @@ def prepared(folder: str, layout: dict[str, int], **options: Any) -> tuple[Any, 
     accelerator = accelerator_of(layout, **options)
     plugin: Any = accelerator.parallelism_config
     model: Any = ZCodeM3ForConditionalGeneration.from_pretrained(folder, distributed_config=plugin.distributed_config)
+    with torch.no_grad():  # which leaves gathered parameters behind
+        model(input_ids=data(1)[0]["input_ids"][None], labels=torch.tensor([[5]]))
     optimizer_class, options = plugin.tiled_adamw(lr=1e-2, eps=1e-3)
     model, optimizer = accelerator.prepare(model, optimizer_class(model.parameters(), **options))
     return accelerator, model, optimizer
@@ -81,12 +83,13 @@ def gathered(accelerator: Accelerator) -> dict[str, list[Any]]:
     return found
 
 
-def clipped(accelerator: Accelerator, model: Any) -> dict[str, Any]:
+def clipped(accelerator: Accelerator, model: Any, optimizer: Any) -> dict[str, Any]:
     model.train()
     batch = torch.stack([row["input_ids"] for row in data()])
     accelerator.backward(model(input_ids=batch, labels=batch).loss)
     accelerator.clip_grad_value_(model.parameters(), 1e-3)
     found = parts_of({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert {p for group in optimizer.param_groups for p in group["params"]} == {*model.parameters()}
     model.zero_grad()
     return found
 
@@ -137,8 +140,8 @@ def messages(accelerator: Accelerator, model: Any, saved: str) -> dict[str, str]
 
 
 def run(folder: str, saved: str, layout: dict[str, int]) -> dict[str, Any]:
-    accelerator, model, _ = prepared(folder, layout)
-    found: dict[str, Any] = {"gathered": gathered(accelerator), "clipped": clipped(accelerator, model)}
+    accelerator, model, optimizer = prepared(folder, layout)
+    found: dict[str, Any] = {"gathered": gathered(accelerator), "clipped": clipped(accelerator, model, optimizer)}
     for is_padded in (False, True):
         with accelerator.split_between_processes([*range(5)], apply_padding=is_padded) as share:
             found[f"split, padded {is_padded}"] = share
@@ -303,8 +306,8 @@ def states_in_folders(folder: str, saved: str, layout: dict[str, int]) -> dict[s
 
 
 def run_with_files(folder: str, saved: str, layout: dict[str, int]) -> dict[str, Any]:
-    accelerator, model, _ = prepared(folder, layout)
-    found: dict[str, Any] = {"clipped": clipped(accelerator, model)}
+    accelerator, model, optimizer = prepared(folder, layout)
+    found: dict[str, Any] = {"clipped": clipped(accelerator, model, optimizer)}
     found["norms"] = [float(norm_of(accelerator, model, kind)) for kind in (1.0, 2.0, float("inf"))]
     return found | state_of_objects(folder, saved, layout) | states_in_folders(folder, saved, layout)
 

@@ -30,6 +30,7 @@ class Run:
         resumes: the run whose checkpoint of step 2 is the start.
         is_tiled: whether the optimizer is TiledAdamW.
         generates: whether it is evaluated by what it generates, too.
+        begins_with_evaluation: of the model before training, which leaves gathered parameters behind.
     """
 
     layout: dict[str, Any] = field(default_factory=dict)
@@ -37,16 +38,19 @@ class Run:
     resumes: str | None = None
     is_tiled: bool = True
     generates: bool = False
+    begins_with_evaluation: bool = False
 
 
 TRAINED = {
     "ep4": Run({"expert_parallel_size": 4}, generates=True),
     "tp2 x ep2, zero 2": Run(
-        TP2_EP2 | {"zero_stage": 2}, {"gradient_accumulation_steps": 2, "activation_checkpointing": True}
+        TP2_EP2 | {"zero_stage": 2},
+        {"gradient_accumulation_steps": 2, "activation_checkpointing": True},
+        begins_with_evaluation=True,
     ),
     "tp2 x ep2, zero 3": Run(TP2_EP2 | {"zero_stage": 3}, {"gradient_accumulation_steps": 2}, generates=True),
     "tp4": Run({"tensor_parallel_size": 4}, generates=True),
-    "ep4, the Trainer's AdamW": Run({"expert_parallel_size": 4}, is_tiled=False),
+    "ep4, the Trainer's AdamW": Run({"expert_parallel_size": 4}, is_tiled=False, begins_with_evaluation=True),
 }
 RESUMED = {
     "tp2 x ep2, zero 3 on ep4": Run({"expert_parallel_size": 4}, resumes="tp2 x ep2, zero 3"),
@@ -132,6 +136,8 @@ def trainer_of(model_folder: str, folder: str, run: Run, trainer_class: Any = Te
 
 def train(model_folder: str, runs_folder: str, name: str, run: Run) -> Outcome:
     trainer = trainer_of(model_folder, f"{runs_folder}/{name}", run)
+    if run.begins_with_evaluation:
+        trainer.evaluate()
     trainer.train(resume_from_checkpoint=run.resumes and f"{runs_folder}/{run.resumes}/checkpoint-2")
     logs = [log for log in trainer.state.log_history if "grad_norm" in log]
     assert [log["step"] for log in logs] == [*range(1, NUM_STEPS + 1)]

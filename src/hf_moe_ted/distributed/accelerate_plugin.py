@@ -1,6 +1,7 @@
 """TedPlugin: the one object a user makes for tensor x expert x data parallelism."""
 
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -30,7 +31,7 @@ from .gradient_norm import clip_grad_norm_
 from .layout import Layout, layout_of, replicas_of, sizes_of_axes
 from .layout_check import check_is_sharded
 from .least_loaded import LEAST_LOADED, LEAST_LOADED_BOUND, LEAST_LOADED_MIN_TOKENS
-from .parallelize import deferred_reduction, prepare_for_training
+from .parallelize import deferred_reduction, prepare_for_training, show_shards, step_shards
 from .private_accelerate import models_with_optimizers, num_registered_objects, without_models
 from .random_state import load_generators, load_random_state, saved_random_state
 from .refusals import check_accelerator
@@ -203,7 +204,12 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent's; an optimizer has to be made after the adapters of its model are sharded."""
         optimizers = [arg for arg in args if isinstance(arg, torch.optim.Optimizer)]
-        check_optimizers([arg for arg in args if isinstance(arg, nn.Module)], optimizers)
+        models = [arg for arg in args if isinstance(arg, nn.Module)]
+        check_optimizers(models, optimizers)
+        for model in models:
+            show_shards(model)  # the parent finds parameters of optimizers among those
+        for model, optimizer in itertools.product(models, optimizers):
+            step_shards(model, optimizer)
         return super().prepare(*args, **kwargs)
 
     @contextlib.contextmanager

@@ -14,6 +14,7 @@ Shape letters: E local experts, R rank of the factors, I inputs and O outputs of
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from .expert_parallel import layout_of_experts
 from .layout import Layout
 from .local_shard import LocalShard
 from .mesh import expert_mesh, expert_zero_mesh, zero_mesh
-from .parallelize import shard_experts, units_of_layers, zero_options
+from .parallelize import shard_experts, show_shards, units_of_layers, zero_options
 from .private_torch import StridedShard, forget_root, fsdp_parameters
 from .private_transformers import mesh_manager
 from .refusals import refuse_methods_of_adapters
@@ -130,6 +131,8 @@ def shard_adapters(model: nn.Module) -> nn.Module:
     for part in (peft_model, peft_model.base_model):
         part.merge_and_unload = functools.partial(_unload, peft_model, merge=True)
         part.unload = functools.partial(_unload, peft_model, merge=False)
+    for name in ("enable_adapter_layers", "set_adapter"):
+        setattr(peft_model.base_model, name, functools.partial(_set_up, base, getattr(peft_model.base_model, name)))
     base.ted_adapter = adapter
     return model
 
@@ -268,6 +271,14 @@ def _adapted(wrapper: Any, group: Any, weight_EOI: Tensor, gradient_factor: floa
     return weight_EOI
 
 
+def _set_up(base: nn.Module, set_up: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """PEFT says which factors are trained to those that it sees: not to gathered ones, which follow the shards."""
+    for wrapper in _layers_of_peft(base).values():
+        if isinstance(wrapper, FSDPModule):
+            wrapper.reshard()
+    set_up(*args, **kwargs)
+
+
 def _freeze(base: nn.Module) -> None:
     """PEFT freezes the parameters that it sees, which are the gathered ones if a forward went before."""
     for module in base.modules():
@@ -319,9 +330,7 @@ def _unload(model: Any, *, merge: bool, safe_merge: bool = False, **kwargs: Any)
     adapter, wrappers = base.ted_adapter, _layers_of_peft(base)
     if kwargs.get("adapter_names") not in (None, [adapter]):
         raise ValueError(f"adapter_names ({kwargs['adapter_names']}) must be [{adapter!r}], which is what there is")
-    for module in base.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    show_shards(base)
     if merge:
         merge_into_shards(wrappers, adapter, checks=safe_merge)
     for wrapper in wrappers.values():

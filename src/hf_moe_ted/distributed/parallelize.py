@@ -26,7 +26,7 @@ from .expert_parallel import expert_modules
 from .layout import Layout, layout_of
 from .least_loaded_parallel import LeastLoadedExpertParallel as _LeastLoaded  # noqa: F401  # registers itself
 from .mesh import data_parallel_rank, expert_zero_mesh, inherit_timeout, zero_mesh
-from .private_torch import StridedShard
+from .private_torch import StridedShard, fsdp_parameters
 from .private_transformers import expanded_plan, mark_fsdp_managed, mark_sharded, mesh_manager
 from .random_state import synchronize_random_state
 from .refusals import refuse_methods
@@ -208,6 +208,31 @@ def prepare_for_training(model: nn.Module) -> None:
     synchronize_random_state(model, data_parallel_rank(meshes), meshes.get_mesh("tp").get_group())
 
 
+def show_shards(model: nn.Module) -> None:
+    """Have a model show its shards: a forward without backward leaves gathered parameters in their place.
+
+    What was frozen meanwhile stays so. Not between a forward and its backward, where it would cost another gather.
+    """
+    shown = {*model.parameters()}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for part in fsdp_parameters(module):
+                if part.whole in shown:
+                    part.sharded.requires_grad_(part.whole.requires_grad)
+            module.reshard()
+
+
+def step_shards(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Have an optimizer step the shards where it was made behind a forward without backward.
+
+    It has the gathered parameters then, which get no gradients and are overwritten by the next gather.
+    """
+    managed = [part for module in model.modules() if isinstance(module, FSDPModule) for part in fsdp_parameters(module)]
+    shards = {part.whole: part.sharded for part in managed if part.whole is not None}
+    for group in optimizer.param_groups:
+        group["params"] = [shards.get(param, param) for param in group["params"]]
+
+
 @contextlib.contextmanager
 def deferred_reduction(model: Any, layout: Layout) -> Iterator[None]:
     """Around a micro-batch that is not the last of its accumulation, for a model that FSDP2 manages.
@@ -249,6 +274,8 @@ __all__ = [
     "parallelize",
     "prepare_for_training",
     "shard_experts",
+    "show_shards",
+    "step_shards",
     "tensor_parallel_plan",
     "units_of_layers",
     "zero_options",

@@ -33,7 +33,7 @@ from .expert_load import EXPERT_LOAD_BOUND
 from .gradient_norm import clip_grad_norm_, clip_in_step
 from .layout import layout_of
 from .layout_check import check_is_sharded
-from .parallelize import deferred_reduction, prepare_for_training
+from .parallelize import deferred_reduction, prepare_for_training, show_shards, step_shards
 from .private_transformers import tensor_parallel_size
 from .random_state import RandomState, load_generators, load_random_state, saved_random_state
 from .refusals import check_training_arguments
@@ -324,6 +324,13 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
         super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
     # ---- training ----
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Like the parent's, behind an evaluation, too."""
+        show_shards(self._sharded_model)
+        optimizer = super().create_optimizer(*args, **kwargs)
+        step_shards(self._sharded_model, self._plain_optimizer)  # one that the Trainer was given
+        return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         if not self.is_distributed_loading_by_transformers:
