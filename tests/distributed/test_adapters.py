@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from ted_cases import (
     Case,
@@ -252,11 +253,24 @@ def bytes_of_steps(folder: str) -> list[dict[str, int]]:
     return found
 
 
+def keeps_parameters(folder: str) -> bool:
+    """Whether an optimizer has all factors behind `prepare`, of which the last ranks have no rows."""
+    model, plugin = load(folder, FIRST)
+    adapted = shard_adapters(peft.get_peft_model(model, peft.LoraConfig(**LORA | {"r": 1})))
+    factors = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(factors)
+    AcceleratorState._reset_state()  # that of an earlier layout
+    Accelerator(cpu=True, parallelism_config=plugin).prepare(adapted, optimizer)
+    (group,) = optimizer.param_groups
+    return all(kept is factor for kept, factor in zip(group["params"], factors, strict=True))
+
+
 @dataclass(frozen=True)
 class OfRank:
     trained: dict[str, Trained]
     run: Run
     bytes: list[dict[str, int]]
+    keeps_parameters: bool
 
 
 def run_all(folder: str, runs: str) -> OfRank:
@@ -267,7 +281,7 @@ def run_all(folder: str, runs: str) -> OfRank:
         except Exception as error:
             raise RuntimeError(f"case {name!r} failed") from error
     additive = f"{folder}/{ADDITIVE}"
-    return OfRank(trained, train_and_resume(additive, runs), bytes_of_steps(additive))
+    return OfRank(trained, train_and_resume(additive, runs), bytes_of_steps(additive), keeps_parameters(additive))
 
 
 # ---- tests ----
@@ -365,6 +379,10 @@ def test_only_factors_are_reduced_and_weights_are_gathered_once(launched: Launch
         assert sizes[True] <= first["reduced"] == second["reduced"] < 1.5 * sizes[True]
         assert sizes[True] / 4 <= second["gathered"] < 1.5 * sizes[True] / 4
         assert first["gathered"] - second["gathered"] >= sizes[False] / 4
+
+
+def test_an_optimizer_keeps_its_parameters(launched: Launched) -> None:
+    assert all(of_rank.keeps_parameters for of_rank in launched[2])
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -210,7 +210,14 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
             show_shards(model)  # the parent finds parameters of optimizers among those
         for model, optimizer in itertools.product(models, optimizers):
             step_shards(model, optimizer)
-        return super().prepare(*args, **kwargs)
+        parameters = [[group["params"] for group in optimizer.param_groups] for optimizer in optimizers]
+        prepared = super().prepare(*args, **kwargs)
+        if any(_is_sharded(model) for model in models):
+            # the parent finds them by their addresses, of which shards without elements have none
+            for optimizer, of_groups in zip(optimizers, parameters, strict=True):
+                for group, params in zip(optimizer.param_groups, of_groups, strict=True):
+                    group["params"] = params
+        return prepared
 
     @contextlib.contextmanager
     def no_sync(self, model: Any) -> Iterator[None]:
