@@ -131,10 +131,11 @@ class _CollectiveCounter(TorchDispatchMode):
         self.log: Counter[tuple[Operation, int]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace in ("_c10d_functional", "c10d") and func._opname != "wait_tensor":
-            source = args[1] if func._opname.endswith("_base_") else args[0]
+        operation = func.name().partition("::")[2].partition(".")[0]
+        if func.namespace in ("_c10d_functional", "c10d") and operation != "wait_tensor":
+            source = args[1] if operation.endswith("_base_") else args[0]
             num_bytes = sum(leaf.nbytes for leaf in tree_leaves(source) if isinstance(leaf, Tensor))
-            self.log[self._OPERATIONS[func._opname], num_bytes] += 1
+            self.log[self._OPERATIONS[operation], num_bytes] += 1
         return func(*args, **(kwargs or {}))
 
 
