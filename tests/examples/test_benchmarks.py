@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import multiprocessing.dummy
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import bench_generation
 import bench_shipped_model
 import bench_training
 import bench_translate
+import count_experts
 import pytest
 import translation_ways
 
@@ -109,6 +111,26 @@ def test_beams_on_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert len(results) == 8
     assert all(("ms_per_step" in r) != ("sentences_per_s" in r) for r in results)
     assert {r["num_sentences"] for r in results if "num_sentences" in r} == {2}
+
+
+def test_experts_of_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sizes = ("--batch_sizes", "3", "--num_beams", "2", "--first", "2", "--last", "5")
+    random = ("--bases", "tiny", "--source_length", "4")
+    [row] = run(monkeypatch, count_experts, tmp_path / "out.json", *sizes, *random)["results"]
+    assert (row["num_experts"], row["top_k"], row["num_rounds"], set(row["by_layer"])) == (16, 1, 1, {"1"})
+    assert 1 <= row["experts"] <= 6 and 1 < row["evenly"] < 6
+    shipped = ("--model", str(CHECKPOINT), "--rounds", "2")
+    [row] = run(monkeypatch, count_experts, tmp_path / "out.json", *sizes, *shipped)["results"]
+    assert (row["num_experts"], row["num_rounds"]) == (8, 2)
+    assert 1 <= row["experts"] < row["evenly"] and row["zipf"] > 0
+
+
+def test_experts_of_random_models_take_the_memory_of_one() -> None:
+    config = bench_generation.random_config(Namespace(base="small", num_experts=16, num_experts_per_tok=1))
+    experts = count_experts.random_model(config, 0).model.decoder.layers[1].ffn.experts
+    assert experts.up_proj.shape == (16, 2048, 512)
+    assert experts.up_proj.untyped_storage().nbytes() < 2 * 4 * 2048 * 512
+    assert not experts.up_proj[0, :99].eq(experts.up_proj[1, :99]).any()
 
 
 def test_ways_of_the_shipped_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

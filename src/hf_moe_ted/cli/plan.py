@@ -63,7 +63,7 @@ def plan(
     zipf: Annotated[
         float | None,
         typer.Option(
-            help="How unevenly tokens choose experts; default: 0, evenly. One pair of languages: about 2.",
+            help="How unevenly tokens choose experts; default: 0, evenly. One pair of languages: 2 to 4.",
             rich_help_panel=_SERVING,
         ),
     ] = None,

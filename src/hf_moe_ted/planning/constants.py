@@ -23,9 +23,9 @@ def origins(constants: Any) -> dict[str, dict[str, Any]]:
 
 
 _STEPS = "on 25 training steps as CUDA graphs on H200 (tests/planning/validation.py leaves groups of them out)"
-_SEARCHES = "on steps of captured searches on H200 (docs/benchmarks/translation_speed_h200_2026-11-29.md)"
-_LOOPS = "on loops over quantized experts on H200 (docs/benchmarks/quantized_experts_h200_2026-11-29.md)"
-_KERNELS = "on kernels of quantized experts with at most 8 slots, of the same record"
+_SEARCHES = "on steps of captured searches on H200 (docs/benchmarks/translation_speed_h200_2026-11-30.md)"
+_LOOPS = "on loops over quantized experts on H200 (docs/benchmarks/quantized_experts_h200_2026-11-30.md)"
+_KERNELS = "on kernels of experts with at most 8 slots, of the same record"
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class ServingConstants:
         eager_layer_s: seconds that the host takes for a layer, step by step.
         loop_expert_int8_s, loop_expert_int4_s: seconds of each expert in the loop that computes quantized experts
             where no kernel does; the host waits for the device at each.
-        quantized_kernel_s: seconds of the two kernels of a layer's quantized experts besides what they read.
-        quantized_int8_efficiency, quantized_int4_efficiency: of what floats are read at, the share at which these read
-            packed weights.
+        expert_kernel_s: seconds of the two kernels of a layer's experts besides what they read.
+        expert_floats_efficiency, expert_int8_efficiency, expert_int4_efficiency: of what other weights are read at, the
+            share at which these kernels read those of experts, packed or not.
         dequantized_bytes: bytes that are moved for a weight in 8 bits outside of experts, which becomes a float in each
             call: 1 is read, 2 are written, read, scaled and written, and read by the product.
         disk_gbs: GB/s of files, for `experts_in="files"`.
@@ -91,13 +91,14 @@ class ServingConstants:
 
     captured_layer_s: float = _constant(81e-6, "fitted", _SEARCHES)
     eager_layer_s: float = _constant(
-        1.2e-3, "fitted", "the mean of six lines that differ by a factor of two; the host's"
+        1.36e-3, "fitted", "the mean of six lines that differ by a factor of two; the host's"
     )
-    loop_expert_int8_s: float = _constant(0.35e-3, "fitted", _LOOPS)
-    loop_expert_int4_s: float = _constant(0.5e-3, "fitted", _LOOPS)
-    quantized_kernel_s: float = _constant(12e-6, "fitted", _KERNELS)
-    quantized_int8_efficiency: float = _constant(0.87, "fitted", _KERNELS)
-    quantized_int4_efficiency: float = _constant(0.66, "fitted", _KERNELS)
+    loop_expert_int8_s: float = _constant(0.40e-3, "fitted", _LOOPS)
+    loop_expert_int4_s: float = _constant(0.58e-3, "fitted", _LOOPS)
+    expert_kernel_s: float = _constant(12e-6, "fitted", _KERNELS)
+    expert_floats_efficiency: float = _constant(0.84, "fitted", _KERNELS)
+    expert_int8_efficiency: float = _constant(0.89, "fitted", _KERNELS)
+    expert_int4_efficiency: float = _constant(0.69, "fitted", _KERNELS)
     dequantized_bytes: float = _constant(9.0, "assumed", "for bfloat16, without fusion")
     disk_gbs: float = _constant(3.0, "assumed", "one NVMe disk")
 

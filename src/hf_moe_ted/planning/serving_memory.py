@@ -31,7 +31,8 @@ class ServingWorkload:
         dtype: of activations, and of weights that are not quantized: "bfloat16" or "float32".
         cuda_graphs: whether steps are captured, where a model can be; `generate(cuda_graphs=False)` does not.
         zipf: exponent of Zipf's law by which tokens choose experts; 0: evenly. The shipped model has about 1.1 in its
-            encoder and 2.0 in its decoder for one pair of languages.
+            encoder and 2.0 in its decoder for one pair of languages. Rows of a step are at the same place of their
+            sentences, and choose less evenly: as many experts as by 2.3 to 3.9.
 
     Raises:
         ValueError: a number under 1, an unknown dtype, or an exponent that is negative or no number.

@@ -1,12 +1,16 @@
 """How long a token takes when a GPU translates: a model of the bytes that a step of decoding reads.
 
 Between two tokens the weights of the decoder, those of the experts that any row chose, the head and all keys and values
-are read once. Small batches wait for that, and for the start of kernels; few wait for matrix products.
+are read once. Small batches wait for that, and for the start of kernels; few wait for matrix products. Rows of a step
+choose independently of each other: beams of a sentence are no more alike than sentences are, and that rows at the same
+place are alike is in `zipf` (docs/benchmarks/count_experts_cpu_2026-11-30.md).
 
 Letters: R rows, which are beams of all sentences; E experts of a layer, K experts per token.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..expert_memory.residence_plan import ResidencePlan
@@ -16,6 +20,9 @@ from .gpus import Gpu
 from .model_config import StoredBits
 from .parameters import parameter_shapes
 from .serving_memory import ServingWorkload, WeightBytes, is_large_matrix, is_rounded, stored_bytes
+
+LARGEST_LOG = 40.0  # exp of it is more than any time that is looked for, and can be computed
+LARGEST_ZIPF = 10.0  # all tokens choose the same
 
 
 @dataclass(frozen=True)
@@ -74,9 +81,54 @@ def chosen_experts(num_experts: int, top_k: int, num_rows: int, zipf: float = 0.
         num_rows: tokens.
         zipf: exponent of the popularity; 0: all are alike.
     """
-    popularity = [(rank + 1) ** -zipf for rank in range(num_experts)]
-    share = min(top_k, num_experts) / sum(popularity)
-    return [1 - max(0.0, 1 - share * each) ** num_rows for each in popularity]
+    return [1 - (1 - share) ** num_rows for share in _shares_of_tokens(num_experts, min(top_k, num_experts), zipf)]
+
+
+@functools.lru_cache(maxsize=64)
+def _shares_of_tokens(num_experts: int, top_k: int, zipf: float) -> tuple[float, ...]:
+    """Share of tokens that choose each expert, `top_k` together; a token chooses an expert once.
+
+    With one expert per token that is the popularity. Several are drawn one after the other, without replacement: as if
+    expert e came at a random time of rate p_e, and the first `top_k` were taken. The share is close to
+    1 - exp(-t p_e), of those that came until t, where t is such that `top_k` came (Rosén, 1972).
+    """
+    if top_k == 1:
+        popularity = [(rank + 1) ** -zipf for rank in range(num_experts)]
+        return tuple(each / sum(popularity) for each in popularity)
+    if top_k == num_experts:
+        return (1.0,) * num_experts
+    logs = [-zipf * math.log(rank + 1) for rank in range(num_experts)]
+
+    def came(log_t: float) -> list[float]:
+        return [-math.expm1(-math.exp(min(log_t + log_p, LARGEST_LOG))) for log_p in logs]
+
+    return tuple(came(_root(lambda log_t: sum(came(log_t)) - top_k, -LARGEST_LOG, LARGEST_LOG - logs[-1])))
+
+
+def zipf_of_experts(num_experts: int, top_k: int, num_rows: int, num_used: float) -> float:
+    """Exponent with which independent tokens choose `num_used` different experts: of what was counted in a model.
+
+    Args:
+        num_experts, top_k: of the layer.
+        num_rows: tokens.
+        num_used: mean number of different experts.
+
+    Returns:
+        0 to 10; 0 if tokens chose more than independent and even ones would.
+    """
+
+    def missing(zipf: float) -> float:
+        return num_used - sum(chosen_experts(num_experts, top_k, num_rows, zipf))
+
+    return 0.0 if missing(0.0) >= 0 else _root(missing, 0.0, LARGEST_ZIPF)
+
+
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where an increasing function is 0, by bisection; `high` if it is below 0 there."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if function(middle) < 0 else (low, middle)
+    return high
 
 
 def captured_why_not(
@@ -207,11 +259,15 @@ def _expert_seconds(
     stored: StoredBits | None, in_loop: bool, read_s: float, num_layers: int, constants: ServingConstants
 ) -> float:
     """Seconds of the device to read experts; those of a loop are read while the host goes through it."""
-    if stored is None or in_loop:
+    if in_loop:
         return read_s
-    is_int4 = stored.bits == 4
-    efficiency = constants.quantized_int4_efficiency if is_int4 else constants.quantized_int8_efficiency
-    return read_s / efficiency + num_layers * constants.quantized_kernel_s
+    bits = None if stored is None else stored.bits
+    efficiency = {
+        None: constants.expert_floats_efficiency,
+        8: constants.expert_int8_efficiency,
+        4: constants.expert_int4_efficiency,
+    }[bits]
+    return read_s / efficiency + num_layers * constants.expert_kernel_s
 
 
 def _loop_s(stored: StoredBits | None, constants: ServingConstants) -> float:
@@ -246,4 +302,4 @@ def _flops_of_rows(config: ZCodeM3Config, num_rows: int) -> float:
     return 2 * num_rows * weights
 
 
-__all__ = ["DecodingTime", "captured_why_not", "chosen_experts", "time_of_source", "time_of_token"]
+__all__ = ["DecodingTime", "captured_why_not", "chosen_experts", "time_of_source", "time_of_token", "zipf_of_experts"]
