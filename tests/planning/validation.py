@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from measured_layouts import ON_NVLINK, ON_TWO_EMULATED_MACHINES, THROUGH_HOST_MEMORY, Line
-from measured_searches import CAPTURED, EXPERT_CALLS, NLLB_MOE, STEP_BY_STEP, ExpertCall, Search
+from measured_searches import CAPTURED, EXPERT_CALLS, NLLB_MOE, ONE_MACHINE, STEP_BY_STEP, ExpertCall, Search
 from scipy.optimize import least_squares, minimize_scalar
 from scipy.stats import kendalltau
 
@@ -24,7 +24,8 @@ from hf_moe_ted.planning.step_time import time_of_step
 
 H200 = GPUS["h200-141gb"]
 FITTED = ("passes_of_kept", "nvlink_efficiency", "collective_s", "zero_overlap")
-FEW_SLOTS = 8  # those of more were measured with kernels that have changed since
+FEW_SLOTS = 8  # nothing is fitted on kernels of more
+EFFICIENCY_OF_BITS = {16: "expert_floats_efficiency", 8: "expert_int8_efficiency", 4: "expert_int4_efficiency"}
 SOCKETS_GBS, HOST_MEMORY_GBS = 3.35, 20.4  # fitted: GB/s that a GPU gets of the emulated links
 
 
@@ -176,14 +177,20 @@ def fitted_layer(searches: Sequence[Search]) -> float:
     return sum(left) / len(left) / 1e3
 
 
-def quantized_ms(call: ExpertCall, bits: int, constants: ServingConstants = SERVING) -> float:
+def kernels_ms(call: ExpertCall, bits: int, constants: ServingConstants = SERVING) -> float:
     """Of one layer's experts in kernels."""
     used = sum(chosen_experts(call.num_experts, 2, call.num_slots // 2))
     weights = 8 * call.d_model**2
-    of_scales = 2 * weights / 128 if bits == 4 else 10 * call.d_model
+    of_scales = {16: 0, 8: 10 * call.d_model, 4: 2 * weights / 128}[bits]
     read_s = used * (weights * bits / 8 + of_scales) / (H200.memory_gbs * 1e9 * TIME.memory_efficiency)
-    efficiency = constants.quantized_int8_efficiency if bits == 8 else constants.quantized_int4_efficiency
-    return 1e3 * (read_s / efficiency + constants.quantized_kernel_s)
+    return 1e3 * (read_s / getattr(constants, EFFICIENCY_OF_BITS[bits]) + constants.expert_kernel_s)
+
+
+def fitted_loop(bits: int) -> float:
+    """Seconds of an expert in the loop, with the least sum of squares of log(planned / measured)."""
+    logs = [math.log(call.measured_loop(bits) / loop_ms(call, bits)) for call in EXPERT_CALLS]
+    start = SERVING.loop_expert_int8_s if bits == 8 else SERVING.loop_expert_int4_s
+    return start * math.exp(sum(logs) / len(logs))
 
 
 def loop_ms(call: ExpertCall, bits: int) -> float:
@@ -192,60 +199,76 @@ def loop_ms(call: ExpertCall, bits: int) -> float:
     return 1e3 * used * (SERVING.loop_expert_int8_s if bits == 8 else SERVING.loop_expert_int4_s)
 
 
-def fit_quantized(calls: Sequence[ExpertCall]) -> ServingConstants:
-    """Two efficiencies and the time of kernels, with the least sum of squares of log(planned / measured)."""
-    names = ("quantized_int8_efficiency", "quantized_int4_efficiency", "quantized_kernel_s")
+def fit_kernels(lines: Sequence[tuple[ExpertCall, int]]) -> ServingConstants:
+    """Three efficiencies and the time of kernels, with the least sum of squares of log(planned / measured)."""
+    names = (*EFFICIENCY_OF_BITS.values(), "expert_kernel_s")
     start = [getattr(SERVING, name) for name in names]
 
     def of(scales: Sequence[float]) -> ServingConstants:
         return replace(SERVING, **{n: s * v for n, s, v in zip(names, scales, start, strict=True)})
 
     def residuals(scales: Sequence[float]) -> list[float]:
-        return [
-            math.log(quantized_ms(call, bits, of(scales)) / (call.int8 if bits == 8 else call.int4))
-            for call in calls
-            for bits in (8, 4)
-        ]
+        return [math.log(kernels_ms(call, bits, of(scales)) / call.measured(bits)) for call, bits in lines]
 
-    return of(least_squares(residuals, [1.0] * 3, bounds=(0.05, 5.0)).x)
+    return of(least_squares(residuals, [1.0] * len(names), bounds=(0.05, 5.0)).x)
 
 
-def print_serving() -> None:
+def print_searches() -> None:
     print(f"\nSeconds of a decoder layer, fitted on all: {fitted_layer(CAPTURED):.3g}")
-    print("| search | measured ms | fitted on all | fitted without it |\n|---|---|---|---|")
+    print("| search | experts counted | measured ms | fitted on all | without it | if rows chose evenly |")
+    print("|---|---|---|---|---|---|")
     predicted = []
-    for search in CAPTURED:
+    for search in (*CAPTURED, *NLLB_MOE):
         others = replace(SERVING, captured_layer_s=fitted_layer([s for s in CAPTURED if s is not search]))
         predicted.append(milliseconds_of(search, others))
-        print(f"| {search} | {search.measured:.2f} | {milliseconds_of(search):.2f} | {predicted[-1]:.2f} |")
-    measured = [search.measured for search in CAPTURED]
-    errors = [mean_error(planned, measured) for planned in ([*map(milliseconds_of, CAPTURED)], predicted)]
-    print(f"mean error {errors[0]:.1%}, without the line {errors[1]:.1%}")
-    for search in (NLLB_MOE, *STEP_BY_STEP):
-        print(f"| {search} | {search.measured:.2f} | {milliseconds_of(search):.2f} | |")
-    fitted = [call for call in EXPERT_CALLS if call.num_slots <= FEW_SLOTS]
-    found = fit_quantized(fitted)
-    print(f"\nfitted: {found.quantized_int8_efficiency:.2f}, {found.quantized_int4_efficiency:.2f}, "
-          f"{found.quantized_kernel_s:.3g} s")  # fmt: skip
-    print("| experts, slots | int4 | planned | without it | int8 | planned | without it | loops, planned |")
-    print("|---|---|---|---|---|---|---|---|")
-    all_errors: dict[str, list[float]] = {"all": [], "without": []}
+        planned = [milliseconds_of(search), predicted[-1], milliseconds_of(replace(search, experts=None))]
+        shown = " | ".join(f"{ms:.2f}" for ms in planned)
+        print(f"| {search} | {search.experts} | {search.measured:.2f} | {shown} |")
+    for name, searches in (("fitted on", CAPTURED), ("not fitted on", NLLB_MOE)):
+        measured = [search.measured for search in searches]
+        by_others = predicted[: len(CAPTURED)] if searches is CAPTURED else predicted[len(CAPTURED) :]
+        for how, planned in (("fitted on all", [*map(milliseconds_of, searches)]), ("without the line", by_others)):
+            worst = max(abs(p / m - 1) for p, m in zip(planned, measured, strict=True))
+            print(f"searches {name}, {how}: mean error {mean_error(planned, measured):.1%}, worst {worst:.1%}")
+    mean = sum(search.measured / search.config.decoder_layers for search in STEP_BY_STEP) / len(STEP_BY_STEP)
+    print(f"\nStep by step, mean milliseconds of a layer: {mean:.3g}")
+    for search in STEP_BY_STEP:
+        print(f"| {search} | {search.measured:.2f} | {milliseconds_of(search):.2f} |")
+    for line in ONE_MACHINE:
+        planned = (line.step_ms, line.prefill_ms)
+        print(f"| {line} | {line.measured_step}, {line.measured_prefill} | {planned[0]:.1f}, {planned[1]:.1f} |")
+
+
+def print_kernels() -> None:
+    fitted = [(call, bits) for call in EXPERT_CALLS for bits in EFFICIENCY_OF_BITS if call.num_slots <= FEW_SLOTS]
+    found = fit_kernels(fitted)
+    values = [f"{getattr(found, name):.3g}" for name in (*EFFICIENCY_OF_BITS.values(), "expert_kernel_s")]
+    print(f"\nkernels of experts, fitted: floats, int8, int4, seconds: {', '.join(values)}")
+    print("| experts, slots | bits | measured | planned | without it |\n|---|---|---|---|---|")
+    errors: dict[str, list[float]] = {}
     for call in EXPERT_CALLS:
-        others = fit_quantized([c for c in fitted if c is not call])
-        cells = []
-        for bits, ms in ((4, call.int4), (8, call.int8)):
-            planned, without = quantized_ms(call, bits), quantized_ms(call, bits, others)
-            cells += [f"{ms:.3f}", f"{planned:.3f}", f"{without:.3f}"]
-            if call not in fitted:
-                continue
-            all_errors["all"].append(abs(planned / ms - 1))
-            all_errors["without"].append(abs(without / ms - 1))
-        loops = f"{call.loop_int4}, {call.loop_int8}: {loop_ms(call, 4):.2f}, {loop_ms(call, 8):.2f}"
-        print(f"| {call.num_experts}, {call.num_slots} | {' | '.join(cells)} | {loops} |")
-    for name, errors in all_errors.items():
-        print(f"kernels of few slots, {name}: mean error {sum(errors) / len(errors):.0%}, worst {max(errors):.0%}")
+        for bits in EFFICIENCY_OF_BITS:
+            others = fit_kernels([line for line in fitted if line != (call, bits)])
+            planned, without, measured = kernels_ms(call, bits), kernels_ms(call, bits, others), call.measured(bits)
+            print(f"| {call.num_experts}, {call.num_slots} | {bits} | {measured} | {planned:.3f} | {without:.3f} |")
+            group = "few slots" if call.num_slots <= FEW_SLOTS else f"many slots, {'floats' if bits == 16 else 'ints'}"
+            errors.setdefault(f"{group}, fitted on few slots", []).append(abs(planned / measured - 1))
+            errors.setdefault(f"{group}, without the line", []).append(abs(without / measured - 1))
+    for name, found_errors in errors.items():
+        print(f"{name}: mean error {sum(found_errors) / len(found_errors):.0%}, worst {max(found_errors):.0%}")
+    print("| experts, slots | loop over int4, planned | int8, planned |\n|---|---|---|")
+    for call in EXPERT_CALLS:
+        loops = [f"{call.measured_loop(bits)}, {loop_ms(call, bits):.2f}" for bits in (4, 8)]
+        print(f"| {call.num_experts}, {call.num_slots} | {' | '.join(loops)} |")
+    errors_of_loops = [
+        abs(loop_ms(call, bits) / call.measured_loop(bits) - 1) for call in EXPERT_CALLS for bits in (4, 8)
+    ]
+    print(f"loops: mean error {sum(errors_of_loops) / len(errors_of_loops):.0%}, worst {max(errors_of_loops):.0%}")
+    for bits in (4, 8):
+        print(f"seconds of an expert in the loop, {bits} bits, fitted: {fitted_loop(bits):.3g}")
 
 
 if __name__ == "__main__":
     print_training()
-    print_serving()
+    print_searches()
+    print_kernels()

@@ -89,7 +89,7 @@ class ServingConstants:
         disk_gbs: GB/s of files, for `experts_in="files"`.
     """
 
-    captured_layer_s: float = _constant(81e-6, "fitted", _SEARCHES)
+    captured_layer_s: float = _constant(87e-6, "fitted", _SEARCHES)
     eager_layer_s: float = _constant(
         1.36e-3, "fitted", "the mean of six lines that differ by a factor of two; the host's"
     )
