@@ -12,6 +12,9 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 CODE = re.compile(r"^ *```.*?^ *```$|`[^`\n]*`", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?P<target>[^)\s#:]*)(?:#(?P<anchor>[^)\s]+))?\)")
+RECORD = re.compile(r"\b[A-Za-z][A-Za-z0-9_]*_20\d\d-\d\d-\d\d\b")
+FOLDERS_WITH_TEXT = ("src", "tests", "docs", "examples", "convert", "model_cards", ".github")
+SUFFIXES = (".py", ".md", ".yaml", ".yml", ".toml", ".cfg")
 DIRECTIVE = re.compile(r"^::: (\S+)$", re.MULTILINE)
 
 
@@ -42,6 +45,16 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_a_broken_link_is_seen() -> None:
     text = "[a](files.md) [b](no_such.md) [c](training.md#mixture) [d](training.md#no-such) `[e](no.md)` [f](#no-such)"
     assert broken_links(DOCS / "index.md", text) == ["](no_such.md)", "](training.md#no-such)", "](#no-such)"]
+
+
+def test_records_that_are_named_are_there() -> None:
+    """In code and comments, too: a record that replaces another has its date, and so another name."""
+    files = [path for folder in FOLDERS_WITH_TEXT for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES]
+    files += [path for path in ROOT.glob("*") if path.suffix in SUFFIXES]
+    records = {path.stem for path in DOCS.rglob("*_20*")}
+    named = {(record, path.relative_to(ROOT)) for path in files for record in RECORD.findall(path.read_text("utf-8"))}
+    assert len(named) > 50
+    assert {(record, str(path)) for record, path in named if record not in records} == set()
 
 
 def test_the_start_page_leads_to_every_guide() -> None:
