@@ -28,8 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer
-from hf_moe_ted.planning.serving_time import chosen_experts, zipf_of_experts
+from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer, zipf_of_experts
 
 SHIFT = 12_289  # numbers from an expert's window to the next: a prime, so that no rows are the same
 
@@ -136,7 +135,7 @@ def count(
         "num_beams": beams,
         "experts": experts,
         "by_layer": of_layer,
-        "evenly": sum(chosen_experts(*of_tokens, size * beams)),
+        "evenly": num_experts * (1 - (1 - of_tokens[1] / num_experts) ** (size * beams)),
         "zipf": zipf_of_experts(*of_tokens, size * beams, experts) if size * beams > 1 else None,
         "num_rounds": len(means),
         "seconds": time.perf_counter() - start,

@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     from .planning.parameters import parameters_of_rank as parameters_of_rank
     from .planning.serving_plan import ServingPlan as ServingPlan
     from .planning.serving_plan import plan_serving as plan_serving
+    from .planning.serving_time import zipf_of_experts as zipf_of_experts
     from .planning.simulation import local_numels_of_rank as local_numels_of_rank
     from .planning.simulation import simulated_step as simulated_step
     from .planning.training_plan import TrainingPlan as TrainingPlan
@@ -222,6 +223,7 @@ _MODULE_OF_NAME = {
     "upcycle_dense_checkpoint": "conversion.upcycling",
     "write_compression_report": "compression.report.report_folder",
     "write_translation_card": "evaluation.translation_card",
+    "zipf_of_experts": "planning.serving_time",
 }
 
 __all__ = list(_MODULE_OF_NAME)
