@@ -24,7 +24,7 @@ LISTED = {name: bool(needs) for name, needs in re.findall(r"`([a-z]+\.[\w.]*\b_\
 # Python's own, and those by which evaluate's modules are made
 OF_OTHERS = {"_asdict", "_replace", "_Unpickler", "_info", "_compute"}
 # Python, PyTorch and ABCs make these in each class
-MADE_IN_CLASSES = {"_abc_impl", "_backward_cls", "_is_protocol"}
+MADE_IN_CLASSES = {"_auto_class", "_abc_impl", "_backward_cls", "_is_protocol"}
 BY_NAME = {"attrgetter", "getattr", "hasattr", "setattr", "delattr"}
 
 

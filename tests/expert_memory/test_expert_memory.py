@@ -101,8 +101,12 @@ def test_other_models(overrides: dict[str, Any], make_model: MakeModel, tmp_path
     make_model(**{"num_experts": NUM_EXPERTS, "num_experts_per_tok": 2} | overrides).save_pretrained(tmp_path)
     ids = tokens()
     ids[1, 4:] = 1
-    cached = on_cpu(tmp_path, 4 * num_bytes_of_an_expert(tmp_path))
-    require_same(cached, resident(tmp_path), ids, tokens(1, 3))
+    cached, whole = on_cpu(tmp_path, 4 * num_bytes_of_an_expert(tmp_path)), resident(tmp_path)
+    for batch in (ids, tokens(1, 3)):
+        (mine, my_tokens), (theirs, their_tokens) = (outputs_of(m, batch) for m in (cached, whole))
+        # on some processors products of such small matrices depend on where weights stand in memory
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+        assert torch.equal(my_tokens, their_tokens)
 
 
 def test_pruned_and_merged(model: Any, rows: Any, tokenizer: ZCodeM3Tokenizer, tmp_path: Path) -> None:
