@@ -415,6 +415,54 @@ class CollectiveCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def count_collectives(run: Callable[[], Tensor]) -> tuple[Log, Log]:
+    """Those of a forward, and of the backward of the sum of what it returns."""
+    with CollectiveCounter() as forward:
+        output = run()
+    with CollectiveCounter() as backward:
+        output.sum().backward()
+    return forward.log, backward.log
+
+
+def log_of(**counts: list[int]) -> Log:
+    """From the bytes of each kind of functional collective."""
+    return Counter((f"_c10d_functional.{name}", num_bytes) for name, sizes in counts.items() for num_bytes in sizes)
+
+
+def gradient_of(output: Tensor, batch: int) -> Tensor:
+    """What an output of a batch gets in backward."""
+    return torch.randn(output.shape, generator=torch.Generator().manual_seed(50 + batch))
+
+
+def assert_as_a_loop_over_all_experts(
+    folder: Path,
+    by_rank: list[tuple[Tensor, Tensor, Tensor, Parts]],
+    tensor_parallel_size: int,
+    inputs_of: Callable[[int], tuple[Tensor, Tensor, Tensor]],
+) -> None:
+    """A sparse layer's outputs and gradients, of its inputs and parameters, are those of all experts on one process.
+
+    Args:
+        folder: with the model `top2`.
+        by_rank: output, gradients of hidden states and weights, and this rank's parts of those of the parameters.
+        inputs_of: hidden states, expert ids and weights of a batch.
+    """
+    num_batches = len(by_rank) // tensor_parallel_size
+    model = ZCodeM3ForConditionalGeneration.from_pretrained(folder / "top2", experts_implementation="eager")
+    experts: Any = model.model.encoder.layers[1].ffn.experts
+    for batch in range(num_batches):
+        hidden, ids, weights = inputs_of(batch)
+        output = experts(hidden, ids, weights)
+        (output / num_batches).backward(gradient_of(output, batch))  # parameters get the mean over batches
+        for found in by_rank[batch * tensor_parallel_size : (batch + 1) * tensor_parallel_size]:
+            torch.testing.assert_close(found[0], output.detach(), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found[1], hidden.grad * num_batches, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found[2], weights.grad * num_batches, rtol=1e-5, atol=1e-6)
+    expected = {name: parameter.grad for name, parameter in experts.named_parameters()}
+    errors = relative_errors([found[3] for found in by_rank], expected)
+    assert {name: error for name, error in errors.items() if error > 1e-5} == {}
+
+
 def assert_as_one_process(
     folder: Path, case: Case, by_rank: list[Trained], load: Callable[[str], Any] = load_alone
 ) -> None:

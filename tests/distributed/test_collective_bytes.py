@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ted_cases import CONFIGS, CollectiveCounter, Log, write_models
+from ted_cases import CONFIGS, CollectiveCounter, Log, count_collectives, log_of, write_models
 from torch import Tensor
 
 from hf_moe_ted import TedPlugin, ZCodeM3ForConditionalGeneration
@@ -94,14 +94,6 @@ def inputs_of(batch: int) -> tuple[Tensor, Tensor, Tensor]:
     return hidden.requires_grad_(), ids, weights.requires_grad_()
 
 
-def count(run: Any) -> tuple[Log, Log]:
-    with CollectiveCounter() as forward:
-        output = run()
-    with CollectiveCounter() as backward:
-        output.sum().backward()
-    return forward.log, backward.log
-
-
 def count_experts(folder: str, layout: Layout) -> tuple[Log, Log]:
     load = ZCodeM3ForConditionalGeneration.from_pretrained
     model: Any = load(folder, distributed_config=layout.plugin().distributed_config, capacity_factor=1.0)
@@ -109,7 +101,7 @@ def count_experts(folder: str, layout: Layout) -> tuple[Log, Log]:
     experts.max_tokens_per_expert = lambda num_tokens: layout.capacity
     inputs = inputs_of(dist.get_rank() // layout.tp)
     with bounded_expert_load(model, layout.bound) if layout.bound else contextlib.nullcontext():
-        return count(lambda: experts(*inputs))
+        return count_collectives(lambda: experts(*inputs))
 
 
 def count_blocks(folder: str) -> dict[str, tuple[Log, Log]]:
@@ -122,15 +114,15 @@ def count_blocks(folder: str) -> dict[str, tuple[Log, Log]]:
     head = model.lm_head(x)
     logits = head.detach().requires_grad_()
     return {
-        "attention": count(lambda: layers[0][0].self_attn(x)[0]),
-        "cross-attention": count(lambda: layers[1][0].encoder_attn(x, key_value_states=states)[0]),
-        "dense feed-forward": count(lambda: layers[0][0].ffn(x)),
-        "encoder layer": count(lambda: layers[0][0](x, None, None)[0]),
-        "embedding": count(lambda: model.model.shared(ids)),
-        "head": count(lambda: model.lm_head(x).to_local()),
-        "loss": count(lambda: model.cross_entropy(logits, ids, 0.1)),
+        "attention": count_collectives(lambda: layers[0][0].self_attn(x)[0]),
+        "cross-attention": count_collectives(lambda: layers[1][0].encoder_attn(x, key_value_states=states)[0]),
+        "dense feed-forward": count_collectives(lambda: layers[0][0].ffn(x)),
+        "encoder layer": count_collectives(lambda: layers[0][0](x, None, None)[0]),
+        "embedding": count_collectives(lambda: model.model.shared(ids)),
+        "head": count_collectives(lambda: model.lm_head(x).to_local()),
+        "loss": count_collectives(lambda: model.cross_entropy(logits, ids, 0.1)),
         # two layers, each with one self-attention, one cross-attention and one feed-forward, dense or sparse
-        "decoder": count(lambda: model.model.decoder(ids, encoder_hidden_states=states).last_hidden_state),
+        "decoder": count_collectives(lambda: model.model.decoder(ids, encoder_hidden_states=states).last_hidden_state),
     }
 
 
@@ -144,7 +136,7 @@ def count_model(folder: str, layout: Layout, checkpointing: str | None, **option
     ids = torch.randint(5, VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
     with bounded_expert_load(model, layout.bound) if layout.bound else contextlib.nullcontext():
         model(input_ids=ids, labels=ids).loss.backward()
-        return count(lambda: model(input_ids=ids, labels=ids).loss)
+        return count_collectives(lambda: model(input_ids=ids, labels=ids).loss)
 
 
 def count_overflow(folder: str) -> Log:
@@ -176,11 +168,6 @@ def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     folder = tmp_path_factory.mktemp("models")
     write_models(folder, {"top2"})
     return run_distributed_test(count_all, WORLD, str(folder / "top2"))
-
-
-def log_of(**counts: list[int]) -> Log:
-    """From the bytes of each kind of functional collective."""
-    return Counter((f"_c10d_functional.{name}", num_bytes) for name, sizes in counts.items() for num_bytes in sizes)
 
 
 def rows_to(layout: Layout, source: int, chunk: int) -> list[int]:

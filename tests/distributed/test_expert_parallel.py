@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ted_cases import parts_of, relative_errors, write_models
+from ted_cases import assert_as_a_loop_over_all_experts, gradient_of, parts_of, write_models
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -67,10 +67,6 @@ def inputs_of(name: str, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     return hidden.requires_grad_(), ids, weights.requires_grad_()
 
 
-def gradient_of(output: Tensor, batch: int) -> Tensor:
-    return torch.randn(output.shape, generator=torch.Generator().manual_seed(50 + batch))
-
-
 def run_all(folder: str) -> dict[Any, Any]:
     """Output, gradients of hidden states and weights, and this rank's parts of those of the parameters."""
     results: dict[Any, Any] = {}
@@ -118,21 +114,9 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
 def test_as_a_loop_over_all_experts(launched: tuple[Path, list], case: tuple[str, str, str]) -> None:
     folder, by_rank = launched
     tensor_parallel_size = LAYOUTS[case[0]].get("tensor_parallel_size", 1)
-    num_batches = 4 // tensor_parallel_size
-    model = ZCodeM3ForConditionalGeneration.from_pretrained(folder / "top2", experts_implementation="eager")
-    experts: Any = model.model.encoder.layers[1].ffn.experts
-    for batch in range(num_batches):
-        hidden, ids, weights = inputs_of(case[1], batch)
-        output = experts(hidden, ids, weights)
-        (output / num_batches).backward(gradient_of(output, batch))  # parameters get the mean over batches
-        for results in by_rank[batch * tensor_parallel_size : (batch + 1) * tensor_parallel_size]:
-            found = results[case]
-            torch.testing.assert_close(found[0], output.detach(), rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(found[1], hidden.grad * num_batches, rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(found[2], weights.grad * num_batches, rtol=1e-5, atol=1e-6)
-    expected = {name: parameter.grad for name, parameter in experts.named_parameters()}
-    errors = relative_errors([results[case][3] for results in by_rank], expected)
-    assert {name: error for name, error in errors.items() if error > 1e-5} == {}
+    assert_as_a_loop_over_all_experts(
+        folder, [results[case] for results in by_rank], tensor_parallel_size, lambda batch: inputs_of(case[1], batch)
+    )
 
 
 @pytest.mark.parametrize("layout", BOUNDED)

@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 from ted_cases import (
     Case,
-    CollectiveCounter,
     Log,
+    assert_as_a_loop_over_all_experts,
     assert_as_one_process,
+    count_collectives,
+    gradient_of,
+    log_of,
     messages_of,
     parts_of,
-    relative_errors,
     run_cases,
     write_models,
 )
@@ -60,10 +62,6 @@ def inputs_of(name: str, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     ids = torch.tensor(experts)[torch.randint(len(experts), (sizes[batch], 2), generator=generator)]
     weights = torch.rand(sizes[batch], 2, generator=generator) * (ids < NUM_EXPERTS)
     return hidden.requires_grad_(), ids, weights.requires_grad_()
-
-
-def gradient_of(output: Tensor, batch: int) -> Tensor:
-    return torch.randn(output.shape, generator=torch.Generator().manual_seed(50 + batch))
 
 
 # whole models, three steps and an evaluation each
@@ -161,20 +159,12 @@ def masks_of(folder: str) -> tuple[Tensor, Tensor]:
     return torch.cat(masks[:half]), torch.cat(masks[half:])
 
 
-def count(run: Any) -> tuple[Log, Log]:
-    with CollectiveCounter() as forward:
-        output = run()
-    with CollectiveCounter() as backward:
-        output.sum().backward()
-    return forward.log, backward.log
-
-
 def count_layers(folder: str) -> dict[Any, tuple[Log, Log]]:
     results = {}
     for name in ("ep4", "tp2 x ep2"):
         for moves in (True, False):
             experts, batch = layer_of(folder, **LAYOUTS[name] | {"least_loaded_experts": moves})
-            results[name, moves] = count(lambda e=experts, b=batch: e(*inputs_of("one expert", b)))
+            results[name, moves] = count_collectives(lambda e=experts, b=batch: e(*inputs_of("one expert", b)))
     return results
 
 
@@ -187,7 +177,7 @@ def run_model(folder: str, checkpointing: str | None) -> tuple[tuple[Log, Log], 
         model.activation_checkpointing_enable(plugin.activation_checkpointing_kwargs)
     ids = torch.randint(5, 96, (2, 7), generator=torch.Generator().manual_seed(dist.get_rank()))
     model(input_ids=ids, labels=ids).loss.backward()
-    log = count(lambda: model(input_ids=ids, labels=ids).loss)
+    log = count_collectives(lambda: model(input_ids=ids, labels=ids).loss)
     return log, model.eval().generate(ids, max_new_tokens=5).tolist() if checkpointing is None else []
 
 
@@ -247,21 +237,9 @@ def by_rank(folder: Path) -> list[dict[Any, Any]]:
 @pytest.mark.parametrize("case", CASES, ids=", ".join)
 def test_as_a_loop_over_all_experts(folder: Path, by_rank: list[Any], case: tuple[str, str, str]) -> None:
     tensor_parallel_size = LAYOUTS[case[0]].get("tensor_parallel_size", 1)
-    num_batches = 4 // tensor_parallel_size
-    model = ZCodeM3ForConditionalGeneration.from_pretrained(folder / "top2", experts_implementation="eager")
-    experts: Any = model.model.encoder.layers[1].ffn.experts
-    for batch in range(num_batches):
-        hidden, ids, weights = inputs_of(case[1], batch)
-        output = experts(hidden, ids, weights)
-        (output / num_batches).backward(gradient_of(output, batch))  # parameters get the mean over batches
-        for results in by_rank[batch * tensor_parallel_size : (batch + 1) * tensor_parallel_size]:
-            found = results[case]
-            torch.testing.assert_close(found[0], output.detach(), rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(found[1], hidden.grad * num_batches, rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(found[2], weights.grad * num_batches, rtol=1e-5, atol=1e-6)
-    expected = {name: parameter.grad for name, parameter in experts.named_parameters()}
-    errors = relative_errors([results[case][3] for results in by_rank], expected)
-    assert {name: error for name, error in errors.items() if error > 1e-5} == {}
+    assert_as_a_loop_over_all_experts(
+        folder, [results[case] for results in by_rank], tensor_parallel_size, lambda batch: inputs_of(case[1], batch)
+    )
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -284,10 +262,6 @@ def test_ranks_that_split_an_expert_drop_the_same_activations(by_rank: list[Any]
     for rank, (mask, again) in enumerate(masks):
         assert mask.numel() and torch.equal(mask, again)
         assert torch.equal(mask, masks[rank // 2 * 2][0])
-
-
-def log_of(**counts: list[int]) -> Log:
-    return Counter((f"_c10d_functional.{name}", num_bytes) for name, sizes in counts.items() for num_bytes in sizes)
 
 
 ROW = WIDTH * FLOAT
