@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTION, FEED_FORWARD, VOCABULARY = "attention", "feed-forward", "vocabulary"
+_MAX_FLOATS = 2**26  # weights that are floats at once where no gradient is wanted; a projection to a vocabulary has more
 _SIDES = ("encoder", "decoder")
 
 
@@ -49,7 +50,7 @@ class QuantizedLinear(_QuantizedWeight):
     """`nn.Linear` whose weights are integers.
 
     On CPUs, where no gradient is wanted, activations are rounded, too, and multiplied as integers: see
-    [`PackedInt8Weights`]. Elsewhere the weights become floats in each call.
+    [`PackedInt8Weights`]. Elsewhere the weights become floats in each call, those of large matrices in parts.
 
     Parameters: `weight_packed` int8[O, I], `weight_scale` float[O, 1] and `bias` float[O] or `None`.
     """
@@ -64,10 +65,24 @@ class QuantizedLinear(_QuantizedWeight):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """float[..., I] -> float[..., O]."""
-        if not self._multiplies_integers():
-            weight = dequantize_weight(self.weight_packed, self.weight_scale, 8)
-            return nn.functional.linear(inputs, weight.to(inputs.dtype), self.bias)
-        return self._outputs_of_integers(inputs, (), "weight")
+        if self._multiplies_integers():
+            return self._outputs_of_integers(inputs, (), "weight")
+        num_rows = max(1, _MAX_FLOATS // self.in_features)
+        if torch.is_grad_enabled() or self.out_features <= num_rows:
+            return self._outputs_of_floats(inputs, slice(None))
+        first = self._outputs_of_floats(inputs, slice(num_rows))
+        outputs = first.new_empty(*first.shape[:-1], self.out_features)
+        outputs[..., :num_rows] = first
+        for start in range(num_rows, self.out_features, num_rows):
+            part = slice(start, start + num_rows)
+            outputs[..., part] = self._outputs_of_floats(inputs, part)
+        return outputs
+
+    def _outputs_of_floats(self, inputs: Tensor, part: slice) -> Tensor:
+        """Those of a part of the rows of the weight."""
+        weight = dequantize_weight(self.weight_packed[part], self.weight_scale[part], 8)
+        bias = None if self.bias is None else self.bias[part]
+        return nn.functional.linear(inputs, weight.to(inputs.dtype), bias)
 
     def with_others(self, others: Sequence[nn.Module], inputs: Tensor) -> list[Tensor]:
         """The outputs of this layer and of others for the same inputs, in one product where that is possible."""
