@@ -1,4 +1,4 @@
-"""The shipped model in float32, int8, trimmed, and both: sentences per second, memory and quality with four beams.
+r"""The shipped model in float32, int8, trimmed, and both: sentences per second, memory and quality with four beams.
 
     python examples/benchmarks/bench_shipped_model.py --threads 2 --output shipped_model.json
     python examples/benchmarks/bench_shipped_model.py --isa avx2
@@ -13,6 +13,11 @@ If CTranslate2 is installed, a dense model of the same active size stands beside
 at random and trained no further, in int8. Its translations are worth nothing, so each is as long as those of float32
 are on average: speed and memory only. It runs without PyTorch, from text to text. On a GPU (`--device cuda`) it is left
 out, the first row runs step by step, and all others, of which there are more, with CUDA graphs where they can.
+
+Whether experts in few bits, and such that are not all on the GPU, translate as bfloat16 does, in one process:
+
+    python examples/benchmarks/bench_shipped_model.py --device cuda --in_one_process --num_sentences 200 \
+        --batch_size 100 --num_rounds 0 --output shipped_model_cuda.json
 """
 
 import argparse
@@ -28,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_translation_cpu import keep_to
-from translation_ways import Direction, Round, Settings, Way, WayProcess
+from translation_ways import Direction, Round, Settings, Way, WayHere, WayProcess
 
 EXAMPLES = Path(__file__).parents[1]
 MODEL = EXAMPLES / "checkpoints" / "zcode_m3_demo"
@@ -38,7 +43,10 @@ GRAPH_BEAMS, CTRANSLATE2 = "float32, graph beams", "CTranslate2, dense, int8"
 BFLOAT16, BFLOAT16_STEPS = "bfloat16", "bfloat16, step by step"
 INT8_EXPERTS, INT4_EXPERTS = "int8 experts, bfloat16", "int4 experts, bfloat16"
 EXPERT_MEMORY = "int4 experts, bfloat16, a quarter of them on the GPU"
-ON_GPUS = (GRAPH_BEAMS, BFLOAT16, BFLOAT16_STEPS, INT8_EXPERTS, INT4_EXPERTS, EXPERT_MEMORY)
+INT4_ALL = "int4 experts, all else int8"
+ALL_EXPERT_MEMORY = "int4 experts, all else int8, an eighth of the experts on the GPU"
+WITH_SMALL_EXPERTS = (INT8_EXPERTS, INT4_EXPERTS, EXPERT_MEMORY, INT4_ALL, ALL_EXPERT_MEMORY)
+ON_GPUS = (GRAPH_BEAMS, BFLOAT16, BFLOAT16_STEPS, *WITH_SMALL_EXPERTS)
 WAYS = (FLOAT32, INT8, TRIMMED, TRIMMED_INT8, *ON_GPUS, CTRANSLATE2)
 MAX_CHRF_DIFFERENCE = 0.3
 
@@ -63,11 +71,13 @@ def test_directions(language: str, num_sentences: int) -> list[Direction]:
 
 
 def make_ways(folder: Path, arguments: argparse.Namespace) -> list[Way]:
-    """Float32, and what `--ways` names, in the order of the table."""
+    """What others are compared with, and what `--ways` names, in the order of the table."""
     from hf_moe_ted import quantize_experts
 
-    wanted, language = {FLOAT32, *arguments.ways}, arguments.language
+    wanted, language = {BFLOAT16 if arguments.in_one_process else FLOAT32, *arguments.ways}, arguments.language
     on_gpu = arguments.device == "cuda"
+    if arguments.in_one_process:
+        return [way for way in gpu_ways(folder) if way.name in wanted]
     ways = [Way(FLOAT32, MODEL, {"cuda_graphs": False} if on_gpu else {})]
     if INT8 in wanted:
         quantize_experts(MODEL, what="all", output_dir=folder / "int8")
@@ -92,7 +102,8 @@ def gpu_ways(folder: Path) -> list[Way]:
 
     for bits in (8, 4):
         quantize_experts(MODEL, bits=bits, output_dir=folder / f"int{bits}_experts", dtype="bfloat16")
-    int4 = folder / "int4_experts"
+    quantize_experts(MODEL, bits=4, what="all", output_dir=folder / "int4_all", dtype="bfloat16")
+    int4, int4_all = folder / "int4_experts", folder / "int4_all"
     return [
         Way(GRAPH_BEAMS, MODEL),
         Way(BFLOAT16, MODEL, dtype="bfloat16"),
@@ -100,6 +111,8 @@ def gpu_ways(folder: Path) -> list[Way]:
         Way(INT8_EXPERTS, folder / "int8_experts"),
         Way(INT4_EXPERTS, int4),
         Way(EXPERT_MEMORY, int4, expert_bytes=bytes_of_experts(int4) // 4),
+        Way(INT4_ALL, int4_all),
+        Way(ALL_EXPERT_MEMORY, int4_all, expert_bytes=bytes_of_experts(int4_all) // 8),
     ]
 
 
@@ -147,16 +160,20 @@ def ctranslate2_ways(folder: Path) -> list[Way]:
 
 
 def measure(
-    ways: list[Way], directions: list[Direction], settings: Settings, num_rounds: int
+    ways: list[Way],
+    directions: list[Direction],
+    settings: Settings,
+    num_rounds: int,
+    kind: type[WayProcess] | type[WayHere] = WayProcess,
 ) -> dict[str, list[Round]]:
     """A round to warm up, which is the first of each list, then `num_rounds` in turns."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    processes: list[WayProcess] = []
+    processes: list[WayProcess | WayHere] = []
     rounds: dict[str, list[Round]] = {}
     for way in ways:
-        process = WayProcess(way, settings)
+        process = kind(way, settings)
         rounds[way.name] = [process.round(directions)]
         if way.name == RESTRICTED:  # for its translations only
             process.end()
@@ -200,7 +217,7 @@ def result_of(way: Way, rounds: dict[str, list[Round]], directions: list[Directi
     if way.name == CTRANSLATE2:
         return row
     row["scores"] = scores_of(own[0].translations, directions)
-    row["num_equal"] = num_equal(own[0], rounds[FLOAT32][0])
+    row["num_equal"] = num_equal(own[0], next(iter(rounds.values()))[0])
     if way.name == TRIMMED:
         row["num_equal_restricted"] = num_equal(own[0], rounds[RESTRICTED][0])
     return row | {"num_sentences": num_sentences(directions)}
@@ -238,7 +255,8 @@ def remark(row: dict[str, Any], first: dict[str, Any]) -> str:
     for name, scores in row["scores"].items():
         difference = scores["chrf"] - first["scores"][name]["chrf"]
         if abs(difference) > MAX_CHRF_DIFFERENCE:
-            remarks.append(f"CHRF OF {name} {difference:+.2f}, MORE THAN {MAX_CHRF_DIFFERENCE} FROM FLOAT32")
+            far = f"MORE THAN {MAX_CHRF_DIFFERENCE} FROM {first['way'].upper()}"
+            remarks.append(f"CHRF OF {name} {difference:+.2f}, {far}")
     same = row.get("num_equal_restricted", row["num_equal"] if row["way"] == GRAPH_BEAMS else None)
     if same is not None and same < row["num_sentences"]:
         remarks.append("NOT THE TRANSLATIONS OF THE SAME ARITHMETIC")
@@ -293,10 +311,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--num_rounds", type=int, default=3, help="0: the one that warms up is timed")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="rows, beside float32")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, help="rows, beside the first")
+    parser.add_argument("--in_one_process", action="store_true", help="those of few bits, beside bfloat16")
     parser.add_argument("--isa", choices=("native", "avx2"), default="native")
     parser.add_argument("--output", type=Path, help="JSON file with all that was measured")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.ways = arguments.ways or (WITH_SMALL_EXPERTS if arguments.in_one_process else WAYS)
+    return arguments
 
 
 def main() -> None:
@@ -309,7 +330,8 @@ def main() -> None:
     directions = test_directions(arguments.language, arguments.num_sentences)
     with tempfile.TemporaryDirectory() as folder:
         ways = make_ways(Path(folder), arguments)
-        rounds = measure(ways, directions, settings, arguments.num_rounds)
+        kind = WayHere if arguments.in_one_process else WayProcess
+        rounds = measure(ways, directions, settings, arguments.num_rounds, kind)
         rows = [result_of(way, rounds, directions) for way in ways if way.name != RESTRICTED]
     load = os.getloadavg()[0]
     print(f"{num_sentences(directions)} sentences, {arguments.isa}, {asdict(settings)}, load {load:.1f}\n")

@@ -1,4 +1,4 @@
-"""Ways to translate, each in a process of its own, which loads a model and translates what it is sent."""
+"""Ways to translate, in this process or one each, which loads a model and translates what it is sent."""
 
 import multiprocessing
 import sys
@@ -136,11 +136,14 @@ def serve(connection: Any, way: Way, settings: Settings) -> None:
     load = ctranslate2_translate if way.is_ctranslate2 else pipeline_translate
     translate, libraries_mb = load(way, settings)
     for directions in iter(connection.recv, None):
-        start, processor_start = time.perf_counter(), time.process_time()
-        translations = [translate(direction) for direction in directions]
-        seconds, processor_s = time.perf_counter() - start, time.process_time() - processor_start
-        memory = (libraries_mb, peak_memory_mb(), peak_gpu_mb(settings))
-        connection.send(Round(seconds, processor_s, translations, *memory))
+        connection.send(timed_round(translate, directions, libraries_mb, settings))
+
+
+def timed_round(translate: Translate, directions: list[Direction], libraries_mb: float, settings: Settings) -> Round:
+    start, processor_start = time.perf_counter(), time.process_time()
+    translations = [translate(direction) for direction in directions]
+    seconds, processor_s = time.perf_counter() - start, time.process_time() - processor_start
+    return Round(seconds, processor_s, translations, libraries_mb, peak_memory_mb(), peak_gpu_mb(settings))
 
 
 def peak_memory_mb() -> float:
@@ -189,3 +192,20 @@ class WayProcess:
     def end(self) -> None:
         self._connection.send(None)
         self._process.join()
+
+
+class WayHere:
+    """A way in this process, where starting others takes longer than to translate; see [`WayProcess`].
+
+    Peak memory is that of all ways so far.
+    """
+
+    def __init__(self, way: Way, settings: Settings):
+        self.way, self._settings = way, settings
+        self._translate, self._libraries_mb = pipeline_translate(way, settings)
+
+    def round(self, directions: list[Direction]) -> Round:
+        return timed_round(self._translate, directions, self._libraries_mb, self._settings)
+
+    def end(self) -> None:
+        del self._translate

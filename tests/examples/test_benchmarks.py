@@ -154,6 +154,22 @@ def test_ways_of_the_shipped_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert "MORE THAN 0.3 FROM FLOAT32; NOT THE TRANSLATIONS" in bench_shipped_model.remark(worse, whole)
 
 
+def test_ways_of_few_bits_in_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench_shipped_model, "WayProcess", None)
+    sizes = ("--in_one_process", "--num_sentences", "3", "--num_rounds", "0", "--num_beams", "2")
+    rows = run(monkeypatch, bench_shipped_model, tmp_path / "out.json", *sizes)["results"]
+    whole, int8, int4, int4_memory, int4_all, int4_all_memory = rows
+    assert [row["way"] for row in rows] == [bench_shipped_model.BFLOAT16, *bench_shipped_model.WITH_SMALL_EXPERTS]
+    assert whole["num_equal"] == 6
+    assert whole["weights_mb"] > int8["weights_mb"] > int4["weights_mb"] > int4_all["weights_mb"]
+    assert int4_memory["scores"] == int4["scores"]
+    assert int4_all_memory["scores"] == int4_all["scores"]
+    for row in rows:
+        assert all(0 < scores["chrf"] <= 100 for scores in row["scores"].values())
+    far = {**int4, "scores": {"en-de": {"chrf": 0.0}}}
+    assert bench_shipped_model.remark(far, whole).endswith("MORE THAN 0.3 FROM BFLOAT16")
+
+
 def test_a_way_that_fails(tmp_path: Path) -> None:
     way = translation_ways.Way("broken", tmp_path / "none", is_ctranslate2=True)
     process = translation_ways.WayProcess(way, translation_ways.Settings(1, 1, 1, "cpu"))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTION, FEED_FORWARD, VOCABULARY = "attention", "feed-forward", "vocabulary"
-_MAX_FLOATS = 2**26  # weights that are floats at once where no gradient is wanted; a projection to a vocabulary has more
+_MAX_FLOATS = 2**26  # weights that are floats at once, without gradients; a projection to a vocabulary has more
 _SIDES = ("encoder", "decoder")
 
 
