@@ -31,6 +31,8 @@ EVAL_LOSS = re.compile(r"eval_(\w+)_loss")
 def read_runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Results by variant, with the `translations` that there are.
 
+    A run that is not done is left out where another one of its variant is done: its losses are those of fewer steps.
+
     Raises:
         ValueError: no run in the folder is done.
     """
@@ -42,7 +44,12 @@ def read_runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
         runs[result["variant"]].append(result)
     if not runs:
         raise ValueError(f"no */seed_*/result.json in {folder}: train_multitask.py writes them to its output_dir")
-    return dict(runs)
+    return {variant: [run for run in of_variant if is_done(run)] or of_variant for variant, of_variant in runs.items()}
+
+
+def is_done(result: dict[str, Any]) -> bool:
+    """Whether a run made all of its steps; results of older versions, which were written at the end, do not say it."""
+    return bool(result.get("is_done", True))
 
 
 def curves_of(result: dict[str, Any]) -> dict[str, Curve]:

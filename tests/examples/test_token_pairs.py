@@ -223,3 +223,18 @@ def test_ratios_of_steps_and_seconds() -> None:
     assert experiment_report.reached(sparse, 3.0) == (150.0, 30.0)
     # 4.0 is above what the run starts with, 3.5 is behind something better, 2.0 is not reached
     assert experiment_report.ratios_to(sparse, dense) == [(200, 200 / 150, 20 / 30), (400, 0.0, 0.0)]
+
+
+def test_report_leaves_out_runs_that_are_not_done(tmp_path: Path) -> None:
+    runs = {("dense", 0): True, ("dense", 1): False, ("sparse", 0): False, ("old", 0): None}
+    for (variant, seed), is_done in runs.items():
+        path = tmp_path / variant / f"seed_{seed}" / "result.json"
+        path.parent.mkdir(parents=True)
+        result = {"variant": variant, "seed": seed} | ({} if is_done is None else {"is_done": is_done})
+        path.write_text(json.dumps(result), encoding="utf-8")
+    found = {
+        (run["variant"], run["seed"])
+        for of_variant in experiment_report.read_runs(tmp_path).values()
+        for run in of_variant
+    }
+    assert found == {("dense", 0), ("sparse", 0), ("old", 0)}
