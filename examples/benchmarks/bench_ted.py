@@ -3,22 +3,30 @@
     python examples/benchmarks/bench_ted.py --suite two --output ted.json
 
 Runs the cases of a suite that the GPUs of this machine allow, one `torchrun` per number of GPUs, and prints a table.
-Models have random weights, made in place on the devices, and batches without padding. Every case reports the mean of
-ten steps, what the collectives of one step move by kind, and the time they take on the device, from a profile. In cases
-with `graph` the whole step, collectives and optimizer included, is one CUDA graph.
+Each result is printed and written to `ted.jsonl` when it is there; a case that fails, or takes longer than
+`--case_limit_s`, is a line with its error, and the others go on in a new `torchrun`. Models have random weights, made
+in place on the devices, and batches without padding. Every case reports the mean of ten steps (`--steps`), what the
+collectives of one step move by kind, and the time they take on the device, from a profile. In cases with `graph` the
+whole step, collectives and optimizer included, is one CUDA graph.
 
     python examples/benchmarks/bench_ted.py --suite skewed_four --pair en-de
 
 Plain and least-loaded expert parallelism, forward and training, where experts get the shares of tokens that those of
 the shipped model get of a language pair; a second table has the ratios.
 
+Two GPUs of one machine, and as if of two; then peak memory by layout:
+
+    python examples/benchmarks/bench_ted.py --suite across
+    python examples/benchmarks/bench_ted.py --suite across --nodes 2
+    python examples/benchmarks/bench_ted.py --suite memory --steps 2
+
 Across machines:
 
     python examples/benchmarks/bench_ted.py --suite nodes --nodes 2
     torchrun --nnodes 2 --nproc_per_node 8 ... examples/benchmarks/bench_ted.py --suite nodes --systems ours
 
-The first emulates machines on this host (machines.py), and says so. The second takes those of the launcher, on which
-DeepSpeed, which keeps its groups in globals, needs a launch of its own (`--systems deepspeed`).
+The first, as above, emulates machines on this host (machines.py), and says so. The second takes those of the launcher,
+on which DeepSpeed, which keeps its groups in globals, needs a launch of its own (`--systems deepspeed`).
 
 With nvidia-ml-py (`pip install nvidia-ml-py`) each case has joules of all GPUs per step and watts of a GPU, by NVML's
 counter of energy, and watts of a GPU that waits. `idle_power` of the planner (planning/constants.py) is the latter, and
@@ -37,27 +45,29 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from collectives_profile import collectives_of
+from collectives_profile import CollectiveBytes, collectives_of
 from energy_meter import EnergyMeter
 from least_loaded import print_ratios, route_as
 from machines import Machines, check_ranks, emulate, machines_of
 from rich.console import Console
 from rich.table import Table
-from ted_suites import BASES, SKEWED, Case, suite_of
+from ted_suites import BASES, OF_TWO, SKEWED, Case, suite_of
 from transformers import AutoModelForSeq2SeqLM, M2M100Config
 from transformers import initialization as init
 from transformers.distributed import DistributedConfig
 from transformers.distributed.utils import initialize_distributed_mesh
 
-from hf_moe_ted import TedPlugin, ZCodeM3Config, ZCodeM3ForConditionalGeneration
+from hf_moe_ted import TedPlugin, ZCodeM3Config, ZCodeM3ForConditionalGeneration, bounded_expert_load
 
-WARMUP_STEPS, TIMED_STEPS = 3, 10
+WARMUP_STEPS = 3
+START_S = 60.0  # that the first case of a launch may take longer: imports, communicators, kernels
+POLL_S = 0.5
 ENERGY_S = 2.0  # that steps run at least while their energy is measured, as the counter goes on ten times a second
 HOPPER_PEAK_TFLOPS = 989  # dense bfloat16 of H100 and H200 as SXM modules, from NVIDIA's data sheets
 
@@ -65,27 +75,42 @@ HOPPER_PEAK_TFLOPS = 989  # dense bfloat16 of H100 and H200 as SXM modules, from
 # ---- one case, in every process ----
 
 
-def run_case(case: Case) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Measured:
+    """What is measured of a case.
+
+    Attributes:
+        step: gives its loss.
+        num_batches: that all processes take in it.
+        collective_bytes: of a captured step, whose replays Python does not see, by kind.
+        load: of `bounded_expert_load`, the largest load of a rank in parts of the rows there were for it.
+    """
+
+    step: Callable[[], Any]
+    num_batches: int
+    collective_bytes: dict[str, int] | None = None
+    load: Callable[[], float] | None = None
+
+
+def run_case(case: Case, num_steps: int = 10) -> dict[str, Any]:
     """Build, train some steps, profile one."""
     torch.manual_seed(0)
     meter = EnergyMeter.of_current_gpu()
     idle_w = meter.idle_watts() if meter is not None else None
-    if case.system == "deepspeed":
-        step, num_batches = deepspeed_step(case)
-    else:
-        step, num_batches = torch_step(case)
+    measured = deepspeed_step(case) if case.system == "deepspeed" else torch_step(case)
+    step = measured.step
     for _ in range(WARMUP_STEPS):
         loss = step()
     sync()
     if not case.graph:
         reset_peak()
     start = time.perf_counter()
-    for _ in range(TIMED_STEPS):
+    for _ in range(num_steps):
         loss = step()
     sync()
-    step_s = (time.perf_counter() - start) / TIMED_STEPS
+    step_s = (time.perf_counter() - start) / num_steps
     peak_gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else float("nan")
-    tokens = 2 * case.batch_size * case.length * num_batches
+    tokens = 2 * case.batch_size * case.length * measured.num_batches
     tflops_per_gpu = (2 if case.forward else 6) * active_parameters(case) * tokens / 2 / step_s / case.num_gpus / 1e12
     result = {
         "step_ms": step_s * 1e3,
@@ -95,11 +120,15 @@ def run_case(case: Case) -> dict[str, Any]:
         "loss": float(loss),
     }
     if meter is not None:
-        result |= {"idle_w": idle_w, **energy_of(step, step_s, meter)}
+        result |= {"idle_w": idle_w, **energy_of(step, step_s, meter, num_steps)}
+    if measured.load is not None:
+        result["load"] = measured.load()
     if torch.cuda.is_available() and any(name in torch.cuda.get_device_name() for name in ("H100", "H200")):
         result["mfu"] = tflops_per_gpu / HOPPER_PEAK_TFLOPS
     if case.system != "deepspeed":
         result |= collectives_of(step, counts_bytes=not case.graph)
+    if measured.collective_bytes is not None:
+        result["collective_mb"] = {kind: size / 1e6 for kind, size in measured.collective_bytes.items()}
     if case.routing is not None:
         result |= of_all_ranks(result)
     return result
@@ -114,9 +143,9 @@ def of_all_ranks(result: dict[str, Any]) -> dict[str, float]:
     return {"largest_peak_gib": max(peaks), "all_to_all_mb_of_all": sum(exchanged)}
 
 
-def energy_of(step: Callable[[], Any], step_s: float, meter: EnergyMeter) -> dict[str, float]:
+def energy_of(step: Callable[[], Any], step_s: float, meter: EnergyMeter, num_steps: int) -> dict[str, float]:
     """Joules of a step of all GPUs, and watts of one, over at least `ENERGY_S`; all ranks take as many steps."""
-    count = torch.tensor(max(TIMED_STEPS, math.ceil(ENERGY_S / step_s)), device=current_device())
+    count = torch.tensor(max(num_steps, math.ceil(ENERGY_S / step_s)), device=current_device())
     if dist.is_initialized():
         dist.all_reduce(count, op=dist.ReduceOp.MAX)
     spent = meter.of_calls(step, int(count), sync)
@@ -143,13 +172,13 @@ def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def deepspeed_step(case: Case) -> tuple[Any, int]:
+def deepspeed_step(case: Case) -> Measured:
     """As `torch_step`, by DeepSpeed."""
     import deepspeed_peers  # here, as only these cases need DeepSpeed
 
     with current_device():
         model = dense_model(case, torch.bfloat16)
-    return deepspeed_peers.deepspeed_step(
+    step, num_batches = deepspeed_peers.deepspeed_step(
         model,
         num_experts=case.num_experts,
         tensor_parallel_size=case.layout.get("tp", 1),
@@ -158,10 +187,11 @@ def deepspeed_step(case: Case) -> tuple[Any, int]:
         batch_size=case.batch_size,
         length=case.length,
     )
+    return Measured(step, num_batches)
 
 
-def torch_step(case: Case) -> tuple[Callable[[], torch.Tensor], int]:
-    """A training step in bfloat16, which gives its loss, and the number of batches that all processes take in it."""
+def torch_step(case: Case) -> Measured:
+    """A training step in bfloat16."""
     device = current_device()
     plugin = TedPlugin(**(case.layout if case.system == "ours" else {}))
     if case.system == "dense":
@@ -196,29 +226,47 @@ def torch_step(case: Case) -> tuple[Callable[[], torch.Tensor], int]:
     mask = None if case.graph else torch.ones_like(ids)
     autocast = torch.autocast(device.type, torch.bfloat16) if case.system == "dense" else nullcontext()
 
+    peaks: list[torch.Tensor] = []  # of the last step; that of a graph stands in the same tensor
+
     def step() -> torch.Tensor:
-        with autocast, torch.set_grad_enabled(not case.forward):
-            loss = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
-        if case.forward:
-            return loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        with bounded_expert_load(model, case.load_bound) if case.load_bound else nullcontext() as overflow:
+            for micro_batch in range(case.accumulation):
+                if case.accumulation > 1:
+                    defer(model, case, is_last=micro_batch == case.accumulation - 1)
+                with autocast, torch.set_grad_enabled(not case.forward):
+                    loss = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
+                if not case.forward:
+                    loss.backward()
+            if overflow is not None:
+                peaks[:] = [overflow.peak()]
+        if not case.forward:
+            optimizer.step()
+            optimizer.zero_grad()
         return loss.detach()
 
+    num_batches *= case.accumulation
+    load = (lambda: float(peaks[0])) if case.load_bound else None
     if not case.graph:
-        return step, num_batches
+        return Measured(step, num_batches, load=load)
     torch.cuda.manual_seed(batch)  # replays go on from here: ranks that share a batch must draw the same
-    return captured(step), num_batches
+    replay, collective_bytes = captured(step)
+    return Measured(replay, num_batches, collective_bytes, load)
 
 
-def captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """The step as one CUDA graph; its loss stands in the same tensor after every replay."""
+def defer(model: Any, case: Case, *, is_last: bool) -> None:
+    """Have FSDP2 reduce gradients with the last micro-batch, and keep until then what it has gathered, unless not."""
+    model.set_requires_gradient_sync(is_last)
+    model.set_reshard_after_backward(is_last or case.gathers_again)
+
+
+def captured(step: Callable[[], torch.Tensor]) -> tuple[Callable[[], torch.Tensor], dict[str, int]]:
+    """The step as one CUDA graph, whose loss stands in the same tensor after every replay, and its collectives."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARMUP_STEPS):  # they make what is made once: optimizer states, communicators, kernels
-            step()
+            with CollectiveBytes() as counter:
+                step()
     torch.cuda.current_stream().wait_stream(stream)
     sync()
     reset_peak()  # replays allocate nothing: the capture counts
@@ -236,7 +284,7 @@ def captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         graph.replay()
         return loss
 
-    return replay
+    return replay, counter.bytes
 
 
 def config_of(case: Case) -> ZCodeM3Config:
@@ -246,8 +294,7 @@ def config_of(case: Case) -> ZCodeM3Config:
         decoder_layers=decoder_layers, encoder_ffn_dim=4 * d_model, decoder_ffn_dim=4 * d_model,
         encoder_attention_heads=num_heads, decoder_attention_heads=num_heads, num_experts=case.num_experts,
         num_experts_per_tok=1, encoder_sparse_step=2, decoder_sparse_step=2, dropout=0.1,
-        # transformers' expert parallelism takes no dropped tokens
-        capacity_factor=None if case.system == "transformers" or case.routing else 1.25,
+        capacity_factor=case.capacity_factor,
         attention_dropout=0.0, activation_dropout=0.0, max_position_embeddings=max(512, case.length),
     )  # fmt: skip
 
@@ -306,7 +353,7 @@ def worker(path: Path) -> None:
     if job["emulated_nodes"] > 1:
         emulate(job["emulated_nodes"])
     try:
-        run_cases([Case(**fields) for fields in job["cases"]], Path(job["output"]))
+        run_cases([Case(**fields) for fields in job["cases"]], Path(job["output"]), job["num_steps"])
     except Exception as error:
         # the other ranks may wait for this one for ever: let torchrun end them all, with the first error kept
         with suppress(FileExistsError), open(job["error"], "x", encoding="utf-8") as file:
@@ -314,12 +361,12 @@ def worker(path: Path) -> None:
         raise
 
 
-def run_cases(cases: list[Case], output: Path) -> None:
+def run_cases(cases: list[Case], output: Path, num_steps: int) -> None:
     """In every process of a launcher."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     for case in cases:
-        result = run_case(case)
+        result = run_case(case, num_steps)
         if int(os.environ["RANK"]) == 0:
             with open(output, "a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"name": case.name, **asdict(case), **result}) + "\n")
@@ -336,11 +383,25 @@ def described(error: BaseException) -> str:
     return ", then ".join(f"{type(e).__name__}: {str(e)[:200]}" for e in dict.fromkeys((first, error)))
 
 
-def launch(cases: list[Case], lines: Path, time_limit_s: float, machines: Machines) -> None:
+@dataclass(frozen=True)
+class Limits:
+    """
+    Attributes:
+        launch_s: of the cases on the same number of GPUs, however often they are started anew.
+        case_s: of a case; the first of a launch may take `START_S` longer.
+        num_steps: that are timed.
+    """
+
+    launch_s: float = 600.0
+    case_s: float = 300.0
+    num_steps: int = 10
+
+
+def launch(cases: list[Case], lines: Path, limits: Limits, machines: Machines) -> None:
     """Run cases on the same number of GPUs in one torchrun, and those after one that fails in the next."""
-    deadline = time.monotonic() + time_limit_s
+    deadline = time.monotonic() + limits.launch_s
     while cases:
-        error = torchrun(cases, lines, deadline - time.monotonic(), machines)
+        error = torchrun(cases, lines, deadline, limits, machines)
         done = {(result["name"], result["num_gpus"]) for result in results_in(lines)}
         cases = [case for case in cases if (case.name, case.num_gpus) not in done]
         if error is None:
@@ -348,49 +409,73 @@ def launch(cases: list[Case], lines: Path, time_limit_s: float, machines: Machin
         failed = cases[:1] if time.monotonic() < deadline else cases
         with open(lines, "a", encoding="utf-8") as output:
             for case in failed:
+                print(f"{case.name}: {error}", flush=True)
                 output.write(json.dumps({"name": case.name, **asdict(case), "error": error}) + "\n")
         cases = cases[len(failed) :]
 
 
-def torchrun(cases: list[Case], lines: Path, time_limit_s: float, machines: Machines) -> str | None:
+def torchrun(cases: list[Case], lines: Path, deadline: float, limits: Limits, machines: Machines) -> str | None:
     """Run cases in processes of their own until one fails; what failed, or `None`."""
     with tempfile.TemporaryDirectory() as folder:
         job, error = Path(folder, "job.json"), Path(folder, "error")
         fields: dict[str, Any] = {"cases": [asdict(case) for case in cases], "output": str(lines), "error": str(error)}
-        fields["emulated_nodes"] = machines.number if machines.is_emulated else 1
+        fields |= {"num_steps": limits.num_steps, "emulated_nodes": machines.number if machines.is_emulated else 1}
         job.write_text(json.dumps(fields))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc_per_node={cases[0].num_gpus}", __file__, "--worker", str(job)]
         process = subprocess.Popen(command)
-        try:
-            exit_code = process.wait(time_limit_s)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # and not kill, which would leave the workers on the GPUs
-            process.wait()
-            return "time limit"
+        exit_code = wait_for(process, lines, deadline, limits.case_s)
         if exit_code == 0:
             return None
+        if exit_code is None:
+            return "time limit"
         return error.read_text() if error.exists() else f"exit code {exit_code}"
 
 
+def wait_for(process: subprocess.Popen[bytes], lines: Path, deadline: float, case_s: float) -> int | None:
+    """Print results as they come; the exit code, or `None` if the deadline or the limit of a case has ended it."""
+    num_done, case_deadline = len(results_in(lines)), time.monotonic() + START_S + case_s
+    while time.monotonic() < min(deadline, case_deadline):
+        try:
+            exit_code = process.wait(POLL_S)
+        except subprocess.TimeoutExpired:
+            exit_code = None
+        for result in results_in(lines)[num_done:]:
+            print(f"{result['name']}: {result['step_ms']:.1f} ms, {result['peak_gib']:.1f} GiB", flush=True)
+            num_done, case_deadline = num_done + 1, time.monotonic() + case_s
+        if exit_code is not None:
+            return exit_code
+    process.terminate()  # and not kill, which would leave the workers on the GPUs
+    process.wait()
+    return None
+
+
 def results_in(lines: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+    """Of lines that are whole: a process may be writing the last one."""
+    whole = lines.read_text().rpartition("\n")[0] if lines.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def print_table(results: list[dict[str, Any]], machines: Machines) -> None:
     columns = ("case", "GPUs", "ms/step", "tokens/s", "TFLOP/s/GPU", "MFU", "peak GiB")
-    table = Table(*columns, "collectives ms", "all-to-all MB", "J/step", "W/GPU", "idle W", title=str(machines))
+    columns += ("collectives ms", "all-to-all MB", "other MB", "J/step", "W/GPU", "idle W")
+    table = Table(*columns, title=str(machines))
     for result in results:
         if "error" in result:
-            table.add_row(result["name"], str(result["num_gpus"]), result["error"], *[""] * 9)
+            table.add_row(result["name"], str(result["num_gpus"]), result["error"], *[""] * 10)
             continue
         device_ms = result.get("device_ms", {})
         collectives = sum(spent for kind, spent in device_ms.items() if kind != "compute")
+        sent = result.get("collective_mb")
+        exchanged = sent.get("all_to_all", 0.0) if sent is not None else 0.0
+        name = result["name"]
+        if result.get("load", 0.0) > 1.0:
+            name += f": too many tokens for a rank, {result['load']:.2f} of its rows"
         table.add_row(
-            result["name"], str(result["num_gpus"]), f"{result['step_ms']:.1f}", f"{result['tokens_per_s']:,.0f}",
+            name, str(result["num_gpus"]), f"{result['step_ms']:.1f}", f"{result['tokens_per_s']:,.0f}",
             f"{result['tflops_per_gpu']:.0f}", f"{result['mfu']:.1%}" if "mfu" in result else "",
             f"{result['peak_gib']:.1f}", f"{collectives:.1f}",
-            f"{result['collective_mb'].get('all_to_all', 0.0):.1f}" if "collective_mb" in result else "",
+            *((f"{exchanged:.1f}", f"{sum(sent.values()) - exchanged:.1f}") if sent is not None else ("", "")),
             *(f"{result[name]:.0f}" if name in result else "" for name in ("joules_per_step", "gpu_w", "idle_w")),
         )  # fmt: skip
     Console(width=200).print(table)
@@ -433,15 +518,25 @@ def processes_of(case: Case) -> tuple[int, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=["tiny", "one", "two", "four", "eight", "nodes", *SKEWED], default="one")
+    parser.add_argument(
+        "--suite", choices=["tiny", "one", "two", "four", "eight", *OF_TWO, "nodes", *SKEWED], default="one"
+    )
     parser.add_argument("--pair", default="en-de", help="of the skewed suites: en-XX or XX-en")
     parser.add_argument("--nodes", type=int, help="emulate so many machines on this host; a launcher has its own")
-    parser.add_argument("--shapes", nargs="+", default=["1.3Bx16"], help="of the suite nodes, such as 6.7Bx8")
+    parser.add_argument(
+        "--shapes", nargs="+", default=["1.3Bx16"], help="of the suites nodes and across, such as 6.7Bx8"
+    )
     parser.add_argument("--gpus", type=int, help="of the suite nodes, of all machines; default: all")
     parser.add_argument("--systems", nargs="*", help="only these, such as ours deepspeed")
     parser.add_argument("--only", nargs="+", metavar="SUBSTRING", help="only cases whose name has one of these")
     parser.add_argument("--output", type=Path, default=Path("ted.json"))
-    parser.add_argument("--time_limit_s", type=float, default=600.0, help="per launch and what it starts anew")
+    parser.add_argument(
+        "--time_limit_s", type=float, default=Limits.launch_s, help="per launch and what it starts anew"
+    )
+    parser.add_argument(
+        "--case_limit_s", type=float, default=Limits.case_s, help="then the next cases go on without it"
+    )
+    parser.add_argument("--steps", type=int, default=Limits.num_steps, help="that are timed")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker is not None:
@@ -451,17 +546,18 @@ def main() -> None:
     if machines.is_emulated and not torch.cuda.is_available():
         raise ValueError(f"--nodes ({machines.number}) needs GPUs: NCCL is what takes one host for several machines")
     cases = cases_of(arguments, machines)
+    limits = Limits(arguments.time_limit_s, arguments.case_limit_s, arguments.steps)
     lines = arguments.output.with_suffix(".jsonl")
     if int(os.environ.get("RANK", "0")) == 0:
         lines.unlink(missing_ok=True)
         print(f"{len(cases)} cases on {machines}", flush=True)
     if machines.world_size is not None:
-        run_cases(cases, lines)
+        run_cases(cases, lines, arguments.steps)
         if int(os.environ["RANK"]) > 0:
             return
     else:
         for _, group in itertools.groupby(cases, key=processes_of):
-            launch(list(group), lines, arguments.time_limit_s, machines)
+            launch(list(group), lines, limits, machines)
     results = results_in(lines)
     versions = {
         "torch": torch.__version__,

@@ -1,8 +1,8 @@
 """Least-Loaded Expert Parallelism beside plain expert parallelism, for `bench_ted.py`: cases, routing and ratios.
 
 The shipped model translates test sentences of a language pair, and the shares of tokens that its experts get become
-those of a larger model's: sparse layer i of a side takes those of sparse layer i of the shipped one, in turn. Nothing
-is dropped, and each data-parallel rank draws the experts of its tokens once.
+those of a larger model's: sparse layer i of a side takes those of sparse layer i of the shipped one, in turn. What a
+router drops is not asked, and each data-parallel rank draws the experts of its tokens once.
 """
 
 import csv
@@ -54,8 +54,14 @@ def routing_of_pair(pair: str, num_sentences: int) -> Routing:
     return routing
 
 
+def even_routing(num_experts: int) -> Routing:
+    """Routing in which all experts of all layers have the same share of the tokens."""
+    shares = [[1.0 / num_experts] * num_experts]
+    return {"pair": "even", "encoder": shares, "decoder": shares}
+
+
 def route_as(model: nn.Module, routing: Routing, seed: int) -> None:
-    """Send the tokens of each sparse layer to experts that are drawn by their shares, whatever the router says.
+    """Send the tokens of each sparse layer to experts by their shares, in random order, whatever the router says.
 
     Args:
         seed: the same for ranks that share a batch.
@@ -76,16 +82,18 @@ def route_as(model: nn.Module, routing: Routing, seed: int) -> None:
 
 
 class _DrawnExperts:
-    """A hook that puts the same experts in place of those of the router each time."""
+    """A hook that puts the same experts in place of those of the router each time; each gets its share to one token."""
 
     def __init__(self, shares: list[float], seed: int):
-        self.shares, self.generator = torch.tensor(shares), torch.Generator().manual_seed(seed)
+        self.shares, self.generator = torch.tensor(shares, dtype=torch.float64), torch.Generator().manual_seed(seed)
         self.ids: dict[torch.Size, Tensor] = {}
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden_states, expert_ids, weights = args
         if expert_ids.shape not in self.ids:
-            drawn = self.shares.multinomial(expert_ids.numel(), replacement=True, generator=self.generator)
+            num_slots = expert_ids.numel()
+            places = (torch.randperm(num_slots, generator=self.generator) + 0.5) / num_slots
+            drawn = torch.searchsorted(self.shares.cumsum(0), places).clamp(max=len(self.shares) - 1)
             self.ids[expert_ids.shape] = drawn.view(expert_ids.shape).to(expert_ids.device)
         return hidden_states, self.ids[expert_ids.shape], weights
 
@@ -142,4 +150,4 @@ def _ratios(plain: dict[str, Any], moving: dict[str, Any]) -> list[str]:
     ]
 
 
-__all__ = ["MOVES", "print_ratios", "route_as", "routing_of_pair"]
+__all__ = ["MOVES", "even_routing", "print_ratios", "route_as", "routing_of_pair"]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from least_loaded import MOVES, routing_of_pair
+from least_loaded import MOVES, even_routing, routing_of_pair
 
 # d_model, encoder and decoder layers, heads; the feed-forward is 4 * d_model wide, the vocabulary has 128,000 tokens
 BASES = {
@@ -14,6 +14,7 @@ BASES = {
     "6.7B": (4096, 16, 11, 32),
     "tiny": (64, 2, 2, 4),
 }
+OF_TWO = ("across", "memory")  # suites of two GPUs
 PADDED = {"pad_expert_input_to_capacity": True}
 
 
@@ -29,7 +30,11 @@ class Case:
         graph: whether the whole step is one CUDA graph. Not where the host waits for the device: expert parallelism
             without `pad_expert_input_to_capacity`, and `offload`.
         forward: whether only the loss is computed, without gradients, as in evaluation.
-        routing: of `least_loaded.routing_of_pair`, in place of what routers say and without a capacity.
+        routing: of `least_loaded`, in place of what routers say.
+        capacity_factor: of the experts; `None` drops nothing.
+        load_bound: of `bounded_expert_load`, around the whole step; it has to be enough, as nothing is run again.
+        accumulation: micro-batches of a step, whose gradients are reduced with the last.
+        gathers_again: whether ZeRO gathers parameters for each of these, and not once a step as TED's trainers do.
     """
 
     system: str
@@ -45,6 +50,10 @@ class Case:
     graph: bool = False
     forward: bool = False
     routing: dict[str, Any] | None = None
+    capacity_factor: float | None = 1.25
+    load_bound: float | None = None
+    accumulation: int = 1
+    gathers_again: bool = False
 
     @property
     def name(self) -> str:
@@ -56,7 +65,9 @@ class Case:
             self.checkpointing and f"ckpt={self.checkpointing}",
         ]
         parts += ["" if self.optimizer == "tiled" else self.optimizer, "graph" if self.graph else ""]
-        parts += ["forward" if self.forward else ""]
+        parts += ["forward" if self.forward else "", f"bound={self.load_bound}" if self.load_bound else ""]
+        if self.accumulation > 1:
+            parts += [f"accumulation={self.accumulation}", "gathers again" if self.gathers_again else ""]
         parts += [self.routing["pair"], f"{self.batch_size}x{self.length}"] if self.routing else []
         return " ".join(part for part in parts if part)
 
@@ -68,11 +79,14 @@ def suite_of(
 
     Args:
         name: of the suite.
-        num_gpus, num_nodes, shapes: of the suite "nodes".
+        num_gpus, num_nodes: of the suite "nodes".
+        shapes: of the suites "nodes" and "across", such as "1.3Bx16".
         pair: languages whose routing the skewed suites have.
     """
     if name == "nodes":
         return node_cases(num_gpus, num_nodes, shapes)
+    if name in OF_TWO:
+        return across_cases(shapes) if name == "across" else memory_cases()
     if name in SKEWED:
         return skewed_cases(SKEWED[name], routing_of_pair(pair, 20 if name == "skewed_tiny" else 500))
     if name == "tiny":
@@ -89,7 +103,7 @@ def tiny_cases() -> list[Case]:
     small: dict[str, Any] = {"base": "tiny", "num_experts": 4, "batch_size": 2, "length": 16}
     ep2: dict[str, Any] = {"expert_parallel_size": 2}
     tp2: dict[str, Any] = small | {"layout": {"tensor_parallel_size": 2}, "checkpointing": "communication-aware"}
-    native = {"fsdp_size": 2, "ep_size": 2}
+    native = {"layout": {"fsdp_size": 2, "ep_size": 2}, "experts_implementation": "grouped_mm", "capacity_factor": None}
     eager_and_graph = (False, True) if torch.cuda.is_available() else (False,)
     return [
         Case("dense", 1, **small),
@@ -97,7 +111,7 @@ def tiny_cases() -> list[Case]:
         Case("ours", 2, layout=ep2, **small),
         *(Case("ours", 2, layout=ep2 | PADDED, graph=graph, **small) for graph in eager_and_graph),
         *(Case("ours", 2, graph=graph, **tp2) for graph in eager_and_graph),
-        Case("transformers", 2, layout=native, experts_implementation="grouped_mm", **small),
+        Case("transformers", 2, **native, **small),
         Case("deepspeed", 4, layout={"tp": 2, "ep": 2}, checkpointing="full", **small),
     ]
 
@@ -111,7 +125,8 @@ def skewed_cases(shapes: list[dict[str, Any]], routing: dict[str, Any]) -> list[
             for moves in ({}, shape["moves"]):
                 fields = {name: value for name, value in shape.items() if name != "moves"} | without
                 fields["layout"] = shape["layout"] | moves
-                cases.append(Case("ours", num_experts=8, forward=forward, routing=routing, **fields))
+                fields |= {"num_experts": 8, "routing": routing, "capacity_factor": None}
+                cases.append(Case("ours", forward=forward, **fields))
     return cases
 
 
@@ -153,14 +168,14 @@ def one_gpu_cases() -> list[Case]:
         Case("ours", 1, optimizer="fused"),
         Case("ours", 1),
         Case("ours", 1, graph=True),
-        Case("transformers", 1, experts_implementation="grouped_mm", optimizer="fused"),
+        Case("transformers", 1, experts_implementation="grouped_mm", optimizer="fused", capacity_factor=None),
         Case("deepspeed", 1, layout={"ep": 1}),
     ]
 
 
 def two_gpu_cases() -> list[Case]:
     tp2, ep2 = {"tensor_parallel_size": 2}, {"expert_parallel_size": 2}
-    native = {"fsdp_size": 2, "ep_size": 2}
+    native = {"layout": {"fsdp_size": 2, "ep_size": 2}, "experts_implementation": "grouped_mm", "capacity_factor": None}
     return [
         Case("ours", 2, layout=ep2),
         Case("ours", 2, layout=ep2 | PADDED),
@@ -172,7 +187,7 @@ def two_gpu_cases() -> list[Case]:
         Case("ours", 2, layout=tp2),
         Case("ours", 2, layout=tp2, checkpointing="full"),
         Case("ours", 2, layout=tp2, checkpointing="communication-aware"),
-        Case("transformers", 2, layout=native, experts_implementation="grouped_mm", optimizer="fused"),
+        Case("transformers", 2, optimizer="fused", **native),
         Case("ours", 2, num_experts=32, layout=ep2),
         Case("ours", 2, num_experts=64, layout=ep2),
         Case("deepspeed", 2, layout={"ep": 2}),
@@ -220,11 +235,21 @@ def node_cases(num_gpus: int, num_nodes: int, shapes: Sequence[str] = ("1.3Bx16"
     return [case for shape in shapes for case in _cases_of_shape(num_gpus, num_nodes, shape)]
 
 
-def _cases_of_shape(num_gpus: int, num_nodes: int, shape: str) -> list[Case]:
+def fields_of(shape: str) -> dict[str, Any]:
+    """Base, number of experts and batch of a shape such as "6.7Bx8".
+
+    Raises:
+        ValueError: it is none.
+    """
     base, _, experts = shape.partition("x")
     if base not in BASES or not experts.isdecimal():
         raise ValueError(f"--shapes {shape} must be one of {', '.join(BASES)} and a number of experts, as in 1.3Bx16")
-    fields: dict[str, Any] = {"base": base, "num_experts": int(experts), "batch_size": 16, "length": 512}
+    batch = {"batch_size": 2, "length": 16} if base == "tiny" else {"batch_size": 16, "length": 512}
+    return {"base": base, "num_experts": int(experts), **batch}
+
+
+def _cases_of_shape(num_gpus: int, num_nodes: int, shape: str) -> list[Case]:
+    fields = fields_of(shape)
     inside = num_gpus // num_nodes if num_nodes > 1 else min(2, num_gpus)
     paper: dict[str, Any] = {"tensor_parallel_size": inside, "expert_parallel_size": num_gpus // inside}
     replicas = {"dp_replicate_size": num_nodes}
@@ -247,6 +272,54 @@ def _cases_of_shape(num_gpus: int, num_nodes: int, shape: str) -> list[Case]:
     return [*ours, Case("deepspeed", num_gpus, layout=deepspeed, checkpointing=full, **fields)]
 
 
+def across_cases(shapes: Sequence[str] = ("1.3Bx16",)) -> list[Case]:
+    """Two GPUs, in one machine or in two: what goes over the link between them, and when.
+
+    Experts get even shares of the tokens, as those of trained routers do, so that a padded exchange is compared with
+    others for the padding that its capacity has, and not for what random routers drop.
+
+    Raises:
+        ValueError: a shape that is none.
+    """
+    return [case for shape in shapes for case in _across(fields_of(shape))]
+
+
+def _across(fields: dict[str, Any]) -> list[Case]:
+    ep2: dict[str, Any] = {"expert_parallel_size": 2}
+    even: dict[str, Any] = {"routing": even_routing(fields["num_experts"])} | fields
+    has_graphs = torch.cuda.is_available()
+    bounded: dict[str, Any] = {"load_bound": 1.1} | even
+    cases = [
+        Case("ours", 2, layout=ep2 | PADDED, graph=has_graphs, **even),
+        Case("ours", 2, layout=ep2, graph=has_graphs, **bounded),
+        Case("ours", 2, layout=ep2 | {"overlap_chunks": 2}, graph=has_graphs, **bounded),
+        Case("ours", 2, layout=ep2, **even),
+        Case("ours", 2, layout=ep2 | {"zero_stage": 3}, graph=has_graphs, **bounded),
+        *(
+            Case("ours", 2, layout=ep2, graph=has_graphs, accumulation=4, gathers_again=again, **bounded)
+            for again in (True, False)
+        ),
+        Case("ours", 2, layout={"tensor_parallel_size": 2}, graph=has_graphs, **fields),
+        Case("ours", 2, layout={}, graph=has_graphs, **even),
+        Case("ours", 2, layout={"zero_stage": 3}, graph=has_graphs, **even),
+    ]
+    eager = [Case("ours", 2, layout=ep2 | PADDED, **even), Case("ours", 2, layout=ep2 | {"zero_stage": 3}, **even)]
+    return cases + eager if has_graphs else cases
+
+
+def memory_cases() -> list[Case]:
+    """Peak memory of two GPUs by layout, ZeRO stage and activation checkpointing; the largest model comes last."""
+    ep2, tp2 = {"expert_parallel_size": 2}, {"tensor_parallel_size": 2}
+    zero3 = {"zero_stage": 3}
+    aware = "communication-aware"
+    cases: list[Case] = [Case("ours", 2, layout=layout) for layout in ({}, ep2, ep2 | zero3, tp2)]
+    cases += [Case("ours", 2, layout=tp2, checkpointing=kept) for kept in ("full", aware)]
+    ways: list[tuple[dict[str, int], str]] = [(ep2, aware), (ep2 | zero3, aware), (tp2, "full"), (tp2, aware)]
+    for shape in ("1.3Bx16", "6.7Bx4"):
+        cases += [Case("ours", 2, layout=layout, checkpointing=kept, **fields_of(shape)) for layout, kept in ways]
+    return cases
+
+
 def tensor_expert_cases(num_gpus: int, shape: dict[str, Any]) -> list[Case]:
     """Tensor parallelism of 2 with and without dropping of duplicate tokens and of collectives, and DeepSpeed's."""
     ep = num_gpus // 2
@@ -266,4 +339,4 @@ def tensor_expert_cases(num_gpus: int, shape: dict[str, Any]) -> list[Case]:
     return [*cases, Case("deepspeed", num_gpus, layout={"tp": 2, "ep": ep}, checkpointing="full", **shape)]
 
 
-__all__ = ["BASES", "SKEWED", "Case", "node_cases", "suite_of"]
+__all__ = ["BASES", "OF_TWO", "SKEWED", "Case", "across_cases", "memory_cases", "node_cases", "suite_of"]

@@ -40,10 +40,10 @@ def test_tokens_go_where_the_shares_say() -> None:
         with torch.no_grad():
             model(input_ids=ids, labels=ids)
     assert len(seen) == 8 and all(map(torch.equal, seen[:4], seen[4:]))
-    shares = [ids.flatten().bincount(minlength=4) / ids.numel() for ids in seen]
-    for found, expected in zip(shares[:3], ROUTING["encoder"] * 2, strict=False):
-        torch.testing.assert_close(found, torch.tensor(expected), atol=0.07, rtol=0.0)  # 4 deviations of 800 draws
-    torch.testing.assert_close(shares[3], torch.tensor(ROUTING["decoder"][0]), atol=0.07, rtol=0.0)
+    counts = [ids.flatten().bincount(minlength=4).tolist() for ids in seen]
+    expected = [*ROUTING["encoder"], ROUTING["encoder"][0], ROUTING["decoder"][0]]
+    assert counts[:4] == [[round(800 * share) for share in shares] for shares in expected]
+    assert seen[1].flatten().tolist() != sorted(seen[1].flatten().tolist())
     with pytest.raises(ValueError, match=r"num_experts \(2\) must be 4"):
         route_as(ZCodeM3ForConditionalGeneration(tiny_config(num_experts=2)), ROUTING, seed=0)
 

@@ -2,7 +2,9 @@
 
 import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import machines
 import pytest
 import torch
 from machines import Machines, emulate, machines_of
-from ted_suites import PADDED, node_cases
+from ted_suites import PADDED, Case, across_cases, memory_cases, node_cases
 
 from hf_moe_ted.distributed.layout import Layout, sizes_of_axes
 from hf_moe_ted.testing import run_distributed_test
@@ -50,7 +52,7 @@ def test_a_worker_is_on_an_emulated_machine(
     set_launcher(monkeypatch, rank, 4, 4)
     monkeypatch.setenv("NCCL_NSOCKS_PERTHREAD", "2")
     job = tmp_path / "job.json"
-    job.write_text(json.dumps({"cases": [], "output": "", "error": "", "emulated_nodes": 2}))
+    job.write_text(json.dumps({"cases": [], "output": "", "error": "", "num_steps": 1, "emulated_nodes": 2}))
     bench_ted.worker(job)
     assert os.environ["NCCL_HOSTID"] == node
     assert os.environ["NCCL_SOCKET_IFNAME"] == "lo"
@@ -82,11 +84,30 @@ def test_cases_across_machines(num_gpus: int, num_nodes: int) -> None:
     assert replicas == ({1, 3} if inside > 1 and num_nodes > 1 else set())
     for case in cases:
         if case.system == "ours":
-            layout = dict(case.layout)
-            sizes = [layout.pop(f"{axis}_parallel_size", 1) for axis in ("tensor", "expert")]
-            tp, ep, etp, dp = sizes_of_axes(num_gpus, *sizes, None, None)
-            assert not 16 % ep
-            Layout(tp, dp, ep, etp, **layout)
+            check_layout(case)
+
+
+def check_layout(case: Case) -> None:
+    layout = dict(case.layout)
+    sizes = [layout.pop(f"{axis}_parallel_size", 1) for axis in ("tensor", "expert")]
+    tp, ep, etp, dp = sizes_of_axes(case.num_gpus, *sizes, None, None)
+    assert not case.num_experts % ep
+    Layout(tp, dp, ep, etp, **layout)
+
+
+@pytest.mark.parametrize("has_graphs", [False, True])
+def test_cases_of_two_gpus(monkeypatch: pytest.MonkeyPatch, has_graphs: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_graphs)
+    across, memory = across_cases(["0.6Bx16", "1.3Bx8"]), memory_cases()
+    assert all(len({case.name for case in cases}) == len(cases) for cases in (across, memory))
+    for case in across + memory:
+        assert case.num_gpus == 2
+        check_layout(case)
+        reads_sizes = case.layout.get("expert_parallel_size", 1) > 1 and not (
+            case.load_bound or case.layout.get("pad_expert_input_to_capacity")
+        )
+        assert not (case.graph and reads_sizes)
+    assert any(case.graph for case in across) == has_graphs
 
 
 def test_shapes() -> None:
@@ -99,21 +120,51 @@ def test_shapes() -> None:
 
 
 def run_in_launcher(output: str) -> None:
-    only = ["--suite", "tiny", "--systems", "ours", "--only", "pad_expert_input", "--output", output]
-    sys.argv = [bench_ted.__file__, *only]
+    sys.argv = [bench_ted.__file__, "--suite", "across", "--shapes", "tinyx4", "--steps", "1"]
+    sys.argv += ["--only", "pad_expert_input", "accumulation", "--output", output]
     bench_ted.main()
 
 
 def test_in_a_launcher(tmp_path: Path) -> None:
-    """Two processes that are there already run the case for two."""
+    """Two processes that are there already run cases for two."""
     output = tmp_path / "ted.json"
     run_distributed_test(run_in_launcher, 2, str(output))
     record: dict[str, Any] = json.loads(output.read_text())
     assert record["machines"] == {"number": 1, "is_emulated": False, "world_size": 2}
-    result = record["results"][0]
-    assert result["num_gpus"] == 2 and result["system"] == "ours" and result["loss"] > 0
-    assert result["tokens_per_s"] == pytest.approx(2 * 2 * 16 * 2 / result["step_ms"] * 1e3)
-    assert result["graph"] or result["collective_mb"]["all_to_all"] > 0
+    padded, again, once = record["results"]
+    for result, accumulation in ((padded, 1), (again, 4), (once, 4)):
+        assert result["num_gpus"] == 2 and result["system"] == "ours" and result["loss"] > 0
+        assert result["tokens_per_s"] == pytest.approx(2 * 2 * 16 * 2 * accumulation / result["step_ms"] * 1e3)
+    row_mb = 2 * 64 * 2 / 1e6  # of bfloat16, to both ranks; 32 tokens to 4 experts
+    sizes_mb = 8 * (4 + 2) / 1e6
+    # one sparse layer on each side; in forward and backward there and back
+    assert padded["collective_mb"]["all_to_all"] == pytest.approx(2 * (4 * 4 * 10 * row_mb / 2 + sizes_mb))
+    assert once["collective_mb"]["all_to_all"] == pytest.approx(4 * 2 * (4 * 18 * row_mb + sizes_mb))
+    assert once["load"] == pytest.approx(16 / 18) and once["loss"] == pytest.approx(again["loss"], rel=1e-2)
+    gathered, gathered_again = (result["collective_mb"]["all_gather"] for result in (once, again))
+    assert gathered_again == pytest.approx(4 * gathered)
+    assert once["collective_mb"]["reduce_scatter"] == again["collective_mb"]["reduce_scatter"]
+
+
+@pytest.mark.parametrize(("names", "exit_code"), [(["first", "second"], 0), (["first"], None)])
+def test_a_case_that_takes_too_long(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str], names: list, exit_code: Any
+) -> None:
+    """Results are printed as they come; a process without one for too long is ended."""
+    monkeypatch.setattr(bench_ted, "START_S", 60.0)
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"name": "before"}\n')
+    write = [f'file.write(json.dumps({{"name": "{name}", "step_ms": 1.0, "peak_gib": 2.0}}) + "\\n")' for name in names]
+    code = f"import json, time\nwith open({str(lines)!r}, 'a') as file:\n    " + "\n    ".join(write)
+    code += "\n" if exit_code == 0 else "\ntime.sleep(600)\n"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    assert bench_ted.wait_for(process, lines, time.monotonic() + 300, case_s=2.0) == exit_code
+    assert process.poll() is not None
+    printed = capfd.readouterr().out.splitlines()
+    assert printed == [f"{name}: 1.0 ms, 2.0 GiB" for name in names]
+    late = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    assert bench_ted.wait_for(late, lines, time.monotonic() + 1, case_s=100.0) is None
+    assert late.poll() is not None
 
 
 def test_what_cannot_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
