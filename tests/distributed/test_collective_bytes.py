@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_moe_ted import TedPlugin, ZCodeM3ForConditionalGeneration
 from hf_moe_ted.distributed.bounded_exchange import bounded_expert_load
 from hf_moe_ted.distributed.collectives import even_shares
-from hf_moe_ted.distributed.parallelize import LAYERS_PER_UNIT
+from hf_moe_ted.distributed.layout import LAYERS_PER_UNIT
 from hf_moe_ted.testing import run_distributed_test
 
 WORLD, NUM_EXPERTS, TOP_K, WIDTH, FFN, VOCAB = 4, 4, 2, 32, 64, 96
@@ -160,6 +160,7 @@ def count_all(folder: str) -> dict[Any, Any]:
             results[name, checkpointing] = count_model(folder, LAYOUTS[name], checkpointing)
     results["overflow"] = count_overflow(folder)
     results["zero 3"] = count_model(folder, LAYOUTS["ep4"], None, zero_stage=3)
+    results["layer by layer"] = count_model(folder, LAYOUTS["ep4"], None, zero_layers_per_unit=1)
     return results
 
 
@@ -298,22 +299,22 @@ def test_communication_aware_checkpointing_repeats_none(by_rank: list[dict[Any, 
             assert repeated < functional
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_zero(by_rank: list[dict[Any, Any]], stage: int) -> None:
-    """A unit's parameters are gathered, its gradients scattered; ZeRO-3 has more units, and gathers again."""
+@pytest.mark.parametrize(("name", "layers_per_unit"), [("ep4", LAYERS_PER_UNIT), ("layer by layer", 1), ("zero 3", 1)])
+def test_zero(by_rank: list[dict[Any, Any]], name: str, layers_per_unit: int) -> None:
+    """A unit's parameters are gathered, its gradients scattered; ZeRO-3 gathers again."""
     with torch.device("meta"):
         model: Any = ZCodeM3ForConditionalGeneration(CONFIGS["top2"]())
     layers = [model.model.encoder.layers, model.model.decoder.layers]
-    units = [layer for stack in layers for layer in stack] if stage == 3 else layers
+    units = [layer for stack in layers for layer in stack] if layers_per_unit == 1 else layers
     numels = [sum(p.numel() for name, p in unit.named_parameters() if ".experts." not in name) for unit in units]
     numels.append(sum(p.numel() for name, p in model.named_parameters() if ".layers." not in name))
     assert LAYERS_PER_UNIT >= 2
     gathered = Counter(("c10d._allgather_base_", numel * FLOAT // WORLD) for numel in numels)
     scattered = Counter(("c10d._reduce_scatter_base_", numel * FLOAT) for numel in numels)
     for results in by_rank:
-        forward, backward = results["zero 3" if stage == 3 else ("ep4", None)]
+        forward, backward = results[("ep4", None) if name == "ep4" else name]
         assert of_fsdp(forward) == gathered
-        assert of_fsdp(backward) == (scattered + gathered if stage == 3 else scattered)
+        assert of_fsdp(backward) == (scattered + gathered if name == "zero 3" else scattered)
 
 
 def of_fsdp(log: Log) -> Log:

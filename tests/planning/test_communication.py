@@ -32,6 +32,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp4, etp1 x ep4": {"tensor_parallel_size": 4, "expert_parallel_size": 4, "expert_tensor_parallel_size": 1},
     "tp2": {"tensor_parallel_size": 2},
     "dp4": {},
+    "dp4, layer by layer": {"zero_layers_per_unit": 1},
     "dp4, HSDP": {"dp_replicate_size": 2},
     "ep2 x edp2, HSDP": {"expert_parallel_size": 2, "dp_replicate_size": 2},
     "ep4, HSDP": {"expert_parallel_size": 4, "dp_replicate_size": 2},
@@ -132,7 +133,7 @@ def test_bytes(counted: list[list[tuple[Layout, Log]]], case: int) -> None:
     assert not any(totals.values())
 
 
-def test_accumulation_reduces_once_or_every_time() -> None:
+def test_accumulation_gathers_and_reduces_once_or_every_time() -> None:
     layout = Layout(data_parallel_size=4, expert_parallel_size=4)
 
     def zero(stage: int, accumulation: int) -> Counter[str]:
@@ -144,9 +145,10 @@ def test_accumulation_reduces_once_or_every_time() -> None:
         return found
 
     once = zero(1, 1)
-    assert zero(1, 3) == {"all_gather": 3 * once["all_gather"], "reduce_scatter": once["reduce_scatter"]}
-    assert zero(2, 3) == {"all_gather": 3 * once["all_gather"], "reduce_scatter": 3 * once["reduce_scatter"]}
+    assert zero(1, 3) == once
+    assert zero(2, 3) == {"all_gather": once["all_gather"], "reduce_scatter": 3 * once["reduce_scatter"]}
     assert zero(3, 1)["all_gather"] == 2 * once["all_gather"]
+    assert zero(3, 3) == {"all_gather": 6 * once["all_gather"], "reduce_scatter": once["reduce_scatter"]}
 
 
 def test_ranks_that_split_experts_gather_the_loads_of_all() -> None:

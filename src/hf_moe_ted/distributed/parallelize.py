@@ -32,10 +32,6 @@ from .random_state import synchronize_random_state
 from .refusals import refuse_methods
 from .tensor_parallel import STYLES, join_logits_without_loss, vocab_parallel_cross_entropy
 
-# Layers whose parameters ZeRO-1 and 2 gather, and whose gradients they reduce, at once. They stay gathered anyway; each
-# unit costs the host about two milliseconds a step, which is more than a small layer computes.
-LAYERS_PER_UNIT = 6
-
 
 def parallelize(model: PreTrainedModel, layout: Layout, meshes: Any, expert_plan: dict[str, str]) -> PreTrainedModel:
     """Shard a ZCodeM3 whose parameters are on the meta device; loading fills what is left of them.
@@ -146,7 +142,7 @@ def zero_options(layout: Layout) -> dict[str, Any]:
 
 def units_of_layers(model: nn.Module, layout: Layout) -> list[list[nn.Module]]:
     """Layers whose parameters are gathered at once."""
-    size = 1 if layout.zero_stage == 3 else LAYERS_PER_UNIT
+    size = layout.layers_per_unit
     return [
         layers[start : start + size] for layers in _stacks_of_layers(model) for start in range(0, len(layers), size)
     ]
@@ -238,16 +234,19 @@ def deferred_reduction(model: Any, layout: Layout) -> Iterator[None]:
     """Around a micro-batch that is not the last of its accumulation, for a model that FSDP2 manages.
 
     ZeRO-2 reduces its gradients inside a replica, so that no whole ones stay, and sums them over replicas with the
-    last. Stages 1 and 3 reduce nothing.
+    last. Stages 1 and 3 reduce nothing. Stages 1 and 2 keep what they gathered for the next micro-batch: parameters do
+    not change before the last, and the next loss would need the same memory for them.
     """
     if layout.zero_stage == 2:
         model.set_requires_all_reduce(False)
     else:
         model.set_requires_gradient_sync(False)
+    model.set_reshard_after_backward(layout.zero_stage == 3)
     try:
         yield
     finally:
         model.set_requires_gradient_sync(True)  # and the sum over replicas
+        model.set_reshard_after_backward(True)
 
 
 def _name_as_whole(model: nn.Module) -> None:

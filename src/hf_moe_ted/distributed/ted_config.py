@@ -17,6 +17,7 @@ from .parallelize import offload_parameters, parallelize
 _SHARED_FIELDS = (
     "expert_tensor_parallel_size",
     "zero_stage",
+    "zero_layers_per_unit",
     "duplicate_token_dropping",
     "overlap_chunks",
     "pad_expert_input_to_capacity",
@@ -40,6 +41,7 @@ class TedConfig(DistributedConfig):
             spread over replicas, which the meshes of transformers cannot have.
         zero_stage: 1 and 2 keep parameters gathered from forward to backward, 3 does not; 2 reduces gradients after
             every micro-batch, 1 at the end of an accumulation.
+        zero_layers_per_unit: layers of a ZCodeM3 that are gathered at once, as [`TedPlugin`] has it.
         duplicate_token_dropping: whether ranks of a tensor-parallel group, which hold the same tokens, send each only
             a share of them to the experts.
         overlap_chunks: parts of a batch whose exchange overlaps with the experts' work on another; 1 for no overlap.
@@ -51,6 +53,7 @@ class TedConfig(DistributedConfig):
     expert_tensor_parallel_size: int = 1
     dense_replicate_size: int = 1
     zero_stage: int = 1
+    zero_layers_per_unit: int | None = None
     duplicate_token_dropping: bool = True
     overlap_chunks: int = 1
     pad_expert_input_to_capacity: bool = False

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..distributed.layout import Layout
-from ..distributed.parallelize import LAYERS_PER_UNIT
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.router import expert_capacity
 from .parameters import (
@@ -62,9 +61,9 @@ def collectives_of_step(config: ZCodeM3Config, layout: Layout, workload: Workloa
     found = [replace(c, count=c.count * workload.accumulation) for c in once if group_of(c.axis, layout)[0] > 1]
     for collective in _collectives_of_zero(config, layout, workload):
         repeats = workload.accumulation
-        is_at_end = collective.operation == "reduce_scatter" and layout.zero_stage != 2
-        if is_at_end or collective.operation == "all_reduce":
-            repeats = 1  # at the end of the accumulation
+        is_once = {"all_gather": layout.zero_stage < 3, "reduce_scatter": layout.zero_stage != 2, "all_reduce": True}
+        if is_once[collective.operation]:
+            repeats = 1  # at the beginning or the end of the accumulation
         found.append(replace(collective, count=collective.count * repeats))
     return [c for c in found if group_of(c.axis, layout)[0] > 1 and c.num_bytes]
 
@@ -247,14 +246,13 @@ def _units(hashable: HashableConfig, layout: Layout) -> tuple[tuple[Axis, int], 
     """Axis and padded elements of what is gathered at once."""
     dense: dict[object, int] = {}
     experts: dict[object, int] = {}
-    layers_per_unit = 1 if layout.zero_stage == 3 else LAYERS_PER_UNIT
     for parameter in parameter_shapes(hashable.config):
         if is_spread_expert(parameter, layout):
             if layout.wraps_experts_in_fsdp:
                 numel = math.prod(shard_shape(parameter, layout)) * layout.expert_zero_size  # padded, too
                 experts[parameter.layer] = experts.get(parameter.layer, 0) + numel
             continue
-        unit = None if parameter.layer is None else (parameter.layer[0], parameter.layer[1] // layers_per_unit)
+        unit = None if parameter.layer is None else (parameter.layer[0], parameter.layer[1] // layout.layers_per_unit)
         padded = math.prod(shard_shape(parameter, layout)) * layout.zero_size
         dense[unit] = dense.get(unit, 0) + padded
     return (*(("dp", numel) for numel in dense.values()), *(("edp", numel) for numel in experts.values()))

@@ -104,22 +104,25 @@ def _tile_bytes(workload: Workload, num_local: int) -> int:
 
 
 def _gathered_numel(config: ZCodeM3Config, layout: Layout, parameters: RankParameters) -> int:
-    """Of parameters that are gathered at the loss: what is shared, in stage 3 two layers and embeddings of it."""
+    """Of parameters that are gathered at the loss: what is shared, in stage 3 two units and embeddings of it."""
     if layout.data_parallel_size == 1:
         return 0
     if layout.zero_stage < 3:
         return _shared_numel(layout, parameters)
-    return _numel_of_two_layers(HashableConfig.of(config), layout)
+    return _numel_of_two_units(HashableConfig.of(config), layout)
 
 
 @functools.lru_cache(maxsize=4096)
-def _numel_of_two_layers(hashable: HashableConfig, layout: Layout) -> int:
+def _numel_of_two_units(hashable: HashableConfig, layout: Layout) -> int:
     largest: dict[object, int] = {}
     for parameter in parameter_shapes(hashable.config):
         is_alone = is_spread_expert(parameter, layout) and not layout.wraps_experts_in_fsdp
         if not is_alone:
             numel = math.prod(gathered_shape(parameter, layout))
-            largest[parameter.layer] = largest.get(parameter.layer, 0) + numel
+            unit = (
+                None if parameter.layer is None else (parameter.layer[0], parameter.layer[1] // layout.layers_per_unit)
+            )
+            largest[unit] = largest.get(unit, 0) + numel
     outside_of_layers = largest.pop(None)  # embeddings and head, which the loss needs
     return outside_of_layers + sum(sorted(largest.values())[-2:])
 

@@ -140,7 +140,7 @@ def _optimizer_times(
     moved = (2 * workload.state_bytes + 2 * workload.element_bytes) * num_local
     if layout.offload is None:
         return moved / memory_rate, 0.0
-    num_gathers = workload.accumulation * (2 if layout.zero_stage == 3 else 1)
+    num_gathers = 2 * workload.accumulation if layout.zero_stage == 3 else 1
     num_reductions = workload.accumulation if layout.zero_stage == 2 else 1
     copied = (num_gathers + num_reductions) * workload.element_bytes * num_local
     return 0.0, moved / (constants.host_memory_gbs * 1e9) + copied / (constants.pcie_gbs * 1e9)
