@@ -39,9 +39,6 @@ import itertools
 import json
 import math
 import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -57,6 +54,7 @@ from least_loaded import print_ratios, route_as
 from machines import Machines, check_ranks, emulate, machines_of
 from rich.console import Console
 from rich.table import Table
+from ted_launches import Limits, launch, results_in
 from ted_suites import BASES, OF_TWO, SKEWED, Case, suite_of
 from transformers import AutoModelForSeq2SeqLM, M2M100Config
 from transformers import initialization as init
@@ -66,9 +64,6 @@ from transformers.distributed.utils import initialize_distributed_mesh
 from hf_moe_ted import TedPlugin, ZCodeM3Config, ZCodeM3ForConditionalGeneration, bounded_expert_load
 
 WARMUP_STEPS = 3
-START_S = 60.0  # that the first case of a launch may take longer: imports, communicators, kernels
-POLL_S = 0.5
-ENERGY_S = 2.0  # that steps run at least while their energy is measured, as the counter goes on ten times a second
 HOPPER_PEAK_TFLOPS = 989  # dense bfloat16 of H100 and H200 as SXM modules, from NVIDIA's data sheets
 
 
@@ -92,10 +87,14 @@ class Measured:
     load: Callable[[], float] | None = None
 
 
-def run_case(case: Case, num_steps: int = 10) -> dict[str, Any]:
-    """Build, train some steps, profile one."""
+def run_case(case: Case, num_steps: int, energy_s: float) -> dict[str, Any]:
+    """Build, train some steps, profile one.
+
+    Args:
+        energy_s: that steps run at least while their energy is measured; 0 to leave it out.
+    """
     torch.manual_seed(0)
-    meter = EnergyMeter.of_current_gpu()
+    meter = EnergyMeter.of_current_gpu() if energy_s else None
     idle_w = meter.idle_watts() if meter is not None else None
     measured = deepspeed_step(case) if case.system == "deepspeed" else torch_step(case)
     step = measured.step
@@ -120,7 +119,7 @@ def run_case(case: Case, num_steps: int = 10) -> dict[str, Any]:
         "loss": float(loss),
     }
     if meter is not None:
-        result |= {"idle_w": idle_w, **energy_of(step, step_s, meter, num_steps)}
+        result |= {"idle_w": idle_w, **energy_of(step, max(num_steps, math.ceil(energy_s / step_s)), meter)}
     if measured.load is not None:
         result["load"] = measured.load()
     if torch.cuda.is_available() and any(name in torch.cuda.get_device_name() for name in ("H100", "H200")):
@@ -143,9 +142,9 @@ def of_all_ranks(result: dict[str, Any]) -> dict[str, float]:
     return {"largest_peak_gib": max(peaks), "all_to_all_mb_of_all": sum(exchanged)}
 
 
-def energy_of(step: Callable[[], Any], step_s: float, meter: EnergyMeter, num_steps: int) -> dict[str, float]:
-    """Joules of a step of all GPUs, and watts of one, over at least `ENERGY_S`; all ranks take as many steps."""
-    count = torch.tensor(max(num_steps, math.ceil(ENERGY_S / step_s)), device=current_device())
+def energy_of(step: Callable[[], Any], num_steps: int, meter: EnergyMeter) -> dict[str, float]:
+    """Joules of a step of all GPUs, and watts of one; all ranks take as many steps."""
+    count = torch.tensor(num_steps, device=current_device())
     if dist.is_initialized():
         dist.all_reduce(count, op=dist.ReduceOp.MAX)
     spent = meter.of_calls(step, int(count), sync)
@@ -353,7 +352,8 @@ def worker(path: Path) -> None:
     if job["emulated_nodes"] > 1:
         emulate(job["emulated_nodes"])
     try:
-        run_cases([Case(**fields) for fields in job["cases"]], Path(job["output"]), job["num_steps"])
+        cases = [Case(**fields) for fields in job["cases"]]
+        run_cases(cases, Path(job["output"]), job["num_steps"], job["energy_s"])
     except Exception as error:
         # the other ranks may wait for this one for ever: let torchrun end them all, with the first error kept
         with suppress(FileExistsError), open(job["error"], "x", encoding="utf-8") as file:
@@ -361,12 +361,12 @@ def worker(path: Path) -> None:
         raise
 
 
-def run_cases(cases: list[Case], output: Path, num_steps: int) -> None:
+def run_cases(cases: list[Case], output: Path, num_steps: int, energy_s: float) -> None:
     """In every process of a launcher."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     for case in cases:
-        result = run_case(case, num_steps)
+        result = run_case(case, num_steps, energy_s)
         if int(os.environ["RANK"]) == 0:
             with open(output, "a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"name": case.name, **asdict(case), **result}) + "\n")
@@ -381,79 +381,6 @@ def described(error: BaseException) -> str:
     while first.__context__ is not None:
         first = first.__context__
     return ", then ".join(f"{type(e).__name__}: {str(e)[:200]}" for e in dict.fromkeys((first, error)))
-
-
-@dataclass(frozen=True)
-class Limits:
-    """
-    Attributes:
-        launch_s: of the cases on the same number of GPUs, however often they are started anew.
-        case_s: of a case; the first of a launch may take `START_S` longer.
-        num_steps: that are timed.
-    """
-
-    launch_s: float = 600.0
-    case_s: float = 300.0
-    num_steps: int = 10
-
-
-def launch(cases: list[Case], lines: Path, limits: Limits, machines: Machines) -> None:
-    """Run cases on the same number of GPUs in one torchrun, and those after one that fails in the next."""
-    deadline = time.monotonic() + limits.launch_s
-    while cases:
-        error = torchrun(cases, lines, deadline, limits, machines)
-        done = {(result["name"], result["num_gpus"]) for result in results_in(lines)}
-        cases = [case for case in cases if (case.name, case.num_gpus) not in done]
-        if error is None:
-            return
-        failed = cases[:1] if time.monotonic() < deadline else cases
-        with open(lines, "a", encoding="utf-8") as output:
-            for case in failed:
-                print(f"{case.name}: {error}", flush=True)
-                output.write(json.dumps({"name": case.name, **asdict(case), "error": error}) + "\n")
-        cases = cases[len(failed) :]
-
-
-def torchrun(cases: list[Case], lines: Path, deadline: float, limits: Limits, machines: Machines) -> str | None:
-    """Run cases in processes of their own until one fails; what failed, or `None`."""
-    with tempfile.TemporaryDirectory() as folder:
-        job, error = Path(folder, "job.json"), Path(folder, "error")
-        fields: dict[str, Any] = {"cases": [asdict(case) for case in cases], "output": str(lines), "error": str(error)}
-        fields |= {"num_steps": limits.num_steps, "emulated_nodes": machines.number if machines.is_emulated else 1}
-        job.write_text(json.dumps(fields))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc_per_node={cases[0].num_gpus}", __file__, "--worker", str(job)]
-        process = subprocess.Popen(command)
-        exit_code = wait_for(process, lines, deadline, limits.case_s)
-        if exit_code == 0:
-            return None
-        if exit_code is None:
-            return "time limit"
-        return error.read_text() if error.exists() else f"exit code {exit_code}"
-
-
-def wait_for(process: subprocess.Popen[bytes], lines: Path, deadline: float, case_s: float) -> int | None:
-    """Print results as they come; the exit code, or `None` if the deadline or the limit of a case has ended it."""
-    num_done, case_deadline = len(results_in(lines)), time.monotonic() + START_S + case_s
-    while time.monotonic() < min(deadline, case_deadline):
-        try:
-            exit_code = process.wait(POLL_S)
-        except subprocess.TimeoutExpired:
-            exit_code = None
-        for result in results_in(lines)[num_done:]:
-            print(f"{result['name']}: {result['step_ms']:.1f} ms, {result['peak_gib']:.1f} GiB", flush=True)
-            num_done, case_deadline = num_done + 1, time.monotonic() + case_s
-        if exit_code is not None:
-            return exit_code
-    process.terminate()  # and not kill, which would leave the workers on the GPUs
-    process.wait()
-    return None
-
-
-def results_in(lines: Path) -> list[dict[str, Any]]:
-    """Of lines that are whole: a process may be writing the last one."""
-    whole = lines.read_text().rpartition("\n")[0] if lines.exists() else ""
-    return [json.loads(line) for line in whole.splitlines()]
 
 
 def print_table(results: list[dict[str, Any]], machines: Machines) -> None:
@@ -537,6 +464,9 @@ def main() -> None:
         "--case_limit_s", type=float, default=Limits.case_s, help="then the next cases go on without it"
     )
     parser.add_argument("--steps", type=int, default=Limits.num_steps, help="that are timed")
+    parser.add_argument(
+        "--energy_s", type=float, default=Limits.energy_s, help="of steps whose energy is measured; or 0"
+    )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker is not None:
@@ -546,13 +476,13 @@ def main() -> None:
     if machines.is_emulated and not torch.cuda.is_available():
         raise ValueError(f"--nodes ({machines.number}) needs GPUs: NCCL is what takes one host for several machines")
     cases = cases_of(arguments, machines)
-    limits = Limits(arguments.time_limit_s, arguments.case_limit_s, arguments.steps)
+    limits = Limits(arguments.time_limit_s, arguments.case_limit_s, arguments.steps, arguments.energy_s)
     lines = arguments.output.with_suffix(".jsonl")
     if int(os.environ.get("RANK", "0")) == 0:
         lines.unlink(missing_ok=True)
         print(f"{len(cases)} cases on {machines}", flush=True)
     if machines.world_size is not None:
-        run_cases(cases, lines, arguments.steps)
+        run_cases(cases, lines, arguments.steps, arguments.energy_s)
         if int(os.environ["RANK"]) > 0:
             return
     else:

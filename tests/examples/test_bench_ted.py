@@ -11,6 +11,7 @@ from typing import Any
 import bench_ted
 import machines
 import pytest
+import ted_launches
 import torch
 from machines import Machines, emulate, machines_of
 from ted_suites import PADDED, Case, across_cases, memory_cases, node_cases
@@ -52,7 +53,9 @@ def test_a_worker_is_on_an_emulated_machine(
     set_launcher(monkeypatch, rank, 4, 4)
     monkeypatch.setenv("NCCL_NSOCKS_PERTHREAD", "2")
     job = tmp_path / "job.json"
-    job.write_text(json.dumps({"cases": [], "output": "", "error": "", "num_steps": 1, "emulated_nodes": 2}))
+    job.write_text(
+        json.dumps({"cases": [], "output": "", "error": "", "num_steps": 1, "energy_s": 0, "emulated_nodes": 2})
+    )
     bench_ted.worker(job)
     assert os.environ["NCCL_HOSTID"] == node
     assert os.environ["NCCL_SOCKET_IFNAME"] == "lo"
@@ -151,19 +154,19 @@ def test_a_case_that_takes_too_long(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str], names: list, exit_code: Any
 ) -> None:
     """Results are printed as they come; a process without one for too long is ended."""
-    monkeypatch.setattr(bench_ted, "START_S", 60.0)
+    monkeypatch.setattr(ted_launches, "START_S", 60.0)
     lines = tmp_path / "lines.jsonl"
     lines.write_text('{"name": "before"}\n')
     write = [f'file.write(json.dumps({{"name": "{name}", "step_ms": 1.0, "peak_gib": 2.0}}) + "\\n")' for name in names]
     code = f"import json, time\nwith open({str(lines)!r}, 'a') as file:\n    " + "\n    ".join(write)
     code += "\n" if exit_code == 0 else "\ntime.sleep(600)\n"
     process = subprocess.Popen([sys.executable, "-c", code])
-    assert bench_ted.wait_for(process, lines, time.monotonic() + 300, case_s=2.0) == exit_code
+    assert ted_launches.wait_for(process, lines, time.monotonic() + 300, case_s=2.0) == exit_code
     assert process.poll() is not None
     printed = capfd.readouterr().out.splitlines()
     assert printed == [f"{name}: 1.0 ms, 2.0 GiB" for name in names]
     late = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    assert bench_ted.wait_for(late, lines, time.monotonic() + 1, case_s=100.0) is None
+    assert ted_launches.wait_for(late, lines, time.monotonic() + 1, case_s=100.0) is None
     assert late.poll() is not None
 
 
