@@ -58,7 +58,7 @@ def test_compression_and_its_report(model_and_text: tuple[Path, Path], tmp_path:
     qualities = ["--before", tmp_path / "before.json", "--after", tmp_path / "beams.json"]
     assert "report.md" in run_here("report", half, *qualities, "--trained", tmp_path / "before.json")
     assert "|  | before | after | after training |" in (half / "report.md").read_text()
-    assert "lost most, by chrF" in (half / "README.md").read_text()
+    assert "with the largest loss of chrF" in (half / "README.md").read_text()
     run_here("report", half, "--statistics", statistics)
     with pytest.raises(ValueError, match=r"before\.json does not exist"):
         run_here("report", half, "--before", tmp_path / "none" / "before.json")

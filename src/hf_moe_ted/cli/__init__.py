@@ -1,6 +1,6 @@
-"""The command `hf-moe-ted`: a module per group of commands, and here their order.
+"""The command `hf-moe-ted`. Each group of commands has a module; their order is set here.
 
-What a command does is imported in it, so that `--help` and wrong arguments need not wait for torch.
+Each command imports what it needs when it runs, so `--help` and wrong arguments do not wait for torch.
 """
 
 import sys
@@ -50,7 +50,7 @@ app.add_typer(export, name="export")
 
 
 def run(*command: str) -> None:
-    """Run the command line; an error that names what is wrong ends it without a stack trace.
+    """Run the command line. A `ValueError` or a file error ends it with one line, without a stack trace.
 
     Args:
         command: words before the arguments of the process, `"convert", "deepspeed"` for a script that is one command.

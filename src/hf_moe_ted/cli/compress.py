@@ -1,4 +1,4 @@
-"""Commands that make a model smaller, or larger from several, and what they decide it from."""
+"""Commands that make a model smaller, or one larger model of several; and those that collect the data they need."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,19 +36,22 @@ def prune(
     output: Output,
     keep: Keep,
     statistics: Annotated[
-        Path | None, typer.Option(help="Folder of `hf-moe-ted expert-statistics`; only random needs none.")
+        Path | None,
+        typer.Option(help="Folder written by `hf-moe-ted expert-statistics`; only the criterion random needs none."),
     ] = None,
     criterion: Annotated[str, typer.Option(help="utilization, activity_confidence, reap or random.")] = "utilization",
     scope: Scope = "global",
     languages: Languages = None,
     per_layer: PerLayer = "equal",
-    min_experts: Annotated[int | None, typer.Option(help="Fewest of a layer; default: experts per token.")] = None,
+    min_experts: Annotated[
+        int | None, typer.Option(help="Fewest experts that a layer keeps; default: experts per token.")
+    ] = None,
     encoder_decoder_ratio: EncoderDecoderRatio = None,
-    seed: Annotated[int, typer.Option(help="Of the criterion random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the criterion random.")] = 0,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
 ) -> None:
-    """A smaller model with the experts that matter for some languages."""
+    """Make a model smaller: keep the experts that matter for some languages."""
     from .. import prune_experts
 
     result = prune_experts(
@@ -77,7 +80,7 @@ def expert_statistics(
     subset: Subset = None,
     split: Split = "validation",
     batch_size: BatchSize = 32,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens per language pair; default: all.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens to read per language pair; default: all.")] = None,
     dtype: Dtype = None,
     device: Device = None,
     expert_memory_size: ExpertMemorySize = None,
@@ -104,17 +107,17 @@ def merge(
     model: Model,
     output: Output,
     keep: Keep,
-    statistics: Annotated[Path, typer.Option(help="Folder of `hf-moe-ted expert-statistics`.")],
+    statistics: Annotated[Path, typer.Option(help="Folder written by `hf-moe-ted expert-statistics`.")],
     method: Annotated[str, typer.Option(help="clustering (HC-SMoE) or frequency (MC-SMoE).")] = "clustering",
     scope: Scope = "global",
     languages: Languages = None,
     per_layer: PerLayer = "equal",
-    min_experts: Annotated[int, typer.Option(help="Fewest of a layer.")] = 1,
+    min_experts: Annotated[int, typer.Option(help="Fewest experts that a layer keeps.")] = 1,
     encoder_decoder_ratio: EncoderDecoderRatio = None,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
 ) -> None:
-    """A smaller model in which experts that are alike have become one."""
+    """Make a model smaller: merge experts that are alike into one."""
     from .. import merge_experts
 
     result = merge_experts(
@@ -140,7 +143,7 @@ def aggregate(
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
 ) -> None:
-    """One model with the experts of several, to continue its training."""
+    """Put the experts of several models into one model, to train it further."""
     from .. import aggregate_experts
 
     print(aggregate_experts(checkpoints, output, max_shard_size=max_shard_size, overwrite=overwrite))
@@ -149,18 +152,21 @@ def aggregate(
 def quantize(
     model: Annotated[Path, typer.Argument(help="Folder of a ZCodeM3 or NLLB-MoE model.")],
     output: Output,
-    bits: Annotated[int, typer.Option(help="8 or 4 per weight of an expert.")] = 8,
+    bits: Annotated[int, typer.Option(help="Bits per expert weight: 8 or 4.")] = 8,
     group_size: Annotated[
-        int | None, typer.Option(help="Weights per scale; default: a row for 8 bits, up to 128 for 4.")
+        int | None, typer.Option(help="Weights that share a scale; default: a whole row for 8 bits, at most 128 for 4.")
     ] = None,
     what: Annotated[
-        str, typer.Option(help="experts, or all: attention, feed-forward and vocabulary in 8 bits, too; fast on CPUs.")
+        str,
+        typer.Option(
+            help="experts, or all: also attention, feed-forward and vocabulary, in 8 bits; this is fast on CPUs."
+        ),
     ] = "experts",
     dtype: Dtype = None,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
 ) -> None:
-    """A smaller model whose experts have 8 or 4 bits per weight, for inference; made in little memory."""
+    """Make a model smaller: round expert weights to 8 or 4 bits, for inference. It needs little memory."""
     from .. import quantize_experts
 
     report = quantize_experts(
@@ -181,15 +187,18 @@ def trim(
     data: Data,
     output: Output,
     languages: Annotated[
-        str | None, typer.Option(help="Whose texts count and whose tags stay, en,de; default: all of DATA.")
+        str | None,
+        typer.Option(
+            help="Languages to keep, such as en,de: their texts count and their tags stay; default: all of DATA."
+        ),
     ] = None,
-    min_count: Annotated[int, typer.Option(help="How often a token must be in the texts.")] = 1,
+    min_count: Annotated[int, typer.Option(help="Keep a token that occurs at least so often in the texts.")] = 1,
     subset: Subset = None,
     split: Split = "train",
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
 ) -> None:
-    """A smaller model with the tokens that some text uses, and its tokenizer."""
+    """Make a model and its tokenizer smaller: keep the tokens that some text uses."""
     from .. import open_parallel_text, trim_vocabulary
 
     result = trim_vocabulary(
@@ -207,15 +216,16 @@ def trim(
 def report(
     model: Annotated[Path, typer.Argument(help="Folder of a compressed model, with compression_report.json.")],
     before: Annotated[
-        Path | None, typer.Option(help="File of `hf-moe-ted evaluate` for the model that was compressed.")
+        Path | None, typer.Option(help="File written by `hf-moe-ted evaluate` for the model before compression.")
     ] = None,
     after: Annotated[Path | None, typer.Option(help="The same for this model, on the same text.")] = None,
     trained: Annotated[Path | None, typer.Option(help="The same for this model after further training.")] = None,
     statistics: Annotated[
-        Path | None, typer.Option(help="Folder of `hf-moe-ted expert-statistics` for the model that was compressed.")
+        Path | None,
+        typer.Option(help="Folder written by `hf-moe-ted expert-statistics` for the model before compression."),
     ] = None,
 ) -> None:
-    """Add to the report and model card of a compression what it costs in quality and how languages use the experts."""
+    """Add to a compression's report and model card: the loss of quality, and which experts each language uses."""
     from .. import TranslationQuality, write_compression_report
 
     qualities = {}
@@ -227,7 +237,7 @@ def report(
 
 
 def _number_or_size(keep: str) -> float | int | str:
-    """`"16"` -> 16, `"0.25"` -> 0.25, and anything else as it is."""
+    """`"16"` -> 16, `"0.25"` -> 0.25; other text stays as it is."""
     for parse in (int, float):
         try:
             return parse(keep)
@@ -243,7 +253,9 @@ def _codes_or_directions(languages: str | None) -> list[Any] | None:
         return None
     pairs = [tuple(code.strip() for code in item.split(":")) for item in items]
     if any(len(pair) > 2 or not all(pair) for pair in pairs) or len({len(pair) for pair in pairs}) > 1:
-        raise ValueError(f"--languages ({languages!r}) must be codes, as en,de,fr, or directions, as en:de,en:fr")
+        raise ValueError(
+            f"--languages ({languages!r}) must be codes, such as en,de,fr, or directions, such as en:de,en:fr"
+        )
     return items if len(pairs[0]) == 1 else pairs
 
 

@@ -1,4 +1,4 @@
-"""How a command ends that fails: one line on stderr that names what is wrong, and exit code 1."""
+"""A command that fails prints one line on stderr that names what is wrong, and ends with exit code 1."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import typer
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """An error of input or of files inside ends the process with one line, without a stack trace."""
+    """A wrong input or a file error inside this context ends the process with one line, without a stack trace."""
     try:
         try:
             yield
@@ -24,7 +24,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _one_line(message: str) -> str:
-    """A message without line ends and control characters, which names in files may have, too."""
+    """The message without line ends and control characters; names in files may have them."""
     line = re.sub(r"\s*\n\s*", "; ", re.sub(r":\s*\n\s*", ": ", message.strip()))
     return "".join(character if character.isprintable() else " " for character in line)
 
@@ -34,12 +34,12 @@ def _flush_output() -> None:
     try:
         sys.stdout.flush()
     except OSError as error:
-        raise OSError(error.errno, f"the output cannot be printed: {error.strerror}; choose another file") from None
+        raise OSError(error.errno, f"the output cannot be written: {error.strerror}; choose another file") from None
 
 
 @contextmanager
 def naming(argument: str) -> Iterator[None]:
-    """Errors inside say which argument they are about."""
+    """Errors inside this context name the argument that they are about."""
     try:
         yield
     except ValueError as error:

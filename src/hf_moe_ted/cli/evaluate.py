@@ -1,4 +1,4 @@
-"""Commands that measure a model, and say what a compression costs."""
+"""The command that measures how well a model translates."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,20 +14,22 @@ def evaluate(
     output: Annotated[Path, typer.Option(help="The new JSON file, for `hf-moe-ted report`.")],
     also: Annotated[
         str | None,
-        typer.Option(help="A second text, best of another domain: what is lost there does not show in DATA."),
+        typer.Option(help="A second text, best from another domain: DATA does not show what is lost there."),
     ] = None,
     languages: DataLanguages = None,
     subset: Subset = None,
     split: Split = "test",
-    max_sentences: Annotated[int | None, typer.Option(help="Of each direction, the first ones; default: all.")] = None,
+    max_sentences: Annotated[
+        int | None, typer.Option(help="Use only so many sentences of each direction, from the start; default: all.")
+    ] = None,
     batch_size: BatchSize = 32,
-    num_beams: Annotated[int, typer.Option(help="1 is greedy.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(help="Where a translation that has not ended is cut.")] = 128,
+    num_beams: Annotated[int, typer.Option(help="Beams of the search; 1 is greedy.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest translation in tokens; longer ones are cut.")] = 128,
     dtype: Dtype = None,
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output file.")] = False,
 ) -> None:
-    """Translate a test set: BLEU, chrF, lengths, languages, what is copied and repeated, by direction; and speed."""
+    """Translate a test set. Measure speed and, by direction, BLEU, chrF, lengths, languages, copies and repetitions."""
     from .. import TranslationQuality, evaluate_translation, load_model_and_tokenizer, open_parallel_text
 
     with TranslationQuality.keeping_path(output, overwrite=overwrite):
@@ -51,7 +53,7 @@ def evaluate(
 
 
 def _table(quality: Any) -> str:
-    """The scores of each direction, a line each."""
+    """The scores, one line per direction."""
     kinds = [*quality.mean([*quality.directions]).copied]
     header = ["direction", "sentences", "BLEU", "chrF", "length", "off target", *kinds, "repeating"]
     rows = [

@@ -1,4 +1,4 @@
-"""Commands about one model or checkpoint: make one, look at one."""
+"""Commands that make a model or look at a checkpoint."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,13 +11,13 @@ from .options import MaxShardSize, OutputDir, Overwrite, Tag, Tokenizer
 def init(
     output_dir: OutputDir,
     config: Annotated[Path, typer.Option(help="config.json of ZCodeM3, or its folder.")],
-    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     tokenizer: Tokenizer = None,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
 ) -> None:
-    """A model with random weights, to train from scratch."""
+    """Make a model with random weights, to train it from scratch."""
     from .. import initialize_checkpoint
 
     print(
@@ -34,10 +34,10 @@ def init(
 
 
 def inspect(
-    checkpoint_dir: Annotated[Path, typer.Argument(help="What engine.save_checkpoint of DeepSpeed wrote.")],
+    checkpoint_dir: Annotated[Path, typer.Argument(help="Folder that engine.save_checkpoint of DeepSpeed wrote.")],
     tag: Tag = None,
 ) -> None:
-    """What a DeepSpeed-MoE checkpoint is: layout, sizes, experts per layer, dtypes, what is missing."""
+    """Describe a DeepSpeed-MoE checkpoint: layout, sizes, experts per layer, dtypes, missing files."""
     from .. import inspect_deepspeed_checkpoint
 
     layout = inspect_deepspeed_checkpoint(checkpoint_dir, tag=tag)

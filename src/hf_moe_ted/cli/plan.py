@@ -1,4 +1,4 @@
-"""The command that says what a training, or a translation, needs and what it costs."""
+"""The command that predicts what a training or a translation needs and costs."""
 
 import json
 import re
@@ -17,7 +17,7 @@ def plan(
     model: Annotated[
         Path, typer.Argument(help="config.json of ZCodeM3 or NLLB-MoE, or a folder with one; weights are not read.")
     ],
-    gpus: Annotated[int, typer.Option(help="All of them.")],
+    gpus: Annotated[int, typer.Option(help="Number of GPUs, of all machines together.")],
     gpu: Annotated[
         str,
         typer.Option(
@@ -25,16 +25,18 @@ def plan(
         ),
     ],
     serve: Annotated[bool, typer.Option("--serve", help="Plan translation with the model, not its training.")] = False,
-    gpus_per_node: Annotated[int, typer.Option(help="Of one machine, joined by NVLink.")] = 8,
-    host_memory: Annotated[float, typer.Option(help="GiB of a machine's memory for each of its GPUs.")] = 128,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of one machine, joined by NVLink.")] = 8,
+    host_memory: Annotated[float, typer.Option(help="GiB of main memory that a machine has per GPU.")] = 128,
     sequence: Annotated[
         int | None,
-        typer.Option(help="Tokens of a source, and of a target; default: 512 to train, 64 to translate."),
+        typer.Option(help="Tokens of a source, and as many of a target; default: 512 to train, 64 to translate."),
     ] = None,
-    layouts: Annotated[int, typer.Option(min=1, help="How many of the best to show.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all terms and what cannot be.")] = False,
+    layouts: Annotated[int, typer.Option(min=1, help="How many layouts to show, the best first.")] = 5,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON with all terms and with the layouts that are impossible.")
+    ] = False,
     picture: Annotated[
-        Path | None, typer.Option(help="PNG file for bars of what takes a GPU's memory; needs matplotlib.")
+        Path | None, typer.Option(help="PNG file with bars that show what fills a GPU's memory; needs matplotlib.")
     ] = None,
     tokens: Annotated[
         str | None,
@@ -46,41 +48,45 @@ def plan(
     batch_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Source and target tokens of a step, over all GPUs; default: 1048576.", rich_help_panel=_TRAINING
+            help="Source and target tokens per step, over all GPUs; default: 1048576.", rich_help_panel=_TRAINING
         ),
     ] = None,
     sentences: Annotated[
         int | None,
-        typer.Option(help="That a GPU translates at once; default: 16.", rich_help_panel=_SERVING),
+        typer.Option(help="Sentences that a GPU translates at once; default: 16.", rich_help_panel=_SERVING),
     ] = None,
-    beams: Annotated[int | None, typer.Option(help="1 is greedy; default: 4.", rich_help_panel=_SERVING)] = None,
+    beams: Annotated[
+        int | None, typer.Option(help="Beams of the search; 1 is greedy; default: 4.", rich_help_panel=_SERVING)
+    ] = None,
     expert_memory: Annotated[
         str | None,
         typer.Option(
-            help="Experts on a GPU at once, such as 8GB; default: all, or as many as fit.", rich_help_panel=_SERVING
+            help="Size of the experts that are on a GPU at once, such as 8GB; default: all, or as many as fit.",
+            rich_help_panel=_SERVING,
         ),
     ] = None,
     zipf: Annotated[
         float | None,
         typer.Option(
-            help="How unevenly tokens choose experts; default: 0, evenly. One pair of languages: 2 to 4.",
+            help="Zipf exponent of how unevenly tokens choose experts; default: 0, evenly. One pair of languages has "
+            "2 to 4.",
             rich_help_panel=_SERVING,
         ),
     ] = None,
     cuda_graphs: Annotated[
-        bool | None, typer.Option(help="Steps as CUDA graphs, where they can be.", rich_help_panel=_SERVING)
+        bool | None, typer.Option(help="Run steps as CUDA graphs where that is possible.", rich_help_panel=_SERVING)
     ] = None,
     quantized_kernels: Annotated[
         bool | None,
         typer.Option(
-            help="Quantized experts in Triton kernels, not in a loop; default: on all but V100.",
+            help="Compute quantized experts in Triton kernels, not in a loop; default: yes, but not on V100.",
             rich_help_panel=_SERVING,
         ),
     ] = None,
 ) -> None:
-    """What fits on GPUs, best first: layouts to train a model, with memory, tokens per second, hours and energy.
+    """Show which layouts to train a model fit on GPUs, best first, with memory, tokens per second, hours and energy.
 
-    With --serve: ways to translate with it, with memory and milliseconds per token.
+    With --serve: show ways to translate with the model, with memory and milliseconds per token.
     """
     from .. import read_planned_config
 
@@ -91,7 +97,10 @@ def plan(
     training = {"batch_tokens": batch_tokens, "sequence_length": sequence}
     serving = {"batch_size": sentences, "num_beams": beams, "zipf": zipf}
     if serve:
-        _refuse({"--tokens": tokens, "--batch-tokens": batch_tokens}, "is of training, and --serve plans translation")
+        _refuse(
+            {"--tokens": tokens, "--batch-tokens": batch_tokens},
+            "is for training, but --serve plans translation; leave one of them out",
+        )
         options = _given(serving | {"source_length": sequence, "target_length": sequence})
         flags = {"cuda_graphs": cuda_graphs, "quantized_kernels": quantized_kernels}
         found = _plan_serving(config, machines | options | _given(flags | {"expert_memory": _size(expert_memory)}))
@@ -103,7 +112,7 @@ def plan(
             "--zipf": zipf,
             "--expert-memory": expert_memory,
         }
-        _refuse(named | flags, "is of translation: give --serve, too")
+        _refuse(named | flags, "is for translation: give --serve, too")
         total = {} if tokens is None else {"total_tokens": _count(tokens)}
         found = _plan_training(config, machines | _given(training) | total)
     if picture is not None:
@@ -146,7 +155,7 @@ def _size(text: str | None) -> int | None:
 def _count(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", text.strip(), re.IGNORECASE)
     if match is None:
-        raise ValueError(f"--tokens ({text!r}) must be a number, maybe with K, M, B or T behind it, such as 30B")
+        raise ValueError(f"--tokens ({text!r}) must be a number, with or without K, M, B or T behind it, such as 30B")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
@@ -161,9 +170,9 @@ def _show_training(found: Any, num_layouts: int) -> None:
     print(best.plugin)
     print(f"TrainingArguments: {best.arguments}")
     _print_training(found.layouts[:num_layouts])
-    print("GiB of a GPU at its peak; host: GiB of the machine's memory per GPU; ms: of a step")
+    print("GiB: of a GPU at its peak; host: GiB of the machine's memory per GPU; ms: milliseconds of a step")
     if found.impossible:
-        print(f"{len(found.impossible)} combinations of tp, ep and etp cannot be; --json has the reasons")
+        print(f"{len(found.impossible)} combinations of tp, ep and etp are impossible; --json has the reasons")
 
 
 def _print_training(layouts: Sequence[Any]) -> None:
@@ -194,14 +203,16 @@ def _show_serving(found: Any, model: Path, num_ways: int) -> None:
     for line in found.commands(str(model)):
         print(line)
     if best.num_copies > 1:
-        print(f"once for each of {best.num_copies} copies, with GPUs and a --port of its own")
+        print(f"once for each of {best.num_copies} copies, each with its own GPUs and its own --port")
     if not workload.cuda_graphs:
-        print("and, for no CUDA graphs, model.generation_config.cuda_graphs = False, saved with the model")
+        print("and, to turn CUDA graphs off, save the model with model.generation_config.cuda_graphs = False")
     _print_serving(found.ways[:num_ways])
-    print("GiB of a GPU; host: GiB of main memory that a copy's experts take; ms: from a token to the next")
+    print(
+        "GiB: of a GPU; host: GiB of main memory that a copy's experts take; ms: milliseconds from a token to the next"
+    )
     print("8 and 4 bits change translations: measure them before you choose")
     for way in found.impossible:
-        print(f"{way.weights} cannot be: {way.reason}")
+        print(f"impossible with {way.weights}: {way.reason}")
 
 
 def _print_serving(ways: Sequence[Any]) -> None:

@@ -26,31 +26,39 @@ _LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 def serve(
     model: ModelWithTokenizer,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0: reached from other machines.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0: any that is free.")] = 5000,
-    api_keys: Annotated[Path | None, typer.Option(help="File of keys, one a line; default: everybody may.")] = None,
-    cors: Annotated[
-        list[str] | None, typer.Option(help="Site whose pages may call, such as https://a.org; or *.")
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines connect.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 chooses a free one.")] = 5000,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="File of API keys, one per line; default: requests need no key.")
     ] = None,
-    proxy: Annotated[str | None, typer.Option(help="Address of a proxy whose X-Forwarded-For is believed.")] = None,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(help="Site whose pages may call the server, such as https://a.org; or * for all."),
+    ] = None,
+    proxy: Annotated[str | None, typer.Option(help="Address of a proxy whose X-Forwarded-For is trusted.")] = None,
     beams: Beams = 4,
     batch_tokens: BatchTokens = 4096,
     max_new_tokens: MaxNewTokens = None,
-    max_characters: Annotated[int, typer.Option(help="Of a request; more: 413.")] = 100_000,
-    max_texts: Annotated[int, typer.Option(help="In a request; more: 413.")] = 1_000,
-    max_file_bytes: Annotated[int, typer.Option(help="Of a file; more: 413.")] = 5_000_000,
-    max_requests: Annotated[int, typer.Option(help="At once; more: 503.")] = 256,
-    max_waiting_characters: Annotated[int, typer.Option(help="For the model; more: 503.")] = 1_000_000,
-    requests_per_minute: Annotated[int, typer.Option(help="Of a key, or an address; more: 429.")] = 6_000,
-    request_timeout: Annotated[int, typer.Option(help="Seconds for a translation; longer: 503.")] = 600,
-    glossary: Annotated[Path | None, typer.Option(help="TSV of terms, for requests without their own.")] = None,
+    max_characters: Annotated[int, typer.Option(help="Characters of a request; more gets status 413.")] = 100_000,
+    max_texts: Annotated[int, typer.Option(help="Texts in a request; more gets status 413.")] = 1_000,
+    max_file_bytes: Annotated[int, typer.Option(help="Bytes of a file; more gets status 413.")] = 5_000_000,
+    max_requests: Annotated[int, typer.Option(help="Requests at once; more gets status 503.")] = 256,
+    max_waiting_characters: Annotated[
+        int, typer.Option(help="Characters that wait for the model; more gets status 503.")
+    ] = 1_000_000,
+    requests_per_minute: Annotated[
+        int, typer.Option(help="Requests per minute of a key or an address; more gets status 429.")
+    ] = 6_000,
+    request_timeout: Annotated[
+        int, typer.Option(help="Seconds that a translation may take; longer gets status 503.")
+    ] = 600,
+    glossary: Annotated[Path | None, typer.Option(help="TSV file of terms for requests that bring none.")] = None,
     keep_placeholders: KeepPlaceholders = True,
-    log_texts: Annotated[bool, typer.Option("--log-texts", help="Write what users send to the log.")] = False,
-    page: Annotated[bool, typer.Option(help="A page at /, to translate in a browser.")] = True,
+    log_texts: Annotated[bool, typer.Option("--log-texts", help="Write the texts of users to the log.")] = False,
+    page: Annotated[bool, typer.Option(help="Serve a page at / to translate in a browser.")] = True,
     statistics: Annotated[
-        Path | None, typer.Option(help="Folder of `expert-statistics`: the page shows languages routed alike.")
+        Path | None,
+        typer.Option(help="Folder written by `expert-statistics`: the page shows which languages are routed alike."),
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -59,7 +67,7 @@ def serve(
     expert_languages: ExpertLanguages = None,
     experts_in: ExpertsIn = None,
 ) -> None:
-    """Serve a model with LibreTranslate's HTTP API. SIGTERM finishes what is running."""
+    """Serve a model with LibreTranslate's HTTP API. After SIGTERM it finishes running requests, then ends."""
     from .. import ApiKeys, Glossary, ServerSettings, bind_address
 
     settings = ServerSettings(
@@ -75,7 +83,10 @@ def serve(
         log_texts=log_texts,
     )
     address = bind_address(host, port)
-    from .. import create_app, run_server  # the error for a missing extra comes before what takes long to load
+    from .. import (
+        create_app,
+        run_server,
+    )  # check for the extra first: a user need not wait for the model to learn that it is missing
 
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
     from .. import BatchedTranslator, ExpertStatistics, TextTranslator, load_model_and_tokenizer

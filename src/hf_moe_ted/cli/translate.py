@@ -1,4 +1,4 @@
-"""The command that uses a model: texts in, translations out."""
+"""The command that translates texts."""
 
 import sys
 from pathlib import Path
@@ -31,30 +31,35 @@ def translate(
         Path | None,
         typer.Argument(
             metavar="[INPUT]",
-            help="Lines of text, or a table (tsv, csv, jsonl, parquet); default, or -: standard input.",
+            help="File with lines of text, or a table (tsv, csv, jsonl, parquet); default, or -: standard input.",
         ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Argument(
             metavar="[OUTPUT]",
-            help="A line for each line, or a table by the end of its name; default, or -: standard output.",
+            help="File for the translations, a line for each line; or a table, if its name ends like one; default, or "
+            "-: standard output.",
         ),
     ] = None,
     src: Annotated[str, typer.Option(help="Language of the texts, or auto.")] = "auto",
     column: Annotated[
-        str | None, typer.Option(help="Column of a table with the texts; default: source, text or sentence.")
+        str | None, typer.Option(help="Column of the table that has the texts; default: source, text or sentence.")
     ] = None,
     glossary: Annotated[
-        Path | None, typer.Option(help="TSV of terms and their translations; a term alone is not translated.")
+        Path | None,
+        typer.Option(help="TSV file of terms and their translations; a term without a translation stays as it is."),
     ] = None,
     beams: Beams = 4,
-    alternatives: Annotated[int, typer.Option(help="Other translations of each text; less than beams.")] = 0,
+    alternatives: Annotated[int, typer.Option(help="How many more translations of each text; fewer than beams.")] = 0,
     batch_tokens: BatchTokens = 4096,
     max_new_tokens: MaxNewTokens = None,
     split: Annotated[bool, typer.Option(help="Split texts into sentences, or take each line as one.")] = True,
     wrapped: Annotated[
-        bool, typer.Option("--wrapped", help="Lines of a paragraph are one text: a line for each paragraph comes out.")
+        bool,
+        typer.Option(
+            "--wrapped", help="Take the lines of a paragraph as one text; the output has a line per paragraph."
+        ),
     ] = False,
     keep_placeholders: KeepPlaceholders = True,
     dtype: Dtype = None,
@@ -63,9 +68,9 @@ def translate(
     expert_statistics: ExpertMemoryStatistics = None,
     expert_languages: ExpertLanguages = None,
     experts_in: ExpertsIn = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output, and begin again.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output and begin again.")] = False,
 ) -> None:
-    """Translate text of any length. An interrupted run goes on where it was; torchrun shares the rows among GPUs."""
+    """Translate text of any length. An interrupted run continues where it stopped; torchrun shares rows among GPUs."""
     from .. import Glossary, TextTranslator, load_model_and_tokenizer, translate_file
 
     memory = expert_memory(expert_memory_size, expert_statistics, expert_languages, experts_in)
