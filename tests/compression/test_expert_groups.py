@@ -93,7 +93,7 @@ def test_neuron_order_undoes_a_permutation() -> None:
 def test_numbers_that_are_not_finite_are_refused(wrong: float) -> None:
     points = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
     points[3, 1] = wrong
-    with pytest.raises(ValueError, match=r"mean outputs .* NaN or infinity in the rows \[3\]"):
+    with pytest.raises(ValueError, match=r"mean outputs .* the rows \[3\] have NaN or infinity"):
         clustered(points, 2)
     with pytest.raises(ValueError, match=r"router's weight .* rows \[3\]"):
         assigned_to([0, 1], points)

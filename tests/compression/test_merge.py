@@ -167,7 +167,7 @@ def test_experts_without_tokens(make_model: MakeModel, rows: Any) -> None:
             model.get_submodule(layer).experts.up_proj[3:] = 1e4
     result = merge_experts(model, statistics, keep=3)
     assert [*result.expert_map.values()] == [[0, 1, 2, 0, 1, 2]] * 3
-    assert "whose weights count for nothing: model.encoder.layers.1.ffn: 3" in result.report.warnings[0]
+    assert "so their weights do not count: model.encoder.layers.1.ffn: 3" in result.report.warnings[0]
     assert torch.equal(
         result.model.get_submodule(LAYERS[0]).experts.up_proj, model.get_submodule(LAYERS[0]).experts.up_proj[:3]
     )
@@ -275,7 +275,7 @@ def test_merged_model_is_not_compressed_again(make_model: MakeModel, rows: Any, 
         ({"keep": 1, "min_experts": 2}, r"fewer than min_experts \(2\)"),
         ({"min_experts": 0}, r"min_experts \(0\) must be at least 1"),
         ({"languages": ["sw"]}, "no sentences in sw"),
-        ({"statistics": None}, "merging needs the statistics .* got NoneType"),
+        ({"statistics": None}, "merging needs statistics .* got NoneType"),
     ],
 )
 def test_wrong_input(options: dict[str, Any], message: str, make_model: MakeModel, rows: Any, tmp_path: Path) -> None:

@@ -499,7 +499,7 @@ def test_wrong_models(make_model: MakeModel, folder: Path, tmp_path: Path) -> No
     for change, message in (
         ({"num_experts": 6}, "has the shape (8, 32), the config asks for (6, 32)"),
         ({"num_experts": "many"}, "config.json: "),
-        ({"quantization_config": {"bits": 4}}, "compress the weights before they are quantized"),
+        ({"quantization_config": {"bits": 4}}, "compress the model before you quantize it"),
     ):
         (tmp_path / "copy" / "config.json").write_text(json.dumps(fields | change))
         assert message in message_of(tmp_path / "copy")

@@ -121,7 +121,7 @@ def test_size_is_used_up() -> None:
         (True, {}, r"keep \(True\) must be a fraction"),
         (None, {}, r"keep \(None\) must be a fraction"),
         (2.0, {}, r"keep \(2.0\) is a fraction of more than 1; a number of experts per layer is an int"),
-        ("8 experts", {}, r"keep \('8 experts'\) is no size"),
+        ("8 experts", {}, r"keep \('8 experts'\) is not a size"),
         ("3.9MB", {}, r"less than the 4,000,000 bytes of the smallest model with min_experts \(1\)"),
         (2, {"per_layer": "some"}, r"per_layer \('some'\) must be one of"),
         (2, {"encoder_decoder_ratio": 0.0}, r"encoder_decoder_ratio \(0.0\) must be a positive number"),

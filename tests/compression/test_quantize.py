@@ -306,7 +306,7 @@ def test_twice(make_model: MakeModel, tmp_path: Path) -> None:
     for model in (quantized, tmp_path / "small"):
         with pytest.raises(ValueError, match="is quantized already"):
             quantize_experts(model, 4)
-        with pytest.raises(ValueError, match="compress the weights before they are quantized"):
+        with pytest.raises(ValueError, match="compress the model before you quantize it"):
             prune_experts(model, None, keep=2, criterion="random", output_dir=tmp_path / "pruned")
 
 

@@ -215,7 +215,7 @@ def test_min_count_is_over_all_languages(zcode: ZCodeM3Tokenizer) -> None:
     texts = frequent.report.texts
     assert texts["en"]["num_changed"] == texts["de"]["num_changed"] == 1
     assert texts["en"]["num_tokens_after"] > texts["en"]["num_tokens_before"]
-    assert "rarer than min_count" in frequent.report.warnings[0] and "en, de" in frequent.report.warnings[0]
+    assert "less often than min_count" in frequent.report.warnings[0] and "en, de" in frequent.report.warnings[0]
     with pytest.raises(ValueError, match=r"min_count \(0\)"):
         trim_vocabulary(model, zcode, dataset=rows, min_count=0)
 

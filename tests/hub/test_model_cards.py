@@ -87,7 +87,7 @@ def test_cards(local_hub: LocalHub, tmp_path: Path) -> None:
 
     data, text = cards["pruned"]
     assert data == shared | {"license": "mit", "language": ["de", "zh"]}
-    assert "## Scores of the model that this one was made of\n" in text
+    assert "## Scores of the model from which this one was made\n" in text
 
     data, text = cards["int8"]
     assert data == shared | {"license": "mit", "language": ["en", "de", "zh"], "base_model_relation": "quantized"}

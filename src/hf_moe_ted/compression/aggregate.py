@@ -1,4 +1,4 @@
-"""Several models with experts as one: the experts of all, behind one router per layer."""
+"""Several models with experts become one: it has the experts of all, behind one router per layer."""
 
 import inspect
 import json
@@ -21,7 +21,7 @@ from .report.model_card import derived_card
 from .report.report_folder import describe
 from .report.summary import Summary
 
-# fields that say how a model was trained; those of the first checkpoint are taken
+# fields that say how a model was trained; the new model takes those of the first checkpoint
 _OF_TRAINING = (
     "dropout",
     "attention_dropout",
@@ -36,7 +36,7 @@ _OF_TRAINING = (
     "output_router_logits",
     "use_cache",
 )
-# compared as the layers that they choose
+# compared by the layers that they choose
 _SPARSE = tuple(f"{side}_sparse_{kind}" for side in SIDES for kind in ("step", "layers"))
 _TOKENIZER_LANGUAGES = {"src_lang": None, "tgt_lang": None}
 
@@ -51,29 +51,28 @@ def aggregate_experts(
 ) -> AggregationReport:
     """Aggregation of Experts: one model with the experts of several, to continue its training.
 
-    Of https://huggingface.co/papers/2109.10465: what the models share is averaged, their experts stand side by side,
-    those of the first checkpoint first, and so do the rows and biases of their routers. It is meant for models that
-    come from the same initialization or have much training in common; the average of others is no model. The new model
-    routes every token over the experts of all, so it is a start for further training, not a better model at once.
+    Source: https://huggingface.co/papers/2109.10465. Weights that the models share are averaged. Experts stand side by
+    side, those of the first checkpoint first; so do the rows and biases of the routers. The models should come from the
+    same initialization or have much training in common; the average of other models does not translate. The new model
+    routes every token over the experts of all. It is a start for further training, not a better model at once.
 
-    Weights are read and written one by one: of all checkpoints, no more than the largest tensor is in memory. Tokenizer
-    and generation config are those of the first checkpoint.
+    Weights are read and written one by one, so memory holds no more than the largest tensor of each checkpoint.
+    Tokenizer and generation config come from the first checkpoint.
 
     Args:
         checkpoints: two or more folders with `config.json` and weights of ZCodeM3, of one architecture and with the
-            same tokenizer. They may differ in the number of experts and in fields that matter in training only, of
-            which those of the first are taken.
-        output_dir: the new folder; it appears when everything is in it, `compression_report.json` and `report.md`
-            included.
-        max_shard_size: of the weight files, bytes or a string such as `"5GB"`.
+            same tokenizer. They may differ in the number of experts and in fields that matter in training only; the new
+            model takes these from the first checkpoint.
+        output_dir: the new folder, with `compression_report.json` and `report.md`; it appears once it is complete.
+        max_shard_size: largest size of a weight file, in bytes or as a string such as `"5GB"`.
         overwrite: whether to replace an `output_dir` that is not empty.
 
     Returns:
         What was aggregated.
 
     Raises:
-        ValueError: before anything is written: fewer than two checkpoints; configs, dtypes or tokenizers differ, all
-            differences being named; no MoE layer; `output_dir` is not empty.
+        ValueError: before anything is written: fewer than two checkpoints; configs, dtypes or tokenizers differ (the
+            message names all differences); no MoE layer; `output_dir` is not empty.
     """
     if isinstance(checkpoints, str | os.PathLike) or len(checkpoints) < 2:
         raise ValueError(f"checkpoints ({checkpoints!r}) must be a list of at least two folders")
@@ -84,7 +83,7 @@ def aggregate_experts(
     if problems:
         raise ValueError("the checkpoints cannot be aggregated:\n  " + "\n  ".join(problems))
     if not moe_layers(sources[0].config):
-        raise ValueError(f"{folders[0]} has no MoE layer, so there are no experts to aggregate")
+        raise ValueError(f"{folders[0]} has no MoE layer, so it has no experts to aggregate; give models with experts")
 
     config = _aggregated_config([source.config for source in sources])
     tensors = _aggregated_tensors([source.tensors for source in sources], config)
@@ -97,7 +96,7 @@ def aggregate_experts(
 
 
 def _differences(first: ModelSource, other: ModelSource) -> list[str]:
-    """Why two checkpoints are not of one architecture, a line each."""
+    """Differences between the architectures of two checkpoints, one line each."""
     problems = [
         f"{name} is {values[0]!r} in {first.path} and {values[1]!r} in {other.path}"
         for name, values in _different_fields(first.config, other.config).items()
@@ -118,7 +117,7 @@ def _differences(first: ModelSource, other: ModelSource) -> list[str]:
 
 
 def _different_fields(first: ZCodeM3Config, other: ZCodeM3Config) -> dict[str, tuple[Any, Any]]:
-    """Name -> values of the fields of ZCodeM3Config that differ, but for `num_experts`."""
+    """Fields of ZCodeM3Config that differ, except `num_experts`: name -> values."""
     names = [name for name in inspect.get_annotations(ZCodeM3Config) if name not in ("num_experts", *_SPARSE)]
     pairs = {name: (getattr(first, name), getattr(other, name)) for name in names}
     pairs |= {f"{side}_sparse_layers": (first.sparse_layers(side), other.sparse_layers(side)) for side in SIDES}
@@ -126,7 +125,7 @@ def _different_fields(first: ZCodeM3Config, other: ZCodeM3Config) -> dict[str, t
 
 
 def _tokenizer_file(path: Path) -> Any:
-    """What the file says about the tokenizer, but for the languages it was last used with; `None` without the file."""
+    """Content of the tokenizer file without the languages that it was last used with; `None` without the file."""
     if not path.is_file():
         return None
     if path.suffix != ".json":
@@ -167,14 +166,14 @@ def _aggregated_tensors(sources: Sequence[LazyTensors], config: ZCodeM3Config) -
 def _report(sources: Sequence[ModelSource], config: ZCodeM3Config, tensors: LazyTensors) -> AggregationReport:
     first = sources[0]
     warnings = [
-        f"{name} is {values[0]!r} in {first.path} and {values[1]!r} in {other.path}; the first is taken"
+        f"{name} is {values[0]!r} in {first.path} and {values[1]!r} in {other.path}; the new model takes the first"
         for other in sources[1:]
         for name, values in _different_fields(first.config, other.config).items()
     ]
     if config.normalize_router_weights is None:
         warnings.append(
-            "normalize_router_weights=None: the experts of all checkpoints share the router's probabilities, so those "
-            "of a token's experts fall; continue training before use"
+            "normalize_router_weights=None: the experts of all checkpoints share the router's probabilities, so the "
+            "weights of a token's experts get smaller; train the model further before use"
         )
     per_checkpoint = [moe_layers(source.config) for source in sources]
     return AggregationReport(

@@ -1,4 +1,4 @@
-"""Which experts are alike: pure functions that put the experts of a layer into groups, and their neurons in order.
+"""Pure functions that put similar experts of a layer into groups, and align the neurons of two experts.
 
 Shape letters: E experts, D model width, F inner width.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 ExpertGroups = list[list[int]]
-"""The experts of a layer, each in one group; the first of a group is the one that the others are like."""
+"""The experts of a layer, each in one group. The others of a group are similar to its first."""
 
 
 def require_scipy() -> None:
@@ -25,24 +25,24 @@ def require_scipy() -> None:
 def clustered(outputs_ED: Tensor, num_groups: int) -> ExpertGroups:
     """Hierarchical clustering with average linkage and Euclidean distances (https://huggingface.co/papers/2410.08589).
 
-    Starting from groups of one, the two groups with the smallest mean distance between their members become one, until
-    `num_groups` are left. Which of several equally near ones come first is SciPy's choice, always the same.
+    It starts with groups of one expert. Then the two groups with the smallest mean distance between their members
+    become one, until `num_groups` are left. Among groups that are equally near, SciPy chooses, always in the same way.
 
     Args:
         outputs_ED: float[E, D], the mean output of each expert.
         num_groups: from 1 to E.
 
     Returns:
-        groups by their lowest member, members ascending.
+        groups, ordered by their lowest member, with members in ascending order.
 
     Raises:
-        ValueError: outputs that are not finite, or another number of groups.
+        ValueError: an output is not finite, or `num_groups` is out of range.
     """
     _require_finite(outputs_ED, "the mean outputs of the experts")
     if not 1 <= num_groups <= len(outputs_ED):
         raise ValueError(f"num_groups ({num_groups}) must be from 1 to the {len(outputs_ED)} experts")
     groups = {expert: [expert] for expert in range(len(outputs_ED))}
-    # as many merges as are needed: SciPy cuts by height, which cannot part what is equally far apart
+    # do as many merges as are needed: SciPy's own cut is by height, and cannot separate merges of equal height
     merges = _average_linkage(outputs_ED)[: len(outputs_ED) - num_groups]
     for new, (first, second) in enumerate(merges, start=len(outputs_ED)):
         groups[new] = groups.pop(first) + groups.pop(second)
@@ -50,7 +50,7 @@ def clustered(outputs_ED: Tensor, num_groups: int) -> ExpertGroups:
 
 
 def _average_linkage(outputs_ED: Tensor) -> list[list[int]]:
-    """The two groups of each merge; those of one expert are 0 to E - 1, then each merge makes the next one."""
+    """The two groups of each merge. Single experts have the numbers 0 to E - 1; each merge gets the next number."""
     from scipy.cluster.hierarchy import linkage
 
     if len(outputs_ED) < 2:
@@ -60,23 +60,25 @@ def _average_linkage(outputs_ED: Tensor) -> list[list[int]]:
 
 
 def _require_finite(numbers: Tensor, what: str) -> None:
-    """SciPy's messages do not say what is wrong."""
+    """Raise with a clear message; SciPy's messages do not say what is wrong."""
     is_finite = numbers.isfinite()
     if not is_finite.all():
         rows = (~is_finite).flatten(1).any(dim=1).nonzero().flatten().tolist()
-        raise ValueError(f"{what} must be finite, there is NaN or infinity in the rows {rows}")
+        raise ValueError(
+            f"{what} must be finite, but the rows {rows} have NaN or infinity; check the weights and the statistics"
+        )
 
 
 def assigned_to(dominant: Sequence[int], router_weight_ED: Tensor) -> ExpertGroups:
-    """Each other expert with the dominant one whose router row is most similar, by the cosine.
+    """Put each other expert with the dominant one whose router row is most similar, by the cosine.
 
-    Of https://huggingface.co/papers/2310.01334, which compares router logits: these are products with the rows.
+    Source: https://huggingface.co/papers/2310.01334. It compares router logits, which are products with these rows.
 
     Returns:
-        groups in the order of `dominant`, which come first in them.
+        groups in the order of `dominant`; the dominant expert is the first of its group.
 
     Raises:
-        ValueError: a router weight that is not finite.
+        ValueError: a router weight is not finite.
     """
     _require_finite(router_weight_ED, "the router's weight")
     rows_ED = torch.nn.functional.normalize(router_weight_ED.double(), dim=-1)
@@ -89,20 +91,20 @@ def assigned_to(dominant: Sequence[int], router_weight_ED: Tensor) -> ExpertGrou
 
 
 def neuron_order(like: tuple[Tensor, Tensor, Tensor], expert: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """The order of an expert's inner neurons in which they are most similar to those of another one.
+    """The order of an expert's inner neurons that makes them most similar to those of another expert.
 
-    An expert computes the same in any order of its neurons, so they are put side by side before weights are averaged:
-    the sum of the products of the weights of neurons in the same place is as large as possible
+    An expert computes the same in any order of its neurons, so they are aligned before weights are averaged: the sum of
+    the products of the weights of neurons in the same place is made as large as possible
     (https://huggingface.co/papers/2310.01334, section 3.1).
 
     Args:
         like, expert: `up_proj` float[F, D], `up_proj_bias` float[F] and `down_proj` float[D, F] of the two.
 
     Returns:
-        int64[F], for each neuron of `like` the one of `expert`; of several equally good orders SciPy's choice.
+        int64[F]: for each neuron of `like`, the neuron of `expert`. SciPy chooses among equally good orders.
 
     Raises:
-        ValueError: weights that are not finite, or whose products are not.
+        ValueError: weights or their products are not finite.
     """
     from scipy.optimize import linear_sum_assignment
 

@@ -12,9 +12,9 @@ from ..models.language_codes import LanguagePair
 from ..routing.expert_statistics import LayerStatistics
 
 Criterion = Callable[[LayerStatistics], Tensor]
-"""What the experts of a layer have done for some language pairs -> number[E], higher for experts to keep.
+"""Statistics of a layer's experts for some language pairs -> number[E], higher for experts to keep.
 
-The numbers must be finite and not negative. They are divided by their sum, so only proportions count.
+The numbers must be finite and not negative. They are divided by their sum, so only their ratios count.
 """
 
 SCOPES = ("global", "language_pair", "language")
@@ -23,26 +23,26 @@ PER_LAYER = ("equal", "adaptive")
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertSelection:
-    """Options as of `prune_experts`, checked as far as they can be without a model.
+    """The options of `prune_experts`, checked as far as that is possible without a model.
 
     Attributes:
-        keep: a fraction of the experts (a float up to 1.0), a number of experts per layer (an int; with `"adaptive"` or
-            a ratio their mean), or a size of the weights (`"8GB"`), within which as many experts as possible are kept.
-        criterion: name or function, of what each expert is worth.
-        scope: for what the criterion is computed; see `expert_importance`.
-        languages: what to keep: codes, for the pairs that have both languages among them, and under `"language"` all
-            pairs from one of them (encoder) or to one of them (decoder); or pairs, `[("en", "de"), ("en", "fr")]`;
-            `None` for all.
+        keep: a fraction of the experts (a float up to 1.0), a number of experts per layer (an int; the mean over layers
+            with `"adaptive"` or a ratio), or a size of the weights (`"8GB"`): as many experts as fit.
+        criterion: name of the criterion or a function; it says how important each expert is.
+        scope: the group of language pairs for which the criterion is computed; see `expert_importance`.
+        languages: what to keep. Codes stand for the pairs whose two languages are both among them; under `"language"`,
+            for all pairs from one of them (encoder) or to one of them (decoder). Pairs are written `[("en", "de"),
+            ("en", "fr")]`. `None` is all.
         per_layer: `"equal"`: all layers keep the same number, or the same share if `keep` is a fraction or a size.
-            `"adaptive"`: each layer keeps its `min_experts` most important experts; the others that are kept are those
-            of the highest importance of all layers, wherever they are.
+            `"adaptive"`: each layer keeps its `min_experts` most important experts; the rest go to the experts of the
+            highest importance, in any layer.
         min_experts: the fewest that a layer keeps. A layer that has fewer keeps all.
-        encoder_decoder_ratio: experts of an encoder layer per expert of a decoder layer, as means; the total is what it
-            is without, up to rounding.
-        seed: of the criterion `"random"`.
+        encoder_decoder_ratio: mean number of experts of an encoder layer per expert of a decoder layer. It does not
+            change the total, up to rounding.
+        seed: seed of the criterion `"random"`.
 
     Raises:
-        ValueError: an option that is none of these.
+        ValueError: an option has another value.
     """
 
     keep: float | int | str

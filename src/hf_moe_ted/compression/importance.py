@@ -14,14 +14,14 @@ from .expert_selection import Criterion, ExpertSelection
 
 
 def utilization(statistics: LayerStatistics) -> Tensor:
-    """Tokens that each expert computes, as whatever choice (Z-code M3, https://huggingface.co/papers/2109.10465)."""
+    """Tokens that each expert computes, as any choice (Z-code M3, https://huggingface.co/papers/2109.10465)."""
     return statistics.num_computed.sum(dim=0).double()
 
 
 def activity_confidence(statistics: LayerStatistics) -> Tensor:
     """Share of the tokens whose first choice is the expert, times `exp` of its mean probability for these tokens.
 
-    Of "Memory-efficient NLLB-200" (https://huggingface.co/papers/2212.09811).
+    Source: "Memory-efficient NLLB-200" (https://huggingface.co/papers/2212.09811).
     """
     first = statistics.num_routed[:, 0].sum(dim=0).double()
     mean_confidence = statistics.confidence.sum(dim=0) / first.clamp(min=1)
@@ -31,8 +31,8 @@ def activity_confidence(statistics: LayerStatistics) -> Tensor:
 def reap(statistics: LayerStatistics) -> Tensor:
     """Mean, over the tokens that the expert computes, of its weight times the norm of its output; 0 without tokens.
 
-    REAP (https://huggingface.co/papers/2510.13999). The weight is that of the layer: normalized over a token's experts
-    if `normalize_router_weights` says so.
+    REAP (https://huggingface.co/papers/2510.13999). The weight is the one that the layer uses: normalized over a
+    token's experts if `normalize_router_weights` says so.
     """
     return statistics.gated_norm.sum(dim=0) / statistics.num_computed.sum(dim=0).clamp(min=1)
 
@@ -45,9 +45,9 @@ CRITERIA: dict[str, Criterion] = {
 
 
 def random_importance(num_experts: Mapping[str, int], seed: int) -> dict[str, Tensor]:
-    """Importance drawn evenly at random: name of each layer -> float64[E] with a sum of 1.
+    """Importance that is drawn uniformly at random: name of each layer -> float64[E] with a sum of 1.
 
-    That of a layer depends on the seed, its name and its number of experts.
+    The numbers of a layer depend on the seed, its name and its number of experts.
     """
     importance = {}
     for layer, count in num_experts.items():
@@ -60,21 +60,22 @@ def random_importance(num_experts: Mapping[str, int], seed: int) -> dict[str, Te
 def expert_importance(statistics: ExpertStatistics, selection: ExpertSelection) -> dict[str, Tensor]:
     """Importance of the experts of each layer for a set of languages.
 
-    The language pairs are put into groups, the criterion's numbers for each group are divided by their sum over the
-    layer's experts, and the importance is the mean over the groups:
+    The language pairs are put into groups. The criterion's numbers for each group are divided by their sum over the
+    layer's experts. The importance is the mean over the groups:
 
-    | scope | groups | so that |
+    | scope | groups | effect |
     |---|---|---|
-    | `"global"` | one of all pairs | a language counts as much as it has tokens |
+    | `"global"` | one of all pairs | a language counts by its number of tokens |
     | `"language_pair"` | one per pair | all pairs count the same |
-    | `"language"` | in the encoder per source language, in the decoder per target language | all languages do |
+    | `"language"` | in the encoder per source language, in the decoder per target language | all languages count the
+    same |
 
     Returns:
         name of each MoE layer -> float64[E] with a sum of 1.
 
     Raises:
-        ValueError: an unknown criterion, a language or pair without statistics, or a function that returns something
-            else than a finite number per expert that is not negative.
+        ValueError: an unknown criterion; a language or pair without statistics; a function that does not return one
+            finite, non-negative number per expert.
     """
     criterion = selection.criterion
     if isinstance(criterion, str) and criterion not in CRITERIA:
@@ -91,7 +92,7 @@ def expert_importance(statistics: ExpertStatistics, selection: ExpertSelection) 
 
 
 def check_languages_of(statistics: ExpertStatistics, selection: ExpertSelection) -> None:
-    """For criteria that use none: what `expert_importance` raises for the languages.
+    """Check the languages as `expert_importance` does, for criteria that do not use statistics.
 
     Raises:
         ValueError: a language or pair without statistics.
@@ -101,7 +102,7 @@ def check_languages_of(statistics: ExpertStatistics, selection: ExpertSelection)
 
 
 def _groups(statistics: ExpertStatistics, side: Side, selection: ExpertSelection) -> list[list[int]]:
-    """Indices of the language pairs of each group."""
+    """Indices of the language pairs in each group."""
     wanted = _wanted_pairs(statistics, side, selection)
     if selection.scope == "global":
         return [wanted]
@@ -113,7 +114,7 @@ def _groups(statistics: ExpertStatistics, side: Side, selection: ExpertSelection
 
 
 def _wanted_pairs(statistics: ExpertStatistics, side: Side, selection: ExpertSelection) -> list[int]:
-    """Indices of the language pairs that count for a side."""
+    """Indices of the language pairs that count for a side, encoder or decoder."""
     pairs, languages = statistics.pairs, selection.languages
     if languages is None:
         return list(range(len(pairs)))
@@ -124,7 +125,9 @@ def _wanted_pairs(statistics: ExpertStatistics, side: Side, selection: ExpertSel
         return _pairs_within(pairs, codes, positions)
     asked = {tuple(find_language(code, known) or code for code in pair) for pair in languages}
     if missing := sorted(asked - {*pairs}):
-        raise ValueError(f"the statistics have no sentences of these pairs of languages: {missing}")
+        raise ValueError(
+            f"the statistics have no sentences of these language pairs: {missing}; collect statistics of them"
+        )
     return [index for index, pair in enumerate(pairs) if pair in asked]
 
 
@@ -140,19 +143,21 @@ def _pairs_within(pairs: Sequence[LanguagePair], codes: set[str], positions: Seq
         if without := sorted(codes - {pairs[index][position] for index in wanted}):
             raise ValueError(
                 f"the statistics have no sentences of languages with {', '.join(without)} as the "
-                f"{('source', 'target')[position]}; collect them, or give the pairs that are to be kept, as in "
-                "[('en', 'de'), ('en', 'fr')]"
+                f"{('source', 'target')[position]}; collect them, or give the pairs to keep, such as [('en', 'de'), "
+                "('en', 'fr')]"
             )
     return wanted
 
 
 def _normalized(numbers: Tensor, num_experts: int, name: str, layer: str) -> Tensor:
-    """float64[E] with a sum of 1; even if all are 0. `name` is that of the criterion."""
+    """float64[E] with a sum of 1; equal numbers if all are 0. `name` is the name of the criterion."""
     if not isinstance(numbers, Tensor) or numbers.shape != (num_experts,):
         raise ValueError(f"criterion {name} must return a tensor with {num_experts} numbers for {layer}, got {numbers}")
     numbers = numbers.double()
     if not numbers.isfinite().all() or (numbers < 0).any():
-        raise ValueError(f"criterion {name} must return finite numbers from 0 up, got {numbers.tolist()} for {layer}")
+        raise ValueError(
+            f"criterion {name} must return finite numbers of at least 0, got {numbers.tolist()} for {layer}"
+        )
     return numbers / numbers.sum() if numbers.any() else torch.full_like(numbers, 1 / num_experts)
 
 

@@ -1,4 +1,4 @@
-"""Fewer experts, made of several each: those that are alike become one, and the router keeps its rows."""
+"""Fewer experts: several that are alike become one, and the router keeps its rows."""
 
 import copy
 import os
@@ -31,7 +31,7 @@ from .report.summary import Summary
 
 METHODS = ("clustering", "frequency")
 
-# dimension of the inner neurons in the weights of one expert
+# dimension of the inner neurons, in the weights of one expert
 _NEURON_DIM = {"up_proj": 0, "up_proj_bias": 0, "down_proj": 1}
 
 
@@ -43,7 +43,7 @@ class MergingResult(CompressionResult):
 
     @property
     def expert_map(self) -> dict[str, list[int]]:
-        """Name of each MoE layer -> the new expert that each old one is part of, and its row of the router leads to."""
+        """Name of each MoE layer -> for each old expert, and so for its row of the router, the new expert."""
         return self.report.expert_map
 
 
@@ -65,42 +65,42 @@ def merge_experts(
 ) -> MergingResult:
     """Average experts that are alike; nothing is trained.
 
-    A token is routed as before, over all rows of the router, and goes to the experts that its rows' experts are part
-    of (`expert_map` of [`ZCodeM3Config`]). The weights of an expert in the average are its shares of the tokens of
+    A token is routed as before, over all rows of the router. Each row leads to the new expert that its old expert is
+    part of (`expert_map` of [`ZCodeM3Config`]). In the average, an expert counts by its share of the tokens of
     `languages`, as `criterion="utilization"` of `prune_experts` counts them for the `scope`.
 
     `"clustering"` is HC-SMoE (https://huggingface.co/papers/2410.08589): hierarchical clustering, with average linkage,
-    of the experts' mean outputs. The paper runs every expert on all tokens, here the outputs are those for the tokens
-    that were routed to an expert, of all languages of the statistics; an expert that had none goes with the one whose
-    router row is most similar to its own.
+    of the experts' mean outputs. The paper runs every expert on all tokens. Here the mean is over the tokens that were
+    routed to the expert, in all languages of the statistics. An expert without tokens joins the one whose router row is
+    most similar to its own.
 
     `"frequency"` is MC-SMoE (https://huggingface.co/papers/2310.01334) without its low-rank compression: the most used
-    experts are dominant, and each other one is merged into the dominant one with the most similar router row, after its
-    inner neurons were put in the order of that one's. With `per_layer="adaptive"` dominant experts are chosen over all
-    layers, as in the paper. Time and memory of the ordering grow fast with the inner width: it solves an assignment
+    experts are dominant. Each other expert is merged into the dominant one with the most similar router row, after its
+    inner neurons were aligned with those of that expert. With `per_layer="adaptive"` dominant experts are chosen over
+    all layers, as in the paper. Time and memory of the ordering grow fast with the inner width: it solves an assignment
     problem of that size per merged expert.
 
     Args:
-        model_or_folder: a model in memory, which is left as it is, or a folder with `config.json` and weights of
+        model_or_folder: a model in memory, which does not change, or a folder with `config.json` and weights of
             ZCodeM3, sharded or not, which are read expert by expert.
-        statistics: of `collect_expert_statistics` for this model.
-        keep: a fraction of the experts (a float up to 1.0), a number of experts per layer (an int), or the size of the
-            weights in the dtype they have (`"8GB"`, `"7.5GiB"`): as many experts as fit.
+        statistics: what `collect_expert_statistics` returned for this model.
+        keep: a fraction of the experts (a float up to 1.0), a number of experts per layer (an int), or a size of the
+            weights in their dtype (`"8GB"`, `"7.5GiB"`): as many experts as fit.
         method: `"clustering"` or `"frequency"`.
         scope, languages, per_layer, encoder_decoder_ratio: as in `prune_experts`; they say how much each expert is used
             and how many experts each layer gets.
-        min_experts: the fewest of a layer. It may be less than `num_experts_per_tok`: a token that goes to an expert
-            twice gets the sum of both weights.
-        output_dir: a new folder for the merged model, which appears when everything is in it. From a folder, tokenizer
-            and generation config come along; from a model, the generation config. Required for a folder.
-        max_shard_size: of the weight files, bytes or a string such as `"5GB"`.
+        min_experts: the fewest experts that a layer keeps. It may be less than `num_experts_per_tok`: a token that goes
+            to an expert twice gets the sum of both weights.
+        output_dir: a new folder for the merged model; it appears once it is complete. It gets the generation config,
+            and from a folder the tokenizer, too. Required for a folder.
+        max_shard_size: largest size of a weight file, in bytes or as a string such as `"5GB"`.
         overwrite: whether to replace an `output_dir` that is not empty.
 
     Returns:
-        [`MergingResult`] with the model, or with `output_dir`, in which are `compression_report.json` and `report.md`.
+        [`MergingResult`] with the model, or with `output_dir`, which holds `compression_report.json` and `report.md`.
 
     Raises:
-        ValueError: before anything is written: no statistics, those of another model, or without one of `languages`;
+        ValueError: before anything is written: statistics are missing, of another model, or without one of `languages`;
             `keep` rounds to zero experts, leaves fewer than `min_experts` or is less than the smallest model; an
             unknown option; a folder that is no ZCodeM3 model or `output_dir` not empty; a model that is spread over
             processes, merged or quantized; SciPy is not installed (`pip install 'hf-moe-ted[merge]'`).
@@ -147,7 +147,7 @@ def _usage(source: ModelSource, statistics: ExpertStatistics, selection: ExpertS
     if not moe_layers(source.config):
         raise ValueError(f"{source.path} has no MoE layer whose experts could be merged")
     if not isinstance(statistics, ExpertStatistics):
-        raise ValueError(f"merging needs the statistics of collect_expert_statistics, got {type(statistics).__name__}")
+        raise ValueError(f"merging needs statistics from collect_expert_statistics, got {type(statistics).__name__}")
     statistics.fingerprint.require_equal(source.fingerprint(), f"the statistics and {source.path}")
     return expert_importance(statistics, selection)
 
@@ -155,7 +155,7 @@ def _usage(source: ModelSource, statistics: ExpertStatistics, selection: ExpertS
 def _groups(
     tensors: LazyTensors, statistics: ExpertStatistics, method: str, layer: str, most_used: list[int]
 ) -> ExpertGroups:
-    """The groups of a layer, as many as there are most used experts."""
+    """The groups of a layer, one for each of its most used experts."""
     router_weight = tensors[f"{layer}.router.weight"]
     if method == "frequency":
         return assigned_to(most_used, router_weight)
@@ -193,7 +193,7 @@ def _map_of(groups: ExpertGroups) -> list[int]:
 
 
 class _Merging:
-    """The weights of the merged model; of the source's experts, one group's are in memory at a time."""
+    """The weights of the merged model; one group of the source's experts is in memory at a time."""
 
     def __init__(
         self, source: LazyTensors, groups: dict[str, ExpertGroups], usage: dict[str, Tensor], *, is_ordered: bool
@@ -242,7 +242,7 @@ def _merged_model(
         for name, parameter in model.get_submodule(f"{layer}.experts").named_parameters():
             merged_weight = tensors[f"{layer}.experts.{name}"].to(parameter.device)
             copies[id(parameter)] = nn.Parameter(merged_weight, parameter.requires_grad)
-    merged = copy.deepcopy(model, copies)  # takes what is in `copies` in place of a copy
+    merged = copy.deepcopy(model, copies)  # deepcopy takes what is in `copies` instead of making a copy
     set_num_experts(merged)
     return merged
 
@@ -257,15 +257,15 @@ def _report(
     warnings = []
     if source.config.eval_capacity_factor is not None:
         warnings.append(
-            f"eval_capacity_factor={source.config.eval_capacity_factor}: the rows of an expert share its capacity, "
-            "which is that of fewer experts; the merged model drops other tokens than the full one"
+            f"eval_capacity_factor={source.config.eval_capacity_factor}: the router rows of a merged expert share its "
+            "capacity, which is computed for fewer experts; the merged model drops other tokens than the full one"
         )
     unused = {
         layer: count for layer in groups if (count := int((statistics.layers[layer].num_computed.sum(0) == 0).sum()))
     }
     if unused:
         listed = ", ".join(f"{layer}: {count}" for layer, count in unused.items())
-        warnings.append(f"experts without a token in the statistics, whose weights count for nothing: {listed}")
+        warnings.append(f"these experts have no token in the statistics, so their weights do not count: {listed}")
     return MergingReport(
         source=str(source.path),
         arguments=arguments,

@@ -1,4 +1,4 @@
-"""What is to be compressed: a model in memory, or a folder whose weights are read one by one."""
+"""The source of a compression: a model in memory, or a folder whose weights are read one by one."""
 
 import dataclasses
 import os
@@ -36,8 +36,8 @@ class ModelSource:
         path: the folder, or the name of the model's class; for messages.
         config: of the model.
         tensors: its weights, tied ones once.
-        save_others: puts the generation config, and of a folder the tokenizer, into another folder.
-        card: of a model that is made of this one.
+        save_others: writes the generation config, and the tokenizer if the source is a folder, into another folder.
+        card: model card for a model that is made of this one.
         model: the model itself, if it is one in memory.
     """
 
@@ -56,7 +56,7 @@ class ModelSource:
         allow_merged: bool = False,
         allow_nllb_moe: bool = False,
     ) -> "ModelSource":
-        """Config and weights, which are checked: names, shapes and dtypes at once, numbers as they are read.
+        """Open the source and check it: names, shapes and dtypes at once, numbers when they are read.
 
         Args:
             model_or_folder: a model in memory, or a folder of one.
@@ -64,8 +64,9 @@ class ModelSource:
             allow_nllb_moe: whether a folder may be one of NLLB-MoE, which is read as ZCodeM3.
 
         Raises:
-            ValueError: something else, a model whose weights are not all here, with an adapter or quantized, or weights
-                that are not those of the config; when a weight is read: it has NaN or infinite numbers.
+            ValueError: `model_or_folder` is something else; the model has weights that are not in this process, has an
+                adapter or is quantized; the weights do not fit the config. When a weight is read: it has NaN or
+                infinite numbers.
         """
         if isinstance(model_or_folder, str | os.PathLike):
             source = _open_folder(Path(model_or_folder), allow_nllb_moe)
@@ -78,13 +79,12 @@ class ModelSource:
             )
         if getattr(source.config, "quantization_config", None) or getattr(source.model, "hf_quantizer", None):
             raise ValueError(
-                f"{source.path} is quantized already (quantization_config); compress the weights before they are "
-                "quantized"
+                f"{source.path} is quantized already (quantization_config); compress the model before you quantize it"
             )
         if source.config.expert_map is not None and not allow_merged:
             raise ValueError(
-                f"{source.path} has an expert_map: its experts were merged, or pruned with renormalize=False; compress "
-                "the model that it was made of"
+                f"{source.path} has an expert_map: its experts were merged, or pruned with renormalize=False; "
+                "compress the model from which it was made"
             )
         tensors = drop_tied_copies(source.tensors, meta_model(source.config).all_tied_weights_keys)
         check_tensors(tensors.specs, stored_specs(meta_model(source.config)), str(source.path))
@@ -96,9 +96,9 @@ class ModelSource:
         return ModelFingerprint.of(self.config, weights)
 
     def write(self, folder: Path, tensors: LazyTensors, config: ZCodeM3Config, max_shard_size: int | str) -> None:
-        """Write a model that is made of this one, with all that belongs to it, into a folder that is there."""
+        """Write a model that is made of this one, with its config and tokenizer, into an existing folder."""
         write_pretrained_tensors(tensors, folder, max_shard_size=max_shard_size)
-        # that of a folder may name another dtype to load the weights in than the one they are stored in: it stays
+        # the dtype in a folder's config may differ from the dtype of the stored weights: it stays
         dtype = self.config.dtype if self.model is None else None
         config.dtype = dtype or tensors.specs["model.shared.weight"].dtype
         config.architectures = [ZCodeM3ForConditionalGeneration.__name__]
@@ -129,12 +129,13 @@ def open_source(
     purpose: str,
     allow_merged: bool = False,
 ) -> ModelSource:
-    """The source for a purpose, such as `"prune a folder"`, for whose result there is a place.
+    """Open the source for a purpose, such as `"prune a folder"`, after a check of where the result goes.
 
     `allow_merged` as in `ModelSource.open`.
 
     Raises:
-        ValueError: see `check_output_dir` and `ModelSource.open`; a folder without `output_dir`.
+        ValueError: see `check_output_dir` and `ModelSource.open`; or the source is a folder and `output_dir` is
+            missing.
     """
     if output_dir is not None:
         check_output_dir(output_dir, overwrite=overwrite, sources=[model_or_folder])
@@ -145,7 +146,7 @@ def open_source(
 
 
 def set_num_experts(model: ZCodeM3ForConditionalGeneration) -> None:
-    """Make the MoE layers of a model in memory, whose weights and config are new, what the config says."""
+    """Set up the MoE layers of a model in memory as its config says; weights and config were replaced before."""
     for side in SIDES:
         expert_map = model.config.expert_map_per_layer(side)
         for index, num_experts in model.config.num_experts_per_layer(side).items():

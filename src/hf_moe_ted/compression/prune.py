@@ -1,4 +1,4 @@
-"""Fewer experts: the ones that matter for some languages, with their rows of the router, as a smaller model."""
+"""Pruning: a smaller model with only the experts that matter for some languages, and their rows of the router."""
 
 import copy
 import os
@@ -29,7 +29,7 @@ from .report.compression_report import PruningReport
 from .report.report_folder import describe
 from .report.summary import Summary
 
-# weights of a dense feed-forward -> those of experts, stacked
+# weight of a dense feed-forward -> stacked weight of the experts
 _STACKED = {dense: stacked for stacked, dense in DENSE_OF_STACKED.items()}
 
 
@@ -38,7 +38,7 @@ class PruningResult(CompressionResult):
     """A pruned model.
 
     Attributes:
-        report: sizes before and after, and what was kept of each language.
+        report: sizes before and after, and the share of each language's routed tokens that was kept.
     """
 
     report: PruningReport
@@ -47,7 +47,7 @@ class PruningResult(CompressionResult):
     def kept_experts(self) -> KeptExperts:
         """Name of each MoE layer, as in `model.named_modules()` of the full model -> ids of the experts it keeps.
 
-        They ascend: expert `i` of the pruned layer was expert `kept_experts[layer][i]`.
+        The ids ascend: expert `i` of the pruned layer was expert `kept_experts[layer][i]`.
         """
         return self.report.kept_experts
 
@@ -70,56 +70,58 @@ def prune_experts(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
 ) -> PruningResult:
-    """Remove experts from a model, and with them their rows of the routers; nothing is trained.
+    """Remove experts and their rows of the routers from a model; nothing is trained.
 
-    The pruned model computes what the full one does if the router logits of the removed experts are minus infinity:
-    the router's probabilities are those of the kept experts among each other. This holds for every routing option
-    without a capacity. With `eval_capacity_factor`, an expert's capacity is a share of the tokens among fewer experts
-    and therefore larger, so that the pruned model drops fewer tokens; what routing draws at random
-    (`second_expert_policy="sampling"`) it draws from the same distribution, with other numbers.
+    The pruned model computes what the full one would compute if the router logits of the removed experts were minus
+    infinity: the router's softmax is over the kept experts only. This holds for every routing option without a
+    capacity. With `eval_capacity_factor`, fewer experts share the tokens, so each has a larger capacity and the pruned
+    model drops fewer tokens. Random choices of routing (`second_expert_policy="sampling"`) have the same distribution,
+    but are drawn with other random numbers.
 
-    A layer with one expert left becomes a dense one (`encoder_sparse_layers`, `decoder_sparse_layers`), as the weight
-    of its expert is always 1. It stays a MoE layer of one expert under `use_residual` and `moe_token_dropout`, which a
-    dense layer does not have.
+    A layer with one expert left becomes dense (`encoder_sparse_layers`, `decoder_sparse_layers`), because the weight of
+    its expert is always 1. With `use_residual` or `moe_token_dropout`, which a dense layer does not have, it stays an
+    MoE layer of one expert.
 
-    For NLLB-MoE, https://huggingface.co/papers/2212.09811 recommends to keep 36 of 128 experts in the encoder's layers
-    and 12 in the decoder's: `keep=24, criterion="activity_confidence", scope="language", encoder_decoder_ratio=3.0` and
-    the languages. Its translations into English came out too long by a sixth, so compare length ratios, not only BLEU.
+    For NLLB-MoE, https://huggingface.co/papers/2212.09811 recommends to keep 36 of 128 experts in each encoder layer
+    and 12 in each decoder layer: `keep=24, criterion="activity_confidence", scope="language",
+    encoder_decoder_ratio=3.0`, with `languages`. Its translations into English were too long by a sixth, so compare
+    length ratios, not only BLEU.
 
     Args:
-        model_or_folder: a model in memory, which is left as it is, or a folder with `config.json` and weights of
-            ZCodeM3, sharded or not, of which only the kept experts are read.
-        statistics: of `collect_expert_statistics` for this model; `None` for `criterion="random"` only.
-        keep: a fraction of the experts (a float up to 1.0), a number of experts per layer (an int), or the size of the
-            weights in the dtype they have (`"8GB"`, `"7.5GiB"`): as many experts as fit. Rounded to whole experts per
+        model_or_folder: a model in memory, which does not change, or a folder with `config.json` and weights of
+            ZCodeM3, sharded or not; removed experts are not read.
+        statistics: what `collect_expert_statistics` returned for this model; `None` for `criterion="random"` only.
+        keep: a fraction of the experts (a float up to 1.0), a number of experts per layer (an int), or a size of the
+            weights in their dtype (`"8GB"`, `"7.5GiB"`): as many experts as fit. It is rounded to whole experts per
             layer.
         criterion: `"random"`; `"utilization"`, the tokens an expert computes; `"activity_confidence"`, the share of
             first choices times `exp` of their mean probability; `"reap"`, the mean of weight times norm of the output;
-            or a function of the [`LayerStatistics`] of some language pairs that returns number[E], higher for experts
-            to keep.
-        scope: for what the criterion is computed: `"global"`, all pairs together; `"language_pair"`, each for itself;
-            `"language"`, per source language in the encoder and per target language in the decoder. The last two add up
-            the shares of the importance within each, so that a language with much text does not push others aside.
-        languages: the languages to keep, `["en", "de"]`, in all directions between them, or the pairs,
-            `[("en", "de")]`; by default all that the statistics have.
-        per_layer: `"equal"`, as many experts in each layer, or the same share of them; or `"adaptive"`: at least
-            `min_experts` in each layer, and beyond that those with the highest share of their layer's importance, in
-            whatever layer. The total is the same.
-        min_experts: the fewest that a layer keeps; by default `num_experts_per_tok`, which is also the least.
-        encoder_decoder_ratio: so many experts in a layer of the encoder per expert in a layer of the decoder, with the
-            same total.
-        renormalize: whether the probabilities of the router are those of the kept experts among each other. With
-            `False` they stay those over all experts, so that a token whose experts were removed gets little of another
-            one: the router keeps the removed experts' rows, which are never chosen (`expert_map` of
-            [`ZCodeM3Config`]), and no layer becomes dense.
-        output_dir: a new folder for the pruned model, which appears when everything is in it. From a folder, tokenizer
-            and generation config come along; from a model, the generation config. Required for a folder.
-        seed: of `criterion="random"`.
-        max_shard_size: of the weight files, bytes or a string such as `"5GB"`.
+            or a function that takes the [`LayerStatistics`] of some language pairs and returns number[E], higher for
+            experts to keep.
+        scope: the groups for which the criterion is computed: `"global"`, all pairs together; `"language_pair"`, each
+            pair; `"language"`, each source language in the encoder and each target language in the decoder. The last
+            two add up shares of importance within each group, so a language with much text does not count more than
+            others.
+        languages: the languages to keep, such as `["en", "de"]`, in all directions between them; or pairs, such as
+            `[("en", "de")]`. By default all that the statistics have.
+        per_layer: `"equal"`: each layer keeps the same number of experts, or the same share of them. `"adaptive"`: each
+            layer keeps at least `min_experts`; the rest go to the experts with the highest share of their layer's
+            importance, in any layer. The total is the same.
+        min_experts: the fewest experts that a layer keeps; by default `num_experts_per_tok`, which is also the lowest
+            value.
+        encoder_decoder_ratio: experts of an encoder layer per expert of a decoder layer; the total stays the same.
+        renormalize: whether the router's softmax is over the kept experts only. With `False` it stays over all experts,
+            so a token whose experts were removed gets only a small output from another one. The router then keeps the
+            removed experts' rows, which are never chosen (`expert_map` of [`ZCodeM3Config`]), and no layer becomes
+            dense.
+        output_dir: a new folder for the pruned model; it appears once it is complete. It gets the generation config,
+            and from a folder the tokenizer, too. Required for a folder.
+        seed: seed of `criterion="random"`.
+        max_shard_size: largest size of a weight file, in bytes or as a string such as `"5GB"`.
         overwrite: whether to replace an `output_dir` that is not empty.
 
     Returns:
-        [`PruningResult`] with the model, or with `output_dir`, in which are `compression_report.json` and `report.md`.
+        [`PruningResult`] with the model, or with `output_dir`, which holds `compression_report.json` and `report.md`.
 
     Raises:
         ValueError: before anything is written: statistics of another model, or without one of `languages`; `keep`
@@ -163,8 +165,8 @@ def _importance(
         raise ValueError(f"{source.path} has no MoE layer to prune")
     if statistics is None and selection.criterion != "random":
         raise ValueError(
-            f"criterion ({selection.criterion_name}) needs statistics (collect_expert_statistics); only 'random' can "
-            "do without"
+            f"criterion ({selection.criterion_name}) needs statistics (collect_expert_statistics); only 'random' does "
+            "not"
         )
     if statistics is None:
         _check_known_to_tokenizer(source, selection.languages)
@@ -177,12 +179,12 @@ def _importance(
 
 
 def _check_known_to_tokenizer(source: ModelSource, languages: Sequence[str] | Sequence[LanguagePair] | None) -> None:
-    """What can be said about languages without statistics: that the model's tokenizer has them."""
+    """Check languages without statistics: the model's tokenizer must have them."""
     if languages is None:
         return
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
-    except Exception:  # what is damaged may raise anything
+    except Exception:  # damaged files may raise any exception
         raise ValueError(
             f"languages ({languages}) cannot be checked: {source.path} has no tokenizer; "
             "give statistics, or no languages"
@@ -196,14 +198,14 @@ def _check_known_to_tokenizer(source: ModelSource, languages: Sequence[str] | Se
 def _min_experts(config: ZCodeM3Config, min_experts: int | None) -> int:
     if min_experts is not None and min_experts < config.num_experts_per_tok:
         raise ValueError(
-            f"min_experts ({min_experts}) must be at least num_experts_per_tok ({config.num_experts_per_tok}): a token "
-            "needs so many different experts"
+            f"min_experts ({min_experts}) must be at least num_experts_per_tok ({config.num_experts_per_tok}): each "
+            "token needs so many different experts"
         )
     return min_experts or config.num_experts_per_tok
 
 
 def _is_dense(config: ZCodeM3Config, num_experts: int) -> bool:
-    """Whether a layer with so many experts left becomes dense: it has one, and does nothing that a dense one cannot."""
+    """Whether a layer with so many experts left becomes dense: it has one, and no option needs an MoE layer."""
     return num_experts == 1 and not config.use_residual and config.moe_token_dropout == 0.0
 
 
@@ -227,13 +229,13 @@ def _pruned_config(source: ZCodeM3Config, kept: KeptExperts, renormalize: bool) 
 
 
 def _map_of(kept: list[int], num_experts: int) -> list[int]:
-    """Row of the router -> expert of the pruned layer, `len(kept)` for those of removed experts."""
+    """Row of the router -> expert of the pruned layer; `len(kept)` for the row of a removed expert."""
     new_of_old = {old: new for new, old in enumerate(kept)}
     return [new_of_old.get(old, len(kept)) for old in range(num_experts)]
 
 
 def _stored_as(name: str, kept: KeptExperts, config: ZCodeM3Config) -> tuple[str, list[int] | None]:
-    """Name of the weight of the full model that a weight of the pruned one is made of, and which rows; `None`: all."""
+    """The weight of the full model from which a weight of the pruned one is taken, and which rows; `None` is all."""
     prefix, _, kind = name.partition(".ffn.")
     layer = f"{prefix}.ffn"
     if layer not in kept or kind.startswith("residual."):
@@ -257,7 +259,7 @@ def _num_bytes_with(source: ModelSource, kept: KeptExperts, renormalize: bool) -
 
 
 def _pruned_tensors(source: LazyTensors, config: ZCodeM3Config, kept: KeptExperts) -> LazyTensors:
-    """The weights of the pruned model; of the experts' weights only the rows that are kept are read."""
+    """The weights of the pruned model; removed experts are not read."""
     specs = {
         name: spec.to(source.specs[_stored_as(name, kept, config)[0]].dtype)
         for name, spec in stored_specs(meta_model(config)).items()
@@ -268,7 +270,7 @@ def _pruned_tensors(source: LazyTensors, config: ZCodeM3Config, kept: KeptExpert
         if experts is None:
             source.into(stored, out)
             return
-        rows = out if out.ndim == source.specs[stored].ndim else out.unsqueeze(0)  # of a dense layer, the one row
+        rows = out if out.ndim == source.specs[stored].ndim else out.unsqueeze(0)  # a dense layer takes the one row
         for row, expert in zip(rows, experts, strict=True):
             row.copy_(source.row(stored, expert))
 
@@ -278,7 +280,7 @@ def _pruned_tensors(source: LazyTensors, config: ZCodeM3Config, kept: KeptExpert
 def _pruned_model(
     model: ZCodeM3ForConditionalGeneration, config: ZCodeM3Config, kept: KeptExperts
 ) -> ZCodeM3ForConditionalGeneration:
-    """A copy of the model, on its devices and in its dtypes; of the experts only those that are kept are copied."""
+    """A copy of the model, on its devices and in its dtypes; removed experts are not copied."""
     copies: dict[int, Any] = {id(model.config): config}
     sparse = {layer: experts for layer, experts in kept.items() if layer in moe_layers(config)}
     for layer, experts in kept.items():
@@ -289,7 +291,7 @@ def _pruned_model(
         cut = [full.experts] if config.expert_map is not None else [full.experts, full.router]
         for parameter in (parameter for module in cut for parameter in module.parameters()):
             copies[id(parameter)] = nn.Parameter(parameter.detach()[experts], parameter.requires_grad)
-    pruned = copy.deepcopy(model, copies)  # takes what is in `copies` in place of a copy
+    pruned = copy.deepcopy(model, copies)  # deepcopy takes what is in `copies` instead of making a copy
     set_num_experts(pruned)
     return pruned
 
@@ -316,8 +318,8 @@ def _report(
     warnings = []
     if config.eval_capacity_factor is not None:
         warnings.append(
-            f"eval_capacity_factor={config.eval_capacity_factor}: with fewer experts each takes more tokens, so the "
-            "pruned model drops fewer than the full one would without the removed experts"
+            f"eval_capacity_factor={config.eval_capacity_factor}: fewer experts have a larger capacity each, so the "
+            "pruned model drops fewer tokens than the full one would without the removed experts"
         )
     sparse = moe_layers(config)
     if 1 in sparse.values() and config.expert_map is None:

@@ -11,7 +11,7 @@ from ..models.layer_names import side_of
 from .expert_selection import ExpertSelection
 
 KeptExperts = dict[str, list[int]]
-"""Name of each MoE layer -> ids of the experts it keeps, ascending."""
+"""Name of each MoE layer -> ids of the experts that it keeps, ascending."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class PruningPlan:
     num_bytes: Callable[[KeptExperts], int]
 
     def choose(self) -> KeptExperts:
-        """
-        Raises:
-            ValueError: `keep` leaves fewer experts than `min_experts`, or asks for more than there are; a ratio for a
-                model with MoE layers on one side only.
+        """Raises: ValueError: `keep` leaves fewer experts than `min_experts`, or asks for more than there are; there is
+        a ratio, but the model has MoE layers on one side only.
         """
         keep, ratio = self.selection.keep, self.selection.encoder_decoder_ratio
         if ratio is not None and len({side_of(layer) for layer in self.importance}) < 2:
-            raise ValueError(f"encoder_decoder_ratio ({ratio}) needs MoE layers in the encoder and in the decoder")
+            raise ValueError(
+                f"encoder_decoder_ratio ({ratio}) needs MoE layers in the encoder and in the decoder; leave it out"
+            )
         if isinstance(keep, str):
             return self._largest_within(keep)
         counts = self._counts(keep)
@@ -48,7 +48,7 @@ class PruningPlan:
         try:
             max_bytes = convert_file_size_to_int(size.strip())
         except ValueError:
-            raise ValueError(f"keep ({size!r}) is no size; write it like '8GB' or '500MB'") from None
+            raise ValueError(f"keep ({size!r}) is not a size; write it like '8GB' or '500MB'") from None
         num_all = sum(map(len, self.importance.values()))
         num_bytes: float = math.inf
         for num_kept in range(num_all, 0, -1):
@@ -65,7 +65,7 @@ class PruningPlan:
         )
 
     def _counts(self, keep: float | int) -> dict[tuple[str, ...], int]:
-        """Experts that are kept of each group of layers; a layer is a group of its own unless layers compete."""
+        """Number of experts that each group of layers keeps. Each layer is its own group unless layers compete."""
         layers = tuple(self.importance)
         num_all = {layer: len(self.importance[layer]) for layer in layers}
         total = keep * (sum(num_all.values()) if isinstance(keep, float) else len(layers))
@@ -89,7 +89,7 @@ class PruningPlan:
         return min(self.selection.min_experts, len(self.importance[layer]))
 
     def _problem(self, counts: Mapping[tuple[str, ...], int]) -> str:
-        """What is wrong with the counts, empty if nothing is."""
+        """A message that says what is wrong with the counts; empty if they are right."""
         for group, count in counts.items():
             where = group[0] if len(group) == 1 else f"{len(group)} layers ({group[0]} to {group[-1]})"
             num_all = sum(len(self.importance[layer]) for layer in group)
@@ -107,7 +107,7 @@ class PruningPlan:
         return ""
 
     def _most_important(self, counts: Mapping[tuple[str, ...], int]) -> KeptExperts:
-        """The most important experts of each group, but at least `min_experts` of each layer."""
+        """The most important experts of each group, with at least `min_experts` of each layer."""
         kept: KeptExperts = {layer: [] for layer in self.importance}
         for group, count in counts.items():
             others: list[tuple[float, str, int]] = []

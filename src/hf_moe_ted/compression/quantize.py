@@ -1,4 +1,4 @@
-"""Experts in 8 or 4 bits per weight, all else in 8 or as it was: the same architecture, smaller, for inference."""
+"""Quantization for inference: experts in 8 or 4 bits per weight, other weights in 8 bits or as they were."""
 
 import copy
 import logging
@@ -25,7 +25,7 @@ from .report.model_card import derived_card
 from .report.report_folder import describe
 from .report.summary import Summary
 
-MAX_GROUP_SIZE = 128  # of the default; smaller groups are more exact, their scales take more room
+MAX_GROUP_SIZE = 128  # largest default; smaller groups are more exact, but their scales take more memory
 
 logger = logging.getLogger(__name__)
 
@@ -84,42 +84,43 @@ def quantize_experts(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
 ) -> ZCodeM3ForConditionalGeneration | QuantizationReport:
-    """Round the weights of the experts to 8 or 4 bits, and with `what="all"` those of other large matrices to 8.
+    """Round expert weights to 8 or 4 bits and, with `what="all"`, those of other large matrices to 8 bits.
 
-    Weight-only, symmetric, rounded to nearest, without calibration, as in https://huggingface.co/papers/2211.10017: its
-    authors measured -0.007 BLEU with 8 bits and -0.167 with 4, per channel. Weights become floats again while they
-    compute, so what is saved is memory, not time. But on CPUs what has 8 bits per channel multiplies integers, which is
-    several times as fast as float32: see [`QuantizedExperts`]. For translations on a CPU take `what="all"`.
+    The method is weight-only, symmetric, rounded to nearest and without calibration, as in
+    https://huggingface.co/papers/2211.10017. Its authors measured -0.007 BLEU with 8 bits and -0.167 with 4, per
+    channel. Weights become floats again for the computation, so this saves memory, not time. On CPUs, however, weights
+    with 8 bits per channel are multiplied as integers, which is several times as fast as float32: see
+    [`QuantizedExperts`]. To translate on a CPU, use `what="all"`.
 
-    From a folder to a folder, matrix by matrix: at most one output shard, the largest tensor and 0.5 GiB are in memory,
-    however large the model is. What is written is what the model in memory would have been saved as. It is loaded with
-    `from_pretrained`, as it was.
+    From a folder to a folder it works matrix by matrix: memory holds at most one output shard, the largest tensor and
+    0.5 GiB, for a model of any size. The files are the same as those of a model that was quantized in memory and saved.
+    Load the folder with `from_pretrained`.
 
-    Loading with `quantization_config=ExpertQuantizationConfig(bits=4)` quantizes, too. Errors and sizes are logged, and
-    are in the report: what comes back from a folder to a folder, or `model.hf_quantizer.report`.
+    Loading with `quantization_config=ExpertQuantizationConfig(bits=4)` quantizes, too. Errors and sizes are logged and
+    stand in the report. From a folder to a folder the report is returned; else it is `model.hf_quantizer.report`.
 
     Args:
-        model_or_folder: a model in memory, which is left as it is, or a folder of ZCodeM3 or NLLB-MoE.
+        model_or_folder: a model in memory, which does not change, or a folder of ZCodeM3 or NLLB-MoE.
         bits: 8 or 4.
-        group_size: so many weights along the input of a matrix share a scale, which has the dtype of the weights; it
-            divides `d_model` and the inner widths of the experts. By default one scale per output channel for 8 bits,
-            and for 4 bits the largest power of two up to 128 that divides the widths.
-        what: "experts", or "all" for attention, dense feed-forward, the projection to the vocabulary and the embeddings
-            that are tied to it, too: 8 bits and one scale per output channel or word.
-        dtype: of a folder's weights before they are rounded, and so of the scales and of all that is not rounded:
-            "float32", "bfloat16", "float16", or "auto", that of its config.
-        output_dir: a new folder for the model, which appears when everything is in it, `compression_report.json`
-            and `report.md` included. From a folder the tokenizer comes along.
-        max_shard_size: of the weight files, bytes or a string such as `"5GB"`.
+        group_size: number of weights along the input of a matrix that share a scale. It must divide `d_model` and the
+            inner widths of the experts. Scales have the dtype of the weights. The default is one scale per output
+            channel for 8 bits, and for 4 bits the largest power of two up to 128 that divides the widths.
+        what: "experts", or "all": also attention, dense feed-forward, the projection to the vocabulary and the
+            embeddings that are tied to it, with 8 bits and one scale per output channel or word.
+        dtype: dtype of a folder's weights before they are rounded, and so of the scales and of all that is not rounded:
+            "float32", "bfloat16", "float16", or "auto", the dtype in its config.
+        output_dir: a new folder for the model, with `compression_report.json` and `report.md`; it appears once it is
+            complete. From a folder it also gets the tokenizer.
+        max_shard_size: largest size of a weight file, in bytes or as a string such as `"5GB"`.
         overwrite: whether to replace an `output_dir` that is not empty.
 
     Returns:
-        a model in evaluation mode, that cannot be trained; from a folder to a folder, the report.
+        a model in evaluation mode, which cannot be trained; from a folder to a folder, the report.
 
     Raises:
-        ValueError: the model is quantized already, spread over processes, has an adapter or no experts; weights that
-            are missing, of another kind or not finite; other `bits`, `what` or `dtype`, or a `group_size` that does not
-            divide a width; `output_dir` is not empty. Nothing is left of an output then.
+        ValueError: the model is quantized already, spread over processes, has an adapter or has no experts; a weight is
+            missing, of another kind or not finite; an unknown value of `bits`, `what` or `dtype`, or a `group_size`
+            that does not divide a width; `output_dir` is not empty. No part of an output is left then.
     """
     if output_dir is not None:
         check_output_dir(output_dir, overwrite=overwrite, sources=[model_or_folder])
@@ -158,7 +159,7 @@ def _quantized_folder(source: ModelSource, quantization: ExpertQuantizationConfi
 
 
 def _quantized_in_memory(source: ModelSource, quantization: ExpertQuantizationConfig, dtype: str) -> Any:
-    """The model, after a look at all of its weights."""
+    """The quantized model; all weights are checked first."""
     model = source.model
     if model is None:
         model = load_whole_model(source.path, dtype)
@@ -174,7 +175,7 @@ def _quantized_in_memory(source: ModelSource, quantization: ExpertQuantizationCo
     quantized.hf_quantizer = quantizer
     quantizer.postprocess_model(quantized)
     quantized.eval()
-    before, after = dict(model.named_parameters()), dict(quantized.named_parameters())  # tied ones once
+    before, after = dict(model.named_parameters()), dict(quantized.named_parameters())  # tied weights once
     quantizer.report = _report(source, before, after, quantizer)
     logger.info("%s", quantizer.report)
     return quantized

@@ -1,7 +1,7 @@
-"""Experts with 8 or 4 bits per weight, and how transformers loads them: the quantization method `zcode_experts`.
+"""Experts with 8 or 4 bits per weight, and the quantization method `zcode_experts` that lets transformers load them.
 
 Importing this module registers the method, the way https://huggingface.co/docs/transformers/quantization/contribute
-describes. It imports no model before one is quantized, so that it can be imported with the quantizers of transformers.
+describes. It imports models only when one is quantized, so it can be imported with the quantizers of transformers.
 
 Shape letters: T tokens, K experts per token, R rows, E experts, D model width, F inner width, O output width, I input
 width, G weights per scale.
@@ -42,20 +42,20 @@ _DTYPES_IN_TRITON = (torch.float32, torch.bfloat16, torch.float16)
 
 @register_quantization_config(METHOD)
 class ExpertQuantizationConfig(QuantizationConfigMixin):
-    """Weight-only quantization of experts: integers, symmetric around 0, and a scale per channel or group.
+    """Weight-only quantization of experts: integers, symmetric around 0, with a scale per channel or group.
 
-    As the `quantization_config` of `from_pretrained` it quantizes a model while it is loaded; in `config.json` it says
-    how the experts are stored.
+    As the `quantization_config` of `from_pretrained` it quantizes a model during loading. In `config.json` it says how
+    the experts are stored.
 
     Args:
-        bits: 8 or 4 per weight.
-        group_size: so many weights along the input share a scale; it divides both widths of the experts. `None`: a
-            whole row, one output channel.
-        what: "experts", or "all" for attention, dense feed-forward, the projection to the vocabulary and the embeddings
-            tied to it, too, in 8 bits and per channel whatever the experts have.
+        bits: bits per weight, 8 or 4.
+        group_size: number of weights along the input that share a scale; it must divide both widths of the experts.
+            `None` is a whole row, that is one output channel.
+        what: "experts", or "all": also attention, dense feed-forward, the projection to the vocabulary and the
+            embeddings tied to it. These have 8 bits and a scale per channel, whatever the experts have.
 
     Raises:
-        ValueError: other `bits`, a `group_size` that is not positive, another `what`, or an unknown option.
+        ValueError: an unknown value of `bits` or `what`, a `group_size` that is not positive, or an unknown option.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class ExpertQuantizationConfig(QuantizationConfigMixin):
         self.what = what
 
     def to_dict(self) -> dict[str, Any]:
-        """Like the parent's; without `what` where only experts are quantized, so that older versions can read it."""
+        """Like the parent's. If only experts are quantized, `what` is left out, so that older versions can read it."""
         fields = super().to_dict()
         if self.what == "experts":
             del fields["what"]
@@ -88,17 +88,18 @@ class ExpertQuantizationConfig(QuantizationConfigMixin):
 
 
 class QuantizedExperts(nn.Module):
-    """[`ZCodeM3Experts`] whose weights are integers; those of one expert at a time become floats while it computes.
+    """[`ZCodeM3Experts`] with integer weights, which become floats one expert at a time, while that expert computes.
 
-    On GPUs (compute capability 8.0 or more, where Triton is), and without gradients, they become floats in the
-    registers of kernels that read packed weights, and nothing waits for the device.
+    On GPUs with compute capability 8.0 or more and Triton, and without gradients, kernels read packed weights and turn
+    them into floats in registers; nothing waits for the device.
 
-    On CPUs, with 8 bits, one scale per channel and no gradients, activations are rounded, too, each token's with a step
-    of its own, and multiplied as integers: see [`PackedInt8Weights`] for the kernels, which take one or two more bytes
-    per weight of the experts that are used. That is several times as fast as float32 and adds about as much rounding
-    error as the weights have.
+    On CPUs, with 8 bits, one scale per channel and no gradients, activations are rounded, too, with a scale per token,
+    and multiplied as integers. This is several times as fast as float32. It adds about as much rounding error as the
+    weights have. The kernels ([`PackedInt8Weights`]) take one or two more bytes per weight of the experts that are
+    used.
 
-    `experts_implementation="eager"` computes with rounded weights and floats everywhere, one expert after the other.
+    `experts_implementation="eager"` computes with rounded weights in floats on every device, one expert after the
+    other.
 
     Parameters: `up_proj_packed` and `down_proj_packed` int8[E, O, I] or, with 4 bits, uint8[E, O, I / 2];
     `up_proj_scale` and `down_proj_scale` float[E, O, I / G]; `up_proj_bias` [E, F], `down_proj_bias` [E, D].
@@ -107,9 +108,9 @@ class QuantizedExperts(nn.Module):
     def __init__(self, experts: "ZCodeM3Experts", quantization: ExpertQuantizationConfig, config: "PreTrainedConfig"):
         """
         Args:
-            experts: of which shapes, dtypes, devices and the activation are taken, not the weights.
+            experts: the module from which shapes, dtypes, devices and the activation are taken, but not the weights.
             quantization: how weights are stored.
-            config: of the model, where `set_experts_implementation` leaves its choice.
+            config: config of the model, where `set_experts_implementation` stores its choice.
         """
         super().__init__()
         self.config = config
@@ -130,7 +131,7 @@ class QuantizedExperts(nn.Module):
 
     @torch.no_grad()
     def quantize_from(self, experts: "ZCodeM3Experts") -> float:
-        """Take over the weights, expert by expert.
+        """Copy and round the weights, expert by expert.
 
         Returns:
             the relative error of the weight matrices of all experts, `||rounded - exact|| / ||exact||` (Frobenius).
@@ -157,11 +158,11 @@ class QuantizedExperts(nn.Module):
 
     @property
     def sums_in_float32(self) -> bool:
-        """Whether, on CPUs, outputs of experts are float32 until those of a token are added up."""
+        """Whether, on CPUs, outputs of experts stay float32 until the outputs for a token are added up."""
         return self._has_integers_to_multiply()
 
     def forget_packed(self, experts: Sequence[int]) -> None:
-        """Drop what was made of the weights of some experts, which were overwritten behind the back of PyTorch."""
+        """Drop packed copies of the weights of some experts, which were overwritten without PyTorch's notice."""
         for name in _PROJECTIONS:
             for expert in experts:
                 self._packed_weights.forget((name, expert))
@@ -181,7 +182,7 @@ class QuantizedExperts(nn.Module):
         """
         if self.training and torch.is_grad_enabled():
             raise ValueError(
-                "quantized experts cannot be trained: train the model before it is quantized, or call model.eval()"
+                "quantized experts cannot be trained: train the model before you quantize it, or call model.eval()"
             )
         if self._runs_in_triton(hidden_states, top_k_weights):
             return self._in_triton(hidden_states, top_k_index, top_k_weights)
@@ -210,7 +211,7 @@ class QuantizedExperts(nn.Module):
     def _has_triton(self, device: torch.device) -> bool:
         implementation = self.config._experts_implementation
         return (
-            # on CPUs Triton's interpreter is slow: by name only
+            # on CPUs Triton's interpreter is slow, so it runs only if asked for by name
             (implementation != "eager" if device.type == "cuda" else implementation == "zcode_fused")
             and (TRITON_ON_GPUS or device.type != "cuda")
             and runs_quantized_experts(device)
@@ -240,7 +241,7 @@ class QuantizedExperts(nn.Module):
         return self.config._experts_implementation != "eager" and self.bits == 8 and self.group_size is None
 
     def _networks_of_integers(self, rows_RD: Tensor, num_rows_E: list[int], expert_R: Tensor) -> Tensor:
-        """float32[R, D] of rows that stand in the order of their experts."""
+        """Outputs float32[R, D] for rows in the order of their experts."""
         inner_RF = self.act_fn(self._linears_of_integers("up_proj", rows_RD, num_rows_E, expert_R))
         return self._linears_of_integers("down_proj", inner_RF, num_rows_E, expert_R)
 
@@ -263,12 +264,12 @@ QUANTIZED_MODULES = (QuantizedExperts, QuantizedLinear, QuantizedEmbedding)
 
 @register_quantizer(METHOD)
 class ExpertQuantizer(HfQuantizer):
-    """Loads quantized experts, or quantizes those of a model that is loaded with an [`ExpertQuantizationConfig`].
+    """Loads quantized experts, or quantizes a model that is loaded with an [`ExpertQuantizationConfig`].
 
     Attributes:
         relative_errors: name of each MoE layer -> relative error of its experts' weights, if they were quantized here.
-        errors_of_parts: the same of all else that was quantized: "attention", "feed-forward", "vocabulary".
-        report: of `quantize_experts`, if it was used.
+        errors_of_parts: the same for the other parts that were quantized: "attention", "feed-forward", "vocabulary".
+        report: the report of `quantize_experts`, if that was used.
     """
 
     quantization_config: ExpertQuantizationConfig
@@ -301,7 +302,7 @@ class ExpertQuantizer(HfQuantizer):
             self.errors_of_parts = quantize_parts(model)
         for module in model.modules():
             if isinstance(module, QUANTIZED_MODULES):
-                module.requires_grad_(False)  # loading makes new parameters
+                module.requires_grad_(False)  # loading creates new parameters
 
     def is_serializable(self) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""A model in a folder to one of fewer bits in another, matrix by matrix: no model is ever in memory.
+"""Quantize a model from one folder to another, matrix by matrix; the whole model is never in memory.
 
 Shape letters: E experts, O output width, I input width.
 """
@@ -27,10 +27,10 @@ class _Matrix:
     """A weight that is rounded.
 
     Attributes:
-        source: its name.
+        source: name of the weight.
         bits: per weight.
         group_size: weights per scale; `None` for a row.
-        errors_of: whose error it is a part of: an MoE layer, or a part of the model.
+        errors_of: the MoE layer or the part of the model to whose error it adds.
     """
 
     source: str
@@ -41,12 +41,12 @@ class _Matrix:
 
 @dataclass(frozen=True)
 class QuantizedFolder:
-    """What becomes of a model in a folder.
+    """The quantized form of a model in a folder.
 
     Attributes:
         model: the quantized model without memory for its weights, with its config and generation config.
         tensors: its weights, which are rounded as they are read.
-        quantizer: in which the errors are, once all tensors were read.
+        quantizer: holds the errors once all tensors were read.
     """
 
     model: Any
@@ -59,17 +59,17 @@ class QuantizedFolder:
         Args:
             source: a folder.
             quantization: how the weights are stored.
-            dtype: of the scales and of all that is not rounded. Weights have it before they are rounded, too, as if
-                the model had been loaded in it.
+            dtype: dtype of the scales and of all that is not rounded. Weights are converted to it before they are
+                rounded, as if the model had been loaded in it.
 
         Raises:
-            ValueError: the model has no experts, or they cannot be stored so.
+            ValueError: the model has no experts, or they cannot be stored in this way.
         """
         model = meta_model(source.config).to(dtype)
         parts = weights_of_parts(model) if quantization.what == "all" else {}
         quantizer = ExpertQuantizer(quantization, pre_quantized=True)
         quantizer.preprocess_model(model)
-        quantizer.postprocess_model(model)  # as `from_pretrained` does for weights that are quantized
+        quantizer.postprocess_model(model)  # `from_pretrained` does this for quantized weights
         model.config.dtype = dtype
         model.config.architectures = [ZCodeM3ForConditionalGeneration.__name__]
         rounded = _matrices_of_experts(model, quantization)
@@ -79,10 +79,10 @@ class QuantizedFolder:
         return cls(model, LazyTensors(specs, read_into=rounding.read_into), quantizer)
 
     def write(self, folder: Path, source: ModelSource, max_shard_size: int | str) -> None:
-        """Write the model, with all that belongs to it, into a folder that is there."""
+        """Write the model, with its config and tokenizer, into an existing folder."""
         write_pretrained_tensors(self.tensors, folder, max_shard_size=max_shard_size)
         self.model.config.save_pretrained(folder)
-        self.model.generation_config.save_pretrained(folder)  # which that of the source replaces, if it has one
+        self.model.generation_config.save_pretrained(folder)  # replaced by the source's, if it has one
         source.save_others(folder)
 
 
@@ -99,7 +99,7 @@ def _matrices_of_experts(model: nn.Module, quantization: ExpertQuantizationConfi
 
 @dataclass
 class _Errors:
-    """Sums of squares of errors and weights by MoE layer and by part; their ratio goes into the quantizer."""
+    """Sums of squares of errors and weights, by MoE layer and by part; the quantizer gets their ratio."""
 
     quantizer: ExpertQuantizer
     sums: dict[str, list[float]] = field(default_factory=dict)
@@ -114,10 +114,10 @@ class _Errors:
 
 @dataclass
 class _Rounding:
-    """Reads tensors of the quantized model from those of the other.
+    """Reads tensors of the quantized model from the tensors of the source.
 
-    Integers and scales of a matrix come from one pass over it. Those that are not asked for first wait for their turn:
-    the scales, but for groups so small that scales need a file of their own, which is written before.
+    One pass over a matrix makes its integers and scales. The part that is not asked for first is kept: usually the
+    scales; the integers only if groups are so small that the scales need their own file, which is written before.
     """
 
     tensors: LazyTensors
@@ -149,7 +149,7 @@ class _Rounding:
             copy_rounded(f"{name} (rows from {rows.start})" if rows.start else name, part, out[rows])
 
     def _round(self, matrix: _Matrix, packed: Tensor, scale: Tensor) -> None:
-        """Expert by expert, or a part of the rows at a time: embeddings may be the largest tensor of all."""
+        """Round expert by expert, or a part of the rows at a time, because embeddings may be the largest tensor."""
         if packed.ndim == 2:
             for rows, weight_OI in self.tensors.parts(matrix.source):
                 self._round_one(matrix, matrix.source, weight_OI, packed[rows], scale[rows])

@@ -1,4 +1,4 @@
-"""Linear layers and embeddings in 8 bits per weight: what a model has besides experts.
+"""Linear layers and embeddings in 8 bits per weight: the large matrices that are not in experts.
 
 Shape letters: R rows, O output width, I input width, V words of the vocabulary, D model width.
 """
@@ -30,7 +30,7 @@ class _QuantizedWeight(nn.Module):
     weight_scale: nn.Parameter
 
     def __init__(self, weight: Tensor):
-        """`weight`: of which shape, dtype and device are taken."""
+        """Take shape, dtype and device from `weight`."""
         super().__init__()
         packed, scale = weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty((len(weight), 1))
         self.weight_packed = nn.Parameter(packed, requires_grad=False)
@@ -38,25 +38,25 @@ class _QuantizedWeight(nn.Module):
 
     @torch.no_grad()
     def quantize_from(self, weight: Tensor, name: str) -> tuple[float, float]:
-        """Take over a weight; returns the sums of squares of its error and of itself.
+        """Copy and round a weight; returns the sums of squares of its error and of the weight.
 
         Raises:
-            ValueError: a number is not finite, or too large to be rounded in its dtype.
+            ValueError: a number is not finite, or is too large to be rounded in its dtype.
         """
         return round_into(weight, self.weight_packed, self.weight_scale, 8, None, name)
 
 
 class QuantizedLinear(_QuantizedWeight):
-    """`nn.Linear` whose weights are integers.
+    """An `nn.Linear` with integer weights.
 
-    On CPUs, where no gradient is wanted, activations are rounded, too, and multiplied as integers: see
-    [`PackedInt8Weights`]. Elsewhere the weights become floats in each call, those of large matrices in parts.
+    On CPUs without gradients, activations are rounded, too, and multiplied as integers: see [`PackedInt8Weights`].
+    Otherwise the weights become floats in each call, those of large matrices in parts.
 
     Parameters: `weight_packed` int8[O, I], `weight_scale` float[O, 1] and `bias` float[O] or `None`.
     """
 
     def __init__(self, linear: nn.Linear):
-        """`linear`: of which shapes, dtype and device are taken, and a copy of the bias."""
+        """Take shapes, dtype, device and a copy of the bias from `linear`."""
         super().__init__(linear.weight)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         bias = linear.bias
@@ -109,20 +109,20 @@ class QuantizedLinear(_QuantizedWeight):
 
 
 class QuantizedEmbedding(_QuantizedWeight):
-    """Word embeddings whose weights are integers; the rows that are looked up become floats.
+    """Word embeddings with integer weights; only rows that are looked up become floats.
 
     Parameters: `weight_packed` int8[V, D] and `weight_scale` float[V, 1].
     """
 
     def __init__(self, embedding: Any):
-        """`embedding`: [`ZCodeM3ScaledWordEmbedding`], of which shapes, dtype and device are taken."""
+        """Take shapes, dtype and device from `embedding`, a [`ZCodeM3ScaledWordEmbedding`]."""
         super().__init__(embedding.weight)
         self.embed_scale: float = embedding.embed_scale
         self.num_embeddings, self.embedding_dim = embedding.weight.shape
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """int64[...] -> float[..., D]."""
-        # which refuses negative ids, such as -100 of labels, as that of floats does; indexing would count from the end
+        # F.embedding refuses negative ids, such as -100 of labels; indexing would count them from the end
         packed, scale = (nn.functional.embedding(input_ids, rows) for rows in (self.weight_packed, self.weight_scale))
         return packed.to(scale.dtype) * scale * self.embed_scale
 
@@ -135,19 +135,19 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def modules_of_parts(model: nn.Module) -> list[nn.Module]:
-    """What `quantize_parts` replaces, each once."""
+    """The modules that `quantize_parts` replaces, each once."""
     linears = [linear for _, _, linear in _linears_of(model)]
     return [*linears, *dict.fromkeys(embedding for _, embedding in _tied_embeddings_of(model))]
 
 
 def weights_of_parts(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
-    """Name of each module that `quantize_parts` replaces -> part and weight; tied ones have several names."""
+    """Name of each module that `quantize_parts` replaces -> part and weight; tied modules have several names."""
     linears = {name: (part, linear.weight) for name, part, linear in _linears_of(model)}
     return linears | {name: (VOCABULARY, embedding.weight) for name, embedding in _tied_embeddings_of(model)}
 
 
 def replace_by_quantized(model: "PreTrainedModel") -> None:
-    """Put quantized modules, without their weights, in the places of linear layers and tied embeddings."""
+    """Replace linear layers and tied embeddings by quantized modules, which have no weights yet."""
     for name, _, linear in list(_linears_of(model)):
         model.set_submodule(name, QuantizedLinear(linear))
     made: dict[nn.Module, nn.Module] = {}
@@ -180,7 +180,7 @@ def quantize_parts(model: "PreTrainedModel") -> dict[str, float]:
 
 
 def _linears_of(model: nn.Module) -> Iterator[tuple[str, str, nn.Linear]]:
-    """Name, part, and linear layer of all that are large."""
+    """Name, part and module of all large linear layers."""
     from ..models.attention import ZCodeM3Attention
     from ..models.moe_layer import ZCodeM3DenseFFN
 
@@ -196,7 +196,7 @@ def _linears_of(model: nn.Module) -> Iterator[tuple[str, str, nn.Linear]]:
 
 
 def _tied_embeddings_of(model: Any) -> Iterator[tuple[str, Any]]:
-    """Name and embedding; a tied one, which has several names, several times."""
+    """Name and embedding; a tied one comes once for each of its names."""
     from ..models.modeling_zcode_m3 import ZCodeM3ScaledWordEmbedding
 
     if model.config.tie_word_embeddings:
@@ -206,7 +206,7 @@ def _tied_embeddings_of(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _tie(model: Any) -> None:
-    """Tie the integers and the scales of embeddings and head, as their weights were."""
+    """Tie the integers and the scales of embeddings and head, as their weights were tied."""
     for module in model.modules():
         tied = getattr(module, "_tied_weights_keys", None)
         if tied and model.config.tie_word_embeddings:

@@ -1,4 +1,4 @@
-"""Weights as integers of 8 or 4 bits, symmetric around 0, and a scale per channel or group.
+"""Round weights to integers of 8 or 4 bits, symmetric around 0, with a scale per channel or group.
 
 Shape letters: E experts, O output width, I input width, G weights per scale.
 """
@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-_PART_NUMEL = 2**22  # weights that are rounded at once; in float64, for their error, 32 MiB
+_PART_NUMEL = 2**22  # number of weights that are rounded at once; their error takes 32 MiB in float64
 
 
 def quantize_weight(weight_EOI: Tensor, bits: int, group_size: int | None) -> tuple[Tensor, Tensor]:
@@ -17,7 +17,7 @@ def quantize_weight(weight_EOI: Tensor, bits: int, group_size: int | None) -> tu
     Args:
         weight_EOI: float[..., I].
         bits: 8 or 4.
-        group_size: weights along I per scale, a divisor of I; `None` for I.
+        group_size: number of weights along I that share a scale, a divisor of I; `None` is I.
 
     Returns:
         int8[..., I], or for 4 bits uint8[..., I / 2] with two numbers plus 8 in each byte, the first in its low half;
@@ -26,14 +26,14 @@ def quantize_weight(weight_EOI: Tensor, bits: int, group_size: int | None) -> tu
     largest = 2 ** (bits - 1) - 1
     grouped = weight_EOI.unflatten(-1, (-1, group_size or weight_EOI.shape[-1])).float()
     scale = (grouped.abs().amax(dim=-1) / largest).to(weight_EOI.dtype)
-    # rounded with the scale that is stored; where that is 0, all weights of the group are 0 or too small for the dtype
+    # round with the stored scale; if that is 0, all weights of the group are 0 or too small for the dtype
     divisor = scale.float().masked_fill(scale == 0, torch.inf).unsqueeze(-1)
     integers = (grouped / divisor).round().clamp(-largest, largest).flatten(-2).to(torch.int8)
     return (integers if bits == 8 else _pack_pairs(integers)), scale
 
 
 def dequantize_weight(packed: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The weights, float[..., I], in the dtype of the scales, that `quantize_weight` has rounded."""
+    """Weights float[..., I] from the output of `quantize_weight`, in the dtype of the scales."""
     integers = packed if bits == 8 else _unpack_pairs(packed)
     groups = integers.unflatten(-1, (scale.shape[-1], -1))
     return (groups.to(scale.dtype) * scale.unsqueeze(-1)).flatten(-2)
@@ -49,7 +49,7 @@ def _unpack_pairs(packed: Tensor) -> Tensor:
 
 
 def relative_error(squared_error: float, squared_norm: float) -> float:
-    """`||rounded - exact|| / ||exact||` (Frobenius), 0 for weights that are all 0."""
+    """`||rounded - exact|| / ||exact||` (Frobenius norm); 0 if all weights are 0."""
     return (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
 
 
@@ -60,15 +60,15 @@ def round_into(
 
     Args:
         weight_OI: float[O, I].
-        packed, scale: where the result goes, of the shapes and dtypes of `quantize_weight`.
-        bits, group_size: as those of `quantize_weight`.
-        name: of the matrix, for messages.
+        packed, scale: outputs, with the shapes and dtypes of `quantize_weight`.
+        bits, group_size: as in `quantize_weight`.
+        name: name of the matrix, for messages.
 
     Returns:
         the sums of squares of `rounded - exact` and of `exact`, in float64.
 
     Raises:
-        ValueError: a weight is not finite, or too large to be rounded in its dtype.
+        ValueError: a weight is not finite, or is too large to be rounded in its dtype.
     """
     rows = max(1, _PART_NUMEL // weight_OI.shape[-1])
     squared_error = squared_norm = 0.0
@@ -80,7 +80,8 @@ def round_into(
         error = (dequantize_weight(packed_part, scale_part, bits).double() - weight).square().sum().item()
         if not math.isfinite(error):
             raise ValueError(
-                f"{name} has NaN or infinity, or weights too large for {exact.dtype}; quantize a model that is whole"
+                f"{name} has NaN or infinity, or weights that are too large for {exact.dtype}; quantize an undamaged "
+                "model"
             )
         squared_error += error
         squared_norm += weight.square().sum().item()

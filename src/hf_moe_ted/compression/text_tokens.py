@@ -1,4 +1,4 @@
-"""Texts of a dataset by their language, and what a tokenizer makes of them."""
+"""The texts of a dataset by language, and the tokens into which a tokenizer splits them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ from torch import Tensor
 from ..evaluation.parallel_text import progress_over, sentences_of_row
 from ..models.language_codes import find_language, resolve_language
 
-WITHOUT_LANGUAGE = "text"  # the name of texts whose language nobody says
+WITHOUT_LANGUAGE = "text"  # key of texts without a language
 _TEXTS_PER_BATCH = 1000
 _CHARACTERS_PER_BATCH = 2**20
 
 
 class TextsByLanguage:
-    """The texts of a dataset, each with its language, in batches; read again with each iteration.
+    """The texts of a dataset in batches, each text with its language. Each iteration reads the dataset again.
 
     Args:
-        dataset: strings, or rows as of `collect_expert_statistics`, of which each side counts for its own language.
-        known: languages of the tokenizer.
-        languages: some of them, so that texts in others are skipped; `None` for all.
+        dataset: strings, or rows like those of `collect_expert_statistics`; each side counts for its own language.
+        known: languages that the tokenizer knows.
+        languages: those to read; texts in other languages are skipped. `None` is all.
 
     Raises:
-        ValueError: the dataset can be read only once; when iterated, a row of another form, or in a language that is
+        ValueError: the dataset can be read only once. During iteration: a row has another form, or a language that is
             neither known nor skipped.
     """
 
@@ -34,13 +34,13 @@ class TextsByLanguage:
             raise ValueError(f"dataset ({dataset!r}) must be rows or texts; hf_moe_ted.open_parallel_text opens a file")
         if isinstance(dataset, Iterator):
             raise ValueError(
-                f"dataset is a {type(dataset).__name__}, which can be read only once, and it is read twice; give a "
+                f"dataset is a {type(dataset).__name__}, which can be read only once, but it is read twice; give a "
                 "list, an opened file or a dataset"
             )
         self._dataset, self._known, self._languages = dataset, known, languages
 
     def batches(self, description: str) -> Iterator[tuple[list[str], list[str]]]:
-        """Languages and texts, with a progress bar of the rows."""
+        """Batches of languages and texts, with a progress bar over the rows."""
         languages: list[str] = []
         texts: list[str] = []
         num_characters = 0
@@ -65,7 +65,7 @@ class TextsByLanguage:
                 progress.update(1)
 
     def _meaning(self, code: str) -> str | None:
-        """The language of a code, `None` if its texts are skipped."""
+        """The language of a code; `None` if its texts are skipped."""
         if self._languages is None:
             return resolve_language(code, self._known)
         language = find_language(code, self._known)
@@ -77,16 +77,16 @@ def _texts_of_row(row: Any, where: str) -> list[tuple[str | None, str]]:
         return [(None, row)]
     sentences = sentences_of_row(row, where)
     sides = [((source, s.source), (target, s.target)) for (source, target), s in sentences]
-    return [*dict.fromkeys(side for both in sides for side in both)]  # a text of several pairs once
+    return [*dict.fromkeys(side for both in sides for side in both)]  # a text that is in several pairs counts once
 
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """What a tokenizer makes of the texts of one language.
+    """Counts of the tokens in the texts of one language.
 
     Attributes:
-        num_texts: how many there are.
-        counts: int64[V], how often each token is in them.
+        num_texts: number of texts.
+        counts: int64[V], how often each token occurs.
     """
 
     num_texts: int
@@ -95,12 +95,12 @@ class TokenCounts:
 
 @dataclass
 class Comparison:
-    """What another tokenizer makes of the same texts.
+    """The same texts, encoded with another tokenizer.
 
     Attributes:
-        num_tokens: in all texts.
-        num_unknown: of these, how many are the unknown one.
-        num_changed: texts that are encoded otherwise.
+        num_tokens: number of tokens in all texts.
+        num_unknown: how many of these are the unknown token.
+        num_changed: number of texts that are encoded differently.
     """
 
     num_tokens: int = 0
@@ -109,10 +109,10 @@ class Comparison:
 
 
 def count_tokens(tokenizer: Any, texts: TextsByLanguage, num_ids: int) -> dict[str, TokenCounts]:
-    """Language -> its texts and their tokens, without those that say the language or end the text.
+    """Count tokens per language, without language tags and end-of-text tokens.
 
     Args:
-        tokenizer: that encodes.
+        tokenizer: the tokenizer that encodes.
         texts: at least one.
         num_ids: V, more than the largest id of a token.
 
@@ -129,7 +129,7 @@ def count_tokens(tokenizer: Any, texts: TextsByLanguage, num_ids: int) -> dict[s
             counts = before.counts + torch.bincount(flat, minlength=num_ids)
             found[language] = TokenCounts(before.num_texts + len(of_language), counts)
     if not found:
-        raise ValueError("the dataset is empty: there is not one text in it, of which tokens could be kept")
+        raise ValueError("the dataset has no text, so no token would be kept; give texts in the languages to keep")
     return found
 
 
@@ -141,13 +141,13 @@ def compare_encodings(
     Args:
         before, after: the tokenizers.
         texts: what they encode.
-        new_of_old: id of a token before -> after, of those that are still there.
+        new_of_old: id before -> id after, for the tokens that are kept.
 
     Returns:
-        Language -> what comes of `after`.
+        Language -> counts for `after`.
 
     Raises:
-        ValueError: a text is encoded otherwise whose tokens are all there, and known.
+        ValueError: a text is encoded differently although all its tokens are kept and known.
     """
     found: dict[str, Comparison] = {}
     for languages, batch in texts.batches("Comparing encodings"):
@@ -156,8 +156,8 @@ def compare_encodings(
             expected = [new_of_old.get(token) for token in old]
             if new != expected and not {None, after.unk_token_id} & {*expected}:
                 raise ValueError(
-                    f"tokenizer ({type(before).__name__}) encodes {text[:80]!r} otherwise without tokens that are not "
-                    "in it; an encoding that is drawn at random (dropout, sampling) cannot be trimmed: turn it off"
+                    f"tokenizer ({type(before).__name__}) encodes {text[:80]!r} differently once other tokens are "
+                    "removed; a tokenizer that encodes at random (dropout, sampling) cannot be trimmed: turn that off"
                 )
             of_language = found.setdefault(language, Comparison())
             of_language.num_tokens += len(new)
@@ -167,7 +167,7 @@ def compare_encodings(
 
 
 def encode_plainly(tokenizer: Callable[..., Any], texts: list[str]) -> list[list[int]]:
-    """Ids of each text alone: no special tokens, nothing cut."""
+    """Ids of each text alone, without special tokens and without truncation."""
     return tokenizer(texts, add_special_tokens=False, truncation=False, padding=False, verbose=False)["input_ids"]
 
 

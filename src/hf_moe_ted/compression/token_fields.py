@@ -4,14 +4,14 @@ import copy
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-# tokens or sequences of tokens that are kept from being generated: those that are gone need no mention
+# fields with tokens, or sequences of tokens, that must not be generated: removed tokens are left out of them
 _SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
 
 Config = TypeVar("Config")
 
 
 def named_tokens(config: Any) -> dict[str, list[int]]:
-    """Name of each field that says what a token is for, such as `eos_token_id` -> its ids.
+    """Name of each field that gives a token a role, such as `eos_token_id` -> its ids.
 
     Args:
         config: of a model, of generation, or `None`.
@@ -22,12 +22,12 @@ def named_tokens(config: Any) -> dict[str, list[int]]:
 
 
 def with_new_ids(config: Config, new_of_old: Mapping[int, int]) -> Config:
-    """A copy that names the same tokens by other ids.
+    """A copy of a config in which the same tokens have new ids.
 
     Args:
         config: of a model, of generation, or `None`.
-        new_of_old: id -> new id, of all tokens of `named_tokens` at least. Others are left out where they were kept
-            from being generated.
+        new_of_old: id -> new id, for at least all tokens of `named_tokens`. Other tokens are left out of the fields
+            with tokens that must not be generated.
     """
     changed: Any = copy.deepcopy(config)
     for name in named_tokens(config):
@@ -50,7 +50,7 @@ def _ids(value: Any) -> list[int]:
 
 
 def _renumbered(word: Any, new_of_old: Mapping[int, int]) -> list[int] | None:
-    """A sequence of tokens, `None` if one of them is gone: it cannot come up any more."""
+    """A sequence of tokens; `None` if one of them was removed, because it can no longer be generated."""
     return [new_of_old[token] for token in word] if all(token in new_of_old for token in word) else None
 
 

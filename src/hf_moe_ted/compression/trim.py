@@ -1,4 +1,4 @@
-"""A smaller vocabulary: the tokens that some text uses, with their rows of the embeddings, and a tokenizer of these."""
+"""A smaller vocabulary: only the tokens that some text uses, with their rows of the embeddings and a new tokenizer."""
 
 import copy
 import os
@@ -38,9 +38,9 @@ class TrimmingResult(CompressionResult):
     """A model with a smaller vocabulary.
 
     Attributes:
-        report: sizes before and after, and how the text is encoded.
-        tokenizer: of the smaller model.
-        kept_tokens: ids of the full model, ascending: token `i` of the smaller one was `kept_tokens[i]`.
+        report: sizes before and after, and how the texts are encoded.
+        tokenizer: the tokenizer of the smaller model.
+        kept_tokens: ids of the full model, ascending: token `i` of the smaller model was `kept_tokens[i]`.
     """
 
     report: TrimmingReport
@@ -62,38 +62,38 @@ def trim_vocabulary(
 ) -> TrimmingResult:
     """Keep the tokens that a text uses, and remove the others from the tokenizer and the embeddings.
 
-    A text whose tokens are all kept is encoded as before, which is verified for every text of `dataset`, and the model
-    computes the same logits for what is kept. Kept as well are the special tokens, the tags of `languages`, single
-    bytes or characters, and what kept tokens are merged of: nothing becomes unknown (of M2M100Tokenizer a text with
-    unknown tokens may have fewer of them), other words are encoded in smaller pieces. The model was not trained to read
-    those, so `dataset` should have much text, more than is translated later.
+    A text whose tokens are all kept is encoded as before; this is verified for every text of `dataset`. The model
+    computes the same logits for kept tokens. These are kept, too: special tokens, the tags of `languages`, single bytes
+    or characters, and the pieces from which kept tokens are merged. So no text gets new unknown tokens (with
+    M2M100Tokenizer it may have fewer). Words whose tokens were removed are encoded in smaller pieces, which the model
+    was not trained to read. So `dataset` should have much text, more than is translated later.
 
     It works on pruned and merged models, before they are quantized.
 
     Args:
-        model_or_folder: a model in memory, which is left as it is, or a folder with `config.json` and weights of
+        model_or_folder: a model in memory, which does not change, or a folder with `config.json` and weights of
             ZCodeM3, sharded or not, which are read one by one.
-        tokenizer: of the model, a [`ZCodeM3Tokenizer`], `NllbTokenizer` or `M2M100Tokenizer` (which needs `output_dir`,
-            and keeps all its languages), or another one of the *tokenizers* library whose model is byte-pair encoding
-            or unigram. By default that of the folder.
-        dataset: what can be read twice: rows as of `collect_expert_statistics`, each side of which is a text of its
-            language; or strings, together with `languages`.
-        languages: whose texts count and whose tags stay; by default those of all texts.
-        min_count: how often a token must be in the texts of all languages together.
-        output_dir: a new folder for the smaller model, which appears when everything is in it, the tokenizer included.
-            Required for a folder.
-        max_shard_size: of the weight files, bytes or a string such as `"5GB"`.
+        tokenizer: the model's tokenizer: a [`ZCodeM3Tokenizer`], `NllbTokenizer` or `M2M100Tokenizer` (which needs
+            `output_dir`, and keeps all its languages), or another one of the *tokenizers* library with byte-pair
+            encoding or unigram. By default the tokenizer in the folder.
+        dataset: rows like those of `collect_expert_statistics`, each side of which is a text in its language; or
+            strings, together with `languages`. It is read twice.
+        languages: languages whose texts count and whose tags stay; by default those of all texts.
+        min_count: how often a token must occur in the texts of all languages together.
+        output_dir: a new folder for the smaller model and its tokenizer; it appears once it is complete. Required for a
+            folder.
+        max_shard_size: largest size of a weight file, in bytes or as a string such as `"5GB"`.
         overwrite: whether to replace an `output_dir` that is not empty.
 
     Returns:
-        [`TrimmingResult`] with the model, or with `output_dir`, in which are `compression_report.json` and `report.md`.
+        [`TrimmingResult`] with the model, or with `output_dir`, which holds `compression_report.json` and `report.md`.
 
     Raises:
-        ValueError: before anything is written: no text, or none in one of `languages`; a language that the tokenizer
-            does not have; one that is asked for (`forced_bos_token_id`, `src_lang` or `tgt_lang` of the tokenizer) and
-            not among `languages`; a tokenizer of another model, of another kind, or that draws encodings at random; a
-            folder that is no ZCodeM3 model or `output_dir` not empty; a model that is quantized, has an adapter, or is
-            not all in this process.
+        ValueError: before anything is written: there is no text, or none in one of `languages`; the tokenizer lacks a
+            language; a language that a setting names (`forced_bos_token_id`, `src_lang` or `tgt_lang` of the tokenizer)
+            is not among `languages`; the tokenizer belongs to another model, is of another kind, or encodes at random;
+            the folder is no ZCodeM3 model or `output_dir` is not empty; the model is quantized, has an adapter, or has
+            weights in other processes.
     """
     if min_count < 1:
         raise ValueError(f"min_count ({min_count}) must be at least 1")
@@ -126,15 +126,15 @@ def trim_vocabulary(
 
 @dataclass(frozen=True)
 class _Trim:
-    """What is kept.
+    """What a trim keeps.
 
     Attributes:
-        tokenizer: of the full model.
-        texts: that decide.
+        tokenizer: the tokenizer of the full model.
+        texts: the texts that decide what is kept.
         counts: language -> its texts and their tokens.
-        languages: whose tags stay.
+        languages: languages whose tags stay.
         kept: ids of the full model, ascending.
-        gone: ids of the tags that go, a few of which may be among `kept` as rows of nothing.
+        gone: ids of the tags that go. A few of them may be among `kept`, as unused rows.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -146,11 +146,11 @@ class _Trim:
 
     @property
     def new_of_old(self) -> dict[int, int]:
-        """Id -> id in the smaller model, of tokens that its tokenizer has."""
+        """Id -> id in the smaller model, for tokens that its tokenizer has."""
         return {old: new for new, old in enumerate(self.kept) if old not in self.gone}
 
     def write_tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
-        """The smaller tokenizer, whose files are in a folder then."""
+        """Write the smaller tokenizer into a folder, and return it."""
         trimming_of(self.tokenizer).write(folder, self.new_of_old, self.languages)
         return type(self.tokenizer).from_pretrained(folder)
 
@@ -158,7 +158,7 @@ class _Trim:
 def _tokenizer(
     source: ModelSource, tokenizer: PreTrainedTokenizerBase | None, output_dir: Any
 ) -> PreTrainedTokenizerBase:
-    """The one that is given, or that of the folder."""
+    """The given tokenizer, or the one in the folder."""
     if tokenizer is None and source.model is not None:
         raise ValueError("tokenizer is required to trim the vocabulary of a model in memory")
     tokenizer = load_tokenizer(source.path, "model_or_folder") if tokenizer is None else tokenizer
@@ -172,7 +172,7 @@ def _tokenizer(
     if last >= vocab_size:
         raise ValueError(
             f"tokenizer ({type(tokenizer).__name__}) has a token {last}, but vocab_size of {source.path} is "
-            f"{vocab_size}; give the tokenizer of this model, or resize its embeddings first"
+            f"{vocab_size}; give the tokenizer of this model, or resize the model's embeddings first"
         )
     return tokenizer
 
@@ -204,35 +204,37 @@ def _plan(
     used = {*(total >= min_count).nonzero().flatten().tolist()}
     kept = used | needed_by(used) | {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
     kept |= {index for ids in named.values() for index in ids}
-    pad_token_id: Any = source.config.pad_token_id  # from which positions are counted, so it stays
+    pad_token_id: Any = source.config.pad_token_id  # positions are counted from it, so it stays
     rows = tuple(sorted(kept - {*gone.values()} | {*range(pad_token_id)}))
     return _Trim(tokenizer, texts, counts, left, rows, frozenset(gone.values()))
 
 
 def _languages_left(counts: Collection[str], chosen: Sequence[str] | None) -> tuple[str, ...]:
-    """The languages whose tags stay, each of which has text, if the texts say their languages."""
+    """The languages whose tags stay. If the texts name their languages, each must have text."""
     if WITHOUT_LANGUAGE in counts:
         if chosen is None:
-            raise ValueError("languages are required for texts that do not name theirs; the tags of others go")
+            raise ValueError(
+                "languages are required for texts that do not name theirs; the tags of other languages are removed"
+            )
         return tuple(chosen)
     if missing := sorted({*(chosen or ())} - {*counts}):
         raise ValueError(
-            f"the dataset has no text in {', '.join(missing)}: its tokens would be removed; leave it out of languages, "
-            "or give text in it"
+            f"the dataset has no text in {', '.join(missing)}: tokens of these languages would be removed; leave them "
+            "out of languages, or give text in them"
         )
     return tuple(counts if chosen is None else chosen)
 
 
 def _check_asked_for(tokenizer: PreTrainedTokenizerBase, named: dict[str, list[int]], gone: dict[str, int]) -> None:
-    """Raise if a language whose tag goes is what something asks for."""
+    """Raise if a setting names a language whose tag is removed."""
     asked = {f"{name} of the tokenizer": tokenizer.init_kwargs.get(name) for name in ("src_lang", "tgt_lang")}
     language_of = {tag: language for language, tag in gone.items()}
     asked |= {name: language_of[index] for name, ids in named.items() for index in ids if index in language_of}
     for name, language in asked.items():
         if language in gone:
             raise ValueError(
-                f"{name} asks for {language}, whose tag would be removed: it has no text in the dataset, or is not "
-                f"among languages; keep it, or set {name} to None"
+                f"{name} names {language}, whose tag would be removed: it has no text in the dataset, or is not among "
+                f"languages; keep it, or set {name} to None"
             )
 
 
@@ -256,12 +258,12 @@ def _trimmed_model(
     generation_config: GenerationConfig | None,
     kept: Sequence[int],
 ) -> ZCodeM3ForConditionalGeneration:
-    """A copy of the model, on its devices and in its dtypes; of the embeddings only rows that are kept are copied."""
+    """A copy of the model, on its devices and in its dtypes; removed rows of the embeddings are not copied."""
     copies: dict[int, Any] = {id(model.config): config, id(model.generation_config): generation_config}
     for weight in {id(weight): weight for name in _EMBEDDINGS if (weight := _weight(model, name)) is not None}.values():
         rows = torch.tensor(kept, device=weight.device)
         copies[id(weight)] = nn.Parameter(weight.detach()[rows], weight.requires_grad)
-    trimmed = copy.deepcopy(model, copies)  # takes what is in `copies` in place of a copy
+    trimmed = copy.deepcopy(model, copies)  # deepcopy takes what is in `copies` instead of making a copy
     for name in _EMBEDDINGS:
         embedding: Any = trimmed.get_submodule(name)
         if isinstance(embedding, nn.Embedding):
@@ -276,7 +278,7 @@ def _weight(model: nn.Module, name: str) -> nn.Parameter:
 
 
 def _saver(tokenizer_folder: Path, generation_config: GenerationConfig | None) -> Callable[[Path], Any]:
-    """Puts the tokenizer and the generation config into the folder of a model."""
+    """A function that writes the tokenizer and the generation config into the folder of a model."""
 
     def save(folder: Path) -> None:
         if generation_config is not None:
@@ -290,7 +292,7 @@ def _saver(tokenizer_folder: Path, generation_config: GenerationConfig | None) -
 def _report(
     source: ModelSource, tensors: LazyTensors, trim: _Trim, smaller: PreTrainedTokenizerBase, min_count: int
 ) -> TrimmingReport:
-    """What was kept, and how the text is encoded with it, which is compared here."""
+    """Report what was kept; compare how the texts are encoded before and after."""
     unknown, after = (
         trim.tokenizer.unk_token_id,
         compare_encodings(trim.tokenizer, smaller, trim.texts, trim.new_of_old),
@@ -325,8 +327,8 @@ def _warnings(after: dict[str, Comparison]) -> tuple[str, ...]:
     if not changed:
         return ()
     return (
-        f"texts in {', '.join(changed)} have tokens that are rarer than min_count: they are encoded in smaller pieces, "
-        "which the model was not trained to read; measure the quality, or train it further",
+        f"texts in {', '.join(changed)} have tokens that occur less often than min_count: they are encoded in smaller "
+        "pieces, which the model was not trained to read; measure the quality, or train the model further",
     )
 
 

@@ -1,9 +1,9 @@
-"""Tokenizers with fewer tokens, which encode every text of the tokens that are left as before.
+"""Tokenizers with fewer tokens. A text whose tokens are all kept is encoded as before.
 
-Why that holds: byte-pair encoding merges the pair of the lowest rank again and again, so a text of kept tokens needs
-the merges that make these, which are kept, and no merge that is gone had been chosen. In a unigram model the best
-segmentation stays the best when others go, as long as the score of the unknown stays. SentencePiece has a type of piece
-for it: an unused piece still takes part in merging, and is then taken apart.
+The reason: byte-pair encoding merges the pair with the lowest rank, again and again. A text of kept tokens needs only
+the merges that make them, and these are kept; it never used a removed merge. In a unigram model the best segmentation
+stays the best when others are removed, if the score of the unknown token does not change. SentencePiece has a type of
+piece for this: an unused piece still takes part in merging, and is then split again.
 """
 
 import json
@@ -25,26 +25,26 @@ _NORMAL, _UNUSED = 1, 5  # of SentencePiece's `ModelProto.SentencePiece.Type`
 
 
 class TokenizerTrimming(Protocol):
-    """How a kind of tokenizer loses tokens."""
+    """How tokens are removed from a kind of tokenizer."""
 
     def needed(self, used: Collection[int]) -> set[int]:
-        """Ids without which `used` would not be made, or something could not be encoded that can be now."""
+        """Ids that are needed to make `used`, or to encode every text that can be encoded now."""
 
     def write(self, folder: Path, new_of_old: Mapping[int, int], languages: Collection[str]) -> None:
-        """Put the files of the smaller tokenizer into a folder that is empty.
+        """Write the files of the smaller tokenizer into an empty folder.
 
         Args:
-            folder: it is there.
-            new_of_old: id -> id there, of all tokens that are kept, ascending in both.
+            folder: an existing, empty folder.
+            new_of_old: id -> new id of all kept tokens, ascending in both.
             languages: the languages that are left.
         """
 
 
 def trimming_of(tokenizer: PreTrainedTokenizerBase) -> TokenizerTrimming:
-    """How a tokenizer loses tokens.
+    """How tokens are removed from this tokenizer.
 
     Raises:
-        ValueError: it is of a kind that is not known here.
+        ValueError: the tokenizer is of an unknown kind.
     """
     if isinstance(tokenizer, M2M100Tokenizer):
         return _SentencePieceTrimming(tokenizer)
@@ -57,7 +57,7 @@ def trimming_of(tokenizer: PreTrainedTokenizerBase) -> TokenizerTrimming:
 
 
 def tags_that_go(tokenizer: PreTrainedTokenizerBase, languages: Collection[str]) -> dict[str, int]:
-    """Language -> id of its tag, of those that are not among `languages` and can go.
+    """Language -> id of its tag, for tags that are not among `languages` and can be removed.
 
     M2M100Tokenizer has its 100 languages in its code, so all of them stay.
     """
@@ -87,14 +87,14 @@ class _BackendTrimming:
                 raise ValueError(f"tokenizer ({name}) has {option} ({self._model[option]!r}), which cannot be trimmed")
         for processor in _processors(content["post_processor"]):
             if processor["type"] not in _PROCESSORS:
-                raise ValueError(f"tokenizer ({name}) has a {processor['type']}, and must have one of {_PROCESSORS}")
+                raise ValueError(f"tokenizer ({name}) has a {processor['type']}, but only {_PROCESSORS} can be trimmed")
 
     def needed(self, used: Collection[int]) -> set[int]:
         ids = self._id_of_piece
-        needed = {index for piece, index in ids.items() if len(piece) == 1}  # bytes, or characters
+        needed = {index for piece, index in ids.items() if len(piece) == 1}  # single bytes, or single characters
         if self._model["type"] == "Unigram":
             scores = [score for _, score in self._model["vocab"]]
-            needed.add(scores.index(min(scores)))  # on which the score of the unknown depends
+            needed.add(scores.index(min(scores)))  # the score of the unknown token depends on it
             needed |= _with_lone_characters(ids)
         else:
             chains = _Merges(self._model["merges"])
@@ -138,7 +138,7 @@ class _BackendTrimming:
 
 
 class _Merges:
-    """The merges of byte-pair encoding, those that come first in front."""
+    """The merges of byte-pair encoding, in their order."""
 
     def __init__(self, merges: Iterable[Any]):
         self._rank = {_pair(merge): rank for rank, merge in enumerate(merges)}
@@ -147,7 +147,7 @@ class _Merges:
             self._pairs.setdefault("".join(pair), []).append(pair)
 
     def parts_of(self, pieces: Iterable[str]) -> set[str]:
-        """The pieces and all that they are merged of, but for their characters."""
+        """The pieces and all pieces from which they are merged, without single characters."""
         made: set[str] = set()
         waiting = [*pieces]
         while waiting:
@@ -158,7 +158,7 @@ class _Merges:
         return made
 
     def _last_parts(self, piece: str) -> Sequence[str]:
-        """The two that are merged to it at the end; if no merges make it, what is left of it."""
+        """The two parts of the last merge that makes a piece; if no merges make it, the parts that remain."""
         if len(pairs := self._pairs.get(piece, [])) == 1:
             return pairs[0]
         before, parts = [*piece], [*piece]
@@ -174,7 +174,7 @@ class _Merges:
 
 
 class _SentencePieceTrimming:
-    """M2M100Tokenizer: a model of SentencePiece, byte-pair encoding or unigram, and ids of its own for the pieces."""
+    """Trimming of M2M100Tokenizer: a SentencePiece model (byte-pair encoding or unigram) with its own ids."""
 
     def __init__(self, tokenizer: M2M100Tokenizer):
         try:
@@ -185,7 +185,7 @@ class _SentencePieceTrimming:
                 "pip install sentencepiece protobuf"
             ) from None
         self._tokenizer: Any = tokenizer
-        messages: Any = sentencepiece_model_pb2  # which are made when it is imported
+        messages: Any = sentencepiece_model_pb2  # the import creates these classes
         self._proto: Any = messages.ModelProto.FromString(self._tokenizer.sp_model.serialized_model_proto())
 
     def needed(self, used: Collection[int]) -> set[int]:
@@ -194,7 +194,7 @@ class _SentencePieceTrimming:
         needed = {ids[piece.piece] for piece in self._proto.pieces if piece.type != _NORMAL and piece.piece in ids}
         known = {piece: ids[piece] for piece in normal if piece in ids}
         needed |= {index for piece, index in known.items() if len(piece) == 1} | _with_lone_characters(known)
-        # on which the scores of the unknown and of user-defined pieces depend
+        # the scores of the unknown and of user-defined pieces depend on them
         extremes = [choose(normal, key=normal.__getitem__) for choose in (min, max)] if normal else []
         needed |= {ids[piece] for piece in extremes if piece in ids}
         return needed | {*self._tokenizer.lang_code_to_id.values()}
@@ -204,7 +204,7 @@ class _SentencePieceTrimming:
         ids: dict[str, int] = self._tokenizer.encoder
         for piece in self._proto.pieces:
             is_kept = ids.get(piece.piece) in new_of_old
-            # a piece without an id was unknown; others may be taken apart into it
+            # a piece without an id was unknown; other pieces may be split into it
             if piece.type == _NORMAL and not is_kept and all(character in ids for character in piece.piece):
                 piece.type = _UNUSED
         names = self._tokenizer.vocab_files_names
@@ -218,7 +218,7 @@ class _SentencePieceTrimming:
 
 
 def _with_lone_characters(id_of_piece: Mapping[str, int]) -> set[int]:
-    """Ids of pieces with a character that is no piece itself: without them it would be unknown."""
+    """Ids of pieces with a character that is no piece itself; without these pieces it would be unknown."""
     return {index for piece, index in id_of_piece.items() if any(character not in id_of_piece for character in piece)}
 
 
@@ -228,14 +228,14 @@ def _pair(merge: Any) -> tuple[str, str]:
 
 
 def _processors(processor: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """A post-processor, or those that it is a sequence of."""
+    """A post-processor as a list; for a sequence, its members."""
     if processor is None:
         return []
     return [processor, *(part for inner in processor.get("processors", []) for part in _processors(inner))]
 
 
 def _trim_template(processor: dict[str, Any], new_of_old: Mapping[int, int]) -> None:
-    """Other ids in a template; what refers to a token that is gone is left out."""
+    """Replace the ids in a template; parts with a removed token are left out."""
     tokens = processor["special_tokens"]
     processor["special_tokens"] = kept = {
         name: token | {"ids": [new_of_old[index] for index in token["ids"]]}
@@ -251,13 +251,13 @@ def _trim_template(processor: dict[str, Any], new_of_old: Mapping[int, int]) -> 
 def _trim_config(
     content: dict[str, Any], new_of_old: Mapping[int, int], gone: Mapping[str, str], languages: Collection[str]
 ) -> dict[str, Any]:
-    """`tokenizer_config.json` without the tags that are gone.
+    """`tokenizer_config.json` without the removed tags.
 
     Args:
-        content: of the file.
+        content: content of the file.
         new_of_old: id -> new id of each kept token.
         gone: tag -> its language.
-        languages: that are left.
+        languages: languages that are left.
     """
     for name in _OF_LOADING:
         content.pop(name, None)
@@ -268,7 +268,7 @@ def _trim_config(
         content["added_tokens_decoder"] = {
             str(new_of_old[int(index)]): token for index, token in added.items() if int(index) in new_of_old
         }
-    # nobody asked for these, they were the last ones or the default
+    # these languages are only the default or the last ones used, not a request
     for name, instead in (("src_lang", next(iter(languages))), ("tgt_lang", None)):
         if content.get(name) in gone.values():
             content[name] = instead

@@ -1,4 +1,4 @@
-"""What every compression reports: sizes before and after, what became of the experts, and what a user should know."""
+"""Reports of compressions: sizes before and after, what happened to the experts, and warnings."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,15 +13,15 @@ REPORT_NAME = "compression_report.json"
 
 @dataclass(frozen=True, kw_only=True)
 class CompressionReport:
-    """What a compression was asked for and what came of it.
+    """The arguments of a compression and its result.
 
     Attributes:
         operation: name of the function.
-        title: what it did to the experts, for a reader.
-        source: what was compressed.
-        arguments: of the function, by name, those that decide about the result.
-        num_parameters_before, num_parameters_after: numbers in all weights, shared ones once.
-        num_bytes_before, num_bytes_after: of the weights.
+        title: what it did to the experts, as a title.
+        source: the model that was compressed.
+        arguments: name -> value, for the arguments that change the result.
+        num_parameters_before, num_parameters_after: number of parameters; shared weights count once.
+        num_bytes_before, num_bytes_after: bytes of the weights.
         warnings: what a user should know.
     """
 
@@ -37,7 +37,7 @@ class CompressionReport:
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it for JSON, of which `report_from_dict` makes it again."""
+        """All fields as plain values for JSON; `report_from_dict` reads them."""
         return {"operation": self.operation, **dataclasses.asdict(self)}
 
     def lines(self) -> list[str]:
@@ -48,7 +48,7 @@ class CompressionReport:
         ]
 
     def layers(self) -> dict[str, dict[str, str]]:
-        """Name of each MoE layer -> what there is to say about its experts, by column."""
+        """Name of each MoE layer -> facts about its experts, by column."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -61,8 +61,8 @@ class FewerExpertsReport(CompressionReport):
     """What a pruning or merging did.
 
     Attributes:
-        outcome: what became of the `before` experts of all layers and the `after` that there are now.
-        num_experts_before, num_experts_after: name of each MoE layer -> its experts.
+        outcome: a format string with `before` and `after`, the numbers of experts in all layers.
+        num_experts_before, num_experts_after: name of each MoE layer -> number of experts.
     """
 
     outcome: ClassVar[str]
@@ -89,14 +89,14 @@ class FewerExpertsReport(CompressionReport):
 
 @dataclass(frozen=True, kw_only=True)
 class PruningReport(FewerExpertsReport):
-    """What a pruning was asked for and what came of it.
+    """The arguments of a pruning and its result.
 
     Attributes:
-        kept_experts: name of each MoE layer -> ids of the experts it keeps.
+        kept_experts: name of each MoE layer -> ids of the experts that it keeps.
         dense_layers: names of the layers that have one expert left and are dense now.
-        routed_share_kept: `"encoder"` -> source language, and `"decoder"` -> target language -> the share of the
-            language's routed (token, expert) slots, over all MoE layers of the side, whose expert is kept; empty
-            without statistics.
+        routed_share_kept: `"encoder"` -> source language, or `"decoder"` -> target language -> share of the language's
+            routed (token, expert) slots whose expert is kept, over all MoE layers of that side. Empty without
+            statistics.
     """
 
     operation: ClassVar[str] = "prune_experts"
@@ -142,7 +142,7 @@ class AggregationReport(CompressionReport):
 
     Attributes:
         checkpoints: the folders, in the order of their experts.
-        num_experts: name of each MoE layer -> its experts in each checkpoint.
+        num_experts: name of each MoE layer -> number of experts in each checkpoint.
     """
 
     operation: ClassVar[str] = "aggregate_experts"
@@ -167,13 +167,13 @@ class AggregationReport(CompressionReport):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationReport(CompressionReport):
-    """What a quantization did; the number of parameters is that of the weights, however they are stored.
+    """What a quantization did. The number of parameters counts weights, in whatever form they are stored.
 
     Attributes:
-        bits: per weight of an expert.
+        bits: bits per expert weight.
         group_size: weights per scale; `None` for a row.
         relative_errors: name of each MoE layer -> `||rounded - exact|| / ||exact||` of its experts' weight matrices.
-        errors_of_parts: the same of all else that has 8 bits now, by part; empty if only experts have.
+        errors_of_parts: the same for the other parts that have 8 bits now; empty if only experts were rounded.
     """
 
     operation: ClassVar[str] = "quantize_experts"
@@ -204,13 +204,13 @@ class QuantizationReport(CompressionReport):
 
 @dataclass(frozen=True, kw_only=True)
 class TrimmingReport(CompressionReport):
-    """What a trimming of the vocabulary kept.
+    """What a trim of the vocabulary kept.
 
     Attributes:
         num_tokens_before, num_tokens_after: rows of the embeddings.
-        num_experts: name of each MoE layer -> its experts, which stay.
-        texts: language -> `num_texts`, and of all these together `num_tokens_before` and `num_tokens_after`,
-            `num_unknown_before` and `num_unknown_after`, and `num_changed`, the texts that are encoded otherwise.
+        num_experts: name of each MoE layer -> number of experts, which does not change.
+        texts: language -> `num_texts`; over all these texts, `num_tokens_before` and `num_tokens_after`,
+            `num_unknown_before` and `num_unknown_after`; and `num_changed`, the texts that are encoded differently.
     """
 
     operation: ClassVar[str] = "trim_vocabulary"
@@ -237,7 +237,7 @@ class TrimmingReport(CompressionReport):
         return {layer: {"experts": str(num_experts)} for layer, num_experts in self.num_experts.items()}
 
     def encodings(self) -> dict[str, dict[str, str]]:
-        """Language -> how its texts are encoded before -> after, by column."""
+        """Language -> how its texts are encoded, "before -> after", by column."""
         return {
             language: {
                 "texts": f"{text['num_texts']:,}",
@@ -259,10 +259,11 @@ _KINDS = {
 
 
 def report_from_dict(fields: Mapping[str, Any]) -> CompressionReport:
-    """What `to_dict` has made JSON of.
+    """Make a report from what `to_dict` returned.
 
     Raises:
-        ValueError: an unknown operation, fields that are missing or of another type, or not of the same layers.
+        ValueError: the operation is unknown, a field is missing or of another type, or fields are not of the same
+            layers.
     """
     operation = fields.get("operation")
     if not isinstance(operation, str) or operation not in _KINDS:
@@ -271,13 +272,13 @@ def report_from_dict(fields: Mapping[str, Any]) -> CompressionReport:
     names = {field.name for field in dataclasses.fields(kind)}
     known = {name: value for name, value in fields.items() if name in names}
     if kind is QuantizationReport:
-        known.setdefault("errors_of_parts", {})  # older reports have none
+        known.setdefault("errors_of_parts", {})  # older reports lack it
     report: CompressionReport = from_fields(kind, known)
     try:
         num_lines, num_layers = len(report.lines()), len(report.layers())
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(f"its fields are not of the same MoE layers: {error}") from error
-    if not (num_lines and (num_layers or kind is TrimmingReport)):  # of a dense model, too
+    if not (num_lines and (num_layers or kind is TrimmingReport)):  # a dense model has none, too
         raise ValueError("there is no MoE layer in it")
     return report
 

@@ -19,7 +19,7 @@ PICTURE_FOLDER = "compression_report"
 NUM_WORST = 5
 
 _HOW_TO_MEASURE = f"""\
-What it costs in quality was not measured. With text in the model's languages that it was not trained on:
+The loss of quality was not measured. To measure it, take text in the model's languages that it was not trained on:
 
 ```bash
 hf-moe-ted evaluate SOURCE TEXT --output before.json
@@ -27,12 +27,12 @@ hf-moe-ted evaluate MODEL TEXT --output after.json
 hf-moe-ted report MODEL --before before.json --after after.json    # puts it here and into {REPORT_MARKDOWN}
 ```
 
-With `--also OTHER` at both `evaluate`, a second text of another domain: quality may hold in the domain whose text chose
-the experts, and break outside of it."""
+Add `--also OTHER` to both `evaluate` for a second text of another domain: quality may hold in the domain whose text
+chose the experts, and break in others."""
 
 _WITHOUT_PICTURES = (
-    "Pictures were not drawn, as matplotlib was not installed: `pip install 'hf-moe-ted[viz]'`, then "
-    "`hf-moe-ted report MODEL`, with `--statistics` for those of the languages."
+    "Pictures were not drawn because matplotlib was not installed: `pip install 'hf-moe-ted[viz]'`, then `hf-moe-ted "
+    "report MODEL`; add `--statistics` for the pictures of languages."
 )
 
 
@@ -41,13 +41,13 @@ def full_report(summary: Summary, pictures: Sequence[str]) -> str:
 
     Args:
         summary: what there is to say.
-        pictures: names of those that there are.
+        pictures: names of the pictures that exist.
     """
     report = summary.report
     arguments = [
         f"{as_code(name)} {as_text(str(value))}"
         for name, value in report.arguments.items()
-        if name != "checkpoints"  # which stand in the line before
+        if name != "checkpoints"  # the line before has them
     ]
     parts = [
         f"# Compression report: {report.title.lower()}",
@@ -66,19 +66,22 @@ def full_report(summary: Summary, pictures: Sequence[str]) -> str:
 
 
 def card_section(summary: Summary, pictures: Sequence[str]) -> str:
-    """The text for a model card: without the tables of all directions, layers and languages."""
+    """The section for a model card. It leaves out the tables of all directions, layers and languages."""
     parts = [
         f"## {summary.report.title}",
-        "Numbers outside of this section are of the model that this one was made of. The whole report: "
+        "Numbers outside of this section describe the model from which this one was made. The whole report: "
         f"[{REPORT_MARKDOWN}]({REPORT_MARKDOWN}).",
         *_overview(summary),
     ]
     if summary.qualities:
         num_worst = min(NUM_WORST, len(summary.by_loss))
-        parts += [f"**The {num_worst} directions that lost most, by chrF:**", _directions(summary, num_worst)]
+        parts += [f"**The {num_worst} directions with the largest loss of chrF:**", _directions(summary, num_worst)]
     if summary.also:
         num_worst = min(NUM_WORST, len(summary.also.by_loss))
-        parts += [f"**The {num_worst} that lost most in another text:**", _directions(summary.also, num_worst)]
+        parts += [
+            f"**The {num_worst} directions with the largest loss in the other text:**",
+            _directions(summary.also, num_worst),
+        ]
     return "\n\n".join([*parts, *_pictures(pictures)]) + "\n"
 
 
@@ -128,8 +131,8 @@ def _how_measured(summary: Summary) -> str:
         "sacreBLEU's; the length ratio counts characters; off target is the share of translations whose detected "
         "language is not the target language"
         + (f", which is also said of {_percent(fmean(floors))} of the references" if floors else "")
-        + ". Copied: of the numbers, placeholders and names that source and reference have in common, those that "
-        f"translations have; repeating: translations that say something three times in a row{_repeating_floor(after)}"
+        + ". Copied: the share of numbers, placeholders and names common to source and reference that translations "
+        "have, too; repeating: translations that say something three times in a row{_repeating_floor(after)}"
         + f". Beams: {after.num_beams}, at most {after.max_new_tokens} new tokens. {'; '.join(models)}."
     )
 
@@ -140,7 +143,7 @@ def _repeating_floor(quality: TranslationQuality) -> str:
 
 
 def _directions(summary: Summary, num_worst: int | None = None) -> str:
-    """Means, then the directions, those that lost most first."""
+    """Means, then the directions, those with the largest loss first."""
     qualities = [*summary.qualities.values()]
     (everything, all_pairs), *groups = qualities[0].groups().items()
     rows = []
@@ -152,13 +155,13 @@ def _directions(summary: Summary, num_worst: int | None = None) -> str:
         rows.append(["-".join(pair), str(directions[0].num_sentences), *_scores(directions)])
     header = ["direction", "sentences", "chrF", "BLEU", "length ratio", "off target"]
     header += [*(f"{kind} copied" for kind in KINDS), "repeating"]
-    # a text may have no placeholders, and files of older versions have none of the last four
+    # a text may have no placeholders, and files of older versions lack the last four
     columns = [column for column in range(len(header)) if any(row[column] for row in rows)]
     return _table([header[column] for column in columns], [[row[column] for column in columns] for row in rows])
 
 
 def _scores(stages: Sequence[DirectionQuality | MeanQuality]) -> list[str]:
-    """A cell for each score, with those of all stages."""
+    """A cell for each score, with its values in all stages."""
     rows = []
     for scores in stages:
         copied = scores.copied if isinstance(scores, MeanQuality) else copied_shares([scores])
@@ -169,7 +172,7 @@ def _scores(stages: Sequence[DirectionQuality | MeanQuality]) -> list[str]:
 
 
 def _vocabulary(report: TrimmingReport) -> str:
-    """How the texts that decided are encoded, before and after, by language."""
+    """How the texts of the dataset are encoded, before and after, by language."""
     rows = report.encodings()
     columns = next(iter(rows.values()), {})
     return _table(["language", *columns], [[language, *row.values()] for language, row in rows.items()])
@@ -213,7 +216,7 @@ def _percent(share: float | None) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; rows may be shorter than the header."""
+    """A table in Markdown; rows may be shorter than the header."""
     filled = [[*map(as_text, row), *[""] * (len(header) - len(row))] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *filled))
 

@@ -1,6 +1,6 @@
-"""Names of others in Markdown: languages, folders and models say what they are called, and nothing more.
+"""Escape names from outside in Markdown: languages, folders and models show as plain text.
 
-In a table, in a line of text or in code, whatever a name has in it: HTML, pipes, back-ticks, math, line ends.
+This holds in tables, lines of text and code, for names with HTML, pipes, back-ticks, math or line ends.
 """
 
 import re
@@ -9,7 +9,7 @@ from ...files.messages import printable
 
 MAX_CHARACTERS = 300
 
-# an underscore within a word, and a colon without an address behind it, are nothing special
+# an underscore within a word, and a colon without an address behind it, need no escape
 _SPECIAL = re.compile(r"[&<|`*~$\\]|(?<=\])[(\[]|!(?=\[)|(?<![^\W_])_|_(?![^\W_])|:(?=//)")
 _PLAIN_CODE = re.compile(r"[\w ./:+@=,~-]+")
 
@@ -20,12 +20,12 @@ def _one_line(text: str) -> str:
 
 
 def as_text(text: str) -> str:
-    """Markdown that reads as the text, in a table, too."""
+    """Markdown that shows the text as it is, also in a table."""
     return _SPECIAL.sub(lambda found: f"&#{ord(found[0])};", _one_line(text))
 
 
 def as_code(text: str) -> str:
-    """Markdown that reads as the text in the type of code."""
+    """Markdown that shows the text as it is, as code."""
     line = _one_line(text)
     return f"`{line}`" if _PLAIN_CODE.fullmatch(line) else f"<code>{as_text(line)}</code>"
 

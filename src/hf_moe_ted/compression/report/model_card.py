@@ -1,4 +1,4 @@
-"""The model card of a compressed model: that of its source, with a section on what was done."""
+"""The model card of a compressed model: the card of its source, with a section on the compression."""
 
 import re
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from .markdown_text import as_text
 _BEGIN = "<!-- compression report of hf_moe_ted: begin -->"
 _END = "<!-- compression report of hf_moe_ted: end -->"
 _SECTION = re.compile(rf"{_BEGIN}.*?{_END}\n*", re.DOTALL)
-# of a section that stays as the history of the source: its files do not come along; early ones, whose descriptions
-# have no capitals, have a line in italics below
+# parts of an older section, which stays as the source's history, that name files that are not copied; early sections,
+# with descriptions without capitals, have a line in italics below
 _LINKS = re.compile(
     r"^!\[[a-z ]*\]\(compression_report/.*\)\n+\*.*\*\n+|^!\[.*\]\(compression_report/.*\)\n+"
     r"| The whole report: \[report.md\]\(report.md\)\.",
@@ -31,7 +31,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def hub_id(source: str) -> str | None:
-    """The id on the Hub of a model, `None` if it has none.
+    """The id of a model on the Hub; `None` if it has none.
 
     Args:
         source: what `from_pretrained` was given: an id, a folder, or a folder in the cache of the Hub.
@@ -47,11 +47,11 @@ def display_name(source: str) -> str:
 
 
 def derived_card(sources: Sequence[str], relation: str | None = None) -> ModelCard:
-    """The card of a model that is made of others, to which `with_section` adds what was done.
+    """The card of a model that is made from others; `with_section` adds a description of the compression.
 
-    Its text and metadata are those of the first source, `base_model` the ids of those on the Hub. Scores in its
-    metadata are left out; headings of scores say whose they are. Without a card there, it has the metadata of a
-    translation model and a title.
+    Text and metadata come from the first source; `base_model` lists the ids of sources on the Hub. Scores in the
+    metadata are left out, and headings of scores say which model they describe. If the source has no card, the new one
+    has the metadata of a translation model and a title.
 
     Args:
         sources: what `from_pretrained` was given.
@@ -67,7 +67,7 @@ def derived_card(sources: Sequence[str], relation: str | None = None) -> ModelCa
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"the metadata of {path} cannot be read: {error}; correct or remove the file") from error
         text = _LINKS.sub("", card.text.replace(_BEGIN, "").replace(_END, ""))
-        card.text = _SCORES.sub(r"\1 of the model that this one was made of", text)
+        card.text = _SCORES.sub(r"\1 of the model from which this one was made", text)
         card.data.eval_results = card.data.model_name = None
     else:
         metadata = ModelCardData(library_name="transformers", pipeline_tag="translation")
@@ -79,11 +79,11 @@ def derived_card(sources: Sequence[str], relation: str | None = None) -> ModelCa
 
 
 def with_languages(card: str, languages: Sequence[str]) -> str:
-    """The text of a card that was just derived, with the languages that its model serves.
+    """Add to a card from `derived_card` the languages that its model serves.
 
     Args:
-        card: `str` of a `derived_card`; the text of a card that has a section already comes back as it is.
-        languages: codes in any form; without any the card comes back as it is.
+        card: text from `derived_card`; the text of a card that has a section already is returned unchanged.
+        languages: codes in any form; without any, the card is returned unchanged.
     """
     if not languages or _SECTION.search(card):
         return card
@@ -94,7 +94,7 @@ def with_languages(card: str, languages: Sequence[str]) -> str:
 
 
 def with_section(card: str, section: str) -> str:
-    """The text of a card with the section behind its title, in place of the one that it may have already."""
+    """Put the section behind the title of a card; it replaces an earlier one."""
     card = card.replace("\r\n", "\n")
     marked = f"{_BEGIN}\n{section.strip()}\n{_END}\n\n"
     if _SECTION.search(card):

@@ -1,4 +1,4 @@
-"""The compression report in the folder of a model: JSON, Markdown with pictures, and a section of the model card."""
+"""Write the compression report into a model's folder: JSON, Markdown with pictures, a section of the model card."""
 
 import json
 import os
@@ -19,10 +19,10 @@ def describe(folder: Path, summary: Summary, card: str, earlier_pictures: Collec
     """Write the files of a report.
 
     Args:
-        folder: of the model, or where its new files are put together.
-        summary: what there is to say.
-        card: the text of the model card, which gets a section or a new one in place of it.
-        earlier_pictures: names of `PICTURES` that the model has and that are shown, too.
+        folder: folder of the model, or the temporary one with its new files.
+        summary: content of the report.
+        card: the text of the model card; its section is added or replaced.
+        earlier_pictures: names of `PICTURES` that the model has already and that are shown, too.
     """
     drawn = draw_pictures(summary)
     pictures = [name for name in PICTURES if name in drawn or name in earlier_pictures]
@@ -39,7 +39,7 @@ def describe(folder: Path, summary: Summary, card: str, earlier_pictures: Collec
 
 
 def _languages_of(summary: Summary) -> list[str]:
-    """The languages that a model was made for, given as codes or as pairs; empty for all of its source."""
+    """The languages for which a model was made, given as codes or as pairs; empty if it has all of its source."""
     chosen = summary.report.arguments.get("languages") or ()
     return [code for item in chosen for code in ([item] if isinstance(item, str) else item)]
 
@@ -52,27 +52,27 @@ def write_compression_report(
     trained: TranslationQuality | None = None,
     statistics: ExpertStatistics | None = None,
 ) -> Path:
-    """Add to the report of a compression how well the model translated before and translates after it.
+    """Add the quality of translations before and after a compression to its report.
 
-    `compression_report.json`, `report.md` with its pictures, and the section in the model card (`README.md`) are
-    written again, each file as a whole; the rest of the card stays as it is. What an earlier call has added stays, too,
-    unless it is given again.
+    It writes `compression_report.json`, `report.md` with its pictures, and the section in the model card (`README.md`)
+    again, each file as a whole. The rest of the card does not change. What an earlier call added stays unless it is
+    given again.
 
     Args:
-        output_dir: of `prune_experts`, `merge_experts`, `aggregate_experts`, `quantize_experts` or `trim_vocabulary`.
-        before: of `evaluate_translation` for the model that was compressed.
+        output_dir: the folder from `prune_experts`, `merge_experts`, `aggregate_experts`, `quantize_experts` or
+            `trim_vocabulary`.
+        before: what `evaluate_translation` returned for the model before compression.
         after: the same for this model, on the same text.
         trained: the same for this model after further training, to show how much it recovers.
-        statistics: of the model that was compressed, or after an aggregation of the new one, for the pictures of
-            languages and experts; not needed if the operation had them.
+        statistics: expert statistics for the pictures of languages and experts: of the model before compression or,
+            after an aggregation, of the new one. Not needed if the operation had them.
 
     Returns:
         the path of `report.md`.
 
     Raises:
-        ValueError: before anything is written: `output_dir` has no `compression_report.json`, or a corrupted one; one
-            of `before` and `after` without the other, or `trained` without them; qualities of other text; statistics
-            of another model.
+        ValueError: before anything is written: `output_dir` has no `compression_report.json`, or a corrupted one;
+            `before` or `after` is missing; the qualities are of different text; the statistics are of another model.
     """
     folder = Path(output_dir)
     report, qualities, nearest = read_summary(folder / REPORT_NAME)

@@ -1,4 +1,4 @@
-"""The pictures of a compression report; without matplotlib there are none."""
+"""The pictures of a compression report; they need matplotlib."""
 
 from collections.abc import Mapping
 
@@ -25,7 +25,7 @@ PICTURES = {
 
 
 def draw_pictures(summary: Summary) -> dict[str, bytes]:
-    """Draw those of `PICTURES` that there are data for: file name -> PNG; empty without matplotlib."""
+    """Draw the pictures of `PICTURES` for which there are data: file name -> PNG; empty without matplotlib."""
     report, statistics = summary.report, summary.statistics
     if not has_matplotlib():
         return {}

@@ -1,4 +1,4 @@
-"""What there is to say about a compression, worked out once: JSON, Markdown, model card and pictures are made of it."""
+"""The content of a compression report, computed once; JSON, Markdown, model card and pictures are made from it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,13 +30,13 @@ Nearest = Mapping[str, Mapping[str, tuple[str, float]]]
 class Summary:
     """
     Attributes:
-        report: of the operation.
+        report: report of the operation.
         qualities: `"before"`, `"after"` and maybe `"trained"` -> quality of the model; empty if it was not measured.
-        nearest: of `nearest_languages`; empty without statistics.
-        statistics: for the pictures of languages.
-        by_loss: the directions, those with the largest loss of chrF first.
-        also: the same of the other text that qualities have (`also`); `None` without.
-        warnings: of the report and of the qualities.
+        nearest: what `nearest_languages` returned; empty without statistics.
+        statistics: expert statistics, for the pictures of languages.
+        by_loss: the directions, the largest loss of chrF first.
+        also: the same for the other text of the qualities (`also`); `None` without one.
+        warnings: warnings of the report and of the qualities.
     """
 
     report: CompressionReport
@@ -55,7 +55,7 @@ class Summary:
         qualities: Mapping[str, TranslationQuality] | None = None,
         nearest: Nearest | None = None,
     ) -> "Summary":
-        """Work out the rest; with statistics `nearest`, too.
+        """Compute the other fields; with statistics also `nearest`.
 
         Raises:
             ValueError: one of the qualities before and after is missing, they are of other text, or the statistics are
@@ -89,10 +89,10 @@ class Summary:
 
 
 def read_summary(path: Path) -> tuple[CompressionReport, dict[str, TranslationQuality], Nearest]:
-    """What an earlier `Summary` was made of, but for the statistics.
+    """Read the parts of an earlier `Summary`, except the statistics.
 
     Raises:
-        ValueError: there is no such file, or a corrupted one.
+        ValueError: the file does not exist or is corrupted.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist; output_dir must be the folder of a compressed model")
@@ -110,7 +110,7 @@ def read_summary(path: Path) -> tuple[CompressionReport, dict[str, TranslationQu
 def _check_qualities(qualities: Mapping[str, TranslationQuality]) -> None:
     if qualities and not {"before", "after"} <= qualities.keys():
         missing = sorted({"before", "after"} - qualities.keys())
-        raise ValueError(f"the quality {' and '.join(missing)} is missing: there must be those before and after")
+        raise ValueError(f"the quality {' and '.join(missing)} is missing; give the qualities before and after")
     for quality in [*qualities.values()][1:]:
         qualities["before"].require_comparable(quality)
 
@@ -125,7 +125,7 @@ def _check_statistics(report: CompressionReport, statistics: ExpertStatistics) -
         fits = num_experts.keys() == report.layers().keys()
     if not fits:
         raise ValueError(
-            f"the statistics are of another model than this report: of one with {num_experts}; give those of "
+            f"the statistics are of another model than this report, of one with {num_experts}; give those of  "
             + ("the aggregated model" if isinstance(report, AggregationReport) else report.source)
         )
 
@@ -145,14 +145,14 @@ def _quality_warnings(qualities: Mapping[str, TranslationQuality]) -> list[str]:
     too_long = [sum(d.length_ratio > TOO_LONG for d in quality.directions.values()) for quality in both]
     if too_long[1] > too_long[0]:
         warnings.append(
-            f"In {too_long[1]} of {len(both[1].directions)} directions, before in {too_long[0]}, translations are more "
-            f"than {TOO_LONG - 1:.0%} longer than the references"
+            f"Translations are more than {TOO_LONG - 1:.0%} longer than the references in {too_long[1]} of "
+            f"{len(both[1].directions)} directions; before, in {too_long[0]}"
         )
     num_cut = [sum(direction.num_cut for direction in quality.directions.values()) for quality in both]
     if num_cut[1] > num_cut[0]:
         warnings.append(
             f"{num_cut[1]:,} of {both[1].num_sentences:,} translations, before {num_cut[0]:,}, did not end within "
-            f"{both[1].max_new_tokens} tokens and were cut; without the cut they would be longer"
+            f"{both[1].max_new_tokens} tokens and were cut; their real length is greater"
         )
     return warnings + _copying_warnings(qualities)
 
@@ -168,7 +168,7 @@ def _setting_warnings(qualities: Mapping[str, TranslationQuality]) -> list[str]:
 def _copying_warnings(qualities: Mapping[str, TranslationQuality]) -> list[str]:
     before, after = (qualities[stage].mean([*qualities[stage].directions]) for stage in ("before", "after"))
     warnings = [
-        f"Of the {kind} that stay as they are in a translation, {after.copied[kind]:.1%} are copied, before {share:.1%}"
+        f"Of the {kind} that must not change in a translation, {after.copied[kind]:.1%} are copied, before {share:.1%}"
         for kind, share in before.copied.items()
         if share - after.copied.get(kind, share) >= COPIED_LESS
         and _num_copied(qualities["before"], kind) - _num_copied(qualities["after"], kind) >= NUM_COPIED_LESS
@@ -188,7 +188,7 @@ def _num_copied(quality: TranslationQuality, kind: str) -> int:
 def _domain_warnings(
     qualities: Mapping[str, TranslationQuality], others: Mapping[str, TranslationQuality]
 ) -> list[str]:
-    """What the other text shows, and whether it loses more than the text."""
+    """Warnings about the other text, also whether it loses more than the first text."""
     if not others:
         return []
     warnings = [OTHER_TEXT + warning[0].lower() + warning[1:] for warning in _quality_warnings(others)]
@@ -197,14 +197,14 @@ def _domain_warnings(
     if chrf < of_copy + TRANSLATES:
         return [
             *warnings,
-            f"{OTHER_TEXT}the model before has a chrF of {chrf:.1f}, a copy of the source {of_copy:.1f}: it does not "
-            "translate this text, so that there is no quality to lose",
+            f"{OTHER_TEXT}the model before has a chrF of {chrf:.1f}, a copy of the source has {of_copy:.1f}: the "
+            "model does not translate this text, so there is no quality to lose",
         ]
     kept = [_chrf_kept(qualities), _chrf_kept(others)]
     if kept[0] - kept[1] >= LOSES_MORE:
         warnings.append(
-            f"{OTHER_TEXT}{kept[1]:.0%} of the chrF before are left, of the text {kept[0]:.0%}: quality that holds in "
-            "one domain does not hold in the other"
+            f"{OTHER_TEXT}{kept[1]:.0%} of the chrF before are left, but {kept[0]:.0%} in the first text: quality "
+            "that holds in one domain does not hold in the other"
         )
     return warnings
 
