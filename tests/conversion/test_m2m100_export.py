@@ -177,7 +177,7 @@ def test_generation_config(tmp_path: Path) -> None:
         ),
         ({"position_embedding_type": "learned", **DENSE}, "position_embedding_type='learned'"),
         ({"position_embedding_type": "tupe"}, "position_embedding_type='tupe'"),
-        ({"use_residual": True}, "use_residual mixes in a dense branch"),
+        ({"use_residual": True}, "use_residual adds a dense branch"),
         ({"eval_capacity_factor": 0.5}, r"eval_capacity_factor=0.5 drops tokens"),
         ({"expert_map": [[0, 0]] * 3}, "share the router's probability .*prune --keep 1"),
         ({"expert_map": [[0, 1]] * 3, "normalize_router_weights": "before_dropping"}, "removed experts share"),
@@ -244,7 +244,7 @@ def test_only_an_earlier_export_is_replaced(tmp_path: Path) -> None:
 
 def test_warns_of_what_ctranslate2_takes_for_granted(tmp_path: Path) -> None:
     report = export_m2m100(make_model(pad_token_id=4), tmp_path / "a")
-    assert [word in str(report) for word in ("pad_token_id is 4", "there is no tokenizer")] == [True, True]
+    assert [word in str(report) for word in ("pad_token_id is 4", "no tokenizer was saved")] == [True, True]
     report = export_m2m100(make_model(decoder_attention_heads=8), tmp_path / "b", tokenizer=ZCodeM3Tokenizer(["en"]))
     assert "decoder_attention_heads (8) differ" in report.warnings[0] and len(report.warnings) == 1
 

@@ -500,13 +500,16 @@ def test_defaults_of_m2m100_are_not_ours() -> None:
         ({"noise_std": float("nan")}, r"noise_std \(nan\) must be a finite number"),
         (
             {"encoder_sparse_step": 0, "decoder_sparse_step": 0},
-            r"encoder_sparse_step \(0\), decoder_sparse_step \(0\) choose no dense layer to make sparse",
+            r"encoder_sparse_step \(0\), decoder_sparse_step \(0\) make no dense layer sparse",
         ),
-        ({"encoder_sparse_step": 5, "decoder_sparse_step": 3}, r"encoder_sparse_step \(5\), .* choose no dense layer"),
+        (
+            {"encoder_sparse_step": 5, "decoder_sparse_step": 3},
+            r"encoder_sparse_step \(5\), .* make no dense layer sparse",
+        ),
         ({"encoder_sparse_step": -1}, r"encoder_sparse_step \(-1\) must be 0 \(dense\) or positive"),
         ({"dtype": "int8"}, r"dtype \(int8\) must be a floating-point one"),
-        ({"config_overrides": {"num_experts": 8}}, r"config_overrides has num_experts; pass it as an argument"),
-        ({"config_overrides": {"top_k": 2}}, r"config_overrides has top_k, which ZCodeM3Config has not"),
+        ({"config_overrides": {"num_experts": 8}}, r"config_overrides has num_experts; pass it as a separate argument"),
+        ({"config_overrides": {"top_k": 2}}, r"config_overrides has top_k, which ZCodeM3Config does not have"),
         ({"config_overrides": {"d_model": 64}}, r"config_overrides sets d_model to 64, but .* those of 32"),
         (
             {"config_overrides": {"activation_function": "gelu"}},
@@ -531,11 +534,11 @@ def test_override_that_says_what_the_source_says_is_accepted(dense_folder: Path,
 @pytest.mark.parametrize(
     ("sparse", "kwargs", "message"),
     [
-        ({}, {}, r"choose no dense layer to make sparse: of 4 encoder layers, 2 decoder layers, 3 are sparse already"),
+        ({}, {}, r"make no dense layer sparse: of 4 encoder layers, 2 decoder layers, 3 are sparse already"),
         (
             {"decoder_sparse_step": 0},
             {"config_overrides": {"use_residual": True}},
-            r"config_overrides sets use_residual to True, but the weights of the source are those of False",
+            r"config_overrides sets use_residual to True, but the source's weights were made for False",
         ),
     ],
 )
@@ -553,7 +556,7 @@ def change_config(folder: Path, **fields: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "bart"}, r"has model_type 'bart'; what can be upcycled is 'm2m_100'"),
+        ({"model_type": "bart"}, r"has model_type 'bart'; it must be 'm2m_100'"),
         ({"activation_function": "sine"}, r"config\.json: .*activation_function \('sine'\) must be one of"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"config\.json has a quantization_config"),
         ({"d_model": "wide"}, r"config\.json: .*Field 'd_model' expected int"),

@@ -1,15 +1,15 @@
-"""Invertible tables of names: the tensors of one model under the names, and in the shapes, of another.
+"""Invertible tables that map the names and shapes of one model's tensors to those of another model.
 
 A rule has patterns of names on both sides:
 
     source: model.{stack:encoder|decoder}.layers.{layer}.{moe:fc1|**}.experts.deepspeed_experts.{expert}.fc1.weight
     target: model.{stack}.layers.{layer}.ffn.experts.up_proj
 
-`{layer}` and `{expert}` stand for numbers, `{name}` for one part of a name between dots, `{name:a|b}` for one of some;
-`*` among them is any part, `**` any parts with the dots between them. Choices given once hold for the whole rule. What
-a placeholder stood for in the source, it stands for in the target. A placeholder of only one side is free; in the other
-direction its first choice is written. `{expert}` on one side only means that this side has a tensor per expert, the
-other all of them stacked in dim 0.
+`{layer}` and `{expert}` stand for numbers, `{name}` for one part of a name between dots, `{name:a|b}` for one of
+several choices. Among choices, `*` is any part, and `**` is any parts with the dots between them. Choices that are
+given once hold for the whole rule. A placeholder has the same value in source and target. A placeholder that is on one
+side only may have any value; the other direction writes its first choice. If only one side has `{expert}`, that side
+has one tensor per expert, and the other side has all experts stacked in dim 0.
 """
 
 import difflib
@@ -38,14 +38,14 @@ _NUM_NAMES_SHOWN = 20
 
 @dataclass(frozen=True)
 class _Source:
-    """What a target is made of.
+    """The tensors from which a target is made.
 
     Attributes:
-        rule: that makes it.
-        part: which of the rule's targets it is.
-        names: for each source of the rule the tensors of its experts, or one tensor.
-        is_stacked: whether those are experts, to be stacked.
-        expert: which one of a stacked source it is.
+        rule: the rule that makes it.
+        part: index among the rule's targets.
+        names: for each source of the rule, the names of its experts' tensors, or of one tensor.
+        is_stacked: whether these tensors are experts that are stacked.
+        expert: the index of this expert in a stacked source.
     """
 
     rule: Rule
@@ -57,12 +57,12 @@ class _Source:
 
 @dataclass
 class _Group:
-    """The tensors that a rule takes together, as they become the same targets.
+    """The tensors from which a rule makes the same targets.
 
     Attributes:
-        rule: theirs.
-        values: what the placeholders stand for, but for `{expert}` where experts are stacked.
-        names: of the tensors of each of the rule's sources by expert, which is 0 where none are stacked.
+        rule: the rule.
+        values: value of each placeholder, without `{expert}` if experts are stacked.
+        names: for each of the rule's sources, expert -> name of the tensor; the expert is 0 if none are stacked.
     """
 
     rule: Rule
@@ -70,22 +70,24 @@ class _Group:
     names: dict[int, dict[int, str]] = field(default_factory=dict)
 
     def add(self, part: int, expert: int, name: str) -> str | None:
-        """Add a tensor; returns that which was in its place."""
+        """Add a tensor; return the tensor that had its place before."""
         experts = self.names.setdefault(part, {})
         other = experts.get(expert)
         experts[expert] = name
         return other
 
     def targets(self, specs: Mapping[str, Tensor]) -> Iterator[tuple[str, _Source]]:
-        """Names and sources of what the tensors become.
+        """Names of the targets, with their sources.
 
         Raises:
-            ValueError: one is missing, or unlike the other experts.
+            ValueError: a tensor is missing, or differs from those of other experts.
         """
         rule = self.rule
         names = tuple(self._experts(part, specs) for part in range(len(rule.source)))
         if len({len(experts) for experts in names}) > 1:
-            raise ValueError(f"{names[0][-1]} and {names[1][-1]} have different numbers of experts")
+            raise ValueError(
+                f"{names[0][-1]} and {names[1][-1]} have different numbers of experts; the checkpoint is incomplete"
+            )
         is_stacked = "expert" in rule.source[0].placeholders and "expert" not in self.values
         is_unstacked = "expert" in rule.target[0].placeholders and "expert" not in rule.source[0].placeholders
         for part, pattern in enumerate(rule.target):
@@ -101,13 +103,16 @@ class _Group:
         if part not in self.names:
             some_name = next(name for experts in self.names.values() for name in experts.values())
             missing = self.rule.source[part].fill({"expert": "{expert}", **self.values})
-            raise ValueError(f"{missing} is missing, beside {some_name}")
+            raise ValueError(f"{missing} is missing, though {some_name} exists; the checkpoint is incomplete")
         experts = self.names[part]
         num_missing = max(experts) + 1 - len(experts)
         if num_missing:
             shown = list(islice((i for i in range(max(experts)) if i not in experts), _NUM_NAMES_SHOWN))
             more = " and more" if num_missing > len(shown) else ""
-            raise ValueError(f"experts {shown}{more} are missing beside {experts[max(experts)]}")
+            raise ValueError(
+                f"experts {shown}{more} are missing, though {experts[max(experts)]} exists; the checkpoint is "
+                "incomplete"
+            )
         names = tuple(experts[expert] for expert in range(len(experts)))
         _check_alike(names, specs)
         return names
@@ -118,8 +123,8 @@ class RuleSet:
     """A table of rules.
 
     Attributes:
-        name: for messages.
-        rules: of which each tensor must match one.
+        name: name for messages.
+        rules: each tensor must match exactly one of them.
         tensor_parallel: (regular expression on a source name, dimension in which tensor-parallel ranks hold shards of
             it, or `None` if each holds all).
     """
@@ -130,10 +135,10 @@ class RuleSet:
 
     @classmethod
     def load(cls, name_or_path: "str | os.PathLike[str] | RuleSet") -> "RuleSet":
-        """A shipped set by its name, or a YAML file of the same form (docs/deepspeed.md).
+        """Load a set that is shipped, by its name, or a YAML file of the same form (docs/deepspeed.md).
 
         Raises:
-            ValueError: there is no such set, or a rule in it makes no sense.
+            ValueError: there is no such set, or one of its rules is invalid.
         """
         if isinstance(name_or_path, RuleSet):
             return name_or_path
@@ -144,7 +149,7 @@ class RuleSet:
             raise ValueError(f"rules ({name_or_path}) must be one of {known}, or a YAML file")
         content = read_yaml(path, "rules")
         if not isinstance(content, dict) or not set(content) <= {"rules", "tensor_parallel"} or "rules" not in content:
-            raise ValueError(f"{path} must have the key rules, a list, and may have tensor_parallel, another one")
+            raise ValueError(f"{path} must have the key rules, and may have tensor_parallel; both are lists")
         for key, entries in content.items():
             if not isinstance(entries, list):
                 raise ValueError(f"{path}: {key} must be a list, but is {shorten(entries)}")
@@ -153,7 +158,7 @@ class RuleSet:
         return cls(path.stem if path == shipped else str(path), rules, tensor_parallel)
 
     def inverse(self) -> "RuleSet":
-        """The rules of the other direction; what a rule leaves out, its inverse cannot bring back."""
+        """The rules of the other direction. Tensors that a rule leaves out cannot be restored by its inverse."""
         return replace(self, rules=tuple(rule.inverse() for rule in self.rules if rule.target))
 
     def with_names(self, **names: str) -> "RuleSet":
@@ -169,15 +174,15 @@ class RuleSet:
         return replace(self, rules=rules)
 
     def apply(self, tensors: LazyTensors, *, num_heads: int | None = None) -> LazyTensors:
-        """The targets of all tensors, each read when it is asked for.
+        """The targets of all tensors; each is read when it is used.
 
         Args:
-            tensors: under the names of the sources.
+            tensors: tensors under the names of the sources.
             num_heads: attention heads, for rules with `interleave_heads`.
 
         Raises:
-            ValueError: a tensor matches no rule or several (with the nearest rules), two tensors would get one name, an
-                expert or a part is missing, experts differ in shape, or a tensor cannot be split.
+            ValueError: a tensor matches no rule or several (the message names the nearest rules), two tensors would get
+                the same name, an expert or a part is missing, experts differ in shape, or a tensor cannot be split.
         """
         sources: dict[str, _Source] = {}
         for group in self._groups(tensors):
@@ -202,13 +207,13 @@ class RuleSet:
         )
 
     def _groups(self, names: Iterable[str]) -> Iterable[_Group]:
-        """The tensors by what they become.
+        """Group the tensors by their targets.
 
         Raises:
-            ValueError: with all that match no rule or more than one.
+            ValueError: tensors match no rule or more than one; the message names all of them.
         """
         groups: dict[tuple[int, str], _Group] = {}
-        problems: list[Callable[[], str]] = []  # called for those that are shown
+        problems: list[Callable[[], str]] = []  # called only for the problems that are shown
         for name in names:
             matches = self._matches(name)
             if len(matches) != 1:
@@ -232,7 +237,7 @@ class RuleSet:
         return groups.values()
 
     def _matches(self, name: str) -> list[tuple[int, int, dict[str, str]]]:
-        """Of each pattern that a name matches: the rule's number, which of its sources, what placeholders stand for."""
+        """For each pattern that a name matches: number of the rule, index of the source, values of the placeholders."""
         return [
             (number, part, values)
             for number, rule in enumerate(self.rules)
@@ -262,7 +267,7 @@ def _check_alike(names: Sequence[str], specs: Mapping[str, Tensor]) -> None:
 
 
 def _build(source: _Source, tensors: LazyTensors, num_heads: int | None, device: str) -> Tensor:
-    """A target out of its sources, which are on `device`."""
+    """Make a target from its sources, which are on `device`."""
     if source.expert is not None:
         parts = [tensors.row(names[0], source.expert) for names in source.names]
     elif source.is_stacked:
@@ -283,7 +288,7 @@ def _build(source: _Source, tensors: LazyTensors, num_heads: int | None, device:
 
 
 def _stack(names: Sequence[str], tensors: LazyTensors, out: Tensor) -> Tensor:
-    """Experts in dim 0 of `out`, read one by one."""
+    """Read the experts one by one into dim 0 of `out`."""
     for expert, name in enumerate(names):
         tensors.into(name, out[expert])
     return out

@@ -1,4 +1,4 @@
-"""The checkpoint that training from scratch starts from, written without the model in memory."""
+"""Write the checkpoint from which training from scratch starts, without the model in memory."""
 
 import dataclasses
 import os
@@ -40,21 +40,21 @@ def initialize_checkpoint(
 ) -> ConversionReport:
     """Write a model with random weights as a folder that `ZCodeM3ForConditionalGeneration.from_pretrained` loads.
 
-    Every weight has the distribution that `ZCodeM3ForConditionalGeneration(config)` gives it, but not the same numbers:
-    they depend on `seed`, the name of the weight and, for experts, their index only, not on what else is drawn, on the
-    number of experts, on `dtype` but for rounding, or on `max_shard_size`.
+    Every weight has the distribution that `ZCodeM3ForConditionalGeneration(config)` gives it, but not the same numbers.
+    They depend only on `seed`, the name of the weight and, for experts, their index. They do not depend on other
+    weights, on the number of experts, on `max_shard_size`, or on `dtype` except for rounding.
 
-    They are drawn where they are written, in the mapped file, so memory holds no more than one weight, or one expert's:
-    the float32 numbers that another dtype is rounded from.
+    They are drawn directly into the mapped file. So memory holds at most one weight, or one expert's part of it: the
+    float32 numbers that are then rounded to another dtype.
 
     Args:
-        config: an object, its fields, a JSON file, or a folder with `config.json`, whose generation config comes along,
-            and whose tokenizer, unless there is another one.
-        output_dir: the new folder; it appears when everything is in it.
-        seed: a different one gives different weights.
-        dtype: of the weights, `torch.bfloat16` or `"bfloat16"`.
-        max_shard_size: bytes, or a string such as `"5GB"`.
-        tokenizer: an object or a folder, to be saved along.
+        config: an object, its fields, a JSON file, or a folder with `config.json`. The folder's generation config is
+            copied, and its tokenizer unless `tokenizer` is given.
+        output_dir: the new folder; it appears once it is complete.
+        seed: seed of the random weights.
+        dtype: dtype of the weights, such as `torch.bfloat16` or `"bfloat16"`.
+        max_shard_size: largest size of a weight file, in bytes or as a string such as `"5GB"`.
+        tokenizer: a tokenizer, or its folder, that is saved with the model.
         overwrite: whether to replace an `output_dir` that is not empty.
 
     Returns:
@@ -62,11 +62,11 @@ def initialize_checkpoint(
 
     Raises:
         ValueError: before anything is written: `config` is missing, of another model, or has a wrong or unknown field;
-            `tokenizer` is none or larger than the vocabulary; `dtype` is unknown; `output_dir` is not empty.
+            `tokenizer` is no tokenizer or larger than the vocabulary; `dtype` is unknown; `output_dir` is not empty.
     """
     parsed_dtype = parse_dtype(dtype)
     if parsed_dtype is None:
-        raise ValueError("dtype (None) must be that of the weights, such as float32 or bfloat16")
+        raise ValueError("dtype (None) must be a dtype for the weights, such as float32 or bfloat16")
     write = model_folder_writer(
         output_dir, dtype=None, max_shard_size=max_shard_size, overwrite=overwrite, also_read=[config, tokenizer]
     )
@@ -76,19 +76,21 @@ def initialize_checkpoint(
 
 
 def _read_config(config: ZCodeM3Config | Mapping[str, Any] | str | os.PathLike[str]) -> tuple[Path, ZCodeM3Config]:
-    """Where a config comes from, its class if from memory, and a config of our own."""
+    """The origin of a config, its class if it is an object, and our own config object."""
     ours, forms = ZCodeM3Config.model_type, "a JSON file or a folder with config.json"
     _, fields = read_config_fields(config, "config", (ours, None), f"; it must be {ours!r}", forms=forms)
     source = Path(config if isinstance(config, str | os.PathLike) else ZCodeM3Config.__name__)
     known = {field.name for field in dataclasses.fields(ZCodeM3Config)} | {*ZCodeM3Config().to_dict(), "auto_map"}
     unknown = sorted({*fields} - known - {*ZCodeM3Config.attribute_map})
     if unknown:
-        raise ValueError(f"config ({source}) has {', '.join(unknown)}, which ZCodeM3Config has not; correct the name")
+        raise ValueError(
+            f"config ({source}) has {', '.join(unknown)}, which ZCodeM3Config does not have; correct the name"
+        )
     return source, zcode_m3_config(fields, f"config ({source})")
 
 
 def _random_tensors(config: ZCodeM3Config, seed: int, dtype: torch.dtype) -> LazyTensors:
-    """All weights of a model that are stored, drawn when they are read."""
+    """All weights of a model that are stored; each is drawn when it is read."""
     model = meta_model(config)
     specs = {name: spec.to(dtype) for name, spec in stored_specs(model).items()}
 
@@ -119,7 +121,7 @@ def _random_tensors(config: ZCodeM3Config, seed: int, dtype: torch.dtype) -> Laz
 
 
 def _others(config: ZCodeM3Config, source: Path, tokenizer: Any) -> list[Callable[[Path], Any]]:
-    """What saves tokenizer and generation config into the new folder."""
+    """Functions that save tokenizer and generation config into the new folder."""
     others: list[Callable[[Path], Any]] = []
     if tokenizer is not None:
         tokenizer = _load_tokenizer(tokenizer)
@@ -143,7 +145,7 @@ def _load_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
         raise ValueError(message)
     try:
         return AutoTokenizer.from_pretrained(tokenizer)
-    except Exception as error:  # what is damaged may raise anything
+    except Exception as error:  # damaged files may raise any exception
         raise ValueError(f"{message}: {shorten(error, 600)}") from error
 
 

@@ -13,10 +13,10 @@ MODEL_TYPE = M2M100Config.model_type
 
 
 def m2m100_config_fields(m2m100: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `ZCodeM3Config` from those of `M2M100Config`, whose defaults stand in for what is not there.
+    """Fields of `ZCodeM3Config` from those of `M2M100Config`; missing fields have the defaults of `M2M100Config`.
 
-    Layer drop has no counterpart. M2M100 makes positions as sequences need them, ZCodeM3 refuses sequences longer than
-    `max_position_embeddings`.
+    Layer drop has no counterpart. M2M100 extends its positions for long sequences; ZCodeM3 refuses sequences longer
+    than `max_position_embeddings`.
 
     Raises:
         ValueError: a field has a wrong type.
@@ -24,12 +24,12 @@ def m2m100_config_fields(m2m100: Mapping[str, Any]) -> dict[str, Any]:
     try:
         config = M2M100Config.from_dict(dict(m2m100))
     except StrictDataclassError as error:
-        raise ValueError(f"this is no config of M2M100: {error}") from error
+        raise ValueError(f"this is not a config of M2M100: {error}") from error
     return {name: getattr(config, name) for name in M2M100_FIELDS}
 
 
 def m2m100_name(name: str) -> str:
-    """The name that a weight of a dense ZCodeM3 model has in M2M100, whose feed-forward is no module of its own."""
+    """The M2M100 name of a weight of a dense ZCodeM3 model. In M2M100 the feed-forward is not a module of its own."""
     return re.sub(r"\.ffn\.(fc[12])\.", r".\1.", name)
 
 

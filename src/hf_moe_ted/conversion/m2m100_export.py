@@ -1,4 +1,4 @@
-"""Dense ZCodeM3 models -> M2M100 folders, which transformers and CTranslate2 know without this package."""
+"""Dense ZCodeM3 models -> M2M100 folders, which transformers and CTranslate2 load without this package."""
 
 import copy
 import json
@@ -42,7 +42,7 @@ from ..tensors.safetensors_io import check_tensors, open_pretrained_tensors
 from ..tensors.whole_model import check_no_adapter
 from .m2m100 import m2m100_name
 
-_OUTPUTS = ("fc2.weight", "fc2.bias")  # what a factor of an expert's output scales
+_OUTPUTS = ("fc2.weight", "fc2.bias")  # weights that take a constant factor of an expert's output
 
 
 @keeping_places()
@@ -57,32 +57,32 @@ def export_m2m100(
 ) -> ConversionReport:
     """Write a model whose layers are all dense as M2M100.
 
-    `M2M100ForConditionalGeneration` computes the same logits with it, and CTranslate2's own converter
-    (`ct2-transformers-converter`) takes the folder.
+    `M2M100ForConditionalGeneration` computes the same logits. CTranslate2's own converter
+    (`ct2-transformers-converter`) reads the folder.
 
-    A layer with one expert is dense if its output is that expert's, whatever the token: the router's probability of a
-    lone row is 1. `moe_token_dropout` scales it by a constant, which goes into the weights. Of a merged model the
-    probability of a row depends on the token, unless the weights of a token are normalized
+    A layer with one expert is dense if every token gets that expert's output: a router with a single row gives
+    probability 1. `moe_token_dropout` scales the output by a constant, which goes into the weights. In a merged model
+    the probability of a row depends on the token, unless the weights of a token are normalized
     (`normalize_router_weights`) or all rows are chosen.
 
     Args:
-        model_or_folder: a model in memory, which is left as it is, or a folder with `config.json` and weights of
+        model_or_folder: a model in memory, which does not change, or a folder with `config.json` and weights of
             ZCodeM3, sharded or not, which are read one by one.
-        output_dir: the new folder; it appears when everything is in it.
-        tokenizer: that is saved along; by default that of the folder. Without this package a [`ZCodeM3Tokenizer`] is
-            loaded as one of the *tokenizers* library that has the same tokens and sets no tags: those are part of the
-            text there, `"__en__Close all tabs"`.
-        dtype: of the weights, `torch.bfloat16` or `"bfloat16"`; as they are by default.
-        max_shard_size: bytes or a string such as `"5GB"`.
+        output_dir: the new folder; it appears once it is complete.
+        tokenizer: the tokenizer that is saved with the model; by default the one in the folder. Without this package a
+            [`ZCodeM3Tokenizer`] is loaded as a tokenizer of the *tokenizers* library, which has the same tokens but
+            adds no tags: write them into the text, `"__en__Close all tabs"`.
+        dtype: dtype of the weights, such as `torch.bfloat16` or `"bfloat16"`; by default it does not change.
+        max_shard_size: largest size of a weight file, in bytes or as a string such as `"5GB"`.
         overwrite: whether to replace an `output_dir` that is not empty.
 
     Returns:
         What was written.
 
     Raises:
-        ValueError: before anything is written: a model with experts, with positions that M2M100 does not have, with an
-            adapter, quantized, or not all in this process; weights that are missing or not finite; `output_dir` is not
-            empty; `dtype` is unknown.
+        ValueError: before anything is written: the model has experts, positions that M2M100 does not have, or an
+            adapter; it is quantized or has weights in other processes; a weight is missing or not finite; `output_dir`
+            is not empty; `dtype` is unknown.
     """
     write = model_folder_writer(
         output_dir,
@@ -100,7 +100,7 @@ def export_m2m100(
     save_tokenizer = _tokenizer_saver(source.folder, tokenizer, config.vocab_size)
     warnings = _warnings(source.config)
     if save_tokenizer is None:
-        warnings.append("there is no tokenizer; CTranslate2's converter needs it in the folder")
+        warnings.append("no tokenizer was saved; CTranslate2's converter needs one in the folder")
     return write(
         _dense_tensors(source, config),
         config,
@@ -114,14 +114,14 @@ def export_m2m100(
 
 @dataclass(frozen=True)
 class _Source:
-    """What is exported.
+    """The model that is exported.
 
     Attributes:
         path: the folder, or the name of the model's class; for messages.
         folder: the folder, if it is one.
         config: of the model.
         tensors: its weights under our names, tied ones once.
-        generation_config: with a length, as that of M2M100 would be 20 tokens.
+        generation_config: has a length, because M2M100's default is 20 tokens.
     """
 
     path: Path
@@ -132,7 +132,7 @@ class _Source:
 
 
 def _open(model_or_folder: ZCodeM3ForConditionalGeneration | str | os.PathLike[str]) -> _Source:
-    """Config and weights, which are checked: names, shapes and dtypes at once, numbers as they are read."""
+    """Open the source and check it: names, shapes and dtypes at once, numbers when they are read."""
     generation_config: GenerationConfig | None
     if isinstance(model_or_folder, ZCodeM3ForConditionalGeneration):
         path, folder = Path(type(model_or_folder).__name__), None
@@ -158,65 +158,64 @@ def _open(model_or_folder: ZCodeM3ForConditionalGeneration | str | os.PathLike[s
 
 def _refuse_quantized(path: Path, config: ZCodeM3Config, quantizer: Any = None) -> None:
     if quantizer is not None or getattr(config, "quantization_config", None):
-        raise ValueError(f"{path} is quantized (quantization_config); export the weights before they are quantized")
+        raise ValueError(f"{path} is quantized (quantization_config); export the model before you quantize it")
 
 
 def _with_length(generation_config: GenerationConfig | None, config: ZCodeM3Config) -> GenerationConfig:
     found: Any = copy.deepcopy(generation_config) or GenerationConfig.from_model_config(config)
     if found.max_length is None and found.max_new_tokens is None:
         found.max_length = config.default_generation_length
-    found._from_model_config = False  # or M2M100 makes it again of its own config, which has no length
+    found._from_model_config = False  # else M2M100 makes it again from its own config, which has no length
     return found
 
 
 def _check_dense(config: ZCodeM3Config, path: Path) -> None:
     """
     Raises:
-        ValueError: the model computes something that M2M100 cannot; it says all of that, and what to do.
+        ValueError: the model computes something that M2M100 cannot; the message lists it all and says what to do.
     """
     if config.position_embedding_type != "sinusoidal":
         raise ValueError(
-            f"{path} has position_embedding_type={config.position_embedding_type!r}, and M2M100 has sinusoidal "
-            "positions only; it can be served by this package"
+            f"{path} has position_embedding_type={config.position_embedding_type!r}, but M2M100 has sinusoidal "
+            "positions only; serve it with this package"
         )
     several = {layer: count for layer, count in moe_layers(config).items() if count > 1}
     if several:
         listed = ", ".join(f"{layer}: {count}" for layer, count in several.items())
         raise ValueError(
-            f"{path} has several experts in {len(several)} layers ({listed}), and M2M100 has none; "
-            f"{_way_to_one(config)} and train it further, distil a dense model of it, or serve it by this package"
+            f"{path} has several experts in {len(several)} layers ({listed}), but M2M100 has none; "
+            f"{_way_to_one(config)} and train it further, distil a dense model from it, or serve it with this package"
         )
     if moe_layers(config) and (reasons := _why_not_constant(config)):
         raise ValueError(
             f"{path} has one expert per layer, but its output is scaled by a number that M2M100 cannot compute: "
-            f"{'; '.join(reasons)}; serve it by this package"
+            f"{'; '.join(reasons)}; serve it with this package"
         )
 
 
 def _why_not_constant(config: ZCodeM3Config) -> list[str]:
-    """Why the factor of the one expert's output depends on the token, or on chance; empty if it does not."""
+    """Reasons why the factor of the one expert's output depends on the token or on chance; empty if there are none."""
     reasons = []
     if config.use_residual:
-        reasons.append("use_residual mixes in a dense branch by coefficients of the token")
+        reasons.append("use_residual adds a dense branch with coefficients that depend on the token")
     if config.eval_capacity_factor is not None and config.eval_capacity_factor < 1:
         reasons.append(
-            f"eval_capacity_factor={config.eval_capacity_factor} drops tokens; it may be None, for which the model "
-            "computes all"
+            f"eval_capacity_factor={config.eval_capacity_factor} drops tokens; set it to None, which drops none"
         )
     if config.second_expert_policy == "random" and config.normalize_router_weights != "after_dropping":
-        reasons.append("second_expert_policy='random' leaves second experts out; 'all' takes them")
+        reasons.append("second_expert_policy='random' leaves second experts out; use 'all', which keeps them")
     is_normalized = config.normalize_router_weights is not None
     if not all(_is_weight_one(config, rows, is_normalized) for side in SIDES for rows in _rows(config, side)):
         reasons.append(
             "the rows of merged or removed experts share the router's probability (expert_map), and "
-            "normalize_router_weights is not set, or rows are never chosen; of the model that it was made of, "
-            f"{_way_to_one(config)}"
+            "normalize_router_weights is not set, or rows are never chosen; from the model from which it was made, "
+            "{_way_to_one(config)}"
         )
     return reasons
 
 
 def _way_to_one(config: ZCodeM3Config) -> str:
-    """How experts become one whose output is not scaled."""
+    """How to get one expert per layer whose output is not scaled."""
     if config.num_experts_per_tok == 1:
         return "keep one per layer (hf-moe-ted prune --keep 1)"
     if config.normalize_router_weights is not None:
@@ -230,7 +229,7 @@ def _rows(config: ZCodeM3Config, side: Any) -> list[list[int]]:
 
 
 def _is_weight_one(config: ZCodeM3Config, expert_of_row: list[int], is_normalized: bool) -> bool:
-    """Whether the weights of a token, which all lead to expert 0, sum to 1."""
+    """Whether the weights of a token sum to 1; they all lead to expert 0."""
     has_removed_rows = any(expert != 0 for expert in expert_of_row)
     return not has_removed_rows and (is_normalized or len(expert_of_row) == config.num_experts_per_tok)
 
@@ -261,7 +260,7 @@ def _dense_tensors(source: _Source, config: M2M100Config) -> LazyTensors:
 def _tokenizer_saver(
     folder: Path | None, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
 ) -> Callable[[Path], None] | None:
-    """What puts the tokenizer into the new folder; `None` without one."""
+    """A function that saves the tokenizer into the new folder; `None` without a tokenizer."""
     files = [] if folder is None else [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if tokenizer is None and not files:
         return None
@@ -277,7 +276,7 @@ def _tokenizer_saver(
 
 
 def _adapt_tokenizer_config(folder: Path, vocab_size: int) -> None:
-    """No code of ours, which does not come along; and the rows without a token, which CTranslate2 counts."""
+    """Remove references to our code, which is not copied; add the rows without a token, which CTranslate2 counts."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return
@@ -290,18 +289,18 @@ def _adapt_tokenizer_config(folder: Path, vocab_size: int) -> None:
 
 
 def _warnings(config: ZCodeM3Config) -> list[str]:
-    """What CTranslate2's converter would get wrong without a word."""
+    """Warnings about what CTranslate2's converter would silently get wrong."""
     warnings = []
     if config.pad_token_id != 1:
         warnings.append(
-            f"pad_token_id is {config.pad_token_id}: transformers computes the same, but CTranslate2's converter takes "
-            "positions to begin behind a pad_token_id of 1, and translates wrongly"
+            f"pad_token_id is {config.pad_token_id}: transformers computes the same, but CTranslate2's converter "
+            "assumes that positions begin after a pad_token_id of 1, so CTranslate2 translates wrongly"
         )
     if config.encoder_attention_heads != config.decoder_attention_heads:
         warnings.append(
             f"encoder_attention_heads ({config.encoder_attention_heads}) and decoder_attention_heads "
             f"({config.decoder_attention_heads}) differ: transformers computes the same, but CTranslate2's converter "
-            "takes those of the encoder for both, and translates wrongly"
+            "uses the encoder's number for both, so CTranslate2 translates wrongly"
         )
     return warnings
 

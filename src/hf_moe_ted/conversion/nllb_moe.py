@@ -24,21 +24,22 @@ def convert_nllb_moe_checkpoint(
     """Convert a Hugging Face NLLB-MoE folder to one that `ZCodeM3ForConditionalGeneration.from_pretrained` loads.
 
     Experts may be stored one by one (`experts.expert_0.fc1.weight`) or stacked (`experts.up_proj`). At most one output
-    shard and the largest tensor are in memory. Tokenizer files and the generation config come along as they are.
+    shard and the largest tensor are in memory. Tokenizer files and the generation config are copied unchanged.
 
     Args:
         source: a folder with `config.json` and safetensors or bin weights, sharded or not.
-        output_dir: the new folder; it appears when everything is in it.
-        dtype: of the floating-point weights, `torch.bfloat16` or `"bfloat16"`; as in the source by default.
-        max_shard_size: bytes or a string such as `"5GB"`.
+        output_dir: the new folder; it appears once it is complete.
+        dtype: dtype of the floating-point weights, such as `torch.bfloat16` or `"bfloat16"`; by default as in the
+            source.
+        max_shard_size: largest size of a weight file, in bytes or as a string such as `"5GB"`.
         overwrite: whether to replace an `output_dir` that is not empty.
 
     Returns:
         What was converted.
 
     Raises:
-        ValueError: `source` is no NLLB-MoE checkpoint, or a weight of it is missing, unknown or of a wrong shape (all
-            of them are named, before anything is written); `output_dir` is not empty; `dtype` is unknown.
+        ValueError: before anything is written: `source` is no NLLB-MoE checkpoint, or a weight is missing, unknown or
+            of a wrong shape (the message names all of them); `output_dir` is not empty; `dtype` is unknown.
     """
     source = Path(source)
     write = model_folder_writer(

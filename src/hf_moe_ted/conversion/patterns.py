@@ -1,6 +1,6 @@
-"""Patterns of names: those with placeholders, and regular expressions of users.
+"""Patterns of names: with placeholders, or as regular expressions of users.
 
-Either may be wrong or take for ever: `(a+)+b` does.
+Either may be invalid, or may take forever to match, such as `(a+)+b`.
 """
 
 import re
@@ -12,21 +12,21 @@ from typing import Any
 import regex
 
 MAX_PATTERN_CHARS = 2_000
-MATCH_S = 2.0  # for one name; usual ones take microseconds
+MATCH_S = 2.0  # time limit for one name; usual patterns take microseconds
 
 PLACEHOLDER = re.compile(r"\{(\w+)(?::([^{}]+))?\}")
 _NUMBERS = ("layer", "expert")
 
 
 class Pattern:
-    """A regular expression whose searches end.
+    """A regular expression whose searches have a time limit.
 
     Args:
-        text: as for the module `re`.
-        origin: where it is from, for messages.
+        text: the pattern, as in the module `re`.
+        origin: source of the pattern, for messages.
 
     Raises:
-        ValueError: it is no regular expression; when searching: it takes longer than `MATCH_S` seconds.
+        ValueError: it is no regular expression. In a search: it takes longer than `MATCH_S` seconds.
     """
 
     def __init__(self, text: str, origin: object):
@@ -52,7 +52,7 @@ class Pattern:
         except TimeoutError:
             raise ValueError(
                 f"{self._origin}: {self.text!r} takes more than {MATCH_S:.0f} s to match {name[:200]!r}; repetitions "
-                "inside repetitions and many {name:**} do: make the pattern simpler"
+                f"inside repetitions and many {name:**} are slow: make the pattern simpler"
             ) from None
 
 
@@ -63,7 +63,7 @@ class NamePattern:
     text: str
 
     def __post_init__(self) -> None:
-        self.match("")  # raises if the pattern is wrong
+        self.match("")  # raises if the pattern is invalid
 
     @cached_property
     def _pattern(self) -> Pattern:
@@ -82,7 +82,7 @@ class NamePattern:
         return frozenset(match[1] for match in PLACEHOLDER.finditer(self.text))
 
     def match(self, name: str) -> dict[str, str] | None:
-        """What the placeholders stand for in `name`, `None` if it is not of this pattern."""
+        """Values of the placeholders in `name`; `None` if it does not match this pattern."""
         found = self._pattern.fullmatch(name)
         return None if found is None else found.groupdict()
 
@@ -90,7 +90,7 @@ class NamePattern:
         """The name for these values; a placeholder without one becomes its first choice.
 
         Raises:
-            ValueError: a placeholder has neither.
+            ValueError: a placeholder has neither a value nor a choice.
         """
 
         def value(placeholder: re.Match[str]) -> str:
@@ -99,7 +99,7 @@ class NamePattern:
                 return values[name]
             first = (choices or "*").split("|")[0]
             if "*" in first:
-                raise ValueError(f"nothing says what {{{name}}} of {self.text!r} is: give it a first choice")
+                raise ValueError(f"{{{name}}} of {self.text!r} has no value: give it a first choice")
             return first
 
         return PLACEHOLDER.sub(value, self.text)

@@ -1,4 +1,4 @@
-"""One rule of a table of names, and how it is written in YAML; see the module `conversion_rules`."""
+"""One rule of a table of names, and its form in YAML; see the module `conversion_rules`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,13 +18,12 @@ class Rule:
     """Tensors of `source` patterns become tensors of `target` patterns.
 
     Attributes:
-        source: one pattern, or several to be concatenated.
-        target: one pattern, several for the parts of a split or for copies, none if the tensor is left out.
+        source: one pattern, or several that are concatenated.
+        target: one pattern; several for the parts of a split or for copies; none to leave the tensor out.
         operation: `None` (one source, one target; or one source and its copies), `"transpose"` of the last two
             dimensions, `"concatenate"` or `"split"`.
-        dim: along which to concatenate or split.
-        interleave_heads: whether the parts of a split alternate from attention head to attention head, as in
-            Megatron's `query_key_value`.
+        dim: dimension along which to concatenate or split.
+        interleave_heads: whether the parts of a split alternate per attention head, as in Megatron's `query_key_value`.
     """
 
     source: tuple[NamePattern, ...]
@@ -39,7 +38,7 @@ class Rule:
         return replace(self, source=self.target, target=self.source, operation=operation)
 
     def apply(self, tensors: list[Tensor], num_heads: int | None) -> list[Tensor]:
-        """The targets of these sources; works on meta tensors, too.
+        """Compute the targets from these sources; it works on meta tensors, too.
 
         Raises:
             ValueError: a tensor cannot be split into that many parts.
@@ -55,7 +54,7 @@ class Rule:
             return self._split(tensors[0], num_heads)
         for pattern, copy in zip(self.source[1:], tensors[1:], strict=True):
             if not copy.is_meta and not torch.equal(tensors[0], copy):
-                raise ValueError(f"{self.source[0].text} and {pattern.text} should be copies of each other, but differ")
+                raise ValueError(f"{self.source[0].text} and {pattern.text} must be copies of each other, but differ")
         return tensors[:1] * len(self.target)
 
     def _split(self, tensor: Tensor, num_heads: int | None) -> list[Tensor]:
@@ -72,10 +71,10 @@ class Rule:
 
 
 def check_shard_rule(pair: Any, origin: str) -> tuple[str, int | None]:
-    """A pair of a regular expression and a dimension, or `None` if every rank has all of the tensor.
+    """Check a pair of a regular expression and a dimension; `None` means that every rank has the whole tensor.
 
     Raises:
-        ValueError: it is something else; the message begins with `origin`.
+        ValueError: the pair has another form; the message begins with `origin`.
     """
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str):
         raise ValueError(
@@ -90,7 +89,7 @@ def check_shard_rule(pair: Any, origin: str) -> tuple[str, int | None]:
 
 
 def _parse_patterns(entry: Mapping[str, Any]) -> list[tuple[NamePattern, ...]]:
-    """Sources and targets; a placeholder's choices, given once, hold for the whole rule."""
+    """Sources and targets. Choices of a placeholder that are given once hold for the whole rule."""
     texts = [entry.get(side) or [] for side in ("source", "target")]
     sides = [[side] if isinstance(side, str) else side for side in texts]
     if not all(isinstance(side, list) and all(isinstance(text, str) for text in side) for side in sides):
@@ -104,7 +103,7 @@ def _parse_patterns(entry: Mapping[str, Any]) -> list[tuple[NamePattern, ...]]:
 
 
 def parse_rule(entry: Any, path: str) -> Rule:
-    """A rule of a YAML file. Raises a `ValueError` that shows the rule if it makes no sense."""
+    """Parse a rule of a YAML file. An invalid rule raises a `ValueError` that shows it."""
     try:
         return _rule_of(entry)
     except ValueError as error:

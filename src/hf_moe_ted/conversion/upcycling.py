@@ -36,7 +36,7 @@ from .m2m100 import m2m100_config_fields, m2m100_name
 _ARGUMENTS = ("num_experts", "encoder_sparse_step", "decoder_sparse_step")
 _ROUTING = {"num_experts_per_tok": 2, "normalize_router_weights": "after_dropping"}
 
-# what a model computes with the weights of the source, and their shapes
+# fields that decide how a model uses the source's weights, and their shapes
 _FIXED = (
     "vocab_size",
     "max_position_embeddings",
@@ -50,7 +50,7 @@ _FIXED = (
 )
 
 _COPIED = {f"residual.mlp.{name}": name for name in DENSE_OF_STACKED.values()}
-# biases are left without noise, as they are in every initialization
+# biases get no noise, as in every initialization
 _NOISY = ("experts.up_proj", "experts.down_proj")
 
 
@@ -69,46 +69,47 @@ def upcycle_dense_checkpoint(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
 ) -> ConversionReport:
-    """Make a ZCodeM3 model with experts of a dense one, to continue its training.
+    """Make a ZCodeM3 model with experts from a dense model, to train it further.
 
     This is Sparse Upcycling (https://huggingface.co/papers/2212.05055): every `*_sparse_step`-th feed-forward becomes
-    `num_experts` copies of itself behind a new router with weights of standard deviation `config.init_std`. All else
-    is copied. A ZCodeM3 source may have sparse layers already: they stay.
+    `num_experts` copies of itself, behind a new router with weights of standard deviation `config.init_std`. All other
+    weights are copied. A ZCodeM3 source may have sparse layers already: they stay.
 
-    By default a token sees two experts whose weights are normalized to sum to 1, so that the new model computes what
-    the dense one does whenever no expert is full, as in evaluation (appendix B.7; the paper's language models ended
-    slightly better without, `{"normalize_router_weights": None}`, from a worse start). While experts are equal,
-    such weights change nothing, and the router learns from its own losses only; training on different tokens, or
-    `noise_std`, tells them apart. With one expert per token the normalized weight is always 1 and never has a gradient;
-    `{"num_experts_per_tok": 1, "normalize_router_weights": None}` has one, but scales the feed-forward by the router's
-    probability, at first not much more than `1 / num_experts`. The report warns of what changes the outputs.
+    By default a token goes to two experts whose weights are normalized to sum to 1. So the new model computes the same
+    as the dense one as long as no expert is full, as in evaluation (appendix B.7; the paper's language models ended
+    slightly better without normalization, `{"normalize_router_weights": None}`, from a worse start). While experts are
+    equal, these weights change nothing, and the router learns from its own losses only. Training on different tokens,
+    or `noise_std`, makes the experts different. With one expert per token the normalized weight is always 1 and never
+    has a gradient; `{"num_experts_per_tok": 1, "normalize_router_weights": None}` has one, but scales the feed-forward
+    by the router's probability, at first not much more than `1 / num_experts`. The report warns of settings that change
+    the outputs.
 
-    At most one output shard and the largest tensor are in memory. Tokenizer files and the generation config come along.
+    At most one output shard and the largest tensor are in memory. Tokenizer files and the generation config are copied.
 
     Args:
         source: a folder with `config.json` and safetensors or bin weights, sharded or not, of M2M100 or dense NLLB-200
             (both `"m2m_100"`), or of ZCodeM3.
-        output_dir: the new folder; it appears when everything is in it.
-        num_experts: experts of each new sparse layer, at least 2, or one number per new sparse layer: those of the
-            encoder from first to last, then those of the decoder.
+        output_dir: the new folder; it appears once it is complete.
+        num_experts: experts of each new sparse layer, at least 2, or one number per new sparse layer: the encoder's
+            layers first, then the decoder's.
         encoder_sparse_step, decoder_sparse_step: layer `i` becomes sparse when `(i + 1) % step == 0`; 0 for none.
         noise_std: standard deviation of Gaussian noise on the weight matrices of the experts, not on their biases, in
             units of the weights. It depends on `seed`, the name and the expert, not on shards. A 16-bit dtype rounds
-            noise away that is much smaller than the weight.
-        seed: of the routers and the noise.
+            away noise that is much smaller than the weight.
+        seed: seed of the routers and the noise.
         config_overrides: other fields of [`ZCodeM3Config`], such as those of the router. `encoder_sparse_layers` and
-            `decoder_sparse_layers` override the step. By default those of the source, but for the two of routing above
-            if it is dense.
+            `decoder_sparse_layers` override the step. Other fields come from the source; if it is dense, the two
+            routing fields above have the defaults described there.
         dtype: of the floating-point weights, `torch.bfloat16` or `"bfloat16"`; as in the source by default.
-        max_shard_size: bytes or a string such as `"5GB"`.
+        max_shard_size: largest size of a weight file, in bytes or as a string such as `"5GB"`.
         overwrite: whether to replace an `output_dir` that is not empty.
 
     Returns:
         What was converted.
 
     Raises:
-        ValueError: before anything is written: `source` is no folder of these models, or a weight of it is missing,
-            unknown or of a wrong shape (all of them are named); `num_experts` does not fit the sparse layers, or there
+        ValueError: before anything is written: `source` is no folder of these models, or a weight is missing, unknown
+            or of a wrong shape (the message names all of them); `num_experts` does not fit the sparse layers, or there
             are none; `noise_std` is negative; an override is unknown or contradicts the weights; `output_dir` is not
             empty; `dtype` is unknown.
     """
@@ -117,7 +118,7 @@ def upcycle_dense_checkpoint(
         output_dir, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite, sources=[source]
     )
     if not 0 <= noise_std < math.inf:
-        raise ValueError(f"noise_std ({noise_std}) must be a finite number that is not negative; 0 for equal experts")
+        raise ValueError(f"noise_std ({noise_std}) must be a finite number of at least 0; 0 keeps experts equal")
     overrides = checked_overrides(config_overrides)
     dense = _open_source(source)
     steps = {"encoder_sparse_step": encoder_sparse_step, "decoder_sparse_step": decoder_sparse_step}
@@ -133,12 +134,12 @@ def upcycle_dense_checkpoint(
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """What is upcycled.
+    """The model that is upcycled.
 
     Attributes:
-        config: of the source, as ZCodeM3.
+        config: config of the source, as ZCodeM3.
         tensors: all weights of that model under our names, tied ones once.
-        warnings: what the source has and ZCodeM3 has not.
+        warnings: features of the source that ZCodeM3 lacks.
     """
 
     config: ZCodeM3Config
@@ -148,10 +149,10 @@ class _Source:
 
 def _open_source(folder: Path) -> _Source:
     ours = ZCodeM3Config.model_type
-    otherwise = f"; what can be upcycled is {M2M100!r} (M2M100, dense NLLB-200) and {ours!r}"
+    otherwise = f"; it must be {M2M100!r} (M2M100, dense NLLB-200) or {ours!r}"
     path, fields = read_config_fields(folder, "source", (M2M100, ours), otherwise)
     if fields.get("quantization_config"):
-        raise ValueError(f"{path} has a quantization_config; upcycle the weights before they are quantized")
+        raise ValueError(f"{path} has a quantization_config; upcycle the model before you quantize it")
     warnings = []
     name_in_source: Callable[[str], str] = str
     if fields["model_type"] == M2M100:
@@ -172,9 +173,9 @@ def _open_source(folder: Path) -> _Source:
 def _dense_tensors(
     folder: Path, model: ZCodeM3ForConditionalGeneration, name_in_source: Callable[[str], str]
 ) -> LazyTensors:
-    """The weights of the source under our names, tied ones once; errors have the names that the source gives them."""
+    """The weights of the source under our names, tied ones once. Error messages use the source's names."""
     stored = open_pretrained_tensors(folder)
-    # old versions of transformers stored the sinusoids
+    # old versions of transformers stored the sinusoidal positions
     names = {name: name for name in stored if not name.endswith("embed_positions.weights")}
     stored = drop_tied_copies(stored.under_names(names), model.all_tied_weights_keys)
     expected = stored_specs(model)
@@ -185,13 +186,15 @@ def _dense_tensors(
 def _sparse_config(
     source: ZCodeM3Config, num_experts: int | Sequence[int], steps: Mapping[str, int], overrides: dict[str, Any]
 ) -> ZCodeM3Config:
-    """The config of the new model; sparse layers of the source stay, the others are chosen by its own rule."""
+    """The config of the new model. Sparse layers of the source stay; the new config chooses the others."""
     was_sparse = {side: source.num_experts_per_layer(side) for side in SIDES}
     is_dense = not any(was_sparse.values())
     _check_overrides(source, overrides, is_dense)
     counts = list(num_experts) if isinstance(num_experts, Sequence) else [num_experts]
     if min(counts, default=0) < 2:
-        raise ValueError(f"num_experts ({num_experts}) must be at least 2 in every layer: there is no choice among one")
+        raise ValueError(
+            f"num_experts ({num_experts}) must be at least 2 in every layer: with one expert the router has no choice"
+        )
 
     fields = {**source.to_dict(), **(_ROUTING if is_dense else {})}
     fields |= {f"{side}_sparse_layers": None for side in SIDES}
@@ -211,12 +214,12 @@ def _sparse_config(
 def _check_new_layers(
     source: ZCodeM3Config, steps: Mapping[str, int], num_experts: int | Sequence[int], new: Mapping[Side, list[int]]
 ) -> None:
-    """Raise unless there are dense layers to make sparse (`new`), as many as `num_experts` lists."""
+    """Raise unless there are dense layers to make sparse (`new`), as many as `num_experts` has numbers."""
     num_new = sum(map(len, new.values()))
     if not num_new:
         raise ValueError(
             ", ".join(f"{name} ({step})" for name, step in steps.items())
-            + " choose no dense layer to make sparse: of "
+            + " make no dense layer sparse: of  "
             + ", ".join(f"{getattr(source, f'{side}_layers')} {side} layers" for side in SIDES)
             + f", {len(moe_layers(source))} are sparse already; choose a step from 1 to the number of layers"
         )
@@ -235,32 +238,34 @@ def _config(fields: dict[str, Any]) -> ZCodeM3Config:
 def _check_overrides(source: ZCodeM3Config, overrides: Mapping[str, Any], is_dense: bool) -> None:
     arguments = sorted({*overrides} & {*_ARGUMENTS})
     if arguments:
-        raise ValueError(f"config_overrides has {', '.join(arguments)}; pass it as an argument of its own")
+        raise ValueError(f"config_overrides has {', '.join(arguments)}; pass it as a separate argument")
     unknown = sorted({*overrides} - {field.name for field in dataclasses.fields(ZCodeM3Config)})
     if unknown:
-        raise ValueError(f"config_overrides has {', '.join(unknown)}, which ZCodeM3Config has not; correct the name")
+        raise ValueError(
+            f"config_overrides has {', '.join(unknown)}, which ZCodeM3Config does not have; correct the name"
+        )
     for name in _FIXED if is_dense else (*_FIXED, "router_bias", "use_residual"):
         if name in overrides and overrides[name] != getattr(source, name):
             raise ValueError(
-                f"config_overrides sets {name} to {overrides[name]!r}, but the weights of the source are those of "
+                f"config_overrides sets {name} to {overrides[name]!r}, but the source's weights were made for "
                 f"{getattr(source, name)!r}; leave it out"
             )
 
 
 def _warnings(config: ZCodeM3Config) -> list[str]:
-    """What makes the outputs of equal experts differ from the dense model's, or keeps the router from learning."""
+    """Warnings about settings that make equal experts differ from the dense model, or stop the router from learning."""
     top_k, normalize = config.num_experts_per_tok, config.normalize_router_weights
     counts = [count for side in SIDES for count in config.num_experts_per_layer(side).values()]
     differ = []
     if normalize is None and top_k < max(counts):
         differ.append("normalize_router_weights=None: the weights of a token's experts sum to less than 1")
     if config.second_expert_policy == "random" and normalize != "after_dropping":
-        differ.append("second_expert_policy='random' leaves second experts out without making up for them")
+        differ.append("second_expert_policy='random' leaves second experts out and does not rescale the first")
     if config.eval_capacity_factor is not None:
         differ.append(f"eval_capacity_factor={config.eval_capacity_factor} drops tokens of full experts")
     if config.moe_token_dropout:
         differ.append(f"moe_token_dropout={config.moe_token_dropout} scales the experts' outputs in evaluation")
-    warnings = [f"the new sparse layers do not compute what the dense ones do: {reason}" for reason in differ]
+    warnings = [f"the new sparse layers do not compute the same as the dense ones: {reason}" for reason in differ]
     if top_k == 1 and normalize is not None:
         warnings.append(
             f"num_experts_per_tok=1 with normalize_router_weights={normalize!r}: the one weight is always 1, so the "
@@ -278,19 +283,19 @@ def _sparse_tensors(
         dense: weights of the source.
         config: of the new model.
         noise_std: standard deviation of the noise on the experts.
-        seed: of noise and routers.
-        dtype: of what is made here, so that noise is rounded once; by default that of the source.
+        seed: seed of noise and routers.
+        dtype: dtype of the new weights, so that noise is rounded once; by default the source's dtype.
     """
 
     def origin(name: str) -> str | None:
-        """What `name` is made from."""
+        """The weight from which `name` is made."""
         prefix, _, kind = name.partition(".ffn.")
         dense_kind = DENSE_OF_STACKED.get(kind) or _COPIED.get(kind)
         return name if name in dense else dense_kind and f"{prefix}.ffn.{dense_kind}"
 
     def read_into(name: str, out: Tensor) -> None:
         source, kind = origin(name), name.partition(".ffn.")[2]
-        if source is None:  # of the router, or of the coefficients of a residual branch
+        if source is None:  # weights of the router, or coefficients of a residual branch
             new = torch.zeros(out.shape)
             if name.endswith(".weight"):
                 new.normal_(std=config.init_std, generator=_generator(seed, name))
@@ -322,7 +327,7 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 def _legacy_generation_config(source: Path) -> Callable[[Path], None]:
-    """Old versions of transformers stored options of generation in the config; the new one does not have them."""
+    """Read generation options that old versions of transformers stored in the config; new configs do not have them."""
 
     if (source / "generation_config.json").is_file():
         return lambda folder: None

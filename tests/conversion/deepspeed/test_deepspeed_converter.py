@@ -165,7 +165,7 @@ def test_biases_that_were_never_added_become_zero(tmp_path: Path) -> None:
         ({"config_overrides": [1]}, r"config_overrides \(\[1\]\) must be a dict"),
         ({"config_overrides": {"num_experts_per_tok": "two"}}, "num_experts_per_tok .*'two'"),
         ({"config_overrides": '{"encoder_ffn_dim": 1000000000}'}, r"encoder_ffn_dim \(1000000000\) must be at most"),
-        ({"base_config": {"model_type": "m2m_100", "d_model": "wide"}}, "base_config: this is no config of M2M100"),
+        ({"base_config": {"model_type": "m2m_100", "d_model": "wide"}}, "base_config: this is not a config of M2M100"),
         ({"config_overrides": {"num_expert_per_tok": 2}}, "config_overrides has num_expert_per_tok, which"),
         ({"config_overrides": {"num_experts": 8}}, r"has the shape \(4, 64, 32\), the config asks for \(8, 64, 32\)"),
         ({"config_overrides": {"encoder_sparse_layers": [1]}}, r"unknown: model\.encoder\.layers\.3\.ffn"),

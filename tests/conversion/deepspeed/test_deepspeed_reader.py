@@ -157,7 +157,7 @@ def test_lost_residual_branch_without_zero_is_seen_in_the_optimizer(copy_of: Cal
     folder = copy_of(PLAIN)
     path = tag_of(folder) / "mp_rank_00_model_states.pt"
     rewrite(path, lambda main: main["module"].__delitem__("blocks.1.attn.q.weight"))
-    with pytest.raises(ValueError, match=r"lacks 1 tensors that were trained, of the shapes \(16, 16\)"):
+    with pytest.raises(ValueError, match=r"lacks 1 tensors that were trained, with the shapes \(16, 16\)"):
         read(folder)
 
 

@@ -1,4 +1,4 @@
-"""What can be wrong with a DeepSpeed checkpoint, found from names and shapes alone."""
+"""Find errors in a DeepSpeed checkpoint from names and shapes alone."""
 
 from collections import Counter, defaultdict
 
@@ -20,7 +20,7 @@ def check_contents(contents: Contents) -> None:
 
 
 def _check_main_files(contents: Contents) -> None:
-    """All model-parallel ranks are there, and those of one stage hold the same names."""
+    """Check that all model-parallel ranks have files, and that those of one stage hold the same names."""
     files, tp = contents.files, contents.tensor_parallel_size
     ranks = {*files.mains, *(mp_rank for mp_rank, _ in files.experts), *(mp_rank for mp_rank, _ in files.zero)}
     ranks.update(range(tp * contents.pipeline_parallel_size))
@@ -47,8 +47,8 @@ def _add_missing_main_files(contents: Contents, missing: list[int], num_ranks: i
     names = list_names([f"mp_rank_{mp_rank:02d}_model_states.pt" for mp_rank in missing])
     text = f"{contents.files.folder} has {num_ranks - len(missing)} of {num_ranks} main files: {names} missing. "
     text += (
-        "DeepSpeed itself never writes them when tensor parallelism reaches further than expert parallelism and the "
-        "experts are not tensor parallel. "
+        "DeepSpeed itself never writes them if the tensor-parallel group is larger than the expert-parallel group "
+        "and the experts are not tensor parallel. "
     )
     if not can_masters_replace(contents, missing):
         contents.add(text + "No other file holds these weights; look for the files, or for another tag")
@@ -58,14 +58,14 @@ def _add_missing_main_files(contents: Contents, missing: list[int], num_ranks: i
         for name in [name for name in first.shards if name not in first.buffer_names]:
             contents.lost.setdefault(name, {})[mp_rank] = meta(first.shards[name].spec.shape)
     contents.add(
-        text + "The fp32 masters of ZeRO hold these weights: weights='master' reads them (and takes buffers, which "
-        "have no master, from the rank that is there)",
+        text + "The fp32 masters of ZeRO hold these weights: weights='master' reads them (buffers have no master and "
+        "are taken from a rank whose file exists)",
         masters_help=True,
     )
 
 
 def can_masters_replace(contents: Contents, missing: list[int]) -> bool:
-    """Whether ZeRO's files hold all parameters that the main files of these ranks do: none is frozen."""
+    """Whether ZeRO's files hold all parameters of these ranks' main files, so that none is frozen."""
     with_masters = {mp_rank for mp_rank, _ in contents.files.zero}
     for mp_rank in missing:
         first = contents.mains.get(contents.first_of_stage(mp_rank))
@@ -78,7 +78,7 @@ def can_masters_replace(contents: Contents, missing: list[int]) -> bool:
 
 
 def _check_trained_parameters(contents: Contents, mp_rank: int, main: MainFile) -> None:
-    """What ZeRO trains is among the weights, in the same shape."""
+    """Check that parameters that ZeRO trains are among the weights, in the same shape."""
     lost: dict[str, tuple[int, ...]] = {}
     local_experts: dict[str, Counter[str]] = defaultdict(Counter)
     for name, shape in (main.param_shapes or {}).items():
@@ -89,7 +89,7 @@ def _check_trained_parameters(contents: Contents, mp_rank: int, main: MainFile) 
         if name in main.shards:
             found = tuple(main.shards[name].spec.shape)
             if found != shape:
-                contents.add(f"{name} has the shape {found} in {main.path}, which was trained as {shape}")
+                contents.add(f"{name} has the shape {found} in {main.path}, but was trained with the shape {shape}")
         elif name.rpartition(".")[2] not in ("w1", "w2", "w3"):  # AutoEP trains its experts as three stacked tensors
             lost[name] = shape
     if not lost:
@@ -114,13 +114,13 @@ def _lost_residual_hint(names: list[str]) -> str:
 
 
 def _check_optimizer_shapes(contents: Contents, main: MainFile) -> None:
-    """Without ZeRO the optimizer has no names, but its shapes tell whether a weight is missing or has another one."""
+    """Without ZeRO the optimizer has no names, but its shapes show whether a weight is missing or has another shape."""
     shapes = Counter(tuple(shard.spec.shape) for shard in main.shards.values())
     lost = main.optimizer_shapes - shapes
     if lost:
         modules = [module for module in main.num_experts if "expert" in module]
         contents.add(
-            f"{main.path} lacks {sum(lost.values())} tensors that were trained, of the shapes "
+            f"{main.path} lacks {sum(lost.values())} tensors that were trained, with the shapes "
             f"{list_names(sorted(lost.elements()))}. {_lost_residual_hint(modules)}"
             + (f"Modules with such a name: {list_names(modules)}. " if modules else "")
             + "Without ZeRO no other file holds them; rename the module and train again, or look for another tag"
@@ -128,7 +128,7 @@ def _check_optimizer_shapes(contents: Contents, main: MainFile) -> None:
 
 
 def _check_num_experts(contents: Contents) -> None:
-    """Every module has all of its experts and every expert all of its tensors."""
+    """Check that every module has all of its experts, and every expert all of its tensors."""
     found: dict[str, dict[int, set[str]]] = {module: {} for module in contents.num_experts}
     for name in contents.experts:
         if expert := parse_expert_name(name):
@@ -136,8 +136,8 @@ def _check_num_experts(contents: Contents) -> None:
     for module, params in found.items():
         if module not in contents.num_experts:
             contents.add(
-                f"{contents.files.folder} has experts of {module}, of which the main files know nothing; "
-                "the files are not from one run"
+                f"{contents.files.folder} has experts of {module}, which the main files do not mention; the files are "
+                "not from one run"
             )
             continue
         num_experts = contents.num_experts[module]
@@ -159,7 +159,7 @@ def _check_num_experts(contents: Contents) -> None:
 
 
 def _check_expert_shapes(contents: Contents) -> None:
-    """The experts of a module are alike, and as they were trained."""
+    """Check that the experts of a module have the same shapes, and those that were trained."""
     first: dict[tuple[str, str], tuple[str, object]] = {}
     for main in contents.mains.values():
         for name, shape in (main.param_shapes or {}).items():
@@ -184,7 +184,7 @@ def _check_expert_shapes(contents: Contents) -> None:
 
 
 def _check_expert_ranks(contents: Contents) -> None:
-    """An expert is either whole in one file, or has one shard for each tensor-parallel rank."""
+    """Check that an expert is whole in one file, or has one shard for each tensor-parallel rank."""
     tp = contents.tensor_parallel_size
     if tp == 1 or not contents.experts:
         return

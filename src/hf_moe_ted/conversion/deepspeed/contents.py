@@ -1,4 +1,4 @@
-"""What the files of a DeepSpeed checkpoint say about the model: names, shapes, ranks, and what does not fit together.
+"""The content of a DeepSpeed checkpoint's files: names, shapes and ranks, and what does not fit together.
 
 A *shard* is the part of a tensor that one model-parallel rank stores. That rank counts pipeline stages and, inside one,
 tensor-parallel ranks: `mp_rank = stage * tensor_parallel_size + tensor_parallel_rank`.
@@ -37,7 +37,7 @@ class ExpertName:
 
 
 def parse_expert_name(name: str) -> ExpertName | None:
-    """The parts of an expert's name, native or of AutoEP, or `None` for any other."""
+    """The parts of an expert's name, native or of AutoEP; `None` for other names."""
     match = _NATIVE_EXPERT.fullmatch(name) or _AUTOEP_EXPERT.fullmatch(name)
     return match and ExpertName(match["module"], int(match["expert"]), match["param"])
 
@@ -50,11 +50,11 @@ def replace_expert(name: str, expert: int) -> str:
 
 @dataclass(frozen=True)
 class Shard:
-    """Where one rank's part of a tensor is.
+    """The place of one rank's part of a tensor.
 
     Attributes:
         path: the file.
-        keys: the way to the tensor through nested dicts.
+        keys: the keys that lead to the tensor through nested dicts.
         spec: its shape and dtype, on the meta device.
     """
 
@@ -66,7 +66,7 @@ class Shard:
         """The tensor in mapped memory.
 
         Raises:
-            ValueError: the file cannot be read, or is another one by now.
+            ValueError: the file cannot be read, or has changed.
         """
         tensor = pool.view(self.path, self._select)
         if tensor.shape != self.spec.shape or tensor.dtype != self.spec.dtype:
@@ -81,7 +81,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that does not fit, and whether `weights="master"` can read the checkpoint nevertheless."""
+    """Something that does not fit, and whether `weights="master"` can still read the checkpoint."""
 
     text: str
     masters_help: bool = False
@@ -92,14 +92,15 @@ class MainFile:
     """`mp_rank_*_model_states.pt` without its tensors.
 
     Attributes:
-        shards: the weights that are not of experts.
-        num_experts: of each MoE module, in order, as far as the file says so.
-        param_shapes: shapes of what ZeRO trains, experts under the local ids of data-parallel rank 0; `None` without
-            ZeRO.
-        optimizer_shapes: shapes of what is trained besides experts, without ZeRO and if the optimizer tells.
-        buffer_names, shared_params: as in the file; `shared_params` maps a tied name to the one that is trained.
+        shards: the weights outside of experts.
+        num_experts: number of experts of each MoE module, in order, as far as the file says so.
+        param_shapes: shapes of the parameters that ZeRO trains; experts have the local ids of data-parallel rank 0.
+            `None` without ZeRO.
+        optimizer_shapes: shapes of the trained parameters outside of experts, if there is no ZeRO and the optimizer has
+            them.
+        buffer_names, shared_params: as in the file; `shared_params` maps a tied name to the name that is trained.
         tensor_parallel_size, pipeline_parallel_size: 0 where the file does not say.
-        model_parallel_size: `mp_world_size`, in which DeepSpeed's own pipelines count stages and others may not.
+        model_parallel_size: `mp_world_size`. DeepSpeed's own pipelines count stages in it; others may not.
         data_parallel_size: replicas of this model-parallel rank; 0 where the file does not say.
         zero_stage: 0 without ZeRO.
         is_data_before_expert: whether neighbouring ranks hold the same experts.
@@ -134,7 +135,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 def _flatten(
     path: Path, values: Mapping[Any, Any], keys: tuple[str, ...], seen: set[int]
 ) -> Iterator[tuple[str, Shard]]:
-    """The tensors of nested dicts; Megatron nests those of its language model. None is in two of them (`seen`)."""
+    """The tensors of nested dicts; Megatron nests those of its language model. No dict is visited twice (`seen`)."""
     if id(values) in seen:
         raise UnreadableFileError(f"{path} has one dict of weights in two places ({'.'.join(keys)}); it is damaged")
     seen.add(id(values))
@@ -150,17 +151,17 @@ def _flatten(
 def _checked_name(path: Path, name: Any) -> str:
     if not isinstance(name, str) or len(name) > MAX_NAME_CHARS:
         raise UnreadableFileError(
-            f"{path} has a weight of the name {shorten(name, 80)}; it must be a text of at most {MAX_NAME_CHARS:,} "
+            f"{path} has a weight of the name {shorten(name, 80)}; it must be a string of at most {MAX_NAME_CHARS:,} "
             "characters"
         )
     return name
 
 
 def _count(name: str, value: Any, most: int = MAX_RANKS) -> int:
-    """A number of ranks or experts, 0 where the file does not say it.
+    """A number of ranks or experts; 0 if the file does not say it.
 
     Raises:
-        ValueError: it is no number, negative, or more than there can be.
+        ValueError: it is no number, is negative, or is too large.
     """
     count = 0 if value is None else value
     if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= most:
@@ -170,7 +171,7 @@ def _count(name: str, value: Any, most: int = MAX_RANKS) -> int:
 
 
 def read_main_file(path: Path) -> MainFile:
-    """Read all but the tensors of a main file.
+    """Read everything in a main file except the tensors.
 
     Raises:
         ValueError: it is unreadable, or not a file of DeepSpeed's MoE engine.
@@ -181,7 +182,7 @@ def read_main_file(path: Path) -> MainFile:
             f"{path} has no weights under 'module'; the DeepSpeed engine of a model with MoE writes them"
         )
     with content_errors(path, "a main file"):
-        # Megatron's own state_dict leaves experts behind under ids local to the rank; the files of experts are right.
+        # Megatron's own state_dict still holds experts under ids local to the rank; the expert files are right.
         module = _flatten(path, content["module"], ("module",), set())
         shards = {name: shard for name, shard in module if "deepspeed_experts." not in name}
         config = _mapping(content.get("ds_config"))
@@ -210,7 +211,7 @@ def _shape(sizes: Any) -> tuple[int, ...]:
     shape = tuple(map(int, sizes))
     if any(size < 0 for size in shape):
         raise ValueError(f"a parameter has the shape {shape}")
-    meta(shape)  # whose numbers can be counted
+    meta(shape)  # these numbers can be counted
     return shape
 
 
@@ -235,14 +236,14 @@ def _read_num_experts(path: Path, content: Mapping[str, Any], shards: Mapping[st
 
 
 def _read_optimizer_shapes(optimizer: Any) -> "Counter[tuple[int, ...]]":
-    """Shapes of the parameters of the groups that are not of experts, from fp32 copies or from moments."""
+    """Shapes of the parameters in groups without experts, from fp32 copies or from moments."""
     if not isinstance(optimizer, Mapping):
         return Counter()
     base = optimizer.get("optimizer_state_dict", optimizer)
     shapes: Counter[tuple[int, ...]] = Counter()
     masters = optimizer.get("fp32_groups")
     groups = base.get("param_groups", ())
-    if not any(group.get("moe") for group in groups):  # experts are among the others
+    if not any(group.get("moe") for group in groups):  # the others have experts among them
         return shapes
     for index, group in enumerate(groups):
         if group.get("moe"):
@@ -261,12 +262,12 @@ class Contents:
     """A checkpoint without its tensors.
 
     Attributes:
-        files: where it is.
+        files: its files.
         mains: the main files by model-parallel rank.
-        dense: shards of the weights that are not of experts, by name and model-parallel rank.
+        dense: shards of the weights outside of experts, by name and model-parallel rank.
         experts: the same for experts, under global ids.
-        lost: parameters that are trained and in no file of weights, by name and model-parallel rank.
-        num_experts: of each MoE module, by its name.
+        lost: parameters that are trained but in no file of weights, by name and model-parallel rank.
+        num_experts: name of each MoE module -> number of experts.
         tensor_parallel_size, pipeline_parallel_size: factors of the number of model-parallel ranks.
         problems: what does not fit.
     """
@@ -291,7 +292,7 @@ class Contents:
         return mp_rank // self.tensor_parallel_size
 
     def first_of_stage(self, mp_rank: int) -> int:
-        """The first model-parallel rank of the pipeline stage of another."""
+        """The first model-parallel rank in the pipeline stage of a given rank."""
         return self.stage(mp_rank) * self.tensor_parallel_size
 
     def add(self, text: str, masters_help: bool = False) -> None:
@@ -300,12 +301,12 @@ class Contents:
 
 
 def read_contents(files: CheckpointFiles) -> Contents:
-    """Open every file of weights once, without reading a tensor. What is wrong becomes `Contents.problems`."""
+    """Open every file of weights once, without reading a tensor. Errors become `Contents.problems`."""
     contents = Contents(files)
     if files.has_zero3:
         contents.add(
-            f"{files.folder} was written by ZeRO-3, which DeepSpeed's own MoE layers do not support and whose "
-            "partitioned weights are not read here; gather them with DeepSpeed and save again under ZeRO 0, 1 or 2"
+            f"{files.folder} was written by ZeRO-3, which DeepSpeed's own MoE layers do not support. Partitioned "
+            "weights are not read here; gather them with DeepSpeed and save again under ZeRO 0, 1 or 2"
         )
         return contents
     for mp_rank, path in files.mains.items():
@@ -328,7 +329,7 @@ def read_contents(files: CheckpointFiles) -> Contents:
 
 
 def _set_parallel_sizes(contents: Contents) -> None:
-    """Tensor and pipeline parallel sizes, from what the files say or else from their names: stages share few."""
+    """Set tensor and pipeline parallel sizes from the files, or else from tensor names: stages share few names."""
     if not contents.mains:
         return
     first = contents.mains[min(contents.mains)]
@@ -340,7 +341,10 @@ def _set_parallel_sizes(contents: Contents) -> None:
     num_ranks = max(num_ranks, first.model_parallel_size)
     stages = first.pipeline_parallel_size or -(-num_ranks // tp)
     if tp * stages > MAX_RANKS:
-        contents.add(f"{first.path} is of {stages} pipeline stages of {tp} ranks each, more than any cluster has")
+        contents.add(
+            f"{first.path} says {stages} pipeline stages of {tp} ranks each, more than any cluster has; the file is "
+            "damaged"
+        )
         tp, stages = 1, num_ranks
     contents.tensor_parallel_size, contents.pipeline_parallel_size = tp, stages
 
@@ -351,7 +355,7 @@ def _add_expert_file(contents: Contents, mp_rank: int, path: Path) -> None:
         raise UnreadableFileError(f"{path} is not a dict of tensors by name")
     with content_errors(path, "a file of experts"):
         for name, tensor in content.items():
-            if isinstance(tensor, Tensor):  # AutoEP under tensor parallelism adds a description
+            if isinstance(tensor, Tensor):  # AutoEP adds a description under tensor parallelism
                 _add_expert_tensor(contents, mp_rank, path, _checked_name(path, name), tensor)
 
 

@@ -24,7 +24,7 @@ from ..m2m100 import m2m100_config_fields
 from .reader import read_deepspeed_state_dict
 
 _ROUTER = re.compile(rf"model\.{FFN_PATTERN}\.router\.weight")
-# What DeepSpeed's gate does for k = 1, 2, and 3 or more (sharded_moe.py), in fields of the config
+# the fields of the config that match DeepSpeed's gate for k = 1, 2, and 3 or more (sharded_moe.py)
 _GATES: tuple[dict[str, Any], ...] = (
     {"normalize_router_weights": None, "token_drop_policy": "random"},
     {"normalize_router_weights": "after_dropping", "token_drop_policy": "position"},
@@ -51,28 +51,27 @@ def convert_deepspeed_checkpoint(
 ) -> ConversionReport:
     """Convert a DeepSpeed-MoE checkpoint to a folder that `ZCodeM3ForConditionalGeneration.from_pretrained` loads.
 
-    Which layers are sparse, how many experts each has and whether there are residual branches is read from the
-    checkpoint. The number of experts per token, capacities and noise are not in it: they come from `config_overrides`.
-    For that number of experts per token the model gets the semantics of DeepSpeed's gate: weights as they are for 1,
-    normalized after dropping for 2 and more. Neither DeepSpeed nor any code in the checkpoint is run.
+    The checkpoint says which layers are sparse, how many experts each has and whether there are residual branches. It
+    does not hold the number of experts per token, capacities and noise: set them in `config_overrides`. The model
+    follows DeepSpeed's gate: with 1 expert per token the router's weight is used as it is; with 2 or more, weights are
+    normalized after dropping. Neither DeepSpeed nor any code in the checkpoint is run.
 
     Args:
         checkpoint_dir: what `engine.save_checkpoint` wrote, with the file `latest`.
-        output_dir: the new folder; it appears when everything is in it.
-        base_config: of the dense model (`M2M100Config`) or a `ZCodeM3Config`: an object, a dict, or a folder with
-            `config.json`.
+        output_dir: the new folder; it appears once it is complete.
+        base_config: config of the dense model (`M2M100Config`) or a `ZCodeM3Config`: an object, a dict, or a folder
+            with `config.json`.
         config_overrides: fields of `ZCodeM3Config`, such as `{"num_experts_per_tok": 2, "capacity_factor": 1.25}`, or
             the same as JSON.
         rules: how the names of the checkpoint map to ours: `"m2m100"`, `"fairseq"`, `"zcode_m3"`, `"megatron"`, or a
             YAML file (docs/deepspeed.md).
-        weights: `"model"` for the weights as the model computed with them, `"master"` for the float32 copies of the
-            optimizer.
-        dtype: of the result, as in the checkpoint by default.
-        tag: which checkpoint of the folder, the last one by default.
-        tokenizer: an object or a folder, to be saved along.
-        max_shard_size: bytes, or a string such as `"5GB"`.
-        tensor_parallel_rules: (regular expression on the checkpoint's names, dimension of the shards, or `None` for
-            replicated), before those of `rules`.
+        weights: `"model"` for the weights that the model used, `"master"` for the optimizer's float32 copies.
+        dtype: dtype of the result; by default as in the checkpoint.
+        tag: name of the checkpoint in the folder; by default the last one.
+        tokenizer: a tokenizer, or its folder, that is saved with the model.
+        max_shard_size: largest size of a weight file, in bytes or as a string such as `"5GB"`.
+        tensor_parallel_rules: pairs of a regular expression on the checkpoint's names and the dimension of the shards,
+            or `None` if replicated. They are tried before those of `rules`.
         ignore_expert_output_bias: Megatron-DeepSpeed until early 2023 stored the output biases of its experts and never
             added them; with this they become zero.
         overwrite: whether to replace an `output_dir` that is not empty.
@@ -111,7 +110,7 @@ def convert_deepspeed_checkpoint(
 
 
 def _base_fields(base_config: PreTrainedConfig | Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Any]:
-    """Fields of `ZCodeM3Config` from what the user gave. Raises a `ValueError` if it is no such config."""
+    """Fields of `ZCodeM3Config` from the user's `base_config`. Raises a `ValueError` if it is no such config."""
     forms = "a config, a dict or a folder with config.json; `hf download` makes one of a Hub id"
     ours = ZCodeM3Config.model_type
     otherwise = f"; it must be {M2M100!r} or {ours!r}"
@@ -123,7 +122,7 @@ def _base_fields(base_config: PreTrainedConfig | Mapping[str, Any] | str | os.Pa
 
 
 def _config(fields: dict[str, Any], overrides: dict[str, Any], tensors: LazyTensors) -> tuple[ZCodeM3Config, list[str]]:
-    """The config of the converted model, and what the user should know about it."""
+    """The config of the converted model, and warnings about it."""
     unknown = sorted(set(overrides) - set(ZCodeM3Config().to_dict()))
     if unknown:
         raise ValueError(f"config_overrides has {', '.join(unknown)}, which ZCodeM3Config does not have")
@@ -142,7 +141,7 @@ def _config(fields: dict[str, Any], overrides: dict[str, Any], tensors: LazyTens
 
 
 def _sparse_fields(tensors: LazyTensors) -> dict[str, Any]:
-    """What the tensors say about the sparse layers."""
+    """The fields about sparse layers that follow from the tensors."""
     layers: dict[str, dict[int, int]] = {"encoder": {}, "decoder": {}}
     for name, spec in tensors.specs.items():
         if found := _ROUTER.fullmatch(name):
@@ -167,7 +166,7 @@ def _without_expert_output_bias(tensors: LazyTensors) -> LazyTensors:
 
 
 def _others(base_config: Any, tokenizer: Any) -> list[Callable[[Path], Any]]:
-    """What saves tokenizer and generation config into the new folder."""
+    """Functions that save tokenizer and generation config into the new folder."""
     others: list[Callable[[Path], Any]] = []
     if isinstance(base_config, (str, os.PathLike)) and Path(base_config).is_dir():
         others.append(copy_tokenizer_and_generation_config(Path(base_config)))

@@ -1,4 +1,4 @@
-"""The files of a DeepSpeed checkpoint: which there are, and how one is opened without executing anything in it."""
+"""Find the files of a DeepSpeed checkpoint, and open them without executing anything in them."""
 
 import re
 from collections import OrderedDict
@@ -20,7 +20,7 @@ MAX_RANKS = 2**17  # more than any cluster has
 
 _MAX_TAG_BYTES = 4096
 _MAIN = re.compile(r"mp_rank_(?P<mp>\d+)_model_states\.pt")
-# `layer_{L}_` is there since DeepSpeed 0.6; before, one file held an expert of every layer.
+# DeepSpeed writes `layer_{L}_` since 0.6; before, one file held an expert of every layer.
 _EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_(?P<mp>\d+)_model_states\.pt")
 _ZERO = re.compile(r"(?:bf16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_?optim_states\.pt")
 _EXPERT_OPTIMIZER = re.compile(r"expp_rank_(?P<ep>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt")
@@ -29,7 +29,7 @@ _KINDS = (_MAIN, _EXPERT, _ZERO, _EXPERT_OPTIMIZER)
 
 
 class _StandIn:
-    """Takes the place of a class whose objects a checkpoint holds: keeps their state and does nothing."""
+    """Replaces a class whose objects a checkpoint holds. It keeps their state and does nothing."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args
@@ -45,7 +45,7 @@ _DEEPSPEED_CLASSES = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
-# What Megatron-DeepSpeed adds to the main files: its arguments and the states of the random number generators.
+# Megatron-DeepSpeed adds these to the main files: its arguments and the states of the random number generators.
 _MEGATRON_CLASSES = (
     "argparse.Namespace",
     *(
@@ -58,17 +58,17 @@ _MEGATRON_CLASSES = (
     "numpy.ndarray",
 )
 ALLOWED_CLASSES = (*_DEEPSPEED_CLASSES, *_MEGATRON_CLASSES)
-"""Full names of the classes that a checkpoint may name besides those of `torch.load(weights_only=True)`.
+"""Full names of classes that a checkpoint may name, in addition to those of `torch.load(weights_only=True)`.
 
-None of them is imported: every object of theirs becomes one without behaviour.
+They are not imported: their objects become objects without behaviour.
 """
 
 
 def load_file(path: Path) -> Any:
-    """The content of a file of `torch.save`, its tensors mapped from disk and not read.
+    """The content of a file of `torch.save`. Its tensors are mapped from disk, not read.
 
     Raises:
-        UnreadableFileError: the file is missing or unreadable, is a renamed one of another rank, or names something
+        UnreadableFileError: the file is missing or unreadable, is a renamed file of another rank, or names a class
             outside `ALLOWED_CLASSES`.
     """
     _check_original_name(path)
@@ -76,9 +76,9 @@ def load_file(path: Path) -> Any:
 
 
 def _check_original_name(path: Path) -> None:
-    """Refuse a file of one rank under the name of another: the shards of a tensor do not say their order.
+    """Refuse a file that was renamed to that of another rank; only the name tells the order of shards.
 
-    `torch.save` names the archive in a file after the file.
+    `torch.save` gives the archive in a file the name of the file.
     """
     if not path.is_file():
         return
@@ -91,16 +91,14 @@ def _check_original_name(path: Path) -> None:
     for kind in _KINDS:
         written, found = kind.fullmatch(original), kind.fullmatch(path.name)
         if written is not None and (found is None or written.groupdict() != found.groupdict()):
-            raise UnreadableFileError(
-                f"{path} was written as {original} and is no longer called that; give it its name back"
-            )
+            raise UnreadableFileError(f"{path} was written as {original} and renamed; give it that name again")
 
 
 class FilePool:
-    """Files mapped while tensors are read from them, each compared with its checksums once, before the first tensor.
+    """Files that are mapped while tensors are read. Each file's checksums are verified once, before its first tensor.
 
-    At most `MAX_MAPPED_FILES` stay mapped, and all are unmapped after `MAX_MAPPED_BYTES`, because pages that were
-    read stay resident until then.
+    At most `MAX_MAPPED_FILES` stay mapped. After `MAX_MAPPED_BYTES` all are unmapped, because pages that were read stay
+    in memory until then.
     """
 
     def __init__(self) -> None:
@@ -109,15 +107,14 @@ class FilePool:
         self._checked: set[Path] = set()
 
     def view(self, path: Path, select: Callable[[Any], Tensor]) -> Tensor:
-        """A tensor of a file in mapped memory, to look at and drop.
+        """A tensor of a file in mapped memory; use it and drop it soon.
 
         Args:
             path: the file.
-            select: takes the tensor from its content.
+            select: function that takes the tensor from the file's content.
 
         Raises:
-            ValueError: as `load_file` and `check_checksums`; or the file has changed, so that the tensor is no longer
-                there.
+            ValueError: see `load_file` and `check_checksums`; or the file has changed and lacks the tensor.
         """
         if self._num_bytes_read > MAX_MAPPED_BYTES:
             self.close()
@@ -130,7 +127,9 @@ class FilePool:
             self._contents[path] = load_file(path)
         self._contents.move_to_end(path)
         try:
-            tensor = select(self._contents[path]).detach()  # masters require gradients, whose graph would hold the file
+            tensor = select(
+                self._contents[path]
+            ).detach()  # masters require gradients; the graph of gradients would keep the file mapped
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} has changed since the checkpoint was opened: {error!r}; open it again") from error
         self._num_bytes_read += tensor.nbytes
@@ -145,7 +144,7 @@ class FilePool:
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """The files of one tag by what they hold.
+    """The files of one tag, by their content.
 
     Attributes:
         folder: `checkpoint_dir/tag`.
@@ -170,8 +169,8 @@ def find_files(checkpoint_dir: Path, tag: str | None) -> CheckpointFiles:
     """The files of a tag, by default the one that `latest` names.
 
     Raises:
-        ValueError: the folder, `latest` or the tag is missing, there are two files for one rank, or a rank is larger
-            than `MAX_RANKS`.
+        ValueError: the folder, `latest` or the tag is missing, two files are of one rank, or a rank is larger than
+            `MAX_RANKS`.
     """
     tag = _find_tag(checkpoint_dir, tag)
     folder = checkpoint_dir / tag
@@ -207,7 +206,7 @@ def _add(paths: dict[Any, Path], rank: Any, path: Path) -> None:
 
 def _find_tag(checkpoint_dir: Path, tag: str | None) -> str:
     if not checkpoint_dir.is_dir():
-        raise ValueError(f"checkpoint_dir ({checkpoint_dir}) is not a folder; give the one that holds `latest`")
+        raise ValueError(f"checkpoint_dir ({checkpoint_dir}) is not a folder; give the folder that holds `latest`")
     tags = sorted(path.name for path in checkpoint_dir.iterdir() if path.is_dir() and _has_weights(path))
     present = f"it has {', '.join(tags)}" if tags else "it has no checkpoint at all"
     latest = checkpoint_dir / "latest"
@@ -230,9 +229,9 @@ def _has_weights(folder: Path) -> bool:
 
 @contextmanager
 def content_errors(path: Path, what: str) -> Iterator[None]:
-    """Whatever goes wrong while the content of a file is taken apart, as an error that names the file.
+    """Turn any exception during the parsing of a file's content into an error that names the file.
 
-    A damaged file can hold anything in any place, so that anything can go wrong.
+    A damaged file can hold anything in any place, so any exception can occur.
 
     Args:
         path: the file.
@@ -250,7 +249,7 @@ def content_errors(path: Path, what: str) -> Iterator[None]:
 
 
 def list_names(names: Sequence[object], limit: int = 20) -> str:
-    """Names for an error message, the first ones of many."""
+    """Names for an error message; of many, only the first."""
     shown = ", ".join(map(str, names[:limit]))
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 

@@ -1,8 +1,8 @@
 """Checkpoints of DeepSpeed's Mixture-of-Experts engine, read without DeepSpeed and without executing anything in them.
 
-Layout: `checkpoint_dir/latest` names a tag, and its folder holds `mp_rank_*_model_states.pt` with all but the experts,
-`layer_*_expert_*_mp_rank_*_model_states.pt` with one expert each and optimizer files (`_save_moe_checkpoint` in
-https://github.com/deepspeedai/DeepSpeed/blob/master/deepspeed/runtime/engine.py).
+Layout: `checkpoint_dir/latest` names a tag. The folder of the tag holds `mp_rank_*_model_states.pt` with everything
+except the experts, `layer_*_expert_*_mp_rank_*_model_states.pt` with one expert each, and optimizer files
+(`_save_moe_checkpoint` in https://github.com/deepspeedai/DeepSpeed/blob/master/deepspeed/runtime/engine.py).
 """
 
 import os
@@ -34,29 +34,30 @@ def read_deepspeed_state_dict(
     weights: str = "model",
     tensor_parallel_rules: Sequence[TensorParallelRule] = (),
 ) -> LazyTensors:
-    """The tensors of a native DeepSpeed-MoE checkpoint of ZeRO 0, 1 or 2, any parallel layout, by DeepSpeed's names.
+    """The tensors of a native DeepSpeed-MoE checkpoint (ZeRO 0, 1 or 2, any parallel layout) by DeepSpeed's names.
 
-    Experts have their ids among all. Names, shapes and dtypes are known at once; a tensor is read, merged over
-    tensor-parallel ranks and partitions when it is asked for. No more than
-    `lazy_tensors.MAX_MAPPED_BYTES` of the files and the parts of one tensor are in memory.
+    Experts have global ids. Names, shapes and dtypes are known at once. A tensor is read and merged over
+    tensor-parallel ranks and partitions when it is used. Memory holds at most `lazy_tensors.MAX_MAPPED_BYTES` of the
+    files, and the parts of one tensor.
 
     Args:
         checkpoint_dir: the folder that was given to `engine.save_checkpoint`.
         tag: the folder inside it; by default the one that `latest` names.
         weights: `"model"` for the weights in the dtype of the model, `"master"` for the optimizer's copies: half
-            precision becomes float32, other dtypes stay. A master has to round to its weight, which is checked as it
+            precision becomes float32, other dtypes stay. Each master must round to its weight; this is checked when it
             is read. Buffers and frozen parameters have no master and are converted.
         tensor_parallel_rules: pairs of a regular expression that is searched for in the name, and the dimension to
-            concatenate shards along, or `None` to take the first. The first rule that matches counts. Without one the
-            shards have to be identical, which is checked as they are read; the shape in `specs` is that of a shard.
+            concatenate shards along, or `None` to take the first. The first rule that matches counts. Without a rule
+            the shards must be identical, which is checked when they are read; `specs` then has the shape of a shard.
 
     Returns:
-        The tensors; the caller owns what it reads.
+        The tensors. The caller owns the tensors that it reads.
 
     Raises:
-        ValueError: the folder, tag or a file is missing, unreadable or not of this run, with all that is wrong; a file
-            names a class that is not on the allow-list; a rule is invalid; shards differ without a rule (named, on
-            reading, all of them); `weights` is something else; masters cannot be told apart.
+        ValueError: the folder, tag or a file is missing, unreadable or not of this run (the message names all
+            problems); a file names a class that is not on the allow-list; a rule is invalid; `weights` has another
+            value; masters cannot be told apart. On reading: shards differ without a rule (the message names all of
+            them).
     """
     if weights not in ("model", "master"):
         raise ValueError(f"weights ({weights!r}) must be 'model' or 'master'")
@@ -81,7 +82,7 @@ class _Merger:
 
     Args:
         contents: a checkpoint without problems.
-        shards: of all of its tensors.
+        shards: the shards of all of its tensors.
         rules: as in `read_deepspeed_state_dict`, compiled.
 
     Raises:
@@ -102,10 +103,10 @@ class _Merger:
         self.specs = {name: self._merged_spec(name) for name in shards.specs}
 
     def read_into(self, name: str, out: Tensor) -> None:
-        """Write one tensor, whole, to another of its shape and dtype.
+        """Write one whole tensor into another of the same shape and dtype.
 
         Raises:
-            ValueError: its shards differ without a rule, or pipeline stages disagree, or as `Shards.view`.
+            ValueError: its shards differ without a rule, or pipeline stages disagree; see also `Shards.view`.
         """
         first, *others = self._stages[name]
         self._read_stage_into(name, first, out)
@@ -141,7 +142,7 @@ class _Merger:
         return all(self._are_copies(name, ranks) for ranks in self._stages[name])
 
     def _are_copies(self, name: str, ranks: list[int]) -> bool:
-        """Whether these ranks of one stage have the same numbers; nothing is read of one rank alone."""
+        """Whether these ranks of one stage have the same numbers; for a single rank nothing is read."""
         if len(ranks) == 1:
             return True
         first = self._shards.view(name, ranks[0])
@@ -164,9 +165,9 @@ class _Merger:
             shape = _concatenated_shape([part.shape for part in parts], rule[1])
             if shape is None:
                 raise ValueError(
-                    f"tensor_parallel_rules joins {name} along dimension {rule[1]} ({rule[0].text!r}), but its "
-                    f"shards have the shapes {[tuple(part.shape) for part in parts]}; correct the dimension or let the "
-                    "regular expression leave it out"
+                    f"tensor_parallel_rules joins {name} along dimension {rule[1]} ({rule[0].text!r}), but its shards "
+                    f"have the shapes {[tuple(part.shape) for part in parts]}; correct the dimension, or exclude it "
+                    "from the regular expression"
                 )
             merged.append(meta(shape, parts[0].dtype))
         if len({spec.shape for spec in merged}) > 1:
@@ -178,9 +179,9 @@ class _Merger:
 
 
 def _concatenated_shape(shapes: Sequence[Sequence[int]], dim: int) -> list[int] | None:
-    """The shape of shards that are concatenated, or `None` if they cannot be.
+    """The shape of concatenated shards; `None` if they cannot be concatenated.
 
-    `torch.cat` of meta tensors would tell as well, but imports for seconds what nothing else here needs.
+    `torch.cat` of meta tensors would give it, too, but spends seconds on imports that nothing else here needs.
     """
     result = list(shapes[0])
     if not -len(result) <= dim < len(result):
@@ -201,22 +202,22 @@ def _needs_rules(contents: Contents, names: list[str]) -> ValueError:
 
 @dataclass(frozen=True)
 class DeepSpeedLayout:
-    """What a DeepSpeed checkpoint is.
+    """A description of a DeepSpeed checkpoint.
 
     Attributes:
         checkpoint_dir: the folder.
         tag: the folder inside it.
         zero_stage: 0 without ZeRO.
         tensor_parallel_size, pipeline_parallel_size: their product is the number of main files.
-        data_parallel_size: replicas of the rest of the model; `None` if the checkpoint does not say.
-        expert_parallel_size: ranks that share the experts of a module, the largest; `None` if it cannot be known.
-        expert_data_parallel_size: replicas of an expert; `None` if it cannot be known.
-        num_experts: of each MoE module, by its name.
-        dtypes: of the weights, sorted by name.
-        num_tensors: tensors after merging.
-        num_bytes: of the weights as stored, shards of all ranks.
-        deepspeed_version: that wrote it; empty if it does not say.
-        has_masters: whether the files of an optimizer are there, whose copies of the weights are fp32.
+        data_parallel_size: replicas of the model outside of experts; `None` if the checkpoint does not say.
+        expert_parallel_size: largest number of ranks that share the experts of a module; `None` if unknown.
+        expert_data_parallel_size: replicas of an expert; `None` if unknown.
+        num_experts: name of each MoE module -> number of experts.
+        dtypes: dtypes of the weights, sorted by name.
+        num_tensors: number of tensors after merging.
+        num_bytes: bytes of the weights as stored, with the shards of all ranks.
+        deepspeed_version: the version that wrote it; empty if it does not say.
+        has_masters: whether it has files of an optimizer with fp32 copies of the weights.
         problems: what is missing or does not fit.
     """
 
@@ -266,7 +267,7 @@ def inspect_deepspeed_checkpoint(checkpoint_dir: str | os.PathLike[str], *, tag:
         tag: as for `read_deepspeed_state_dict`.
 
     Returns:
-        The layout; whatever is wrong is in its `problems`.
+        The layout; its `problems` list all errors.
     """
     try:
         contents = read_contents(find_files(Path(checkpoint_dir), tag))
@@ -297,7 +298,7 @@ def inspect_deepspeed_checkpoint(checkpoint_dir: str | os.PathLike[str], *, tag:
 
 
 def _has_optimizer(contents: Contents) -> bool:
-    """Whether a file `expp_rank` holds an optimizer's state: old versions write them empty, and an export none."""
+    """Whether a file `expp_rank` holds an optimizer's state; old versions write empty files, exports write none."""
     for path in contents.files.expert_optimizers.values():
         try:
             content = load_file(path)
@@ -310,7 +311,7 @@ def _has_optimizer(contents: Contents) -> bool:
 
 
 def _expert_parallel_size(contents: Contents) -> int | None:
-    """From how many experts rank 0 trains, or else from the files that each expert-parallel rank writes."""
+    """Computed from the number of experts that rank 0 trains, or else from the files of expert-parallel ranks."""
     local: dict[str, int] = defaultdict(int)
     for main in contents.mains.values():
         for name in main.param_shapes or ():

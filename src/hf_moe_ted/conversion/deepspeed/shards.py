@@ -9,7 +9,7 @@ from .zero import HALF_DTYPES, Fragment, Masters, find_masters_by_value, find_ze
 
 
 class Shards:
-    """Tensors by name and model-parallel rank: the weights as the model computes with them.
+    """Tensors by name and model-parallel rank: the weights that the model uses.
 
     Attributes:
         specs: shapes and dtypes, on the meta device.
@@ -20,7 +20,7 @@ class Shards:
         self.specs = {name: {rank: s.spec for rank, s in ranks.items()} for name, ranks in self._shards.items()}
 
     def view(self, name: str, mp_rank: int) -> Tensor:
-        """One shard, to look at and drop: it may be in mapped memory.
+        """One shard. It may be in mapped memory: use it and drop it soon.
 
         Raises:
             ValueError: the file cannot be read, or does not fit the others.
@@ -31,7 +31,7 @@ class Shards:
 class MasterShards(Shards):
     """The optimizer's fp32 copies of the weights.
 
-    What is not trained (buffers, frozen parameters) has none: its stored value is converted, which is exact.
+    Buffers and frozen parameters have none: their stored values are converted, which is exact.
 
     Raises:
         ValueError: masters are missing, or cannot be told apart.
@@ -50,16 +50,16 @@ class MasterShards(Shards):
         elif any(main.zero_stage for main in contents.mains.values()):
             raise ValueError(
                 f"{contents.files.folder} was written by ZeRO, but its *zero_pp_rank_*_optim_states.pt are missing, "
-                "which weights='master' needs; use weights='model'"
+                "but weights='master' needs them; use weights='model'"
             )
         elif not contents.files.expert_optimizers:
             raise ValueError(
-                f"{contents.files.folder} has no expp_rank_*_optim_states.pt, which weights='master' needs; "
-                "use weights='model'"
+                f"{contents.files.folder} has no expp_rank_*_optim_states.pt, but weights='master' needs them; use "
+                "weights='model'"
             )
 
     def view(self, name: str, mp_rank: int) -> Tensor:
-        if self._masters is None:  # reads all weights, therefore not before a tensor is asked for
+        if self._masters is None:  # this reads all weights, so it waits until a tensor is used
             self._masters = find_masters_by_value(self._contents, self._pool)
         shard = self._shards.get(name, {}).get(mp_rank)
         fragments = self._masters.get(name, {}).get(mp_rank)
@@ -82,7 +82,7 @@ class MasterShards(Shards):
         return master.view(spec.shape)
 
     def _add_tied(self, masters: Masters) -> None:
-        """Give tied names the master of the one that is trained; only the first rank's file says which."""
+        """Give tied names the master of the trained name; only the first rank's file says which name that is."""
         shared = {k: v for main in self._contents.mains.values() for k, v in main.shared_params.items()}
         for name, owner in shared.items():
             for mp_rank in self.specs.get(name, {}):
@@ -90,7 +90,7 @@ class MasterShards(Shards):
                     masters.setdefault(name, {}).setdefault(mp_rank, masters[owner][mp_rank])
 
     def _check_masters(self, masters: Masters) -> None:
-        """Every trained parameter has a master of its size, and there are no others."""
+        """Check that every trained parameter has a master of its size, and that there are no other masters."""
         folder = self._contents.files.folder
         if unknown := [name for name in masters if name not in self.specs]:
             raise ValueError(
@@ -120,7 +120,7 @@ class MasterShards(Shards):
         return may_be and name not in self._contents.mains[mp_rank].buffer_names
 
     def _trained_names(self) -> set[object] | None:
-        """What ZeRO trains, without the ids of experts, or `None` if the main files do not say."""
+        """Names of the parameters that ZeRO trains, without the ids of experts; `None` if the main files do not say."""
         shapes = [main.param_shapes for main in self._contents.mains.values()]
         if any(shape is None for shape in shapes):
             return None
@@ -142,7 +142,7 @@ def open_shards(contents: Contents, pool: FilePool, *, masters: bool) -> Shards:
     """The shards of a checkpoint without problems.
 
     Raises:
-        ValueError: as `MasterShards`.
+        ValueError: see `MasterShards`.
     """
     is_half = any(s.spec.dtype in HALF_DTYPES for by_rank in contents.shards.values() for s in by_rank.values())
     is_zero = bool(contents.files.zero) or any(main.zero_stage for main in contents.mains.values())

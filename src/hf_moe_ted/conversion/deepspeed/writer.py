@@ -38,21 +38,22 @@ def export_deepspeed_checkpoint(
     dtype: torch.dtype | str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a checkpoint that DeepSpeed loads into a model of the user.
+    """Write a checkpoint that DeepSpeed loads into the user's own model.
 
-    `engine.load_checkpoint(output_dir, load_module_only=True)` reads it, with any expert-parallel size that divides the
-    experts, as there is a file for each expert. There is no optimizer state in it.
+    `engine.load_checkpoint(output_dir, load_module_only=True)` reads it with any expert-parallel size that divides the
+    experts, because each expert has a file. It has no optimizer state.
 
     Args:
         model_or_folder: a ZCodeM3 model, or a folder that `from_pretrained` loads.
-        output_dir: the new folder; it appears when everything is in it.
-        rules: which names the user's model has: `"m2m100"`, `"fairseq"`, `"zcode_m3"`, `"megatron"`, a YAML file, or a
-            `RuleSet`. Where a rule has choices the first is written; `RuleSet.load("m2m100").with_names(moe="ffn")`
-            makes `ffn` the attribute of the MoE layers.
-        expert_parallel_size: that the checkpoint says it was saved with; must divide the experts of every layer.
-        tensor_parallel_size: into how many shards the tensors that `rules` name are cut, experts included (DeepSpeed's
-            expert tensor parallelism).
-        dtype: of the weights, as they are by default.
+        output_dir: the new folder; it appears once it is complete.
+        rules: the names in the user's model: `"m2m100"`, `"fairseq"`, `"zcode_m3"`, `"megatron"`, a YAML file, or a
+            `RuleSet`. If a rule has choices, the first is written; `RuleSet.load("m2m100").with_names(moe="ffn")` makes
+            `ffn` the attribute name of the MoE layers.
+        expert_parallel_size: the expert-parallel size that is written into the checkpoint; it must divide the experts
+            of every layer.
+        tensor_parallel_size: number of shards of the tensors that `rules` split, experts included (DeepSpeed's expert
+            tensor parallelism).
+        dtype: dtype of the weights; by default it does not change.
         overwrite: whether to replace an `output_dir` that is not empty.
 
     Returns:
@@ -70,8 +71,8 @@ def export_deepspeed_checkpoint(
     _check_sizes(num_experts, expert_parallel_size, tensor_parallel_size)
     if config.expert_map is not None:
         raise ValueError(
-            "the model has an expert_map (its experts were merged, or pruned with renormalize=False), but DeepSpeed's "
-            "gates have one row per expert; export the model that it was made of"
+            "the model has an expert_map (its experts were merged, or pruned with renormalize=False), but "
+            "DeepSpeed's gates have one row per expert; export the model from which it was made"
         )
     theirs = rule_set.inverse().apply(ours, num_heads=config.encoder_attention_heads)
     shard_dims = {name: _shard_dim(name, theirs.specs[name], rule_set, tensor_parallel_size) for name in theirs}
@@ -83,7 +84,7 @@ def export_deepspeed_checkpoint(
 
 
 def _with_tied_copies(model_or_folder: PreTrainedModel | str | os.PathLike[str]) -> tuple[ZCodeM3Config, LazyTensors]:
-    """Config and tensors, tied ones under all of their names: a DeepSpeed model is loaded with all of them."""
+    """Config and tensors. Tied tensors have all of their names, because a DeepSpeed model loads all of them."""
     if isinstance(model_or_folder, PreTrainedModel):
         config, source = model_or_folder.config, "the model"
         tensors = _in_memory(model_or_folder)
@@ -91,7 +92,7 @@ def _with_tied_copies(model_or_folder: PreTrainedModel | str | os.PathLike[str])
         folder = Path(model_or_folder)
         config = read_zcode_m3_config(folder, "model_or_folder")
         if getattr(config, "quantization_config", None):
-            raise ValueError(f"{folder} has a quantization_config; export the weights before they are quantized")
+            raise ValueError(f"{folder} has a quantization_config; export the model before you quantize it")
         tensors, source = open_pretrained_tensors(folder), str(folder)
     if not isinstance(config, ZCodeM3Config):
         raise ValueError(f"model_or_folder ({type(config).__name__}) must be a ZCodeM3 model")
@@ -127,7 +128,7 @@ def _check_sizes(num_experts: Sequence[int], expert_parallel_size: int, tensor_p
 
 
 def _shard_dim(name: str, spec: Tensor, rules: RuleSet, size: int) -> int | None:
-    """The dimension in which tensor-parallel ranks share a tensor, `None` if each has all of it."""
+    """The dimension in which tensor-parallel ranks share a tensor; `None` if each rank has all of it."""
     if size == 1:
         return None
     dim = next((dim for text, dim in rules.tensor_parallel if Pattern(text, rules.name).search(name)), None)
@@ -139,7 +140,7 @@ def _shard_dim(name: str, spec: Tensor, rules: RuleSet, size: int) -> int | None
 
 
 def _files(tensors: LazyTensors) -> dict[tuple[int, int] | None, list[str]]:
-    """Names of the tensors of each file: (ordinal of the MoE layer, expert), `None` for all that is no expert."""
+    """Names of the tensors of each file: (ordinal of the MoE layer, expert), `None` for tensors outside of experts."""
     ordinals: dict[str, int] = {}
     files: dict[tuple[int, int] | None, list[str]] = {None: []}
     for name in tensors:
@@ -152,7 +153,7 @@ def _files(tensors: LazyTensors) -> dict[tuple[int, int] | None, list[str]]:
 
 
 def _without_weights(num_experts: list[int], expert_parallel_size: int, tensor_parallel_size: int) -> dict[str, Any]:
-    """What a main file holds besides weights."""
+    """The content of a main file besides weights."""
     return {
         "optimizer": None,
         "lr_scheduler": None,
@@ -190,7 +191,7 @@ def _write_files(
                 check_rounded(name, shard, shards[name])
             prefix = "" if file is None else f"layer_{file[0]}_expert_{file[1]}_"
             content = {**main, "module": shards} if file is None else shards
-            # to a file of Python, whose errors say what is wrong; torch's own say "file write failed"
+            # write to a Python file: its errors say what is wrong; torch's own errors say "file write failed"
             with (folder / TAG / f"{prefix}mp_rank_{rank:02d}_model_states.pt").open("wb") as file_object:
                 torch.save(content, file_object)
 

@@ -1,8 +1,8 @@
 """The fp32 masters of DeepSpeed's optimizers, found by name in flat partitions.
 
-`*zero_pp_rank_*` files of ZeRO-1 and 2 hold one partition of each parameter group and where in it a name lies.
-`expp_rank_*` files of fp16 and bf16 without ZeRO hold no names: there the masters are found by their values, each of
-which must round to the weight.
+`*zero_pp_rank_*` files of ZeRO-1 and 2 hold one partition of each parameter group, and the place of each name in it.
+`expp_rank_*` files of fp16 and bf16 without ZeRO hold no names. There masters are found by their values: each must
+round to its weight.
 """
 
 import re
@@ -29,7 +29,7 @@ class Fragment:
     """A part of a master: numbers `start` to `start + numel` of group `group` in a file.
 
     Attributes:
-        keys: the way to the groups through nested dicts and lists.
+        keys: the keys that lead to the groups through nested dicts and lists.
         item: the number of the tensor inside the group, or `None` if the group is one flat tensor.
     """
 
@@ -60,7 +60,7 @@ def rounds_to(master: Tensor, weight: Tensor) -> bool:
 
     Args:
         master: float[...].
-        weight: of any floating-point dtype, with as many numbers.
+        weight: as many numbers, of any floating-point dtype.
     """
     return is_equal(master.reshape(-1).to(weight.dtype), weight.reshape(-1))
 
@@ -79,9 +79,9 @@ class _Partition:
     """One `zero_pp_rank` file without its numbers.
 
     Attributes:
-        expert_parallel_sizes: of each group; 0 for a group without experts.
-        partition_counts: over how many ranks each group is divided.
-        slices: of each group, name -> (start, numel).
+        expert_parallel_sizes: size for each group; 0 for a group without experts.
+        partition_counts: number of ranks over which each group is divided.
+        slices: for each group, name -> (start, numel).
     """
 
     path: Path
@@ -98,8 +98,8 @@ def _read_partition(path: Path) -> _Partition:
         if slices is None:
             version = shorten(str(state.get("ds_version", "of an old version")), 80)
             raise UnreadableFileError(
-                f"{path} has no param_slice_mappings (DeepSpeed {version}), so which number belongs to which parameter "
-                "cannot be known; use weights='model'"
+                f"{path} has no param_slice_mappings (DeepSpeed {version}), so its numbers cannot be assigned to "
+                "parameters; use weights='model'"
             )
         groups = state["base_optimizer_state"]["param_groups"]
         counts, masters = state["partition_count"], state["single_partition_of_fp32_groups"]
@@ -125,7 +125,7 @@ def _num_masters(tensor: Tensor) -> int:
 
 
 def _overlap_or_end(slices: Mapping[str, tuple[int, int]], numel: int) -> bool:
-    """Whether slices of a flat tensor share numbers, or reach beyond it."""
+    """Whether slices of a flat tensor overlap, or reach beyond its end."""
     end = 0
     for start, length in sorted(slices.values()):
         if start < end or length < 0:
@@ -140,14 +140,14 @@ def _expert_parallel_size(path: Path, group: Mapping[str, Any]) -> int:
     match = _EXPERT_GROUP.search(str(group.get("name")))
     if match is None:
         raise UnreadableFileError(
-            f"{path} has a group of experts called {group.get('name')!r}, not ep_size_N, so their expert-parallel size "
-            "cannot be known; use weights='model'"
+            f"{path} has a group of experts called {group.get('name')!r}, not ep_size_N, so their expert-parallel "
+            "size is unknown; use weights='model'"
         )
     return int(match[1])
 
 
 def find_zero_masters(contents: Contents) -> Masters:
-    """Where the masters are that ZeRO-1 and 2 divide over data-parallel ranks.
+    """Find the masters that ZeRO-1 and 2 divide over data-parallel ranks.
 
     Raises:
         ValueError: a rank's file is missing or unreadable, or the groups do not fit the number of ranks.
@@ -202,7 +202,7 @@ def _check_partitions(contents: Contents) -> None:
 
 @dataclass(frozen=True)
 class _Place:
-    """Which experts a rank holds, its order among those that hold the same, and whether they are its own shards."""
+    """The experts of a rank, its order among ranks with the same experts, and whether the shards are its own."""
 
     expert_rank: int
     order: int
@@ -210,7 +210,7 @@ class _Place:
 
 
 def _place_in_group(contents: Contents, partition: _Partition, group: int, mp_rank: int, dp_rank: int) -> _Place:
-    """Where a rank stands in the groups of DeepSpeed's `utils/groups.py`."""
+    """The place of a rank in the groups of DeepSpeed's `utils/groups.py`."""
     tp = contents.tensor_parallel_size
     num_replicas = 1 + max(dp for _, dp in contents.files.zero)
     ep, count = partition.expert_parallel_sizes[group], partition.partition_counts[group]
@@ -221,9 +221,9 @@ def _place_in_group(contents: Contents, partition: _Partition, group: int, mp_ra
                 "data-parallel ranks; the files are not from one run"
             )
         return _Place(0, dp_rank, True)
-    if ep * count == num_replicas:  # one tensor-parallel rank, or experts that are tensor parallel themselves
+    if ep * count == num_replicas:  # one tensor-parallel rank, or experts that are themselves tensor parallel
         rank, is_own_shard = dp_rank, True
-    elif ep * count == num_replicas * tp:  # groups run over neighbouring ranks: tensor-parallel ones first
+    elif ep * count == num_replicas * tp:  # groups hold neighbouring ranks, tensor-parallel ones first
         rank, is_own_shard = dp_rank * tp + mp_rank % tp, False
     else:
         raise ValueError(
@@ -236,7 +236,7 @@ def _place_in_group(contents: Contents, partition: _Partition, group: int, mp_ra
 
 
 def _global_name(contents: Contents, name: str, expert_rank: int, expert_parallel_size: int) -> str:
-    """The name of a parameter with the id of the expert among all instead of among those of one rank."""
+    """The name of a parameter with the global id of its expert instead of the id on one rank."""
     expert = parse_expert_name(name)
     if expert is None:
         if expert_parallel_size:
@@ -252,19 +252,20 @@ def _global_name(contents: Contents, name: str, expert_rank: int, expert_paralle
 
 
 def find_masters_by_value(contents: Contents, pool: FilePool) -> Masters:
-    """Where the masters are that fp16 and bf16 keep without ZeRO, which come in order but without names.
+    """Find the masters that fp16 and bf16 keep without ZeRO; they have an order but no names.
 
-    Every weight is read once. A master belongs to the next weight in order that it rounds to; all of them have to.
+    Every weight is read once. A master belongs to the next weight in the order that it rounds to; every master must
+    have one.
 
     Raises:
-        ValueError: files are missing, or the order of the masters is not that of the weights.
+        ValueError: files are missing, or masters and weights have different orders.
     """
     masters: Masters = {}
     ranks_with_dense: set[int] = set()
     for (mp_rank, expert_rank), path in sorted(contents.files.expert_optimizers.items()):
         keys, groups, is_flat, sizes = _read_unnamed_groups(path)
         for number, ep in enumerate(sizes):
-            if not ep and mp_rank in ranks_with_dense:  # every expert-parallel rank has the same ones
+            if not ep and mp_rank in ranks_with_dense:  # every expert-parallel rank has the same masters
                 continue
             weights = _candidates(contents, mp_rank, expert_rank % ep, ep) if ep else contents.dense
             shards = {name: by_rank[mp_rank] for name, by_rank in weights.items() if mp_rank in by_rank}
@@ -284,7 +285,7 @@ def find_masters_by_value(contents: Contents, pool: FilePool) -> Masters:
 
 
 def _read_unnamed_groups(path: Path) -> tuple[tuple[str, ...], list[list[int]], bool, list[int]]:
-    """Of the groups of an `expp_rank` file: the way to them, sizes of their tensors, whether flat, expert ranks."""
+    """For the groups of an `expp_rank` file: the keys to them, tensor sizes, whether flat, expert ranks."""
     content = load_file(path)
     state = content.get("optimizer") if isinstance(content, Mapping) else None
     state = state if isinstance(state, Mapping) else {}
@@ -297,12 +298,14 @@ def _read_unnamed_groups(path: Path) -> tuple[tuple[str, ...], list[list[int]], 
         numels = [[_num_masters(tensor) for tensor in group] for group in groups]
         sizes = [_expert_parallel_size(path, group) for group in state["optimizer_state_dict"]["param_groups"]]
     if len(sizes) != len(numels):
-        raise ValueError(f"{path} has {len(numels)} groups of masters for {len(sizes)} groups of parameters")
+        raise ValueError(
+            f"{path} has {len(numels)} groups of masters for {len(sizes)} groups of parameters; the file is damaged"
+        )
     return ("optimizer", key), numels, is_flat, sizes
 
 
 def _add_tied(contents: Contents, masters: Masters, pool: FilePool) -> None:
-    """Give a name without a master that of an equal weight: the optimizer holds tied weights once."""
+    """Give a name without a master the master of an equal weight: the optimizer holds tied weights once."""
     owners: dict[tuple[int, torch.Size], list[str]] = defaultdict(list)
     for owner in [name for name in masters if name in contents.dense]:
         for mp_rank in masters[owner]:
@@ -350,13 +353,13 @@ def _align(
             item, start = item + 1, start + numel
     if start != sum(numels):
         raise ValueError(
-            f"{path} has fp32 masters without names, and they are not the weights in their order (group {group}, "
-            f"number {start} of {sum(numels)}), so which is which cannot be known; use weights='model'"
+            f"{path} has fp32 masters without names, and they do not match the weights in their order (group {group}, "
+            f"number {start} of {sum(numels)}), so they cannot be assigned to weights; use weights='model'"
         )
 
 
 def _match(fragment: Fragment, shard: Shard, pool: FilePool, num_first: int = 64) -> bool:
-    """Whether the numbers round to the weight; most that do not differ among the first."""
+    """Whether the numbers round to the weight; the first ones are compared first, where most mismatches show."""
     master, weight = fragment.view(pool), shard.view(pool).reshape(-1)
     return rounds_to(master[:num_first], weight[:num_first]) and rounds_to(master, weight)
 
