@@ -283,8 +283,8 @@ def test_named_checkpoints(launched: Launched) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("load without a folder", "input_dir is None: name the folder that save_state has written"),
-        ("load what is not there", "(input_dir) is no folder; name one that save_state has written"),
+        ("load without a folder", "input_dir is None: give the folder that save_state wrote"),
+        ("load what is not there", "(input_dir) is no folder; give one that save_state wrote"),
         ("two models", "2 models and 1 optimizers are prepared"),
         (
             "fewer processes",

@@ -56,10 +56,11 @@ CASES = {
 ADDITIVE = "additive"
 FIRST, SECOND = {TP: 2, EP: 2}, {EP: 4, "zero_stage": 3}
 NUM_STEPS, SAVED_STEP, BATCH_SIZE = 4, 2, 8
+ONLY = "is adapted, but a sharded model supports only adapters"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "router": ({"target_parameters": ["ffn.router.weight"]}, "(weight) is adapted, and a sharded model takes adapters"),
-    "head": ({"target_modules": ["lm_head"]}, "lm_head (Linear) is adapted, and a sharded model takes adapters"),
-    "embedding": ({"target_modules": ["embed_tokens"]}, "is adapted, and a sharded model takes adapters of linear"),
+    "router": ({"target_parameters": ["ffn.router.weight"]}, f"(weight) {ONLY}"),
+    "head": ({"target_modules": ["lm_head"]}, f"lm_head (Linear) {ONLY}"),
+    "embedding": ({"target_modules": ["embed_tokens"]}, f"{ONLY} of linear"),
     "biases": ({"target_modules": ["q_proj"], "bias": "lora_only"}, "q_proj.base_layer.bias and "),
     "bias of B": ({"target_modules": ["q_proj"], "lora_bias": True}, "q_proj has a variant of LoRA or a bias"),
     "initialization": ({"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}, "must be True, False or"),
@@ -401,12 +402,12 @@ def test_refused_when_it_is_called(launched: Launched, name: str) -> None:
     ("name", "message"),
     [
         ("save_pretrained of the base", "has adapters (PEFT): call save_pretrained of the PEFT model"),
-        ("CUDA graphs", "cuda_graphs (True) does not go with the adapters (PEFT) of a sharded model"),
-        ("a whole model", "PeftModelForSeq2SeqLM is not sharded, and the TedPlugin is for 4 processes"),
-        ("not sharded", "is sharded, and its adapter is not: call hf_moe_ted.shard_adapters(model)"),
+        ("CUDA graphs", "cuda_graphs (True) does not work with the adapters (PEFT) of a sharded model"),
+        ("a whole model", "PeftModelForSeq2SeqLM is not sharded, but the TedPlugin is for 4 processes"),
+        ("not sharded", "is sharded, but its adapter is not: call hf_moe_ted.shard_adapters(model)"),
         ("optimizer", "the optimizer was made before the adapters were sharded"),
-        ("infinite", "has an adapter with which its weight would not be finite"),
-        ("two", "a sharded model can have one adapter, this has ['default', 'other']"),
+        ("infinite", "would not be finite with its adapter"),
+        ("two", "a sharded model can have one adapter, but this one has ['default', 'other']"),
     ],
 )
 def test_says_what_to_do(launched: Launched, name: str, message: str) -> None:

@@ -42,11 +42,11 @@ def test_whole_models_that_are_not_trained_are_right() -> None:
 def test_another_layout_is_named() -> None:
     plugin = plugin_of(tp_size=2, fsdp_size=2, ep_size=2)
     check_is_sharded(sharded(tp_size=2, fsdp_size=2, ep_size=2), plugin)
-    with pytest.raises(ValueError, match="loaded with ep_size 4, and the TedPlugin has 2"):
+    with pytest.raises(ValueError, match="loaded with ep_size 4, but the TedPlugin has 2"):
         check_is_sharded(sharded(tp_size=2, fsdp_size=2, ep_size=4), plugin)
-    with pytest.raises(ValueError, match="loaded with dp_replicate_size 2, and the TedPlugin has 1"):
+    with pytest.raises(ValueError, match="loaded with dp_replicate_size 2, but the TedPlugin has 1"):
         check_is_sharded(sharded(tp_size=2, fsdp_size=2, dp_replicate_size=2, ep_size=2), plugin)
-    with pytest.raises(ValueError, match="loaded with zero_stage 3, and the TedPlugin has 1"):
+    with pytest.raises(ValueError, match="loaded with zero_stage 3, but the TedPlugin has 1"):
         check_is_sharded(sharded(tp_size=2, fsdp_size=2, ep_size=2, zero_stage=3), plugin)
 
 
@@ -76,7 +76,7 @@ def test_models_that_cannot_be_divided(sizes: dict[str, Any], layout: tuple[int,
 
 def test_padding_to_a_capacity_needs_one() -> None:
     ted = TedConfig(tp_size=1, fsdp_size=2, ep_size=2, pad_expert_input_to_capacity=True)
-    message = r"pad_expert_input_to_capacity \(True\) needs a capacity to pad to, and capacity_factor is None: set a"
+    message = r"pad_expert_input_to_capacity \(True\) needs a capacity to pad to, but capacity_factor is None: set a"
     with pytest.raises(ValueError, match=message):
         check_model(tiny_config(capacity_factor=None), ted.layout)
     check_model(tiny_config(capacity_factor=1.0), ted.layout)
@@ -129,5 +129,5 @@ def test_whole_models_are_refused(refused: list[dict[str, dict[str, str]]], layo
         assert found.pop("steps of a sharded model_init") == "1"
         assert {*found} == {"TedSeq2SeqTrainer", "model_init", "Seq2SeqTrainer", "Accelerator"}
         for message in found.values():
-            assert "is not sharded, and the TedPlugin is for 2 processes" in message
+            assert "is not sharded, but the TedPlugin is for 2 processes" in message
             assert "distributed_config=plugin.distributed_config" in message

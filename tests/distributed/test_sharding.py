@@ -161,7 +161,7 @@ def replicas_and_plain() -> None:
     with pytest.raises(ValueError, match="no defined order"):
         placements = [_StridedShard(0, split_factor=2), _StridedShard(0, split_factor=3)]
         regions(distribute_tensor(positions((24,)), mesh, placements, src_data_rank=None))
-    with pytest.raises(ValueError, match=r"a local tensor of shape \(3, 4\) where"):
+    with pytest.raises(ValueError, match=r"the local tensor has the shape \(3, 4\), but"):
         local = torch.ones(3, 4)
         regions(DTensor.from_local(local, mesh["fsdp"], [Shard(0)], run_check=False, shape=(5, 4), stride=(4, 1)))
 

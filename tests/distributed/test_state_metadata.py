@@ -131,7 +131,7 @@ def compressed(path: Path) -> None:
 def test_compressed_archives(state: tuple[Path, nn.Module, torch.optim.Optimizer]) -> None:
     folder, model, optimizer = state
     compressed(folder / "training_state.pt")
-    with pytest.raises(ValueError, match="has something compressed in it"):
+    with pytest.raises(ValueError, match="has compressed content"):
         load_training_state(folder, model, optimizer)
 
 
@@ -146,7 +146,7 @@ def test_compressed_chunk(state: tuple[Path, nn.Module, torch.optim.Optimizer]) 
         info.offset, info.length = file.tell(), path.stat().st_size
         file.write(path.read_bytes())
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(RuntimeError, match="has something compressed in it"):
+    with pytest.raises(RuntimeError, match="has compressed content"):
         load_training_state(folder, model, optimizer)
 
 

@@ -23,15 +23,15 @@ TP2_EP2 = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
 WAYS_TO_SAVE = ("save_model", "save_function", "state_dict", "sharded state_dict", "positional")
 REFUSED = {
     "pickled": "safe_serialization (False) cannot be given for a sharded model",
-    "another state dict": "state_dict has {'lm_head.weight': (3,)} (shapes by name), which are no tensors of the model",
-    "an empty state dict": "state_dict has nothing (shapes by name), which are no tensors of the model",
+    "another state dict": "state_dict has {'lm_head.weight': (3,)} (shapes by name), which are not tensors of the mod",
+    "an empty state dict": "state_dict has nothing (shapes by name), which are not tensors of the model",
     "variant": "{'variant': 'fp16'} cannot be given for a sharded model",
     "push_to_hub": "{'push_to_hub': True} cannot be given for a sharded model",
     "join_uneven_inputs": "join_uneven_inputs is for DistributedDataParallel",
     "even_batches": "even_batches (False) lets ranks have different numbers of batches",
     "dispatch_batches": "dispatch_batches (True) would give all data-parallel ranks the same batch",
-    "compiled": "torch.compile (dynamo backend EAGER) does not go with a sharded model",
-    "FSDP": "TedPlugin shards a model itself and does not go with FSDP",
+    "compiled": "torch.compile (dynamo backend EAGER) does not work with a sharded model",
+    "FSDP": "TedPlugin shards a model itself and does not work with FSDP",
 }
 
 

@@ -94,14 +94,14 @@ def messages(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dic
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("another model", "fc1.weight has the shape (64, 32) in the checkpoint, the parameter has (32, 32)"),
+        ("another model", "fc1.weight has the shape (64, 32) in the checkpoint, but the parameter has (32, 32)"),
         ("another optimizer", "has the state of TiledAdamW, the optimizer is AdamW"),
         ("nothing", "has no training state that can be read"),
         ("another model's weights", "encoder.layers.0.ffn.fc1.weight"),
         ("no weights", "has neither model.safetensors nor model.safetensors.index.json"),
         ("a model that cannot be divided", "encoder_attention_heads (2) must be divisible by tensor_parallel_size (4)"),
         ("an argument", "{'variant': 'fp16'} cannot be given for a sharded model"),
-        ("a state dict", "state_dict has {'a': ()} (shapes by name), which are no tensors of the model"),
+        ("a state dict", "state_dict has {'a': ()} (shapes by name), which are not tensors of the model"),
     ],
 )
 def test_what_does_not_fit(messages: list[dict[str, str]], name: str, message: str) -> None:

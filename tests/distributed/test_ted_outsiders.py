@@ -98,8 +98,8 @@ def test_generate_and_save(launched: Launched, generated: tuple[Path, list], nam
 REFUSED = {
     "three experts": (EP4, "num_experts (3) must be divisible by expert_parallel_size (4)"),
     "width 50": ({"tensor_parallel_size": 4}, "the inner width of the experts (50, gate_up_proj) must be divisible"),
-    "mixtral": (EP4 | PADDED, "pad_expert_input_to_capacity (True) needs experts with a capacity, and MixtralExperts"),
-    "qwen3_moe": (EP4 | PADDED, "pad_expert_input_to_capacity (True) needs experts with a capacity, and Qwen3Moe"),
+    "mixtral": (EP4 | PADDED, "pad_expert_input_to_capacity (True) needs experts with a capacity, but MixtralExperts"),
+    "qwen3_moe": (EP4 | PADDED, "pad_expert_input_to_capacity (True) needs experts with a capacity, but Qwen3Moe"),
 }
 
 

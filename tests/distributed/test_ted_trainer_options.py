@@ -49,13 +49,13 @@ WORKS: dict[str, Options] = {
 }
 WORKS_OF_OTHERS = {name: WORKS[name] for name in ("label smoothing", "a loss of one's own")}
 REFUSED: dict[str, tuple[Options, str]] = {
-    "adafactor": ({"optim": "adafactor"}, "optim ('adafactor') does not go with a sharded model: give optimizer_cls_a"),
+    "adafactor": ({"optim": "adafactor"}, "optim ('adafactor') does not work with a sharded model: give optimizer_cl"),
     "compiled": ({"torch_compile": True}, "leave torch_compile"),
     "float16": ({"fp16": True}, "mixed_precision ('fp16') must be 'no' or 'bf16' with a sharded model"),
-    "evaluation in bfloat16": ({"bf16_full_eval": True}, "bf16_full_eval (True) does not go with a sharded model: "),
-    "batch size": ({"auto_find_batch_size": True}, "auto_find_batch_size (True) does not go with a sharded model"),
-    "JIT checkpoints": ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint (True) does not go with a sharded"),
-    "liger": ({"use_liger_kernel": True}, "use_liger_kernel (True) does not go with a sharded model"),
+    "evaluation in bfloat16": ({"bf16_full_eval": True}, "bf16_full_eval (True) does not work with a sharded model: "),
+    "batch size": ({"auto_find_batch_size": True}, "auto_find_batch_size (True) does not work with a sharded model"),
+    "JIT checkpoints": ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint (True) does not work with a sharded"),
+    "liger": ({"use_liger_kernel": True}, "use_liger_kernel (True) does not work with a sharded model"),
     "FSDP": ({"fsdp": "full_shard"}, "leave them, --use_fsdp"),
     "noisy embeddings": ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha (5.0) has no effect on ZCodeM3"),
     "uneven batches": ({"accelerator_config": {"even_batches": False}}, "must have even_batches True"),
@@ -193,7 +193,7 @@ def test_refused_when_the_trainer_is_made(launched: tuple[Any, list[Any]], name:
 @pytest.mark.parametrize("name", ["adapters", "adapters, Accelerator"])
 def test_adapters_of_other_models_are_refused(launched: tuple[Any, list[Any]], name: str) -> None:
     for _, messages in launched[1]:
-        assert "MixtralForCausalLM is sharded and has adapters, which go with a sharded ZCodeM3 only" in messages[name]
+        assert "MixtralForCausalLM is sharded and has adapters, which only a sharded ZCodeM3 supports" in messages[name]
 
 
 @pytest.mark.parametrize("name", [*METHODS, "hyperparameter_search"])

@@ -322,13 +322,15 @@ def test_wrong_states_are_refused(tmp_path: Path) -> None:
     refused(r"(?s)the optimizer in .*unknown: 1.bias", optimizer=frozen)
     wide = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2))
     grouped = torch.optim.AdamW([{"params": wide[0].parameters()}, {"params": wide[1].parameters()}])
-    refused(r"0.weight has the shape \(3, 2\) in the checkpoint, the parameter has \(4, 2\)", wide, optimizer=grouped)
+    refused(
+        r"0.weight has the shape \(3, 2\) in the checkpoint, but the parameter has \(4, 2\)", wide, optimizer=grouped
+    )
     refused("1.weight and 0.weight are in one param group, but options of its param group differed")
     fresh = torch.optim.AdamW([{"params": model[0].parameters()}, {"params": model[1].parameters()}])
-    refused(r"0.weight was torch.float32 when it was trained and is torch.float64 now", copy.deepcopy(model).double())
+    refused(r"0.weight was trained as torch.float32 but is torch.float64 now", copy.deepcopy(model).double())
     refused("has no state of a scheduler", scheduler=ConstantLR(fresh), optimizer=fresh)
     refused(r"parameter 0 of param group 0, of shape \(3, 2\), is not one of", optimizer=optimizer, other=wide)
-    with pytest.raises(ValueError, match="hold what could not be read back"):
+    with pytest.raises(ValueError, match="holds something that cannot be read without running code"):
         save_training_state(tmp_path / "new", model, optimizer, extra={"object": Path()})
     (state / "training_state.pt").unlink()
     refused("has no training state that can be read")

@@ -1,4 +1,4 @@
-"""TedPlugin: the one object a user makes for tensor x expert x data parallelism."""
+"""TedPlugin: the one object that a user makes for tensor x expert x data parallelism."""
 
 import contextlib
 import itertools
@@ -42,7 +42,7 @@ from .training_state import load_training_state, save_training_state
 logger = logging.get_logger(__name__)
 
 TRAINING_STATE = "training_state"
-_NAMED_STATES = "checkpoints"  # in the folder of the project, as Accelerate has it
+_NAMED_STATES = "checkpoints"  # in the folder of the project, as in Accelerate
 _STATE_FILE = re.compile(
     r"(random_states|custom_checkpoint)_\d+\.pkl|scaler\.pt|(scheduler|sampler|dl_state_dict)\S*\.bin"
 )
@@ -51,45 +51,45 @@ _STATE_FILE = re.compile(
 class TedPlugin(ParallelismConfig):
     """Tensor x expert x data parallelism (TED, https://huggingface.co/papers/2303.06318).
 
-    `distributed_config` goes to `from_pretrained`, which shards the model while it reads it; the plugin itself is the
-    `parallelism_config` of [`Accelerator`] and `TrainingArguments`. Made in every process of `torchrun` or `accelerate
-    launch`; starts `torch.distributed` if nothing has. On one process all sizes are 1, whatever is asked for.
+    Pass its `distributed_config` to `from_pretrained`, which shards the model while it reads it. The plugin itself is
+    the `parallelism_config` of [`Accelerator`] and `TrainingArguments`. Make it in every process of `torchrun` or
+    `accelerate launch`; it starts `torch.distributed` if that has not started. On one process all sizes are 1, whatever
+    values are given.
 
     Args:
         tensor_parallel_size: ranks that share a batch and split each dense layer.
         expert_parallel_size: ranks that hold different experts.
         expert_tensor_parallel_size: ranks that split each expert; by default `tensor_parallel_size`, which it must
             divide.
-        data_parallel_size: ranks with different batches; by default what the world leaves,
-            `world / tensor_parallel_size`.
-        dp_replicate_size: replicas of the shards of ZeRO, such as one per machine (HSDP, hybrid sharding): parameters
-            and optimizer states are sharded over the ranks of a replica, and gradients summed over replicas. Experts
-            are replicated likewise, unless `expert_parallel_size` spreads them over several replicas: then ZeRO shards
-            them over all their copies.
-        zero_stage: 1, 2 or 3. Optimizer states are sharded over data-parallel ranks, those of experts over the ranks
-            that hold the same. 1 and 2 gather parameters once a step, 3 for each use; 2 reduces gradients after every
-            micro-batch, 1 at the end of an accumulation.
-        zero_layers_per_unit: layers of a ZCodeM3 whose parameters ZeRO gathers at once, and whose gradients it reduces
-            at once; by default 6 in stages 1 and 2, and 1 in stage 3. Fewer leave more of both to run beside
-            computation, and cost the host about two milliseconds each, which CUDA graphs do not have.
+        data_parallel_size: ranks with different batches; by default `world / tensor_parallel_size`.
+        dp_replicate_size: replicas of ZeRO's shards, such as one per machine (HSDP, hybrid sharding). Parameters and
+            optimizer states are sharded over the ranks of a replica; gradients are summed over replicas. Experts are
+            replicated in the same way, unless `expert_parallel_size` spreads them over several replicas: then ZeRO
+            shards them over all their copies.
+        zero_stage: 1, 2 or 3. Optimizer states are sharded over data-parallel ranks; those of experts over the ranks
+            with the same experts. Stages 1 and 2 gather parameters once per step, stage 3 for each use. Stage 2
+            reduces gradients after every micro-batch, stage 1 at the end of an accumulation.
+        zero_layers_per_unit: layers of a ZCodeM3 whose parameters ZeRO gathers together, and whose gradients it reduces
+            together; by default 6 in stages 1 and 2, and 1 in stage 3. With fewer layers, more of both overlaps with
+            computation, but each unit costs the host about two milliseconds, which CUDA graphs avoid.
         offload: `"cpu"` keeps parameters, gradients and optimizer states of data-parallel shards on the CPU, where the
             optimizer steps.
-        duplicate_token_dropping: whether ranks that share a batch send each only their share of it to the experts.
-        communication_aware_checkpointing: whether activation checkpointing keeps what collectives returned.
+        duplicate_token_dropping: whether each of the ranks that share a batch sends only its part of it to the experts.
+        communication_aware_checkpointing: whether activation checkpointing keeps the results of collectives.
         tile_numel: elements that [`TiledAdamW`] steps at once.
-        overlap_chunks: parts of a batch whose exchange overlaps with the experts' work on another part.
-        pad_expert_input_to_capacity: whether ranks exchange as many rows as the capacity of the experts allows, so that
-            none waits for the routing of the others: for models with a `capacity_factor` near 1, and batches whose
-            padded shape is the same on all data-parallel ranks.
-        least_loaded_experts: whether ranks with few tokens compute for those with many, on experts that are sent to
-            them (Least-Loaded Expert Parallelism, https://huggingface.co/papers/2601.17111): for text whose tokens go
-            to few experts.
-        least_loaded_bound: largest load of a rank, in parts of the mean, up to which no expert is sent.
-        least_loaded_min_tokens: (token, expert) slots of an expert that another rank computes at least.
+        overlap_chunks: number of parts of a batch; the exchange of one part overlaps with the experts' work on another.
+        pad_expert_input_to_capacity: whether ranks always exchange as many rows as the experts' capacity allows, so
+            that no rank waits for the routing of others. Use it for models with a `capacity_factor` near 1, and batches
+            whose padded shape is the same on all data-parallel ranks.
+        least_loaded_experts: whether ranks with few tokens compute for ranks with many, with experts that are sent to
+            them (Least-Loaded Expert Parallelism, https://huggingface.co/papers/2601.17111). Use it for text whose
+            tokens go to few experts.
+        least_loaded_bound: largest load of a rank, as a multiple of the mean load, up to which no expert is sent.
+        least_loaded_min_tokens: fewest (token, expert) slots of an expert that another rank computes.
         timeout_s: seconds after which a collective that waits for a dead rank fails.
 
     Raises:
-        ValueError: a layout that cannot be, with the arithmetic.
+        ValueError: the layout is impossible; the message shows the arithmetic.
 
     Example:
 
@@ -144,8 +144,8 @@ class TedPlugin(ParallelismConfig):
             least_loaded_bound=least_loaded_bound,
             least_loaded_min_tokens=least_loaded_min_tokens,
         )
-        # Accelerate shards nothing, and asks only who shares a batch: all data-parallel ranks are one axis for it, as
-        # the Trainer sets it
+        # Accelerate shards nothing and needs to know only which ranks share a batch: to it, as to the Trainer, all
+        # data-parallel ranks are one axis
         super().__init__(dp_shard_size=dp, tp_size=tp, dp_replicate_size=1, cp_size=1, sp_size=1)
         self.communication_aware_checkpointing = communication_aware_checkpointing
         self.tile_numel = tile_numel
@@ -166,30 +166,30 @@ class TedPlugin(ParallelismConfig):
         return TiledAdamW, {**tile, **kwargs}
 
     def _validate_accelerator(self, accelerator: Accelerator) -> None:
-        """Called by the Accelerator that gets this plugin.
+        """The Accelerator that gets this plugin calls it.
 
         The parent's refuses CPUs: docs/upstream/accelerate_parallelism_on_cpus.md.
         """
         if self.total_size != accelerator.num_processes:
             raise ValueError(
                 f"TedPlugin is for {self.total_size} processes (tensor_parallel_size {self.tp_size} x "
-                f"data_parallel_size {self.dp_shard_size}), the Accelerator has {accelerator.num_processes}; on CPUs "
-                "pass use_cpu=True to TrainingArguments or cpu=True to the Accelerator"
+                f"data_parallel_size {self.dp_shard_size}), but the Accelerator has {accelerator.num_processes}; on "
+                "CPUs pass use_cpu=True to TrainingArguments or cpu=True to the Accelerator"
             )
         check_accelerator(accelerator)
         if not isinstance(accelerator, TedAcceleratorMixin):
-            # it is being made, and offers no other way to change how it prepares and saves a model
+            # the Accelerator is being made; it has no other way to change how it prepares and saves a model
             accelerator.__class__ = type("TedAccelerator", (TedAcceleratorMixin, type(accelerator)), {})
 
     def __getstate__(self) -> dict[str, Any]:
-        # TrainingArguments are copied and pickled, process groups cannot be
+        # TrainingArguments are copied and pickled, but process groups cannot be
         return {**self.__dict__, "device_mesh": None}
 
 
 class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
-    """What an [`Accelerator`] lacks for models that `from_pretrained(distributed_config=...)` has sharded.
+    """Adds to an [`Accelerator`] what models that `from_pretrained(distributed_config=...)` sharded need.
 
-    It would wrap them in DistributedDataParallel, and cannot save DTensors
+    The parent would wrap them in DistributedDataParallel, and cannot save DTensors
     (docs/upstream/accelerate_save_state_of_dtensors.md). A state that is saved here loads on any layout and world size.
     Its folder appears under its name once it is complete.
     """
@@ -203,22 +203,22 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
             return super().prepare_model(model, device_placement, evaluation_mode)
         prepare_for_training(model)
         shard_adapters(model)
-        # for evaluation the parent does mixed precision and compilation, which is needed, and wraps nothing
+        # with evaluation_mode the parent still does mixed precision and compilation, but wraps nothing
         return super().prepare_model(model, device_placement=False, evaluation_mode=True)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's; an optimizer has to be made after the adapters of its model are sharded."""
+        """Like the parent's. Make an optimizer only after the adapters of its model are sharded."""
         optimizers = [arg for arg in args if isinstance(arg, torch.optim.Optimizer)]
         models = [arg for arg in args if isinstance(arg, nn.Module)]
         check_optimizers(models, optimizers)
         for model in models:
-            show_shards(model)  # the parent finds parameters of optimizers among those
+            show_shards(model)  # the parent looks for the optimizers' parameters among these
         for model, optimizer in itertools.product(models, optimizers):
             step_shards(model, optimizer)
         parameters = [[group["params"] for group in optimizer.param_groups] for optimizer in optimizers]
         prepared = super().prepare(*args, **kwargs)
         if any(_is_sharded(model) for model in models):
-            # the parent finds them by their addresses, of which shards without elements have none
+            # the parent finds them by their addresses, but shards without elements have no address
             for optimizer, of_groups in zip(optimizers, parameters, strict=True):
                 for group, params in zip(optimizer.param_groups, of_groups, strict=True):
                     group["params"] = params
@@ -249,7 +249,7 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
             super().clip_grad_value_(parameters, clip_value)
             return
         self.unscale_gradients()
-        for param in parameters:  # torch takes only those of one mesh together
+        for param in parameters:  # torch can clip only gradients of one mesh together
             torch.nn.utils.clip_grad_value_(param, clip_value, foreach=False)
 
     def get_state_dict(self, model: Any, unwrap: bool = True) -> dict[str, Tensor]:
@@ -270,7 +270,10 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
             super().save_model(model, save_directory, max_shard_size, safe_serialization)
             return
         if not safe_serialization:
-            raise ValueError("safe_serialization (False) cannot be given for a sharded model; it has safetensors only")
+            raise ValueError(
+                "safe_serialization (False) cannot be given for a sharded model, which is saved as safetensors; "
+                "leave it out"
+            )
         whole: Any = self.unwrap_model(model)
         if is_adapted(whole):
             whole.save_pretrained(save_directory)
@@ -280,12 +283,14 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
     def save_state(self, output_dir: str | None = None, safe_serialization: bool = True, **kwargs: Any) -> str:
         """Like the parent's. The folder appears once it is complete; then folders beyond `total_limit` are removed.
 
-        Files of others in the folder stay, such as those of hooks; then the new ones take their places one by one.
+        Other files in the folder, such as those of hooks, stay; then the new files are put in place one by one.
 
         Raises:
-            ValueError: there is no `output_dir` and no automatic naming, or `checkpoint_N` is there already.
+            ValueError: there is no `output_dir` and no automatic naming, or `checkpoint_N` exists already.
         """
-        is_named = self.project_configuration.automatic_checkpoint_naming  # the parent takes no other name then, too
+        is_named = (
+            self.project_configuration.automatic_checkpoint_naming
+        )  # like the parent, which then accepts no other name
         folder = self._next_state() if is_named else output_dir
         if folder is None:
             raise ValueError("output_dir is None: name a folder, or set automatic_checkpoint_naming")
@@ -304,18 +309,19 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
     def load_state(
         self, input_dir: str | None = None, load_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Like the parent's, from a state of any layout. Without `input_dir` it loads the latest state.
+        """Like the parent's, from a state of any layout. Without `input_dir`, load the latest state.
 
         Raises:
-            ValueError: on all ranks: there is no such folder, it is no state of this model and optimizer, or the state
-                of a registered object could run code: `load_kwargs={"weights_only": False}` reads that of one's own.
+            ValueError: on all ranks: the folder does not exist, is no state of this model and optimizer, or holds a
+                state of a registered object that could run code. `load_kwargs={"weights_only": False}` reads a state
+                that you wrote yourself.
         """
         saved = self._saved_states() if self.project_configuration.automatic_checkpoint_naming else []
         if input_dir is None and not saved:
-            raise ValueError("input_dir is None: name the folder that save_state has written")
+            raise ValueError("input_dir is None: give the folder that save_state wrote")
         input_dir = os.path.expanduser(saved[-1] if input_dir is None else input_dir)
         if not os.path.isdir(input_dir):
-            raise ValueError(f"{input_dir} (input_dir) is no folder; name one that save_state has written")
+            raise ValueError(f"{input_dir} (input_dir) is no folder; give one that save_state wrote")
         if (load_kwargs or {}).get("weights_only", True):
             self._check_objects(Path(input_dir))
         loaded = []
@@ -325,9 +331,11 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
             loaded.append((model, extra))
         with without_models(self):
             super().load_state(input_dir, load_kwargs, **kwargs)
-        for model, extra in loaded[:1]:  # the parent took the generators of the process of the same number
+        for model, extra in loaded[:1]:  # the parent loaded the generators of the process with the same rank
             load_generators(model, extra)
-        self.step = 0  # micro-batches of an accumulation, which may have been others, and whose gradients are not saved
+        self.step = (
+            0  # micro-batch of an accumulation: their number may have changed, and their gradients are not saved
+        )
 
     def _saved_states(self) -> list[str]:
         """The states that were named automatically, the latest last."""
@@ -340,20 +348,20 @@ class TedAcceleratorMixin(SharedBatchesMixin, Accelerator):
         with together():
             if os.path.exists(folder):
                 raise ValueError(
-                    f"{folder} exists: set accelerator.project_configuration.iteration to the number to go on with, or "
+                    f"{folder} exists: set accelerator.project_configuration.iteration to the next free number, or "
                     "choose another project_dir"
                 )
         return folder
 
     def _check_objects(self, folder: Path) -> None:
-        """The parent reads the states of registered objects with whatever code they ask for."""
+        """Check states of registered objects first: the parent reads them and runs any code that they name."""
         for path in [folder / f"custom_checkpoint_{index}.pkl" for index in range(num_registered_objects(self))]:
             if not path.is_file():
-                continue  # which the parent tells
+                continue  # the parent reports these
             try:
                 with torch.serialization.safe_globals(_of_numpy()):
                     load(path, map_location="cpu")
-            except Exception as error:  # of pickle, zip or contents
+            except Exception as error:  # errors of pickle, of zip, or of the contents
                 raise ValueError(
                     f"{path} is damaged, or cannot be read without running code; nothing in it was executed. If you "
                     "wrote it, give load_kwargs={'weights_only': False} to load_state"
@@ -386,13 +394,13 @@ def _has_other_files(folder: Path) -> bool:
 
 
 def _of_numpy() -> list[Any]:
-    """What arrays and scalars of NumPy are pickled with; accelerate allows those of generators only."""
+    """Classes in pickles of NumPy arrays and scalars; accelerate allows only those of generators."""
     kinds = [getattr(np.dtypes, name) for name in dir(np.dtypes) if name.endswith("DType")]
     return [*kinds, np.float64(0).__reduce__()[0]]
 
 
 def start_distributed(timeout_s: float) -> None:
-    """Start `torch.distributed` for the devices at hand, with gloo for tensors that are offloaded to the CPU."""
+    """Start `torch.distributed` for the devices of this machine, with gloo for tensors offloaded to the CPU."""
     if dist.is_initialized():
         return
     backend = "gloo"

@@ -16,18 +16,19 @@ _COLLECTIVES = {
 
 
 class CommunicationAwareContextFn(str):
-    """Makes contexts for `torch.utils.checkpoint` under which recomputing a layer runs no collective.
+    """Makes contexts for `torch.utils.checkpoint` in which the recomputation of a layer runs no collective.
 
-    What the collectives of the first forward returned is kept and used again, so a step has the two rounds of
-    communication of forward and backward in place of three (https://huggingface.co/papers/2303.06318, section 4.2).
-    The gradients are those of full checkpointing, bit for bit.
+    The results of collectives in the first forward are kept and used again. So a step has two rounds of communication,
+    forward and backward, instead of three (https://huggingface.co/papers/2303.06318, section 4.2). The gradients are
+    those of full checkpointing, bit for bit.
 
-    It is a string, too: loggers of a Trainer write its arguments as JSON, which has no functions.
+    It is also a string, because loggers of a Trainer write its arguments as JSON, which has no functions.
 
     Args:
-        every_collective: also those of other code, such as the tensor parallelism of transformers. Every operation
-            of a layer then goes through Python (`create_selective_checkpoint_contexts`), which doubles the time of a
-            step whose speed the host limits. The collectives of TED, all that ZCodeM3 runs, do not need it.
+        every_collective: whether to keep results of other code's collectives, too, such as the tensor parallelism of
+            transformers. Every operation of a layer then goes through Python (`create_selective_checkpoint_contexts`),
+            which doubles the time of a step whose speed the host limits. The collectives of TED, all that ZCodeM3 runs,
+            do not need it.
     """
 
     every_collective: bool
@@ -38,11 +39,11 @@ class CommunicationAwareContextFn(str):
             cls, f"communication_aware_context_fn{' of every collective' if every_collective else ''}"
         )
         named.every_collective = every_collective
-        named.__name__ = "communication_aware_context_fn"  # as of the function that it stands for
+        named.__name__ = "communication_aware_context_fn"  # as for the function that it represents
         return named
 
     def __call__(self, every_collective: bool | None = None) -> tuple[Any, Any]:
-        """Two contexts, of the first forward and of the second; `every_collective` as for the class."""
+        """Two contexts, for the first forward and for the recomputation; `every_collective` as for the class."""
         if self.every_collective if every_collective is None else every_collective:
             return create_selective_checkpoint_contexts(_policy)
         kept = KeptResults()
@@ -53,7 +54,7 @@ class CommunicationAwareContextFn(str):
 
 
 communication_aware_context_fn = CommunicationAwareContextFn()
-"""What `context_fn` is for ZCodeM3.
+"""The `context_fn` for ZCodeM3.
 
 Example:
 

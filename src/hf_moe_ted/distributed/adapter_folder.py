@@ -1,6 +1,6 @@
-"""PEFT's folders from and into adapters that are sharded, and adapters into the shards of their weights.
+"""Save and load sharded adapters as PEFT's folders, and merge adapters into the shards of their weights.
 
-All ranks call what is here. Rank 0 writes; factors are small, so that it holds all of them.
+All ranks call these functions. Rank 0 writes. Factors are small, so it can hold all of them.
 
 Shape letters: E experts, R rank of the factors, I inputs and O outputs of a weight.
 """
@@ -35,21 +35,24 @@ def save_adapter(
 ) -> None:
     """Write the adapter of a sharded model as PEFT's ordinary folder, with whole tensors; all ranks call it.
 
-    It takes the place of `PeftModel.save_pretrained`, and loads into a model of any layout, or of one process, by
-    `PeftModel.from_pretrained`. A new folder appears whole; in one that has other files, those stay.
+    It replaces `PeftModel.save_pretrained`. The folder loads with `PeftModel.from_pretrained`, into a model of any
+    layout or on one process. A new folder appears once it is complete. In an existing folder, other files stay.
 
     Args:
-        model: its adapter is sharded.
-        save_directory: on a disk of rank 0.
-        state_dict: what [`whole_state_dict`] gives, to be written in place of what the model has.
-        kwargs: of `PeftModel.save_pretrained`, which rank 0 calls.
+        model: a model with a sharded adapter.
+        save_directory: a folder on a disk of rank 0.
+        state_dict: what [`whole_state_dict`] returned; it is written instead of the model's tensors.
+        kwargs: arguments of `PeftModel.save_pretrained`, which rank 0 calls.
 
     Raises:
-        ValueError: on all ranks: an argument that a sharded model does not have, or `save_directory` is no folder.
+        ValueError: on all ranks: an argument is not available for a sharded model, or `save_directory` is no folder.
     """
     with together():
         if not kwargs.pop("safe_serialization", True):
-            raise ValueError("safe_serialization (False) cannot be given for a sharded model; it has safetensors only")
+            raise ValueError(
+                "safe_serialization (False) cannot be given for a sharded model, which is saved as safetensors; "
+                "leave it out"
+            )
         if kwargs.pop("path_initial_model_for_weight_conversion", None) is not None:
             raise ValueError(
                 "path_initial_model_for_weight_conversion cannot be given for a sharded model; save the adapter, load "
@@ -57,7 +60,10 @@ def save_adapter(
             )
         if kwargs.pop("push_to_hub", False):
             raise ValueError("push_to_hub (True) cannot be given for a sharded model; upload the folder from rank 0")
-    for name in ("is_main_process", "save_embedding_layers"):  # rank 0 is; words cannot be added to sharded embeddings
+    for name in (
+        "is_main_process",
+        "save_embedding_layers",
+    ):  # rank 0 is the main process; words cannot be added to sharded embeddings
         kwargs.pop(name, None)
     whole = dict(whole_tensors(_factors(model)) if state_dict is None else state_dict)
     with atomic_folder(save_directory, kind=ADAPTER, stale=_OURS) as temporary:
@@ -69,7 +75,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Fill the factors of a sharded model from a folder of `PeftModel.save_pretrained`; each rank reads its part.
 
     Raises:
-        ValueError: on all ranks: there is no adapter, it cannot be read, or it has other factors.
+        ValueError: on all ranks: there is no adapter, it cannot be read, or its factors differ from the model's.
     """
     path = Path(folder, _WEIGHTS)
     with together(), torch.no_grad():
@@ -88,22 +94,22 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
                     for region in regions(tensor):
                         region.local.copy_(file.get_slice(name)[region.slices])
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} is no adapter that can be read: {error}") from error
+            raise ValueError(f"{path} cannot be read as an adapter: {error}") from error
 
 
 def has_adapter(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder has what [`load_adapter`] reads."""
+    """Whether a folder has the files that [`load_adapter`] reads."""
     return Path(folder, _WEIGHTS).is_file()
 
 
 @torch.no_grad()
 def merge_into_shards(wrappers: Mapping[str, Any], adapter: str, *, checks: bool = False) -> None:
-    """Add the product of each pair of factors to the weight that it belongs to: each rank to its regions.
+    """Add the product of each pair of factors to its weight; each rank changes its own regions.
 
     Args:
-        wrappers: layers of PEFT by name, whose weights and factors are shards now.
-        adapter: the name of the factors.
-        checks: whether all weights have to be finite then.
+        wrappers: layers of PEFT by name; their weights and factors are shards.
+        adapter: the name of the adapter.
+        checks: whether all new weights must be finite.
 
     Raises:
         ValueError: on all ranks: a weight would not be finite; nothing is changed.
@@ -123,15 +129,18 @@ def merge_into_shards(wrappers: Mapping[str, Any], adapter: str, *, checks: bool
             if is_check:
                 with together():
                     if not is_finite:
-                        raise ValueError(f"{name} has an adapter with which its weight would not be finite")
+                        raise ValueError(
+                            f"{name} would not be finite with its adapter; do not merge it, or merge with "
+                            "safe_merge=False"
+                        )
 
 
 def _product(first: Tensor, second: Tensor, shape: torch.Size, slices: tuple[slice, ...]) -> Tensor:
-    """A part of the product of [R, I] and [O, R], or, for each of the experts, [experts * R, I] and [O, R * experts].
+    """A part of the product of [R, I] and [O, R]; for experts, of [experts * R, I] and [O, R * experts].
 
     Args:
         shape: [O, I] or [experts, O, I].
-        slices: the part of it.
+        slices: the part of that shape.
     """
     outputs, inputs = slices[-2:]
     if len(shape) == 2:

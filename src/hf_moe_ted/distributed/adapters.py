@@ -1,14 +1,14 @@
-"""LoRA (PEFT) in a model that is sharded: factors are split as the weights that they belong to.
+"""LoRA (PEFT) in a sharded model: factors are split in the same way as their weights.
 
-The layers of PEFT stay what they are, but for three things, read in peft 0.21.2:
+The layers of PEFT do not change, except for three things, read in peft 0.21.2:
 
-- It makes the factors of a linear layer that is split from the shape of this rank's shard, which behind data
-  parallelism is no part that any layer computes with. It gives them the tensor parallelism of layers that exchange
-  DTensors, which counts the gradient of an input several times where a block copies its input to the group once. Here
-  its `update_layer` makes them whole, and they are split as the layer is.
-- A factor of a layer that is split runs with the collectives of that layer's style.
-- It adds the factors of experts to their weights by `torch.nn.utils.parametrize`, which takes them from where the
-  exchange of tokens looks for its shards. There the exchange adds them itself.
+- PEFT makes the factors of a split linear layer from the shape of this rank's shard. With data parallelism no layer
+  computes with that shape. It also gives them a tensor parallelism that exchanges DTensors, which counts the gradient
+  of an input several times if a block copies its input to the group once. Here its `update_layer` makes whole factors,
+  which are then split as the layer is.
+- A factor of a split layer runs with the collectives of that layer's style.
+- PEFT adds the factors of experts to their weights with `torch.nn.utils.parametrize`, which moves the weights away from
+  where the exchange of tokens looks for its shards. Here the exchange adds the factors itself.
 
 Shape letters: E local experts, R rank of the factors, I inputs and O outputs of a weight.
 """
@@ -39,21 +39,21 @@ from .private_transformers import mesh_manager
 from .refusals import refuse_methods_of_adapters
 from .tensor_parallel import can_split_low_rank, split_low_rank
 
-Wrappers = dict[str, Any]  # layers of PEFT by name, each around a layer of the model
+Wrappers = dict[str, Any]  # layers of PEFT by name; each wraps a layer of the model
 
 _EXPERT_WEIGHTS = ("up_proj", "down_proj")
 _WHAT_TO_DO = "; else train the adapter in one process, without a TedPlugin"
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether it is a PEFT model around one that is sharded."""
+    """Whether it is a PEFT model around a sharded model."""
     base = unwrap_peft_model(model)
     return base is not model and bool(getattr(base, "is_distributed_loading_by_transformers", False))
 
 
 def expect_adapters(base: Any) -> None:
-    """Have PEFT load adapters into a sharded model as into a whole one: factors are whole until they are sharded."""
-    base.tp_plan = None  # by which PEFT would split them, and nothing is sharded after
+    """Make PEFT load adapters into a sharded model as into a whole one. Factors are whole until they are sharded."""
+    base.tp_plan = None  # PEFT would split them by this attribute; nothing is sharded after this point
     base.register_load_state_dict_pre_hook(lambda module, *_: _make_whole(module))
     base.register_forward_pre_hook(_check_adapters_are_sharded)
 
@@ -61,7 +61,7 @@ def expect_adapters(base: Any) -> None:
 def _check_adapters_are_sharded(base: Any, _: Any) -> None:
     if getattr(base, "peft_config", None) and not _has_sharded_adapter(base):
         raise ValueError(
-            f"{type(base).__name__} is sharded, and its adapter is not: call hf_moe_ted.shard_adapters(model) after "
+            f"{type(base).__name__} is sharded, but its adapter is not: call hf_moe_ted.shard_adapters(model) after "
             "get_peft_model or PeftModel.from_pretrained, as Trainer and accelerator.prepare do"
         )
 
@@ -71,7 +71,7 @@ def _has_sharded_adapter(base: nn.Module) -> bool:
 
 
 def _make_whole(base: Any) -> None:
-    """Make the factors of split linear layers anew where PEFT made them for this rank's shard of the weight."""
+    """Make the factors of split linear layers again if PEFT made them for this rank's shard of the weight."""
     configs: Any = getattr(base, "peft_config", None)
     for module in base.modules() if configs else ():
         layer = getattr(module, "base_layer", None)
@@ -91,25 +91,27 @@ def _sizes(wrapper: Any, adapter: str) -> tuple[int, int]:
 
 
 def shard_adapters(model: nn.Module) -> nn.Module:
-    """Share the LoRA factors of a sharded model between the ranks, as the weights are; all ranks call it, once.
+    """Shard the LoRA factors of a sharded model over the ranks, as its weights are. All ranks call it once.
 
-    A Trainer and `accelerator.prepare` do it. A training loop that makes its optimizer before calls it itself, as the
-    optimizer has to get the parameters that are left.
+    A Trainer and `accelerator.prepare` call it. If your training loop makes its optimizer before `prepare`, call it
+    before you make the optimizer, which must get the new parameters.
 
-    All ranks take the factors of rank 0, however they were seeded. Factors of a column-parallel layer: `lora_A` is
-    whole, `lora_B` split by outputs; of a row-parallel layer: `lora_A` split by inputs, `lora_B` whole; of experts:
-    both are spread with them. ZeRO shards them over data-parallel ranks. The weights beneath get no gradients, and
-    ZeRO's stages 1 and 2 gather them once and keep them.
+    All ranks take the factors of rank 0, whatever their seeds. In a column-parallel layer `lora_A` is whole and
+    `lora_B` is split by outputs. In a row-parallel layer `lora_A` is split by inputs and `lora_B` is whole. Factors of
+    experts are spread over ranks with the experts. ZeRO shards factors over data-parallel ranks. The frozen weights get
+    no gradients; ZeRO's stages 1 and 2 gather them once and keep them.
 
     Args:
         model: what `get_peft_model` or `PeftModel.from_pretrained` gives for a model that
-            `from_pretrained(distributed_config=plugin.distributed_config)` has sharded. Any other is left as it is.
+            `from_pretrained(distributed_config=plugin.distributed_config)` has sharded. Any other model does not
+            change.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: adapters of another kind, more than one, or on layers that are split in a way that has none.
+        ValueError: the adapter is of another kind, there is more than one, or a layer is split in a way that supports
+            no adapter.
     """
     peft_model: Any = model
     base: Any = unwrap_peft_model(model)
@@ -141,17 +143,19 @@ def _check(model: Any, base: nn.Module) -> tuple[str, Wrappers]:
     """The adapter's name, and its layers by name.
 
     Raises:
-        ValueError: something that is not supported.
+        ValueError: the adapter is not supported.
     """
     from peft import PeftType
     from peft.tuners import lora
 
     if not isinstance(base, ZCodeM3PreTrainedModel):
         raise ValueError(
-            f"{type(base).__name__} is sharded and has adapters, which go with a sharded ZCodeM3 only{_WHAT_TO_DO}"
+            f"{type(base).__name__} is sharded and has adapters, which only a sharded ZCodeM3 supports{_WHAT_TO_DO}"
         )
     if len(model.peft_config) > 1:
-        raise ValueError(f"a sharded model can have one adapter, this has {[*model.peft_config]}; load one of them")
+        raise ValueError(
+            f"a sharded model can have one adapter, but this one has {[*model.peft_config]}; load one of them"
+        )
     configs: dict[str, Any] = model.peft_config
     adapter, config = next(iter(configs.items()))
     if config.peft_type != PeftType.LORA:
@@ -159,9 +163,9 @@ def _check(model: Any, base: nn.Module) -> tuple[str, Wrappers]:
     if config.init_lora_weights not in (True, False, "gaussian"):
         raise ValueError(
             f"init_lora_weights ({config.init_lora_weights!r}) must be True, False or 'gaussian' for a sharded model, "
-            "as others compute with whole weights; make the adapter in one process, save it, set init_lora_weights to "
-            "true in its adapter_config.json, and load it with PeftModel.from_pretrained(model, folder, "
-            "is_trainable=True)"
+            "because other values compute with whole weights; make the adapter in one process, save it, set "
+            "init_lora_weights to true in its adapter_config.json, and load it with PeftModel.from_pretrained(model, "
+            "folder, is_trainable=True)"
         )
     wrappers = _layers_of_peft(base)
     for name, wrapper in wrappers.items():
@@ -170,14 +174,16 @@ def _check(model: Any, base: nn.Module) -> tuple[str, Wrappers]:
         if not (is_dense or is_of_experts):
             target = getattr(wrapper, "parameter_name", type(wrapper.get_base_layer()).__name__)
             raise ValueError(
-                f"{name} ({target}) is adapted, and a sharded model takes adapters of linear layers of attention and "
-                "feed-forwards (target_modules) and of up_proj and down_proj of experts (target_parameters): leave it "
-                f"out of the LoraConfig{_WHAT_TO_DO}"
+                f"{name} ({target}) is adapted, but a sharded model supports only adapters of linear layers in "
+                "attention and feed-forwards (target_modules) and of up_proj and down_proj of experts "
+                f"(target_parameters): leave it out of the LoraConfig{_WHAT_TO_DO}"
             )
         if wrapper.lora_variant or any(wrapper.lora_bias.values()):
-            raise ValueError(f"{name} has a variant of LoRA or a bias; a sharded model takes plain LoRA{_WHAT_TO_DO}")
+            raise ValueError(
+                f"{name} has a variant of LoRA or a bias; a sharded model supports only plain LoRA{_WHAT_TO_DO}"
+            )
         if wrapper.merged:
-            raise ValueError(f"{name} is merged; merge after the training, with merge_and_unload")
+            raise ValueError(f"{name} is merged; merge after training, with merge_and_unload")
     return adapter, wrappers
 
 
@@ -190,7 +196,7 @@ def _layers_of_peft(base: nn.Module) -> Wrappers:
 def _check_what_is_trained(model: nn.Module, wrappers: Wrappers, adapter: str) -> None:
     """
     Raises:
-        ValueError: something besides the factors.
+        ValueError: parameters besides the factors are trained.
     """
     factors = {id(f.weight) for w in wrappers.values() for f in (w.lora_A[adapter], w.lora_B[adapter])}
     trained = {name: id(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -198,8 +204,8 @@ def _check_what_is_trained(model: nn.Module, wrappers: Wrappers, adapter: str) -
     if others:
         raise ValueError(
             f"{others[0]} and {len(others) - 1} more parameters besides the factors of LoRA are to be trained "
-            "(modules_to_save, bias, trainable_token_indices): leave them out of the LoraConfig, as a sharded model "
-            f"trains factors alone{_WHAT_TO_DO}"
+            "(modules_to_save, bias, trainable_token_indices): leave them out of the LoraConfig, because a sharded "
+            "model trains only factors{_WHAT_TO_DO}"
         )
 
 
@@ -218,11 +224,11 @@ def _is_of_spread_experts(wrapper: Any) -> bool:
 
 
 def _spread(wrapper: Any, adapter: str, mesh: DeviceMesh) -> None:
-    """Factors of stacked experts, [experts * R, I] and [O, R * experts]: each rank has those of its experts."""
+    """Spread factors of stacked experts, [experts * R, I] and [O, R * experts]: each rank gets those of its experts."""
     experts: Any = wrapper.get_base_layer()
     axes = expert_mesh(mesh, layout_of_experts(experts).expert_tensor_parallel_size)
     is_split, rank = int(axes.size(1)) > 1, wrapper.r[adapter]
-    by_inputs = wrapper.parameter_name == "down_proj"  # how ranks of one expert split it
+    by_inputs = wrapper.parameter_name == "down_proj"  # how the ranks of one expert split it
     whole: Placement = Replicate()
     placements = {
         wrapper.lora_A[adapter]: [Shard(0), Shard(1) if is_split and by_inputs else whole],
@@ -247,13 +253,13 @@ def _every_expert(rank: int) -> Placement:
 
 
 def _adapted(wrapper: Any, group: Any, weight_EOI: Tensor, gradient_factor: float) -> Tensor:
-    """The weight with the product of its factors added.
+    """The weight plus the product of its factors.
 
     Args:
-        group: ranks that split the experts, each of which knows its part of the gradient of the factor that all have
-            whole; `None` for one.
-        weight_EOI: of this rank.
-        gradient_factor: of the factors' gradients.
+        group: ranks that split the experts. Each computes a part of the gradient of the factor that all hold whole.
+            `None` for one rank.
+        weight_EOI: the weight of this rank.
+        gradient_factor: number with which the factors' gradients are multiplied.
     """
     if wrapper.disable_adapters:
         return weight_EOI
@@ -272,7 +278,7 @@ def _adapted(wrapper: Any, group: Any, weight_EOI: Tensor, gradient_factor: floa
 
 
 def _set_up(base: nn.Module, set_up: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """PEFT says which factors are trained to those that it sees: not to gathered ones, which follow the shards."""
+    """Show PEFT the shards, not gathered parameters, before it marks the factors that are trained."""
     for wrapper in _layers_of_peft(base).values():
         if isinstance(wrapper, FSDPModule):
             wrapper.reshard()
@@ -280,7 +286,7 @@ def _set_up(base: nn.Module, set_up: Callable[..., None], *args: Any, **kwargs: 
 
 
 def _freeze(base: nn.Module) -> None:
-    """PEFT freezes the parameters that it sees, which are the gathered ones if a forward went before."""
+    """Freeze the shards, too: after a forward, PEFT sees and freezes only the gathered parameters."""
     for module in base.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -291,7 +297,7 @@ def _freeze(base: nn.Module) -> None:
 
 
 def _apply_zero(base: Any, wrappers: Wrappers, layout: Layout, meshes: Any) -> None:
-    """The factors of a unit of layers are gathered, and their gradients reduced, at once; those of experts alone."""
+    """Factors of a unit of layers are gathered and reduced together; factors of experts separately."""
     if layout.zero_stage < 3:  # they do not change
         for module in base.modules():
             if isinstance(module, FSDPModule):
@@ -317,19 +323,19 @@ def _apply_zero(base: Any, wrappers: Wrappers, layout: Layout, meshes: Any) -> N
 
 
 def _unload(model: Any, *, merge: bool, safe_merge: bool = False, **kwargs: Any) -> nn.Module:
-    """As PEFT's `unload` and `merge_and_unload`; each rank adds to its shards. All ranks call it.
+    """Like PEFT's `unload` and `merge_and_unload`; each rank changes its shards. All ranks call it.
 
     Returns:
-        The sharded model without adapters, to be saved or evaluated; its parameters are frozen, as PEFT leaves them.
+        The sharded model without adapters, which you can save or evaluate. Its parameters stay frozen, as in PEFT.
 
     Raises:
-        ValueError: on all ranks: other adapters are asked for than the one there is, or `safe_merge` and a weight would
-            not be finite; nothing is changed.
+        ValueError: on all ranks: `adapter_names` names another adapter, or with `safe_merge` a weight would not be
+            finite. Nothing is changed.
     """
     base: Any = unwrap_peft_model(model)
     adapter, wrappers = base.ted_adapter, _layers_of_peft(base)
     if kwargs.get("adapter_names") not in (None, [adapter]):
-        raise ValueError(f"adapter_names ({kwargs['adapter_names']}) must be [{adapter!r}], which is what there is")
+        raise ValueError(f"adapter_names ({kwargs['adapter_names']}) must be [{adapter!r}], the only adapter")
     show_shards(base)
     if merge:
         merge_into_shards(wrappers, adapter, checks=safe_merge)
@@ -349,7 +355,8 @@ def _unload(model: Any, *, merge: bool, safe_merge: bool = False, **kwargs: Any)
 def check_optimizers(models: list[nn.Module], optimizers: list[torch.optim.Optimizer]) -> None:
     """
     Raises:
-        ValueError: an optimizer has parameters of adapters that are not sharded yet, which it would step in vain.
+        ValueError: an optimizer has parameters of adapters that are not sharded yet; stepping them would have no
+            effect.
     """
     for model in models:
         if not is_adapted(model) or _has_sharded_adapter(unwrap_peft_model(model)):
@@ -358,8 +365,9 @@ def check_optimizers(models: list[nn.Module], optimizers: list[torch.optim.Optim
         for optimizer in optimizers:
             if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
                 raise ValueError(
-                    "the optimizer was made before the adapters were sharded, and would step parameters that are gone: "
-                    "call hf_moe_ted.shard_adapters(model) after get_peft_model, and make the optimizer then"
+                    "the optimizer was made before the adapters were sharded, so it would step parameters that are "
+                    "no longer in the model: call hf_moe_ted.shard_adapters(model) after get_peft_model, then make "
+                    "the optimizer"
                 )
 
 

@@ -1,4 +1,4 @@
-"""A step in which no host waits for the routing: exchanges of tokens whose size follows from shapes."""
+"""Exchange tokens in sizes that depend on shapes only, so that no host waits for the routing in a step."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,32 +12,31 @@ from .expert_parallel import TedExpertParallel, expert_modules
 
 @contextlib.contextmanager
 def bounded_expert_load(model: nn.Module, bound: float = EXPERT_LOAD_BOUND) -> Iterator[ExpertLoadOverflow]:
-    """Exchange tokens in as many rows as shapes say, in forwards and backwards of the body.
+    """In forwards and backwards inside this context, the number of exchanged rows depends on shapes only.
 
-    Each rank sends up to `bound` times the balanced load to each rank; where the experts have a capacity and rows up to
-    it are fewer, it sends those, which is always enough. With `pad_expert_input_to_capacity` the capacity decides. A
-    model whose ranks exchange no tokens runs as ever. All ranks enter with batches of one shape. What is captured in
-    a CUDA graph goes into the body with the context, so that each replay starts with nothing noted.
+    Each rank sends up to `bound` times the balanced load to each rank. If the experts have a capacity and rows up to it
+    are fewer, it sends those; that is always enough. With `pad_expert_input_to_capacity` the capacity decides. A model
+    whose ranks exchange no tokens runs as usual. All ranks must have batches of one shape. To capture a CUDA graph,
+    capture the context together with its body, so that each replay starts with an empty record.
 
     Args:
-        model: maybe sharded by TED.
-        bound: at least 1, the balanced load; `expert_parallel_size` is always enough.
+        model: a model, sharded by TED or not.
+        bound: at least 1, which is the balanced load; `expert_parallel_size` is always enough.
 
     Yields:
-        What tells, on all ranks alike, whether the bound was enough. If not, outputs and gradients lack tokens: put
-        the step back ([`StepSnapshot`]) and run it again outside.
+        An object that tells all ranks whether the bound was enough. If not, outputs and gradients lack tokens: undo the
+        step ([`StepSnapshot`]) and run it again outside of the context.
 
     Raises:
-        ValueError: a bound below 1; experts that others bring tokens to (`ep_implementation`), or that move themselves
-            (`least_loaded_experts`); a bound inside a bound.
+        ValueError: a bound below 1; experts with another `ep_implementation`, or that move between ranks
+            (`least_loaded_experts`); the context is used inside itself.
 
     Example:
 
     ```python
     >>> snapshot = StepSnapshot.take(model)
-    >>> with bounded_expert_load(model) as overflow:
-    ...     model(**batch).loss.backward()
-    ...     is_incomplete = overflow.any_rank()  # a collective, for which no host waits
+    >>> with bounded_expert_load(model) as overflow: ... model(**batch).loss.backward() ... is_incomplete =
+    overflow.any_rank() # a collective; no host waits for it
     >>> if is_incomplete:
     ...     snapshot.restore()
     ...     model(**batch).loss.backward()
@@ -49,8 +48,8 @@ def bounded_expert_load(model: nn.Module, bound: float = EXPERT_LOAD_BOUND) -> I
         raise ValueError("bounded_expert_load inside bounded_expert_load: leave the outer one first")
     if not all(exchange.can_be_bounded for exchange in exchanges):
         raise ValueError(
-            "least_loaded_experts (True) does not go with bounded_expert_load: which rows go where follows from the "
-            "routing, which the host has to read; load the model with least_loaded_experts=False"
+            "least_loaded_experts (True) does not work with bounded_expert_load: the host must read the routing to "
+            "know where rows go; load the model with least_loaded_experts=False"
         )
     for exchange in exchanges:
         exchange.overflow = overflow
@@ -62,10 +61,10 @@ def bounded_expert_load(model: nn.Module, bound: float = EXPERT_LOAD_BOUND) -> I
 
 
 def reads_sizes(model: nn.Module) -> bool:
-    """Whether hosts wait for the routing in each forward of a model, as it is now: no CUDA graph can capture that.
+    """Whether hosts wait for the routing in each forward, with the model's current settings.
 
     Raises:
-        ValueError: experts that others bring tokens to (`ep_implementation`), of which that is not known.
+        ValueError: experts have another `ep_implementation`, for which this is unknown.
     """
     return any(exchange.reads_sizes() for exchange in _exchanges(model))
 
@@ -76,8 +75,8 @@ def _exchanges(model: nn.Module) -> list[TedExpertParallel]:
         exchange: Any = getattr(experts, "ted_exchange", None)
         if exchange is None:
             raise ValueError(
-                f"{type(experts).__name__} gets its tokens from another ep_implementation than 'ted', which has no "
-                "bound: load the model with a TedPlugin's distributed_config as it is"
+                f"{type(experts).__name__} has another ep_implementation than 'ted', which has no bound: load the "
+                "model with a TedPlugin's unchanged distributed_config"
             )
         found.append(exchange)
     return found

@@ -1,7 +1,6 @@
-"""Ordinary Hugging Face folders from and into models that are sharded in any layout, and folders that appear whole.
+"""Save and load models of any layout as ordinary Hugging Face folders; new folders appear once they are complete.
 
-All ranks call what is here. Rank 0 writes; it asks the ranks that hold parts of a tensor for them, one tensor at a
-time.
+All ranks call these functions. Rank 0 writes. For each tensor in turn, it asks the other ranks for their parts.
 """
 
 import functools
@@ -29,7 +28,7 @@ from .private_transformers import has_adapters, names_not_saved
 from .sharding import local_shape, local_tensor, regions, regions_at, sources
 from .weight_names import converted_tensors
 
-# dtypes by safetensors' names
+# safetensors' names of dtypes
 _INTEGERS = {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
 _INTEGERS |= {"BOOL": torch.bool, "U8": torch.uint8}
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -45,43 +44,45 @@ def save_pretrained(
 ) -> None:
     """Write a model as one ordinary folder, as its own `save_pretrained` does in a single process.
 
-    Rank 0 collects parameters and persistent buffers one at a time and puts them where they belong in the mapped file;
-    besides that, it holds one rank's part of one tensor. Tensors keep their dtypes, and tied weights are written once.
-    They keep their names in the model, too, which `from_pretrained` reads as well as those that transformers would
-    give back to them (experts of Mixtral one by one, if its first checkpoint had them so).
+    Rank 0 collects parameters and persistent buffers one at a time and writes them to their place in the mapped file.
+    In addition it holds only one rank's part of one tensor. Tensors keep their dtypes, and tied weights are written
+    once. Tensors also keep the names that they have in the model. `from_pretrained` reads these, as well as the names
+    of the original checkpoint that transformers would restore (such as Mixtral's experts one by one).
 
-    A new folder appears whole or not at all. In one that has other files in it, those stay, and the new files take
-    their places one after another when all are written, `config.json` last: without it nothing is loaded.
+    A new folder appears complete or not at all. In a folder with other files, these stay; once all new files are
+    written, they are put in place one after another, `config.json` last, because nothing loads without it.
 
     Args:
-        model: the same on every rank, sharded or not.
-        folder: on a disk of rank 0.
-        processing_class: a tokenizer, or what else has a `save_pretrained`, to go with the model.
-        max_shard_size: of a weight file, bytes or a string such as `"5GB"`.
-        state_dict: what is written in place of the model's tensors, or of some of them: sharded on all ranks, or whole
-            on rank 0 ([`whole_state_dict`]).
+        model: the same model on every rank, sharded or not.
+        folder: a folder on a disk of rank 0.
+        processing_class: a tokenizer, or another object with `save_pretrained`, that is saved with the model.
+        max_shard_size: largest size of a weight file, in bytes or as a string such as `"5GB"`.
+        state_dict: tensors that are written instead of all or some of the model's: sharded on all ranks, or whole on
+            rank 0 ([`whole_state_dict`]).
 
     Raises:
-        ValueError: the model is quantized or has adapters, `max_shard_size` is no size, rank 0 has no part in a tensor,
-            or `state_dict` has tensors that the model has not.
-        OSError: the disk is full, or what else the system says to rank 0; a RuntimeError on the others.
+        ValueError: the model is quantized or has adapters, `max_shard_size` is no size, rank 0 is not in the mesh of a
+            tensor, or `state_dict` has tensors that the model does not have.
+        OSError: on rank 0, such as for a full disk; a RuntimeError on the other ranks.
     """
     with together():
         if getattr(model, "peft_config", None):
             raise ValueError(
                 f"{type(model).__name__} has adapters (PEFT): call save_pretrained of the PEFT model, which writes "
-                "them, or merge_and_unload before"
+                "them, or call merge_and_unload before"
             )
         wrong = {"is quantized": getattr(model, "hf_quantizer", None), "has adapters": has_adapters(model)}
         for what, is_wrong in wrong.items():
             if is_wrong:
-                raise ValueError(f"the model {what}; it can only be saved by its own save_pretrained, unsharded")
+                raise ValueError(f"the model {what}; save it unsharded, with its own save_pretrained")
         ignored = names_not_saved(model)
         tensors = named_tensors(model) if state_dict is None else _tensors_of_model(state_dict, model)
         tensors = {name: tensor for name, tensor in tensors.items() if name not in ignored}
         _check_sources(tensors)
     model.config.dtype = str(model.dtype).removeprefix("torch.")
-    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]  # FSDP2 makes a class of a model's
+    model.config.architectures = [
+        type(model).__name__.removeprefix("FSDP")
+    ]  # FSDP2 makes a subclass of a model's class
     with atomic_folder(folder, kind=MODEL, stale=_WEIGHT_FILE) as temporary:
         if rank() > 0:
             _send_what_is_asked_for(tensors)
@@ -97,16 +98,16 @@ def save_pretrained(
 def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Fill the parameters and persistent buffers of a model from a folder of `save_pretrained`.
 
-    Each rank reads its own regions. What has other names than in the model ([`converted_tensors`]) it reads whole, one
-    tensor of the model at a time. Values take the dtypes of the model.
+    Each rank reads its own regions. Tensors with other names than in the model ([`converted_tensors`]) are read whole,
+    one tensor of the model at a time. Values are converted to the dtypes of the model.
 
     Args:
-        model: sharded or not, not on the meta device.
-        folder: with safetensors that have the model's own names, or those that transformers converts to them, readable
-            by all ranks.
+        model: a model, sharded or not, that is not on the meta device.
+        folder: a folder that all ranks can read, with safetensors under the model's own names, or under names that
+            transformers converts to them.
 
     Raises:
-        ValueError: on all ranks: there are no safetensors, or they do not hold the model; all names are given.
+        ValueError: on all ranks: there are no safetensors, or they do not hold the model; the message gives all names.
     """
     folder = Path(folder)
     with together(), torch.no_grad(), _WeightFiles(folder) as files:
@@ -124,7 +125,7 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def _fill(tensor: Tensor, read: Callable[[tuple[slice, ...]], Tensor], progress: Any) -> None:
-    """Each region of this rank with what `read` gives for its place in the whole tensor."""
+    """Fill each region of this rank with what `read` returns for its place in the whole tensor."""
     for region in regions(tensor):
         region.local.copy_(read(region.slices))
         progress.update(region.local.nbytes)
@@ -134,20 +135,20 @@ def _fill(tensor: Tensor, read: Callable[[tuple[slice, ...]], Tensor], progress:
 def atomic_folder(
     folder: str | os.PathLike[str], *, kind: OutputKind = MODEL, stale: re.Pattern[str] | None = None
 ) -> Iterator[Path]:
-    """A temporary folder, the same on all ranks, that takes the place of `folder` if all ranks leave the block well.
+    """A temporary folder, the same on all ranks. It replaces `folder` if all ranks leave the block without an error.
 
-    Everything is flushed to disk before. If a rank raises an error in the block, all raise one after it, and nothing
-    has changed. See [`new_folder`] for what a killed process leaves, which the next one to write there tidies up.
+    Everything is flushed to disk before. If a rank raises an error in the block, all ranks raise one after it, and
+    nothing has changed. A killed process leaves files that the next process to write there removes; see [`new_folder`].
 
     Args:
-        folder: absent, or a folder that is replaced.
-        kind: what is written; nothing else is replaced.
-        stale: with this, files that are in `folder` stay, and the new ones are put beside or over them, one after
-            another; those of an earlier version that have such names are removed.
+        folder: a path without a folder, or a folder that is replaced.
+        kind: kind of the output; only a folder of the same kind is replaced.
+        stale: if given, files in `folder` stay, and new files are put beside or over them, one after another. Files of
+            an earlier version with such names are removed.
 
     Raises:
         ValueError: on all ranks: `folder` is a file, cannot be created, or has something else in it.
-        RuntimeError: on all ranks but those where the error is.
+        RuntimeError: on all ranks except those with the error.
     """
     folder = Path(os.path.realpath(folder))
     with ExitStack() as stack:
@@ -169,7 +170,7 @@ def atomic_folder(
 
 @contextmanager
 def together() -> Iterator[None]:
-    """A block that all ranks leave together: if one raises an error, the others raise one too, in place of waiting.
+    """A block that all ranks leave together: if one raises an error, the others raise one, too, and do not wait.
 
     Raises:
         ValueError: another rank raised one; the message is the same.
@@ -193,16 +194,16 @@ def together() -> Iterator[None]:
 
 
 def rank() -> int:
-    """This process's, 0 for a single one."""
+    """Rank of this process; 0 for a single process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by the names they are saved under, each once; parameters are the shards.
+    """Parameters and persistent buffers by the names under which they are saved, each once. Parameters are shards.
 
-    A tied weight has the name of the one that others are tied to.
+    A tied weight has the name of the weight to which others are tied.
     """
-    # the hooks of FSDP2 on state_dict put the shards back where a forward left gathered parameters
+    # FSDP2's hooks on state_dict restore the shards if a forward left gathered parameters
     state = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     tied = getattr(model, "all_tied_weights_keys", {})
     name_of_id: dict[int, str] = {}
@@ -212,11 +213,11 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """`state_dict` of a sharded model as one process has it; all ranks call it.
+    """The whole `state_dict` of a sharded model, as on one process. All ranks call it.
 
     Returns:
-        On rank 0, by the names of `state_dict`, whole tensors on the CPU, tied weights as one tensor under each
-        of their names; on the other ranks nothing.
+        On rank 0: whole tensors on the CPU by the names of `state_dict`; tied weights are one tensor under all of their
+        names. On the other ranks: an empty dict.
     """
     tensors = named_tensors(model)
     whole = whole_tensors(tensors)
@@ -228,7 +229,7 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sharded tensors as whole ones on the CPU of rank 0; nothing on the other ranks. All call it."""
+    """Gather sharded tensors whole on the CPU of rank 0; other ranks get nothing. All ranks call it."""
     with together():
         _check_sources(tensors)
     if rank() > 0:
@@ -242,13 +243,13 @@ def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _tensors_of_model(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Those of a state dict that are saved: tied weights once."""
+    """The tensors of a state dict that are saved, tied weights once."""
     own, state = named_tensors(model), model.state_dict()
     wrong = [name for name, tensor in state_dict.items() if name not in state or tensor.shape != state[name].shape]
     if wrong or (rank() == 0 and not state_dict):
         shapes = {name: (*getattr(state_dict[name], "shape", ()),) for name in wrong}
         raise ValueError(
-            f"state_dict has {shapes or 'nothing'} (shapes by name), which are no tensors of the model; give what "
+            f"state_dict has {shapes or 'nothing'} (shapes by name), which are not tensors of the model; give what "
             "accelerator.get_state_dict(model) or model.state_dict() returns, or leave it out"
         )
     return {name: tensor for name, tensor in state_dict.items() if name in own}
@@ -258,7 +259,7 @@ def _check_sources(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         regions(tensor)
         if rank() == 0 and not sources(tensor, 0):
-            raise ValueError(f"{name} is on other ranks only, so that rank 0 cannot write it")
+            raise ValueError(f"{name} is only on other ranks, so rank 0 cannot write it")
 
 
 def _collect_and_write(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: int | str) -> None:
@@ -266,11 +267,11 @@ def _collect_and_write(tensors: Mapping[str, Tensor], folder: Path, max_shard_si
     try:
         write_pretrained_tensors(_collected(tensors), folder, max_shard_size=max_shard_size)
     finally:
-        _tell(None)  # after an error, too: the others wait for the next name
+        _tell(None)  # also after an error, because the others wait for the next name
 
 
 def _collected(tensors: Mapping[str, Tensor]) -> LazyTensors:
-    """The whole tensors, on rank 0 and its CPU; a rank that does not read sends ([`_send_what_is_asked_for`])."""
+    """The whole tensors, on rank 0's CPU. The other ranks call [`_send_what_is_asked_for`]."""
 
     def read_into(name: str, out: Tensor) -> None:
         _tell(name)
@@ -290,7 +291,7 @@ def _collected(tensors: Mapping[str, Tensor]) -> LazyTensors:
 def _send_what_is_asked_for(tensors: Mapping[str, Tensor]) -> None:
     """The part of the other ranks."""
     while (name := _tell(None)) is not None:
-        if name not in tensors:  # rank 0 has it whole, in a state dict of its own
+        if name not in tensors:  # rank 0 has the whole tensor, in its own state dict
             continue
         local = local_tensor(tensors[name])
         if rank() in sources(tensors[name], 0) and local.numel():
@@ -309,21 +310,21 @@ def _receive(tensor: Tensor, coordinate: tuple[int, ...], source: int) -> Tensor
 
 
 def _exchange(operation: Any, local: Tensor, peer: int) -> None:
-    # a batch, because NCCL makes a communicator for each pair of ranks otherwise; bytes, because not every backend
-    # knows every dtype
+    # as a batch, because otherwise NCCL makes a communicator for each pair of ranks; as bytes, because not every
+    # backend knows every dtype
     message = local.contiguous().view(-1).view(torch.uint8)
     for work in dist.batch_isend_irecv([dist.P2POp(operation, message, peer)]):
         work.wait()
 
 
 def _message_device(tensor: Tensor) -> torch.device:
-    """Where a message has to be: NCCL moves no tensors of the CPU, which offloaded parameters are."""
+    """The device for a message: NCCL cannot move tensors on the CPU, such as offloaded parameters."""
     devices = [part.split(":")[0] for part in get_backend_config().split(",")]
     return tensor.device if tensor.device.type in devices else torch.device(devices[0])
 
 
 def _tell(name: str | None) -> str | None:
-    """Rank 0's `name`, on all ranks."""
+    """Send rank 0's `name` to all ranks."""
     told = [name]
     if dist.is_initialized():
         dist.broadcast_object_list(told, src=0)
@@ -331,12 +332,12 @@ def _tell(name: str | None) -> str | None:
 
 
 def has_weights(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder has what [`load_weights`] reads."""
+    """Whether a folder has the files that [`load_weights`] reads."""
     return any(Path(folder, name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
 
 
 class _WeightFiles:
-    """The tensors of a folder's safetensors; of files that are read one after another one is open."""
+    """The tensors in a folder's safetensors; one file is open at a time."""
 
     def __init__(self, folder: Path):
         self._file_of_name = _weight_files(folder)
@@ -352,10 +353,10 @@ class _WeightFiles:
         self._stack.close()
 
     def spec(self, name: str) -> Tensor:
-        """Its shape and kind of dtype, on the meta device.
+        """Shape and kind of dtype of a tensor, on the meta device.
 
         Raises:
-            ValueError: its file is missing or damaged, or does not have it.
+            ValueError: its file is missing or damaged, or lacks the tensor.
         """
         path = self._file_of_name[name]
         try:

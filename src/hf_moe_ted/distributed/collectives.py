@@ -1,8 +1,8 @@
 """Differentiable collectives, each beside its transpose.
 
-Their results can be kept for a recomputation ([`KeptResults`]), and all are functional operations of
-`torch.ops._c10d_functional`, which selective activation checkpointing can keep, too. Rows are the first dimension; the
-rows of a group may be uneven, in which case they are padded for the exchange.
+Their results can be kept for a recomputation ([`KeptResults`]). All of them are functional operations of
+`torch.ops._c10d_functional`, which selective activation checkpointing can keep, too. Rows are the first dimension. If
+ranks of a group have different numbers of rows, rows are padded for the exchange.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ _T = TypeVar("_T")
 
 
 class KeptResults:
-    """What collectives of a forward returned, in order, to be used again when it is computed again.
+    """The results of a forward's collectives, in order, for use when that forward is computed again.
 
-    Both are context managers in whose bodies the collectives of this file take part; those of other code do not.
+    `keep` and `reuse` are context managers. They apply to the collectives of this file, not to those of other code.
     """
 
     _of_thread = threading.local()
@@ -34,13 +34,13 @@ class KeptResults:
 
     @contextlib.contextmanager
     def keep(self) -> Iterator[None]:
-        """The first forward."""
+        """Context of the first forward: keep results."""
         with self._active():
             yield
 
     @contextlib.contextmanager
     def reuse(self) -> Iterator[None]:
-        """The second."""
+        """Context of the recomputation: use kept results."""
         self._next = 0
         with self._active():
             yield
@@ -56,7 +56,7 @@ class KeptResults:
 
     @classmethod
     def of(cls, run: Callable[[], _T]) -> _T:
-        """What `run` returns, or what it has returned in the first forward."""
+        """The result of `run`, or its kept result from the first forward."""
         kept: KeptResults | None = getattr(cls._of_thread, "kept", None)
         if kept is None:
             return run()
@@ -78,18 +78,18 @@ def max_over(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def gather_even(x: Tensor, group: ProcessGroup) -> Tensor:
-    """The `x` of all ranks, equal in shape, one behind the other; not differentiable."""
+    """The `x` of all ranks, one after another; all have the same shape. Not differentiable."""
     return KeptResults.of(lambda: _wait(c10d.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)))
 
 
 def exchange_even(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Row `i` of `x` to rank `i`, and its row for us in return; not differentiable."""
+    """Send row `i` of `x` to rank `i`, and receive its row for this rank; not differentiable."""
     ones = [1] * group.size()
     return KeptResults.of(lambda: _wait(c10d.all_to_all_single(x.contiguous(), ones, ones, group.group_name)))
 
 
 class _WithTranspose(torch.autograd.Function):
-    """A function of a tensor, whose backward is another one with the same arguments."""
+    """A function of a tensor whose backward is another function with the same arguments."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, run: Any, transpose: Any, *args: Any) -> Tensor:
@@ -112,30 +112,30 @@ def sum_over_group(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def take_share(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
-    """This rank's share of rows that all ranks of the group hold; backward the shares of all."""
+    """This rank's share of rows that all ranks of the group hold; backward joins the shares of all ranks."""
     return _WithTranspose.apply(x, _own_rows, _gather_rows, sizes, group)
 
 
 def join_shares(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
-    """The rows of all ranks of the group, for computation that all repeat; backward this rank's share."""
+    """The rows of all ranks of the group, for a computation that all repeat; backward takes this rank's share."""
     return _WithTranspose.apply(x, _gather_rows, _own_rows, sizes, group)
 
 
 def gather_rows(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
-    """The rows of all ranks, for a layer that is split over the group; backward sums what each made of a row."""
+    """The rows of all ranks, for a layer that is split over the group; backward sums the gradients of each row."""
     return _WithTranspose.apply(x, _gather_rows, _scatter_sum, sizes, group)
 
 
 def scatter_sum(x: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
-    """The sum over the group of each rank's part of the rows: the output of a split layer; backward gathers."""
+    """The sum over the group, scattered by rows over its ranks: the output of a split layer; backward gathers."""
     return _WithTranspose.apply(x, _scatter_sum, _gather_rows, sizes, group)
 
 
 class StartExchange(torch.autograd.Function):
     """Start an all-to-all of rows; [`FinishExchange`] takes both results and gives the received rows.
 
-    Backward starts when that of `FinishExchange` runs and is waited for here, so that what stands between the two
-    overlaps with the exchange in both directions. The first result is `x`: it carries the gradient from one to the
+    The backward exchange starts in the backward of `FinishExchange` and is waited for here. So the work between the two
+    overlaps with the exchange in both directions. The first result is `x`; it carries the gradient from one to the
     other.
     """
 
@@ -155,7 +155,7 @@ class StartExchange(torch.autograd.Function):
 
 
 class FinishExchange(torch.autograd.Function):
-    """Wait for what [`StartExchange`] started; takes the same sizes."""
+    """Wait for the exchange that [`StartExchange`] started; it takes the same sizes."""
 
     @staticmethod
     def forward(
@@ -171,13 +171,13 @@ class FinishExchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        # not waited for: StartExchange does that
+        # StartExchange waits for it
         sizes = ctx.send_sizes, ctx.receive_sizes
         return c10d.all_to_all_single(grad.contiguous(), *sizes, ctx.group.group_name), None, None, None, None
 
 
 def even_shares(num_rows: int, num_ranks: int) -> list[int]:
-    """Rows of each rank when `num_rows` are divided as evenly as can be, the first ranks taking one more."""
+    """Rows of each rank when `num_rows` are divided as evenly as possible; the first ranks may take one more."""
     share, rest = divmod(num_rows, num_ranks)
     return [share + (rank < rest) for rank in range(num_ranks)]
 

@@ -1,4 +1,4 @@
-"""What a Trainer counts, once for the ranks that share a batch."""
+"""Make a Trainer count the tokens of ranks that share a batch once."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ from transformers import Trainer
 
 
 class CountsOnceMixin(Trainer):
-    """[`Trainer`] adds up what all processes have seen; those of a tensor-parallel group have seen the same."""
+    """A [`Trainer`] adds up tokens over all processes, but ranks of a tensor-parallel group see the same tokens."""
 
     _num_evaluated: int | None = None
 
@@ -17,7 +17,7 @@ class CountsOnceMixin(Trainer):
         return int(self.get_tp_size()) if self.is_distributed_loading_by_transformers else 1
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """The parent divides by the ranks that share a batch, whether it has added up theirs or not."""
+        """Correct the parent: it divides by the ranks that share a batch even if it did not add up their items."""
         num_items = super()._get_num_items_in_batch(batch_samples, device)
         is_own = self._ranks_per_batch > 1 and not self.args.average_tokens_across_devices
         return (num_items * self._ranks_per_batch).round() if is_own and torch.is_tensor(num_items) else num_items
@@ -47,7 +47,7 @@ class CountsOnceMixin(Trainer):
         return output
 
     def _correct_steps_per_second(self, metrics: dict[str, float] | None) -> None:
-        """Those of an evaluation, for which the parent takes as many batches at once as there are processes."""
+        """Correct an evaluation's steps per second; the parent assumes one batch at once per process."""
         if self._ranks_per_batch == 1 or metrics is None or self._num_evaluated is None:
             return
         num_batches = self.args.world_size // self._ranks_per_batch

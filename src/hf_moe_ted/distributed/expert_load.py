@@ -1,5 +1,4 @@
-"""How many rows a rank may send to each rank of its expert-parallel group when their number must not depend on the
-routing, and whether they were enough.
+"""Bounds on the rows that a rank sends to each rank of its expert-parallel group, independent of the routing.
 
 Shape letters: T tokens, K experts per token, R rows, P ranks of the expert-parallel group, E local experts of each.
 """
@@ -19,40 +18,40 @@ EXPERT_LOAD_BOUND = 1.5
 
 
 class ExpertLoadOverflow:
-    """Whether slots were left behind in a step, as their rank had no row left for the rank of their expert.
+    """Records whether slots were left out in a step because their rank had no row left for the rank of their expert.
 
-    What is noted stays on the device: nothing waits for it, and a CUDA graph can capture it. Recomputation of a forward
-    notes the same again, which changes nothing.
+    The record stays on the device, so nothing waits for it and a CUDA graph can capture it. Recomputation of a forward
+    records the same again, which changes nothing.
 
     Args:
-        bound: rows for each rank, in parts of those that it gets when all ranks get as many; at least 1.
+        bound: rows for each rank, as a multiple of the balanced load, which is the same for all ranks; at least 1.
 
     Raises:
-        ValueError: a bound that is below 1 or no number.
+        ValueError: the bound is below 1 or not a number.
     """
 
     def __init__(self, bound: float = EXPERT_LOAD_BOUND):
         if not (isinstance(bound, int | float) and 1.0 <= bound < math.inf):
             raise ValueError(
-                f"expert_load_bound ({bound!r}) must be a number of at least 1, the load when all ranks get as many "
-                f"tokens; {EXPERT_LOAD_BOUND} is the default"
+                f"expert_load_bound ({bound!r}) must be a number of at least 1; 1 is the load if all ranks get the "
+                f"same number of tokens; the default is {EXPERT_LOAD_BOUND}"
             )
         self.bound = bound
-        self._peaks: list[Tensor] = []  # float32[] each; not their maximum, as recomputation runs the same operations
+        self._peaks: list[Tensor] = []  # float32[] each; no running maximum: recomputation must run the same operations
 
     def max_rows(self, num_slots: int, num_ranks: int) -> int:
-        """Rows for each of `num_ranks` ranks, of which one may get all slots; at least one."""
+        """Rows for each of `num_ranks` ranks; at least one, at most all slots."""
         return max(1, min(math.ceil(self.bound * num_slots / num_ranks), num_slots))
 
     def note(self, num_slots_P: Tensor, max_rows: int) -> None:
-        """Note the slots that each rank should get, integer[..., P], and the rows that there are for each."""
+        """Record the slots that each rank should get, integer[..., P], and the available rows for each rank."""
         self._peaks.append(num_slots_P.max().float() / max_rows)
 
     def peak(self) -> Tensor:
-        """float32[], the largest load on any rank so far, in parts of the rows that there were for it.
+        """float32[], the largest load on any rank so far, as a fraction of its available rows.
 
-        Above 1 if slots were left behind, exactly; 0 if no tokens go between ranks. A collective over all ranks of the
-        job, which may call it in a graph, behind backward.
+        It is above 1 exactly if slots were left out, and 0 if no tokens go between ranks. It is a collective over all
+        ranks of the job. A graph may include it, after backward.
         """
         if not self._peaks:
             return torch.zeros(())
@@ -60,19 +59,19 @@ class ExpertLoadOverflow:
         return max_over(torch.stack(self._peaks).max(), world)
 
     def any_rank(self) -> Tensor:
-        """bool[], whether any rank left slots behind, in any layer; the same on all ranks. A collective, as `peak`."""
+        """bool[], whether any rank left slots out, in any layer; the same on all ranks. A collective, like `peak`."""
         return self.peak() > 1.0
 
 
 @dataclass(frozen=True)
 class BoundedRows:
-    """Rows of slots, as many for each rank, by rank and expert; slots of one expert keep their order.
+    """Rows of slots, the same number for each rank, ordered by rank and expert; slots of one expert keep their order.
 
     Attributes:
-        slot_R: integer[R], the slot, `token * K + k`, of each row; -1 for one that only fills up to the bound.
-        row_TK: integer[T, K], the row of each slot; -1 for one that no expert computes, or that found no row.
-        ends_PE: int64[P, E], the rows of a rank that stand before the end of those of each of its experts.
-        num_slots_P: int64[P], the slots for each rank, whether they found a row or not.
+        slot_R: integer[R], the slot, `token * K + k`, of each row; -1 for a row that is only padding up to the bound.
+        row_TK: integer[T, K], the row of each slot; -1 for a slot that no expert computes, or that found no row.
+        ends_PE: int64[P, E], for each expert of a rank, the end of its rows within the rank's rows.
+        num_slots_P: int64[P], the slots for each rank, with or without a row.
     """
 
     slot_R: Tensor
@@ -86,7 +85,7 @@ def rows_within_bound(expert_ids_TK: Tensor, num_experts: int, num_ranks: int, m
 
     Args:
         expert_ids_TK: int64[T, K], global expert of each slot; `num_experts` for one that no expert computes.
-        num_experts: of all ranks together.
+        num_experts: number of experts of all ranks together.
     """
     order, sorted_row_TK, counts = sort_slots(expert_ids_TK, num_experts)
     ends_PE = counts.view(num_ranks, -1).cumsum(1)

@@ -1,4 +1,4 @@
-"""Experts over ranks: tokens to the experts and back.
+"""Expert parallelism: tokens go to the ranks of their experts and back.
 
 Shape letters: T tokens of this rank, K experts per token, R rows sent, V rows received, E local experts, D model width.
 """
@@ -67,7 +67,7 @@ class TedExpertShard(ExpertParallelLayer):
 
 
 def layout_of_experts(experts: nn.Module) -> Layout:
-    """The layout that the model of these experts is loaded with."""
+    """The layout with which the model of these experts is loaded."""
     layout = layout_of(experts)
     if layout is None:
         raise ValueError(
@@ -101,15 +101,16 @@ def inner_placement(experts: Any, param: str, ndim: int) -> Placement:
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Where the (token, expert) pairs of one chunk go.
+    """The destinations of the (token, expert) pairs of one chunk.
 
     Attributes:
-        slot_R: integer[R], the slot, `token * K + k`, of each row that is sent, -1 for one that only fills up to the
-            capacity or the bound; rows stand by rank and expert.
+        slot_R: integer[R], the slot, `token * K + k`, of each row that is sent; -1 for a row that is only padding up to
+            the capacity or the bound. Rows are ordered by rank and expert.
         row_TK: integer[T, K], the row of each slot; -1 for a slot that no expert computes or that found no row.
         send_sizes, receive_sizes: rows to and from each rank of the expert-parallel group.
         received_sizes: rows that each rank of the expert-tensor-parallel group received.
-        expert_ids_V: int64[V], the local expert of each row that the experts get; their number for a row of no expert.
+        expert_ids_V: int64[V], the local expert of each received row; the number of local experts for a row without
+            one.
     """
 
     slot_R: Tensor
@@ -124,31 +125,31 @@ class TedExpertParallel(EPImplementation):
     """Expert parallelism times expert tensor parallelism, with duplicate token dropping.
 
     Ranks of a tensor-parallel group hold the same tokens. With duplicate token dropping
-    (https://huggingface.co/papers/2303.06318, section 4.1) each sends its share of them only, and the ranks that split
-    an expert bring their shares together where it runs: all-to-all bytes fall by the tensor-parallel size. Without, all
-    send all, but for ranks whose experts are not the same slices (`etp` smaller than `tp`), as a token must not be
-    computed twice. Slots without an expert, padding and what did not fit, are not sent.
+    (https://huggingface.co/papers/2303.06318, section 4.1) each rank sends only its share of them. The ranks that split
+    an expert gather their shares where it runs, so all-to-all bytes fall by the tensor-parallel size. Without it every
+    rank sends all tokens, except between ranks that hold different slices (`etp` smaller than `tp`), because no token
+    may be computed twice. Slots without an expert (padding and dropped tokens) are not sent.
 
-    With `pad_expert_input_to_capacity` each sends as many rows to each expert as its capacity allows, zeros behind
-    those that it has, and the host need not know how many these are. Ranks with the same tokens then divide the queue
-    of each expert in place of the tokens, its slots in turn, so that each has its part of the capacity.
+    With `pad_expert_input_to_capacity` each rank sends as many rows to each expert as its capacity allows, padded with
+    zeros, so the host need not know how many are real. Ranks with the same tokens then divide the queue of each expert
+    instead of the tokens: they take its slots in turn, so each has its part of the capacity.
 
-    While `overflow` is set ([`bounded_expert_load`]) each sends as many rows to each rank, which its experts share. The
-    rows of an expert are then those that it gets without a bound, in the same order. Slots that find no row are not
-    sent, and `overflow` says so.
+    While `overflow` is set ([`bounded_expert_load`]) each rank sends the same number of rows to each rank, whose
+    experts share them. An expert then gets the same rows as without a bound, in the same order. Slots that find no row
+    are not sent, and `overflow` records this.
 
     Attributes:
-        overflow: the bound, and what is noted of it; `None` for exchanges of what there is.
-        adapters: by name of a parameter, what makes another weight of this rank's part of it in each forward, and takes
-            the factor of its own gradients.
-        can_be_bounded: whether there may be one.
+        overflow: the bound and its record; `None` for exchanges without a bound.
+        adapters: name of a parameter -> function that turns this rank's part into the adapted weight in each forward;
+            it takes the factor for its own gradients.
+        can_be_bounded: whether a bound is possible.
     """
 
     can_be_bounded = True
 
     def __init__(self, experts: Any, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh):
         super().__init__(experts, ep_mesh, tp_mesh)
-        self.num_local_experts: Any  # an int, which the parent reads off a module
+        self.num_local_experts: Any  # an int that the parent reads from a module
         layout = layout_of_experts(experts)
         axes = expert_mesh(ep_mesh, layout.expert_tensor_parallel_size)
         self.experts = experts
@@ -161,18 +162,19 @@ class TedExpertParallel(EPImplementation):
         self.pads_to_capacity = layout.pad_expert_input_to_capacity and self.ep_group.size() > 1
         if self.pads_to_capacity and not hasattr(experts, "max_tokens_per_expert"):
             raise ValueError(
-                f"pad_expert_input_to_capacity (True) needs experts with a capacity, and {type(experts).__name__} has "
+                f"pad_expert_input_to_capacity (True) needs experts with a capacity, but {type(experts).__name__} has "
                 "none: leave pad_expert_input_to_capacity False"
             )
         self.num_batches = layout.data_parallel_size
         is_exchanged = self.ep_group.size() > 1
         self.drops_duplicates = layout.duplicate_token_dropping and is_exchanged and self.etp_group.size() > 1
-        # the ranks that hold the same tokens and divide them between each other
+        # ranks that hold the same tokens and divide them among themselves
         if self.drops_duplicates or self.etp_group.size() == 1:
             self.share_group: ProcessGroup = tp_mesh.get_group()
         else:
             self.share_group = fold_mesh(tp_mesh, self.etp_group.size())["fold"].get_group()
-        # ranks that split an expert compute the same rows, so that they draw the same; others of the group do not
+        # ranks that split an expert compute the same rows, so they draw the same numbers; other ranks of the group do
+        # not
         self.part_of_group = tp_mesh.get_local_rank() // self.etp_group.size()
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -211,7 +213,7 @@ class TedExpertParallel(EPImplementation):
         return not (self.pads_to_capacity and self._capacity(1) is not None)
 
     def _capacity(self, num_tokens: int) -> int | None:
-        """Of an expert, for the tokens of this rank's batch, if exchanges may depend on it."""
+        """Capacity of an expert for the tokens of this rank's batch, if exchanges may depend on it."""
         if not (self.pads_to_capacity or self.overflow is not None) or not hasattr(
             self.experts, "max_tokens_per_expert"
         ):
@@ -219,7 +221,7 @@ class TedExpertParallel(EPImplementation):
         return self.experts.max_tokens_per_expert(num_tokens)
 
     def _max_rows(self, expert_ids_TK: Tensor, capacity: int | None) -> int | None:
-        """Rows of one chunk for each rank, where there is a bound; never more than there can be slots."""
+        """Rows of one chunk for each rank if there is a bound; never more than the possible slots."""
         if self.overflow is None:
             return None
         num_tokens = -(-expert_ids_TK.shape[0] // self.share_group.size())
@@ -228,13 +230,13 @@ class TedExpertParallel(EPImplementation):
         return max_rows if capacity is None else min(max_rows, max(1, self.num_local_experts * capacity))
 
     def _capacity_is_smaller(self, capacity: int, max_rows: int | None) -> bool:
-        """Whether rows up to the capacity are no more than those within the bound; they cannot overflow."""
+        """Whether rows up to the capacity are at most those within the bound; then nothing can overflow."""
         if max_rows is None or self.overlap_chunks > 1:
             return False
         return self.num_local_experts * -(-capacity // self.share_group.size()) <= max_rows
 
     def _run_split_experts(self, hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """All experts are here, in slices: no token moves, the ranks of the group add up what each has computed."""
+        """Every rank holds a slice of all experts: no token moves, and the ranks of the group add up their outputs."""
         inputs = copy_to_group(hidden_TD, self.etp_group), copy_to_group(weights_TK, self.etp_group)
         with self._own_view_of_parameters():
             output_TD = self.experts_forward(inputs[0], expert_ids_TK, inputs[1])
@@ -243,7 +245,7 @@ class TedExpertParallel(EPImplementation):
     def _run_experts(
         self, hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, max_rows: int | None
     ) -> Tensor:
-        """Exchange chunk by chunk: all leave at once, and each comes back while the experts work on the next."""
+        """Exchange chunk by chunk: all are sent at once, and each returns while the experts work on the next."""
         num_chunks = self.overlap_chunks
         sizes = even_shares(hidden_TD.shape[0], num_chunks)
         chunks = expert_ids_TK.split(sizes)
@@ -268,7 +270,7 @@ class TedExpertParallel(EPImplementation):
     def _run_experts_to_capacity(
         self, hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, capacity: int
     ) -> Tensor:
-        """Exchange of rows whose number depends on shapes only; nothing is read back to the host."""
+        """Exchange a number of rows that depends on shapes only; nothing is read back to the host."""
         num_shares = self.share_group.size()
         d = self._plan_to_capacity(expert_ids_TK, -(-capacity // num_shares))
         shares = [sum(d.send_sizes)] * num_shares
@@ -286,7 +288,7 @@ class TedExpertParallel(EPImplementation):
         return CombineRows.apply(rows_RD, weights_TK.to(rows_RD.dtype), d.slot_R, d.row_TK)
 
     def _plan_to_capacity(self, expert_ids_TK: Tensor, capacity: int) -> Dispatch:
-        """Rows of all shares of the tokens, `capacity` for each expert in each; sizes are of one share."""
+        """Rows of all shares of the tokens, with `capacity` rows per expert and share; sizes are those of one share."""
         num_local, ep_size, num_shares = self.num_local_experts, self.ep_group.size(), self.share_group.size()
         num_rows = num_shares * self.num_experts * capacity
         _, sorted_row_TK, counts_E = sort_slots(expert_ids_TK, self.num_experts)
@@ -295,7 +297,7 @@ class TedExpertParallel(EPImplementation):
         place_TK = sorted_row_TK - first_E[expert_TK]  # in the queue of the expert
         row_TK = (place_TK % num_shares * self.num_experts + expert_TK) * capacity + place_TK // num_shares
         row_TK = row_TK.masked_fill(sorted_row_TK < 0, -1)
-        slot_of_row = row_TK.new_full((num_rows + 1,), -1)  # the last for slots without a row
+        slot_of_row = row_TK.new_full((num_rows + 1,), -1)  # the last row is for slots without a row
         slots = torch.arange(row_TK.numel(), device=row_TK.device, dtype=row_TK.dtype)
         slot_of_row.scatter_(0, row_TK.flatten().where(row_TK.flatten() >= 0, num_rows), slots)
 
@@ -314,9 +316,9 @@ class TedExpertParallel(EPImplementation):
         )
 
     def _exchange_counts(self, counts_PN: Tensor, max_rows: int) -> Tensor:
-        """Row `i` of integer[P, N] to rank `i`; what this rank's group received, integer[P or etp * P, N].
+        """Send row `i` of integer[P, N] to rank `i`; return what this rank's group received, integer[P or etp * P, N].
 
-        `max_rows` goes along, as exchanges of a size that the ranks do not agree on would hang.
+        `max_rows` is sent, too, because exchanges whose size differs between ranks would hang.
         """
         max_rows_P1 = counts_PN.new_full((counts_PN.shape[0], 1), max_rows)
         received_PN = exchange_even(torch.cat([counts_PN, max_rows_P1], 1), self.ep_group)
@@ -329,7 +331,7 @@ class TedExpertParallel(EPImplementation):
         return received_PN[:, :-1]
 
     def _plan_within_bound(self, chunks: tuple[Tensor, ...], max_rows: int) -> list[Dispatch]:
-        """`max_rows` for each rank in each chunk; nothing is read back to the host."""
+        """Plan `max_rows` for each rank in each chunk; nothing is read back to the host."""
         ep_size, num_groups = self.ep_group.size(), self.etp_group.size() if self.drops_duplicates else 1
         rows = [rows_within_bound(ids_TK, self.num_experts, ep_size, max_rows) for ids_TK in chunks]
         if self.overflow is not None:
@@ -349,7 +351,7 @@ class TedExpertParallel(EPImplementation):
         ]
 
     def _plan(self, chunks: tuple[Tensor, ...]) -> list[Dispatch]:
-        """Rows and sizes of each chunk; the sizes are read back to the host once for all."""
+        """Rows and sizes of each chunk; all sizes are read back to the host at once."""
         num_local, ep_size = self.num_local_experts, self.ep_group.size()
         sorted_chunks = [sort_slots(ids_TK, self.num_experts) for ids_TK in chunks]
         sent_PCE = torch.stack([counts.view(ep_size, num_local) for _, _, counts in sorted_chunks], dim=1)  # P ranks
@@ -368,11 +370,11 @@ class TedExpertParallel(EPImplementation):
     def _dispatch(
         self, order: Tensor, row_TK: Tensor, send_sizes: list[int], received: list[int], received_SE: Tensor
     ) -> Dispatch:
-        """Rows as [`sort_slots`] orders them, each to the rank of its expert.
+        """Send rows in the order of [`sort_slots`], each to the rank of its expert.
 
         Args:
-            received: rows from each rank of the group, of all ranks that bring theirs together if they do.
-            received_SE: integer[S, E], those for each local expert.
+            received: rows from each rank of the group; if ranks gather their rows, for all of those ranks.
+            received_SE: integer[S, E], received rows for each local expert.
         """
         ep_size = self.ep_group.size()
         received_sizes = [sum(received[first : first + ep_size]) for first in range(0, len(received), ep_size)]
@@ -388,7 +390,7 @@ class TedExpertParallel(EPImplementation):
         )
 
     def _compute(self, rows_VD: Tensor, dispatch: Dispatch) -> Tensor:
-        """This rank's experts on the rows of its group, with the collectives of expert tensor parallelism around."""
+        """Run this rank's experts on the rows of its group, between the collectives of expert tensor parallelism."""
         etp_group = self.etp_group
         if self.drops_duplicates:
             rows_VD = gather_rows(rows_VD, dispatch.received_sizes, etp_group)
@@ -404,20 +406,21 @@ class TedExpertParallel(EPImplementation):
             return self._run_own_experts(rows_VD, dispatch.expert_ids_V)
 
     def _run_own_experts(self, rows_VD: Tensor, expert_ids_V: Tensor) -> Tensor:
-        if expert_ids_V.shape[0] == 0:  # one row of zeros that is cut off again: every parameter gets a gradient
+        if expert_ids_V.shape[0] == 0:  # a row of zeros, cut off later, so that every parameter gets a gradient
             row = torch.cat([rows_VD, rows_VD.new_zeros(1, rows_VD.shape[1])])
             return self.experts_forward(row, expert_ids_V.new_zeros(1, 1), row.new_ones(1, 1))[:0]
         return self.experts_forward(rows_VD, expert_ids_V[:, None], rows_VD.new_ones(expert_ids_V.shape[0], 1))
 
     @contextlib.contextmanager
     def _random_numbers_apart(self) -> Iterator[None]:
-        """Ranks that share a batch have the rows of different tokens here, and draw other numbers for them.
+        """Ranks that share a batch have rows of different tokens here, so they draw different numbers for them.
 
-        Behind the experts all of them draw the same again, however many rows they had. Recomputation in backward draws
-        what forward drew, as all seeds come from the generator that it has put back.
+        After the experts all of them draw the same numbers again, whatever number of rows they had. Recomputation in
+        backward draws the numbers of forward, because all seeds come from the generator that it restores.
         """
         if not (self.experts.training and _draws_random_numbers(self.experts)) or is_capturing():
-            yield  # in a graph, whose seeds cannot change, all have as many rows: the same numbers for other tokens
+            # in a graph seeds cannot change; all ranks have the same number of rows and draw the same numbers
+            yield
             return
         seed = int(torch.randint(2**62, ()))
         seed_generators(seed, self.part_of_group)
@@ -428,8 +431,8 @@ class TedExpertParallel(EPImplementation):
     def _own_view_of_parameters(self) -> Iterator[None]:
         """The experts' parameters as this rank's forward needs them.
 
-        The second bias is added by every rank of an expert, so each adds its part. Gradients are divided by the number
-        of batches where FSDP does not do it.
+        Every rank of an expert adds the second bias, so each adds only its part. Gradients are divided by the number of
+        batches if FSDP does not do that.
         """
         parameters = parameter_table(self.experts)
         originals = dict(parameters)

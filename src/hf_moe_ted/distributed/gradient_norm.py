@@ -15,12 +15,12 @@ from .private_torch import foreach_mul_, foreach_norm
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
     """Like `torch.nn.utils.clip_grad_norm_` with the 2-norm, for parameters on different meshes or on none.
 
-    torch's refuses parameters of different meshes (docs/upstream/torch_clip_grad_norm_meshes.md), and one norm per mesh
-    costs a chain of collectives for each.
+    torch's function refuses parameters of different meshes (docs/upstream/torch_clip_grad_norm_meshes.md). One norm per
+    mesh would cost a chain of collectives per mesh.
 
     Args:
-        parameters: those with gradients are looked at; plain ones are the same on all ranks.
-        max_norm: gradients are scaled down to it in place; `None` or infinity for the norm only.
+        parameters: those without gradients are ignored; plain tensors are the same on all ranks.
+        max_norm: gradients are scaled down to this norm in place; `None` or infinity only computes the norm.
 
     Returns:
         The norm before clipping, float32 scalar on the device of the process group.
@@ -46,11 +46,11 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float | None) -> Ten
 
 
 def clip_in_step(optimizer: ClippedAdamW, max_norm: float) -> Tensor | None:
-    """Like [`clip_grad_norm_`] for all parameters of an optimizer, whose next step clips.
+    """Like [`clip_grad_norm_`] for all parameters of an optimizer; the optimizer clips in its next step.
 
     Returns:
-        The norm before clipping, or `None` if gradients of this rank are to be clipped now, and nothing was done. A
-        rank may do either: both take the same collective.
+        The norm before clipping. `None` if this rank must clip its gradients now; then nothing was done. Ranks may
+        differ in this: both ways take the same collective.
     """
     return optimizer.clip_in_step(max_norm, weight=_share_of_world, reduce=_add_up)
 

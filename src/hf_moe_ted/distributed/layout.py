@@ -1,4 +1,4 @@
-"""A layout: how ranks share a model and its batches; numbers and switches only."""
+"""A layout: numbers and switches that say how ranks share a model and its batches."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +17,16 @@ LAYERS_PER_UNIT = 6
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes (mesh.py), and how the ranks of an axis work together, as [`TedPlugin`] explains it.
+    """Sizes of the axes (mesh.py), and how the ranks of an axis work together; [`TedPlugin`] explains them.
 
     Attributes:
-        dp_replicate_size: replicas, each with all that ZeRO shards; `data_parallel_size` counts the ranks of all.
+        dp_replicate_size: replicas, each of which has everything that ZeRO shards; `data_parallel_size` counts the
+            ranks of all replicas.
         mixed_precision: whether FSDP2 computes in bfloat16.
-        ep_implementation: name of what brings tokens to experts, in the registry of transformers.
+        ep_implementation: name, in the registry of transformers, of the class that exchanges tokens.
 
     Raises:
-        ValueError: a layout that cannot be.
+        ValueError: the layout is impossible.
     """
 
     tensor_parallel_size: int = 1
@@ -60,8 +61,8 @@ class Layout:
         if self.offload and self.data_parallel_size == 1:
             tp = self.tensor_parallel_size
             raise ValueError(
-                f"offload='cpu' moves the shards of data parallelism, and data_parallel_size is 1 (world "
-                f"{tp} / tensor_parallel_size {tp}); lower tensor_parallel_size"
+                f"offload='cpu' moves the shards of data parallelism, but data_parallel_size is 1 (world {tp} / "
+                f"tensor_parallel_size {tp}); lower tensor_parallel_size"
             )
         if self.dp_replicate_size != 1:
             self._check_replicas()
@@ -72,13 +73,13 @@ class Layout:
             raise ValueError(f"overlap_chunks ({self.overlap_chunks}) must be 1 with least_loaded_experts")
         if self.pad_expert_input_to_capacity:
             raise ValueError(
-                "pad_expert_input_to_capacity (True) does not go with least_loaded_experts (True): which rows go where "
-                "follows from the routing, and those of a padded exchange must not; leave one of them False"
+                "pad_expert_input_to_capacity (True) does not work with least_loaded_experts (True): it sends rows "
+                "by the routing, but a padded exchange must not depend on the routing; leave one of them False"
             )
 
     @property
     def moves_experts(self) -> bool:
-        """Whether ranks with few tokens compute experts of those with many."""
+        """Whether ranks with few tokens compute experts of ranks with many."""
         return self.ep_implementation == LEAST_LOADED
 
     def _check_replicas(self) -> None:
@@ -87,14 +88,14 @@ class Layout:
             raise ValueError(f"dp_replicate_size ({replicas}) must be at least 1")
         if dp % replicas:
             raise ValueError(
-                f"dp_replicate_size ({replicas}) must divide data_parallel_size ({dp}): as many data-parallel ranks "
-                "for each replica"
+                f"dp_replicate_size ({replicas}) must divide data_parallel_size ({dp}): each replica has the same "
+                "number of data-parallel ranks"
             )
         if replicas == dp:
             raise ValueError(
                 f"dp_replicate_size ({replicas}) must be less than data_parallel_size ({dp}): with one data-parallel "
-                "rank in a replica ZeRO has nothing to shard there; leave dp_replicate_size out, which sends as many "
-                "bytes between machines in stages 1 and 2 and takes less memory"
+                "rank per replica ZeRO cannot shard; leave dp_replicate_size out: that takes less memory and, in "
+                "stages 1 and 2, sends the same bytes between machines"
             )
         ranks, num_expert_ranks = self.ranks_per_replica, self.expert_parallel_size * self.expert_tensor_parallel_size
         if ranks % num_expert_ranks and num_expert_ranks % ranks:
@@ -111,7 +112,7 @@ class Layout:
 
     @property
     def zero_size(self) -> int:
-        """Ranks over which ZeRO shards what is no expert."""
+        """Ranks over which ZeRO shards weights outside of experts."""
         return self.data_parallel_size // self.dp_replicate_size
 
     @property
@@ -129,10 +130,10 @@ class Layout:
 
     @property
     def expert_dp_replicate_size(self) -> int:
-        """Replicas of experts: as many as of the rest if each has all experts.
+        """Replicas of experts: as many as of the other weights if each replica has all experts.
 
-        Where experts are spread over several replicas, no two copies of one are in the same replica. They are shared
-        out between all of them, as without replicas: nothing would be saved but memory be spent.
+        If experts are spread over several replicas, no replica has two copies of an expert. Then ZeRO shards an expert
+        over all of its copies, as without replicas: replicas of experts would cost memory and save nothing.
         """
         num_expert_ranks = self.expert_parallel_size * self.expert_tensor_parallel_size
         return self.dp_replicate_size if self.ranks_per_replica % num_expert_ranks == 0 else 1
@@ -148,12 +149,12 @@ class Layout:
 
     @property
     def wraps_experts_in_fsdp(self) -> bool:
-        """Whether FSDP manages ZCodeM3's experts: to share them, or for what only FSDP does."""
+        """Whether FSDP manages ZCodeM3's experts: to shard them, or for features that only FSDP has."""
         return self.expert_data_parallel_size > 1 or self.offload is not None or self.mixed_precision
 
 
 def layout_of(module: nn.Module) -> Layout | None:
-    """The layout that a model, or the model of these experts, is loaded with; `None` without a [`TedConfig`]."""
+    """The layout with which a model, or the model of these experts, is loaded; `None` without a [`TedConfig`]."""
     config: Any = getattr(getattr(module, "config", None), "distributed_config", None)
     layout = getattr(config, "layout", None)
     return layout if isinstance(layout, Layout) else None
@@ -163,7 +164,7 @@ def sizes_of_axes(world_size: int, tp: int, ep: int, etp: int | None, dp: int | 
     """Sizes of the tensor, expert, expert-tensor and data axes; on one process all are 1.
 
     Raises:
-        ValueError: they do not fit each other or the world.
+        ValueError: the sizes do not fit each other or the world size.
     """
     sizes = {
         "tensor_parallel_size": tp,
@@ -176,7 +177,7 @@ def sizes_of_axes(world_size: int, tp: int, ep: int, etp: int | None, dp: int | 
             raise ValueError(f"{name} ({size}) must be at least 1")
     if world_size == 1:
         if max(sizes.values()) > 1:
-            logger.warning(f"one process: {sizes} are all taken as 1; start several with torchrun")
+            logger.warning(f"only one process: {sizes} are all taken as 1; start several with torchrun")
         return 1, 1, 1, 1
     etp, dp = tp if etp is None else etp, world_size // tp if dp is None else dp
     _check_sizes(world_size, tp, ep, etp, dp)
@@ -184,7 +185,7 @@ def sizes_of_axes(world_size: int, tp: int, ep: int, etp: int | None, dp: int | 
 
 
 def replicas_of(world_size: int, dp_replicate_size: int) -> int:
-    """On one process 1, whatever is asked for.
+    """The number of replicas; on one process it is 1, whatever value is given.
 
     Raises:
         ValueError: it is less than 1.
@@ -192,27 +193,27 @@ def replicas_of(world_size: int, dp_replicate_size: int) -> int:
     if dp_replicate_size < 1:
         raise ValueError(f"dp_replicate_size ({dp_replicate_size}) must be at least 1")
     if world_size == 1 and dp_replicate_size > 1:
-        logger.warning(f"one process: dp_replicate_size ({dp_replicate_size}) is taken as 1; start several")
+        logger.warning(f"only one process: dp_replicate_size ({dp_replicate_size}) is taken as 1; start several")
         return 1
     return dp_replicate_size
 
 
 def _check_sizes(world_size: int, tp: int, ep: int, etp: int, dp: int) -> None:
     if world_size % tp:
-        raise ValueError(f"the world ({world_size} processes) must be divisible by tensor_parallel_size ({tp})")
+        raise ValueError(f"the world size ({world_size} processes) must be divisible by tensor_parallel_size ({tp})")
     if tp * dp != world_size:
         raise ValueError(
-            f"tensor_parallel_size ({tp}) x data_parallel_size ({dp}) = {tp * dp} must be the world ({world_size})"
+            f"tensor_parallel_size ({tp}) x data_parallel_size ({dp}) = {tp * dp} must be the world size ({world_size})"
         )
     if tp % etp:
         raise ValueError(f"expert_tensor_parallel_size ({etp}) must divide tensor_parallel_size ({tp})")
     experts = f"expert_parallel_size ({ep}) x expert_tensor_parallel_size ({etp}) = {ep * etp}"
     if world_size % (ep * etp):
-        raise ValueError(f"{experts} must divide the world ({world_size} processes)")
+        raise ValueError(f"{experts} must divide the world size ({world_size} processes)")
     if (ep * etp) % tp:
         raise ValueError(
             f"{experts} must be a multiple of tensor_parallel_size ({tp}): the ranks of a tensor-parallel group hold "
-            "the same tokens, so they split experts or hold different ones"
+            "the same tokens, so they must split experts or hold different ones"
         )
 
 

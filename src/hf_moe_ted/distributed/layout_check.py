@@ -1,4 +1,4 @@
-"""Whether a model and the layout that it is trained with belong together."""
+"""Check that a model fits the layout with which it is trained."""
 
 from typing import Any
 
@@ -14,14 +14,15 @@ _SIZES = (
 
 
 def check_is_sharded(model: nn.Module, parallelism_config: Any) -> None:
-    """A model that is not sharded would train as a whole copy on every rank, without a sign of it.
+    """Check that a model is sharded; otherwise every rank would silently train a whole copy.
 
     Args:
-        model: what a Trainer or an Accelerator gets. One without trainable parameters, such as a teacher, may be whole.
-        parallelism_config: a [`TedPlugin`]; nothing is checked for another one, for `None`, or for one process.
+        model: the model that a Trainer or an Accelerator gets. A model without trainable parameters, such as a teacher,
+            may be whole.
+        parallelism_config: a [`TedPlugin`]; nothing is checked for other configs, for `None`, or on one process.
 
     Raises:
-        ValueError: the plugin is for several processes, and the model is not sharded, or with another layout.
+        ValueError: the plugin is for several processes, but the model is not sharded, or has another layout.
     """
     wanted = getattr(parallelism_config, "distributed_config", None)
     if wanted is None or parallelism_config.total_size == 1:
@@ -29,7 +30,7 @@ def check_is_sharded(model: nn.Module, parallelism_config: Any) -> None:
     if not getattr(model, "is_distributed_loading_by_transformers", False):
         if any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(
-                f"{type(model).__name__} is not sharded, and the TedPlugin is for {parallelism_config.total_size} "
+                f"{type(model).__name__} is not sharded, but the TedPlugin is for {parallelism_config.total_size} "
                 f"processes (tensor_parallel_size {wanted.tp_size} x data_parallel_size {wanted.dp_size}): load it "
                 "with from_pretrained(folder, distributed_config=plugin.distributed_config)"
             )
@@ -40,19 +41,19 @@ def check_is_sharded(model: nn.Module, parallelism_config: Any) -> None:
         has, wants = getattr(present, name, None), getattr(wanted, name)
         if has is not None and has != wants:
             raise ValueError(
-                f"{type(model).__name__} was loaded with {name} {has}, and the TedPlugin has {wants}: give the Trainer "
-                "or the Accelerator the plugin whose distributed_config the model was loaded with"
+                f"{type(model).__name__} was loaded with {name} {has}, but the TedPlugin has {wants}: give the "
+                "Trainer or the Accelerator the plugin whose distributed_config loaded the model"
             )
 
 
 def check_model(config: PretrainedConfig, layout: Layout) -> None:
     """
     Raises:
-        ValueError: the sizes of a ZCodeM3 cannot be divided as the layout asks, or it has no capacity to pad to.
+        ValueError: the layout does not divide the sizes of a ZCodeM3, or the model has no capacity to pad to.
     """
     if layout.pad_expert_input_to_capacity and config.capacity_factor is None:
         raise ValueError(
-            "pad_expert_input_to_capacity (True) needs a capacity to pad to, and capacity_factor is None: set a "
+            "pad_expert_input_to_capacity (True) needs a capacity to pad to, but capacity_factor is None: set a "
             "capacity_factor, or leave pad_expert_input_to_capacity False"
         )
     wanted = [("vocab_size", "tensor_parallel_size", config.vocab_size)]

@@ -1,9 +1,9 @@
-"""Which rank computes which rows of which expert, when some ranks would have far more than others; numbers only.
+"""Decide from numbers alone which rank computes which rows of which expert, if the load of ranks is very uneven.
 
-Least-Loaded Expert Parallelism (https://huggingface.co/papers/2601.17111): while the largest load is under a bound,
-each expert is computed by the rank that holds it. Over it, a rank keeps up to the mean, and what is over goes, largest
-expert first and in chunks that are worth a product of their own, to the ranks with the least load. Every rank computes
-the same answer from the same counts.
+Least-Loaded Expert Parallelism (https://huggingface.co/papers/2601.17111): while the largest load is under a bound, the
+rank that holds an expert computes it. Above the bound, a rank keeps rows up to the mean. The rest goes to the ranks
+with the least load, from the largest expert first, in chunks that are large enough for an efficient product. Every rank
+computes the same answer from the same counts.
 
 Shape letters: S ranks that rows come from, P ranks that they go to, E experts of all ranks together.
 """
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 Counts = NDArray[np.int64]
 
-LEAST_LOADED = "ted_least_loaded"  # its name as an `ep_implementation`
+LEAST_LOADED = "ted_least_loaded"  # name as an `ep_implementation`
 LEAST_LOADED_BOUND = 1.3
 LEAST_LOADED_MIN_TOKENS = 1024
 
@@ -25,17 +25,17 @@ LEAST_LOADED_MIN_TOKENS = 1024
 def check_least_loaded(bound: Any, min_tokens: Any) -> None:
     """
     Raises:
-        ValueError: a bound below 1 or no number, chunks of less than a token.
+        ValueError: the bound is below 1 or not a number, or chunks have less than one token.
     """
     if not (isinstance(bound, int | float) and 1.0 <= bound < math.inf):
         raise ValueError(
-            f"least_loaded_bound ({bound!r}) must be a number of at least 1, the load when all ranks get as many "
-            f"tokens; {LEAST_LOADED_BOUND} is the default"
+            f"least_loaded_bound ({bound!r}) must be a number of at least 1; 1 is the load if all ranks get the same "
+            f"number of tokens; the default is {LEAST_LOADED_BOUND}"
         )
     if not (isinstance(min_tokens, int) and min_tokens >= 1):
         raise ValueError(
-            f"least_loaded_min_tokens ({min_tokens!r}) must be a whole number of at least 1; "
-            f"{LEAST_LOADED_MIN_TOKENS} is the default"
+            f"least_loaded_min_tokens ({min_tokens!r}) must be a whole number of at least 1; the default is "
+            f"{LEAST_LOADED_MIN_TOKENS}"
         )
 
 
@@ -43,13 +43,13 @@ def share_loads(loads_E: Counts, num_ranks: int, *, bound: float, min_tokens: in
     """Rows of each expert that each rank computes.
 
     Args:
-        loads_E: int64[E], rows of each expert; rank `p` of P holds those from `p * E / P` on.
+        loads_E: int64[E], rows of each expert; rank `p` of P holds the experts from `p * E / P` on.
         num_ranks: P.
-        bound: largest load of a rank, in parts of the mean, up to which nothing moves.
-        min_tokens: rows of an expert that go to another rank at least.
+        bound: largest load of a rank, as a multiple of the mean, up to which nothing moves.
+        min_tokens: fewest rows of an expert that go to another rank.
 
     Returns:
-        int64[P, E], whose sum over ranks is `loads_E`; `None` if each rank computes its own experts.
+        int64[P, E]; its sum over ranks is `loads_E`. `None` if each rank computes its own experts.
     """
     num_local = len(loads_E) // num_ranks
     shares_PE = np.zeros((num_ranks, len(loads_E)), dtype=np.int64)
@@ -67,7 +67,7 @@ def share_loads(loads_E: Counts, num_ranks: int, *, bound: float, min_tokens: in
             helper = load_P.index(min(load_P))
             num_rows = min(excess, max(limit - load_P[helper], min_tokens))
             if load_P[helper] + num_rows >= load_P[home]:
-                break  # the helper would be the one that is waited for
+                break  # all ranks would wait for the helper
             for rank, change in ((home, -num_rows), (helper, num_rows)):
                 shares_PE[rank, expert] += change
                 load_P[rank] += change
@@ -76,11 +76,11 @@ def share_loads(loads_E: Counts, num_ranks: int, *, bound: float, min_tokens: in
 
 
 class RowShares:
-    """Which rows go where. Those of an expert form one queue, by the rank that they come from; ranks share it in turn.
+    """The destinations of rows. Rows of an expert form one queue, ordered by source rank; ranks take consecutive parts.
 
     Args:
         counts_SE: int64[S, E], rows of each expert that a rank has.
-        shares_PE: int64[P, E], of [`share_loads`].
+        shares_PE: int64[P, E] from [`share_loads`].
     """
 
     def __init__(self, counts_SE: Counts, shares_PE: Counts):
@@ -89,7 +89,7 @@ class RowShares:
         self._starts_PE = shares_PE.cumsum(axis=0) - shares_PE
 
     def sent_by(self, source: int) -> tuple[Counts, Counts]:
-        """int64[P, E] twice: the first row that goes to each rank, among those of its expert, and how many."""
+        """int64[P, E] twice: the first row for each rank among the source's rows of the expert; the number of rows."""
         return _overlap(self._starts_SE[source], self._counts_SE[source], self._starts_PE, self._shares_PE)
 
     def received_by(self, rank: int) -> Counts:
@@ -98,7 +98,7 @@ class RowShares:
 
 
 def _overlap(start_E: Counts, size_E: Counts, starts_XE: Counts, sizes_XE: Counts) -> tuple[Counts, Counts]:
-    """Where the second intervals begin in the first ones, 0 outside, and how much of them is in there."""
+    """Where the second intervals begin in the first ones (0 outside), and the length of the overlap."""
     firsts_XE = np.maximum(starts_XE - start_E, 0)
     ends_XE = np.minimum(starts_XE + sizes_XE - start_E, size_E)
     overlaps_XE = np.maximum(ends_XE - firsts_XE, 0)
@@ -107,13 +107,13 @@ def _overlap(start_E: Counts, size_E: Counts, starts_XE: Counts, sizes_XE: Count
 
 @dataclass(frozen=True)
 class ExpertVisits:
-    """Experts that go from the rank that holds them to ranks that help it, as one rank sees it.
+    """Experts that go from the rank that holds them to ranks that help it, as seen by one rank.
 
     Attributes:
-        sent: experts of this rank, by number among its own, in the order in which they are sent; one may go to several.
-        send_sizes: how many to each rank.
-        received: global numbers of those that come, in the order in which they come.
-        receive_sizes: how many from each rank.
+        sent: local numbers of this rank's experts in sending order; an expert may go to several ranks.
+        send_sizes: number of experts sent to each rank.
+        received: global numbers of the experts that arrive, in their order.
+        receive_sizes: number of experts from each rank.
     """
 
     sent: list[int]

@@ -1,4 +1,4 @@
-"""Expert parallelism in which ranks with few tokens help those with many: tokens move, and experts with them.
+"""Expert parallelism in which ranks with few tokens help ranks with many: tokens and experts move.
 
 Shape letters: T tokens of this rank, K experts per token, R rows sent, V rows received, S ranks that rows come from,
 P ranks of the expert-parallel group, E experts of all of them, G experts that visit this rank, N numbers of an expert,
@@ -25,12 +25,12 @@ from .private_torch import parameter_table
 
 @dataclass(frozen=True)
 class SharedDispatch(Dispatch):
-    """A dispatch in which some rows go to another rank than that of their expert. All ranks of a group have one.
+    """A dispatch that sends some rows to a rank that does not hold their expert. All ranks of a group have one.
 
     Attributes:
-        visits: the experts that go along.
-        guest_ids_V: int64[V], the number of the expert among those that come, for each row that this rank gets; how
-            many come for a row of an expert of its own.
+        visits: the experts that move, too.
+        guest_ids_V: int64[V], for each row that this rank gets, the index of its expert among the arriving experts; the
+            number of arriving experts for a row of a local expert.
     """
 
     visits: ExpertVisits
@@ -38,12 +38,11 @@ class SharedDispatch(Dispatch):
 
 
 class LeastLoadedExpertParallel(TedExpertParallel):
-    """As its parent, and what ranks have over the mean is computed by the least loaded ones
-    (https://huggingface.co/papers/2601.17111).
+    """Like its parent, but the least loaded ranks compute what others have above the mean load.
 
-    The host reads the rows of each expert, once per layer, where the parent reads those of each rank. Experts travel
-    while the ranks compute those that they hold; in backward their gradients return meanwhile, and are added to those
-    of the rank that holds them.
+    Source: https://huggingface.co/papers/2601.17111. The host reads the number of rows of each expert once per layer;
+    the parent reads those of each rank. Experts are sent while ranks compute their own experts. In backward the
+    gradients return at the same time, and are added to those of the rank that holds the expert.
     """
 
     can_be_bounded = False
@@ -54,7 +53,7 @@ class LeastLoadedExpertParallel(TedExpertParallel):
         self.bound, self.min_tokens = layout.least_loaded_bound, layout.least_loaded_min_tokens
 
     def _plan(self, chunks: tuple[Tensor, ...]) -> list[Dispatch]:
-        (expert_ids_TK,) = chunks  # the layout allows no more
+        (expert_ids_TK,) = chunks  # the layout allows only one chunk
         order, row_TK, counts_E = sort_slots(expert_ids_TK, self.num_experts)
         rank, ep_size, num_local = self.ep_group.rank(), self.ep_group.size(), self.num_local_experts
         received_SE = gather_even(counts_E, self.ep_group)
@@ -75,13 +74,13 @@ class LeastLoadedExpertParallel(TedExpertParallel):
     def _shared_dispatch(
         self, order: Tensor, row_TK: Tensor, counts_SE: Counts, shares_PE: Counts, source: int
     ) -> SharedDispatch:
-        """Rows as [`sort_slots`] orders them, each to a rank that computes its expert.
+        """Send rows in the order of [`sort_slots`], each to a rank that computes its expert.
 
         Args:
-            source: this rank among the S.
+            source: index of this rank among the S.
         """
         rank, ep_size, num_local = self.ep_group.rank(), self.ep_group.size(), self.num_local_experts
-        # ranks that bring their rows together stand beside each other in a queue, so that each brings about as many
+        # ranks that gather their rows are neighbours in a queue, so each brings about the same number
         rows = RowShares(swap_axes(counts_SE, len(counts_SE) // ep_size), shares_PE)
         visits = ExpertVisits.of(shares_PE, rank)
         own_E = np.full(self.num_experts, num_local)
@@ -98,7 +97,7 @@ class LeastLoadedExpertParallel(TedExpertParallel):
         )
         num_sent, num_received = int(sent_PE.sum()), int(received_SE.sum())
         place_R = ranges(first, sent, num_sent)
-        row_of_place = row_TK.new_full((num_sent + 1,), -1)  # the last is that of -1, a slot without a row
+        row_of_place = row_TK.new_full((num_sent + 1,), -1)  # the last belongs to -1, a slot without a row
         row_of_place[place_R] = torch.arange(num_sent, device=order.device, dtype=row_TK.dtype)
         received_S = received_SE.sum(axis=1)
         of_group = received_S.reshape(-1, ep_size)
@@ -131,7 +130,7 @@ class LeastLoadedExpertParallel(TedExpertParallel):
             return output_VD + self._run_on_some(rows_VD, dispatch.guest_ids_V, len(visits.received))
 
     def _run_on_some(self, rows_VD: Tensor, expert_ids_V: Tensor, num_experts: int) -> Tensor:
-        """Zeros for rows of no expert here: not every experts function makes them of a row whose weight is not zero."""
+        """Zeros for rows without an expert here; not every experts function returns zeros for them."""
         if expert_ids_V.shape[0] == 0:
             return self._run_own_experts(rows_VD, expert_ids_V)
         is_here_V1 = (expert_ids_V < num_experts).to(rows_VD.dtype).unsqueeze(1)
@@ -139,7 +138,7 @@ class LeastLoadedExpertParallel(TedExpertParallel):
 
     @contextlib.contextmanager
     def _as_parameters(self, guests_GN: Tensor, like: dict[str, Tensor]) -> Iterator[None]:
-        """Compute with experts as [`TakeExperts`] gives them, of parameters such as these."""
+        """Compute with the experts that [`TakeExperts`] returns for parameters such as these."""
         table = parameter_table(self.experts)
         originals, num_experts = dict(table), self.experts.num_experts
         parts = guests_GN.split([param[0].numel() for param in like.values()], dim=1)
@@ -154,10 +153,10 @@ class LeastLoadedExpertParallel(TedExpertParallel):
 
 
 class TakeExperts(torch.autograd.Function):
-    """Some experts, one maybe several times, of parameters [E / P, ...]: the numbers of each in a row, one parameter
-    behind the other. Backward adds up what returns.
+    """Take some experts, possibly repeated, from parameters [E / P, ...]; backward adds up the returning gradients.
 
-    Sums are taken in the order of the ranks that have helped. A rank from which nothing went has no part in it.
+    The result has one row per expert, one parameter after the other. Sums are in the order of the ranks that helped. A
+    rank that sent no expert takes no part.
     """
 
     @staticmethod
@@ -182,10 +181,10 @@ class TakeExperts(torch.autograd.Function):
 
 
 class ReturnFirst(torch.autograd.Function):
-    """Identity of what own experts put out and of guests, for backward to send the gradients of guests first.
+    """Identity of the outputs of local experts and of guest experts; backward sends the gradients of guests first.
 
-    So all ranks run their collectives in the same order, with guests or without, and gradients travel while those of
-    own experts are computed: of what is ready autograd takes first what was made last.
+    So all ranks run their collectives in the same order, with or without guests, and gradients travel while those of
+    local experts are computed. The reason: of all nodes that are ready, autograd runs the last created one first.
     """
 
     @staticmethod
@@ -198,12 +197,12 @@ class ReturnFirst(torch.autograd.Function):
 
 
 def swap_axes(counts_SE: Counts, num_outer: int) -> Counts:
-    """From rows in the order of an outer and an inner number to the order of the inner and the outer one."""
+    """Reorder rows: from (outer, inner) order to (inner, outer) order."""
     return counts_SE.reshape(num_outer, -1, counts_SE.shape[1]).swapaxes(0, 1).reshape(counts_SE.shape)
 
 
 def on_device(numbers: list[Counts], device: torch.device) -> list[Tensor]:
-    """Each as int64[n] on a device, in one copy that the host does not wait for."""
+    """Move each list to a device as int64[n], in one copy for which the host does not wait."""
     flat = torch.from_numpy(np.concatenate([part.ravel() for part in numbers]))
     if device.type == "cuda":
         flat = flat.pin_memory().to(device, non_blocking=True)
@@ -211,7 +210,7 @@ def on_device(numbers: list[Counts], device: torch.device) -> list[Tensor]:
 
 
 def ranges(firsts: Tensor, sizes: Tensor, total: int) -> Tensor:
-    """int64[total], `first, first + 1, ...` of each range, one behind the other; nothing is read back to the host."""
+    """int64[total], `first, first + 1, ...` of each range, one after the other; nothing is read back to the host."""
     before = sizes.cumsum(0) - sizes
     offsets = (firsts - before).repeat_interleave(sizes, output_size=total)
     return torch.arange(total, device=firsts.device) + offsets

@@ -1,4 +1,4 @@
-"""The tensor behind a DTensor parameter, for computing with it."""
+"""The local tensor of a DTensor parameter, for computations."""
 
 from typing import Any
 
@@ -10,12 +10,10 @@ from .private_torch import local_of
 
 
 class LocalShard(torch.autograd.Function):
-    """The local tensor of a parameter whose gradient has the parameter's layout: `to_local`, at a third of its time.
+    """The local tensor of a parameter, whose gradient has the parameter's layout: `to_local` in a third of its time.
 
-    Args of `apply`:
-        param: a DTensor, or a tensor, which stands for itself.
-        factor: what the local tensor is multiplied with.
-        gradient_factor: what its gradient is multiplied with, whatever `factor` is.
+    Args of `apply`: param: a DTensor, or a plain tensor, which is its own local tensor. factor: number with which the
+    local tensor is multiplied. gradient_factor: number with which its gradient is multiplied, independent of `factor`.
     """
 
     @staticmethod

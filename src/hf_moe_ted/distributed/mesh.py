@@ -1,8 +1,8 @@
-"""The axes of TED over the ranks of a job, and the groups made of them.
+"""The axes of TED over the ranks of a job, and their process groups.
 
-transformers makes two views of the ranks, (dp_replicate, fsdp, tp) for all that is not an expert and (dp_replicate,
-efsdp, ep) for experts, where its `ep` is ours times `etp`. Expert tensor parallelism divides that axis once more, and
-folding the `tp` axis:
+transformers makes two views of the ranks: (dp_replicate, fsdp, tp) for weights outside of experts, and (dp_replicate,
+efsdp, ep) for experts. Its `ep` is our `ep` times `etp`. Expert tensor parallelism divides that axis once more, and
+folding divides the `tp` axis:
 
 | axis | names here | size | ranks of a group |
 |---|---|---|---|
@@ -15,9 +15,9 @@ folding the `tp` axis:
 
 `tp * dp = etp * ep * edp` (https://huggingface.co/papers/2303.06318, section 3.1).
 
-With replicas (HSDP) FSDP2 gets meshes of two axes, the second of which it shards over. Where experts are spread over
-several replicas, their view cannot have a `dp_replicate` axis; that of transformers is 1 then in both views, and `fsdp`
-is divided into (dense_replicate, dense_shard).
+With replicas (HSDP) FSDP2 gets meshes of two axes and shards over the second. If experts are spread over several
+replicas, their view cannot have a `dp_replicate` axis. Then the `dp_replicate` of transformers is 1 in both views, and
+`fsdp` is divided into (dense_replicate, dense_shard).
 """
 
 from typing import Any
@@ -39,13 +39,13 @@ def fold_mesh(tp_mesh: DeviceMesh, expert_tensor_parallel_size: int) -> DeviceMe
 
 
 def data_parallel_rank(meshes: Any) -> int:
-    """Among all ranks with different batches, those of other replicas included; `meshes` are of transformers."""
+    """This rank's index among all ranks with different batches, in all replicas; `meshes` are those of transformers."""
     replica, shard = meshes.get_mesh("dp_replicate"), meshes.get_mesh("fsdp")
     return int(replica.get_local_rank() * shard.size() + shard.get_local_rank())
 
 
 def zero_mesh(meshes: Any, layout: Layout) -> DeviceMesh:
-    """What `fully_shard` takes for all that is no expert: one axis, or replicas and shards."""
+    """The mesh of `fully_shard` for weights outside of experts: one axis, or replicas and shards."""
     if layout.dp_replicate_size == 1:
         return meshes.get_mesh("fsdp")
     if layout.expert_dp_replicate_size > 1:
@@ -54,12 +54,12 @@ def zero_mesh(meshes: Any, layout: Layout) -> DeviceMesh:
 
 
 def expert_zero_mesh(meshes: Any, layout: Layout) -> DeviceMesh:
-    """As `zero_mesh`, for experts."""
+    """Like `zero_mesh`, for experts."""
     return meshes.get_mesh(("dp_replicate", "efsdp") if layout.expert_dp_replicate_size > 1 else "efsdp")
 
 
 def inherit_timeout(mesh: DeviceMesh) -> None:
-    """Give the groups of a mesh the timeout of the world, in place of torch's 10 or 30 minutes."""
+    """Give the groups of a mesh the timeout of the world, instead of torch's 10 or 30 minutes."""
     timeout = world_timeout(mesh.device_type)
     if timeout is None:
         return
@@ -68,7 +68,7 @@ def inherit_timeout(mesh: DeviceMesh) -> None:
 
 
 def _split(mesh: DeviceMesh, inner_size: int, names: tuple[str, str]) -> DeviceMesh:
-    """An axis can be split once, and every layer asks; the root keeps the result, which ends with its groups."""
+    """Split an axis, once: every layer asks, so the root mesh keeps the result as long as its groups exist."""
     splits = root_mesh(mesh).__dict__.setdefault("ted_splits", {})
     key = names[0], inner_size
     if key not in splits:

@@ -1,4 +1,4 @@
-"""What happens to which layer of a ZCodeM3, in order: tensor parallelism, expert parallelism, ZeRO."""
+"""Apply tensor parallelism, expert parallelism and ZeRO to the layers of a ZCodeM3, in this order."""
 
 import contextlib
 import re
@@ -34,11 +34,11 @@ from .tensor_parallel import STYLES, join_logits_without_loss, vocab_parallel_cr
 
 
 def parallelize(model: PreTrainedModel, layout: Layout, meshes: Any, expert_plan: dict[str, str]) -> PreTrainedModel:
-    """Shard a ZCodeM3 whose parameters are on the meta device; loading fills what is left of them.
+    """Shard a ZCodeM3 whose parameters are on the meta device; loading then fills the shards.
 
     Args:
         model: ZCodeM3 model or head, changed in place.
-        meshes: transformers' `TransformersDeviceMesh` of the layout, `None` on one process.
+        meshes: transformers' `TransformersDeviceMesh` of the layout; `None` on one process.
         expert_plan: styles of the experts by name.
     """
     if meshes is None:
@@ -53,7 +53,7 @@ def parallelize(model: PreTrainedModel, layout: Layout, meshes: Any, expert_plan
             join_logits_without_loss(model)
     if layout.experts_are_spread and expert_plan:
         for layer in model.modules():
-            if isinstance(layer, ZCodeM3MoELayer):  # asked in each forward: the router's config may change
+            if isinstance(layer, ZCodeM3MoELayer):  # read in each forward, because the router's config may change
                 experts: Any = layer.experts
                 experts.max_tokens_per_expert = layer.router.max_tokens_per_expert
         apply_expert_parallelism(
@@ -63,7 +63,7 @@ def parallelize(model: PreTrainedModel, layout: Layout, meshes: Any, expert_plan
             expanded_plan(model, expert_plan),
             ep_implementation=layout.ep_implementation,
         )
-    # transformers ties after loading, too late for FSDP2, which would gather and reduce each of the tied weights
+    # transformers ties weights only after loading; FSDP2 would then gather and reduce each of the tied weights
     model.tie_weights(recompute_mapping=False)
     if layout.data_parallel_size > 1:
         apply_zero(model, layout, meshes)
@@ -83,10 +83,10 @@ def offload_parameters(model: nn.Module) -> None:
 
 
 def tensor_parallel_plan(model: Any) -> dict[str, str]:
-    """The model's plan with our styles in place of those of transformers.
+    """The model's plan with our styles instead of those of transformers.
 
-    The first projections of a dense feed-forward copy their input themselves; for attention and for the states of the
-    encoder one copy serves several projections.
+    The first projection of a dense feed-forward copies its own input. In attention, and for the encoder's states, one
+    copy serves several projections.
     """
     plan: dict[str, str] = {}
     for name, style in model.tp_plan.items():
@@ -106,10 +106,10 @@ def tensor_parallel_plan(model: Any) -> dict[str, str]:
 
 
 def apply_zero(model: PreTrainedModel, layout: Layout, meshes: Any) -> None:
-    """ZeRO through FSDP2: experts over the ranks that hold the same ones, all else over data-parallel ranks.
+    """ZeRO through FSDP2: experts over the ranks with the same experts, other weights over data-parallel ranks.
 
-    With replicas only over those of a replica, and gradients are summed over replicas behind that.
-    Experts that no other rank holds are left as they are: FSDP2 would keep a second copy of them.
+    With replicas, weights are sharded only over the ranks of a replica, and gradients are then summed over replicas.
+    Experts that no other rank holds are not changed: FSDP2 would keep a second copy of them.
     """
     options = zero_options(layout)
     alone: set[nn.Parameter] = set()
@@ -124,14 +124,14 @@ def apply_zero(model: PreTrainedModel, layout: Layout, meshes: Any) -> None:
         fully_shard(unit, mesh=mesh, ignored_params=alone, **options)
     _prefetch(units)
     fully_shard(model, mesh=mesh, ignored_params=alone, **options)
-    # generation calls the encoder without the model, whose hooks gather the embedding:
+    # generation calls the encoder without the model, but the model's hooks gather the embedding:
     # docs/upstream/transformers_fsdp_generate.md
     register_fsdp_forward_method(model, "generate")
     mark_fsdp_managed(model)
 
 
 def zero_options(layout: Layout) -> dict[str, Any]:
-    """What a layout gives to each `fully_shard`."""
+    """The arguments of `fully_shard` that follow from a layout."""
     options: dict[str, Any] = {"reshard_after_forward": layout.zero_stage == 3}
     if layout.offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
@@ -149,7 +149,7 @@ def units_of_layers(model: nn.Module, layout: Layout) -> list[list[nn.Module]]:
 
 
 def shard_experts(experts: nn.Module, layout: Layout, mesh: DeviceMesh, options: dict[str, Any]) -> None:
-    """Shard experts, or their adapters, by expert if each rank gets as many, else by rows of the weights."""
+    """Shard experts, or their adapters: by expert if each rank gets the same number, else by rows of the weights."""
 
     def placement(param: nn.Parameter) -> Shard | None:
         local = param.to_local() if isinstance(param, DTensor) else param
@@ -159,7 +159,7 @@ def shard_experts(experts: nn.Module, layout: Layout, mesh: DeviceMesh, options:
         return Shard(dims[0]) if dims else None
 
     module: Any = fully_shard(experts, mesh=mesh, shard_placement_fn=placement, **options)
-    # the gradient covers the tokens of all data-parallel ranks, however many hold the expert
+    # the gradient covers the tokens of all data-parallel ranks, whatever number of them holds the expert
     module.set_gradient_divide_factor(float(layout.data_parallel_size))
     if layout.expert_zero_size > 1:  # else FSDP2 divides before it sums over replicas
         # another factor than the group's size is applied in the reduction, which gloo refuses and NCCL gets wrong in
@@ -174,7 +174,7 @@ def _stacks_of_layers(model: nn.Module) -> list[list[nn.Module]]:
 
 
 def _prefetch(units: list[list[nn.Module]]) -> None:
-    """Gather the parameters of the next unit, in forward and backward, while one computes."""
+    """Gather the parameters of the next unit while one computes, in forward and backward."""
     gathered = [
         [unit[0], *(m for layer in unit for m in expert_modules(layer) if isinstance(m, FSDPModule))] for unit in units
     ]
@@ -187,9 +187,9 @@ def _prefetch(units: list[list[nn.Module]]) -> None:
 
 
 def prepare_for_training(model: nn.Module) -> None:
-    """What a sharded model of any class needs besides its shards; done once.
+    """Set up what a sharded model of any class needs besides its shards; done once.
 
-    transformers shards models other than ZCodeM3 itself, without ZeRO's stages 1 and 2.
+    Models other than ZCodeM3 are sharded by transformers, without ZeRO's stages 1 and 2.
     """
     model = unwrap_peft_model(model)
     layout = layout_of(model)
@@ -205,9 +205,10 @@ def prepare_for_training(model: nn.Module) -> None:
 
 
 def show_shards(model: nn.Module) -> None:
-    """Have a model show its shards: a forward without backward leaves gathered parameters in their place.
+    """Make a model show its shards: a forward without backward leaves gathered parameters in their place.
 
-    What was frozen meanwhile stays so. Not between a forward and its backward, where it would cost another gather.
+    Parameters that were frozen meanwhile stay frozen. Do not call it between a forward and its backward: it would cost
+    another gather.
     """
     shown = {*model.parameters()}
     for module in model.modules():
@@ -219,9 +220,9 @@ def show_shards(model: nn.Module) -> None:
 
 
 def step_shards(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Have an optimizer step the shards where it was made behind a forward without backward.
+    """Make an optimizer step the shards, if it was made after a forward without backward.
 
-    It has the gathered parameters then, which get no gradients and are overwritten by the next gather.
+    Such an optimizer has the gathered parameters, which get no gradients and are overwritten by the next gather.
     """
     managed = [part for module in model.modules() if isinstance(module, FSDPModule) for part in fsdp_parameters(module)]
     shards = {part.whole: part.sharded for part in managed if part.whole is not None}
@@ -231,11 +232,11 @@ def step_shards(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 @contextlib.contextmanager
 def deferred_reduction(model: Any, layout: Layout) -> Iterator[None]:
-    """Around a micro-batch that is not the last of its accumulation, for a model that FSDP2 manages.
+    """Context for a micro-batch that is not the last of its accumulation, for a model that FSDP2 manages.
 
-    ZeRO-2 reduces its gradients inside a replica, so that no whole ones stay, and sums them over replicas with the
-    last. Stages 1 and 3 reduce nothing. Stages 1 and 2 keep what they gathered for the next micro-batch: parameters do
-    not change before the last, and the next loss would need the same memory for them.
+    ZeRO-2 reduces gradients inside a replica, so that none stay whole, and sums them over replicas with the last
+    micro-batch. Stages 1 and 3 reduce nothing. Stages 1 and 2 keep the gathered parameters for the next micro-batch:
+    parameters do not change before the last one, and the next loss would need the same memory for them.
     """
     if layout.zero_stage == 2:
         model.set_requires_all_reduce(False)
@@ -250,11 +251,11 @@ def deferred_reduction(model: Any, layout: Layout) -> Iterator[None]:
 
 
 def _name_as_whole(model: nn.Module) -> None:
-    """FSDP2 makes a subclass, by whose name transformers would not know the model.
+    """Restore the class name: FSDP2 makes a subclass whose name transformers does not know.
 
-    Saving would take it for the model's own and copy its file as remote code (`custom_object_save` in
-    transformers/dynamic_module_utils.py), and the Trainer's label smoothing would not shift labels (`compute_loss`):
-    docs/upstream/transformers_fsdp_class_name.md.
+    With the subclass's name, saving would take it for a custom class and copy its file as remote code
+    (`custom_object_save` in transformers/dynamic_module_utils.py), and the Trainer's label smoothing would not shift
+    labels (`compute_loss`): docs/upstream/transformers_fsdp_class_name.md.
     """
     wrapped: Any = type(model)
     if isinstance(model, FSDPModule):

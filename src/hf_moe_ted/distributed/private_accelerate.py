@@ -1,6 +1,6 @@
-"""What TED uses of accelerate under private names, with the reason.
+"""Private names of accelerate that TED uses, each with the reason.
 
-`docs/private_names.md` lists all such names of the package with the versions that were read.
+`docs/private_names.md` lists all such names of the package, with the versions that were read.
 """
 
 import contextlib
@@ -11,10 +11,10 @@ from accelerate import Accelerator
 
 
 def models_with_optimizers(accelerator: Accelerator) -> list[tuple[Any, Any]]:
-    """What was prepared, of which no public attribute tells.
+    """The prepared models and optimizers; no public attribute has them.
 
     Raises:
-        ValueError: there is not one optimizer per model.
+        ValueError: the numbers of models and optimizers differ.
     """
     models, optimizers = accelerator._models, accelerator._optimizers
     if len(models) != len(optimizers):
@@ -27,7 +27,7 @@ def models_with_optimizers(accelerator: Accelerator) -> list[tuple[Any, Any]]:
 
 @contextlib.contextmanager
 def without_models(accelerator: Accelerator) -> Iterator[None]:
-    """A block in which `save_state` and `load_state` leave models and optimizers alone: there is no option for it."""
+    """A block in which `save_state` and `load_state` skip models and optimizers; accelerate has no option for that."""
     models, optimizers = accelerator._models, accelerator._optimizers
     accelerator._models, accelerator._optimizers = [], []
     try:
@@ -37,7 +37,7 @@ def without_models(accelerator: Accelerator) -> Iterator[None]:
 
 
 def num_registered_objects(accelerator: Accelerator) -> int:
-    """How many objects `register_for_checkpointing` got, each of which has a file in a state."""
+    """Number of objects that were given to `register_for_checkpointing`; each has a file in a state."""
     return len(accelerator._custom_objects)
 
 

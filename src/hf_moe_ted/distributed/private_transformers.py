@@ -1,7 +1,7 @@
-"""What TED uses of transformers under private names, with the reason.
+"""Private names of transformers that TED uses, each with the reason.
 
-`docs/private_names.md` lists all such names of the package with the versions that were read; methods of transformers
-that subclasses override stand there only.
+`docs/private_names.md` lists all such names of the package, with the versions that were read. Methods of transformers
+that subclasses override are listed only there.
 """
 
 from operator import attrgetter
@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 
 from .layout import Layout
 
-# the meshes that a model was sharded with, and its tensor-parallel size, whether with a TedConfig or without
+# the meshes with which a model was sharded, and its tensor-parallel size, with or without a TedConfig
 mesh_manager, tensor_parallel_size = attrgetter("_mesh_manager"), attrgetter("_tp_size")
-# a plan with the layers of a model in place of its `*`, as `apply_tensor_parallelism` wants it
+# a plan with a model's layers instead of `*`, the form that `apply_tensor_parallelism` needs
 expanded_plan = PreTrainedModel._expand_parallel_plan
 
 
 def mark_sharded(model: Any, meshes: Any, layout: Layout) -> None:
-    """What `DistributedMixin.maybe_distribute_model` sets on a model and transformers asks for everywhere."""
+    """Set the attributes that `DistributedMixin.maybe_distribute_model` sets; transformers reads them everywhere."""
     model._mesh_manager = meshes
     model._device_mesh = meshes.get_mesh(("pp", "fsdp", "tp"))
     model._is_distributed_loading_by_transformers = True
@@ -26,22 +26,22 @@ def mark_sharded(model: Any, meshes: Any, layout: Layout) -> None:
 
 
 def mark_fsdp_managed(model: Any) -> None:
-    """Generation then keeps going until all ranks are done."""
+    """Make generation continue until all ranks are done."""
     model._is_fsdp_managed_module = True
 
 
 def names_not_saved(model: PreTrainedModel) -> set[str]:
-    """Tensors that a class leaves out of its checkpoints."""
+    """Names of tensors that a class leaves out of its checkpoints."""
     return set(model._keys_to_ignore_on_save or ())
 
 
 def has_adapters(model: Any) -> bool:
-    """Whether `add_adapter` or `load_adapter` put some into the model; PEFT's own models have a `peft_config`."""
+    """Whether `add_adapter` or `load_adapter` put adapters into the model; PEFT's own models have a `peft_config`."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def given_conversions(model: Any) -> list[Any]:
-    """The `key_mapping` that `from_pretrained` got."""
+    """The `key_mapping` that was given to `from_pretrained`."""
     return getattr(model, "_weight_conversions", None) or []
 
 

@@ -15,20 +15,20 @@ from torch.distributed import ProcessGroup
 
 
 class RandomState:
-    """Seeds the generators before each forward and each generation, and puts back what they were behind it.
+    """Seeds the generators before each forward and each generation, and restores them afterwards.
 
-    Dropout, router noise, random token selection and sampled words must agree between ranks that share a batch, or
-    their replicated parameters or sentences drift apart without a sign; `set_seed(device_specific=True)` and the like
-    make them differ. So the seed of a forward is a function of the base seed, which is rank 0's at the first forward,
-    the number of the forward, and the data-parallel rank. That of a generation is drawn from the generator of the first
-    rank of each tensor-parallel group, so that `set_seed` before it has the usual effect.
+    Dropout, router noise, random token selection and sampled words must agree between ranks that share a batch.
+    Otherwise their replicated parameters or sentences silently diverge; `set_seed(device_specific=True)`, for example,
+    makes them differ. So the seed of a forward is a function of the base seed (rank 0's seed at the first forward), the
+    number of the forward, and the data-parallel rank. The seed of a generation is drawn from the generator of the first
+    rank of each tensor-parallel group, so `set_seed` before it has the usual effect.
 
-    A forward that is captured in a CUDA graph is left alone: seeds cannot change in it. Replays draw from the device's
-    generator as it then is; `around_replay` seeds it as for a forward.
+    A forward that is captured in a CUDA graph is not seeded, because seeds cannot change in a graph. Replays draw from
+    the device's current generator; `around_replay` seeds that as for a forward.
 
     Attributes:
-        num_forwards: forwards so far, but for those of generations.
-        base_seed: `None` before the first.
+        num_forwards: number of forwards so far, without those of generations.
+        base_seed: `None` before the first forward.
     """
 
     def __init__(self, data_parallel_rank: int, tensor_parallel_group: ProcessGroup | None = None):
@@ -55,7 +55,7 @@ class RandomState:
 
     @contextlib.contextmanager
     def leave_alone(self) -> Iterator[None]:
-        """Around forwards whose seeds are somebody else's."""
+        """Context for forwards that other code seeds."""
         before, self._is_left_alone = self._is_left_alone, True
         try:
             yield
@@ -64,7 +64,7 @@ class RandomState:
 
     @contextlib.contextmanager
     def around_replay(self) -> Iterator[None]:
-        """Around the replay of a forward that was captured: it draws what the next forward from Python would."""
+        """Context for the replay of a captured forward: it draws what the next forward from Python would draw."""
         self._begin()
         try:
             with self.leave_alone():
@@ -73,7 +73,7 @@ class RandomState:
             _restore_generators(self._saved.pop())
 
     def take_back_forward(self) -> None:
-        """The next forward draws what the last one drew, which is run again."""
+        """Make the next forward draw what the last one drew, to run that one again."""
         self.num_forwards -= 1
 
     def _begin(self) -> None:
@@ -98,14 +98,15 @@ class RandomState:
 def synchronize_random_state(
     model: nn.Module, data_parallel_rank: int, tensor_parallel_group: ProcessGroup
 ) -> RandomState:
-    """Attach a [`RandomState`] to a model, as `model.ted_random_state`; once."""
+    """Attach a [`RandomState`] to a model as `model.ted_random_state`, once."""
     model_: Any = model
     existing = model_.__dict__.get("ted_random_state")
     if existing is not None:
         return existing
     state = RandomState(data_parallel_rank, tensor_parallel_group)
     model_.ted_random_state = state
-    # before FSDP's hooks or behind, they draw nothing; an error inside forward must restore the generators, too
+    # the order with FSDP's hooks does not matter, as they draw nothing; an error inside forward must restore the
+    # generators, too
     model.register_forward_pre_hook(state.before_forward, with_kwargs=True)
     model.register_forward_hook(state.after_forward, always_call=True)
     if hasattr(model, "generate"):
@@ -121,7 +122,7 @@ def synchronize_random_state(
 
 
 def saved_random_state(model: nn.Module) -> dict[str, Any]:
-    """For a checkpoint: a model's [`RandomState`], and the generators of its data-parallel ranks. All ranks call it.
+    """A model's [`RandomState`] and the generators of its data-parallel ranks, for a checkpoint. All ranks call it.
 
     Returns:
         The same on all ranks: `"generators"`, the states of Python's, NumPy's and torch's generators of the first rank
@@ -139,23 +140,23 @@ def saved_random_state(model: nn.Module) -> dict[str, Any]:
 
 
 def load_random_state(model: nn.Module, saved: dict[str, Any]) -> None:
-    """Continue with the [`RandomState`] that [`saved_random_state`] gave, if model and checkpoint have one."""
+    """Continue with the [`RandomState`] from [`saved_random_state`], if model and checkpoint have one."""
     state = getattr(model, "ted_random_state", None)
     if state is not None and "random_state" in saved:
         state.load_state_dict(saved["random_state"])
 
 
 def load_generators(model: nn.Module, saved: dict[str, Any]) -> None:
-    """Give the generators of this process the states that its data-parallel rank had. All ranks call it.
+    """Set the generators of this process to the saved states of its data-parallel rank. All ranks call it.
 
-    What a collator or a sampler draws must agree between ranks that share a batch, in the layout that is now. A rank
-    that is behind those that were saved gets the state of one of them, as all have the same one when training starts.
-    Where a checkpoint has no generators, as those of earlier versions, ranks that share a batch get what the first of
-    them has.
+    Random numbers of a collator or a sampler must agree between ranks that share a batch in the current layout. If
+    there are more data-parallel ranks than were saved, the others get one of the saved states; all have the same state
+    when training starts. If a checkpoint has no generators, such as one of an earlier version, ranks that share a batch
+    get the state of the first of them.
 
     Args:
-        model: tells the data-parallel rank, which is that of the process for a model that is not sharded.
-        saved: of [`saved_random_state`], in this layout or another one.
+        model: gives the data-parallel rank; for a model that is not sharded it is the rank of the process.
+        saved: what [`saved_random_state`] returned, in this layout or another.
     """
     states = saved.get("generators")
     if states:
@@ -167,7 +168,7 @@ def load_generators(model: nn.Module, saved: dict[str, Any]) -> None:
 
 
 def is_capturing() -> bool:
-    """Whether a CUDA graph captures what the current stream gets."""
+    """Whether a CUDA graph captures the current stream."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
@@ -198,7 +199,7 @@ def all_generator_states() -> dict[str, Any]:
 
 
 def set_all_generator_states(states: dict[str, Any]) -> None:
-    """Put them where they were when [`all_generator_states`] gave these."""
+    """Restore the generators to states from [`all_generator_states`]."""
     random.setstate(states["python"])
     algorithm, keys, *rest = states["numpy"]
     np.random.set_state((algorithm, keys.numpy().astype(np.uint32), *rest))
@@ -207,7 +208,7 @@ def set_all_generator_states(states: dict[str, Any]) -> None:
 
 
 def seed_generators(*parts: int) -> None:
-    """Seed torch's generators, of all devices, with a hash of numbers."""
+    """Seed torch's generators on all devices with a hash of numbers."""
     digest = hashlib.sha256("-".join(map(str, parts)).encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:7], "big"))
 

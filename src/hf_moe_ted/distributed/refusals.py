@@ -1,4 +1,4 @@
-"""What a sharded model, its Accelerator and its Trainer cannot do, refused by name before it goes wrong."""
+"""Refuse early, with clear errors, what a sharded model, its Accelerator and its Trainer cannot do."""
 
 import functools
 import os
@@ -26,7 +26,7 @@ _METHODS = {
     "float": _DTYPE,
     "double": _DTYPE,
 }
-_ONE_ADAPTER = "a sharded model keeps the adapter that it was given first: merge it, or load the model anew"
+_ONE_ADAPTER = "a sharded model keeps its first adapter: merge it, or load the model again"
 _METHODS_OF_ADAPTERS = {
     "add_adapter": _ONE_ADAPTER,
     "load_adapter": _ONE_ADAPTER,
@@ -36,12 +36,12 @@ _METHODS_OF_ADAPTERS = {
     "unmerge_adapter": "the adapter is not merged",
     "push_to_hub": _METHODS["push_to_hub"],
 }
-# optimizers of TrainingArguments that step a DTensor as they would the whole, tested in test_ted_trainer_options.py
+# optimizers of TrainingArguments that step a DTensor like a whole tensor; tested in test_ted_trainer_options.py
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
 
 
 def refuse_methods(model: nn.Module) -> None:
-    """Methods that would change a whole model have errors in place of them: a ValueError says what to do.
+    """Replace methods that would change a whole model by errors: a ValueError says what to do instead.
 
     Raises:
         ValueError: the model has adapters of `add_adapter` already.
@@ -54,7 +54,7 @@ def refuse_methods(model: nn.Module) -> None:
 
 
 def refuse_methods_of_adapters(model: Any) -> None:
-    """As [`refuse_methods`], for a PEFT model whose adapters are sharded, and what it hands on to its tuner."""
+    """Like [`refuse_methods`], for a PEFT model with sharded adapters and for its tuner."""
     for part in (model, model.base_model):
         for name, instead in _METHODS_OF_ADAPTERS.items():
             setattr(part, name, functools.partial(_refuse, name, instead))
@@ -63,7 +63,7 @@ def refuse_methods_of_adapters(model: Any) -> None:
 def check_accelerator(accelerator: Accelerator) -> None:
     """
     Raises:
-        ValueError: on several processes, the Accelerator has another way to shard or to compile a model, or a mixed
+        ValueError: on several processes, the Accelerator shards or compiles models in another way, or has a mixed
             precision that needs a GradScaler.
     """
     if accelerator.num_processes == 1:
@@ -73,18 +73,18 @@ def check_accelerator(accelerator: Accelerator) -> None:
             f"mixed_precision ({accelerator.mixed_precision!r}) must be 'no' or 'bf16' with a sharded model"
         )
     others = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
-    # on CPUs an fsdp_plugin is ignored; this is what it, `accelerate launch --use_fsdp` and args.fsdp set
+    # on CPUs an fsdp_plugin is ignored; it, `accelerate launch --use_fsdp` and args.fsdp set this variable
     uses_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if accelerator.distributed_type in others or uses_fsdp:
         raise ValueError(
-            "TedPlugin shards a model itself and does not go with FSDP, DeepSpeed or Megatron of "
-            "Accelerate; leave them, --use_fsdp and --use_deepspeed out"
+            "TedPlugin shards a model itself and does not work with FSDP, DeepSpeed or Megatron of Accelerate; leave "
+            "them, --use_fsdp and --use_deepspeed out"
         )
     backend = accelerator.state.dynamo_plugin.backend
     if backend != DynamoBackend.NO:
         raise ValueError(
-            f"torch.compile (dynamo backend {backend.value}) does not go with a sharded model; "
-            "leave torch_compile and dynamo_backend out"
+            f"torch.compile (dynamo backend {backend.value}) does not work with a sharded model; leave torch_compile "
+            "and dynamo_backend out"
         )
 
 
@@ -92,38 +92,38 @@ def check_training_arguments(args: Any, model: nn.Module, *, has_optimizer: bool
     """
     Args:
         args: `TrainingArguments`.
-        model: sharded, or a ZCodeM3 that is not.
-        has_optimizer: whether the Trainer got an optimizer, so that `args.optim` means nothing.
+        model: a sharded model, or a ZCodeM3 that is not sharded.
+        has_optimizer: whether the Trainer was given an optimizer, so that `args.optim` has no effect.
 
     Raises:
         ValueError: an argument that would fail later, hang, or have no effect.
     """
     if isinstance(model, ZCodeM3PreTrainedModel) and args.neftune_noise_alpha is not None:
         raise ValueError(
-            f"neftune_noise_alpha ({args.neftune_noise_alpha}) has no effect on {type(model).__name__}, as encoder and "
-            "decoder do not look words up in the embedding that gets the noise; leave it None"
+            f"neftune_noise_alpha ({args.neftune_noise_alpha}) has no effect on {type(model).__name__}, because "
+            "encoder and decoder do not look words up in the embedding that gets the noise; leave it None"
         )
     if not getattr(model, "is_distributed_loading_by_transformers", False):
         return
     for name, instead in _ARGUMENTS.items():
         if getattr(args, name, None):
-            raise ValueError(f"{name} ({getattr(args, name)!r}) does not go with a sharded model: {instead}")
+            raise ValueError(f"{name} ({getattr(args, name)!r}) does not work with a sharded model: {instead}")
     optim = getattr(args.optim, "value", args.optim)
     if not has_optimizer and optim not in OPTIMIZERS:
         raise ValueError(
-            f"optim ({optim!r}) does not go with a sharded model: give optimizer_cls_and_kwargs=plugin.tiled_adamw(...)"
-            f", or one of {', '.join(OPTIMIZERS)}"
+            f"optim ({optim!r}) does not work with a sharded model: give "
+            f"optimizer_cls_and_kwargs=plugin.tiled_adamw(...), or one of {', '.join(OPTIMIZERS)}"
         )
     if not args.accelerator_config.even_batches or args.accelerator_config.dispatch_batches:
         raise ValueError(
             f"accelerator_config ({args.accelerator_config.to_dict()}) must have even_batches True and "
-            "dispatch_batches None or False with a sharded model: all ranks take part in each forward, with the "
-            "batch of their data-parallel rank"
+            "dispatch_batches None or False with a sharded model, because all ranks take part in each forward, with "
+            "the batch of their data-parallel rank"
         )
 
 
 _ARGUMENTS = {
-    "auto_find_batch_size": "a rank that starts again alone leaves the others waiting; set the batch size",
+    "auto_find_batch_size": "a rank that restarts alone would leave the others waiting; set the batch size",
     "bf16_full_eval": _DTYPE,
     "deepspeed": "TedPlugin shards it",
     "enable_jit_checkpoint": "ranks would save at different steps; use save_steps",
@@ -131,7 +131,7 @@ _ARGUMENTS = {
     "fp16_full_eval": _DTYPE,
     "fsdp": "TedPlugin(zero_stage=...) does that",
     "torch_compile": "leave it out",
-    "use_liger_kernel": "its loss needs the whole head; leave it out",
+    "use_liger_kernel": "its loss needs an unsharded head; leave it out",
 }
 
 

@@ -1,4 +1,4 @@
-"""The Trainer's samplers for ranks that share batches, and for runs that go on in another layout."""
+"""The Trainer's samplers, for ranks that share batches and for runs that continue in another layout."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,15 +9,15 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 
 
 class SeededLengthGroupedSampler(LengthGroupedSampler):
-    """Samples of similar length together, in an order that depends on the seed and the epoch only.
+    """Samples of similar length together, in an order that depends only on the seed and the epoch.
 
-    The parent draws from the generator of the process, which ranks need not have in common, and which a resumed run
-    has lost.
+    The parent draws from the generator of the process. Ranks may have different generators, and a resumed run has lost
+    its state.
 
     Args:
-        lengths: of each sample.
-        batch_size: samples of a step, over all data-parallel ranks.
-        seed: of the data.
+        lengths: length of each sample.
+        batch_size: samples per step, over all data-parallel ranks.
+        seed: seed of the data.
     """
 
     def __init__(self, lengths: list[int], *, batch_size: int, seed: int):
@@ -36,15 +36,15 @@ class SeededLengthGroupedSampler(LengthGroupedSampler):
 def for_data_parallel_ranks(
     sampler: Any, *, seed: int, batch_size: int, data_parallel_size: int, data_parallel_rank: int
 ) -> Sampler | None:
-    """A Trainer's sampler, which all ranks that share a batch go through alike.
+    """A Trainer's sampler in a form that gives all ranks that share a batch the same order.
 
     Args:
-        sampler: that the Trainer has made, `None` for none.
-        batch_size: samples of a step, over all data-parallel ranks.
+        sampler: the sampler that the Trainer made, or `None`.
+        batch_size: samples per step, over all data-parallel ranks.
     """
     if isinstance(sampler, LengthGroupedSampler) and sampler.generator is None:
         return SeededLengthGroupedSampler(sampler.lengths, batch_size=batch_size, seed=seed)
-    if isinstance(sampler, BatchRebalanceSampler):  # its ranks are processes, each with samples of its own
+    if isinstance(sampler, BatchRebalanceSampler):  # its ranks are processes, each with its own samples
         return BatchRebalanceSampler(
             sampler.lengths,
             effective_batch_size=batch_size,
@@ -59,7 +59,7 @@ def for_data_parallel_ranks(
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
-    """Tell a loader's sampler the epoch, also where accelerate has wrapped it twice, as when batches are skipped."""
+    """Tell a loader's sampler the epoch, even if accelerate wrapped it twice, such as to skip batches."""
     sampler = getattr(loader, "batch_sampler", None)
     while sampler is not None:
         if hasattr(sampler, "set_epoch"):

@@ -1,8 +1,8 @@
-"""Which part of a tensor this rank holds: rectangles of the whole tensor, as views of the local one.
+"""The part of a tensor that a rank holds: rectangles of the whole tensor, as views of the local one.
 
-DTensor describes a shard as one rectangle, which is wrong for nested and strided shards: there the local tensor is
-several rectangles of the whole one, laid side by side, and DTensor cannot always gather them
-(docs/upstream/torch_strided_shards.md). What reads or writes whole tensors works on these rectangles instead.
+DTensor describes a shard as one rectangle. That is wrong for nested and strided shards: there the local tensor consists
+of several rectangles of the whole one, side by side, and DTensor cannot always gather them
+(docs/upstream/torch_strided_shards.md). Code that reads or writes whole tensors works on these rectangles instead.
 """
 
 import itertools
@@ -43,15 +43,15 @@ def regions(tensor: Tensor) -> list[Region]:
     """The rectangles that this rank's local tensor consists of.
 
     Args:
-        tensor: a DTensor with any mix of shards, strided shards and replicas, in sizes that divide or not, or a tensor
-            that is not distributed, which is one region.
+        tensor: a DTensor with any mix of shards, strided shards and replicas, of any size; or a tensor that is not
+            distributed, which is one region.
 
     Returns:
-        Disjoint regions that cover the local tensor; none if it is empty or this rank is not in the mesh. Those of all
-        ranks cover the whole tensor.
+        Disjoint regions that cover the local tensor; none if it is empty or this rank is not in the mesh. The regions
+        of all ranks cover the whole tensor.
 
     Raises:
-        ValueError: a placement that is a partial sum, or a nesting whose order of shards is not known.
+        ValueError: a placement is a partial sum, or shards are nested in an unknown order.
     """
     if not isinstance(tensor, DTensor):
         return [_whole(local_tensor(tensor))] if tensor.numel() else []
@@ -67,7 +67,7 @@ def regions_at(tensor: Tensor, coordinate: Sequence[int], local: Tensor) -> list
     shape = _shape(intervals_by_dim)
     if local.numel() != shape.numel() or (local.numel() and local.shape != shape):
         raise ValueError(
-            f"a local tensor of shape {tuple(local.shape)} where {tuple(shape)} is expected, for placements "
+            f"the local tensor has the shape {tuple(local.shape)}, but {tuple(shape)} is expected for placements "
             f"{tensor.placements} of a tensor of shape {tuple(tensor.shape)} on the mesh {tensor.device_mesh}"
         )
     found = []
@@ -82,7 +82,7 @@ def regions_at(tensor: Tensor, coordinate: Sequence[int], local: Tensor) -> list
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """What this rank holds, detached: the local tensor of a DTensor, any other tensor itself."""
+    """The detached tensor that this rank holds: the local tensor of a DTensor, or any other tensor itself."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
@@ -94,11 +94,11 @@ def local_shape(tensor: Tensor, coordinate: Sequence[int]) -> torch.Size:
 
 
 def sources(tensor: Tensor, rank: int) -> dict[int, tuple[int, ...]]:
-    """The ranks that together hold each element of a tensor once, with their coordinates in its mesh.
+    """Ranks that together hold each element of a tensor once, with their coordinates in its mesh.
 
-    Of ranks that hold the same, it is those in the replica that `rank` belongs to: ranks with its coordinates on the
-    mesh dims that replicate. A tensor that is not distributed is whole on every rank, and `rank` is its own source.
-    Where `rank` is not in the mesh of this rank's tensor, there are none: it belongs to another replica.
+    Of ranks that hold the same elements, it returns those in the replica of `rank`: ranks with its coordinates on the
+    mesh dims that replicate. A tensor that is not distributed is whole on every rank, and `rank` is its own source. If
+    `rank` is not in the mesh of this rank's tensor, it belongs to another replica and has no sources.
     """
     if not isinstance(tensor, DTensor):
         return {rank: ()}
@@ -126,7 +126,7 @@ def _is_sharded(placement: object) -> bool:
 
 
 def _intervals_by_dim(tensor: DTensor, coordinate: Sequence[int]) -> list[list[Interval]]:
-    """For each dim, what the rank at `coordinate` holds of it, in the order of its local tensor."""
+    """For each dim, the intervals that the rank at `coordinate` holds, in the order of its local tensor."""
     mesh_dims: list[list[int]] = [[] for _ in tensor.shape]
     for mesh_dim, placement in enumerate(tensor.placements):
         if placement.is_partial():
@@ -145,12 +145,12 @@ def _intervals_by_dim(tensor: DTensor, coordinate: Sequence[int]) -> list[list[I
 
 
 def _in_order_of_sharding(tensor: DTensor, mesh_dims: list[int]) -> list[tuple[int, int]]:
-    """Mesh dims that shard one dim, with the groups each is applied in, in the order in which the dim was sharded.
+    """Mesh dims that shard one dim, each with its number of groups, in the order in which the dim was sharded.
 
-    FSDP2 shards what tensor parallelism has sharded, and calls this `_StridedShard` on its mesh dim, which comes first,
-    with the number of shards there were as split factor. Such a shard is applied after those, in one group: to apply it
-    in the order of the mesh gives the same only where sizes divide. Any other split factor is that of a tensor
-    which is sharded in groups, as gate and up projections in one.
+    FSDP2 shards again what tensor parallelism has sharded. It calls this `_StridedShard` on its mesh dim, which comes
+    first, with the earlier number of shards as split factor. Such a shard is applied after those shards, in one group;
+    to apply it in the order of the mesh is the same only if sizes divide. Any other split factor means a tensor that is
+    sharded in groups, such as gate and up projections in one.
     """
     order: list[tuple[int, int]] = []
     for mesh_dim in reversed(mesh_dims):
@@ -171,7 +171,7 @@ def _in_order_of_sharding(tensor: DTensor, mesh_dims: list[int]) -> list[tuple[i
 
 
 def _chunk(intervals: Sequence[Interval], num_chunks: int, index: int) -> list[Interval]:
-    """One of `torch.chunk` of what the intervals hold one after another, empty where there is not enough."""
+    """One chunk, as in `torch.chunk`, of the intervals in sequence; empty if there is not enough."""
     total = sum(stop - start for start, stop in intervals)
     size, first = Shard.local_shard_size_and_offset(total, num_chunks, index)
     found, position = [], 0

@@ -1,4 +1,4 @@
-"""What an Accelerator does with data where the ranks of a tensor-parallel group share a batch."""
+"""How an Accelerator handles data if the ranks of a tensor-parallel group share a batch."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,17 +12,17 @@ from torch import Tensor
 
 
 class SharedBatchesMixin(Accelerator):
-    """Data loaders, metrics and lists of inputs by data-parallel rank, where the parent means processes.
+    """Splits data loaders, metrics and lists of inputs by data-parallel rank; the parent splits by process.
 
-    `gather`, `reduce` and `pad_across_processes` are of all processes, as in the parent: what they bring together has
-    the values of each tensor-parallel group `tensor_parallel_size` times.
+    `gather`, `reduce` and `pad_across_processes` work over all processes, as in the parent: their results contain the
+    values of each tensor-parallel group `tensor_parallel_size` times.
     """
 
     def prepare_data_loader(self, *args: Any, **kwargs: Any) -> Any:
         """Like the parent's.
 
         Raises:
-            ValueError: with `dispatch_batches=True` under tensor parallelism, and with `even_batches=False`.
+            ValueError: `dispatch_batches=True` with tensor parallelism, or `even_batches=False`.
         """
         if self.parallelism_config.tp_size > 1:
             if self.dataloader_config.dispatch_batches:
@@ -40,23 +40,24 @@ class SharedBatchesMixin(Accelerator):
         return super().prepare_data_loader(*args, **kwargs)
 
     def join_uneven_inputs(self, joinables: Any, even_batches: bool | None = None) -> Any:
-        """Like the parent's, in one process only.
+        """Like the parent's, on one process only.
 
         Raises:
-            ValueError: on several: a sharded model has collectives in its forward, which others have to take part in.
+            ValueError: on several processes: a sharded model has collectives in its forward, in which all ranks must
+                take part.
         """
         if self.num_processes > 1:
             raise ValueError(
-                "join_uneven_inputs is for DistributedDataParallel, a sharded model needs all ranks in each forward; "
-                "leave it out: data loaders give all ranks as many batches"
+                "join_uneven_inputs is for DistributedDataParallel, but a sharded model needs all ranks in each "
+                "forward; leave it out: data loaders give all ranks the same number of batches"
             )
         return super().join_uneven_inputs(joinables, even_batches)
 
     @contextlib.contextmanager
     def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> Iterator[Any]:
-        """Split between data-parallel ranks; those of a tensor-parallel group get the same, as their model needs it.
+        """Split inputs between data-parallel ranks; ranks of a tensor-parallel group get the same inputs.
 
-        Each rank must call the model as often as the others, so there have to be inputs for all, or `apply_padding`.
+        Every rank must call the model the same number of times, so there must be inputs for all, or `apply_padding`.
         """
         tp_size = self.parallelism_config.tp_size
         rank: Any = SimpleNamespace(

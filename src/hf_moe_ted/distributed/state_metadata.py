@@ -1,9 +1,9 @@
-"""The metadata of a folder of torch.distributed.checkpoint, read without executing anything that is in it.
+"""Read the metadata of a torch.distributed.checkpoint folder without executing anything in it.
 
-torch writes them as a pickle and reads them with `pickle.load`, which runs whatever a file asks for
-(docs/upstream/torch_checkpoint_metadata_pickle.md). Here a pickle may name only the classes that such metadata consist
-of, in plain structures. Everything in it is checked afterwards: no chunk is outside its file, none is compressed, and
-none is larger than the tensor it is a part of.
+torch writes the metadata as a pickle and reads it with `pickle.load`, which runs any code that a file names
+(docs/upstream/torch_checkpoint_metadata_pickle.md). Here a pickle may name only the classes of such metadata, in plain
+structures. Everything in it is checked afterwards: no chunk is outside its file, none is compressed, and none is larger
+than its tensor.
 """
 
 import io
@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
 
 MAX_METADATA_BYTES = 2**30
-_MAX_CHUNK_OVERHEAD = 2**20  # of torch.save around the numbers of one tensor
+_MAX_CHUNK_OVERHEAD = 2**20  # bytes that torch.save adds to the numbers of one tensor
 
 _CHECKPOINT = "torch.distributed.checkpoint"
 _CLASSES = {
@@ -50,9 +50,9 @@ _OPCODES = re.findall(
 _LOADERS: dict[int, Any] = pickle._Unpickler.dispatch
 
 
-# The one in Python: the one in C makes room for as many objects as the file claims to have.
+# the unpickler in Python: the one in C allocates memory for as many objects as the file claims to have
 class _Unpickler(pickle._Unpickler):
-    """Reads the structures that dataclasses of metadata are pickled as, and refuses all else."""
+    """Reads the structures in pickled metadata dataclasses, and refuses everything else."""
 
     stack: list[Any]
     dispatch: ClassVar[dict[int, Any]] = {
@@ -62,19 +62,19 @@ class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _CLASSES:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no training state needs")
-        if module == "pathlib":  # where it was saved, which nobody asks for
+        if module == "pathlib":  # where it was saved; this is not needed
             return lambda *parts: "/".join(map(str, parts))
         return super().find_class(module, name)
 
     def load_build(self) -> None:
         state, target = self.stack[-1], self.stack[-2]
-        is_state = isinstance(state, dict) or isinstance(target, TensorProperties)  # which has a __setstate__
+        is_state = isinstance(state, dict) or isinstance(target, TensorProperties)  # this class has a __setstate__
         if not is_state or callable(target):
-            raise pickle.UnpicklingError("it changes something else than an object of metadata")
+            raise pickle.UnpicklingError("it changes an object that is not metadata")
         _LOADERS[pickle.BUILD[0]](self)
 
     def _check_tuple(self) -> None:
-        """A deep one would overflow the stack of the interpreter when it is hashed."""
+        """Refuse a deeply nested tuple: hashing it would overflow the stack of the interpreter."""
         items = [inner for item in self.stack[-1] if isinstance(item, tuple) for inner in item]
         if any(isinstance(inner, tuple) for inner in items):
             raise pickle.UnpicklingError("its tuples are nested too deeply")
@@ -95,12 +95,13 @@ for _opcode in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
 
 
 class SafeReader(FileSystemReader):
-    """[`FileSystemReader`] for folders from strangers."""
+    """[`FileSystemReader`] for folders from untrusted sources."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """
         Raises:
-            ValueError: there are none, they name something that metadata do not need, or they disagree with the files.
+            ValueError: there is no metadata, it names something that metadata does not need, or it disagrees with the
+                files.
         """
         folder = Path(self.path)
         metadata = _read(folder / ".metadata")
@@ -119,7 +120,7 @@ class SafeReader(FileSystemReader):
 
 
 class _Part(io.RawIOBase):
-    """A part of a file as one; that of torch cannot be read from its end, where archives have their list."""
+    """A part of a file as a file; torch's own class cannot be read from its end, where archives have their list."""
 
     def __init__(self, file: IO[bytes], start: int, size: int):
         self._file, self._start, self._size, self._position = file, start, size, 0
@@ -145,29 +146,31 @@ class _Part(io.RawIOBase):
 
 
 def check_archive(file: IO[bytes], path: Path) -> None:
-    """Refuse an archive of `torch.save` that could become larger than it is: torch never compresses one.
+    """Refuse a compressed archive of `torch.save`, which could grow when it is read; torch never compresses one.
 
     Raises:
-        ValueError: it has something compressed in it, or is no archive.
+        ValueError: it has compressed content, or is no archive.
     """
     try:
         with zipfile.ZipFile(file) as archive:
             odd = next((i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED), None)
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read, it may be truncated or damaged: {error}") from error
+        raise ValueError(f"{path} cannot be read; it may be truncated or damaged: {error}") from error
     if odd is not None:
-        raise ValueError(f"{path} has something compressed in it ({odd}), which torch.save never writes; it is damaged")
+        raise ValueError(f"{path} has compressed content ({odd}), which torch.save never writes; it is damaged")
     file.seek(0)
 
 
 def _read(path: Path) -> Metadata:
     if not path.is_file():
-        raise ValueError(f"{path} does not exist, or is no file")
+        raise ValueError(f"{path} does not exist or is no file")
     if path.stat().st_size > MAX_METADATA_BYTES:
-        raise ValueError(f"{path} is larger than {MAX_METADATA_BYTES:,} bytes, which no list of tensors is")
+        raise ValueError(
+            f"{path} is larger than {MAX_METADATA_BYTES:,} bytes, more than any list of tensors; it is damaged"
+        )
     try:
         metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
-    except Exception as error:  # a damaged pickle can raise anything
+    except Exception as error:  # a damaged pickle can raise any exception
         raise ValueError(
             f"{path} cannot be read, and nothing in it was executed: {error or type(error).__name__}"
         ) from error
@@ -179,7 +182,7 @@ def _read(path: Path) -> Metadata:
 def _check(metadata: Metadata, folder: Path) -> None:
     """
     Raises:
-        ValueError, AttributeError, KeyError, TypeError: something in it is not as torch writes it.
+        ValueError, AttributeError, KeyError, TypeError: a part of it is not what torch writes.
     """
     sizes: dict[str, int] = {}
     for index, info in _items(metadata.storage_data):
@@ -196,14 +199,14 @@ def _check(metadata: Metadata, folder: Path) -> None:
 
 
 def _check_place(info: Any, folder: Path, sizes: dict[str, int]) -> None:
-    """Whether a file has the part that an entry names; `sizes` of the files that were asked for already."""
+    """Check that a file has the part that an entry names; `sizes` caches the sizes of files."""
     name = info.relative_path
     if not isinstance(name, str) or Path(name).name != name:
         raise ValueError(f"{folder / '.metadata'} names a file outside its folder: {name!r}")
     path = folder / name
     if name not in sizes:
         if not path.is_file():
-            raise ValueError(f"{path} is missing, or is no file")
+            raise ValueError(f"{path} is missing or is no file")
         sizes[name] = path.stat().st_size
     offset, length = _counts((info.offset, info.length))
     if info.transform_descriptors or offset + length > sizes[name]:
@@ -217,13 +220,13 @@ def _is_inside(chunk: Any, spec: TensorStorageMetadata) -> bool:
 
 def _items(mapping: Any) -> Iterator[tuple[Any, Any]]:
     if not isinstance(mapping, dict):
-        raise TypeError(f"{type(mapping).__name__} in place of a dict")
+        raise TypeError(f"{type(mapping).__name__} instead of a dict")
     yield from mapping.items()
 
 
 def _counts(values: Any) -> tuple[int, ...]:
     if not isinstance(values, tuple) or not all(isinstance(value, int) and value >= 0 for value in values):
-        raise TypeError(f"{values!r:.80} in place of sizes")
+        raise TypeError(f"{values!r:.80} instead of sizes")
     return values
 
 

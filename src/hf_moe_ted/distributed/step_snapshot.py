@@ -1,4 +1,4 @@
-"""What a training step changes before its optimizer: random numbers and gradients, to be put back."""
+"""Save and restore what a training step changes before its optimizer: random numbers and gradients."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,9 +12,9 @@ from .random_state import RandomState, all_generator_states, set_all_generator_s
 
 
 class StepSnapshot:
-    """The state in which a forward and backward began, so that they can be run again with the same random numbers.
+    """The state at the start of a forward and backward, to run them again with the same random numbers.
 
-    Parameters are as they were until the optimizer steps. What else counts forwards (hooks, callbacks) counts twice.
+    Parameters do not change until the optimizer steps. Other counters of forwards (hooks, callbacks) count twice.
 
     Example: see [`bounded_expert_load`].
     """
@@ -30,9 +30,9 @@ class StepSnapshot:
     def take(cls, model: nn.Module, *, keep_gradients: bool = False) -> "StepSnapshot":
         """
         Args:
-            model: sharded or not, between a backward and a forward.
+            model: a model, sharded or not, between a backward and a forward.
             keep_gradients: whether to copy the gradients of the accumulation so far, which takes their memory once
-                more. Without, `restore` leaves the model without gradients, as a first micro-batch finds it.
+                more. Otherwise `restore` leaves the model without gradients, as before a first micro-batch.
         """
         copies: dict[tuple[int, str], Tensor] = {}
         for owner, name in _places_of_gradients(model) if keep_gradients else ():
@@ -43,9 +43,9 @@ class StepSnapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the generators of this process, the seeds of the model's forwards and its gradients back.
+        """Restore the generators of this process, the seeds of the model's forwards, and its gradients.
 
-        Gradients that were kept are written where gradients stand now, so that their addresses stay.
+        Kept gradients are written into the current gradients, so addresses do not change.
         """
         set_all_generator_states(self._generators)
         if self._random_state is not None and self._forwards is not None:
@@ -63,11 +63,11 @@ def _random_state(model: nn.Module) -> RandomState | None:
 
 
 def _places_of_gradients(model: nn.Module) -> Iterator[tuple[Any, str]]:
-    """Objects with the names of their attributes that hold a gradient or `None`.
+    """Objects, with the names of their attributes, that hold a gradient or `None`.
 
-    FSDP2 keeps the whole gradients of an accumulation that is reduced at its end beside its parameters, in the dtype of
-    the reduction or not, and those that are not summed over replicas yet in one piece. Its sharded parameters are not
-    those of the module while it has gathered them.
+    If an accumulation is reduced at its end, FSDP2 keeps its whole gradients beside the parameters, in the dtype of the
+    reduction or another. Gradients that are not yet summed over replicas are in one piece. While FSDP2 has gathered
+    parameters, the module does not have the sharded ones.
     """
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     managed = {id(parameter.sharded): parameter for module in modules for parameter in fsdp_parameters(module)}

@@ -13,7 +13,7 @@ from .layout_check import check_model
 from .least_loaded import LEAST_LOADED_BOUND, LEAST_LOADED_MIN_TOKENS
 from .parallelize import offload_parameters, parallelize
 
-# of both classes, under the same names
+# fields of both classes, under the same names
 _SHARED_FIELDS = (
     "expert_tensor_parallel_size",
     "zero_stage",
@@ -29,25 +29,27 @@ _SHARED_FIELDS = (
 
 @dataclass(repr=False)
 class TedConfig(DistributedConfig):
-    """What `from_pretrained(distributed_config=...)` needs to know of a layout. [`TedPlugin`] makes it.
+    """The layout for `from_pretrained(distributed_config=...)`. [`TedPlugin`] makes it.
 
     Attributes:
         tp_size: ranks that share a batch and split each dense layer.
         dp_replicate_size: replicas of the model, each sharded over `fsdp_size` x `tp_size` ranks (HSDP).
         fsdp_size: data-parallel ranks of a replica, of `tp_size` each.
-        ep_size: ranks that hold all experts once between them: expert-parallel times expert-tensor-parallel size.
+        ep_size: ranks that together hold all experts once: expert-parallel times expert-tensor-parallel size.
         expert_tensor_parallel_size: ranks that split an expert; divides `tp_size`.
-        dense_replicate_size: replicas of all that is no expert in each of the `dp_replicate_size`. For experts that are
-            spread over replicas, which the meshes of transformers cannot have.
+        dense_replicate_size: replicas of weights outside of experts within each of the `dp_replicate_size`. It is for
+            experts that are spread over replicas, which the meshes of transformers do not support.
         zero_stage: 1 and 2 keep parameters gathered from forward to backward, 3 does not; 2 reduces gradients after
             every micro-batch, 1 at the end of an accumulation.
-        zero_layers_per_unit: layers of a ZCodeM3 that are gathered at once, as [`TedPlugin`] has it.
-        duplicate_token_dropping: whether ranks of a tensor-parallel group, which hold the same tokens, send each only
-            a share of them to the experts.
-        overlap_chunks: parts of a batch whose exchange overlaps with the experts' work on another; 1 for no overlap.
-        pad_expert_input_to_capacity: whether ranks exchange as many rows as the capacity allows, whatever the routing.
-        ep_implementation: `"ted"`, or `"ted_least_loaded"` for ranks with few tokens to compute experts of others.
-        least_loaded_bound, least_loaded_min_tokens: of that, as [`TedPlugin`] has them.
+        zero_layers_per_unit: layers of a ZCodeM3 that are gathered together; see [`TedPlugin`].
+        duplicate_token_dropping: whether each rank of a tensor-parallel group, whose ranks hold the same tokens, sends
+            only its share of them to the experts.
+        overlap_chunks: number of parts of a batch; the exchange of one overlaps with the experts' work on another. 1 is
+            no overlap.
+        pad_expert_input_to_capacity: whether ranks exchange as many rows as the capacity allows, independent of the
+            routing.
+        ep_implementation: `"ted"`, or `"ted_least_loaded"`: ranks with few tokens compute experts of others.
+        least_loaded_bound, least_loaded_min_tokens: its options; see [`TedPlugin`].
     """
 
     expert_tensor_parallel_size: int = 1
@@ -77,12 +79,12 @@ class TedConfig(DistributedConfig):
 
     @property
     def layout(self) -> Layout:
-        """What this says, checked.
+        """The checked [`Layout`] of this config.
 
         Raises:
-            ValueError: a layout that cannot be.
+            ValueError: the layout is impossible.
         """
-        sizes: Any = self  # none of them is None behind the parent's __post_init__
+        sizes: Any = self  # none of them is None after the parent's __post_init__
         return Layout(
             tensor_parallel_size=sizes.tp_size,
             data_parallel_size=sizes.dp_size,
@@ -94,7 +96,7 @@ class TedConfig(DistributedConfig):
         )
 
     def distribute(self, model: PreTrainedModel, mesh_manager: Any) -> PreTrainedModel:
-        """Shard a model that is not loaded yet; ZCodeM3 asks for it in place of transformers' own way."""
+        """Shard a model before its weights are loaded; ZCodeM3 calls it instead of transformers' own function."""
         check_model(model.config, self.layout)
         expert_plan = dict(model.ep_plan or {})
         super()._validate_resolved_ep_plan(expert_plan)
@@ -102,7 +104,7 @@ class TedConfig(DistributedConfig):
         return parallelize(model, self.layout, mesh_manager, expert_plan)
 
     def finish_loading(self, model: PreTrainedModel) -> None:
-        """After the weights are there: with `offload="cpu"` they go to the CPU, where FSDP2 wants them."""
+        """Finish after the weights are loaded: with `offload="cpu"` they go to the CPU, where FSDP2 expects them."""
         if model.is_distributed_loading_by_transformers:
             expect_adapters(model)
         if self.layout.offload is not None:
@@ -120,10 +122,10 @@ class TedConfig(DistributedConfig):
     ) -> None:
         """Write a sharded model as one ordinary folder; all ranks call it, and rank 0 writes.
 
-        `is_main_process` and `save_function`, as in the examples of Accelerate, may be given and change nothing.
+        `is_main_process` and `save_function`, which Accelerate's examples give, are accepted and have no effect.
 
         Raises:
-            ValueError: an argument of [`PreTrainedModel.save_pretrained`] that a sharded model does not have.
+            ValueError: an argument of [`PreTrainedModel.save_pretrained`] that a sharded model does not support.
         """
         usual = {"safe_serialization": True, "distributed_checkpoint": False, "variant": None, "token": None}
         without_effect = {"save_function", "save_original_format", "save_peft_format"}
@@ -131,24 +133,27 @@ class TedConfig(DistributedConfig):
         if push_to_hub:
             wrong["push_to_hub"] = push_to_hub
         if wrong:
-            raise ValueError(f"{wrong} cannot be given for a sharded model; save it, load and save it again")
+            raise ValueError(
+                f"{wrong} cannot be given for a sharded model; save it without, then load it on one process and save "
+                "it again"
+            )
         save_pretrained(model, save_directory, max_shard_size=max_shard_size, state_dict=state_dict)
 
     def _validate_resolved_ep_plan(self, ep_plan: dict[str, str]) -> None:
-        # here transformers shows a configuration the plan of a model that it shards, the only place where it does
+        # this is the only place where transformers gives a configuration the plan of a model that it shards
         super()._validate_resolved_ep_plan(ep_plan)
         if self.dense_replicate_size > 1:
             ranks = self.layout.ranks_per_replica
             raise ValueError(
-                f"dp_replicate_size ({self.layout.dp_replicate_size}) with experts on more ranks ({self.ep_size}) than "
-                f"the {ranks} of a replica is for ZCodeM3 only: leave dp_replicate_size out, or lower "
+                f"dp_replicate_size ({self.layout.dp_replicate_size}) with experts on more ranks ({self.ep_size}) "
+                f"than a replica has ({ranks}) is for ZCodeM3 only: leave dp_replicate_size out, or lower "
                 "expert_parallel_size"
             )
         _take_ted_experts(ep_plan)
 
 
 def _take_ted_experts(ep_plan: dict[str, str]) -> None:
-    """Experts are sharded over two axes in place of one."""
+    """Shard experts over two axes instead of one."""
     for name, style in ep_plan.items():
         if style == "grouped_gemm":
             ep_plan[name] = "ted_experts"

@@ -1,7 +1,7 @@
 """Tensor parallelism of the dense layers of ZCodeM3, on local tensors.
 
-The styles of transformers that do the same wrap every linear layer's input and output in DTensors, with an all-reduce
-per projection in backward. Here the input of a block is copied to the group once, as in Megatron-LM
+The corresponding styles of transformers wrap every linear layer's input and output in DTensors, with an all-reduce per
+projection in backward. Here the input of a block is copied to the group once, as in Megatron-LM
 (https://huggingface.co/papers/1909.08053, section 3): one all-reduce forward and one backward per block.
 
 Shape letters: B batch, L length, N tokens, C tokens of one chunk, D model width, W words of this rank.
@@ -25,7 +25,7 @@ from .local_shard import LocalShard
 
 
 class _LocalStyle(TensorParallelLayer):
-    """A module that runs on this rank's parts of its parameters; it keeps its style as `tensor_parallel_style`."""
+    """Style of a module that runs on this rank's parts of its parameters; stored as its `tensor_parallel_style`."""
 
     def placement(self, param: str) -> Placement:
         raise NotImplementedError
@@ -43,7 +43,7 @@ class _LocalStyle(TensorParallelLayer):
 
 
 class TedColumn(_LocalStyle):
-    """Linear layer split by outputs; `copies_input` where the layer is the first of its block."""
+    """Linear layer split by outputs; it has `copies_input` if it is the first layer of its block."""
 
     def __init__(self, copies_input: bool):
         self.copies_input = copies_input
@@ -64,7 +64,7 @@ class TedColumn(_LocalStyle):
 
 
 class TedRow(_LocalStyle):
-    """Linear layer split by inputs; the bias is added once, behind the sum."""
+    """Linear layer split by inputs; the bias is added once, after the sum."""
 
     def placement(self, param: str) -> Placement:
         return Replicate() if param == "bias" else Shard(1)
@@ -81,10 +81,10 @@ class TedRow(_LocalStyle):
 
 
 class TedBeforeColumn(TensorParallelLayer):
-    """Linear layer that every rank has whole, whose output a column-parallel layer reads without a copy to the group.
+    """Linear layer that is whole on every rank; a column-parallel layer reads its output without a copy to the group.
 
-    Each rank then knows its part of the gradients: that of the input is summed where the block copies its input, that
-    of the weight here, which is less to sum than the output if that is long and the weight is small.
+    Each rank then has its part of the gradients. The input's gradient is summed where the block copies its input, and
+    the weight's gradient here. For a long output and a small weight, this is less to sum than the output.
     """
 
     def install_forward(self, module: Any, mesh: DeviceMesh) -> nn.Module:
@@ -98,13 +98,13 @@ class TedBeforeColumn(TensorParallelLayer):
 
 
 def split_low_rank(first: nn.Module, second: nn.Module, of: nn.Module, mesh: DeviceMesh) -> None:
-    """Split two linear layers, whose product is added to that of a layer that is split, as that layer is.
+    """Split two linear layers like a split layer to whose output their product is added.
 
     Args:
-        first: [rank, inputs], without bias; whole on each rank, the same on all.
-        second: [outputs, rank], likewise.
-        of: the layer, which [`can_split_low_rank`]. Of a layer that is not split, they stay whole, too.
-        mesh: of the tensor-parallel group.
+        first: [rank, inputs], without bias; whole and equal on all ranks.
+        second: [outputs, rank], in the same form.
+        of: the layer, for which [`can_split_low_rank`] is true. If it is not split, they stay whole, too.
+        mesh: mesh of the tensor-parallel group.
     """
     style = getattr(of, "tensor_parallel_style", None)
     if isinstance(style, TedRow):
@@ -112,19 +112,19 @@ def split_low_rank(first: nn.Module, second: nn.Module, of: nn.Module, mesh: Dev
         style.install_forward(first, mesh)
     elif isinstance(style, TedColumn):
         style.shard_param(second, "weight", mesh)
-        style.install_forward(second, mesh)  # the first of its block copies what it reads, as the layer does
+        style.install_forward(second, mesh)  # the first layer of a block copies its input, and so does this one
         if not style.copies_input:
             TedBeforeColumn().install_forward(first, mesh)
 
 
 def can_split_low_rank(layer: nn.Module) -> bool:
-    """Whether it is a linear layer that is split by inputs or outputs, or not at all."""
+    """Whether the layer is a linear layer that is split by inputs, by outputs, or not at all."""
     style = getattr(layer, "tensor_parallel_style", None)
     return isinstance(layer, nn.Linear) and (style is None or isinstance(style, TedColumn | TedRow))
 
 
 class TedBlockInput(TensorParallelLayer):
-    """Attention: what its projections read is copied to the group once for all of them."""
+    """Attention: the input of its projections is copied to the group once for all of them."""
 
     def transform_inputs_pre_forward(self, module: nn.Module, args: Any, kwargs: Any, mesh: DeviceMesh) -> Any:
         return (copy_to_group(args[0], mesh.get_group()), *args[1:]), kwargs
@@ -149,7 +149,7 @@ class TedUntiedPositions(TensorParallelLayer):
 
 
 class TedVocabEmbedding(_LocalStyle):
-    """Embedding split by words: each rank looks up its own, the sum has all."""
+    """Embedding split by words: each rank looks up its own words; the sum over ranks has all."""
 
     def placement(self, param: str) -> Placement:
         return Shard(0)
@@ -174,9 +174,9 @@ class TedVocabEmbedding(_LocalStyle):
 
 
 class TedVocabHead(_LocalStyle):
-    """Head split by words. With gradients the logits stay where they are, a DTensor; else all ranks get all.
+    """Head split by words. With gradients the logits stay split, as a DTensor; else all ranks get all logits.
 
-    [`join_logits_without_loss`] brings those together that no loss in the model takes.
+    [`join_logits_without_loss`] joins split logits that the model's own loss does not use.
     """
 
     def placement(self, param: str) -> Placement:
@@ -194,7 +194,7 @@ class TedVocabHead(_LocalStyle):
 
 
 def join_logits_without_loss(model: nn.Module) -> None:
-    """Have the forward of a model whose head is a [`TedVocabHead`] give whole logits where it computes no loss.
+    """Make the forward of a model with a [`TedVocabHead`] return whole logits if it computes no loss.
 
     A loss outside the model (`label_smoothing_factor` and `compute_loss_func` of the Trainer) takes ordinary tensors,
     the same on all ranks of the group. With labels the loss is the model's, and its logits stay split.
@@ -219,16 +219,16 @@ def _whole_logits(output: Any) -> Any:
 
 
 def _join_words(logits_W: Tensor, group: ProcessGroup) -> Tensor:
-    """The logits of all words on all ranks of the group, which compute the same from them."""
+    """Gather the logits of all words on all ranks of the group, which then compute the same from them."""
     words_first = logits_W.flatten(0, -2).t()
     whole = join_shares(words_first, [logits_W.shape[-1]] * group.size(), group)
     return whole.t().reshape(*logits_W.shape[:-1], -1)
 
 
 class _SplitCrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies of logits that are split by words, without bringing them together.
+    """Sum of the cross-entropies of logits that are split by words; the logits are not gathered.
 
-    As `models.losses.summed_cross_entropy`, float32 numbers exist for some rows at a time.
+    As in `models.losses.summed_cross_entropy`, float32 numbers exist for some rows at a time.
     """
 
     backward = staticmethod(SummedCrossEntropy.backward)
@@ -260,7 +260,7 @@ class _SplitCrossEntropy(torch.autograd.Function):
 
 
 def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """As `models.losses.summed_cross_entropy`, also for logits that [`TedVocabHead`] leaves split by words.
+    """Like `models.losses.summed_cross_entropy`, also for logits that [`TedVocabHead`] leaves split by words.
 
     Args:
         logits: float[..., vocab_size], a DTensor with its last dimension sharded, or a plain tensor.
@@ -268,7 +268,7 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing
         label_smoothing: share of the target that is spread over all words.
 
     Returns:
-        float32 scalar, the sum over the labels that count.
+        float32 scalar, the sum over labels other than -100.
     """
     if not isinstance(logits, DTensor):
         return summed_cross_entropy(logits, labels, label_smoothing)
@@ -281,7 +281,7 @@ def _local(param: Any) -> Any:
     return LocalShard.apply(param) if isinstance(param, DTensor) else param
 
 
-# ZCodeM3's plan names the styles of transformers, which work without this package; these take their place
+# ZCodeM3's plan names the styles of transformers, which work without this package; these styles replace them
 STYLES = {
     "colwise": "ted_column",
     "rowwise": "ted_row",

@@ -52,16 +52,16 @@ from .whole_state import (
 
 
 class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
-    """What a [`Trainer`] lacks for a model that `from_pretrained(distributed_config=...)` has sharded.
+    """Adds to a [`Trainer`] what a model that `from_pretrained(distributed_config=...)` sharded needs.
 
     - Optimizer and scheduler are saved as shards, and a checkpoint resumes on any layout and world size, one process
       included. A checkpoint folder appears once it is complete.
     - The gradient norm takes one collective.
-    - Ranks of a tensor-parallel group draw the same batches, and give each token, and each prediction, once.
+    - Ranks of a tensor-parallel group draw the same batches; each token and each prediction counts once.
     """
 
     _staging_dir: str | None = None
-    _resumed: dict[str, Any] | None = None  # `extra` of the training state that was loaded
+    _resumed: dict[str, Any] | None = None  # `extra` of the loaded training state
 
     def __init__(
         self,
@@ -79,7 +79,9 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
         # the parent refuses to write checkpoints of a sharded model that it could not read again
         is_sharded = getattr(model, "is_distributed_loading_by_transformers", False)
         plugin = getattr(args, "parallelism_config", None)
-        may_be_sharded = is_sharded or (model is None and isinstance(plugin, TedPlugin))  # model_init makes it later
+        may_be_sharded = is_sharded or (
+            model is None and isinstance(plugin, TedPlugin)
+        )  # model_init makes the model later
         is_refused = may_be_sharded and args is not None and not args.save_only_model
         if is_refused:
             args.save_only_model = True
@@ -88,7 +90,7 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
         finally:
             if is_refused:
                 args.save_only_model = False
-        if optimizer_cls_and_kwargs is not None:  # which Seq2SeqTrainer does not take
+        if optimizer_cls_and_kwargs is not None:  # Seq2SeqTrainer does not take this argument
             self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -105,7 +107,7 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
         """Like the parent's, for a model that is not sharded."""
         if self.is_distributed_loading_by_transformers:
             raise ValueError(
-                "hyperparameter_search cannot be called for a sharded model: each trial would share out new groups of "
+                "hyperparameter_search cannot be called for a sharded model: each trial would create new groups of "
                 "ranks; start a run per trial"
             )
         return super().hyperparameter_search(*args, **kwargs)
@@ -118,7 +120,8 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save into a temporary folder, which gets the name of the checkpoint once it is complete."""
         run_dir = super()._get_output_dir(trial)
-        # the first uploads the folder in the background, under its name, the second has one on the disk of each node
+        # the first uploads the folder in the background under its name; the second has a folder on the disk of each
+        # node
         if self.args.push_to_hub or self.args.save_on_each_node:
             super()._save_checkpoint(model, trial)
             return
@@ -138,7 +141,7 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
         _barrier()
 
     def _move_up(self, inner: Path, final: str) -> None:
-        """What the parent wrote under the checkpoint's name in the staged folder, into that folder itself."""
+        """Move what the parent wrote under the checkpoint's name in the staged folder into that folder itself."""
         if self.state.best_model_checkpoint == str(inner):
             self.state.best_model_checkpoint = final
         _barrier()
@@ -149,7 +152,7 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
             inner.rmdir()
 
     def _remove_old_checkpoints(self, run_dir: str) -> None:
-        """Like `transformers.trainer_utils.rotate_checkpoints`; a kill leaves no checkpoint in part."""
+        """Like `transformers.trainer_utils.rotate_checkpoints`; a kill leaves no partly removed checkpoint."""
         limit, found = self.args.save_total_limit or 0, sort_checkpoints(run_dir, use_mtime=True)
         if limit <= 0:
             return
@@ -162,7 +165,7 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
         if not self.is_distributed_loading_by_transformers:
             super()._save(output_dir, state_dict)
             return
-        folder: str = output_dir or self.args.output_dir  # None only where nothing is saved
+        folder: str = output_dir or self.args.output_dir  # None only if nothing is saved
         if is_adapted(self._sharded_model):
             self._sharded_model.save_pretrained(folder)
         else:
@@ -190,7 +193,7 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
             super()._load_best_model()
 
     def _reads_weights_itself(self, checkpoint: str) -> bool:
-        """The parent cannot for a sharded model, and keeps the experts of one whose checkpoints have other names.
+        """The parent cannot read weights of a sharded model, and skips experts whose names in checkpoints differ.
 
         docs/upstream/transformers_resume_renamed_experts.md
         """
@@ -215,13 +218,13 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
         )
 
     def _save_rng_state(self, output_dir: str) -> None:
-        if not self.is_distributed_loading_by_transformers:  # else it is in the training state, by data-parallel rank
+        if not self.is_distributed_loading_by_transformers:  # else the training state has it, by data-parallel rank
             super()._save_rng_state(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """
         Raises:
-            ValueError: the checkpoint has no optimizer, scheduler or random state, or those of another model.
+            ValueError: the checkpoint lacks the optimizer, scheduler or random state, or they are of another model.
         """
         if checkpoint is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -247,7 +250,7 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
         load_whole_state(checkpoint, self._sharded_model, self._plain_optimizer, self.lr_scheduler, groups, **known)
 
     def _save_whole_state(self, output_dir: str) -> None:
-        """Save what the parent does, for a plain Trainer, and what a sharded model would need besides."""
+        """Save what the parent saves, for a plain Trainer, and what a sharded model needs in addition."""
         handle = self._plain_optimizer.register_state_dict_post_hook(mark_described)
         try:
             super()._save_optimizer_and_scheduler(output_dir)
@@ -262,14 +265,14 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
             )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """What the data-parallel rank of this process had, in whatever layout and number of processes."""
+        """Load the random state of this process's data-parallel rank, from any layout and number of processes."""
         if self._resumed is None:
             super()._load_rng_state(checkpoint)
         elif checkpoint is not None:
             load_generators(self._sharded_model, self._resumed)
 
     def _generators_by_process(self, checkpoint: str) -> list[dict[str, Any]]:
-        """Generators in a checkpoint of an earlier version, which has the Trainer's file of each process."""
+        """Read generators from a checkpoint of an earlier version, which has the Trainer's file for each process."""
         found = saved_generators(checkpoint)
         is_same_world = len(found) == self.args.world_size
         return found[:: self.get_tp_size()] if is_same_world else found
@@ -286,7 +289,7 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
 
     @property
     def _has_layout(self) -> bool:
-        """Whether the run may go on in another layout, so that its order of data must not depend on this one."""
+        """Whether the run may continue in another layout; then its order of data must not depend on this layout."""
         return self.is_distributed_loading_by_transformers or isinstance(self.args.parallelism_config, TedPlugin)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
@@ -320,16 +323,16 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
     def _run_epoch(self, model: Any, epoch: Any, train_dataloader: Any, *args: Any, **kwargs: Any) -> None:
         if self._has_layout:
             set_epoch(train_dataloader, epoch)
-            load_generators(self._sharded_model, {})  # ranks that share a batch make it alike, however they are seeded
+            load_generators(self._sharded_model, {})  # ranks that share a batch make the same one, whatever their seeds
         super()._run_epoch(model, epoch, train_dataloader, *args, **kwargs)
 
     # ---- training ----
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Like the parent's, behind an evaluation, too."""
+        """Like the parent's, also after an evaluation."""
         show_shards(self._sharded_model)
         optimizer = super().create_optimizer(*args, **kwargs)
-        step_shards(self._sharded_model, self._plain_optimizer)  # one that the Trainer was given
+        step_shards(self._sharded_model, self._plain_optimizer)  # an optimizer that was given to the Trainer
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -350,7 +353,7 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
         return clip_in_step(optimizer, max_norm)
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
-        """Parameters that are no DTensors have equal gradients on all ranks if they share one batch."""
+        """Skip it if all ranks share one batch: parameters that are no DTensors then have equal gradients."""
         if self._sharded_model.config.distributed_config.dp_size > 1:
             super()._sync_replicated_trainable_parameters(model)
 
@@ -358,16 +361,16 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
         layout = layout_of(self._sharded_model)
         if layout is not None and layout.offload is not None:
             raise ValueError(
-                f"offload ({layout.offload!r}) does not go with cuda_graphs (True): the optimizer steps on the CPU; "
+                f"offload ({layout.offload!r}) does not work with cuda_graphs (True): the optimizer steps on the CPU; "
                 "leave offload out"
             )
         if is_adapted(self._sharded_model):
             raise ValueError(
-                "cuda_graphs (True) does not go with the adapters (PEFT) of a sharded model: leave cuda_graphs out"
+                "cuda_graphs (True) does not work with the adapters (PEFT) of a sharded model: leave cuda_graphs out"
             )
         if layout is not None and layout.moves_experts:
             raise ValueError(
-                "least_loaded_experts (True) does not go with cuda_graphs (True): the host reads the load of each "
+                "least_loaded_experts (True) does not work with cuda_graphs (True): the host reads the load of each "
                 "expert; leave one of them False"
             )
         super()._check_can_capture()
@@ -386,7 +389,7 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
             yield
 
     def _is_valid(self, step: RecordedStep) -> bool:
-        """Whether each rank had rows for all tokens; waits for the device only where it is not sure before."""
+        """Whether each rank had rows for all tokens; it waits for the device only if that is not certain before."""
         if step.is_invalid is None or not step.is_invalid:
             return True
         assert self._seeds is not None
@@ -399,7 +402,7 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
 
     @contextlib.contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
-        """ZeRO-2 keeps no whole gradients from one micro-batch to the next."""
+        """Do not defer the reduction with ZeRO-2, which keeps no whole gradients between micro-batches."""
         layout = layout_of(self._sharded_model)
         if layout is None or self._step_store is not None:
             with super()._defer_fsdp_gradient_reduction():
@@ -412,10 +415,10 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
 
     @property
     def gather_function(self) -> Callable[[Any], Any]:
-        """What evaluation brings predictions together with: each once.
+        """The function with which evaluation gathers predictions, each once.
 
-        The parent's would repeat those of a tensor-parallel group, and Seq2SeqTrainer's the samples that fill up the
-        last batch.
+        The parent's function would repeat those of a tensor-parallel group, and Seq2SeqTrainer's would repeat the
+        samples that pad the last batch.
         """
         is_sharded = getattr(self.model, "is_distributed_loading_by_transformers", False)
         if not is_sharded:
@@ -429,11 +432,11 @@ class TedTrainerMixin(CountsOnceMixin, CudaGraphsTrainerMixin):
 
 
 class TedTrainer(TedTrainerMixin, Trainer):
-    """[`Trainer`] for sharded models, and unchanged for others."""
+    """[`Trainer`] for sharded models; for other models it behaves like the parent."""
 
 
 class TedSeq2SeqTrainer(TedTrainerMixin, Seq2SeqTrainer):
-    """[`Seq2SeqTrainer`] for sharded models, and unchanged for others."""
+    """[`Seq2SeqTrainer`] for sharded models; for other models it behaves like the parent."""
 
 
 def _check_and_prepare(model: Any, args: Any) -> None:
@@ -445,7 +448,7 @@ def _check_and_prepare(model: Any, args: Any) -> None:
 
 
 def _keep_collectives_of_transformers(model: Any, args: Any) -> None:
-    """A model whose dense layers transformers splits runs collectives that are not ours."""
+    """Keep results of all collectives if transformers splits the dense layers: those collectives are not ours."""
     kwargs = getattr(args, "activation_checkpointing_kwargs", None) or {}
     is_ours = isinstance(model, ZCodeM3PreTrainedModel) or tensor_parallel_size(model) == 1
     if not is_ours and isinstance(kwargs.get("context_fn"), CommunicationAwareContextFn):

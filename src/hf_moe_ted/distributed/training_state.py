@@ -1,8 +1,8 @@
-"""Optimizer, scheduler and weights, saved by all ranks and loaded in any other layout.
+"""Save optimizer, scheduler and weights from all ranks, and load them in any layout.
 
-A folder of torch.distributed.checkpoint, whose chunks are the regions that ranks hold (sharding.py) where it would take
-a DTensor as one rectangle, and a small file with all that is no tensor. What belongs to a parameter is under its name,
-because how an optimizer groups parameters may depend on the layout.
+The format is a folder of torch.distributed.checkpoint, and a small file for everything that is no tensor. Chunks are
+the regions that ranks hold (sharding.py), because torch would take a DTensor as one rectangle. Values of a parameter
+are stored under its name, because an optimizer's groups of parameters may depend on the layout.
 """
 
 import io
@@ -45,9 +45,9 @@ from .sharding import Region, regions
 from .state_metadata import SafeReader, check_archive
 
 _FILE = "training_state.pt"
-# of a param group: not the parameters, and not how a step is computed, which the device decides
+# options of a param group that are not saved: the parameters, and how a step is computed, which depends on the device
 _NO_OPTIONS = ("params", "param_names", "foreach", "fused", "capturable", "differentiable")
-# what torch's schedulers keep one of per param group
+# lists of torch's schedulers with one entry per param group
 _PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
 
 
@@ -60,19 +60,19 @@ def save_training_state(
     weights: bool = True,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write what training needs to go on, each rank its own part. The folder appears whole, and replaces another.
+    """Write what training needs to continue, each rank its own part. The folder appears once it is complete.
 
     Args:
-        folder: on a disk that all ranks share.
-        model: the same on every rank, sharded or not.
-        optimizer: over parameters of the model. States are written in their own dtypes.
-        scheduler: of `torch.optim.lr_scheduler`, or with its `state_dict`.
+        folder: a folder on a disk that all ranks share; an earlier one is replaced.
+        model: the same model on every rank, sharded or not.
+        optimizer: an optimizer of the model's parameters. States are written in their own dtypes.
+        scheduler: a scheduler of `torch.optim.lr_scheduler`, or an object with such a `state_dict`.
         weights: whether parameters and persistent buffers are written, too.
         extra: numbers, strings, tensors, and lists and dicts of them; those of rank 0 are written.
 
     Raises:
-        ValueError: on all ranks: the optimizer has parameters that are not the model's, or a state whose layout is
-            unknown; `extra` or the scheduler hold something that cannot be read back without running code.
+        ValueError: on all ranks: the optimizer has parameters that are not the model's, or a state with an unknown
+            layout; `extra` or the scheduler holds something that cannot be read without running code.
         RuntimeError: a rank could not write.
     """
     with together():
@@ -103,18 +103,18 @@ def save_training_state(
 def load_training_state(
     folder: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, scheduler: Any = None
 ) -> dict[str, Any]:
-    """Fill a model, an optimizer and a scheduler with what `save_training_state` wrote, in whatever layout.
+    """Load into a model, an optimizer and a scheduler what `save_training_state` wrote in any layout.
 
-    The model stays sharded as it is, on as many processes as there are; weights are loaded if the folder has them. The
-    optimizer may be new: states that it has not yet are made in the layout of their parameter and in the dtype they
-    were saved in. It may group parameters in another way, if those of one group had the same options.
+    The layout of the model does not change; weights are loaded if the folder has them. The optimizer may be new:
+    missing states are made in the layout of their parameter and in their saved dtype. It may group parameters in
+    another way, if all parameters of a group had the same options.
 
     Returns:
         `extra`.
 
     Raises:
-        ValueError: on all ranks: `folder` has no training state, or that of another model, dtype or optimizer, with the
-            name of the parameter. Nothing was changed.
+        ValueError: on all ranks: `folder` has no training state, or one of another model, dtype or optimizer (the
+            message names the parameter). Nothing was changed.
         RuntimeError: a rank could not read.
     """
     folder, optimizer = Path(folder), _unwrap(optimizer)
@@ -126,7 +126,7 @@ def load_training_state(
         weights = _weights_to_load(specs, model_tensors, folder)
         states = _states_to_load(specs, names, optimizer)
         if scheduler is not None and rest["scheduler"] is None:
-            raise ValueError(f"{folder} has no state of a scheduler")
+            raise ValueError(f"{folder} has no state of a scheduler; give no scheduler")
         schedule = None if scheduler is None else scheduler_by_group(rest["scheduler"], names)
     tensors = {f"optimizer.{name}.{key}": value for name, state in states.items() for key, value in state.items()}
     _run_dcp(dcp.load, tensors | weights, storage_reader=SafeReader(folder), planner_class=_RegionLoadPlanner)
@@ -138,7 +138,7 @@ def load_training_state(
 
 
 class _RegionSavePlanner(dcp.DefaultSavePlanner):
-    """Chunks are regions. Of ranks that hold the same one, the base class chooses who writes it."""
+    """Chunks are regions. If several ranks hold the same region, the base class chooses the rank that writes it."""
 
     def __init__(self, progress: Any):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -166,7 +166,7 @@ class _RegionSavePlanner(dcp.DefaultSavePlanner):
 
 
 class _RegionLoadPlanner(dcp.DefaultLoadPlanner):
-    """What to read for the regions of this rank."""
+    """Plans the reads for the regions of this rank."""
 
     def __init__(self, progress: Any):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -201,10 +201,10 @@ def _run_dcp(function: Callable[..., Any], tensors: dict[str, Tensor], *, planne
     verb = "Writing" if function is dcp.save else "Reading"
     bar = tqdm(unit="B", unit_scale=True, desc=f"{verb} training state", disable=rank() > 0)
     with bar as progress, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is meant to be one
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is intended here
         try:
             function(tensors, planner=planner_class(progress), no_dist=not dist.is_initialized(), **storage)
-        except CheckpointException as error:  # no Exception, and on all ranks
+        except CheckpointException as error:  # it is no subclass of Exception, and all ranks get it
             failed = "; ".join(f"rank {rank}: {failure[0]!r}" for rank, failure in error.failures.items())
             raise RuntimeError(f"{verb.lower()} a training state failed: {failed}") from error
 
@@ -214,19 +214,19 @@ def _unwrap(optimizer: Optimizer) -> Optimizer:
 
 
 def class_of_state(optimizer: Optimizer) -> str:
-    """What its states are those of: a name, the same for optimizers that go on from each other's."""
+    """Name of the class of an optimizer's states; equal for optimizers that can read each other's states."""
     return AdamW.__name__ if isinstance(optimizer, AdamW) else type(optimizer).__name__
 
 
 def group_names(model_tensors: Mapping[str, Tensor], optimizer: Optimizer) -> list[list[str]]:
-    """The names of the parameters, one list per param group."""
+    """Names of the parameters, one list per param group."""
     name_of_id = {id(tensor): name for name, tensor in model_tensors.items()}
     for number, group in enumerate(optimizer.param_groups):
         for position, parameter in enumerate(group["params"]):
             if id(parameter) not in name_of_id:
                 raise ValueError(
-                    f"parameter {position} of param group {number}, of shape {tuple(parameter.shape)}, is not one of "
-                    "the model; make the optimizer after the model is sharded"
+                    f"parameter {position} of param group {number}, of shape {tuple(parameter.shape)}, does not "
+                    "belong to the model; make the optimizer after the model is sharded"
                 )
     return [[name_of_id[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
 
@@ -239,7 +239,7 @@ def _parameters(names: list[list[str]], optimizer: Optimizer) -> Iterator[tuple[
 def _optimizer_state(
     names: list[list[str]], optimizer: Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Tensors under their names in the checkpoint, and the rest (steps) by parameter."""
+    """Tensors under their names in the checkpoint, and other values (steps) by parameter."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for name, parameter in _parameters(names, optimizer):
@@ -249,17 +249,19 @@ def _optimizer_state(
             elif value.ndim == 0 and not isinstance(value, DTensor):
                 scalars.setdefault(name, {})[key] = value.cpu()
             elif isinstance(parameter, DTensor) and not isinstance(value, DTensor):
-                raise ValueError(f"{key} of {name} is no DTensor, but the parameter is one: its layout is unknown")
+                raise ValueError(
+                    f"{key} of {name} is no DTensor, but the parameter is one, so the layout of the state is unknown"
+                )
             else:
                 tensors[f"optimizer.{name}.{key}"] = value
     return tensors, scalars
 
 
 def _open(folder: Path) -> tuple[dict[str, Any], dict[str, TensorStorageMetadata]]:
-    """What is no tensor, and what tensors there are.
+    """Read the values that are no tensors, and the list of tensors.
 
     Raises:
-        ValueError: it is not there, or cannot be read.
+        ValueError: it does not exist or cannot be read.
     """
     try:
         with (folder / _FILE).open("rb") as file:
@@ -267,7 +269,7 @@ def _open(folder: Path) -> tuple[dict[str, Any], dict[str, TensorStorageMetadata
             rest: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         specs = SafeReader(folder).read_metadata().state_dict_metadata
         _check_rest(rest)
-    except Exception as error:  # a damaged file can raise anything
+    except Exception as error:  # a damaged file can raise any exception
         raise ValueError(f"{folder} has no training state that can be read: {error}") from error
     return rest, {name: spec for name, spec in specs.items() if isinstance(spec, TensorStorageMetadata)}
 
@@ -275,7 +277,7 @@ def _open(folder: Path) -> tuple[dict[str, Any], dict[str, TensorStorageMetadata
 def _check_rest(rest: Any) -> None:
     """
     Raises:
-        KeyError, TypeError: it is not what `save_training_state` writes.
+        KeyError, TypeError: it has another form than `save_training_state` writes.
     """
     kinds: dict[str, type | tuple[type, ...]] = {"optimizer_class": str, "groups": list, "extra": dict}
     kinds |= {"dtypes": dict, "scalars": dict, "scheduler": (dict, type(None))}
@@ -284,7 +286,7 @@ def _check_rest(rest: Any) -> None:
             raise TypeError(f"{key} is of the type {type(rest[key]).__name__}")
     for group in rest["groups"]:
         if not isinstance(group["options"], dict) or not all(isinstance(name, str) for name in group["parameters"]):
-            raise TypeError("a group of parameters is damaged")
+            raise TypeError("a param group is damaged")
 
 
 def _encode(rest: dict[str, Any]) -> bytes:
@@ -295,7 +297,7 @@ def _encode(rest: dict[str, Any]) -> bytes:
         torch.load(buffer, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"extra or the scheduler's state hold what could not be read back without running code: {error}"
+            f"extra or the scheduler's state holds something that cannot be read without running code: {error}"
         ) from error
     return buffer.getvalue()
 
@@ -322,7 +324,7 @@ def _weights_to_load(
 def _states_to_load(
     specs: Mapping[str, TensorStorageMetadata], names: list[list[str]], optimizer: Optimizer
 ) -> dict[str, dict[str, Tensor]]:
-    """For each parameter its states: those there are, if they fit, or new ones in the layout of the parameter."""
+    """The states of each parameter: existing ones if they fit, or new ones in the layout of the parameter."""
     saved: dict[str, dict[str, TensorStorageMetadata]] = {}
     for entry, spec in specs.items():
         if entry.startswith("optimizer."):
@@ -344,12 +346,12 @@ def _states_to_load(
 def _check_shape(name: str, spec: TensorStorageMetadata, tensor: Tensor) -> None:
     if spec.size != tensor.shape:
         raise ValueError(
-            f"{name} has the shape {tuple(spec.size)} in the checkpoint, the parameter has {tuple(tensor.shape)}"
+            f"{name} has the shape {tuple(spec.size)} in the checkpoint, but the parameter has {tuple(tensor.shape)}"
         )
 
 
 def _common(values: Mapping[str, Any], group: list[str], what: str) -> Any:
-    """What all parameters of a group have, `None` for none.
+    """The value that all parameters of a group have in common; `None` for an empty group.
 
     Raises:
         ValueError: they differ.
@@ -357,8 +359,8 @@ def _common(values: Mapping[str, Any], group: list[str], what: str) -> Any:
     for name in group[1:]:
         if values[name] != values[group[0]]:
             raise ValueError(
-                f"{name} and {group[0]} are in one param group, but {what} differed when they were saved: "
-                f"{values[name]} and {values[group[0]]}; put them into groups as they were"
+                f"{name} and {group[0]} are in one param group, but their {what} differed when they were saved: "
+                f"{values[name]} and {values[group[0]]}; group them as they were grouped then"
             )
     return values[group[0]] if group else None
 
@@ -369,20 +371,20 @@ def _options_to_set(
     """The options of each param group.
 
     Raises:
-        ValueError: the optimizer is of another class, or its parameters are others, of another dtype, or grouped so
-            that there is no such option.
+        ValueError: the optimizer is of another class, its parameters are different or of another dtype, or parameters
+            of a group had different options.
     """
     if rest["optimizer_class"] != class_of_state(optimizer):
         raise ValueError(
-            f"{folder} has the state of {rest['optimizer_class']}, the optimizer is {class_of_state(optimizer)}"
+            f"{folder} has the state of {rest['optimizer_class']}, but the optimizer is {class_of_state(optimizer)}"
         )
     options = {name: group["options"] for group in rest["groups"] for name in group["parameters"]}
     _check_same_names(options, [*itertools.chain(*names)], f"the optimizer in {folder}")
     for name, parameter in _parameters(names, optimizer):
         if parameter.dtype != rest["dtypes"][name]:
             raise ValueError(
-                f"{name} was {rest['dtypes'][name]} when it was trained and is {parameter.dtype} now; load the "
-                "model in that dtype"
+                f"{name} was trained as {rest['dtypes'][name]} but is {parameter.dtype} now; load the model in the "
+                "dtype of the training"
             )
     return [_common(options, group, "options of its param group") for group in names]
 
@@ -394,10 +396,12 @@ def _set(
     tensors: Mapping[str, dict[str, Tensor]],
     scalars: Mapping[str, dict[str, Any]],
 ) -> None:
-    """Give an optimizer the options of its param groups and the states of its parameters."""
+    """Set the options of an optimizer's param groups and the states of its parameters."""
     for group, of_group in zip(optimizer.param_groups, options, strict=True):
         for key, value in (of_group or {}).items():
-            if isinstance(group.get(key), Tensor):  # a learning rate for CUDA graphs; new groups share one
+            if isinstance(
+                group.get(key), Tensor
+            ):  # a learning rate for CUDA graphs is a tensor, which new groups share
                 group[key] = torch.full_like(group[key], value)
             else:
                 group[key] = value.item() if isinstance(value, Tensor) else value
@@ -409,7 +413,7 @@ def _set(
 
 
 def _move_steps(optimizer: Optimizer) -> None:
-    """Torch's optimizers want the number of steps on the device for CUDA graphs and fused kernels."""
+    """Move step counts to the device if torch's optimizer needs them there, for CUDA graphs and fused kernels."""
     for group in optimizer.param_groups:
         if group.get("capturable") or group.get("fused"):
             for parameter in group["params"]:
@@ -418,7 +422,7 @@ def _move_steps(optimizer: Optimizer) -> None:
 
 
 def scheduler_by_name(state: Mapping[str, Any], names: list[list[str]]) -> dict[str, Any]:
-    """A scheduler's state with what it keeps per param group by the names of the parameters."""
+    """A scheduler's state, with its values per param group stored by the names of the parameters."""
 
     def spread(values: list[Any]) -> dict[str, Any]:
         return {name: value for group, value in zip(names, values, strict=True) for name in group}
@@ -430,7 +434,7 @@ def scheduler_by_group(state: Mapping[str, Any], names: list[list[str]]) -> dict
     """The reverse of `scheduler_by_name`, for other groups."""
 
     def collect(values: Mapping[str, Any]) -> list[Any]:
-        # nothing is scheduled in a group without parameters, but it has a place in the list
+        # a group without parameters has no schedule, but it has a place in the list
         any_value = next(iter(values.values()))
         return [_common(values, group, "the scheduler's values") if group else any_value for group in names]
 

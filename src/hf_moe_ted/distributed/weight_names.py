@@ -1,4 +1,4 @@
-"""Checkpoints under other names than those of the model, which transformers converts when it loads them."""
+"""Checkpoints whose names differ from the model's, which transformers converts during loading."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -15,16 +15,16 @@ from .private_transformers import given_conversions
 def converted_tensors(
     model: nn.Module, own: Mapping[str, Tensor], names: Iterable[str], read: Callable[[str], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint under the names of the model: experts that it has one by one, for example, as one.
+    """The tensors of a checkpoint under the names of the model; separate experts become one stacked tensor.
 
     Args:
-        model: which transformers may know such names of.
-        own: the names of its tensors.
-        names: of the checkpoint.
-        read: a tensor of the checkpoint, on any device, `meta` included.
+        model: a model for which transformers may know such names.
+        own: names of the model's tensors.
+        names: names of the checkpoint's tensors.
+        read: function that returns a tensor of the checkpoint, on any device, `meta` included.
 
     Yields:
-        Names and tensors, those that belong to one conversion after one another; others under their own names.
+        Names and tensors, grouped by conversion; tensors without a conversion have their own names.
     """
     mapping = _mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -46,12 +46,12 @@ def converted_tensors(
 
 
 def has_other_names(model: nn.Module) -> bool:
-    """Whether checkpoints of the model may have other names than the model."""
+    """Whether names in checkpoints of the model may differ from the model's."""
     return bool(_mapping(model))
 
 
 def _mapping(model: nn.Module) -> list[Any]:
-    """What transformers has for the class, and the `key_mapping` that `from_pretrained` got."""
+    """The conversions of transformers for the class, and the `key_mapping` given to `from_pretrained`."""
     if not isinstance(model, PreTrainedModel):
         return []
     known = get_model_conversion_mapping(model)

@@ -1,4 +1,4 @@
-"""Optimizer, scheduler and random numbers of an ordinary Trainer's checkpoint: whether all is there; into shards."""
+"""The state of an ordinary Trainer's checkpoint (optimizer, scheduler, random numbers): check it, and shard it."""
 
 import itertools
 import json
@@ -20,16 +20,16 @@ from .state_metadata import check_archive
 from .training_state import class_of_state, group_names, scheduler_by_group, scheduler_by_name
 
 _DESCRIPTION = "whole_state.json"
-_MARK = "has_description"  # which load_state_dict leaves alone
+_MARK = "has_description"  # load_state_dict does not change these
 
 
 def save_description(folder: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, files: list[str]) -> None:
-    """Write what a Trainer's own files leave out: which they are, and the names of the optimizer's parameters.
+    """Write what a Trainer's own files lack: the list of files, and the names of the optimizer's parameters.
 
     Args:
-        folder: the training state of the checkpoint, in which no sharded state is.
-        model, optimizer: not sharded.
-        files: names in the checkpoint, without which training cannot go on.
+        folder: training-state folder of the checkpoint, without a sharded state.
+        model, optimizer: an unsharded model and its optimizer.
+        files: names of files in the checkpoint that training needs to continue.
     """
     tensors = named_tensors(model)
     own = {id(tensor) for tensor in tensors.values()}
@@ -37,7 +37,7 @@ def save_description(folder: str | os.PathLike[str], model: nn.Module, optimizer
     description = {
         "files": files,
         "optimizer_class": class_of_state(optimizer),
-        # with parameters of something else, such as a loss, a sharded model cannot go on, but a whole one can
+        # with other parameters, such as those of a loss, a sharded model cannot continue, but an unsharded one can
         "parameters": group_names(tensors, optimizer) if is_of_model else None,
     }
     os.makedirs(folder, exist_ok=True)
@@ -45,27 +45,27 @@ def save_description(folder: str | os.PathLike[str], model: nn.Module, optimizer
 
 
 def is_described(folder: str | os.PathLike[str]) -> bool:
-    """Whether a training state is that of a model that was not sharded."""
+    """Whether a training state is of a model that was not sharded."""
     return (Path(folder) / _DESCRIPTION).is_file()
 
 
 def mark_described(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Post-hook of an optimizer's `state_dict`: without its description a checkpoint is not whole."""
+    """Post-hook of an optimizer's `state_dict`: it marks that the checkpoint needs its description to be complete."""
     return {**state, _MARK: True}
 
 
 def check_whole_state(
     checkpoint: str | os.PathLike[str], state_folder: str | os.PathLike[str], *, has_scaler: bool = False
 ) -> dict[str, Any] | None:
-    """Without one of these files a Trainer goes on with a new optimizer, schedule or stream of random numbers.
+    """Refuse an incomplete checkpoint: a Trainer would continue with a new optimizer, schedule or random numbers.
 
     Args:
         checkpoint: folder of a Trainer.
-        state_folder: where [`save_description`] has written in it, if it has.
+        state_folder: folder in it where [`save_description`] wrote, if it did.
         has_scaler: whether gradients are scaled, as in float16.
 
     Returns:
-        The description, `None` for a checkpoint of a Trainer that writes none.
+        The description; `None` for a checkpoint of a Trainer that writes none.
 
     Raises:
         ValueError: optimizer, scheduler, scaler, random states or the description are missing, or cannot be read.
@@ -84,8 +84,9 @@ def check_whole_state(
         missing.append(Path(state_folder).name)
     if missing:
         raise ValueError(
-            f"{folder} has no {', '.join(missing)}, and training cannot go on from it as it was: resume from a whole "
-            "checkpoint, or start anew from its weights, with from_pretrained and without resume_from_checkpoint"
+            f"{folder} has no {', '.join(missing)}, so training cannot continue from it unchanged: resume from a "
+            "complete checkpoint, or start a new run from its weights, with from_pretrained and without "
+            "resume_from_checkpoint"
         )
     for path in [*(folder / name for name in wanted), *folder.glob("rng_state*.pth")]:
         with path.open("rb") as file:
@@ -94,7 +95,7 @@ def check_whole_state(
 
 
 def saved_generators(checkpoint: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The generators of the processes that wrote a Trainer's checkpoint, as `saved_random_state` has them.
+    """The generators of the processes that wrote a Trainer's checkpoint, in the form of `saved_random_state`.
 
     Raises:
         ValueError: a file cannot be read.
@@ -109,13 +110,13 @@ def saved_generators(checkpoint: str | os.PathLike[str]) -> list[dict[str, Any]]
                 states = torch.load(path, map_location="cpu", weights_only=True)
             algorithm, keys, *rest = states["numpy"]
             on_device = states.get("cuda")
-            if isinstance(on_device, list):  # of all devices that the process saw; it used its own
+            if isinstance(on_device, list):  # states of all devices that the process saw; it used its own
                 on_device = on_device[process % len(on_device)]
             keys = torch.from_numpy(np.asarray(keys).astype(np.int64))
             numpy_state = (algorithm, keys, *rest)
             found.append({"python": states["python"], "numpy": numpy_state, "cpu": states["cpu"], "cuda": on_device})
-        except Exception as error:  # of pickle, zip or contents
-            raise ValueError(f"{path} has no random state that can be read: {error!r}") from error
+        except Exception as error:  # errors of pickle, of zip, or of the contents
+            raise ValueError(f"the random state in {path} cannot be read: {error!r}") from error
     return found
 
 
@@ -127,27 +128,27 @@ def load_whole_state(
     whole_groups: list[list[str]],
     optimizer_class: str | None = None,
 ) -> None:
-    """Fill a sharded model's optimizer and scheduler with what a Trainer wrote of the same model in one piece.
+    """Load into a sharded model's optimizer and scheduler what a Trainer wrote for the same model unsharded.
 
     Args:
         checkpoint: folder with `optimizer.pt` and `scheduler.pt`, readable by all ranks.
-        model: sharded; it stays as it is.
-        whole_groups: names of the parameters in the groups that the whole model's optimizer had.
-        optimizer_class: its name, if it is known.
+        model: the sharded model; it does not change.
+        whole_groups: names of the parameters in the param groups of the unsharded model's optimizer.
+        optimizer_class: name of its class, if known.
 
     Raises:
-        ValueError: on all ranks: a file cannot be read, or it is of another model or optimizer.
+        ValueError: on all ranks: a file cannot be read, or is of another model or optimizer.
     """
     folder = Path(checkpoint)
     with together():
         saved, schedule = _read(folder / OPTIMIZER_NAME), _read(folder / SCHEDULER_NAME)
         present_class = class_of_state(optimizer)
         if optimizer_class not in (None, present_class):
-            raise ValueError(f"{folder} has the state of {optimizer_class}, the optimizer is {present_class}")
+            raise ValueError(f"{folder} has the state of {optimizer_class}, but the optimizer is {present_class}")
         sizes, present_sizes = [len(group["params"]) for group in saved["param_groups"]], [*map(len, whole_groups)]
         if sizes != present_sizes:
             raise ValueError(
-                f"{folder / OPTIMIZER_NAME} has {sizes} parameters in its groups, and this model's groups have "
+                f"{folder / OPTIMIZER_NAME} has {sizes} parameters in its groups, but this model's groups have "
                 f"{present_sizes}: resume it unsharded, on one process"
             )
         names = group_names(named_tensors(model), optimizer)
@@ -161,7 +162,7 @@ def load_whole_state(
 def _own_state_dict(
     saved: dict[str, Any], whole_groups: list[list[str]], optimizer: Optimizer, names: list[list[str]]
 ) -> dict[str, Any]:
-    """The `state_dict` of a sharded model's optimizer, with the options and states of the whole model's."""
+    """The `state_dict` of a sharded model's optimizer, with options and states from the unsharded model's."""
     group_of: dict[str, dict[str, Any]] = {}
     state_of: dict[str, dict[str, Any]] = {}
     for group, whole_names in zip(saved["param_groups"], whole_groups, strict=True):
@@ -179,24 +180,26 @@ def _own_state_dict(
 
 
 def groups_of_trainer(model: nn.Module, decay: list[str]) -> list[list[str]]:
-    """Names of the parameters in the two groups that a Trainer makes, for checkpoints that do not say them.
+    """Names of the parameters in the two groups that a Trainer makes, for checkpoints without these names.
 
     Args:
-        decay: those with weight decay, the first group, by the names of `model.named_parameters()`.
+        decay: names, as in `model.named_parameters()`, of those with weight decay, which are the first group.
     """
-    canonical = {id(tensor): name for name, tensor in named_tensors(model).items()}  # shards, whatever is gathered
+    canonical = {
+        id(tensor): name for name, tensor in named_tensors(model).items()
+    }  # take shards, even if parameters are gathered
     trained = [(name in decay, canonical[id(p)]) for name, p in model.named_parameters() if p.requires_grad]
     return [[name for decays, name in trained if decays == wanted] for wanted in (True, False)]
 
 
 def _own_part(value: Any, parameter: Tensor, what: str) -> Any:
-    """The part of a whole parameter's state that belongs to the local shard; counts of steps as they are."""
+    """The part of a whole parameter's state that belongs to the local shard; step counts do not change."""
     if not isinstance(value, Tensor) or value.ndim == 0 or not isinstance(parameter, DTensor):
         return value
     if value.shape != parameter.shape:
         raise ValueError(
-            f"{what} has the shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}: it cannot be divided "
-            "between ranks; resume it unsharded, on one process"
+            f"{what} has the shape {tuple(value.shape)}, but the parameter has {tuple(parameter.shape)}, so it cannot "
+            "be divided between ranks; resume it unsharded, on one process"
         )
     own = torch.empty_like(parameter.detach(), dtype=value.dtype)
     for region in regions(own):
@@ -209,7 +212,7 @@ def _read(path: Path) -> dict[str, Any]:
         check_archive(file, path)
     try:
         read: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # of pickle, zip or the disk
+    except Exception as error:  # errors of pickle, of zip, or of the disk
         raise ValueError(f"{path} cannot be read: {error!r}") from error
     return read
 
