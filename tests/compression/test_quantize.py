@@ -316,7 +316,9 @@ def test_resized_embeddings(tied: bool, make_model: MakeModel) -> None:
     quantized: Any = quantize_experts(model, what="all")
     expected, num_tokens = logits_of(quantized), model.config.vocab_size
     name = "QuantizedEmbedding" if tied else "QuantizedLinear"
-    with pytest.raises(ValueError, match=f"{name} has no rows of floats .* resize the model that was quantized"):
+    with pytest.raises(
+        ValueError, match=f"{name}  has no floating-point rows .* resize the model before you quantize it"
+    ):
         quantized.resize_token_embeddings(num_tokens + 8)
     assert quantized.config.vocab_size == num_tokens
     assert torch.equal(logits_of(quantized), expected)

@@ -329,7 +329,7 @@ def test_generation_as_one_process(folder: Path, by_rank: list[Any]) -> None:
 
 REFUSED = {
     "bound": "least_loaded_experts (True) does not work with bounded_expert_load",
-    "graphs": "least_loaded_experts (True) does not go with cuda_graphs (True)",
+    "graphs": "least_loaded_experts (True) does not work with cuda_graphs (True)",
     "chunks": "overlap_chunks (2) must be 1 with least_loaded_experts",
     "padding": "pad_expert_input_to_capacity (True) does not work with least_loaded_experts (True)",
     "load": "least_loaded_bound (0.5) must be a number of at least 1",

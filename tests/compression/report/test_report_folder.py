@@ -165,8 +165,8 @@ def test_what_is_copied_and_another_text(source: Path, statistics: ExpertStatist
     write_compression_report(folder, before=before, after=after)
     text = (folder / "report.md").read_text()
     assert [line for line in text.splitlines() if line.startswith("- **")] == [
-        "- **The other text: 1 of 10 translations, before 0, did not end within 128 tokens and were cut; their real length "
-        "is greater**"
+        "- **The other text: 1 of 10 translations, before 0, did not end within 128 tokens and were cut; their real "
+        "length is greater**"
     ]
     # a text that the model never translated has nothing to lose
     others = [make_quality({("de", "en"): chrf}) for chrf in (7.9, 1.0)]
