@@ -336,7 +336,7 @@ def test_jitter_that_is_given_acts_or_is_refused() -> None:
         assert config.router_noise_policy is None
     assert tiny_config(router_noise_policy="jitter").router_jitter_noise == 0.01
     with pytest.raises(
-        ValueError, match=r"router_jitter_noise \(0\.3\) does nothing with router_noise_policy='rsample'"
+        ValueError, match=r"router_jitter_noise \(0\.3\) has no effect with router_noise_policy='rsample'"
     ):
         tiny_config(router_jitter_noise=0.3, router_noise_policy="rsample")
 

@@ -91,8 +91,8 @@ def test_slow_default_says_why(warnings: list[str]) -> None:
     assert warnings == []
     default_computation("cuda", {"d_model": 32, "ffn_dim": 20}, torch.float32)
     assert warnings == [
-        "experts are computed by a slow loop, experts_implementation='eager': 'grouped_mm' needs widths that are "
-        "multiples of 8, got {'ffn_dim': 20}"
+        "experts are computed by a slow loop (experts_implementation='eager'), because 'grouped_mm' needs widths that "
+        "are multiples of 8, got {'ffn_dim': 20}"
     ]
 
 
@@ -102,8 +102,8 @@ def test_slow_loop_of_a_share_says_why(warnings: list[str]) -> None:
     experts = experts_of("zcode_fused", ffn_dim=20)  # as no config may have it
     experts(*inputs_of(experts))
     assert warnings == [
-        "experts are computed one after the other, which is slow on GPUs: 'zcode_grouped' needs widths that are "
-        "multiples of 8, got {'ffn_dim': 20}"
+        "experts are computed one after the other, which is slow on GPUs: 'zcode_grouped' needs widths that "
+        "are multiples of 8, got {'ffn_dim': 20}"
     ]
 
 

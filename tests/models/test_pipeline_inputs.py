@@ -130,7 +130,7 @@ def test_another_number_of_languages(pipe: ZCodeM3TranslationPipeline) -> None:
             list(pipe(iter(TEXTS), src_lang=["en"] * number, tgt_lang="fr"))
     with pytest.raises(ValueError, match="unknown tgt_lang 'xx'"):
         pipe(TEXTS, src_lang="en", tgt_lang=["de", "fr", "de", "xx"])
-    with pytest.raises(ValueError, match=r"tgt_lang \(\['de'\]\) is one for each text: give it to the call"):
+    with pytest.raises(ValueError, match=r"tgt_lang \(\['de'\]\) has one language per text: give it to the call"):
         ZCodeM3TranslationPipeline(model=pipe.model, tokenizer=pipe.tokenizer, tgt_lang=["de"])
 
 

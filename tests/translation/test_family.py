@@ -255,18 +255,19 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: T5ForConditionalGeneration(
             T5Config(vocab_size=120, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
         ),
-        "T5ForConditionalGeneration (t5) is no model of the family that translates here, which is ZCodeM3, NLLB-MoE, "
-        "M2M100 and NLLB: it is told what to do in words before the text; use its own generate",
+        "T5ForConditionalGeneration (t5) does not belong to the models that translate here, ZCodeM3, NLLB-MoE, M2M100 and "
+        "NLLB: its task is given in words before the text; use its own generate",
     ),
     "marian": (
         lambda: MarianMTModel(MarianConfig(vocab_size=120, pad_token_id=1, **SIZES)),
-        "MarianMTModel (marian) is no model of the family that translates here, which is ZCodeM3, NLLB-MoE, M2M100 and "
-        "NLLB: it translates one pair of languages and has no tokens for languages; use its own generate",
+        "MarianMTModel (marian) does not belong to the models that translate here, ZCodeM3, NLLB-MoE, M2M100 and NLLB: "
+        "it translates one language pair and has no language tokens; use its own generate",
     ),
     "mbart": (
         lambda: MBartForConditionalGeneration(MBartConfig(vocab_size=120, **SIZES)),
-        "MBartForConditionalGeneration (mbart) is no model of the family that translates here, which is ZCodeM3, "
-        "NLLB-MoE, M2M100 and NLLB: the language of a source stands at its end in some of them; use its own generate",
+        "MBartForConditionalGeneration (mbart) does not belong to the models that translate here, ZCodeM3, NLLB-MoE, "
+        "M2M100 and NLLB: in some of these models the source language stands at the end of the source; use its own "
+        "generate",
     ),
 }
 
@@ -281,5 +282,5 @@ def test_other_families_are_refused(name: str, tmp_path: Path) -> None:
         assert str(error.value) == message
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=rf"model \(.*\) \({name}\) is no model of the family"):
+    with pytest.raises(ValueError, match=rf"model \(.*\) \({name}\) does not belong to the models that translate here"):
         load_model_and_tokenizer(tmp_path)

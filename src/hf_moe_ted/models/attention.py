@@ -52,7 +52,7 @@ class ZCodeM3Attention(nn.Module):
         self.head_dim = config.d_model // num_heads
         self.scaling = self.head_dim**-0.5
         if config.position_embedding_type == "tupe" and not is_cross_attention:
-            self.scaling = (2 * self.head_dim) ** -0.5  # the scores of the positions are the other half
+            self.scaling = (2 * self.head_dim) ** -0.5  # scores of the positions are the other half
         self.q_proj = nn.Linear(config.d_model, config.d_model)
         self.k_proj = nn.Linear(config.d_model, config.d_model)
         self.v_proj = nn.Linear(config.d_model, config.d_model)
@@ -71,11 +71,11 @@ class ZCodeM3Attention(nn.Module):
             hidden_states: float[batch, length, d_model].
             attention_mask: mask in the form of the attention implementation, or `None`.
             key_value_states: float[batch, source_length, d_model], *optional*, for cross-attention.
-            cache: past keys and values, read and extended; one with a method `attend` computes the attention, too, to
-                the keys that it has of a source, or to past ones and those that are added.
+            cache: past keys and values, which are read and extended. A cache with a method `attend` also computes the
+                attention: to its keys of the source, or to past and new keys.
 
         Returns:
-            float[batch, length, d_model], and the attention weights if the implementation gives them.
+            float[batch, length, d_model], and the attention weights if the implementation returns them.
         """
         attend = getattr(cache, "attend", None)
         if attend is not None:
@@ -112,13 +112,13 @@ class ZCodeM3Attention(nn.Module):
         return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def _projected(self, states: Tensor, first: nn.Module, *others: nn.Module) -> list[Tensor]:
-        """float[batch, heads, length, head_dim] of each projection; quantized ones compute them in one product."""
+        """float[batch, heads, length, head_dim] of each projection; quantized projections need one product for all."""
         with_others = getattr(first, "with_others", None) if others else None
         projected = with_others(others, states) if with_others else [layer(states) for layer in (first, *others)]
         return [self._split_heads(states) for states in projected]
 
     def keys_and_values_of_source(self, states: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
-        """Of cross-attention, float[batch, heads, source_length, head_dim]; those of the cache if they are there."""
+        """Keys and values of cross-attention, float[batch, heads, source_length, head_dim], cached if possible."""
         own_cache = cache
         if isinstance(cache, EncoderDecoderCache):
             own_cache = cache.cross_attention_cache

@@ -1,4 +1,4 @@
-"""Where PyTorch's choice of an attention kernel does harm: gradients that are NaN, and plans for each new shape."""
+"""Avoid two problems of PyTorch's choice of attention kernels: NaN gradients, and a new plan for each shape."""
 
 import functools
 import threading
@@ -19,10 +19,10 @@ _was_enabled = True
 
 @functools.cache
 def has_faulty_cudnn_backward(device: torch.device) -> bool:
-    """Whether cuDNN's attention can give NaN gradients on a device: Hopper since torch 2.11.
+    """Whether cuDNN's attention can give NaN gradients on a device, which is true on Hopper since torch 2.11.
 
-    Masked attention runs there by default. Where the last tile of 128 keys is half full and the scores of a query are
-    below -88, the gradient of the query is NaN: docs/upstream/torch_cudnn_attention_gradient.md.
+    There cuDNN runs masked attention by default. If the last tile of 128 keys is half full and the scores of a query
+    are below -88, the gradient of the query is NaN: docs/upstream/torch_cudnn_attention_gradient.md.
     """
     return (
         device.type == "cuda"
@@ -32,16 +32,16 @@ def has_faulty_cudnn_backward(device: torch.device) -> bool:
 
 
 def warn_of_cudnn_backward(query: Tensor, attention_mask: object) -> None:
-    """Warn once if gradients of `scaled_dot_product_attention` may be NaN for want of a setting.
+    """Warn once if gradients of `scaled_dot_product_attention` may be NaN without a change of settings.
 
     Args:
         query: [batch, heads, length, head_dim].
-        attention_mask: `None` without one, which cuDNN computes well.
+        attention_mask: the mask, or `None`; without a mask cuDNN is correct.
     """
     if (
         attention_mask is not None
         and query.requires_grad
-        and query.dtype != torch.float32  # not cuDNN's
+        and query.dtype != torch.float32  # another kernel than cuDNN's
         and not is_torchdynamo_compiling()
         and has_faulty_cudnn_backward(query.device)
         and torch.backends.cuda.cudnn_sdp_enabled()
@@ -55,11 +55,11 @@ def warn_of_cudnn_backward(query: Tensor, attention_mask: object) -> None:
 
 @contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """Attention by other kernels than cuDNN's, in all threads of the process.
+    """Use other attention kernels than cuDNN's, in all threads of the process.
 
-    cuDNN makes a plan for each new shape, some milliseconds of the host, and each token of a generation has a new
-    length: a server of texts of ever new lengths answered two to five times as many requests without it on an H200.
-    It is PyTorch's first choice there.
+    cuDNN makes a plan for each new shape, which takes the host some milliseconds, and each token of a generation has a
+    new length. On an H200, where cuDNN is PyTorch's first choice, a server of texts with ever new lengths answered two
+    to five times as many requests without it.
     """
     global _num_without_cudnn, _was_enabled
     with _switch:

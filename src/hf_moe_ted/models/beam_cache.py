@@ -1,7 +1,7 @@
-"""Keys and values of beam search that nobody reorders: what was written stays, and a mask says whose it is.
+"""Keys and values of beam search that are never reordered: a mask says which beam a key belongs to.
 
-All beams of a sentence write into one sequence of keys. A beam attends to those of its own past, wherever they stand,
-so that a reordering of beams is one of a small mask. Keys of the source are there once for all beams.
+All beams of a sentence write into one sequence of keys. A beam attends to the keys of its own past, wherever they are,
+so to reorder beams is to reorder a small mask. All beams share the keys of the source.
 
 Shape letters: B sentences, N beams of each, K keys, H heads, D head width.
 """
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
-_ROOM = 16  # beams' steps that fit in a new buffer behind what is there
-_WORTH_COMPACTING = 0.75  # if at most such a share of the keys stays
+_ROOM = 16  # number of steps for which a new buffer has room
+_WORTH_COMPACTING = 0.75  # compact if at most this share of the keys stays
 
 
 class AppendedLayer(DynamicLayer):
-    """Keys and values [B, H, K, D] at the beginning of buffers with room for more."""
+    """Keys and values [B, H, K, D] at the beginning of buffers that have room for more."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class AppendedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         past, length = self.get_seq_length(), key_states.shape[-2]
         if not self._buffers or past + length > self._buffers[0].shape[-2]:
-            # what comes first is a prompt or a source, to which one step or nothing is added
+            # the first keys are of a prompt or a source, to which one step or nothing is added
             self._grow(key_states, past + _ROOM * length if past else length)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, past : past + length] = states
@@ -47,13 +47,13 @@ class AppendedLayer(DynamicLayer):
         self._buffers = buffers
 
     def keep(self, sentences: Tensor) -> None:
-        """The sentences, int64, that stay."""
+        """Keep only these sentences, int64."""
         past = self.get_seq_length()
         self._buffers = [buffer.index_select(0, sentences) for buffer in self._buffers]
         self.keys, self.values = (buffer[:, :, :past] for buffer in self._buffers)
 
     def compact(self, keys_BK: Tensor) -> None:
-        """The keys, int64[B, K] of each sentence, that stay, in this order."""
+        """Keep only these keys, int64[B, K] of each sentence, in this order."""
         past, (_, num_heads, _, width) = self.get_seq_length(), self._buffers[0].shape
         index = keys_BK[:, None, :, None].expand(-1, num_heads, -1, width)
         self._buffers = [buffer[:, :, :past].gather(2, index) for buffer in self._buffers]
@@ -61,10 +61,10 @@ class AppendedLayer(DynamicLayer):
 
 
 class BeamCache(EncoderDecoderCache):
-    """A cache whose self-attention has [`AppendedLayer`], and the mask that belongs to it.
+    """A cache with [`AppendedLayer`] for self-attention, and its mask.
 
     Attributes:
-        attends_BNK: bool, which keys a beam attends to.
+        attends_BNK: bool, the keys to which a beam attends.
     """
 
     def __init__(self, num_sentences: int, num_beams: int, prompt_length: int, device: torch.device):
@@ -74,20 +74,20 @@ class BeamCache(EncoderDecoderCache):
         self._is_own_NN = torch.eye(num_beams, dtype=torch.bool, device=device)
 
     def continue_from(self, parents_BN: Tensor) -> None:
-        """Each beam goes on from one of its sentence, and has a key more, its own."""
+        """Let each beam continue from a beam of its sentence, with one more key, its own."""
         self._compact()
         past_BNK = self.attends_BNK.gather(1, parents_BN.unsqueeze(-1).expand(-1, -1, self.attends_BNK.shape[-1]))
         self.attends_BNK = torch.cat([past_BNK, self._is_own_NN.expand(len(past_BNK), -1, -1)], dim=-1)
 
     def keep(self, sentences: Tensor) -> None:
-        """The sentences, int64, that stay."""
+        """Keep only these sentences, int64."""
         self.attends_BNK = self.attends_BNK.index_select(0, sentences)
         layers: list[Any] = [*self.self_attention_cache.layers, *self.cross_attention_cache.layers]
         for layer in layers:
             layer.keep(sentences)
 
     def _compact(self) -> None:
-        """Once in a while, leave out keys that no beam attends to any more: most of them are of beams that ended."""
+        """From time to time, remove keys to which no beam attends any more; most of them are of beams that ended."""
         num_keys, num_beams = self.attends_BNK.shape[-1], self.attends_BNK.shape[1]
         if num_keys % (_ROOM * num_beams) >= num_beams:
             return

@@ -1,4 +1,4 @@
-"""What beam search keeps of each sentence, after transformers' own (`GenerationMixin._beam_search`).
+"""The state of beam search for each sentence, like that of transformers' own (`GenerationMixin._beam_search`).
 
 Shape letters: B sentences that are not done, N beams of each, C candidates of each, L tokens.
 """
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-IMPOSSIBLE = -1e9  # added to the score of what must not be chosen
+IMPOSSIBLE = -1e9  # added to a score to make its choice impossible
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Candidates:
 
     Attributes:
         scores_BC: float32, sums of log-probabilities.
-        parents_BC: int64, the beam that each goes on from.
+        parents_BC: int64, the beam from which each continues.
         tokens_BC: int64.
     """
 
@@ -29,26 +29,26 @@ class Candidates:
 
 
 class Ranks(Protocol):
-    """How hypotheses are compared; a length is a number or, on a device, an int64[1]."""
+    """How hypotheses are compared. A length is a number or, on a device, an int64[1]."""
 
     def ranked(self, scores: Tensor, length: Any) -> Tensor:
-        """Of sums of log-probabilities of hypotheses with so many tokens."""
+        """Ranking scores from sums of log-probabilities, for hypotheses with so many tokens."""
 
     def best_possible(self, scores: Tensor, length: Any) -> Tensor:
-        """What running beams of a length may get."""
+        """The best ranking scores that running beams of a length can reach."""
 
     def is_enough(self, has_ended_BN: Tensor) -> Tensor:
-        """bool[B, 1], sentences that stop since all their places are taken."""
+        """bool[B, 1], sentences that stop because all their places are full."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """[`Ranks`] by numbers that the host knows.
+    """[`Ranks`] from numbers that the host knows.
 
     Attributes:
         length_penalty: exponent of the length by which sums of log-probabilities are divided.
         early_stopping: as in `GenerationConfig`.
-        prompt_length, max_length: in tokens.
+        prompt_length, max_length: lengths in tokens.
     """
 
     length_penalty: float
@@ -57,11 +57,11 @@ class Ranking:
     max_length: int
 
     def divisor(self, length: int) -> float:
-        """By which the sum of log-probabilities of so many tokens is divided."""
+        """Divisor of the sum of log-probabilities of so many tokens."""
         return (length - self.prompt_length) ** self.length_penalty
 
     def best_divisor(self, length: int) -> float:
-        """The same of what running beams may become."""
+        """Divisor for the best scores that running beams can reach."""
         is_longest_best = self.early_stopping == "never" and self.length_penalty > 0.0
         return self.divisor(self.max_length if is_longest_best else length)
 
@@ -77,17 +77,17 @@ class Ranking:
 
 @dataclass
 class Hypotheses:
-    """Beams that run and translations that have ended, with as many places for each.
+    """Running beams and ended translations, with the same number of places for each.
 
     Attributes:
         sentences_B: int64, numbers of the sentences in the batch.
         running_BNL, ended_BNL: int64, tokens.
-        running_rows_BNL, ended_rows_BNL: int32, the row (sentence times N plus beam) that each new token goes on from,
-            -1 behind the end.
+        running_rows_BNL, ended_rows_BNL: int32, the row (sentence times N plus beam) from which each new token
+            continues; -1 after the end.
         running_scores_BN: float32, sums of log-probabilities.
         ended_scores_BN: float32, ranked, the best first.
-        has_ended_BN: whether there is an ended translation in a place.
-        may_improve_B1: whether a running beam might still be better than an ended one.
+        has_ended_BN: whether a place has an ended translation.
+        may_improve_B1: whether a running beam may still become better than an ended translation.
     """
 
     sentences_B: Tensor
@@ -102,7 +102,7 @@ class Hypotheses:
 
     @classmethod
     def start(cls, prompts_BL: Tensor, num_beams: int, max_length: int, fill: int) -> "Hypotheses":
-        """Beams that are the prompts, of which the first one counts."""
+        """Start with the prompts as beams; only the first beam of a sentence counts."""
         num_sentences, length = prompts_BL.shape
         device = prompts_BL.device
         tokens_BNL = torch.full((num_sentences, num_beams, max_length), fill, dtype=torch.int64, device=device)
@@ -123,11 +123,11 @@ class Hypotheses:
         )
 
     def kept(self, index: Tensor) -> "Hypotheses":
-        """Those of some of the sentences, int64."""
+        """The hypotheses of only these sentences, int64."""
         return Hypotheses(**{field.name: getattr(self, field.name).index_select(0, index) for field in fields(self)})
 
     def continued(self, candidates: Candidates, place_1: Tensor, row_place_1: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens int64[B, C, L] and rows int32[B, C, L] of the candidates, whose own stand at the places, int64[1]."""
+        """Tokens int64[B, C, L] and rows int32[B, C, L] of the candidates; new ones are at the places, int64[1]."""
         num_beams = self.running_BNL.shape[1]
         tokens_BCL = _of_beams(self.running_BNL, candidates.parents_BC)
         tokens_BCL.index_copy_(2, place_1, candidates.tokens_BC.unsqueeze(-1))
@@ -139,15 +139,15 @@ class Hypotheses:
     def advance(
         self, candidates: Candidates, continued: tuple[Tensor, Tensor], ends_BC: Tensor, length: Any, ranking: Ranks
     ) -> Tensor:
-        """Take in the candidates.
+        """Update the hypotheses with the candidates.
 
         Args:
-            continued: of `continued`.
+            continued: what `continued` returned.
             ends_BC: bool, which candidates end.
-            length: of the beams before, as `ranking` takes it.
+            length: length of the beams before this step, in the form that `ranking` takes.
 
         Returns:
-            int64[B, N], the beams that the running ones go on from.
+            int64[B, N], the beams from which the running ones continue.
         """
         num_beams = self.running_BNL.shape[1]
         self._take_ended(candidates, continued, ends_BC, length, ranking)
@@ -165,10 +165,10 @@ class Hypotheses:
     ) -> None:
         num_beams = self.running_BNL.shape[1]
         is_taken_BC = ends_BC.clone()
-        is_taken_BC[:, num_beams:] = False  # the others are there to go on
+        is_taken_BC[:, num_beams:] = False  # the others can continue
         scores_BC = ranking.ranked(candidates.scores_BC, length + 1) + ~is_taken_BC * IMPOSSIBLE
         scores = torch.cat([self.ended_scores_BN, scores_BC], dim=1)
-        as_they_are_N = torch.arange(num_beams, device=scores.device)  # those of sentences that are done
+        as_they_are_N = torch.arange(num_beams, device=scores.device)  # places of sentences that are done
         chosen_BN = torch.where(self.is_done_B1(ranking), as_they_are_N, scores.topk(num_beams)[1])
         self.ended_scores_BN = scores.gather(1, chosen_BN)
         self.has_ended_BN = torch.cat([self.has_ended_BN, is_taken_BC], dim=1).gather(1, chosen_BN)
@@ -176,12 +176,12 @@ class Hypotheses:
         self.ended_rows_BNL = _of_beams(torch.cat([self.ended_rows_BNL, continued[1]], dim=1), chosen_BN)
 
     def is_done_B1(self, ranking: Ranks) -> Tensor:
-        """bool[B, 1], the sentences whose translations will not change any more."""
+        """bool[B, 1], the sentences whose translations cannot change any more."""
         return ~self.may_improve_B1 | ranking.is_enough(self.has_ended_BN)
 
 
 def together(parts: Iterable[Hypotheses]) -> Hypotheses:
-    """All sentences of the parts, in the order of the batch."""
+    """Join the sentences of all parts, in the order of the batch."""
     all_parts = list(parts)
     joined = Hypotheses(
         **{field.name: torch.cat([getattr(part, field.name) for part in all_parts]) for field in fields(Hypotheses)}

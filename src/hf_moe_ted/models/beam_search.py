@@ -1,8 +1,8 @@
-"""Beam search for translations, with the tokens and scores of transformers' (`GenerationMixin._beam_search`).
+"""Beam search for translations, with the same tokens and scores as `GenerationMixin._beam_search` of transformers.
 
-It takes less time: the decoder runs once per source on keys and values that are never copied (`BeamCache`), with the
-beams of a sentence as its positions; the softmax over the vocabulary is not made where its best numbers are enough; and
-sentences that are done leave the batch.
+It takes less time. The decoder runs once per source, with the beams of a sentence as its positions, on keys and values
+that are never copied (`BeamCache`). There is no softmax over the vocabulary if its largest numbers are enough.
+Sentences that are done leave the batch.
 
 Shape letters: B sentences that are not done, N beams of each, C candidates of each, R = B * N rows, V words.
 """
@@ -27,11 +27,11 @@ from .beam_cache import BeamCache
 from .beam_hypotheses import Candidates, Hypotheses, Ranking, together
 from .field_of_config import are_set_on
 
-# with which experts compute something else for a sentence among others, or by chance
+# with these options the result for a sentence depends on other sentences or on chance
 OPTIONS_OF_BATCHES = ("eval_capacity_factor", "second_expert_policy")
-_WORDS_PER_BLOCK = 128  # among which `best_of_rows` looks for the largest first
+_WORDS_PER_BLOCK = 128  # number of blocks in which `best_of_rows` searches the largest first
 
-# logits processors that do something at some lengths only, and treat each row alike
+# logits processors that act at some lengths only, and treat all rows alike
 ACTIVE_AT: dict[type, Callable[[Any, int], bool]] = {
     ForcedBOSTokenLogitsProcessor: lambda processor, length: length == 1,
     ForcedEOSTokenLogitsProcessor: lambda processor, length: length == processor.max_length - 1,
@@ -42,28 +42,29 @@ ACTIVE_AT: dict[type, Callable[[Any, int], bool]] = {
 }
 _THAT_FORBID_THE_END = (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor)
 _KNOWN_ARGUMENTS = {"encoder_outputs", "attention_mask", "past_key_values", "cache", "use_cache"}
-_PASSED_BY = {  # methods of the model and of what is in it that transformers' search calls and this one does not
+_PASSED_BY = {  # methods of the model and its parts that transformers' search calls but this one does not
     "": ("forward", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation"),
     "model": ("forward",),
 }
 
 
 class SometimesActive(LogitsProcessor):
-    """A processor that says at which lengths it changes scores, and treats each row alike where rows may have left.
+    """A processor that says at which lengths it changes scores, and treats rows alike when some have left.
 
     Attributes:
-        forced: the token of each sentence that it leaves where it is active, `()` if it never is; `None` for others.
+        forced: the token of each sentence that it forces when it is active; `()` if it is never active; `None` for
+            other processors.
     """
 
     forced: Sequence[int] | None = None
 
     def is_active(self, length: int) -> bool:
-        """Whether it changes scores behind so many tokens."""
+        """Whether it changes scores after so many tokens."""
         raise NotImplementedError
 
 
 def why_not(model: Any, generation_config: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) -> str | None:
-    """What a generation asks for that this search does not have; `None` if it has all."""
+    """The reason why this search cannot do a generation; `None` if it can."""
     config = model.config
     others = {name for name, value in model_kwargs.items() if value is not None} - _KNOWN_ARGUMENTS
     reasons = {
@@ -98,7 +99,7 @@ def why_not(model: Any, generation_config: Any, synced_gpus: bool, model_kwargs:
 
 
 def _is_of_the_package(module: Any, name: str) -> bool:
-    """Whether a method is neither overridden in a subclass nor replaced in the object, as PEFT and Accelerate do."""
+    """Whether a method is neither overridden in a subclass nor replaced in the object (PEFT and Accelerate do that)."""
     of_class = getattr(type(module), name)
     if getattr(getattr(module, name), "__func__", None) is not of_class:
         return False
@@ -107,13 +108,13 @@ def _is_of_the_package(module: Any, name: str) -> bool:
 
 @dataclass(frozen=True)
 class _Search:
-    """What stays the same in all steps.
+    """The parts of a search that do not change between steps.
 
     Attributes:
-        processors: of logits.
-        watch: is given log-sums float[R] of all logits; NaN among those is NaN among these.
-        keeps_all: whether sentences that are done stay: for processors and outputs that know rows by their number.
-        with_scores: whether the scores of all words are kept.
+        processors: logits processors.
+        watch: gets log-sums float[R] of all logits; NaN in the logits gives NaN here.
+        keeps_all: whether sentences that are done stay, for processors and outputs that use row numbers.
+        with_scores: whether to keep the scores of all words.
     """
 
     model: Any
@@ -130,11 +131,11 @@ class _Search:
 
 @dataclass
 class _Batch:
-    """What changes: sentences that are not done.
+    """The parts that change: sentences that are not done.
 
     Attributes:
-        source, source_mask: hidden states float[B, S, D] of the encoder, and what its decoder takes as their mask.
-        candidates: int64[all, C, L], the last candidates of all sentences, for criteria that know rows by their number.
+        source, source_mask: hidden states float[B, S, D] of the encoder, and their mask in the decoder's form.
+        candidates: int64[all, C, L], the last candidates of all sentences, for criteria that use row numbers.
     """
 
     cache: BeamCache
@@ -159,10 +160,10 @@ def beam_search(
     watch: Callable[[Tensor], None],
     **model_kwargs: Any,
 ) -> Any:
-    """Like `GenerationMixin._beam_search`, where `why_not` gives no reason against it. The cache is not returned.
+    """Like `GenerationMixin._beam_search`, if `why_not` gives no reason against it. The cache is not returned.
 
     Args:
-        watch: is given the log-sum of each row of logits, float[R], in each step.
+        watch: gets the log-sum of each row of logits, float[R], in each step.
     """
     options = generation_config
     num_beams, prompts_BL = options.num_beams, input_ids[:: options.num_beams]
@@ -188,7 +189,7 @@ def beam_search(
 
 
 def number_of_candidates(num_beams: int, num_ends: int) -> int:
-    """Of each sentence, so that enough of them go on whatever ends."""
+    """Candidates per sentence, enough that N can continue whatever number ends."""
     return max(2, 1 + num_ends) * num_beams
 
 
@@ -209,7 +210,7 @@ def _first_batch(search: _Search, prompts_BL: Tensor, fill: int, model_kwargs: d
 
 
 def _run(search: _Search, batch: _Batch, prompts_BL: Tensor) -> tuple[list[Hypotheses], list[Tensor]]:
-    """Until all are done; returns those that have left the batch, and the scores of all words in each step."""
+    """Run until all are done; return the parts that left the batch, and the scores of all words in each step."""
     left: list[Hypotheses] = []
     scores: list[Tensor] = []
     length = prompts_BL.shape[1]
@@ -236,7 +237,7 @@ def _run(search: _Search, batch: _Batch, prompts_BL: Tensor) -> tuple[list[Hypot
 
 
 def _logits_of_prompts(search: _Search, batch: _Batch, prompts_BL: Tensor) -> Tensor:
-    """float32[R, V]; the beams of a sentence are the same still."""
+    """float32[R, V]; the beams of a sentence are still equal."""
     hidden = _decoded(search, batch, prompts_BL, None)
     return search.model.lm_head(hidden[:, -1]).float().repeat_interleave(search.num_beams, dim=0)
 
@@ -252,7 +253,7 @@ def _logits_of_beams(search: _Search, batch: _Batch, length: int) -> Tensor:
 
 
 def _decoded(search: _Search, batch: _Batch, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """Hidden states of beams, [B, N, D], each of which stands where its mask says, or of prompts, [B, L, D]."""
+    """Hidden states [B, N, D] of beams, each at the position that its mask gives; or [B, L, D] of prompts."""
     return search.model.model.decoder(
         input_ids=tokens,
         attention_mask=mask,
@@ -267,7 +268,7 @@ def _decoded(search: _Search, batch: _Batch, tokens: Tensor, mask: Tensor | None
 def _candidates(
     search: _Search, hypotheses: Hypotheses, logits_RV: Tensor, length: int, scores: list[Tensor]
 ) -> Candidates:
-    """The best continuations; the scores of all words are appended to `scores` if they are wanted."""
+    """The best continuations; if wanted, the scores of all words are appended to `scores`."""
     active = [p for p in search.processors if type(p) not in ACTIVE_AT or ACTIVE_AT[type(p)](p, length)]
     active = [p for p in active if not isinstance(p, SometimesActive) or p.is_active(length)]
     log_sum_R = row_logsumexp(logits_RV)
@@ -289,7 +290,7 @@ def _candidates(
 
 
 def best_of_sentences(hypotheses: Hypotheses, best_RC: Tensor, tokens_RC: Tensor, num_candidates: int) -> Candidates:
-    """The best of the best of all beams, whose log-probabilities are float32[R, C]."""
+    """The best candidates of each sentence, from the best of its beams, with log-probabilities float32[R, C]."""
     num_sentences, num_beams = hypotheses.running_scores_BN.shape
     of_beams = best_RC.view(num_sentences, num_beams, -1) + hypotheses.running_scores_BN.unsqueeze(-1)
     scores_BC, index_BC = of_beams.flatten(1).topk(num_candidates)
@@ -298,14 +299,14 @@ def best_of_sentences(hypotheses: Hypotheses, best_RC: Tensor, tokens_RC: Tensor
 
 
 def row_logsumexp(logits_RV: Tensor) -> Tensor:
-    """float32[R], row by row, so that what is in between stays in the cache of the processor."""
+    """float32[R], row by row, so that intermediate numbers stay in the processor's cache."""
     if logits_RV.device.type != "cpu":
         return logits_RV.logsumexp(dim=-1)
     return torch.cat([row.logsumexp(dim=-1, keepdim=True) for row in logits_RV])
 
 
 def best_of_rows(values_RV: Tensor, num_best: int) -> tuple[Tensor, Tensor]:
-    """As `topk`: the largest are in the blocks with the largest maxima."""
+    """Like `topk`, but faster: the largest numbers are in the blocks with the largest maxima."""
     num_rows, num_words = values_RV.shape
     num_blocks = num_words // _WORDS_PER_BLOCK
     if num_blocks < 2 * num_best:
@@ -326,7 +327,7 @@ def best_of_rows(values_RV: Tensor, num_best: int) -> tuple[Tensor, Tensor]:
 def output_of(
     options: Any, hypotheses: Hypotheses, prompt_length: int, scores: tuple[Tensor, ...] | None = None
 ) -> Any:
-    """What `generate` returns, with scores if there are those of all words in each step."""
+    """The output of `generate`, with scores if the scores of all words in each step were kept."""
     wanted = slice(0, options.num_return_sequences)
     sequences = hypotheses.ended_BNL[:, wanted].flatten(0, 1)
     rows = hypotheses.ended_rows_BNL[:, wanted].flatten(0, 1)
@@ -334,7 +335,7 @@ def output_of(
     sequences, rows = sequences[:, : prompt_length + num_new], rows[:, :num_new]
     if not options.return_dict_in_generate:
         return sequences
-    output: Any = GenerateBeamEncoderDecoderOutput  # whose annotations are narrower than what it is given
+    output: Any = GenerateBeamEncoderDecoderOutput  # its annotations are narrower than the values that it accepts
     return output(
         sequences=sequences,
         sequences_scores=None if scores is None else hypotheses.ended_scores_BN[:, wanted].flatten(),

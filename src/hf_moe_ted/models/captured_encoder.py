@@ -1,4 +1,4 @@
-"""The encoder of a search as a CUDA graph: one for each number of sentences and of source tokens on a short ladder.
+"""The encoder of a search as CUDA graphs: one per number of sentences and of source tokens, from a few fixed sizes.
 
 Shape letters: B sentences, S source tokens, D model width.
 """
@@ -13,13 +13,13 @@ from .graph_store import GraphStore, on_device, recorded, rung
 
 _NAME = ("encoder",)
 _LEAST_SOURCE = 16
-_MAX_TOKENS = 16_384  # of a batch; the device is busy for longer with more than the host needs to start it
+_MAX_TOKENS = 16_384  # of a batch; with more tokens the device computes for longer than the host needs to start it
 _KNOWN_ARGUMENTS = {"attention_mask", "use_cache", "past_key_values", "cache"}
 
 
 @dataclass(frozen=True)
 class _EncoderMemory:
-    """What the encoder reads, int64[B, S], and writes, float[B, S, D]."""
+    """The memory that the encoder reads, int64[B, S], and writes, float[B, S, D]."""
 
     ids: Tensor
     mask: Tensor
@@ -30,7 +30,7 @@ class _EncoderMemory:
 
 
 def why_not_encoded(config: Any, inputs: Tensor, input_name: str | None, model_kwargs: dict[str, Any]) -> str | None:
-    """Why an encoder call cannot be captured, besides what `store_of` says; `None` if it can."""
+    """Why an encoder call cannot be captured, in addition to the reasons of `store_of`; `None` if it can."""
     mask = model_kwargs.get("attention_mask")
     others = {n for n, value in model_kwargs.items() if value is not None and not n.startswith("decoder_")}
     reasons = {
@@ -48,12 +48,12 @@ def why_not_encoded(config: Any, inputs: Tensor, input_name: str | None, model_k
 
 
 def _length_of(ids_BS: Tensor) -> int:
-    """Of a graph: one more at least, as transformers leaves out a mask that it sees to be full, but not in a graph."""
+    """Length for a graph: at least one more, because transformers leaves out a full mask, but not in a graph."""
     return rung(ids_BS.shape[1] + 1, _LEAST_SOURCE)
 
 
 def captured_encoding(model: Any, store: GraphStore, ids_BS: Tensor, mask_BS: Tensor) -> Tensor | None:
-    """Hidden states float[B, S, D] of the last layer, or `None` where nothing can be recorded."""
+    """Hidden states float[B, S, D] of the last layer; `None` if nothing can be recorded."""
     with on_device(ids_BS.device):
         return recorded(store, "encoder", lambda: _encoded(model, store, ids_BS, mask_BS))
 
@@ -64,7 +64,7 @@ def _encoded(model: Any, store: GraphStore, ids_BS: Tensor, mask_BS: Tensor) -> 
     view = _memory(model, store, shape).view(*shape)
     view.ids.fill_(model.config.pad_token_id)
     view.mask.zero_()
-    view.mask[:, :1].fill_(1)  # a query of a sentence that fills the batch attends to something
+    view.mask[:, :1].fill_(1)  # queries of sentences that only pad the batch need a key, too
     view.ids[:num_sentences, :length].copy_(ids_BS)
     view.mask[:num_sentences, :length].copy_(mask_BS)
     store.run((_NAME, *shape), lambda: _encode(model, view))

@@ -1,9 +1,9 @@
-"""Beam search and greedy search whose steps are CUDA graphs, with the tokens and scores of transformers' searches.
+"""Beam search and greedy search whose steps are CUDA graphs, with the same tokens and scores as in transformers.
 
-A step is all between two tokens: decoder, logits, the best candidates and what becomes of them. It runs on memory that
-stays where it is (`SearchMemory`), one graph for each number of sentences and of tokens on a short ladder. The host
-looks at one flag of each sentence, a step late, so that it never waits for a step; sentences that are done do not
-change any more. Once half of them are, the others move to a smaller graph.
+A step is everything between two tokens: decoder, logits, the best candidates and the update of beams. It runs on memory
+with fixed addresses (`SearchMemory`), with one graph per number of sentences and of tokens, from a few fixed sizes. The
+host reads one flag per sentence, a step late, so it never waits for a step. Sentences that are done do not change any
+more. Once half of them are done, the others move to a smaller graph.
 
 Shape letters as in search_memory.py.
 """
@@ -29,7 +29,7 @@ from .decoding_step import decoding_step, read_prompts
 from .graph_store import GraphStore, on_device, power_of_two, recorded, rung
 from .search_memory import FixedCache, KeysAndValues, KeySize, MemorySize, SearchMemory
 
-BY_DEFAULT = True  # whether searches on a GPU are captured where nobody says `cuda_graphs`
+BY_DEFAULT = True  # whether searches on a GPU are captured if `cuda_graphs` is not set
 DEVICES: tuple[str, ...] = ("cuda",)
 _MAX_MEMORIES = 4  # kept for each model, of different numbers of beams, and that of the encoder
 _LEAST_LENGTH, _LEAST_SOURCE = 32, 16  # numbers of keys are multiples of 16, as kernels of masked attention want them
@@ -40,7 +40,7 @@ _FORCE_A_TOKEN = (ForcedBOSTokenLogitsProcessor, ForcedEOSTokenLogitsProcessor)
 def why_not_captured(
     config: Any, generation_config: Any, logits_processor: Any, stopping_criteria: Any, inputs: Tensor
 ) -> str | None:
-    """Why steps of a generation cannot be captured, besides what `why_not` and `store_of` say; `None` if they can."""
+    """Why steps cannot be captured, in addition to the reasons of `why_not` and `store_of`; `None` if they can."""
     num_sentences = len(inputs) // generation_config.num_beams
     reasons = {
         "scores of all words": generation_config.output_scores and generation_config.return_dict_in_generate,
@@ -72,12 +72,12 @@ def _forbids_behind_forced(processors: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Search:
-    """What stays the same in all steps.
+    """The parts of a search that do not change between steps.
 
     Attributes:
-        num_candidates: of each sentence.
+        num_candidates: candidates per sentence.
         source: hidden states float[B, S, D] of the encoder, and the mask [B, S] of its tokens.
-        fill: token behind an end.
+        fill: token after an end.
     """
 
     model: Any
@@ -101,23 +101,23 @@ def captured_search(
     watch: Callable[[Tensor], None],
     **model_kwargs: Any,
 ) -> Any:
-    """Like `GenerationMixin._beam_search`, or `_sample` for one beam, where there is no reason against it.
+    """Like `GenerationMixin._beam_search`, or `_sample` for one beam, if there is no reason against it.
 
     Args:
-        watch: is given a number that is NaN if a logit was.
+        watch: gets a number that is NaN if a logit was NaN.
 
     Returns:
-        What they return, or `None` if the memory of the device is too small or steps cannot be recorded, which is
-        said once.
+        What these return; `None` if the memory of the device is too small or steps cannot be recorded, with one
+        warning.
     """
     options = generation_config
     num_beams, prompts_BL = options.num_beams, input_ids[:: options.num_beams]
     is_greedy = num_beams == 1  # then a translation stops at its first end
-    # as they were given, for those of the device would be waited for
+    # on the host as given, because reading them from the device would wait
     ends = _numbers(options.eos_token_id, options._eos_token_tensor)
     [pad] = _numbers(options.pad_token_id, options._pad_token_tensor) or ends[:1] or [-1]
     if ends and pad == 0 and not is_greedy:
-        pad = ends[0]  # transformers' beams take a pad token of 0 for none
+        pad = ends[0]  # transformers' beam search treats a pad token of 0 as none
     mask = model_kwargs.get("attention_mask")
     with on_device(input_ids.device):
         search = _Search(
@@ -142,7 +142,7 @@ def captured_search(
 
 
 def _numbers(given: Any, tensor: Tensor | None) -> list[int]:
-    """Token ids of a generation config: a number, several or none."""
+    """Token ids of a generation config, which may have one, several or none."""
     if isinstance(given, int):
         return [given]
     if isinstance(given, list | tuple):
@@ -162,12 +162,12 @@ class _Run:
 
     Attributes:
         memory: see [`SearchMemory`].
-        view: the part of it that is worked on.
+        view: the part of it that is in use.
     """
 
     def __init__(self, search: _Search, prompts_BL: Tensor):
         self.search = search
-        self.num_sentences, self.length = prompts_BL.shape  # tokens that there are so far
+        self.num_sentences, self.length = prompts_BL.shape  # number of tokens so far
         ranking, source = search.ranking, search.source
         self.source_length = rung(source.shape[1], _LEAST_SOURCE)
         wanted = MemorySize(
@@ -180,14 +180,14 @@ class _Run:
         )
         self.graphed = _graphed_memory(search, wanted)
         self.memory = self.graphed.memory
-        # the number of the sentence in each place, None where it is a copy that fills the batch
+        # the number of the sentence in each place; None for a copy that pads the batch
         self.numbers: list[int | None] = [*range(self.num_sentences)]
         self.numbers += [None] * (wanted.num_sentences - self.num_sentences)
         self._set_width(power_of_two(self.length + 1, _LEAST_LENGTH))
         self._start(prompts_BL)
 
     def _set_width(self, width: int) -> None:
-        """Work on so many tokens of the sentences that there are."""
+        """Use a view of so many tokens of the current sentences."""
         self.width = width
         own = self.graphed.own(width)
         self.view = self.memory.view(len(self.numbers), width, self.source_length, own)
@@ -195,7 +195,7 @@ class _Run:
     def _start(self, prompts_BL: Tensor) -> None:
         search, memory = self.search, self.memory
         memory.settings.write(search.ranking, search.ends or (-1,))
-        # with the width of all tokens that there may be
+        # with the largest possible width
         whole = memory.view(len(self.numbers), len(memory.settings.divisors_L) - 1, self.source_length, [])
         places = [0 if number is None else number for number in self.numbers]
         index_B = _on_device(places, memory)
@@ -230,7 +230,7 @@ class _Run:
         return together(left)
 
     def _widen(self) -> None:
-        """Room for one token more."""
+        """Make room for one more token."""
         width = power_of_two(self.length + 1, _LEAST_LENGTH)
         if width == self.width:
             return
@@ -247,7 +247,7 @@ class _Run:
         search.store.run(key, lambda: decoding_step(search.model, view, search.num_candidates))
 
     def _apply_processors(self, view: SearchMemory) -> None:
-        """Those that are active behind the tokens that there are; they say the same until `length` passes a bound."""
+        """Apply the processors that are active at this length; the answer is the same until `length` passes a bound."""
         forbids, forced = False, None
         for processor in self.search.processors:
             if not _is_active(processor, self.length):
@@ -273,7 +273,7 @@ class _Run:
         return self.memory.hypotheses.kept(_on_device(real, self.memory))
 
     def _shrink(self, going_on: list[int]) -> None:
-        """Leave out sentences that are done, but for some that fill the batch."""
+        """Leave out sentences that are done, except some that pad the batch."""
         size = rung(len(going_on))
         done = [place for place in range(len(self.numbers)) if place not in {*going_on}]
         places = going_on + done[: size - len(going_on)]
@@ -283,17 +283,17 @@ class _Run:
 
 
 def _on_device(numbers: list[int], memory: SearchMemory) -> Tensor:
-    """int64, without waiting for what the device does."""
+    """Copy numbers to the device as int64 without waiting for it."""
     return torch.tensor(numbers, dtype=torch.int64).to(memory.is_done_B.device, non_blocking=True)
 
 
 @dataclass
 class _GraphedMemory:
-    """A memory with keys for each width that a search came to.
+    """A memory with keys for each width that a search used.
 
     Attributes:
-        name: with which the keys of its graphs begin.
-        forbids, is_forced: what was last written to it.
+        name: the beginning of the keys of its graphs.
+        forbids, is_forced: the values that were last written to it.
     """
 
     name: tuple[int, ...]
@@ -313,7 +313,7 @@ class _GraphedMemory:
 
 @torch.inference_mode(False)
 def _graphed_memory(search: _Search, wanted: MemorySize) -> _GraphedMemory:
-    """The one of the store, or a larger one; graphs of one that is too small go with it."""
+    """The memory in the store, or a larger one; a memory that is too small is dropped with its graphs."""
     name = (wanted.num_beams, wanted.num_candidates, wanted.num_ends)
     memories = search.store.memories
     known = memories.get(name)
@@ -335,10 +335,10 @@ def _graphed_memory(search: _Search, wanted: MemorySize) -> _GraphedMemory:
 
 
 class _Lookout:
-    """Reads flags of a device one step late, so that the device has work meanwhile.
+    """Reads flags of a device one step late, so that the device always has work.
 
     Args:
-        flags_B: bool, that each step writes.
+        flags_B: bool flags that each step writes.
     """
 
     def __init__(self, flags_B: Tensor):
@@ -346,7 +346,7 @@ class _Lookout:
         self._pending: Callable[[], list[bool]] | None = None
 
     def look(self, num_flags: int) -> list[bool] | None:
-        """The flags as they were when this was called before; `None` at first."""
+        """The flags at the time of the previous call; `None` at first."""
         pending, self._pending = self._pending, self._read(num_flags)
         return None if pending is None else pending()
 

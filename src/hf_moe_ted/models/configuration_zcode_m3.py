@@ -21,7 +21,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "second_expert_policy": ("all", "sampling", "random"),
     "normalize_router_weights": (None, "before_dropping", "after_dropping"),
 }
-# far more than any model has: a config of others may be damaged, and must not take all memory
+# far more than any model has: a damaged config must not take all memory
 _MAX_LAYERS, _MAX_EXPERTS, _MAX_SIZE = 1_000, 100_000, 2**24
 _PROBABILITIES = (
     "dropout",
@@ -31,7 +31,7 @@ _PROBABILITIES = (
     "gating_dropout",
     "label_smoothing",
 )
-# fields that modules read in each call, so that a change of `model.config` acts; it is checked when it is made
+# fields that modules read in each call, so a change of `model.config` takes effect; each change is checked
 _READ_IN_EACH_CALL = {
     *_PROBABILITIES,
     *_CHOICES,
@@ -45,7 +45,7 @@ _READ_IN_EACH_CALL = {
     "router_z_loss_coef",
 } - {"position_embedding_type"}
 _DEFAULT_JITTER = 0.01
-_BY_JITTER = "by router_jitter_noise"  # the policy while none is given
+_BY_JITTER = "by router_jitter_noise"  # the policy if none is given
 
 
 @strict
@@ -77,10 +77,10 @@ class ZCodeM3Config(PreTrainedConfig):
             the step.
         num_experts (`int` or `list[int]`, defaults to 64): Experts of every sparse layer, or one number per sparse
             layer: those of the encoder from first to last, then those of the decoder (pyramid and pruned models).
-        expert_map (`list[list[int]]`, *optional*): For each sparse layer, in the order of `num_experts`, the expert
-            that each row of the router stands for (merged models, https://huggingface.co/papers/2310.01334). Every
-            expert has at least one row. `num_experts` in place of an expert makes a row count in the router's
-            probabilities while it is never chosen. By default there is one row per expert, in order.
+        expert_map (`list[list[int]]`, *optional*): For each sparse layer, in the order of `num_experts`, the expert to
+            which each row of the router leads (merged models, https://huggingface.co/papers/2310.01334). Every expert
+            has at least one row. A row with `num_experts` instead of an expert counts in the router's probabilities but
+            is never chosen. By default there is one row per expert, in order.
         num_experts_per_tok (`int`, defaults to 1): Experts that see a token (top-k).
         router_dtype (`str`, defaults to `"float32"`): dtype in which router logits are computed.
         router_bias (`bool`, defaults to `False`): Whether the router's projection has a bias.
@@ -95,27 +95,27 @@ class ZCodeM3Config(PreTrainedConfig):
         eval_capacity_factor (`float`, *optional*): The same in evaluation. `None`, the default, drops nothing, so
             that a translation does not depend on the batch around it.
         min_capacity (`int`, defaults to 4): Smallest capacity of an expert, in tokens.
-        token_drop_policy (`str`, defaults to `"random"`): Who stays when an expert is full: a random choice
-            (`"random"`, Random Token Selection of paper 2109.10465), who comes first in the batch (`"position"`), or
-            who has the highest router probability (`"probability"`). With several experts per token, first choices
-            go before second choices, but for `"probability"`.
+        token_drop_policy (`str`, defaults to `"random"`): Which tokens stay when an expert is full: random ones
+            (`"random"`, Random Token Selection of paper 2109.10465), the first in the batch (`"position"`), or those
+            with the highest router probability (`"probability"`). With several experts per token, first choices come
+            before second choices, except with `"probability"`.
         batch_prioritized_routing (`bool`, defaults to `False`): With `token_drop_policy="position"`, fill experts in
             the order of the tokens' highest router probability rather than of the batch
             (https://huggingface.co/papers/2106.05974, NLLB-MoE).
-        second_expert_policy (`str`, defaults to `"all"`): Of top-2 routing: take the second expert as it is, sample
-            it with Gumbel noise (`"sampling"`; DeepSpeed's default), or use it only with twice its probability
+        second_expert_policy (`str`, defaults to `"all"`): For top-2 routing: use the second expert as it is, sample it
+            with Gumbel noise (`"sampling"`; DeepSpeed's default), or use it only with twice its probability
             (`"random"`; GShard, https://huggingface.co/papers/2006.16668). The last two are random in evaluation, too.
         normalize_router_weights (`str`, *optional*): Divide a token's `num_experts_per_tok` weights by their sum
-            `"before_dropping"` or `"after_dropping"` (a lone survivor then weighs 1). `None` leaves the router's
-            probabilities alone.
-        use_residual (`bool`, defaults to `False`): Add a dense branch to every sparse layer, mixed in by two learned
+            `"before_dropping"` or `"after_dropping"` (a single remaining expert then has weight 1). `None` uses the
+            router's probabilities unchanged.
+        use_residual (`bool`, defaults to `False`): Add a dense branch to every sparse layer, weighted by two learned
             coefficients (PR-MoE, https://huggingface.co/papers/2201.05596).
         moe_token_dropout (`float`, defaults to 0.0): Expert output masking (https://huggingface.co/papers/2207.04672,
-            NLLB-MoE): in training each expert's output for a token is left out with this probability, in evaluation
-            it is scaled by one minus it.
-        gating_dropout (`float`, defaults to 0.0): In training, the probability that the whole batch of a rank passes
-            over the experts of a sparse layer (Gate-Expert-Drop of https://huggingface.co/papers/2205.14336); only the
-            residual connection, and the dense branch of `use_residual`, go on. Other ranks then get no tokens from it.
+            NLLB-MoE): in training each expert's output for a token is left out with this probability; in evaluation
+            outputs are scaled by one minus this probability.
+        gating_dropout (`float`, defaults to 0.0): In training, the probability that the whole batch of a rank skips the
+            experts of a sparse layer (Gate-Expert-Drop of https://huggingface.co/papers/2205.14336). Only the residual
+            connection, and the dense branch of `use_residual`, remain. Other ranks then get no tokens from this rank.
         router_ignore_padding_tokens (`bool`, defaults to `True`): Padding is sent to no expert, takes no capacity and
             counts in no loss.
         router_aux_loss_coef (`float`, defaults to 0.01): Weight of the load-balancing loss.
@@ -128,7 +128,7 @@ class ZCodeM3Config(PreTrainedConfig):
         use_cache (`bool`, defaults to `True`): Return key and value states in generation.
 
     Raises:
-        ValueError: fields that contradict each other, by name and value.
+        ValueError: fields contradict each other; the message gives their names and values.
 
     Example:
 
@@ -144,14 +144,14 @@ class ZCodeM3Config(PreTrainedConfig):
     """
 
     model_type = "zcode_m3"
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # from 5.24 on transformers calls it the latter
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # transformers uses the second name from 5.24 on
     attribute_map = {
         "hidden_size": "d_model",
         "num_attention_heads": "encoder_attention_heads",
         "num_hidden_layers": "encoder_layers",
         "initializer_range": "init_std",
     }
-    base_model_fsdp_plan = {}  # the model makes its plans itself; the default is a decoder's
+    base_model_fsdp_plan = {}  # the model makes its own plans; the default is for a decoder
 
     vocab_size: int = 128000
     max_position_embeddings: int = 1024
@@ -206,7 +206,7 @@ class ZCodeM3Config(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self._resolve_jitter()
-        # `@strict` runs these again, but wraps what they raise into an error that is no ValueError
+        # `@strict` runs these again, but wraps their errors into an error that is no ValueError
         self.validate_architecture()
         self.validate_router()
         object.__setattr__(self, "_is_complete", True)
@@ -214,7 +214,7 @@ class ZCodeM3Config(PreTrainedConfig):
     def __setattr__(self, name: str, value: Any) -> None:
         """
         Raises:
-            ValueError: a routing option that contradicts others; the config is then as it was.
+            ValueError: a routing option contradicts others; the config is then not changed.
         """
         if name in _READ_IN_EACH_CALL and self.__dict__.get("_is_complete"):
             self.update({name: value})
@@ -222,10 +222,10 @@ class ZCodeM3Config(PreTrainedConfig):
             super().__setattr__(name, value)
 
     def update(self, config_dict: dict[str, Any]) -> None:
-        """Like [`PreTrainedConfig.update`]; the fields are checked together, in whatever order they stand.
+        """Like [`PreTrainedConfig.update`]. The fields are checked together, in any order.
 
         Raises:
-            ValueError: a routing option that contradicts others; the config is then as it was.
+            ValueError: a routing option contradicts others; the config is then not changed.
         """
         before = dict(self.__dict__)
         if not before.get("_is_complete"):  # checked at its end
@@ -242,20 +242,20 @@ class ZCodeM3Config(PreTrainedConfig):
             if "num_experts_per_tok" in config_dict:
                 self._validate_num_experts()
             self.__dict__["_is_complete"] = True
-        except Exception:  # of the field's type, too
+        except Exception:  # checks the field's type, too
             self.__dict__.clear()
             self.__dict__.update(before)
             raise
 
     def _resolve_jitter(self) -> None:
-        """A width that is given without a policy acts."""
+        """A jitter width without a policy selects the policy "jitter"."""
         if self.router_noise_policy == _BY_JITTER:
             self.__dict__["router_noise_policy"] = "jitter" if self.router_jitter_noise else None
         if self.router_jitter_noise is None:
             self.__dict__["router_jitter_noise"] = _DEFAULT_JITTER
         if self.router_jitter_noise != _DEFAULT_JITTER and self.router_noise_policy == "rsample":
             raise ValueError(
-                f"router_jitter_noise ({self.router_jitter_noise}) does nothing with router_noise_policy='rsample'; "
+                f"router_jitter_noise ({self.router_jitter_noise}) has no effect with router_noise_policy='rsample'; "
                 "leave one of them out"
             )
 
@@ -267,7 +267,7 @@ class ZCodeM3Config(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Like [`PreTrainedConfig.get_config_dict`]; the config of an NLLB-MoE checkpoint is read as one of ours."""
+        """Like [`PreTrainedConfig.get_config_dict`]; the config of an NLLB-MoE checkpoint is converted to ours."""
         fields, unused_kwargs = super().get_config_dict(*args, **kwargs)
         return config_fields(fields) if fields.get("model_type") == MODEL_TYPE else fields, unused_kwargs
 
@@ -280,7 +280,7 @@ class ZCodeM3Config(PreTrainedConfig):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Like [`PreTrainedConfig.to_dict`]; without `expert_map` if there is none."""
+        """Like [`PreTrainedConfig.to_dict`]; `expert_map` is left out if there is none."""
         fields = super().to_dict()
         fields.pop("_is_complete", None)
         if fields.get("expert_map") is None:
@@ -289,7 +289,7 @@ class ZCodeM3Config(PreTrainedConfig):
 
     @property
     def default_generation_length(self) -> int:
-        """`max_length` of a generation config that has none: 256 tokens, or as many as there are positions."""
+        """Default `max_length` of a generation config: 256 tokens, or the number of positions if that is smaller."""
         return min(256, self.max_position_embeddings)
 
     def sparse_layers(self, side: Side) -> list[int]:
@@ -311,7 +311,7 @@ class ZCodeM3Config(PreTrainedConfig):
         return {} if self.expert_map is None else self._of_side(side, self.expert_map)
 
     def _of_side(self, side: Side, per_layer: list[Any]) -> dict[int, Any]:
-        """Sparse layer index -> item of a list that has one per sparse layer, the encoder's first."""
+        """Sparse layer index -> item of a list with one item per sparse layer, the encoder's first."""
         layers = self.sparse_layers(side)
         first = 0 if side == "encoder" else len(self.sparse_layers("encoder"))
         return dict(zip(layers, per_layer[first : first + len(layers)], strict=True))
@@ -341,7 +341,7 @@ class ZCodeM3Config(PreTrainedConfig):
             )
 
     def validate_router(self) -> None:
-        """Check the routing options, one by one, against each other, and against the numbers of experts."""
+        """Check the routing options: each alone, against each other, and against the numbers of experts."""
         self._validate_routing_options()
         self._validate_num_experts()
 
@@ -355,17 +355,17 @@ class ZCodeM3Config(PreTrainedConfig):
         for name in ("capacity_factor", "eval_capacity_factor"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(
-                    f"{name} ({getattr(self, name)}) must be positive and finite, or None to drop no token"
+                    f"{name} ({getattr(self, name)}) must be positive and finite; or None, which drops no token"
                 )
         for name in ("min_capacity", "router_aux_loss_coef", "router_z_loss_coef", "init_std"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} ({getattr(self, name)}) must not be negative, and finite")
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0 and finite")
         if self.router_jitter_noise is None or not 0.0 <= self.router_jitter_noise < 1.0:
             raise ValueError(f"router_jitter_noise ({self.router_jitter_noise}) must be at least 0 and less than 1")
         if self.router_noise_policy == "rsample" and self.num_experts_per_tok != 1:
             raise ValueError(
-                f"router_noise_policy='rsample' samples the one expert of a token; num_experts_per_tok is "
-                f"{self.num_experts_per_tok}, use None or 'jitter'"
+                "router_noise_policy='rsample' samples one expert per token, but num_experts_per_tok is "
+                f"{self.num_experts_per_tok}; use None or 'jitter'"
             )
         if self.second_expert_policy != "all" and self.num_experts_per_tok != 2:
             raise ValueError(
@@ -374,8 +374,8 @@ class ZCodeM3Config(PreTrainedConfig):
             )
         if self.batch_prioritized_routing and self.token_drop_policy != "position":
             raise ValueError(
-                "batch_prioritized_routing sets the order in which experts fill; "
-                f"token_drop_policy must be 'position', got {self.token_drop_policy!r}"
+                "batch_prioritized_routing sets the order in which experts fill, so token_drop_policy must be "
+                "'position', got {self.token_drop_policy!r}"
             )
 
     def _validate_sparse_layers(self, side: Side) -> None:
@@ -385,8 +385,8 @@ class ZCodeM3Config(PreTrainedConfig):
             raise ValueError(f"{side}_sparse_step ({step}) must be 0 (dense) or positive")
         if layers is not None and (len(set(layers)) < len(layers) or any(not 0 <= i < num_layers for i in layers)):
             raise ValueError(
-                f"{side}_sparse_layers ({layers}) must be distinct layer indices from 0 to {num_layers - 1}, "
-                f"as {side}_layers is {num_layers}"
+                f"{side}_sparse_layers ({layers}) must be distinct layer indices from 0 to {num_layers - 1}, because "
+                f"{side}_layers is {num_layers}"
             )
 
     def _validate_num_experts(self) -> None:
@@ -417,8 +417,8 @@ class ZCodeM3Config(PreTrainedConfig):
         for index, (experts, count) in enumerate(zip(expert_map, counts, strict=True)):
             if {*experts} - {count} != {*range(count)}:
                 raise ValueError(
-                    f"expert_map[{index}] ({experts}) must have every expert from 0 to {count - 1}, and no number but "
-                    f"these and {count}, as num_experts of the layer is {count}"
+                    f"expert_map[{index}] ({experts}) must have every expert from 0 to {count - 1}, and no other "
+                    f"number except {count}, because num_experts of the layer is {count}"
                 )
             num_rows = len(experts) - experts.count(count)
             if num_rows < self.num_experts_per_tok:
@@ -429,7 +429,7 @@ class ZCodeM3Config(PreTrainedConfig):
 
 
 def changed_fields(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a config with changes; a `router_jitter_noise` among them acts, whatever no policy was stored."""
+    """Fields of a config with changes; a changed `router_jitter_noise` takes effect even if no policy was stored."""
     merged = {**fields, **changes}
     if "router_jitter_noise" in changes and "router_noise_policy" not in changes:
         merged["router_noise_policy"] = merged.get("router_noise_policy") or _BY_JITTER

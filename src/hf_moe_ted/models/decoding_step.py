@@ -1,4 +1,4 @@
-"""A step of decoding on the memory of a search: all between two tokens, and nothing that waits for the device.
+"""A step of decoding on the memory of a search: everything between two tokens, without waiting for the device.
 
 Shape letters as in search_memory.py; R = B * N rows, V words.
 """
@@ -19,13 +19,15 @@ try:
 except ImportError:  # without Triton, which comes with PyTorch for GPUs, or remote code without the package
     beam_attention = beam_step = None  # type: ignore[assignment]
 
-KERNEL_DEVICES: tuple[str, ...] = ("cuda",)  # where Triton's kernels attend, and do what follows the logits
+KERNEL_DEVICES: tuple[str, ...] = (
+    "cuda",
+)  # devices on which Triton kernels compute attention and the work after the logits
 
 
 def read_prompts(model: Any, memory: SearchMemory, length: int) -> None:
-    """Write the keys of all but the last tokens of prompts, which all beams of a sentence attend to.
+    """Write the keys of prompts except their last tokens; all beams of a sentence attend to them.
 
-    They stand where those of the first beam would.
+    They are in the places of the first beam's keys.
     """
     num_beams = memory.num_beams
     places_L = num_beams * torch.arange(length, device=memory.counters.device)
@@ -42,8 +44,8 @@ def read_prompts(model: Any, memory: SearchMemory, length: int) -> None:
 def _decoded(
     model: Any, memory: SearchMemory, tokens_BL: Tensor, mask: Tensor, source_mask: Tensor, cache: FixedCache
 ) -> Tensor:
-    """Hidden states float[B, L, D]; both masks are additive, so that nobody makes others of them."""
-    # the keys of the source are there; all that is asked of its hidden states is whether there are any
+    """Hidden states float[B, L, D]. Both masks are additive, so transformers does not convert them."""
+    # the keys of the source are in the cache; its hidden states are only checked for presence
     nothing = memory.source_mask_B1NS.new_empty(1, 1, 1).expand(len(tokens_BL), source_mask.shape[-1], 1)
     return model.model.decoder(
         input_ids=tokens_BL,
@@ -57,10 +59,10 @@ def _decoded(
 
 
 def decoding_step(model: Any, memory: SearchMemory, num_candidates: int) -> None:
-    """One token more for all beams of all sentences: reads and writes a memory, and waits for nothing."""
+    """Add one token to all beams of all sentences. It reads and writes the memory, and waits for nothing."""
     settings = memory.settings
     has_kernels = _has_kernels(memory, len(model.lm_head.weight), num_candidates)
-    if not has_kernels:  # which let each beam attend to the key that it writes next
+    if not has_kernels:  # let each beam attend to the key that it writes next
         own_B1N1 = memory.keys_N.view(1, 1, -1, 1).expand(len(memory.last_BN), -1, -1, -1)
         memory.mask_B1NK.scatter_(3, own_B1N1, 0.0)
     masks = (memory.mask_B1NK, memory.source_mask_B1NS)
@@ -94,7 +96,7 @@ def _has_attention(memory: SearchMemory, implementation: str) -> bool:
 def _attend(
     memory: SearchMemory, layer_idx: int, mask: Tensor, scaling: float, query: Tensor, *new_keys_and_values: Tensor
 ) -> Tensor:
-    """Attention of a layer to what is there and new keys and values, or without such to the source."""
+    """Attention of a layer to past and new keys and values; without new ones, to the source."""
     if not new_keys_and_values:
         return beam_attention.beam_attention(query, *memory.of_source[layer_idx], mask, scaling)
     new_keys, new_values = new_keys_and_values
@@ -118,14 +120,14 @@ def _candidates(memory: SearchMemory, logits_RV: Tensor, num_candidates: int) ->
 
 
 def advance(memory: SearchMemory, candidates: Candidates) -> None:
-    """Take in the candidates."""
+    """Update the memory with the candidates."""
     settings = memory.settings
     ends_BC = (candidates.tokens_BC.unsqueeze(-1) == settings.ends_E).any(dim=-1)
     ends_BC = ends_BC | (memory.place_1 == settings.last_place_1)
     after = replace(memory.hypotheses)
     continued = after.continued(candidates, memory.place_1, memory.row_place_1)
     parents_BN = after.advance(candidates, continued, ends_BC, memory.place_1, settings)
-    # where nothing can go on, all sentences are done
+    # if nothing can continue, all sentences are done
     stops = (ends_BC | memory.is_done_B.unsqueeze(-1)).all()
     after.may_improve_B1 = after.may_improve_B1 & ~stops
     for field in fields(Hypotheses):

@@ -1,7 +1,7 @@
-"""How experts are computed: what each `experts_implementation` asks for, what runs where it cannot, and the defaults.
+"""How experts are computed: the needs of each `experts_implementation`, its replacement, and the defaults.
 
-`COMPUTATIONS` is the only place that says so; docs/experts.md quotes it. Where tokens come from is another setting:
-`ep_implementation` of the layout.
+`COMPUTATIONS` is the only place that defines this; docs/experts.md quotes it. The exchange of tokens is another
+setting: `ep_implementation` of the layout.
 """
 
 import functools
@@ -23,9 +23,9 @@ logger = logging.get_logger(__name__)
 
 ExpertsFunction = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
-# transformers lets the products fail: docs/upstream/transformers_grouped_mm_widths.md
+# in transformers the products would fail: docs/upstream/transformers_grouped_mm_widths.md
 _ROWS_OF_16_BYTES = {torch.float32: 4, torch.bfloat16: 8, torch.float16: 8}
-_ROWS_UNDER_AUTOCAST = {torch.float32: 8, torch.bfloat16: 8, torch.float16: 8}  # it may choose 16 bits
+_ROWS_UNDER_AUTOCAST = {torch.float32: 8, torch.bfloat16: 8, torch.float16: 8}  # autocast may choose 16 bits
 _FIRST_WITH_GROUPED_MM = (8, 0)
 
 
@@ -34,18 +34,18 @@ class ExpertComputation:
     """One way to compute experts.
 
     Attributes:
-        name: for `experts_implementation`.
-        how: in words.
-        default_on: types of devices where it is the default, if no row above it is.
-        width_steps: the dtypes of weights that it takes, and what d_model and the inner width must be multiples of;
-            `None` for any.
-        cuda_capability: the least compute capability of a CUDA device.
-        uses_triton: whether it runs where Triton does only.
-        only_relu: whether it takes ReLU without dropout in training only.
+        name: the value of `experts_implementation`.
+        how: a description in words.
+        default_on: device types on which it is the default, unless a row above it is.
+        width_steps: dtype of weights -> number of which d_model and the inner width must be multiples; other dtypes are
+            not supported. `None` is any.
+        cuda_capability: the lowest compute capability of a CUDA device.
+        uses_triton: whether it needs Triton.
+        only_relu: whether it supports only ReLU, in training without dropout.
         is_ours: whether it comes with this package, and not with transformers.
-        instead: the row that runs where this one cannot; `None` where that is an error.
-        compiles: whether `torch.compile` makes one graph of it.
-        cuda_graphs: whether CUDA graphs can record it: "yes", "no" or in which dtype.
+        instead: the row that runs if this one cannot; `None` if that is an error.
+        compiles: whether `torch.compile` compiles it to one graph.
+        cuda_graphs: whether CUDA graphs can record it: "yes", "no", or the dtype in which they can.
         second_derivatives: whether gradients have gradients.
     """
 
@@ -63,12 +63,12 @@ class ExpertComputation:
     second_derivatives: bool = True
 
     def why_not(self, widths: Mapping[str, int], dtype: torch.dtype, *, any_dtype: bool = False) -> str | None:
-        """What experts lack that are to be computed so; `None` if nothing.
+        """What experts lack for this computation; `None` if nothing.
 
         Args:
-            widths: d_model and inner widths by name; none of them for a model without experts.
-            dtype: of the weights.
-            any_dtype: whether the weights may get any of the dtypes later.
+            widths: d_model and inner widths by name; empty for a model without experts.
+            dtype: dtype of the weights.
+            any_dtype: whether the weights may later have any of the dtypes.
         """
         if self.is_ours and kernels is None:
             return "the package hf_moe_ted, which is not installed"
@@ -81,7 +81,7 @@ class ExpertComputation:
         return None if dtype in self.width_steps else f"at most float32, got {dtype}"
 
     def why_not_now(self, experts: Any) -> str | None:
-        """The same for a module with `up_proj` [E, F, D] and `act_fn` as it is now, on its device."""
+        """The same for a module with `up_proj` [E, F, D] and `act_fn`, in its current state and on its device."""
         up_proj = experts.up_proj
         device = up_proj.device
         if self.uses_triton and device.type not in kernels.TRITON_DEVICES:
@@ -93,7 +93,7 @@ class ExpertComputation:
         return self.why_not({"ffn_dim": up_proj.shape[1], "d_model": up_proj.shape[2]}, up_proj.dtype)
 
 
-# in the order in which a default is looked for
+# in the order in which a default is searched
 COMPUTATIONS = {
     row.name: row
     for row in (
@@ -102,7 +102,7 @@ COMPUTATIONS = {
             "Triton kernels; a step of generation in two",
             default_on=("cuda",),
             width_steps=_ROWS_UNDER_AUTOCAST,
-            cuda_capability=(8, 0),  # copies to shared memory while it computes
+            cuda_capability=(8, 0),  # copies to shared memory overlap with the computation
             uses_triton=True,
             only_relu=True,
             is_ours=True,
@@ -156,9 +156,9 @@ def is_plain_relu(act_fn: nn.Module) -> bool:
 
 
 def default_computation(device_type: str, widths: Mapping[str, int], dtype: torch.dtype) -> str:
-    """The name of the first row that is a default on a device (`"cuda"` or `"cpu"`) and takes widths and dtype.
+    """The name of the first row that is a default on a device (`"cuda"` or `"cpu"`) and supports widths and dtype.
 
-    Warns if that is the loop, which waits for the device at each expert.
+    It warns if that is the loop, which waits for the device at each expert.
     """
     reasons = {
         name: row.why_not(widths, dtype, any_dtype=True)
@@ -168,17 +168,17 @@ def default_computation(device_type: str, widths: Mapping[str, int], dtype: torc
     default = next(name for name, reason in reasons.items() if reason is None)
     if default == "eager":
         logger.warning_once(
-            f"experts are computed by a slow loop, experts_implementation='eager': 'grouped_mm' needs "
+            "experts are computed by a slow loop (experts_implementation='eager'), because 'grouped_mm' needs "
             f"{reasons['grouped_mm']}"
         )
     return default
 
 
 def check_computation(name: str, widths: Mapping[str, int], dtype: torch.dtype) -> None:
-    """Refuse a row that cannot compute experts of these widths and dtype; names that are no row are not judged.
+    """Refuse a row that cannot compute experts of these widths and dtype; names without a row are not checked.
 
     Raises:
-        ValueError: with what is missing, and the names of rows that take any experts.
+        ValueError: the experts lack something; the message names it, and rows that support any experts.
     """
     if name in COMPUTATIONS and (reason := COMPUTATIONS[name].why_not(widths, dtype, any_dtype=True)):
         raise _refusal(name, reason)
@@ -192,10 +192,10 @@ def _refusal(name: str, reason: str) -> ValueError:
 
 
 class ExpertsWithReasons(ExpertsInterface):
-    """transformers' experts functions for our experts: what would fail deep in a product says why before it."""
+    """transformers' experts functions for our experts, with early and clear errors."""
 
     def get_interface(self, experts_implementation: str, default: ExpertsFunction) -> ExpertsFunction:
-        """As the parent's, with what is registered in `ALL_EXPERTS_FUNCTIONS`."""
+        """Like the parent's, with the functions that are registered in `ALL_EXPERTS_FUNCTIONS`."""
         function = ALL_EXPERTS_FUNCTIONS.get_interface(experts_implementation, default)
         return functools.partial(_grouped_mm, function) if experts_implementation == "grouped_mm" else function
 
@@ -207,22 +207,22 @@ def _grouped_mm(function: ExpertsFunction, experts: Any, *inputs: Tensor) -> Ten
 
 
 def _has_loop(device: torch.device) -> bool:
-    """Where transformers takes a loop, which computes any experts, in place of PyTorch's grouped products."""
+    """Whether transformers uses a loop, which computes any experts, instead of PyTorch's grouped products."""
     return torch.compiler.is_compiling() or (device.type == "cuda" and _capability(device) < _FIRST_WITH_GROUPED_MM)
 
 
 def _function_that_hands_over(row: ExpertComputation) -> ExpertsFunction:
-    """The experts function of a row of ours; experts that it cannot compute go to the row `instead`."""
+    """The experts function of one of our rows; experts that it cannot compute go to the row `instead`."""
     if row.instead is None:
         return kernels.EXPERTS_IMPLEMENTATIONS[row.name]
     instead = ALL_EXPERTS_FUNCTIONS[row.instead]
-    function = kernels.EXPERTS_IMPLEMENTATIONS.get(row.name, instead)  # that of Triton may be missing
+    function = kernels.EXPERTS_IMPLEMENTATIONS.get(row.name, instead)  # the Triton function may be missing
 
     def experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         reason = row.why_not_now(experts)
         if reason and row.instead == "zcode_cpu" and not torch.compiler.is_compiling():
             logger.warning_once(
-                f"experts are computed one after the other, which is slow on GPUs: {row.name!r} needs {reason}"
+                f"experts are computed one after the other, which is slow on GPUs, because {row.name!r} needs {reason}"
             )
         runs = instead if reason else function
         return runs(experts, hidden_TD, top_k_index, top_k_weights)
@@ -231,7 +231,7 @@ def _function_that_hands_over(row: ExpertComputation) -> ExpertsFunction:
 
 
 if kernels is not None:
-    for row in reversed(COMPUTATIONS.values()):  # those that others hand over to come first
+    for row in reversed(COMPUTATIONS.values()):  # rows to which others hand over come first
         if row.is_ours:
             ALL_EXPERTS_FUNCTIONS.register(row.name, _function_that_hands_over(row))
 

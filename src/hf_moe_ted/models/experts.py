@@ -54,7 +54,7 @@ class ZCodeM3Experts(nn.Module):
 
     @property
     def can_be_captured(self) -> bool:
-        """Whether a CUDA graph can hold a call: the computation that is chosen does not wait for the device."""
+        """Whether a CUDA graph can hold a call: true if the chosen computation does not wait for the device."""
         config: Any = self.config
         row = COMPUTATIONS.get(config._experts_implementation)
         return row is None or row.cuda_graphs in ("yes", str(self.up_proj.dtype).removeprefix("torch."))
@@ -70,7 +70,7 @@ class ZCodeM3Experts(nn.Module):
             float[T, D], the weighted sum over a token's experts; zeros for a token that none computes.
         """
         output = torch.zeros_like(hidden_states)
-        for expert in range(self.num_experts):  # experts without tokens, too: their gradients are zeros, not None
+        for expert in range(self.num_experts):  # experts without tokens, too: then their gradients are zeros, not None
             token, slot = torch.where(top_k_index == expert)
             up = nn.functional.linear(hidden_states[token], self.up_proj[expert], self.up_proj_bias[expert])
             down = nn.functional.linear(self.act_fn(up), self.down_proj[expert], self.down_proj_bias[expert])

@@ -1,4 +1,4 @@
-"""Arguments of `forward`: those that are passed on and read elsewhere, and the cache with its two names."""
+"""Arguments of `forward`: those that other code reads, and the cache with its two names."""
 
 import difflib
 import inspect
@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.cache_utils import Cache
 
-# what `forward` passes on by `**kwargs`, and somebody reads: this file, or a decorator of transformers
+# arguments in `**kwargs` of `forward` that are read by this file or a decorator of transformers
 _PASSED_ON = {
     "debug_io",
     "debug_io_dir",
@@ -22,11 +22,11 @@ _PASSED_ON = {
 
 
 def refuse_unknown_arguments(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Refuse what nobody reads of the `kwargs` of a `forward`.
+    """Refuse `kwargs` of a `forward` that nothing reads.
 
     Raises:
-        TypeError: an argument of `forward` that nobody reads. Packed sequences (`position_ids`, `cu_seq_lens_q`) are
-            among these: a text begins at the first position of its row.
+        TypeError: nothing reads an argument of `forward`. This includes packed sequences (`position_ids`,
+            `cu_seq_lens_q`): a text always begins at the first position of its row.
     """
     unknown = [name for name, value in kwargs.items() if name not in _PASSED_ON and value is not None]
     if unknown:
@@ -40,13 +40,15 @@ def refuse_unknown_arguments(module: nn.Module, kwargs: dict[str, Any]) -> None:
 
 
 def the_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """The cache of a call, under whichever of its two names it was given.
+    """The cache of a call, given under either of its two names.
 
     Raises:
-        ValueError: two caches.
+        ValueError: two caches are given.
     """
     if past_key_values is not None and cache is not None and past_key_values is not cache:
-        raise ValueError("past_key_values and cache are two names of one argument, got two caches; pass one of them")
+        raise ValueError(
+            "past_key_values and cache are two names of one argument, but both are given; pass one of them"
+        )
     return past_key_values if cache is None else cache
 
 

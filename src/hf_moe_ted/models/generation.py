@@ -1,4 +1,4 @@
-"""Generation: a length of its own, a first token of each row, and refusals of what would make every text garbage."""
+"""Generation: a default length, a first token for each row, and errors for damaged weights."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,13 +20,13 @@ logger = logging.get_logger(__name__)
 
 
 class FirstTokens(SometimesActive):
-    """`forced_bos_token_id` with a token for each of B sentences, each of which has as many rows as beams."""
+    """`forced_bos_token_id` with a token for each of B sentences; a sentence has one row per beam."""
 
     def __init__(self, token_ids: Sequence[int]):
         self.forced: Sequence[int] = list(token_ids)
 
     def is_active(self, length: int) -> bool:
-        """Whether it changes scores behind so many tokens."""
+        """Whether it changes scores after so many tokens."""
         return length == 1
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -38,10 +38,10 @@ class FirstTokens(SometimesActive):
 
 
 class _NaNWatch(SometimesActive):
-    """Changes nothing and waits for nothing; `has_nan` is a bool scalar on the device of the scores.
+    """Records NaN in scores; it changes nothing and waits for nothing. `has_nan` is a bool scalar on their device.
 
     Attributes:
-        has_own_cache: whether the call that it watches makes its cache, which nobody sees.
+        has_own_cache: whether the watched call makes its own cache, which no other code sees.
     """
 
     has_nan: Tensor | None = None
@@ -51,7 +51,7 @@ class _NaNWatch(SometimesActive):
         self.has_own_cache = has_own_cache
 
     def is_active(self, length: int) -> bool:
-        """Never, where `look` is called."""
+        """Never active: `look` is called instead."""
         return False
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class _NaNWatch(SometimesActive):
         return scores
 
     def look(self, scores: Tensor) -> None:
-        """At numbers that are NaN if a logit is."""
+        """Look at numbers that are NaN if a logit is NaN."""
         has_nan = scores.isnan().any()
         self.has_nan = has_nan if self.has_nan is None else self.has_nan | has_nan
 
@@ -70,12 +70,12 @@ class ZCodeM3GenerationMixin(GenerationMixin):
     config: Any
 
     def _set_default_length(self, generation_config: GenerationConfig) -> None:
-        # without a length `generate` stops after 20 tokens
+        # without a length `generate` would stop after 20 tokens
         if generation_config.max_length is None and generation_config.max_new_tokens is None:
             generation_config.max_length = self.config.default_generation_length
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
-        """Like [`GenerationMixin.adjust_generation_fn`], which loads the generation config; then sets its length."""
+        """Like [`GenerationMixin.adjust_generation_fn`], which loads the generation config; then set its length."""
         super().adjust_generation_fn(*args, **kwargs)  # type: ignore[misc]  # the mixin has a protocol for `self`
         self._set_default_length(self.generation_config)
 
@@ -90,15 +90,15 @@ class ZCodeM3GenerationMixin(GenerationMixin):
         """Like [`GenerationMixin.generate`].
 
         Raises:
-            ValueError: NaN or infinity in a router's weights, or logits that become NaN. It names the first router with
-                such logits, for which everything is computed once more. Or the config was changed in what layers are
-                made of.
+            ValueError: a router's weights have NaN or infinity, or logits become NaN. The message names the first
+                router with such logits; to find it, everything is computed once more. Also if config fields that made
+                the layers were changed.
         """
         model: Any = self  # whose mixin this is
         if kwargs.get("encoder_outputs") is None:  # else within a call: early exit changes `num_hidden_layers`
             model.model._refuse_changed_structure()
         require_finite_routers(model)
-        kwargs.pop("labels", None)  # of Seq2SeqTrainer's batches; transformers would give them to the encoder
+        kwargs.pop("labels", None)  # in batches of Seq2SeqTrainer; transformers would give them to the encoder
         watch = _NaNWatch(has_own_cache=all(kwargs.get(name) is None for name in ("past_key_values", "cache")))
         processors = LogitsProcessorList([*(logits_processor or []), watch])
         generate: Callable = super().generate  # type: ignore[misc]  # the mixin has a protocol for `self`
@@ -109,7 +109,10 @@ class ZCodeM3GenerationMixin(GenerationMixin):
             with refused_if_not_finite(model):
                 again = {name: value for name, value in kwargs.items() if name != "streamer"}
                 generate(inputs, generation_config, logits_processor, *args, **again)
-            raise ValueError("logits became NaN in generation, though all routers are finite: weights may be damaged")
+            raise ValueError(
+                "logits became NaN in generation, though all routers are finite: weights may be damaged; load an "
+                "undamaged checkpoint"
+            )
         return output
 
     def _beam_search(
@@ -121,7 +124,7 @@ class ZCodeM3GenerationMixin(GenerationMixin):
         synced_gpus: bool = False,
         **model_kwargs: Any,
     ) -> Any:
-        """The search of beam_search.py or captured_search.py, or for what these do not have that of transformers."""
+        """The search of beam_search.py or captured_search.py, or else of transformers."""
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
         watch, reason = self._own_search(logits_processor, generation_config, synced_gpus, model_kwargs)
         if _is_captured(generation_config, input_ids.device):
@@ -144,7 +147,7 @@ class ZCodeM3GenerationMixin(GenerationMixin):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Greedy search of captured_search.py where CUDA graphs are asked for, else the one of transformers."""
+        """Greedy search of captured_search.py if CUDA graphs are on, else the search of transformers."""
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
         if _is_captured(generation_config, input_ids.device):
             others = {
@@ -164,7 +167,7 @@ class ZCodeM3GenerationMixin(GenerationMixin):
     def _own_search(
         self, logits_processor: Any, generation_config: GenerationConfig, synced_gpus: bool, model_kwargs: Any
     ) -> tuple[_NaNWatch | None, str | None]:
-        """What looks at the logits of a search of this package, and what of a generation no such search has."""
+        """The watch for the logits of this package's searches, and why a generation cannot use them."""
         watch = next((processor for processor in logits_processor if isinstance(processor, _NaNWatch)), None)
         if watch is None or not watch.has_own_cache:
             return watch, "a cache of the caller"
@@ -173,7 +176,7 @@ class ZCodeM3GenerationMixin(GenerationMixin):
     def _captured(
         self, watch: _NaNWatch | None, reason: str | None, arguments: tuple[Any, ...], model_kwargs: dict[str, Any]
     ) -> tuple[Any, str | None]:
-        """The output of captured_search.py, or `None` and why not."""
+        """The output of captured_search.py, or `None` and the reason."""
         input_ids, processors, criteria, options = arguments
         reason = reason or why_not_captured(self.config, options, processors, criteria, input_ids)
         if watch is None or reason is not None:
@@ -185,7 +188,7 @@ class ZCodeM3GenerationMixin(GenerationMixin):
         return output, "a failed capture" if output is None else None
 
     def _graph_store(self, generation_config: Any) -> GraphStore | str:
-        """The store of this model, found once in a call of `generate`, or why there is none."""
+        """The store of this model, found once per call of `generate`, or the reason why there is none."""
         store = getattr(generation_config, "_graph_store", None)
         if store is None:
             store = generation_config._graph_store = store_of(self)
@@ -198,7 +201,7 @@ class ZCodeM3GenerationMixin(GenerationMixin):
         model_input_name: str | None,
         generation_config: GenerationConfig,
     ) -> dict[str, Any]:
-        """Run the encoder, as a CUDA graph where these are asked for."""
+        """Run the encoder, as a CUDA graph if these are on."""
         given = (inputs_tensor, model_kwargs, model_input_name, generation_config)
         if model_kwargs.get("encoder_outputs") is None and _is_captured(generation_config, inputs_tensor.device):
             reason = why_not_encoded(self.config, inputs_tensor, model_input_name, model_kwargs)
@@ -212,7 +215,7 @@ class ZCodeM3GenerationMixin(GenerationMixin):
         return prepare(*given)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Like the parent's, without the tokenizer of stop strings, which transformers hands on to `forward`."""
+        """Like the parent's, but without the tokenizer of stop strings, which transformers passes on to `forward`."""
         for name in ("tokenizer", "assistant_tokenizer"):
             kwargs.pop(name, None)
         prepare: Callable = super().prepare_inputs_for_generation  # type: ignore[misc]
@@ -228,9 +231,9 @@ class ZCodeM3GenerationMixin(GenerationMixin):
             prepared.cuda_graphs = cuda_graphs
         given = [kwargs] + [config.to_dict() for config in (generation_config, self.generation_config) if config]
         if all(options.get(name) is None for options in given for name in ("max_length", "max_new_tokens")):
-            prepared.max_length = self.config.default_generation_length  # of transformers: 20
+            prepared.max_length = self.config.default_generation_length  # transformers' default: 20
         elif generation_config is None and kwargs.get("max_new_tokens") and kwargs.get("max_length") is None:
-            prepared.max_length = None  # the model's default, of which there would be a warning in each call
+            prepared.max_length = None  # the model's default, which would cause a warning in each call
         prompt = kwargs.get("decoder_input_ids")
         is_given = kwargs.get("max_length") or (generation_config and generation_config.max_length)
         default = self.config.default_generation_length
@@ -240,14 +243,14 @@ class ZCodeM3GenerationMixin(GenerationMixin):
 
 
 def _is_captured(generation_config: Any, device: torch.device) -> bool:
-    """Whether steps are to be CUDA graphs, where there are any.
+    """Whether steps should run as CUDA graphs, if graphs are possible.
 
     Raises:
-        ValueError: `cuda_graphs` is no bool.
+        ValueError: `cuda_graphs` is not a bool or `None`.
     """
     asked = getattr(generation_config, "cuda_graphs", None)
     if asked is not None and not isinstance(asked, bool):
-        raise ValueError(f"cuda_graphs ({asked!r}) must be True, False or None, which leaves it to the model")
+        raise ValueError(f"cuda_graphs ({asked!r}) must be True, False or None; None lets the model choose")
     return device.type in DEVICES and (BY_DEFAULT if asked is None else asked)
 
 

@@ -1,4 +1,4 @@
-"""CUDA graphs of a model, kept from call to call: the least recently used goes, and all go with the weights."""
+"""CUDA graphs of a model, kept between calls. The least recently used is dropped, and all if weights change."""
 
 import contextlib
 import threading
@@ -24,27 +24,27 @@ logger = logging.get_logger(__name__)
 T = TypeVar("T")
 
 MAX_GRAPHS = 64
-MAX_FAILURES = 3  # another thread that waits for the device, or loads a kernel, breaks a capture
+MAX_FAILURES = 3  # a capture fails if another thread waits for the device or loads a kernel
 _PLAIN = {bool, int, float, str}
 _record = threading.Lock()  # one capture at a time in a process
 
 
 class GraphStore:
-    """Recorded calls by key, and what they work on.
+    """Recorded calls by key, and the memory on which they work.
 
-    A call runs from Python when its key comes first, which makes what is made once, such as kernels; it is recorded
-    when the key comes again, and replayed from then on.
+    The first call with a key runs from Python, which makes everything that is made once, such as kernels. The second
+    call is recorded, and later calls are replayed.
 
     Args:
         recorder: a [`~hf_moe_ted.cuda_graphs.recorder.Recorder`].
-        signature: what the calls depend on besides their keys.
+        signature: everything besides the key on which calls depend.
 
     Attributes:
-        lock: to be held from before a call until what it wrote was read.
-        memories: what calls read and write, by whatever tells one from another.
-        num_recorded: calls that were recorded so far.
-        num_failures: of each kind of calls, recordings that failed.
-        refusals: kinds of calls that are not recorded any more, and why.
+        lock: hold it from before a call until its results were read.
+        memories: memory that calls read and write, by its key.
+        num_recorded: number of calls that were recorded so far.
+        num_failures: kind of call -> number of failed recordings.
+        refusals: kinds of calls that are no longer recorded -> reason.
     """
 
     def __init__(self, recorder: Any, signature: Hashable):
@@ -59,11 +59,11 @@ class GraphStore:
         self._seen: set[Hashable] = set()
 
     def __deepcopy__(self, memo: Any) -> None:
-        """Copies of the options of a call, such as those of an assistant model, begin without the store of a model."""
+        """Copies of a call's options, such as those of an assistant model, do not share the store of a model."""
         return None
 
     def run(self, key: Hashable, call: Callable[[], None]) -> None:
-        """Make a call, which returns nothing and reads and writes memory that stays where it is."""
+        """Make a call that returns nothing and reads and writes memory with fixed addresses."""
         if key in self._graphs:
             self._graphs.move_to_end(key)
             self._graphs[key]()
@@ -80,7 +80,7 @@ class GraphStore:
             replay()
 
     def forget(self, memory: Hashable = None) -> None:
-        """Give back a memory and the graphs whose keys begin with its name, or all."""
+        """Free a memory and the graphs whose keys begin with its name, or free all."""
         for key in [key for key in self._graphs if memory is None or key[0] == memory]:  # type: ignore[index]
             del self._graphs[key]
         if memory is None:
@@ -96,12 +96,12 @@ _stores_lock = threading.Lock()
 
 
 def store_of(model: Any) -> "GraphStore | str":
-    """The store of a model: a new one if its weights, its config or how it computes are others than before.
+    """The store of a model; a new one if its weights, its config or its way to compute changed.
 
-    It is not part of the model: copies do not have it, and files neither.
+    It is not part of the model: copies and saved files do not have it.
 
     Returns:
-        In place of a store, what of the model cannot be recorded.
+        The store; or a string that says what of the model cannot be recorded.
     """
     modules = [*model.model.encoder.modules(), *model.model.decoder.modules(), model.lm_head]
     parameters, buffers = (_tensors_of(modules, name) for name in ("_parameters", "_buffers"))
@@ -110,9 +110,9 @@ def store_of(model: Any) -> "GraphStore | str":
     config, dtypes = vars(model.config).items(), _dtypes_of(parameters)
     signature = (
         tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in (*parameters, *buffers)),
-        dtypes.pop(),  # of all, or there is no store
+        dtypes.pop(),  # all layers, or there is no store
         tuple((name, value) for name, value in config if isinstance(value, bool | int | float | str | None)),
-        # what is set on a layer goes before its config
+        # an option set on a layer comes before its config
         tuple(
             value
             for module in modules
@@ -126,7 +126,7 @@ def store_of(model: Any) -> "GraphStore | str":
         store = _stores.get(model)
         if store is None or store.signature != signature:
             if store is not None:
-                with store.lock:  # nobody is using it
+                with store.lock:  # the store is not in use
                     store.forget()
             with on_device(parameters[0].device):
                 store = _stores[model] = GraphStore(new_recorder(), signature)
@@ -134,12 +134,12 @@ def store_of(model: Any) -> "GraphStore | str":
 
 
 def _tensors_of(modules: list[nn.Module], name: str) -> list[Tensor]:
-    # not `parameters()`, which takes milliseconds
+    # `parameters()` would take milliseconds
     return [tensor for module in modules for tensor in getattr(module, name).values() if tensor is not None]
 
 
 def _why_not(modules: list[nn.Module], parameters: list[Tensor], buffers: list[Tensor]) -> str | None:
-    """Why a model cannot be recorded: parts that have no recording, or that may change unnoticed."""
+    """Why a model cannot be recorded: it has parts that cannot be recorded, or that may change unnoticed."""
     device = parameters[0].device
     reasons = {
         "the package hf_moe_ted, which is not installed": CudaRecorder is None,
@@ -163,18 +163,18 @@ def _why_not(modules: list[nn.Module], parameters: list[Tensor], buffers: list[T
 
 
 def _dtypes_of(tensors: list[Tensor]) -> set[torch.dtype]:
-    """But for integers, which quantized experts have."""
+    """Floating-point dtypes only; quantized experts also have integers."""
     return {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
 
 
 def _is_plain(kind: type) -> bool:
-    """Whether all that a module does is known from its weights and the config of the model."""
+    """Whether a module's behaviour follows from its weights and the model's config alone."""
     package = kind.__module__.rpartition(".")[0]
     return package == __package__ or package.startswith("torch.nn") or kind.__module__ == "transformers.activations"
 
 
 def forget_store(model: Any) -> None:
-    """Give back all that was kept of a model, such as keys that are no numbers."""
+    """Drop everything that was kept for a model, for example after NaN in its keys."""
     with _stores_lock:
         store = _stores.pop(model, None)
     if store is not None:
@@ -183,14 +183,14 @@ def forget_store(model: Any) -> None:
 
 
 def recorded(store: GraphStore, kind: str, work: Callable[[], T]) -> T | None:
-    """What work with the calls of a store returns, alone and on the stream of its recorder.
+    """Run work that makes calls of a store, alone and on the stream of its recorder; return its result.
 
     Args:
-        kind: of the work, in words.
+        kind: name of the work, for messages.
 
     Returns:
-        `None` if the memory of the device is too small or a recording failed. Both are tried again at the next call;
-        after `MAX_FAILURES` failures that is over, which is said once.
+        The result; `None` if the memory of the device is too small or a recording failed. The next call tries again.
+        After `MAX_FAILURES` failures it warns once and stops trying.
     """
     if kind in store.refusals:
         logger.debug("%s: not recorded, because of %s", kind, store.refusals[kind])
@@ -208,31 +208,31 @@ def recorded(store: GraphStore, kind: str, work: Callable[[], T]) -> T | None:
                 store.refusals[kind] = reason
         store.forget()
     if is_over:
-        logger.warning_once(f"the {kind} is not captured as a CUDA graph, but runs from Python: {reason}")
+        logger.warning_once(f"the {kind} is not captured as a CUDA graph and runs from Python: {reason}")
     else:
-        logger.debug("%s: runs from Python this time, as %s", kind, reason)
+        logger.debug("%s: runs from Python this time, because %s", kind, reason)
     return None
 
 
 def new_recorder() -> Any:
-    """For the current device."""
+    """A recorder for the current device."""
     return CudaRecorder()
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Where a device is the current one, if it is a CUDA device."""
+    """Context in which a device is the current one, if it is a CUDA device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def rung(number: int, least: int = 1) -> int:
-    """The least power of two, or three quarters of one, that is no less, and a multiple of `least`."""
+    """The least power of two, or three quarters of one, that is at least the number and a multiple of `least`."""
     whole = power_of_two(number, least)
     part = whole // 4 * 3
     return part if part >= number and part % least == 0 else whole
 
 
 def power_of_two(number: int, least: int = 1) -> int:
-    """The least one that is neither less than a number nor than `least`, one itself."""
+    """The least power of two that is at least the number and at least `least`, itself a power of two."""
     return max(least, 1 << (number - 1).bit_length())
 
 

@@ -1,8 +1,8 @@
-"""Codes of languages: what people type -> the language that a tokenizer has.
+"""Language codes: map the code that a user types to a language of a tokenizer.
 
 `zh-CN`, `zh_CN`, `zho_Hans`, `cmn` and `ZH` are one language in several forms: a code of ISO 639 (two or three
 letters), perhaps with a script (`Hans`), a region (`CN`) or a variant (`valencia`) after `-` or `_`, in any case. A
-tokenizer has some of these languages, in forms of its own. This is the one place that knows how forms belong together.
+tokenizer has some of these languages, in its own forms. Only this module knows which forms mean the same language.
 """
 
 import difflib
@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 LanguagePair = tuple[str, str]
 """Source and target language."""
 
-# A line per language: the code that stands for it here, then the other ones. A macrolanguage (`ara`) is the same as the
-# member that is meant without further words (`arb`), as in NLLB and FLORES-200, whose languages are all here.
+# A line per language: the code used here, then its other codes. A macrolanguage (`ara`) equals the member that it
+# usually means (`arb`), as in NLLB and FLORES-200; all languages of these two are here.
 _CODES = """
 aa aar|ab abk|ace|acm|acq|aeb|af afr|ajp|ak aka|am amh|an arg|ang|apc|ar ara arb|arc|ars|ary|arz|as asm|ast|av ava
 awa|ay aym ayr|az aze azj|azb|ba bak|ban|bar|bcl|be bel|bem|bg bul|bh bih|bho|bi bis|bjn|bm bam|bn ben|bo bod tib
@@ -39,7 +39,7 @@ wa wln|war|wo wol|wuu|xal|xh xho|yi yid ydd ji|yo yor|yue|za zha|zh zho chi cmn|
 """
 _LANGUAGE_OF = {code: line.split()[0] for line in re.split(r"[|\n]", _CODES.strip()) for code in line.split()}
 
-# what people type for a language: the code of a country, or a name
+# what users type instead of a language code: the code of a country, or a name
 _MISTAKES = {
     **{"br": "pt", "chinese": "zh", "cn": "zh", "cz": "cs", "dk": "da", "ee": "et", "english": "en", "french": "fr"},
     **{"german": "de", "gr": "el", "greek": "el", "ir": "fa", "japanese": "ja", "jp": "ja", "korean": "ko", "kr": "ko"},
@@ -49,13 +49,13 @@ _MISTAKES = {
 _SCRIPT_OF_CHINESE = {"CN": "Hans", "MY": "Hans", "SG": "Hans", "HK": "Hant", "MO": "Hant", "TW": "Hant"}
 _HAN = ("Hanb", "Hani", "Hans", "Hant")
 
-# scripts without spaces between words, and the languages that are written in them where no script is named
+# scripts without spaces between words, and the languages with such a default script
 _SCRIPT_WITHOUT_SPACES = {
     **dict.fromkeys(("gan", "hak", "lzh", "nan", "wuu", "yue", "zh"), "Hani"),
     **{"bo": "Tibt", "dz": "Tibt", "ja": "Jpan", "km": "Khmr", "lo": "Laoo", "my": "Mymr", "shn": "Mymr", "th": "Thai"},
 }
 
-# scripts from right to left, and the languages that are written in one where no script is named
+# scripts from right to left, and the languages with such a default script
 _SCRIPTS_FROM_RIGHT = ("Adlm", "Arab", "Aran", "Hebr", "Mand", "Mend", "Nkoo", "Rohg", "Samr", "Syrc", "Thaa")
 _FROM_RIGHT = (
     *("acm", "acq", "aeb", "ajp", "apc", "ar", "arc", "ars", "ary", "arz", "azb", "ckb", "dv", "fa", "hbo", "he"),
@@ -67,19 +67,19 @@ _BLEU_TOKENIZER = {
     **dict.fromkeys(("Hira", "Hrkt", "Jpan", "Kana", "Khmr", "Laoo", "Mymr", "Thai", "Tibt"), "char"),
 }
 
-_LANGUAGE_TOKEN = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}|[a-z]{2}_[A-Z]{2}")  # of NLLB and mBART: eng_Latn, en_XX
+_LANGUAGE_TOKEN = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}|[a-z]{2}_[A-Z]{2}")  # codes of NLLB and mBART: eng_Latn, en_XX
 _MAX_LISTED = 30
 _ENCODING = threading.RLock()
 
 
 class LanguageCode(NamedTuple):
-    """A language in a form that does not depend on how it was typed.
+    """A language in normalized form.
 
     Attributes:
-        language: ISO 639-1 where there is such a code, otherwise ISO 639-3.
+        language: ISO 639-1 code if there is one, otherwise ISO 639-3.
         script: ISO 15924, `Hans`.
         region: ISO 3166, `BR`, or three digits.
-        variant: what else was named, in small letters.
+        variant: any other part, in lower case.
     """
 
     language: str
@@ -89,10 +89,10 @@ class LanguageCode(NamedTuple):
 
 
 def parse_language(code: str) -> LanguageCode:
-    """What a code means: `zh_CN` -> `zh`, `Hans`, `CN`.
+    """Parse a code: `zh_CN` -> `zh`, `Hans`, `CN`.
 
     Raises:
-        ValueError: it is no code of a language that is known here; the error lists near ones.
+        ValueError: it is no code of a known language; the error lists similar ones.
     """
     parsed = _parsed(code) if isinstance(code, str) else None
     if parsed is None:
@@ -104,20 +104,20 @@ def parse_language(code: str) -> LanguageCode:
 def resolve_language(
     code: str, languages: Iterable[str], *, name: str = "language", owner: str = "the tokenizer"
 ) -> str:
-    """The one of `languages` that a code means.
+    """Find the one of `languages` that a code means.
 
-    The very same string comes first, so that languages may have names of any kind. Then the language must be the same,
-    and script, region and variant where both name one: `pt-BR` is `pt` where there is no closer one, but not `pt_PT`.
+    An equal string comes first, so languages may have names of any kind. Otherwise the language must be the same, and
+    also script, region and variant if both name one: `pt-BR` is `pt` if there is no closer one, but not `pt_PT`.
 
     Args:
-        code: as people type it: `zh-CN`, `zh_CN`, `zho_Hans`, `cmn`, `ZH`.
-        languages: of a tokenizer or a model.
-        name: what errors call the code, such as `src_lang`.
-        owner: what errors call that which has the languages.
+        code: as a user types it: `zh-CN`, `zh_CN`, `zho_Hans`, `cmn`, `ZH`.
+        languages: languages of a tokenizer or a model.
+        name: name of the code in errors, such as `src_lang`.
+        owner: name, in errors, of what has the languages.
 
     Raises:
-        ValueError: none of `languages` is meant, or several are (`zh` of `zho_Hans` and `zho_Hant`); the error lists
-            near ones.
+        ValueError: the code means none of `languages`, or several (`zh` with `zho_Hans` and `zho_Hant`); the error
+            lists similar ones.
     """
     languages = list(dict.fromkeys(languages))
     if code in languages:
@@ -134,10 +134,10 @@ def resolve_language(
 
 
 def find_language(code: str, languages: Iterable[str]) -> str | None:
-    """Like `resolve_language`, but `None` where none is meant.
+    """Like `resolve_language`, but `None` if the code means none.
 
     Raises:
-        ValueError: several are meant.
+        ValueError: the code means several languages.
     """
     languages = list(languages)
     if code not in languages and not _closest(code, languages):
@@ -146,16 +146,16 @@ def find_language(code: str, languages: Iterable[str]) -> str | None:
 
 
 def unknown_languages(codes: Iterable[str], languages: Iterable[str]) -> str:
-    """Codes that mean none of `languages`, for an error, with those that may have been meant: `gr (el?), xx`."""
+    """Codes that mean none of `languages`, for an error message, with suggestions: `gr (el?), xx`."""
     near = {code: _near(str(code), list(languages)) for code in sorted(codes)}
     return ", ".join(f"{code} ({' or '.join(meant)}?)" if meant else str(code) for code, meant in near.items())
 
 
 def parse_languages(text: str) -> list[str]:
-    """The codes of a list that was typed, `"en, de"` -> `["en", "de"]`, each once.
+    """Parse a list of codes, `"en, de"` -> `["en", "de"]`, each once.
 
     Raises:
-        ValueError: there is none, or an empty one between two commas.
+        ValueError: there is no code, or an empty one between two commas.
     """
     codes = [code.strip() for code in text.split(",")]
     if not all(codes):
@@ -164,7 +164,7 @@ def parse_languages(text: str) -> list[str]:
 
 
 def sacrebleu_tokenizer(code: str) -> str:
-    """The tokenizer of sacreBLEU for a language: `zh`, `char` where words are not parted by spaces, otherwise `13a`.
+    """The tokenizer of sacreBLEU for a language: `zh`, `char` if words have no spaces between them, else `13a`.
 
     Raises:
         ValueError: see `parse_language`.
@@ -174,7 +174,7 @@ def sacrebleu_tokenizer(code: str) -> str:
 
 
 def has_spaces_between_sentences(code: str) -> bool:
-    """Whether sentences of a language stand apart, as they do except in Chinese and Japanese."""
+    """Whether a language has spaces between sentences: all except Chinese and Japanese."""
     try:
         parsed = parse_language(code)
     except ValueError:
@@ -184,7 +184,7 @@ def has_spaces_between_sentences(code: str) -> bool:
 
 
 def is_right_to_left(code: str) -> bool:
-    """Whether a language is written from right to left; one that is not known here is not."""
+    """Whether a language is written from right to left; false for an unknown language."""
     try:
         parsed = parse_language(code)
     except ValueError:
@@ -195,8 +195,8 @@ def is_right_to_left(code: str) -> bool:
 def language_ids(tokenizer: Any) -> dict[str, int]:
     """The languages of a tokenizer for translation, and the ids of their tokens.
 
-    Those of `lang_code_to_id` (`ZCodeM3Tokenizer`, `M2M100Tokenizer`), otherwise the tokens that look like the
-    languages of NLLB and mBART (`eng_Latn`, `en_XX`), whatever other special tokens there are.
+    They come from `lang_code_to_id` (`ZCodeM3Tokenizer`, `M2M100Tokenizer`). Otherwise they are the tokens that look
+    like languages of NLLB and mBART (`eng_Latn`, `en_XX`); other special tokens are ignored.
 
     Raises:
         ValueError: the tokenizer has no languages.
@@ -212,15 +212,15 @@ def language_ids(tokenizer: Any) -> dict[str, int]:
 
 @contextmanager
 def languages_kept(tokenizer: Any) -> Iterator[None]:
-    """For what sets the languages of a tokenizer to encode a text: one thread at a time; they are put back afterwards.
+    """Context for code that sets the languages of a tokenizer: one thread at a time; the languages are restored.
 
-    A tokenizer whose calls take languages, such as `ZCodeM3Tokenizer`, needs none of it.
+    A tokenizer whose calls take languages, such as `ZCodeM3Tokenizer`, does not need it.
     """
     if calls_take_languages(tokenizer):
         yield
         return
     with _ENCODING, ExitStack() as afterwards:
-        for name in ("tgt_lang", "src_lang"):  # the last one is put back first
+        for name in ("tgt_lang", "src_lang"):  # the last one is restored first
             afterwards.callback(_put_back, tokenizer, name, getattr(tokenizer, name, None))
         yield
 
@@ -233,7 +233,7 @@ def _put_back(tokenizer: Any, name: str, language: str | None) -> None:
 def encode_in(
     tokenizer: Any, *args: Any, src_lang: str | None = None, tgt_lang: str | None = None, **kwargs: Any
 ) -> Any:
-    """`tokenizer(*args, **kwargs)` in languages of this call only; those that are `None` are the tokenizer's."""
+    """`tokenizer(*args, **kwargs)` with languages for this call only; `None` means the tokenizer's own."""
     languages = {name: lang for name, lang in (("src_lang", src_lang), ("tgt_lang", tgt_lang)) if lang is not None}
     if calls_take_languages(tokenizer):
         return tokenizer(*args, **languages, **kwargs)
@@ -249,7 +249,7 @@ def calls_take_languages(tokenizer: Any) -> bool:
 
 
 def _parsed(code: str) -> LanguageCode | None:
-    """What a code means, `None` where that is not known."""
+    """The parsed code; `None` if it is unknown."""
     first, *parts = re.split(r"[-_]", code.strip())
     language = _LANGUAGE_OF.get(first.lower())
     if language == "zh" and parts and len(parts[0]) == 3 and parts[0].lower() in _LANGUAGE_OF:
@@ -264,7 +264,7 @@ def _parsed(code: str) -> LanguageCode | None:
 
 
 def _taken(parts: list[str], form: str) -> str:
-    """The first of `parts` that has a form, which is taken out of them; empty if none has."""
+    """Remove and return the first of `parts` that matches; empty if none does."""
     found = next((part for part in parts if re.fullmatch(form, part)), "")
     if found:
         parts.remove(found)
@@ -272,7 +272,7 @@ def _taken(parts: list[str], form: str) -> str:
 
 
 def _closest(code: str, languages: list[str]) -> list[str]:
-    """Those that a code may mean: one, several that are equally close, or none."""
+    """Languages that a code may mean: one, several equally close ones, or none."""
     form = code.strip().replace("-", "_").lower()
     if same := [language for language in languages if language.replace("-", "_").lower() == form]:
         return same
@@ -284,24 +284,24 @@ def _closest(code: str, languages: list[str]) -> list[str]:
 
 
 def _distance(wanted: LanguageCode | None, has: LanguageCode | None) -> tuple[int, int] | None:
-    """How far a language is from the one that is wanted, `None` where it is another one."""
+    """Distance of a language from the wanted one; `None` if it is another language."""
     if wanted is None or has is None or has.language != wanted.language:
         return None
     pairs = list(zip(wanted[1:], has[1:], strict=True))
     if any(a is not None and b is not None and a != b for a, b in pairs):
         return None
-    # shared parts first; a part that was not asked for counts against it
+    # shared parts count first; an extra part adds distance
     return -sum(a is not None and a == b for a, b in pairs), sum(a != b for a, b in pairs)
 
 
 def did_you_mean(code: Any, languages: list[str]) -> str:
-    """The end of an error: the languages that may have been meant."""
+    """The end of an error message: suggested languages."""
     near = _near(str(code), languages)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _near(code: str, languages: list[str]) -> list[str]:
-    """Up to three of `languages` that look like a code, or that people confuse with it."""
+    """Up to three of `languages` that look like a code, or that users confuse with it."""
     parsed = {language: _parsed(language) for language in languages}
     first = re.split(r"[-_]", code.strip().lower())[0]
     meant = {_MISTAKES.get(first), _LANGUAGE_OF.get(first)} - {None}

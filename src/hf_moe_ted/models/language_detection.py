@@ -1,4 +1,4 @@
-"""Which language a text is in, as py3langid guesses it from its bytes, offline."""
+"""Detect the language of a text from its bytes, with py3langid, offline."""
 
 import copy
 import math
@@ -11,14 +11,14 @@ from .language_codes import parse_language
 AUTO = "auto"  # as a source language: it is to be detected
 UNDETERMINED = "und"  # of ISO 639: text that is in no language, such as "42 %"
 
-_NO_LANGUAGE = "zxx"  # what the detector calls such text
+_NO_LANGUAGE = "zxx"  # the detector's code for such text
 
-# codes of the detector where they are not those of `language_codes`
+# codes of the detector that differ from those of `language_codes`
 _DETECTOR_CODE = {"ckb": "sdh", "ff": "fuv", "gn": "gug", "ki": "kik", "nb": "no"}
 
 
 def detector_code(language: str) -> str | None:
-    """The detector's code of a language, `None` for one that it does not know.
+    """The detector's code of a language; `None` if the detector does not know it.
 
     Args:
         language: a code in any form that `language_codes` knows (`"de"`, `"deu_Latn"`, `"de-AT"`, `"DE"`); a script or
@@ -45,8 +45,8 @@ class LanguageDetector:
     """Guesses the language of texts.
 
     Args:
-        candidates: the only languages to choose from, by default all that the detector knows (140). The fewer there
-            are, the fewer errors: on interface strings in 15 languages, 2.2 % with all, 0.2 % with these 15.
+        candidates: the only languages to choose from; by default all 140 that the detector knows. Fewer candidates give
+            fewer errors: on interface strings in 15 languages, 2.2 % with all, 0.2 % with these 15.
 
     Raises:
         ValueError: py3langid is not installed, or there is no candidate, or one that it does not know.
@@ -73,8 +73,8 @@ class LanguageDetector:
     def rank(self, text: str) -> list[tuple[str, float]]:
         """The detector's codes, the likeliest first, with probabilities; none for text without a letter.
 
-        The scores of all bytes of a text are far too sure; divided by the root of their number they are about right, as
-        py3langid itself does it for probabilities.
+        The sum of scores over all bytes of a text is far too confident. Divided by the square root of their number it
+        is about right; py3langid does the same for probabilities.
         """
         if self.detect(text) == UNDETERMINED:
             return []
@@ -87,17 +87,17 @@ class LanguageDetector:
 class LanguageFinder:
     """Finds which of the languages of a tokenizer a text is in. It errs on short texts.
 
-    The detector knows no scripts and no regions: of several forms of a language (`zho_Hans`, `zho_Hant`) the first one
-    is found.
+    The detector does not know scripts or regions: if a language has several forms (`zho_Hans`, `zho_Hant`), the first
+    is returned.
 
     Attributes:
-        detector: chooses among all languages of the tokenizer that it knows.
+        detector: a detector that chooses among those languages of the tokenizer that it knows.
 
     Args:
-        languages: of the tokenizer.
+        languages: languages of the tokenizer.
 
     Raises:
-        ValueError: py3langid is not installed, or it knows none of the languages.
+        ValueError: py3langid is not installed, or knows none of the languages.
     """
 
     def __init__(self, languages: Sequence[str]):
@@ -109,21 +109,21 @@ class LanguageFinder:
         self.detector = LanguageDetector(self._language_of_code.values())
 
     def find(self, text: str) -> str:
-        """The language of a text; the first one if the text has no letter, for then any will do."""
+        """The language of a text; for a text without letters any language is right, and the first is returned."""
         return self._language_of_code.get(self.detector.detect(text), self._first)
 
 
 @lru_cache(maxsize=8)
 def language_finder(languages: tuple[str, ...]) -> LanguageFinder:
-    """A [`LanguageFinder`], kept for the next text."""
+    """A [`LanguageFinder`], cached for the next text."""
     return LanguageFinder(languages)
 
 
 @lru_cache(maxsize=8)
 def _identifier(codes: tuple[str, ...] | None) -> Any:
-    """The detector among languages, by its codes; `None`: all of them."""
+    """The detector for languages, given by its codes; `None` is all of them."""
     if codes is not None:
-        identifier = copy.copy(_identifier(None))  # what is loaded is shared
+        identifier = copy.copy(_identifier(None))  # the loaded data is shared
         identifier.set_languages(codes)
         return identifier
     try:

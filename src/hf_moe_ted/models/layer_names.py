@@ -5,9 +5,9 @@ from .configuration_zcode_m3 import Side, ZCodeM3Config
 SIDES: tuple[Side, ...] = ("encoder", "decoder")
 
 FFN_PATTERN = r"(encoder|decoder)\.layers\.(\d+)\.ffn"
-"""Regular expression of a feed-forward, inside [`ZCodeM3Model`]: its side and the number of its layer."""
+"""Regular expression for the name of a feed-forward in [`ZCodeM3Model`]; it captures side and layer number."""
 
-# weights of a sparse feed-forward -> those of a dense one of the same width
+# weight of a sparse feed-forward -> weight of a dense one of the same width
 DENSE_OF_STACKED = {
     "experts.up_proj": "fc1.weight",
     "experts.up_proj_bias": "fc1.bias",
@@ -22,7 +22,7 @@ def ffn_name(side: Side, layer: int) -> str:
 
 
 def moe_layers(config: ZCodeM3Config) -> dict[str, int]:
-    """Name of each MoE layer in [`ZCodeM3ForConditionalGeneration`] -> its experts; the encoder's come first."""
+    """Name of each MoE layer in [`ZCodeM3ForConditionalGeneration`] -> number of experts; the encoder's come first."""
     return {
         ffn_name(side, layer): num_experts
         for side in SIDES

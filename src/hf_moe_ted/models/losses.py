@@ -1,4 +1,4 @@
-"""Losses: pure functions of logits and of what the router computed.
+"""Losses: pure functions of logits and of the router's outputs.
 
 Shape letters: T tokens, K experts per token, E experts.
 """
@@ -15,15 +15,15 @@ except ImportError:  # without Triton, which comes with PyTorch for GPUs, or rem
 
 
 def load_balancing_loss(logits_TE: Tensor, choices_TK: Tensor, token_mask_T: Tensor | None = None) -> Tensor:
-    """Load-balancing loss of one sparse layer: 1 when tokens spread evenly, up to `num_experts` when they do not.
+    """Load-balancing loss of one sparse layer: 1 if tokens spread evenly, up to `num_experts` if not.
 
     `E * sum_e(mean router probability of e * share of tokens that chose e)`, as in Switch Transformers
-    (https://huggingface.co/papers/2101.03961, section 2.2) and DeepSpeed's gates. With two experts per token only
-    first choices count (GShard, https://huggingface.co/papers/2006.16668); with three or more all choices do, divided
-    by K. The share is a constant to the gradient.
+    (https://huggingface.co/papers/2101.03961, section 2.2) and DeepSpeed's gates. With two experts per token only first
+    choices count (GShard, https://huggingface.co/papers/2006.16668); with three or more all choices do, divided by K.
+    The share is a constant for the gradient.
 
     Args:
-        logits_TE: float[..., T, E], router logits, maybe of several layers.
+        logits_TE: float[..., T, E], router logits, of one or several layers.
         choices_TK: int[..., T, K], chosen experts in order of preference, before any is dropped for lack of capacity.
         token_mask_T: bool[T], *optional*, False for tokens that do not count (padding).
 
@@ -40,11 +40,11 @@ def load_balancing_loss(logits_TE: Tensor, choices_TK: Tensor, token_mask_T: Ten
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Sum of the cross-entropies of the labels that count, float32 scalar.
+    """Sum of the cross-entropies of all labels except -100, float32 scalar.
 
-    The same as `cross_entropy(logits.float(), labels, reduction="sum")`, but float32 numbers exist for some rows at a
-    time only, and what is kept for backward is the logits: with a large vocabulary the plain function needs more memory
-    than the rest of the model. On GPUs a Triton kernel.
+    It equals `cross_entropy(logits.float(), labels, reduction="sum")`, but float32 numbers exist only for some rows at
+    a time, and only the logits are kept for backward. With a large vocabulary the plain function needs more memory than
+    the rest of the model. On GPUs it is a Triton kernel.
 
     Args:
         logits: float[..., vocab_size].
@@ -58,7 +58,7 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float 
 
 
 class SummedCrossEntropy(torch.autograd.Function):
-    """Backward is right for logits of a part of the words, too; it takes what another forward saves in the same way.
+    """Its backward also works for logits of a part of the words, and for other forwards that save the same tensors.
 
     Shape letters: N positions, V words, C positions of one chunk."""
 
@@ -78,7 +78,7 @@ class SummedCrossEntropy(torch.autograd.Function):
             log_partition_N.append(log_partition_C)
         hit_N = torch.full_like(is_counted_N, smoothing - 1.0, dtype=torch.float32)
         ctx.save_for_backward(logits_NV, torch.cat(log_partition_N), target_N, hit_N, is_counted_N)
-        ctx.share = smoothing / logits_NV.shape[-1]  # of each word in the target
+        ctx.share = smoothing / logits_NV.shape[-1]  # share of each word in the target
         return torch.cat(loss_N).masked_fill(~is_counted_N, 0.0).sum()
 
     @staticmethod
@@ -102,7 +102,7 @@ def row_chunks(logits_NV: Tensor, numel: int = 2**26) -> list[slice]:
 
 
 def router_z_loss(logits_TE: Tensor, token_mask_T: Tensor | None = None) -> Tensor:
-    """Mean squared log-partition of the router logits, which keeps them small (ST-MoE, paper 2202.08906, eq. 5).
+    """Mean squared log-partition of the router logits, which keeps the logits small (ST-MoE, paper 2202.08906, eq. 5).
 
     Args and result as in [`load_balancing_loss`].
     """
@@ -110,7 +110,7 @@ def router_z_loss(logits_TE: Tensor, token_mask_T: Tensor | None = None) -> Tens
 
 
 def _masked_mean(values: Tensor, mask_T: Tensor | None) -> Tensor:
-    """Over the last but one dimension."""
+    """Masked mean over the second last dimension."""
     if mask_T is None:
         return values.mean(dim=-2)
     weight = mask_T.to(values.dtype).unsqueeze(-1)

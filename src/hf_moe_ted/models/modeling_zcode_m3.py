@@ -1,7 +1,7 @@
 """ZCodeM3: pre-LayerNorm encoder-decoder with a mixture of experts in some feed-forward layers.
 
-Its layers are M2M100's, so are the names of its weights; `ffn` is dense or sparse. The model does not know whether it
-runs in parallel.
+Layers and names of weights are those of M2M100, but `ffn` is dense or sparse. The model does not know whether it runs
+in parallel.
 """
 
 import math
@@ -81,9 +81,9 @@ def _feed_forward(config: ZCodeM3Config, side: Side, layer_idx: int) -> ZCodeM3D
 
 
 class ZCodeM3Layer(GradientCheckpointingLayer):
-    """What the layers of encoder and decoder share: a branch is added to the hidden states with dropout.
+    """Base class of encoder and decoder layers: a branch is added to the hidden states with dropout.
 
-    A layer returns what its router decided, as hooks that record it would break the graph of a compiled layer.
+    A layer returns what its router decided, because hooks that record it would break the graph of a compiled layer.
     """
 
     dropout = FieldOfConfig()
@@ -114,7 +114,7 @@ class ZCodeM3EncoderLayer(ZCodeM3Layer):
         """hidden_states float[batch, length, d_model]; token_mask bool[batch, length], False for no expert.
 
         Returns:
-            float[batch, length, d_model], and of a sparse layer what its router decided.
+            float[batch, length, d_model], and for a sparse layer what its router decided.
         """
         attended, _ = self.self_attn(self.self_attn_layer_norm(hidden_states), attention_mask, **kwargs)
         hidden_states = self._add(hidden_states, attended)
@@ -172,13 +172,13 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
         if not hasattr(config, "sparse_layers"):
             raise ValueError(
                 f"config ({type(config).__name__}) must be a ZCodeM3Config: leave it out, or load it with "
-                "ZCodeM3Config.from_pretrained, which reads configs of NLLB-MoE, too"
+                "ZCodeM3Config.from_pretrained, which also reads configs of NLLB-MoE"
             )
         super().__init__(config, *args, **kwargs)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for the decorator in the source of the modeling file, and ours stands in experts.py:
+        # transformers searches the decorator in the source of the modeling file, but ours is in experts.py:
         # docs/upstream/transformers_experts_by_source.md
         return True
 
@@ -186,7 +186,7 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
         sides = [side for side in ("encoder", "decoder") if self.config.sparse_layers(side)]
         names = ["d_model", *(f"{side}_ffn_dim" for side in sides)] if sides else []
         widths = {name: getattr(self.config, name) for name in names}
-        dtype = torch.get_default_dtype()  # that of the weights that are being made
+        dtype = torch.get_default_dtype()  # dtype of the weights that are being made
         if requested_experts is None:
             requested_experts = default_computation("cuda" if torch.cuda.is_available() else "cpu", widths, dtype)
         check_computation(requested_experts, widths, dtype)
@@ -213,8 +213,8 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
         """
         Raises:
             ValueError: the checkpoint lacks experts or routers of the model, or has others. transformers only warns,
-                but a model with some random experts still translates, just worse. `ignore_mismatched_sizes=True`
-                accepts it.
+                but a model with some random experts would still translate, only worse. `ignore_mismatched_sizes=True`
+                accepts such a checkpoint.
         """
         loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
         wrong = {"missing": loading_info.missing_keys, "unexpected": loading_info.unexpected_keys}
@@ -222,18 +222,18 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
         if any(wrong.values()) and not load_config.ignore_mismatched_sizes:
             lists = "; ".join(f"{word}: {', '.join(keys)}" for word, keys in wrong.items() if keys)
             raise ValueError(
-                f"the experts of {load_config.pretrained_model_name_or_path} are not those of its config ({lists}); "
-                "correct num_experts and the sparse layers, or pass ignore_mismatched_sizes=True to have what is "
-                "missing initialized at random and what is unexpected ignored"
+                f"the experts of {load_config.pretrained_model_name_or_path} do not match its config ({lists}); "
+                "correct num_experts and the sparse layers, or pass ignore_mismatched_sizes=True to initialize "
+                "missing weights at random and ignore unexpected ones"
             )
         distributed_config: Any = getattr(model.config, "distributed_config", None)
-        if hasattr(distributed_config, "finish_loading"):  # such as TedConfig's
+        if hasattr(distributed_config, "finish_loading"):  # such as the one of TedConfig
             distributed_config.finish_loading(model)
         return loading_info
 
     @classmethod
     def maybe_distribute_model(cls, model: nn.Module, distributed_config: Any, mesh_manager: Any) -> nn.Module:
-        """Shard as transformers does, or as a `distributed_config` with its own way does, such as TedConfig."""
+        """Shard the model as transformers does, or with the own method of a `distributed_config` such as TedConfig."""
         if not hasattr(distributed_config, "distribute"):
             return super().maybe_distribute_model(model, distributed_config, mesh_manager)
         return distributed_config.distribute(model, mesh_manager)
@@ -246,8 +246,8 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: a folder, or the id of a model on the Hub.
-            expert_memory: [`ExpertMemory`], *optional*: the device holds some experts, and others come when they are
-                needed. It loads the model, from a folder only.
+            expert_memory: [`ExpertMemory`], *optional*: the device holds some experts, and others are loaded when
+                needed. The model must be in a folder.
         """
         if expert_memory is None:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -256,16 +256,16 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
         return expert_memory.load(cls, pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Like [`PreTrainedModel.save_pretrained`], but under our own names: by default that writes NLLB-MoE's.
+        """Like [`PreTrainedModel.save_pretrained`], but with our own names; the parent would write NLLB-MoE's.
 
         Raises:
-            ValueError: the model has `expert_memory`, and not its experts.
+            ValueError: the model was loaded with `expert_memory`, so it does not hold its experts.
         """
         if (expert_memory := getattr(self, "expert_memory", None)) is not None:
             expert_memory.refuse("save_pretrained")
         options: Any = getattr(self, "generation_config", None)
         if getattr(options, "cuda_graphs", None) is not None:
-            options._from_model_config = False  # of one that is, options of our own are not read again
+            options._from_model_config = False  # for a quantized model our own options are not read again
         if self.is_distributed_loading_by_transformers and hasattr(self.config.distributed_config, "save_pretrained"):
             self.config.distributed_config.save_pretrained(self, save_directory, *args, **kwargs)
             return
@@ -281,8 +281,8 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
         """Like [`PreTrainedModel.activation_checkpointing_enable`].
 
         Raises:
-            ValueError: `use_reentrant=True`, whose first forward runs without gradients: those of the router losses,
-                which are computed from what the routers returned there, would be lost.
+            ValueError: `use_reentrant=True`: its first forward runs without gradients, and the router losses are
+                computed from what the routers return there, so their gradients would be lost.
         """
         options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if options["use_reentrant"]:
@@ -290,13 +290,16 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
         super().activation_checkpointing_enable(options, every_n_layers, offload)
 
     def _resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        for module in (self.get_input_embeddings(), self.get_output_embeddings()):  # before one of them is changed
+        for module in (
+            self.get_input_embeddings(),
+            self.get_output_embeddings(),
+        ):  # check before one of them is changed
             if module is not None and not hasattr(module, "weight"):
                 raise ValueError(
-                    f"resize_token_embeddings: {type(module).__name__} has no rows of floats to add to or to remove; "
-                    "resize the model that was quantized, then quantize it again"
+                    f"resize_token_embeddings: {type(module).__name__} has no floating-point rows to add or remove; "
+                    "resize the model before you quantize it"
                 )
-        # `set_input_embeddings` makes one embedding of three; without tying, encoder and decoder keep their own
+        # `set_input_embeddings` turns three embeddings into one; without tying, encoder and decoder keep their own
         base = self.base_model
         own: list[tuple[Any, Any]] = []
         if isinstance(base, ZCodeM3Model) and not self.config.tie_word_embeddings:
@@ -308,10 +311,10 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
 
 
 class ZCodeM3Stack(ZCodeM3PreTrainedModel):
-    """What encoder and decoder share: embeddings, layers, and a LayerNorm behind them."""
+    """Base class of encoder and decoder: embeddings, layers, and a LayerNorm after them."""
 
     def init_parallel_plans(self) -> None:
-        """Plans of this stack's layers, which differ; models that contain it take them up."""
+        """Make plans for this stack's layers, which differ from each other; models that contain the stack add them."""
         super().init_parallel_plans()
         self._tp_plan, self._ep_plan = tensor_parallel_plan(self), expert_parallel_plan(self)
         self._fsdp_plan = {"layers.*": "free_full_weight"}
@@ -326,7 +329,7 @@ class ZCodeM3Stack(ZCodeM3PreTrainedModel):
         self.post_init()
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """float[batch, length, d_model] of the one input that is given."""
+        """float[batch, length, d_model] of the given input, ids or embeddings."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds (of each side)")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -339,7 +342,7 @@ class ZCodeM3Stack(ZCodeM3PreTrainedModel):
         limit = self.config.max_position_embeddings
         # a compiled graph cannot branch on the length of a static cache, which is a tensor
         is_unknown = isinstance(tokens.total_length, Tensor) and is_torchdynamo_compiling()
-        # padding takes no position; a device is asked for the last one only where the padded length is too much
+        # padding takes no position; the last position is read from the device only if the padded length is too long
         if not is_unknown and tokens.total_length > limit and tokens.positions.max() > limit:
             raise ValueError(
                 f"sequence of {int(tokens.positions.max())} tokens is longer than max_position_embeddings ({limit}): "
@@ -347,15 +350,16 @@ class ZCodeM3Stack(ZCodeM3PreTrainedModel):
             )
         if not self._has_untied_positions:
             inputs_embeds = inputs_embeds + self.embed_positions(tokens.positions).to(inputs_embeds)
-        elif self.config._attn_implementation not in ("sdpa", "eager"):  # before a mask is made, which may compile
+        elif self.config._attn_implementation not in ("sdpa", "eager"):  # before a mask is made, which may compile code
             raise ValueError(
-                "position_embedding_type='tupe' adds to the attention scores, which attn_implementation="
-                f"{self.config._attn_implementation!r} does not support; use 'sdpa' or 'eager'"
+                "position_embedding_type='tupe' adds to the attention scores, but "
+                f"attn_implementation={self.config._attn_implementation!r} does not support that; use 'sdpa' or "
+                "'eager'"
             )
         return nn.functional.dropout(inputs_embeds, p=self.config.dropout, training=self.training)
 
     def _add_untied_positions(self, attention_mask: Any, tokens: Tokens, is_causal: bool) -> Any:
-        """The mask of self-attention; with untied positions, plus their scores."""
+        """The mask of self-attention; with untied positions, their scores are added."""
         if not self._has_untied_positions:
             return attention_mask
         positions: Any = self.embed_positions
@@ -363,13 +367,13 @@ class ZCodeM3Stack(ZCodeM3PreTrainedModel):
 
     @property
     def _has_untied_positions(self) -> bool:
-        return self.config.position_embedding_type == "tupe"  # by the module's class not where it is compiled
+        return self.config.position_embedding_type == "tupe"  # in a compiled graph, do not check the module's class
 
     def _routed_mask(self, tokens: Tokens) -> Tensor | None:
         return tokens.mask if self.config.router_ignore_padding_tokens else None
 
     def _through_layers(self, hidden_states: Tensor, *args: Any, collected: RouterOutputs, **kwargs: Any) -> Tensor:
-        """Hidden states behind the last layer and its LayerNorm: float[batch, length, d_model]."""
+        """Hidden states after the last layer and the LayerNorm: float[batch, length, d_model]."""
         for layer in self.layers:
             hidden_states, routing = layer(hidden_states, *args, **kwargs)
             collected.keep(routing)
@@ -419,7 +423,7 @@ class ZCodeM3Encoder(ZCodeM3Stack):
 
     @capture_outputs
     def _run_layers(self, *args: Any, **kwargs: Any) -> MoEModelOutput:
-        """With hidden states and attentions if they are asked for, by hooks on the layers."""
+        """Run the layers; hooks on them collect hidden states and attentions if these are requested."""
         return MoEModelOutput(last_hidden_state=self._through_layers(*args, **kwargs))
 
 
@@ -493,7 +497,7 @@ class ZCodeM3Decoder(ZCodeM3Stack):
         return MoEModelOutputWithPastAndCrossAttentions(last_hidden_state=last_hidden_state, **returned)
 
     def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
-        """The cache that a call writes, a new one if it has to."""
+        """The cache that a call writes; a new one if needed."""
         if use_cache and cache is None:
             cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
         if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -524,7 +528,7 @@ class ZCodeM3Model(ZCodeM3PreTrainedModel):
     def _refuse_changed_structure(self) -> None:
         """
         Raises:
-            ValueError: fields of the config that made the model's layers were changed since.
+            ValueError: fields of the config that made the model's layers were changed later.
         """
         layers: dict[Side, nn.ModuleList] = {"encoder": self.encoder.layers, "decoder": self.decoder.layers}
         refuse_changed_structure(self.config, self._built_with, layers)
@@ -558,15 +562,15 @@ class ZCodeM3Model(ZCodeM3PreTrainedModel):
             attention_mask: int64 or bool[batch, source_length], 0 for padding; padding goes to no expert.
             decoder_input_ids: int64[batch, target_length], target tokens shifted right.
             decoder_attention_mask: int64 or bool[batch, past + target_length], 0 for padding.
-            encoder_outputs: what the encoder returned, to not run it again.
+            encoder_outputs: outputs of the encoder; then it is not run again.
             past_key_values, cache: `EncoderDecoderCache`, *optional*, under one of its names: transformers 5.24 calls
                 `cache` what was `past_key_values` before.
-            inputs_embeds, decoder_inputs_embeds: float[batch, length, d_model], in place of the ids.
+            inputs_embeds, decoder_inputs_embeds: float[batch, length, d_model], instead of the ids.
             use_cache: whether to return the cache.
             kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `output_routings`.
 
         Raises:
-            TypeError: an argument that the model does not know.
+            TypeError: an unknown argument.
             ValueError: an empty batch, more tokens than `max_position_embeddings`, or a cache under both names.
         """
         refuse_unknown_arguments(self, kwargs)
@@ -577,7 +581,7 @@ class ZCodeM3Model(ZCodeM3PreTrainedModel):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 inputs_embeds=inputs_embeds,
-                return_dict=True,  # whatever the config says
+                return_dict=True,  # independent of the config
                 **kwargs,
             )
         encoder_outputs = encoder_outputs_of(encoder_outputs)
@@ -598,9 +602,9 @@ class ZCodeM3Model(ZCodeM3PreTrainedModel):
 def _warn_of_lost_router_losses() -> None:
     if not is_torchdynamo_compiling():
         logger.warning_once(
-            "Training without labels: the router losses are not part of a loss that is computed outside the model. "
-            "For label smoothing set `config.label_smoothing` in place of the Trainer's `label_smoothing_factor`; "
-            "otherwise add the losses that `output_router_logits=True` returns."
+            "Training without labels: a loss that is computed outside the model lacks the router losses. For label "
+            "smoothing set `config.label_smoothing` instead of the Trainer's `label_smoothing_factor`; otherwise add "
+            "the losses that `output_router_logits=True` returns."
         )
 
 
@@ -627,7 +631,7 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, ZCodeM3GenerationM
         super().__init__(config)
         self.model = ZCodeM3Model(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        # tensor parallelism puts one in its place that leaves the logits split over ranks
+        # tensor parallelism replaces it by one that leaves the logits split over ranks
         self.cross_entropy: Callable[[Tensor, Tensor, float], Tensor] = summed_cross_entropy
         self.post_init()
         self._set_default_length(self.generation_config)
@@ -655,20 +659,20 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, ZCodeM3GenerationM
 
         Args:
             labels: int64[batch, target_length], -100 for positions without loss. Decoder inputs are made from them
-                unless given, and no cache is returned unless asked for.
+                unless given; a cache is returned only with `use_cache=True`.
             output_router_logits: return router logits and router losses; defaults to the config.
             output_routings: return the [`Routing`] of each sparse layer.
-            num_items_in_batch: labels that count in the whole optimizer step, over all its batches and processes;
-                M2M100 does not use it (docs/upstream/transformers_gradient_accumulation.md).
-                The loss is their mean, and the router losses are scaled by this batch's share of them. By default
-                this batch is all.
+            num_items_in_batch: number of labels, without ignored ones, in the whole optimizer step, over all its
+                batches and processes. The loss is the mean over these labels, and the router losses are scaled by this
+                batch's share of them. By default the step is this batch only. M2M100 does not use it
+                (docs/upstream/transformers_gradient_accumulation.md).
 
         Returns:
-            [`ZCodeM3Output`]; `loss` is the cross-entropy, in training or with router logits plus
-            `router_aux_loss_coef` and `router_z_loss_coef` times the router losses of encoder and decoder.
+            [`ZCodeM3Output`]; `loss` is the cross-entropy. In training, or with router logits, the router losses of
+            encoder and decoder are added, times `router_aux_loss_coef` and `router_z_loss_coef`.
 
         Raises:
-            TypeError, ValueError: as [`ZCodeM3Model.forward`], or if no label counts.
+            TypeError, ValueError: see [`ZCodeM3Model.forward`]; or all labels are ignored.
         """
         refuse_unknown_arguments(self, kwargs)
         if output_router_logits is None:
@@ -703,11 +707,11 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, ZCodeM3GenerationM
         return output_with_head(outputs, logits, losses, with_routings=output_routings)
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """Decoder inputs: `labels` int64[batch, length] moved one to the right, ignored labels (-100) as padding.
+        """Decoder inputs: `labels` int64[batch, length] shifted right by one; ignored labels (-100) become padding.
 
         Data collators call it.
         """
-        config: Any = self.config  # which requires both token ids
+        config: Any = self.config  # it requires both token ids
         shifted = torch.full_like(labels, config.decoder_start_token_id)
         shifted[:, 1:] = labels[:, :-1]
         return shifted.masked_fill(shifted == -100, config.pad_token_id)
@@ -716,7 +720,7 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, ZCodeM3GenerationM
         self, logits: Tensor, labels: Tensor, router_losses: dict[str, Tensor], num_items: Tensor | int | None
     ) -> Tensor:
         """float32 scalar; each part is a sum over this batch divided by the labels of the whole optimizer step."""
-        # a look at labels on a GPU would wait for the whole forward pass; there the mean of nothing is NaN
+        # reading labels on a GPU would wait for the whole forward pass; there the mean of no labels is NaN
         if (
             num_items is None
             and labels.device.type == "cpu"

@@ -25,7 +25,7 @@ class ZCodeM3DenseFFN(nn.Module):
 
 
 class ZCodeM3MoELayer(nn.Module):
-    """Feed-forward of a sparse layer: a router and its experts, with `use_residual` beside a dense branch."""
+    """Feed-forward of a sparse layer: a router and its experts, and with `use_residual` a dense branch."""
 
     output_masking = FieldOfConfig("moe_token_dropout")
 
@@ -34,8 +34,8 @@ class ZCodeM3MoELayer(nn.Module):
         self.config = config
         self.router = ZCodeM3Router(config, num_experts, expert_map)
         self.experts = ZCodeM3Experts(config, num_experts, ffn_dim)
-        # the switch of transformers' experts functions that makes them skip ids of `num_experts` and above,
-        # which here are dropped and padding tokens
+        # makes transformers' experts functions skip ids of `num_experts` and above; here these are dropped tokens and
+        # padding
         self.experts._is_expert_parallel = True
         self.residual = ZCodeM3ResidualBranch(config, ffn_dim) if config.use_residual else None
 
@@ -46,8 +46,8 @@ class ZCodeM3MoELayer(nn.Module):
             token_mask: bool[batch, length], *optional*, False for tokens that go to no expert.
 
         Returns:
-            float[batch, length, d_model], without a dense branch zeros for tokens that went to no expert, and what the
-            router decided.
+            float[batch, length, d_model], and what the router decided. Without a dense branch, tokens that went to no
+            expert get zeros.
         """
         tokens_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         mask_T = None if token_mask is None else token_mask.reshape(-1)

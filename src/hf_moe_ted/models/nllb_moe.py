@@ -9,7 +9,7 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter, We
 
 MODEL_TYPE = "nllb-moe"
 
-# M2M100, whose config NLLB-MoE's extends
+# M2M100's; NLLB-MoE's config extends it
 M2M100_FIELDS = (
     "vocab_size",
     "max_position_embeddings",
@@ -54,10 +54,10 @@ _SAME_NAME = (
 def config_fields(nllb_moe: dict[str, Any]) -> dict[str, Any]:
     """Fields of `ZCodeM3Config` from those of `NllbMoeConfig`.
 
-    The capacity of training, a fixed number of tokens whatever the batch there, becomes `capacity_factor=1`. The
-    fraction of the batch that an expert takes in evaluation keeps its meaning; 1, the default, drops nothing.
-    `router_ignore_padding_tokens` means the opposite there: padding is kept from the experts unless it is set.
-    Layer drop has no counterpart.
+    In training NLLB-MoE's capacity is a fixed number of tokens, whatever the batch size; it becomes
+    `capacity_factor=1`. The fraction of the batch that an expert takes in evaluation keeps its meaning; the default 1
+    drops nothing. In NLLB-MoE `router_ignore_padding_tokens` means the opposite: padding does not go to experts unless
+    it is set. Layer drop has no counterpart.
     """
     fraction = nllb_moe.get("moe_eval_capacity_token_fraction", 1.0)
     normalize_before = nllb_moe.get("normalize_router_prob_before_dropping", False)

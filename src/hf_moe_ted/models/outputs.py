@@ -1,4 +1,4 @@
-"""What the model returns."""
+"""The outputs of the model."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -34,11 +34,11 @@ class ZCodeM3Output(Seq2SeqMoEOutput):
 
 
 class RouterOutputs:
-    """What the routers of an encoder or a decoder decide in a call, kept as far as the call asks for it.
+    """Collects what the routers of an encoder or a decoder decide in a call, as far as the call requests it.
 
     Args:
-        config: says whether logits are asked for where the call does not.
-        output_router_logits, output_routings: of the call.
+        config: gives the default of `output_router_logits`.
+        output_router_logits, output_routings: arguments of the call.
     """
 
     def __init__(self, config: ZCodeM3Config, output_router_logits: bool | None, output_routings: bool):
@@ -47,12 +47,12 @@ class RouterOutputs:
         self._routings: list[Routing] = []
 
     def keep(self, routing: Routing | None) -> None:
-        """Take what a layer returned, `None` of a dense one."""
+        """Take the router output of a layer; `None` for a dense one."""
         if routing is not None and (self.with_logits or self.with_routings):
             self._routings.append(routing)
 
     def add_to(self, output: Any) -> Any:
-        """Put `router_logits` and `routings` behind the other fields of an output."""
+        """Add `router_logits` and `routings` after the other fields of an output."""
         if self.with_logits:
             output["router_logits"] = tuple(routing.logits for routing in self._routings)
         if self.with_routings:
@@ -61,7 +61,7 @@ class RouterOutputs:
 
 
 def encoder_outputs_of(encoder_outputs: Any) -> Any:
-    """What the encoder returned, under its names; a tuple has hidden state, hidden states and attentions."""
+    """The encoder's outputs by name; a tuple has the last hidden state, hidden states and attentions."""
     if hasattr(encoder_outputs, "last_hidden_state"):
         return encoder_outputs
     return MoEModelOutput(
@@ -72,7 +72,7 @@ def encoder_outputs_of(encoder_outputs: Any) -> Any:
 
 
 def model_output(encoder_outputs: Any, decoder_outputs: Any) -> ZCodeM3ModelOutput:
-    """The output of the model, of what its encoder and its decoder returned."""
+    """The output of the model, made from those of encoder and decoder."""
     return ZCodeM3ModelOutput(
         last_hidden_state=decoder_outputs.last_hidden_state,
         **{CACHE_NAME: decoder_outputs.get(CACHE_NAME)},
@@ -92,7 +92,7 @@ def model_output(encoder_outputs: Any, decoder_outputs: Any) -> ZCodeM3ModelOutp
 def output_with_head(
     outputs: ZCodeM3ModelOutput, logits: Tensor, losses: dict[str, Tensor], with_routings: bool
 ) -> ZCodeM3Output:
-    """The output of the model with a head; `losses` by the names of its fields."""
+    """The output of the model with a head; `losses` has the names of its fields as keys."""
     return ZCodeM3Output(
         **losses,  # type: ignore[arg-type]
         logits=logits,

@@ -1,4 +1,4 @@
-"""How the weights of a stack of layers are split over devices: plans of transformers, by names of modules."""
+"""Plans of transformers that say, by module name, how the weights of a stack are split over devices."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from .moe_layer import ZCodeM3DenseFFN
 
 
 def tensor_parallel_plan(stack: nn.Module) -> dict[str, str]:
-    """Styles of its dense layers, and of the embedding."""
+    """Styles of the stack's dense layers and of the embedding."""
     plan = {"embed_tokens": "embedding_rowwise"}
     for rule, module in _modules_by_rule(stack):
         if isinstance(module, ZCodeM3Attention):
@@ -22,7 +22,7 @@ def tensor_parallel_plan(stack: nn.Module) -> dict[str, str]:
 
 
 def expert_parallel_plan(stack: nn.Module) -> dict[str, str]:
-    """Styles of its experts and their parameters."""
+    """Styles of the stack's experts and their parameters."""
     plan: dict[str, str] = {}
     for rule, module in _modules_by_rule(stack):
         if isinstance(module, ZCodeM3Experts):
@@ -32,7 +32,7 @@ def expert_parallel_plan(stack: nn.Module) -> dict[str, str]:
 
 
 def _modules_by_rule(stack: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module with its name, in which each number is a `*`."""
+    """Every module with its name, in which each number is replaced by `*`."""
     for name, module in stack.named_modules():
         yield re.sub(r"\.\d+(?=\.)", ".*", name), module
 

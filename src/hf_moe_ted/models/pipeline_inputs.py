@@ -1,4 +1,4 @@
-"""What a translation pipeline is called with: texts in many containers, their languages, arguments of older ones."""
+"""Inputs of a translation pipeline: texts in many containers, their languages, and arguments of older pipelines."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
@@ -12,16 +12,16 @@ LANGUAGES = ("src_lang", "tgt_lang")
 
 _TASK = re.compile(r"translation_(.+)_to_(.+)")
 
-# What the translation pipelines of transformers 4 took -> the only value that changes nothing here, and what to use.
+# argument of transformers 4's translation pipelines -> the only value that changes nothing here, and what to use
 _NO_TOKENS = (
-    "a text is translated sentence by sentence, so there is no one row of tokens; use model.generate for tokens"
+    "a text is translated sentence by sentence, so it has no single row of tokens; use model.generate for tokens"
 )
 _OLD_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "return_tensors": ((None, False), _NO_TOKENS),
     "return_type": ((None, 1), _NO_TOKENS),
     "return_text": ((None, True), "this pipeline always returns text; leave it out"),
-    "stop_sequence": ((None,), "use stop_strings=[...], as generate has it"),
-    "framework": ((None, "pt"), "models are PyTorch's; leave it out"),
+    "stop_sequence": ((None,), "use stop_strings=[...], an argument of generate"),
+    "framework": ((None, "pt"), "all models are PyTorch models; leave it out"),
     "modelcard": ((None,), "it has no effect; leave it out"),
     "forced_bos_token_id": ((None,), "name the language instead, with tgt_lang"),
 }
@@ -29,23 +29,23 @@ _OLD_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
 
 @dataclass(frozen=True)
 class TextInLanguages:
-    """A text with languages of its own, by their names in the tokenizer."""
+    """A text with its own languages, by their names in the tokenizer."""
 
     text: Any
     languages: Mapping[str, str]
 
 
 def languages_of_task(task: str | None) -> dict[str, str]:
-    """`"translation_en_to_de"` -> `src_lang` and `tgt_lang`; of other tasks none."""
+    """`"translation_en_to_de"` -> `src_lang` and `tgt_lang`; empty for other tasks."""
     match = _TASK.fullmatch(task or "")
     return {} if match is None else dict(zip(LANGUAGES, match.groups(), strict=True))
 
 
 def without_old_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments without those of transformers 4 that say what is done anyway.
+    """The arguments without those of transformers 4 that request the standard behaviour.
 
     Raises:
-        ValueError: one asks for something else; the error says what to use.
+        ValueError: an argument requests something else; the error says what to use.
     """
     for name, (allowed, instead) in _OLD_ARGUMENTS.items():
         value = getattr(arguments.get(name), "value", arguments.get(name))  # `return_type` was an enum
@@ -55,36 +55,36 @@ def without_old_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_pipeline_input(inputs: Any) -> Any:
-    """Texts in a container that pipelines know: a string, list, dataset of PyTorch, or generator.
+    """Texts in a container that pipelines support: a string, list, PyTorch dataset, or generator.
 
     Args:
-        inputs: also a tuple, a column of *datasets*, another sequence, or any iterator.
+        inputs: one of these, or a tuple, a column of *datasets*, another sequence, or any iterator.
 
     Raises:
-        ValueError: a table, whose items are rows.
+        ValueError: the input is a table, whose items are rows.
     """
     if isinstance(inputs, (str, bytes, list, Dataset)) or not isinstance(inputs, Iterable):
         return inputs
-    columns = getattr(inputs, "column_names", getattr(inputs, "columns", None))  # of datasets, of pandas
+    columns = getattr(inputs, "column_names", getattr(inputs, "columns", None))  # tables of datasets, tables of pandas
     if columns is not None and len(columns):
         raise ValueError(
             f"a {type(inputs).__name__} has rows, not texts: give one of its columns ({', '.join(columns)}), such as "
             f"dataset[{columns[0]!r}], or KeyDataset(dataset, {columns[0]!r}) of transformers.pipelines.pt_utils"
         )
     if isinstance(inputs, Mapping):
-        return inputs  # of which preprocessing says that it is no text
+        return inputs  # preprocessing reports that it is no text
     return list(inputs) if isinstance(inputs, Sized) else (text for text in inputs)
 
 
 def with_languages(inputs: Any, languages: Mapping[str, Sequence[str]]) -> Any:
-    """Texts, each in languages of its own.
+    """Texts, each with its own languages.
 
     Args:
         inputs: see `as_pipeline_input`.
         languages: `src_lang`, `tgt_lang` or both -> the languages of the texts, one for each.
 
     Raises:
-        ValueError: other numbers of languages than of texts; of a generator's texts that is known at its end.
+        ValueError: the numbers of languages and texts differ; for a generator this is raised at its end.
     """
     if isinstance(inputs, str):
         inputs = [inputs]

@@ -1,4 +1,4 @@
-"""Translation pipeline: texts in, translations out. transformers 5 has none of its own any more."""
+"""Translation pipeline: texts in, translations out. transformers 5 no longer has one."""
 
 import copy
 import functools
@@ -30,7 +30,7 @@ logger = logging.get_logger(__name__)
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
-# Where the Auto classes find the code in a saved folder.
+# The code that Auto classes load from a saved folder.
 MODEL_CODE = {
     "AutoConfig": "configuration_zcode_m3.ZCodeM3Config",
     "AutoModelForSeq2SeqLM": "modeling_zcode_m3.ZCodeM3ForConditionalGeneration",
@@ -44,8 +44,8 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
 
     The model is a [`ZCodeM3ForConditionalGeneration`], also of an NLLB-MoE checkpoint, or transformers' own
     `M2M100ForConditionalGeneration` (M2M100 and NLLB); the tokenizer is a [`ZCodeM3Tokenizer`] or one of transformers
-    for translation (`NllbTokenizer`, `M2M100Tokenizer`). Languages are named as it names them or in another form:
-    `zh-CN`, `zho_Hans` and `ZH` are `zh` where there is no closer one. Threads may share a pipeline.
+    for translation (`NllbTokenizer`, `M2M100Tokenizer`). Languages have the tokenizer's names or another form: `zh-CN`,
+    `zho_Hans` and `ZH` are `zh` if there is no closer one. Threads may share a pipeline.
 
     Example:
 
@@ -61,18 +61,19 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
     ...     print(piece, end="", flush=True)
     ```
 
-    `src_lang` and `tgt_lang` are taken from the call, then from the pipeline, then from the tokenizer; a call may have
-    one for each text, and `src_lang="auto"` is what py3langid finds in a text. Other keyword arguments, of the pipeline
-    or of the call, go to `generate()`; what neither they nor the generation config of the model set is as `generate()`
-    has it. A [`ZCodeM3ForConditionalGeneration`] has a `max_length` of 256, or as many as it has positions; for a model
-    without one `max_new_tokens` is as many.
+    `src_lang` and `tgt_lang` are taken from the call, then from the pipeline, then from the tokenizer; a call may give
+    one per text. With `src_lang="auto"` py3langid detects the language of each text. Other keyword arguments, of the
+    pipeline or of the call, go to `generate()`; options that neither they nor the model's generation config set have
+    the defaults of `generate()`. A [`ZCodeM3ForConditionalGeneration`] has a `max_length` of 256, or of its number of
+    positions if that is smaller; for a model without one, this number is `max_new_tokens`.
 
-    A text is split into sentences (by `sentencex`, if it is installed), and their translations stand in its white space
-    and lines. A sentence longer than the model's positions or the tokenizer's `model_max_length` is translated in
-    parts, so nothing of a text is left out. `split=False` takes each text as one sentence. A blank text stays empty.
+    A text is split into sentences (by `sentencex`, if it is installed), and white space and lines of the text are kept.
+    A sentence longer than the model's positions or the tokenizer's `model_max_length` is translated in parts, so
+    nothing of a text is left out. `split=False` takes each text as one sentence. A blank text stays empty.
 
-    What the translation pipelines of transformers 4 took works or is refused with what to use instead; `task` may be
-    `"translation_en_to_de"`. They had four beams by default (`num_beams=4`), here `generate()` decides.
+    Arguments of transformers 4's translation pipelines work, or are refused with an error that says what to use
+    instead; `task` may be `"translation_en_to_de"`. Those pipelines had four beams by default (`num_beams=4`); here the
+    default is that of `generate()`.
     """
 
     model: Any
@@ -97,7 +98,7 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
 
     @property
     def languages(self) -> list[str]:
-        """The languages of the tokenizer, by the names that `src_lang` and `tgt_lang` take."""
+        """The languages of the tokenizer, by the names for `src_lang` and `tgt_lang`."""
         if not hasattr(self.tokenizer, "_build_translation_inputs"):
             raise ValueError(f"{type(self.tokenizer).__name__} has no languages: use a ZCodeM3Tokenizer")
         return list(language_ids(self.tokenizer))
@@ -109,32 +110,27 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
         Args:
             inputs (`str`, `list[str]`, column of *datasets*, dataset of PyTorch (`KeyDataset`) or iterator of `str`):
                 The texts.
-            src_lang (`str` or `list[str]`, *optional*):
-                Language of the texts, or of each; `"auto"` for the one that py3langid finds in the text, among those of
-                the tokenizer.
-            tgt_lang (`str` or `list[str]`, *optional*):
-                Language to translate to, or that of each text.
-            batch_size (`int`, *optional*, defaults to 1):
-                How many sentences are translated at once, whatever their languages.
-            split (`bool`, *optional*):
-                Whether texts are split into sentences. By default they are, if `sentencex` is installed; without it
-                each line is a sentence. `False` for texts that are one sentence each.
-            return_scores (`bool`, *optional*, defaults to `False`):
-                Whether each translation has its `score`: the log-probability per token by which beam search ranks it,
-                of a text the mean of its sentences'.
+            src_lang (`str` or `list[str]`, *optional*): Language of all texts, or of each text; with `"auto"` py3langid
+                detects it among those of the tokenizer.
+            tgt_lang (`str` or `list[str]`, *optional*): Language to translate to, one for all texts or one per text.
+            batch_size (`int`, *optional*, defaults to 1): How many sentences are translated at once; they may have
+                different languages.
+            split (`bool`, *optional*): Whether texts are split into sentences. By default they are, if `sentencex` is
+                installed; without it each line is a sentence. Use `False` for texts of one sentence each.
+            return_scores (`bool`, *optional*, defaults to `False`): Whether each translation has its `score`: the
+                log-probability per token by which beam search ranks it; for a text, the mean over its sentences.
             kwargs:
                 Arguments of `generate()`.
 
         Returns:
-            `list[dict[str, Any]]`: one `{"translation_text": ...}` per text; with `num_return_sequences` above 1,
-            one list of them per text of a list, where each sentence has its first, second, ... sequence. A dataset or
-            an iterator gives an iterator over one list per text.
+            `list[dict[str, Any]]`: one `{"translation_text": ...}` per text; with `num_return_sequences` above 1, one
+            list of them per text of a list, made of the first, second, ... sequences of its sentences. A dataset or an
+            iterator gives an iterator over one list per text.
 
         Raises:
-            ValueError: for a text that is not a string, an unknown language or a missing one, another number of
-                languages than of texts, `split=True` without `sentencex`, `"auto"` without `py3langid`,
-                `return_scores=True` without beam search, or an argument of transformers 4 that asks for what is not
-                done here.
+            ValueError: a text is not a string; a language is unknown or missing; the numbers of languages and texts
+                differ; `split=True` without `sentencex`, `"auto"` without `py3langid`, or `return_scores=True` without
+                beam search; an argument of transformers 4 that is not supported here.
         """
         if args:
             raise ValueError(f"{len(args) + 1} positional arguments: give several texts as one list")
@@ -150,15 +146,13 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
         return translations
 
     def stream(self, text: str, **kwargs: Any) -> Iterator[str]:
-        """
-        Translates a text and yields its sentences when they are finished, each with the white space before it. All of
-        them together are the `translation_text` of a call, with `batch_size=8` eight at a time.
+        """Translates a text and yields its sentences when they are finished, each with the white space before it.
+        Together they are the `translation_text` of a call; with `batch_size=8` eight are translated at a time.
 
         Args:
             text (`str`):
                 The text.
-            kwargs:
-                As in a call, of which one sequence is returned and no scores.
+            kwargs: As in a call; one sequence is returned, without scores.
 
         Raises:
             ValueError: see `__call__`.
@@ -188,7 +182,9 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
         **generate_kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if truncation not in (None, False, "do_not_truncate"):
-            logger.warning_once("truncation has no effect: what the model has no positions for is translated in parts")
+            logger.warning_once(
+                "truncation has no effect: a text longer than the model's positions is translated in parts"
+            )
         generate_kwargs = without_old_arguments(generate_kwargs)
         named = {"src_lang": src_lang, "tgt_lang": tgt_lang}
         languages = {name: self._checked(name, lang) for name, lang in named.items() if lang is not None}
@@ -199,16 +195,18 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
         return {**languages, **splitting}, forward, {} if clean_up_tokenization_spaces is None else cleaning
 
     def _checked(self, name: str, language: Any) -> str:
-        """The language of the tokenizer that a code means, or `"auto"`; `name` is `src_lang` or `tgt_lang`.
+        """The tokenizer's language for a code, or `"auto"`; `name` is `src_lang` or `tgt_lang`.
 
         Raises:
-            ValueError: it is missing, unknown or ambiguous.
+            ValueError: the language is missing, unknown or ambiguous.
         """
         known = self.languages
         if language is None:
             raise ValueError(f"missing {name}: pass `{name}=`, one of: {', '.join(known)}")
         if _is_list(language):
-            raise ValueError(f"{name} ({list(language)!r}) is one for each text: give it to the call with the texts")
+            raise ValueError(
+                f"{name} ({list(language)!r}) has one language per text: give it to the call, with the texts"
+            )
         if name == "src_lang" and language == AUTO:
             return AUTO
         return resolve_language(language, known, name=name)
@@ -220,7 +218,9 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
     def _languages_of(self, text: Any, languages: dict[str, Any]) -> dict[str, str]:
         """`src_lang` and `tgt_lang` of a text, by their names in the tokenizer."""
         if not isinstance(text, str):
-            hint = "; of a dataset of rows give a column, KeyDataset(dataset, 'text')" if isinstance(text, dict) else ""
+            hint = (
+                "; for a dataset of rows give a column, KeyDataset(dataset, 'text')" if isinstance(text, dict) else ""
+            )
             raise ValueError(f"a sentence to translate must be a string, got {type(text).__name__}: {text!r}{hint}")
         codes = {name: languages.get(name, getattr(self.tokenizer, name, None)) for name in LANGUAGES}
         checked = {name: self._checked(name, code) for name, code in codes.items()}
@@ -233,13 +233,13 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
     ) -> Iterator[dict[str, Any]]:
         """The inputs of the model for each sentence of a text, with a batch axis: `input_ids` is (1, L).
 
-        `gaps` are what stands before the sentence and, of the last one, after it.
+        `gaps` are the text before the sentence and, for the last one, also after it.
         """
         if isinstance(input_, TextInLanguages):
             input_, languages = input_.text, {**languages, **input_.languages}
         languages = self._languages_of(input_, languages)
 
-        @functools.cache  # a sentence is counted and then translated
+        @functools.cache  # a sentence is first counted, then translated
         def encode(text: str) -> dict[str, Any]:
             with languages_kept(self.tokenizer):
                 return self.tokenizer._build_translation_inputs(text, return_tensors="pt", **languages, verbose=False)
@@ -294,7 +294,7 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
         if not return_scores:
             return {"output_ids": outputs.unflatten(0, (num_sentences, -1)), **kept}
         if outputs.get("sequences_scores") is None:
-            raise ValueError("return_scores needs beam search, which has them: set num_beams above 1")
+            raise ValueError("return_scores needs beam search: set num_beams above 1")
         scores = outputs.sequences_scores.unflatten(0, (num_sentences, -1))
         return {"output_ids": outputs.sequences.unflatten(0, (num_sentences, -1)), "scores": scores, **kept}
 
@@ -318,12 +318,11 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
         ]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """
-        Saves model, tokenizer and their code, so that people without this package translate with
+        """Saves model, tokenizer and their code. So users without this package can translate with
         `pipeline("translation", model=save_directory, trust_remote_code=True)`. `push_to_hub` does the same.
 
-        The languages of the pipeline become those of the saved tokenizer, and so of a pipeline that is loaded.
-        A model with experts quantized by this package still needs the package; there is a warning.
+        The saved tokenizer gets the languages of the pipeline, and so does a pipeline that is loaded from it. A model
+        with experts quantized by this package still needs the package; then there is a warning.
         """
         impl = {"impl": type(self), "pt": (AutoModelForSeq2SeqLM,), "type": "text"}
         self._registered_impl = {"translation": impl}
@@ -334,13 +333,13 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
             self.tokenizer._auto_map = TOKENIZER_CODE
         if getattr(self.model.config, "quantization_config", None) is not None:
             logger.warning(
-                "this model is quantized: whoever loads it needs the package that reads its weights (hf_moe_ted for "
-                "experts that `quantize_experts` made); code in the folder does not do it"
+                "this model is quantized: to load it, users need the package that reads its weights (hf_moe_ted for "
+                "experts from `quantize_experts`); the code in the folder is not enough"
             )
         tokenizer, self.tokenizer = self.tokenizer, copy.deepcopy(self.tokenizer)
         try:
             for name in self._preprocess_params.keys() & {*LANGUAGES}:
-                if self._preprocess_params[name] != AUTO:  # which no tokenizer has
+                if self._preprocess_params[name] != AUTO:  # no tokenizer has this one
                     setattr(self.tokenizer, name, self._preprocess_params[name])
             super().save_pretrained(save_directory, **kwargs)
         finally:
@@ -348,12 +347,12 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
 
 
 def _is_of_package(item: Any) -> bool:
-    """Whether its class is in the folder of this file, which is what can be saved as code."""
+    """Whether its class is in the folder of this file, and so can be saved as code."""
     return type(item).__module__.rpartition(".")[0] == __name__.rpartition(".")[0]
 
 
 def _where_it_is(model: PreTrainedModel) -> dict[str, Any]:
-    """For models whose weights Accelerate loads when they are needed: the base class moves others to a GPU."""
+    """Keep the place of models whose weights Accelerate loads when needed; the base class moves others to a GPU."""
     if model.device.type != "meta":
         return {}
     device_map = getattr(model, "hf_device_map", None)
@@ -361,9 +360,9 @@ def _where_it_is(model: PreTrainedModel) -> dict[str, Any]:
         return {"device": model.device}
     if next(iter(device_map.values())) == "disk":
         raise ValueError(
-            f"the first weights of the model are on disk (hf_device_map: {device_map}), from where the pipelines of "
-            "transformers cannot tell where it computes; keep model.shared in memory with device_map or max_memory, or "
-            "use TextTranslator of hf_moe_ted"
+            f"the first weights of the model are on disk (hf_device_map: {device_map}), so the pipelines of "
+            "transformers cannot find the device that computes; keep model.shared in memory with device_map or "
+            "max_memory, or use TextTranslator of hf_moe_ted"
         )
     return {}
 
@@ -373,7 +372,7 @@ def _is_list(languages: Any) -> bool:
 
 
 def _max_positions(model: PreTrainedModel) -> int:
-    """The longest sequence, in tokens, that the positions of the model allow."""
+    """The longest sequence that the model's positions allow, in tokens."""
     return getattr(model.config, "max_position_embeddings", None) or torch.iinfo(torch.long).max
 
 

@@ -1,4 +1,4 @@
-"""Positions: where each token stands, and the three ways in which the model sees it.
+"""Positions of tokens, and the three ways in which the model uses them.
 
 Shape letters: B batch, L tokens of this call, Q queries, K keys, H heads, D model width.
 """
@@ -15,14 +15,14 @@ from .configuration_zcode_m3 import Side, ZCodeM3Config
 
 @dataclass(frozen=True)
 class Tokens:
-    """Which inputs of this call are tokens, and where they stand.
+    """Which inputs of this call are tokens, and their positions.
 
     Attributes:
         mask: bool[B, L], False for padding.
         positions: int64[B, L], 1 for the first token of a sequence, 0 for padding.
-        key_positions: int64[B, K], the same for all that these tokens may attend to, past ones included; `None` under
-            a static cache, whose keys stand in order.
-        total_length: length of the sequence so far with padding; a tensor under a static cache.
+        key_positions: int64[B, K], the same for all tokens to which these may attend, past ones included; `None` with a
+            static cache, whose keys are in order.
+        total_length: length of the sequence so far, with padding; a tensor with a static cache.
     """
 
     mask: Tensor
@@ -38,10 +38,10 @@ def tokens_of(
     attention_mask: Tensor | None,
     num_past: int | Tensor = 0,
 ) -> Tokens:
-    """Tokens by the attention mask if it says so, past ones included; else all but padding ids.
+    """Tokens according to the attention mask, past ones included; without a mask, all except padding ids.
 
-    `attention_mask` is [B, K] with one entry per token, or, from `generate` under a static cache, [B, 1, L, K], bool or
-    additive: then a token attends to as many as its position says.
+    `attention_mask` is [B, K] with one entry per token. From `generate` with a static cache it is [B, 1, L, K], bool or
+    additive; then the position of a token is the number of tokens to which it attends.
     """
     batch_size, length = inputs_embeds.shape[:2]
     total_length = length + num_past
@@ -80,10 +80,10 @@ class ZCodeM3SinusoidalPositionalEmbedding(nn.Module):
         self.register_buffer("weights", self.table().to(torch.get_default_dtype()), persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        # no checkpoint holds the table: `to_empty` would leave memory as it is, `half().float()` a rounded table
+        # no checkpoint holds the table: `to_empty` would leave it undefined, `half().float()` would leave it rounded
         try:
             super()._apply(fn, recurse)
-        except NotImplementedError:  # moved from the meta device, behind `load_state_dict(assign=True)`
+        except NotImplementedError:  # moved from the meta device, after `load_state_dict(assign=True)`
             self.weights = fn(self.table("cpu").to(self.weights.dtype))
         if not self.weights.is_meta:
             self.weights = self.table("cpu").to(self.weights)
@@ -100,7 +100,7 @@ class ZCodeM3SinusoidalPositionalEmbedding(nn.Module):
 
     def forward(self, positions_BL: Tensor) -> Tensor:
         """float[B, L, D] of `Tokens.positions`, zeros for padding."""
-        if self.weights.is_meta and not positions_BL.is_meta:  # behind `load_state_dict(assign=True)`
+        if self.weights.is_meta and not positions_BL.is_meta:  # after `load_state_dict(assign=True)`
             self.weights = self.table("cpu").to(positions_BL.device)
         return nn.functional.embedding(positions_BL + self.padding_idx, self.weights)
 
@@ -121,9 +121,8 @@ class ZCodeM3LearnedPositionalEmbedding(nn.Embedding):
 class ZCodeM3UntiedPositions(nn.Module):
     """Untied positional attention (TUPE, https://huggingface.co/papers/2006.15595, section 3.1, without relative bias).
 
-    Nothing is added to the embeddings. Instead positions have their own query and key projections, and their scores
-    are added to those of the content, in every self-attention of a stack alike; both are divided by
-    `sqrt(2 * head_dim)`.
+    Nothing is added to the embeddings. Instead positions have their own query and key projections. Their scores are
+    added to those of the content, equally in every self-attention of a stack; both are divided by `sqrt(2 * head_dim)`.
     """
 
     def __init__(self, config: ZCodeM3Config, num_heads: int):
@@ -145,13 +144,13 @@ class ZCodeM3UntiedPositions(nn.Module):
         """The bias, float[B, H, Q, K], with the smallest number where `attention_mask` forbids attention.
 
         Args:
-            attention_mask: bool (True to attend) or additive float [B, 1, Q, K]; `None` for no padding, where attention
+            attention_mask: bool (True to attend) or additive float [B, 1, Q, K]; `None` without padding; then attention
                 is causal if `is_causal`.
         """
         key_positions = tokens.key_positions
         if key_positions is None:
             if attention_mask is None:
-                raise ValueError("untied positions under a static cache need an attention mask")
+                raise ValueError("untied positions with a static cache need an attention mask; pass attention_mask")
             num_keys = attention_mask.shape[-1]
             limit = self.embedding.num_embeddings - 1
             in_order = torch.arange(1, num_keys + 1, device=tokens.positions.device).clamp(max=limit)

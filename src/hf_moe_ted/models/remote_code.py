@@ -1,4 +1,4 @@
-"""The code of the models in saved folders, for people who do not have this package."""
+"""The code of the models in saved folders, for users who do not have this package."""
 
 import os
 import shutil
@@ -9,12 +9,12 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 
 def save_code(references: Iterable[str | None], folder: str | os.PathLike[str]) -> None:
-    """Copy to a folder the files of this package that its config names, and all that they import.
+    """Copy the files of this package that a config names, and all files that they import, to a folder.
 
     Args:
-        references: as in `auto_map`: `"modeling_zcode_m3.ZCodeM3Model"`. Those to another repository (with `--`) and to
-            files that are not of this package are left out.
-        folder: where the config is; it is made if it does not exist.
+        references: as in `auto_map`: `"modeling_zcode_m3.ZCodeM3Model"`. References to another repository (with `--`)
+            and to files outside of this package are left out.
+        folder: folder of the config; it is made if it does not exist.
     """
     local = [reference.split(".")[0] for reference in references if reference and "--" not in reference]
     files = [file for name in local if (file := Path(__file__).with_name(f"{name}.py")).is_file()]

@@ -1,7 +1,7 @@
-"""Routing: hidden states -> which experts see which token, and with what weight.
+"""Routing: hidden states -> the experts of each token, and their weights.
 
-Shape letters: T tokens, K experts per token, E rows of the router (one per expert, unless `config.expert_map` says
-otherwise), D model width.
+Shape letters: T tokens, K experts per token, E rows of the router (one per expert, unless there is a
+`config.expert_map`), D model width.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ class Routing:
         logits: float32[T, E], router logits, after noise.
         choices: int64[T, K], the rows of the router that were chosen; without `config.expert_map`, like `expert_ids`
             before anything was dropped.
-        num_experts: of the layer.
+        num_experts: number of experts of the layer.
         token_mask: bool[T] or `None`, False for padding.
     """
 
@@ -48,7 +48,7 @@ class Routing:
     def num_tokens_per_expert(self) -> Tensor:
         """int64[num_experts], tokens that each expert computes."""
         ids = self.expert_ids.flatten()
-        # not `bincount`, which waits for the device and breaks compiled graphs
+        # `bincount` would wait for the device and break compiled graphs
         return ids.new_zeros(self.num_experts + 1).scatter_add_(0, ids, torch.ones_like(ids))[: self.num_experts]
 
     def dropped_share(self) -> Tensor:
@@ -61,12 +61,12 @@ class Routing:
 
 
 class ZCodeM3Router(nn.Module):
-    """Linear top-k router with capacity: DeepSpeed's gates (`deepspeed/moe/sharded_moe.py`) and NLLB-MoE's in one.
+    """Linear top-k router with capacity, for the gates of DeepSpeed (`deepspeed/moe/sharded_moe.py`) and NLLB-MoE.
 
     Parameters: `weight` [E, d_model], and `bias` [E] if `config.router_bias`.
 
-    With an `expert_map`, choices, probabilities and losses are those of rows. A token whose rows stand for the same
-    expert goes there once per row, so that their weights add up. An expert's capacity is shared by its rows.
+    With an `expert_map`, choices, probabilities and losses are those of rows. If several rows of a token lead to the
+    same expert, the token goes there once per row, and the weights add up. The rows of an expert share its capacity.
 
     | gate | config |
     |---|---|
@@ -98,14 +98,14 @@ class ZCodeM3Router(nn.Module):
         num_rows = num_experts if expert_map is None else len(expert_map)
         self.weight = nn.Parameter(torch.empty(num_rows, config.d_model))
         self.bias = nn.Parameter(torch.empty(num_rows)) if config.router_bias else None
-        # int64[E], the expert of each row, `num_experts` for one that is never chosen
+        # int64[E], the expert of each row; `num_experts` for a row that is never chosen
         expert_of_row = None if expert_map is None else torch.tensor(self.expert_map)
         self.register_buffer("expert_of_row", expert_of_row, persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        # no checkpoint holds the map: `to_empty` would leave memory as it is
+        # no checkpoint holds the map: `to_empty` would leave it undefined
         if self.expert_of_row is not None and self.expert_of_row.is_meta and not self.weight.is_meta:
-            self.expert_of_row = torch.tensor(self.expert_map)  # behind `load_state_dict(assign=True)`
+            self.expert_of_row = torch.tensor(self.expert_map)  # after `load_state_dict(assign=True)`
         super()._apply(fn, recurse)
         if self.expert_of_row is not None and not self.expert_of_row.is_meta:
             self.expert_of_row = torch.tensor(self.expert_map, device=self.expert_of_row.device)
@@ -124,10 +124,10 @@ class ZCodeM3Router(nn.Module):
             token_mask_T: bool[T], *optional*, False for tokens that go to no expert.
 
         Returns:
-            The logits float32[T, E], first so that `output_router_logits` finds them, and the [`Routing`].
+            The logits float32[T, E], which come first so that `output_router_logits` finds them, and the [`Routing`].
         """
         if self.expert_of_row is not None and self.expert_of_row.is_meta and not hidden_states_TD.is_meta:
-            # behind `load_state_dict(assign=True)`
+            # after `load_state_dict(assign=True)`
             self.expert_of_row = torch.tensor(self.expert_map, device=hidden_states_TD.device)
         logits_TE, probs_TK, choices_TK = self._choose(hidden_states_TD)
         expert_ids_TK = choices_TK if self.expert_of_row is None else self.expert_of_row[choices_TK]
@@ -143,7 +143,7 @@ class ZCodeM3Router(nn.Module):
         return logits_TE, Routing(expert_ids_TK, weights_TK, logits_TE, choices_TK, self.num_experts, token_mask_T)
 
     def max_tokens_per_expert(self, num_tokens: int) -> int | None:
-        """Slots of `num_tokens` tokens that an expert computes at most, padding or not; `None` without a capacity."""
+        """Most slots of `num_tokens` tokens that an expert computes, padding included; `None` without a capacity."""
         capacity_factor = self.capacity_factor if self.training else self.eval_capacity_factor
         if capacity_factor is None:
             return None
@@ -153,7 +153,7 @@ class ZCodeM3Router(nn.Module):
     def _choose(self, hidden_states_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits float32[T, E], the chosen rows' probabilities float32[T, K], and the chosen rows int64[T, K].
 
-        On GPUs one kernel for plain top-k; its noise is not the numbers that the operations below would draw.
+        On GPUs plain top-k is one kernel; its noise differs from what the operations below would draw.
         """
         if fused_router is not None and fused_router.can_fuse_router(self, hidden_states_TD):
             jitter_noise = self.jitter_noise if self._has_jitter else 0.0
@@ -174,7 +174,7 @@ class ZCodeM3Router(nn.Module):
         return self.training and self.noise_policy == "jitter"
 
     def _logits(self, hidden_states_TD: Tensor) -> Tensor:
-        """float32[T, E]; computed in `router_dtype` even under autocast, as rounding there changes the experts."""
+        """float32[T, E], computed in `router_dtype` even under autocast, because rounding would change the experts."""
         inputs_TD = hidden_states_TD.to(self.dtype)
         if self._has_jitter:
             noise = torch.empty_like(inputs_TD).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
@@ -184,11 +184,11 @@ class ZCodeM3Router(nn.Module):
             return nn.functional.linear(inputs_TD, self.weight.to(self.dtype), bias).float()
 
     def _choices(self, logits_TE: Tensor, probs_TE: Tensor) -> Tensor:
-        """int64[T, K], the rows each token would go to, in order of preference.
+        """int64[T, K], the rows that each token chooses, in order of preference.
 
-        Noise decides who is chosen, never the weight: that is the router's probability. RSample (DeepSpeed) samples
-        the one expert in training; the second expert's sampling (GShard, DeepSpeed, NLLB-MoE) works in evaluation,
-        too, as it does there.
+        Noise changes the choice, never the weight, which is the router's probability. RSample (DeepSpeed) samples the
+        one expert in training. Sampling of the second expert (GShard, DeepSpeed, NLLB-MoE) is on in evaluation, too, as
+        in those implementations.
         """
         if self.noise_policy == "rsample" and self.training:
             return (logits_TE + _gumbel_like(logits_TE)).argmax(dim=-1, keepdim=True)
@@ -199,9 +199,9 @@ class ZCodeM3Router(nn.Module):
         return probs_TE.topk(self.top_k, dim=-1).indices
 
     def _used(self, probs_TK: Tensor, token_mask_T: Tensor | None) -> Tensor | None:
-        """bool[T, K], False for what goes to no expert whatever its capacity; `None` if everything is used.
+        """bool[T, K], False for slots that go to no expert, whatever its capacity; `None` if all slots are used.
 
-        That is padding, second choices that are left out at random, and with gating dropout now and then all.
+        These are padding, second choices that are left out at random, and sometimes all slots, with gating dropout.
         """
         used = [] if token_mask_T is None else [token_mask_T.unsqueeze(-1).expand_as(probs_TK)]
         if self.second_expert_policy == "random":
@@ -209,7 +209,7 @@ class ZCodeM3Router(nn.Module):
             second_T = 2 * probs_TK[:, 1] > torch.rand_like(probs_TK[:, 1])
             used.append(torch.stack([torch.ones_like(second_T), second_T], dim=-1))
         if self.training and self.gating_dropout > 0:
-            # one draw on the device for the batch, which waits for nothing; equal in a tensor-parallel group
+            # one draw per batch on the device, which waits for nothing and is equal in a tensor-parallel group
             used.append((torch.rand((), device=probs_TK.device) >= self.gating_dropout).expand_as(probs_TK))
         return functools.reduce(torch.logical_and, used) if used else None
 
@@ -235,7 +235,7 @@ class ZCodeM3Router(nn.Module):
         return kept_TK if used_TK is None else kept_TK & used_TK
 
     def _priority(self, choices_TK: Tensor, probs_TK: Tensor) -> Tensor | None:
-        """float[T, K], who goes first in an expert's queue; `None` for the order in the batch."""
+        """float[T, K], priority in an expert's queue; `None` for the order in the batch."""
         if self.token_drop_policy == "random":
             # one number per token and expert, as DeepSpeed draws them: equal seeds keep equal tokens
             random_TE = torch.rand(choices_TK.shape[0], self.weight.shape[0], device=choices_TK.device)
@@ -248,7 +248,7 @@ class ZCodeM3Router(nn.Module):
 
 
 def modules_in_use(module: Any, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Like `named_modules`. Where PEFT trains a copy of a module (`modules_to_save`), it gives the one that runs."""
+    """Like `named_modules`, but if PEFT trains a copy of a module (`modules_to_save`), it gives the one that runs."""
     copies = getattr(module, "modules_to_save", None)
     if isinstance(copies, nn.ModuleDict) and hasattr(module, "original_module"):
         active = [] if module.disable_adapters else [copies[adapter] for adapter in module.active_adapters]
@@ -260,17 +260,17 @@ def modules_in_use(module: Any, name: str = "") -> Iterator[tuple[str, nn.Module
 
 
 def require_finite_routers(model: nn.Module) -> None:
-    """Look at the weights of all routers, and wait for their device once.
+    """Check the weights of all routers; it waits for their device once.
 
-    With NaN or infinity in a router's weights every token goes to some expert, and every text is garbage.
+    With NaN or infinity in a router's weights, tokens go to arbitrary experts, and every text is garbage.
 
     Raises:
-        ValueError: weights of a router are not finite; it names the router.
+        ValueError: weights of a router are not finite; the message names the router.
     """
     names, flags = [], []
     for name, router in model.named_modules():
         for kind, tensor in router.named_parameters(recurse=False) if isinstance(router, ZCodeM3Router) else ():
-            if tensor.device.type != "meta":  # else offloaded
+            if tensor.device.type != "meta":  # else the weights are offloaded
                 whole: Any = tensor.detach()
                 whole = whole.full_tensor() if hasattr(whole, "full_tensor") else whole  # sharded
                 names.append(f"{name}.{kind}")
@@ -283,17 +283,17 @@ def require_finite_routers(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def refused_if_not_finite(model: nn.Module) -> Iterator[None]:
-    """Look at the logits of each router in each call, and wait for their device each time.
+    """Check the logits of each router in each call; it waits for their device each time.
 
     Raises:
-        ValueError: logits of a router are not finite; it names the router.
+        ValueError: logits of a router are not finite; the message names the router.
     """
 
     def look(name: str, output: tuple[Tensor, Routing]) -> None:
         if not output[0].isfinite().all():
             raise ValueError(
-                f"NaN or infinity in the logits of {name}: weights before it are damaged, or numbers outgrow the dtype "
-                "of the model; load an undamaged checkpoint, or use bfloat16 or float32"
+                f"NaN or infinity in the logits of {name}: weights before it are damaged, or numbers are too large "
+                "for the dtype of the model; load an undamaged checkpoint, or use bfloat16 or float32"
             )
 
     routers = [(name, module) for name, module in model.named_modules() if isinstance(module, ZCodeM3Router)]
@@ -309,10 +309,10 @@ def refused_if_not_finite(model: nn.Module) -> Iterator[None]:
 
 
 def expert_capacity(num_tokens: int | Tensor, num_experts: int, factor: float, min_capacity: int) -> Tensor:
-    """Tokens an expert takes, `max(ceil(num_tokens / num_experts * factor), min_capacity)`, as a float32 scalar.
+    """Most tokens of an expert, `max(ceil(num_tokens / num_experts * factor), min_capacity)`, as a float32 scalar.
 
-    On the device of `num_tokens`, or on the CPU for an int, so that nothing waits for a GPU. The product is taken in
-    float32 like DeepSpeed's.
+    It is on the device of `num_tokens`, or on the CPU for an int, so nothing waits for a GPU. The product is computed
+    in float32 as in DeepSpeed.
     """
     tokens = torch.as_tensor(num_tokens, dtype=torch.float64)
     return torch.ceil((tokens / num_experts).float() * factor).clamp(min=min_capacity)
@@ -325,8 +325,8 @@ def rank_in_expert(
 
     Args:
         expert_ids_TK: int64[T, K]; `num_experts` for slots in no queue.
-        priority_TK: float[T, K], *optional*: higher goes first; by default the lower token index does.
-        by_choice: whether first choices stand before second choices, whatever their priority.
+        priority_TK: float[T, K], *optional*: higher goes first; by default lower token indices go first.
+        by_choice: whether all first choices come before second choices, whatever their priority.
 
     Returns:
         int64[T, K], 0 for the first in the queue.
@@ -350,7 +350,7 @@ def _normalize(weights_TK: Tensor) -> Tensor:
 
 
 def _gumbel_like(logits: Tensor) -> Tensor:
-    """Gumbel(0, 1) noise, bit for bit that of `torch.distributions.Gumbel`, which DeepSpeed and NLLB-MoE draw."""
+    """Gumbel(0, 1) noise, bit for bit that of `torch.distributions.Gumbel`, which DeepSpeed and NLLB-MoE use."""
     info = torch.finfo(logits.dtype)
     uniform = torch.rand_like(logits) * ((1 - info.eps) - info.tiny) + info.tiny
     return -torch.log(-torch.log(uniform))

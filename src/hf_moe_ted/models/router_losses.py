@@ -1,4 +1,4 @@
-"""What a model's routers add to its loss."""
+"""The router losses that are added to a model's loss."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,8 @@ from .router import Routing
 def router_losses(outputs: ZCodeM3ModelOutput, device: torch.device) -> dict[str, Tensor]:
     """Load-balancing and z-loss of encoder and decoder, float32 scalars by the names of [`ZCodeM3Output`].
 
-    They are means over the sparse layers of a side, without coefficients; 0, on `device`, for a side without any.
+    They are means over the sparse layers of a side, without coefficients; 0 on `device` for a side without sparse
+    layers.
     """
     losses = {}
     for side, routings in (("encoder", outputs.encoder_routings), ("decoder", outputs.decoder_routings)):
@@ -25,7 +26,7 @@ def _mean_losses(routings: Sequence[Routing], device: torch.device) -> tuple[Ten
     if not routings:
         zero = torch.zeros((), device=device)
         return zero, zero
-    layers_alike: dict[torch.Size, list[Routing]] = {}  # one set of operations for all of them
+    layers_alike: dict[torch.Size, list[Routing]] = {}  # the same operations for all layers at once
     for routing in routings:
         layers_alike.setdefault(routing.logits.shape, []).append(routing)
     aux, z = [], []

@@ -1,7 +1,8 @@
-"""The memory of beam search on a GPU: tensors that stay where they are, so that a CUDA graph finds them again.
+"""The memory of beam search on a GPU: tensors with fixed addresses, as CUDA graphs need them.
 
-As in beam_cache.py the beams of a sentence write into one sequence of keys, and a mask says whose they are. Here the
-keys of the token at place p of beam n stand at N * p + n, and all that changes from step to step is in tensors.
+As in beam_cache.py, the beams of a sentence write into one sequence of keys, and a mask says which beam a key belongs
+to. Here the key of the token at place p of beam n is at N * p + n, and everything that changes between steps is in
+tensors.
 
 Shape letters: B sentences, N beams of each, C candidates of each, L tokens, K = N * L keys, S source tokens, H heads,
 D head width, E tokens that end a translation.
@@ -21,13 +22,13 @@ KeysAndValues = list[tuple[Tensor, Tensor]]  # of each layer
 
 @dataclass(frozen=True)
 class MemorySize:
-    """The sizes that there is room for.
+    """The sizes for which a memory has room.
 
     Attributes:
-        num_sentences, num_beams: of a batch.
-        length: tokens of a translation, its prompt included.
+        num_sentences, num_beams: sizes of a batch.
+        length: tokens of a translation, with its prompt.
         source_length: tokens of a source.
-        num_candidates: continuations of each sentence that a step looks at.
+        num_candidates: continuations of each sentence that a step considers.
         num_ends: tokens that end a translation.
     """
 
@@ -39,13 +40,13 @@ class MemorySize:
     num_ends: int
 
     def with_room_for(self, other: "MemorySize") -> "MemorySize":
-        """The larger of both in each."""
+        """The larger of the two in each size."""
         return MemorySize(*(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
 
 
 @dataclass(frozen=True)
 class KeySize:
-    """Of keys and values of one layer: heads H and head width D, and where they are."""
+    """Size of keys and values of one layer: heads H, head width D, and their device and dtype."""
 
     num_layers: int
     num_heads: int
@@ -54,7 +55,7 @@ class KeySize:
     device: torch.device
 
     def allocate(self, num_sentences: int, num_keys: int) -> KeysAndValues:
-        """Zeros, as what nobody attends to must be a number, too."""
+        """Zeros, because keys to which no beam attends must be numbers, too."""
         shape = (num_sentences, self.num_heads, num_keys, self.width)
 
         def zeros() -> Tensor:
@@ -65,15 +66,15 @@ class KeySize:
 
 @dataclass
 class Settings:
-    """What a step reads and only the host writes.
+    """Values that a step reads and only the host writes.
 
     Attributes:
-        divisors_L, possible_divisors_L: float32, by which sums of log-probabilities of a length are divided, and those
-            of running beams for what they may get.
+        divisors_L, possible_divisors_L: float32, divisors of sums of log-probabilities by length, and for the best
+            scores that running beams can reach.
         stops_when_full_1: bool, `early_stopping=True`.
         last_place_1: int64, the place of the last token.
         ends_E: int64, tokens that end a translation.
-        forbids_ends_1: bool, whether none may come next.
+        forbids_ends_1: bool, whether no end may come next.
         first_C: float32, 0 and -inf, the log-probabilities of the candidates of a row whose token is forced.
     """
 
@@ -122,19 +123,19 @@ class Settings:
 
 @dataclass
 class SearchMemory:
-    """Of one search, or a view of it for fewer sentences and keys.
+    """The memory of one search, or a view of it for fewer sentences and keys.
 
     Attributes:
         settings: see [`Settings`].
         own, of_source: keys and values of self-attention [B, H, K, D] and cross-attention [B, H, S, D].
-        mask_B1NK, source_mask_B1NS: of the dtype of keys, 0 for those that a beam attends to, else its least number.
-        hypotheses: see [`Hypotheses`]; the columns of its rows are as many as its tokens.
-        is_done_B: bool, sentences whose translations will not change any more.
+        mask_B1NK, source_mask_B1NS: in the dtype of keys, 0 for keys to which a beam attends, else the lowest number.
+        hypotheses: see [`Hypotheses`]; its rows have as many columns as its tokens.
+        is_done_B: bool, sentences whose translations cannot change any more.
         forced_B: int64, the token that must come next, -1 for none.
         last_BN: int64, the last tokens of the running beams.
-        counters: int64: where the next token is written, where in rows, and where the keys of the last tokens of N
-            beams are; each step adds `steps` to it.
-        goes_on_L: int32, by place of the token that was written, whether any sentence goes on.
+        counters: int64: places of the next token, of its row, and of the keys of the last tokens of N beams; each step
+            adds `steps` to them.
+        goes_on_L: int32, for the place of each written token, whether any sentence continues.
         has_nan_1: bool, whether a logit was NaN.
     """
 
@@ -154,7 +155,7 @@ class SearchMemory:
 
     @classmethod
     def allocate(cls, size: MemorySize, keys: KeySize) -> "SearchMemory":
-        """Without keys of self-attention; those depend on how long translations get."""
+        """Allocate everything except keys of self-attention, which depend on the length of translations."""
         num_sentences, num_beams, device = size.num_sentences, size.num_beams, keys.device
         least = torch.finfo(keys.dtype).min
         no_prompts = torch.zeros(num_sentences, 0, dtype=torch.int64, device=device)
@@ -195,7 +196,7 @@ class SearchMemory:
         return self.last_BN.shape[1]
 
     def view(self, num_sentences: int, length: int, source_length: int, own: KeysAndValues) -> "SearchMemory":
-        """The first sentences, tokens and source tokens, with keys of self-attention for as many tokens."""
+        """A view of the first sentences, tokens and source tokens, with keys of self-attention for as many tokens."""
         num_beams, b = self.num_beams, num_sentences
         cut = {f.name: getattr(self.hypotheses, f.name)[:b] for f in fields(Hypotheses)}
         long = {name: tensor[:, :, :length] for name, tensor in cut.items() if name.endswith("_BNL")}
@@ -212,12 +213,12 @@ class SearchMemory:
         )
 
     def start(self, prompts_BL: Tensor, num_real: int, source_mask_BS: Tensor | None, source: int, fill: int) -> None:
-        """Begin with prompts, of which those behind the first `num_real` are there to fill the batch.
+        """Begin with prompts; those after the first `num_real` only pad the batch.
 
         Args:
-            source_mask_BS: nonzero for source tokens that count; `None` for all.
+            source_mask_BS: nonzero for source tokens without padding; `None` for all.
             source: number of source tokens.
-            fill: the token behind the end of a translation.
+            fill: the token after the end of a translation.
         """
         num_beams, length = self.hypotheses.running_BNL.shape[1:]
         start = Hypotheses.start(prompts_BL, num_beams, length, fill)
@@ -256,7 +257,7 @@ class SearchMemory:
 
 
 class FixedLayer(DynamicLayer):
-    """Keys and values [B, H, K, D] in fixed memory; new ones are written at `places_1`, int64, one for each."""
+    """Keys and values [B, H, K, D] in fixed memory; new ones are written at `places_1`, int64, one place each."""
 
     keys: Tensor
     values: Tensor
@@ -275,18 +276,19 @@ class FixedLayer(DynamicLayer):
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
-        return 0  # all keys are always there; the mask knows which count
+        return 0  # all keys are always returned; the mask says which count
 
 
 class FixedCache(EncoderDecoderCache):
     """The keys of a memory as a cache.
 
     Args:
-        places: int64, where keys of the tokens of a call are written.
-        source_places: the same for keys of the source; `None` where they are there already.
+        places: int64, places at which a call writes the keys of its tokens.
+        source_places: the same for keys of the source; `None` if they were written already.
 
     Attributes:
-        attend: computes attention in place of what the config says, see `ZCodeM3Attention`; `None` for nobody.
+        attend: function that computes attention instead of the config's implementation, see `ZCodeM3Attention`; or
+            `None`.
     """
 
     def __init__(self, memory: SearchMemory, places: Tensor, source_places: Tensor | None):

@@ -1,4 +1,4 @@
-"""Text as sentences and what stands between them, so that translations can take the places of the sentences."""
+"""Text as sentences and the gaps between them, so that translations can replace the sentences."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 from .language_codes import has_spaces_between_sentences, parse_language
 
-# Where a sentence that is too long may be cut: after a clause, then between words. The white space stays behind it.
+# Places to cut a sentence that is too long: after a clause, else between words. The white space stays before the cut.
 _CLAUSE = re.compile(r"(?<=[,;:،؛，；：、。！？])\s*(?=\S)|(?<=\s[–—-])\s+(?=\S)")  # noqa: RUF001
 _WORD = re.compile(r"(?<=\s)(?=\S)")
 
@@ -21,8 +21,8 @@ class Segments:
     """A text: `gaps[0]`, `sentences[0]`, `gaps[1]`, ..., `sentences[-1]`, `gaps[-1]`.
 
     Attributes:
-        sentences: what is translated, without white space at its ends; none is empty.
-        gaps: white space and line ends; one more than there are sentences.
+        sentences: texts to translate, without white space at their ends; none is empty.
+        gaps: white space and line ends; one more than sentences.
     """
 
     sentences: tuple[str, ...]
@@ -30,11 +30,11 @@ class Segments:
 
     @classmethod
     def whole(cls, text: str) -> "Segments":
-        """The text as one sentence, however many lines it has."""
+        """The text as one sentence, with any number of lines."""
         return _segments([text])
 
     def with_parts(self, parts: Sequence["Segments"]) -> "Segments":
-        """The same text with each sentence in the parts that it has been split into."""
+        """The same text, with each sentence replaced by its parts."""
         sentences = [sentence for of_sentence in parts for sentence in of_sentence.sentences]
         gaps = [self.gaps[0]]
         for of_sentence, gap in zip(parts, self.gaps[1:], strict=True):
@@ -42,20 +42,20 @@ class Segments:
         return Segments(tuple(sentences), tuple(gaps))
 
     def join(self, translations: Sequence[str], tgt_lang: str | None = None) -> str:
-        """The text with translations in place of its sentences.
+        """The text with its sentences replaced by translations.
 
         Args:
             translations: one for each sentence.
-            tgt_lang: their language, if it may write other spaces: sentences of Chinese follow each other without
-                one, and are parted in languages that part words.
+            tgt_lang: their language, if its spaces may differ: Chinese has no space between sentences; languages with
+                spaces between words have one.
         """
         return "".join(self.joined(translations, tgt_lang))
 
     def joined(self, translations: Iterable[str], tgt_lang: str | None = None) -> Iterator[str]:
-        """As `join`, piece by piece: each is a sentence with what stands before it, the last one what is after it, too.
+        """Like `join`, in pieces: each is a sentence with the gap before it; the last also has the gap after it.
 
         Args:
-            translations: may be an iterator, of which no more is taken than is needed for the next piece.
+            translations: may be an iterator, which is read only as far as the next piece needs.
         """
         if not self.gaps[1:]:
             yield self.gaps[0]
@@ -64,7 +64,7 @@ class Segments:
             yield piece.gaps[0] + translation + piece.gaps[1]
 
     def pieces(self, tgt_lang: str | None = None) -> list["Segments"]:
-        """The text as one for each sentence, with the spaces between them that `tgt_lang` has; see `join`."""
+        """One text per sentence, with the spaces that `tgt_lang` has between sentences; see `join`."""
         between = list(self.gaps)
         if tgt_lang is not None and has_spaces_between_sentences(tgt_lang):
             between[1:-1] = [gap or " " for gap in between[1:-1]]
@@ -85,8 +85,8 @@ def split_sentences(text: str, language: str | None) -> Segments:
 
     Args:
         text: any number of lines.
-        language: a code of its language in any form (`"de"`, `"deu_Latn"`), by whose rules `sentencex` finds the ends
-            of sentences; `None` to take each line for one sentence.
+        language: a code of its language in any form (`"de"`, `"deu_Latn"`); `sentencex` finds the ends of sentences by
+            the rules of this language. `None` takes each line as one sentence.
 
     Raises:
         ValueError: sentencex is not installed.
@@ -104,18 +104,17 @@ def split_sentences(text: str, language: str | None) -> Segments:
     try:
         code = parse_language(language).language
     except ValueError:
-        code = "en"  # as sentencex does for languages that it has no rules for
+        code = "en"  # sentencex does the same for languages without rules
     return _segments(piece for line in lines for piece in (sentencex.segment(code, line) if line.strip() else [line]))
 
 
 def split_long(sentence: str, max_tokens: int, count_tokens: CountTokens) -> Segments:
-    """A sentence in parts that a model has positions for: cut at clauses, where they are too long between words, and
-    a word that is too long anywhere. Parts are about equally long, and nothing is left out.
+    """Split a sentence into parts of at most `max_tokens`, of about equal lengths; nothing is left out.
 
     Args:
-        sentence: of any length.
-        max_tokens: of a part.
-        count_tokens: tokens of each of some texts.
+        sentence: a sentence of any length.
+        max_tokens: most tokens of a part.
+        count_tokens: function that counts the tokens of each text.
     """
     return _segments(_parts(sentence, max_tokens, count_tokens, [_CLAUSE, _WORD]))
 
@@ -165,7 +164,7 @@ def _split_after(text: str, mark: re.Pattern[str]) -> list[str]:
 
 
 def _cut_near(text: str, index: int) -> int:
-    """The first place from `index` on that parts no letter from its accents, or `index` if there is none."""
+    """The first place from `index` on that does not separate a letter from its accents; `index` if there is none."""
     return next((i for i in range(index, len(text)) if not unicodedata.combining(text[i])), index)
 
 

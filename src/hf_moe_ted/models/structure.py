@@ -1,4 +1,4 @@
-"""What the layers of a model were made of, and whether the config says so still."""
+"""Check that config fields that made the layers of a model have not changed."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from torch import nn
 from .configuration_zcode_m3 import Side, ZCodeM3Config
 from .router import ZCodeM3Router
 
-# fields of the config that cannot change behind the layers' back; the numbers of experts are compared with the layers
+# config fields that must not change after the layers were made; numbers of experts are compared with the layers
 _FIXED_FIELDS = (
     "d_model",
     "encoder_layers",
@@ -27,7 +27,7 @@ _FIXED_FIELDS = (
 
 
 def fixed_fields(config: ZCodeM3Config) -> dict[str, Any]:
-    """The fields that layers are made of, to be compared later."""
+    """The fields that made the layers, for a later comparison."""
     return {name: getattr(config, name) for name in _FIXED_FIELDS}
 
 
@@ -36,18 +36,18 @@ def refuse_changed_structure(
 ) -> None:
     """
     Raises:
-        ValueError: fields of the config that made the model's layers were changed since.
+        ValueError: fields of the config that made the model's layers were changed later.
     """
     now = fixed_fields(config)
     changed = [name for name, value in built_with.items() if now[name] != value]
-    if config.max_position_embeddings < built_with["max_position_embeddings"]:  # a limit that is kept
+    if config.max_position_embeddings < built_with["max_position_embeddings"]:  # a limit, which is still respected
         changed.remove("max_position_embeddings")
     for side in layers if not changed else ():
         changed += _changed_sparse_layers(config, side, layers[side])
     if changed:
         raise ValueError(
-            "model.config was changed after the model was built, in fields that layers are made from: "
-            f"{', '.join(changed)}; change it back, or build a new model of the config"
+            "model.config was changed after the model was built, in fields from which layers are made: "
+            "{', '.join(changed)}; change it back, or build a new model from the config"
         )
 
 

@@ -22,25 +22,25 @@ from .remote_code import save_code
 
 LANGUAGE_TOKEN = re.compile(r"__(\S+)__")
 
-# Every character is matched by one of these, so nothing is lost.
+# each character matches one of these, so nothing is lost
 WORD_PATTERN = "|".join(
     [
         r" ?[\p{L}\p{M}\x{200C}\x{200D}]+",  # letters, their combining marks (vowel signs, ...) and zero-width joiners
         r"\p{N}",  # digits, one at a time
         r" ?[^\s\p{L}\p{M}\p{N}\x{200C}\x{200D}]+",  # punctuation and symbols
         r"\s*[\r\n]+",
-        r"\s+(?!\S)",  # leaves the last space to the word that follows
+        r"\s+(?!\S)",  # leaves the last space to the next word
         r"\s+",
     ]
 )
 
 
 class _Turn:
-    """Whose turn it is to encode: the backend holds the tag, truncation and padding of one call at a time.
+    """The turn to encode: the backend can hold the tag, truncation and padding of one call at a time.
 
     Attributes:
-        lock: of the thread that encodes.
-        languages: source and target language of the call that has the turn, `None` between calls.
+        lock: held by the thread that encodes.
+        languages: source and target language of the call that has the turn; `None` between calls.
     """
 
     def __init__(self) -> None:
@@ -57,16 +57,16 @@ class ZCodeM3Tokenizer(TokenizersBackend):
     """
     Multilingual tokenizer (backed by the *tokenizers* library) for the ZCode M3 translation models.
 
-    Every special token of the form `__xx__` is a language tag; `xx` is the code used everywhere in the interface. Other
-    forms of a code are understood where a language is named: `zh-CN`, `zho_Hans` and `ZH` are `zh` where there is no
-    closer one. Tags stay, whatever other special tokens are added or replaced.
+    Every special token of the form `__xx__` is a language tag; `xx` is the code used everywhere in the interface.
+    Arguments also accept other forms of a code: `zh-CN`, `zho_Hans` and `ZH` are `zh` if there is no closer one. Tags
+    stay when other special tokens are added or replaced.
 
-    Threads may share a tokenizer: each call has the languages, truncation and padding that it was given. They encode
-    one after another.
+    Threads may share a tokenizer: each call uses its own languages, truncation and padding. Calls run one after
+    another.
 
-    Built without `tokenizer_file` and `tokenizer_object` it is a lossless byte-level BPE with no merges yet (one token
-    per byte), to be trained with [`~ZCodeM3Tokenizer.train_new_from_iterator`]. Text is normalized to NFC and nothing
-    is ever unknown: decoding an encoded text gives back its NFC form. Any other `tokenizer.json` can be loaded instead.
+    Without `tokenizer_file` and `tokenizer_object` it is a lossless byte-level BPE without merges (one token per byte);
+    train it with [`~ZCodeM3Tokenizer.train_new_from_iterator`]. Text is normalized to NFC and no token is unknown:
+    decoding an encoded text returns its NFC form. Any other `tokenizer.json` can be loaded instead.
 
     Example:
 
@@ -90,8 +90,8 @@ class ZCodeM3Tokenizer(TokenizersBackend):
             The beginning of sequence token. Not added to encoded texts.
         pad_token (`str`, *optional*, defaults to `"<pad>"`):
             The token used for padding.
-        eos_token (`str`, *optional*, defaults to `"</s>"`):
-            The end of sequence token, and the token that decoding starts from.
+        eos_token (`str`, *optional*, defaults to `"</s>"`): The end of sequence token, also the start token of
+            decoding.
         unk_token (`str`, *optional*, defaults to `"<unk>"`):
             The unknown token. The byte-level backend never produces it.
         mask_token (`str`, *optional*, defaults to `"<mask>"`):
@@ -101,7 +101,7 @@ class ZCodeM3Tokenizer(TokenizersBackend):
             `extra_special_tokens`, ...
 
     Raises:
-        ValueError: for an unknown `src_lang` or `tgt_lang`, here and wherever a language is named.
+        ValueError: an unknown `src_lang` or `tgt_lang`, here and in every method that takes a language.
     """
 
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}
@@ -146,9 +146,8 @@ class ZCodeM3Tokenizer(TokenizersBackend):
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """
-        Called by `from_pretrained`. Leaves `tokenizer_file` to `__init__`: the base class would keep no more than its
-        vocabulary and merges.
+        """Called by `from_pretrained`. It leaves `tokenizer_file` to `__init__`, because the base class would keep only
+        its vocabulary and merges.
         """
         if kwargs.get("tokenizer_file") is None and kwargs.get("tokenizer_object") is None:
             raise OSError(f"no tokenizer.json in {kwargs.get('name_or_path')!r}")
@@ -160,7 +159,7 @@ class ZCodeM3Tokenizer(TokenizersBackend):
     def lang_code_to_id(self) -> dict[str, int]:
         """The id of each language's tag, in the order of the ids."""
         ids = self._lang_ids
-        if ids is None:  # of the backend, which loses no token that it has once had
+        if ids is None:  # from the backend, which never loses a token
             named = {str(token) for token in self._special_tokens_map.values()}
             tokens = [(i, str(t)) for i, t in sorted(self.added_tokens_decoder.items()) if t.special]
             found = [(i, LANGUAGE_TOKEN.fullmatch(token)) for i, token in tokens if token not in named]
@@ -173,8 +172,8 @@ class ZCodeM3Tokenizer(TokenizersBackend):
             self._lang_ids = None
         return num_added
 
-    # Special tokens beside the named ones. The base class replaces the list in `add_special_tokens` and when
-    # `extra_special_tokens` is set; the tags of the languages stay in it, for they stay special.
+    # Special tokens besides the named ones. The base class replaces the list in `add_special_tokens` and when
+    # `extra_special_tokens` is set; language tags stay in it, because they stay special.
 
     @property
     def _extra_special_tokens(self) -> list[str | AddedToken]:
@@ -197,16 +196,15 @@ class ZCodeM3Tokenizer(TokenizersBackend):
         return language_token(self._resolved(lang))
 
     def get_lang_id(self, lang: str) -> int:
-        """The id of a language's tag; a target language's is the `forced_bos_token_id` of generation."""
+        """The id of a language's tag. For the target language it is the `forced_bos_token_id` of generation."""
         return self.lang_code_to_id[self._resolved(lang)]
 
     def _resolved(self, lang: str) -> str:
-        """The language of this tokenizer that a code means. Raises a `ValueError` if there is none."""
+        """This tokenizer's language for a code. Raises a `ValueError` if there is none."""
         return resolve_language(lang, self.lang_code_to_id, owner="this tokenizer")
 
     def add_languages(self, languages: Iterable[str]) -> int:
-        """
-        Adds languages, at the end of the vocabulary unless their tag is already there. Resize the embeddings after:
+        """Adds languages. A new tag goes to the end of the vocabulary. Then resize the embeddings:
         `model.resize_token_embeddings(len(tokenizer))`.
 
         Returns:
@@ -244,9 +242,8 @@ class ZCodeM3Tokenizer(TokenizersBackend):
     def __call__(
         self, *args: Any, src_lang: str | None = None, tgt_lang: str | None = None, **kwargs: Any
     ) -> BatchEncoding:
-        """
-        Encodes texts as [`~PreTrainedTokenizerBase.__call__`] does. `src_lang` and `tgt_lang` replace the tokenizer's
-        languages for this call only, here and in `encode` and `tokenize`.
+        """Encodes texts as [`~PreTrainedTokenizerBase.__call__`] does. `src_lang` and `tgt_lang` replace the
+        tokenizer's languages for this call only; this holds for `encode` and `tokenize`, too.
         """
         with self._encoding(src_lang, tgt_lang):
             return super().__call__(*args, **kwargs)
@@ -254,21 +251,21 @@ class ZCodeM3Tokenizer(TokenizersBackend):
     def _encode_plus(
         self, *args: Any, src_lang: str | None = None, tgt_lang: str | None = None, **kwargs: Any
     ) -> BatchEncoding:
-        """What every method that encodes comes to; `encode` and `tokenize` come here without `__call__`."""
+        """Every method that encodes calls this; `encode` and `tokenize` do so without `__call__`."""
         if wrong := sorted(name for name in kwargs if "lang" in name or name.startswith("text_target")):
             raise ValueError(
-                f"{', '.join(wrong)}: no argument here; languages are `src_lang` and `tgt_lang`, and `text_target` is "
-                "one of a call, `tokenizer(text_target=...)`"
+                f"{', '.join(wrong)}: not an argument here; languages are `src_lang` and `tgt_lang`, and "
+                "`text_target` is for a call, `tokenizer(text_target=...)`"
             )
         with self._turn.lock:
-            if self._turn.languages is not None:  # in `__call__`, for no other thread is here now
+            if self._turn.languages is not None:  # set in `__call__`; no other thread is here now
                 return super()._encode_plus(*args, **kwargs)
             with self._encoding(src_lang, tgt_lang):
                 return super()._encode_plus(*args, **kwargs)
 
     @contextmanager
     def _encoding(self, src_lang: str | None, tgt_lang: str | None) -> Iterator[None]:
-        """The turn of a call in some languages; those of the tokenizer are in the backend before and after."""
+        """The turn of a call with its languages; before and after it, the backend has those of the tokenizer."""
         source = self._src_lang if src_lang is None else self._resolved(src_lang)
         target = self._tgt_lang if tgt_lang is None else self._resolved(tgt_lang)
         turn = self._turn
@@ -283,22 +280,22 @@ class ZCodeM3Tokenizer(TokenizersBackend):
 
     @property
     def _turn(self) -> _Turn:
-        """Of this process: a process that was forked while a thread encoded must not wait for that thread."""
+        """The turn of this process: a process that was forked while a thread encoded must not wait for that thread."""
         return self.__dict__.setdefault("_turns", {}).setdefault(os.getpid(), _Turn())
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_turns"}
 
     def __copy__(self) -> "ZCodeM3Tokenizer":
-        return copy.deepcopy(self)  # two tokenizers with one backend would have one tag
+        return copy.deepcopy(self)  # two tokenizers with one backend would share one tag
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
-        """How many special tokens an encoded source has, its tag included."""
+        """Number of special tokens in an encoded source, with its tag."""
         with self._turn.lock:
             return super().num_special_tokens_to_add(pair)
 
     def update_post_processor(self) -> None:
-        """Called by the base class when special tokens change: the tags of the sources come back."""
+        """Called by the base class when special tokens change: set the source tag again."""
         with self._turn.lock:
             self._switch_to_input_mode()
 
@@ -347,7 +344,7 @@ class ZCodeM3Tokenizer(TokenizersBackend):
         if not os.path.isfile(save_directory):
             classes = auto_map.get("AutoTokenizer") or []
             save_code([classes] if isinstance(classes, str) else classes, save_directory)
-        with self._turn.lock:  # the backend as it is between two calls
+        with self._turn.lock:  # the backend in its state between two calls
             return super().save_pretrained(save_directory, *args, **kwargs)
 
     # Training
@@ -372,7 +369,7 @@ class ZCodeM3Tokenizer(TokenizersBackend):
 
 
 def _checked_languages(languages: Iterable[str]) -> list[str]:
-    """The languages without repetitions. Raises a `ValueError` for what cannot be the code of a language."""
+    """The languages without repetitions. Raises a `ValueError` if one cannot be a language code."""
     if isinstance(languages, str):
         raise ValueError(f"`languages` must be a list of codes, got the string {languages!r}")
     languages = list(dict.fromkeys(languages))
