@@ -1,4 +1,4 @@
-"""What PyTorch has no public name for; docs/private_names.md says in which versions it was read."""
+"""Private names of PyTorch; docs/private_names.md lists the versions in which they were read."""
 
 import torch
 
@@ -6,9 +6,9 @@ foreach_add_ = torch._foreach_add_
 
 
 def end_allocate_to_pool(device: int, pool: tuple[int, int]) -> None:
-    """Tell the allocator that a capture into a pool is over; PyTorch does it only for captures that CUDA did not end.
+    """Tell the allocator that a capture into a pool is over; PyTorch does this only if CUDA did not end the capture.
 
     Raises:
-        RuntimeError: there is none under way.
+        RuntimeError: there is no capture into this pool.
     """
     torch._C._cuda_endAllocateToPool(device, pool)

@@ -10,26 +10,26 @@ from torch.distributed.tensor import DTensor
 from .private_torch import foreach_add_
 from .recorder import Recorder
 
-# of inputs and the number of items: the loss, and a flag on the device if the step may turn out to be invalid
+# (inputs, number of items) -> the loss, and a flag on the device if the step may turn out to be invalid
 Step = Callable[[dict[str, Any], Any], tuple[Tensor, Tensor | None]]
 
 
 class RecordedStep:
     """A training step without the optimizer, in fixed memory.
 
-    Gradients are not added to those of the parameters while it runs: a step that starts without gradients has nothing
-    to add to, and a step that turns out to be invalid has changed nothing.
+    While it runs, it does not add to the gradients of the parameters. So a step needs no earlier gradients, and a step
+    that turns out to be invalid has changed nothing.
 
     Args:
-        recorder: records and replays.
-        step: the step; computes the gradients of the parameters.
-        parameters: those that may get gradients.
+        recorder: the recorder for the graphs.
+        step: the function that computes the gradients of the parameters.
+        parameters: parameters that may get gradients.
         inputs: a batch; its tensors are copied.
-        num_items: labels of the optimizer step that count: a tensor, which is copied, or another value for good.
+        num_items: number of labels in the optimizer step: a tensor, which is copied, or another value, which is fixed.
 
     Attributes:
-        loss: of the last replay.
-        is_invalid: flag of the last replay, bool scalar on the device; `None` for a step that always counts.
+        loss: loss of the last replay.
+        is_invalid: flag of the last replay, bool scalar on the device; `None` for a step that is always valid.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class RecordedStep:
             for parameter in parameters:
                 parameter.grad = None
             try:
-                # a step may take things out of its inputs
+                # a step may remove entries from its inputs
                 loss, is_invalid = step(dict(self._inputs), self._num_items)
                 return loss, is_invalid, [parameter.grad for parameter in parameters]
             finally:
@@ -52,7 +52,7 @@ class RecordedStep:
                     parameter.grad = grad
 
         (self.loss, self.is_invalid, gradients), self._replay = recorder.record(call)
-        # borrowed, or each graph would keep the gradients of a whole model
+        # borrowed, because otherwise each graph would keep the gradients of a whole model
         self._gradients = [None if grad is None else recorder.borrow(grad) for grad in gradients]
 
     def replay(self, inputs: dict[str, Any], num_items: Any) -> None:
@@ -66,10 +66,10 @@ class RecordedStep:
 
     @torch.no_grad()
     def hand_over(self, *, is_last: bool) -> None:
-        """Give the parameters the gradients of the last replay, or add these to those that they have.
+        """Give the parameters the gradients of the last replay, or add these to their gradients.
 
         Args:
-            is_last: whether the optimizer comes next, so that the memory of the replay can be used in place.
+            is_last: whether the optimizer is next, so that the gradients can stay in the memory of the replay.
         """
         sums, terms = [], []
         for parameter, grad in zip(self._parameters, self._gradients, strict=True):

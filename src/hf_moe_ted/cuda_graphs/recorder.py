@@ -1,4 +1,4 @@
-"""What captures work on a GPU, and replays it in the same memory: CUDA graphs, all of them in one pool of memory."""
+"""Record work on a GPU and replay it in the same memory: CUDA graphs, which all share one memory pool."""
 
 import contextlib
 import gc
@@ -19,31 +19,31 @@ T = TypeVar("T")
 
 
 class Recorder(Protocol):
-    """Records calls, and makes them again."""
+    """Records calls and replays them."""
 
     def eager(self) -> contextlib.AbstractContextManager[None]:
-        """Where everything runs that is not replayed."""
+        """Context for work that is not replayed."""
 
     def record(self, call: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-        """What a call returns, in memory that each replay writes anew, and the replay. Nothing is computed yet.
+        """Record a call, without computing. Returns its result, in memory that replays overwrite, and the replay.
 
         Raises:
-            torch.OutOfMemoryError: the memory of the device is not enough.
-            RuntimeError: the call does what cannot be recorded, such as waiting for the device.
+            torch.OutOfMemoryError: the memory of the device is too small.
+            RuntimeError: the call does something that cannot be recorded, such as waiting for the device.
         """
 
     def borrow(self, tensor: Tensor) -> Tensor:
-        """The same memory, without keeping it: it is valid until the next replay or record."""
+        """The same memory without ownership: it is valid until the next replay or record."""
 
     def forget(self) -> None:
-        """Give the memory back; nothing that was recorded is replayed any more."""
+        """Free the memory; recorded calls can no longer be replayed."""
 
 
 class CudaRecorder:
-    """[`Recorder`] by CUDA graphs, in one pool of memory: one graph is as large as the largest of them.
+    """[`Recorder`] with CUDA graphs in one memory pool, which is as large as the largest graph.
 
-    Graphs share what a graph needs while it runs, so only one runs at a time, and what it returns must be used before
-    the next one runs.
+    Graphs share their working memory, so only one runs at a time, and its results must be used before the next one
+    runs.
     """
 
     def __init__(self) -> None:
@@ -53,8 +53,8 @@ class CudaRecorder:
 
     @contextlib.contextmanager
     def eager(self) -> Iterator[None]:
-        # the stream of captures: autograd adds gradients up on the stream that first used the parameter, and a capture
-        # must not depend on another one
+        # the stream of captures: autograd adds up gradients on the stream that first used the parameter, and a capture
+        # must not depend on another stream
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             yield
@@ -63,9 +63,9 @@ class CudaRecorder:
     def record(self, call: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
         gc.collect()
-        # "thread_local": NCCL's watchdog, a thread of its own, asks for events meanwhile
+        # "thread_local": NCCL's watchdog thread queries events during the capture
         options: Any = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
-        # a capture that fails leaves its own stream as the current one
+        # a failed capture leaves its own stream as the current one
         current = torch.cuda.stream(torch.cuda.current_stream())
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._end_failed_capture, graph)
@@ -75,10 +75,10 @@ class CudaRecorder:
         return returned, graph.replay
 
     def _end_failed_capture(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Undo what PyTorch leaves behind where CUDA ended a capture, as it does if the call waits for the device.
+        """Clean up after a capture that CUDA ended, which happens if the call waits for the device.
 
-        The allocator still takes the capture for one under way, with a pointer to the graph; and, up to PyTorch 2.11,
-        the random numbers still wait for its end: "Offset increment outside graph capture encountered unexpectedly".
+        The allocator still believes that the capture is running, with a pointer to the graph. Up to PyTorch 2.11 the
+        random generator also waits for its end: "Offset increment outside graph capture encountered unexpectedly".
         """
         self._failed.append(graph)
         try:
@@ -109,7 +109,7 @@ class CudaRecorder:
 
 @contextlib.contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Nothing that belongs to a stream or a graph may go away in the middle of a capture."""
+    """Turn garbage collection off: no object of a stream or a graph may be freed during a capture."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -121,7 +121,7 @@ def _without_garbage_collection() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Memory:
-    """Bytes on a GPU as other libraries hand them to PyTorch, which does not own what it gets in this way."""
+    """Bytes on a GPU in the interface for other libraries' memory, which PyTorch does not own."""
 
     __cuda_array_interface__: dict[str, Any]
 

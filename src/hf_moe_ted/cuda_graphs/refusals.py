@@ -1,4 +1,4 @@
-"""What cannot be captured as a CUDA graph, refused by name when a Trainer is made."""
+"""Refuse, when a Trainer is made, what cannot be captured as a CUDA graph."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from transformers import Trainer
 
 _ARGUMENTS = {
     "fp16": "its GradScaler waits for the device; use bf16",
-    "torch_empty_cache_steps": "memory cannot be given back inside a graph; leave it None",
+    "torch_empty_cache_steps": "memory cannot be freed inside a graph; leave it None",
 }
 _UPDATES_IN_BACKWARD = ("lomo", "adalomo")
 _OWN_GRAPHS = ("reduce-overhead", "max-autotune")
@@ -17,20 +17,20 @@ _OWN_GRAPHS = ("reduce-overhead", "max-autotune")
 def check_can_capture(trainer: Trainer) -> None:
     """
     Raises:
-        ValueError: arguments, the model or the way that it is spread over devices cannot be captured.
+        ValueError: the arguments, the model, or its distribution over devices cannot be captured.
     """
     args: Any = trainer.args
     if not torch.cuda.is_available() or args.device.type != "cuda":
-        raise ValueError(f"cuda_graphs (True) needs a CUDA GPU, and training runs on {args.device}; leave it False")
+        raise ValueError(f"cuda_graphs (True) needs a CUDA GPU, but training runs on {args.device}; leave it False")
     for name, instead in _ARGUMENTS.items():
         if getattr(args, name, None):
             raise ValueError(_refusal(f"{name} ({getattr(args, name)!r})", instead))
     optim = str(getattr(args.optim, "value", args.optim))
     if optim in _UPDATES_IN_BACKWARD:
-        raise ValueError(_refusal(f"optim ({optim!r})", "it changes parameters in backward; choose another one"))
+        raise ValueError(_refusal(f"optim ({optim!r})", "it changes parameters in backward; choose another optimizer"))
     if args.torch_compile and args.torch_compile_mode in _OWN_GRAPHS:
         raise ValueError(
-            _refusal(f"torch_compile_mode ({args.torch_compile_mode!r})", "it makes graphs of its own; use 'default'")
+            _refusal(f"torch_compile_mode ({args.torch_compile_mode!r})", "it makes its own graphs; use 'default'")
         )
     _check_devices(trainer)
 
@@ -61,7 +61,7 @@ def _check_devices(trainer: Trainer) -> None:
 
 
 def _refusal(what: str, instead: str) -> str:
-    return f"{what} does not go with cuda_graphs (True): {instead}"
+    return f"{what} does not work with cuda_graphs (True): {instead}"
 
 
 __all__ = ["check_can_capture"]

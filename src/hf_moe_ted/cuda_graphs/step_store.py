@@ -1,4 +1,4 @@
-"""Which steps are recorded, replayed, or run from Python; all processes decide alike."""
+"""Decide which steps are recorded, replayed, or run from Python, equally in all processes."""
 
 import hashlib
 from collections import Counter, OrderedDict
@@ -17,7 +17,7 @@ from .recorder import Recorder
 logger = logging.get_logger(__name__)
 
 Signature = tuple[Any, ...]
-WARMUP_STEPS = 3  # of a signature, from Python: they make what is made once, such as kernels and communicators
+WARMUP_STEPS = 3  # first steps of a signature, from Python: they create kernels, communicators and the like
 
 
 class _Outcome(IntEnum):
@@ -29,18 +29,18 @@ class _Outcome(IntEnum):
 
 
 class StepStore:
-    """Recorded steps by signature, the least recently used of which goes when there are too many.
+    """Recorded steps by signature; if there are too many, the least recently used is dropped.
 
-    A signature is recorded when it comes for the fourth time; before, its steps run from Python. All processes must
-    call this alike: a step is replayed only if all have the same signature, since a replayed step and one from Python
-    may run other collectives.
+    The first three steps of a signature run from Python, and the fourth is recorded. All processes must make the same
+    calls: a step is replayed only if all have the same signature, because a replayed step and a step from Python may
+    run different collectives.
 
     Args:
-        recorder: records and replays.
-        max_graphs: recorded steps that are kept.
+        recorder: the recorder for the graphs.
+        max_graphs: largest number of recorded steps.
 
     Attributes:
-        counts: steps by what was done with them: `"replayed"`, `"eager"`, `"captured"`, `"overflowed"`.
+        counts: number of steps by kind: `"replayed"`, `"eager"`, `"captured"`, `"overflowed"`.
     """
 
     def __init__(self, recorder: Recorder, max_graphs: int):
@@ -50,19 +50,19 @@ class StepStore:
         self._is_recording_over = False
         self._steps: OrderedDict[Signature, RecordedStep] = OrderedDict()
         self._num_seen: Counter[Signature] = Counter()
-        # of hosts, so that agreeing does not wait for devices
+        # a group of hosts, so that the agreement does not wait for devices
         self._hosts = dist.new_group(backend="gloo") if _num_processes() > 1 else None
 
     def find(self, signature: Signature | None, record: Callable[[], RecordedStep]) -> RecordedStep | None:
-        """The recorded step of a signature, or `None` for a step that is to run from Python.
+        """The recorded step of a signature; `None` for a step that must run from Python.
 
         Args:
-            signature: what the step depends on besides the contents of tensors; `None` if that is not known.
-            record: records a step of this signature.
+            signature: everything on which the step depends besides the contents of tensors; `None` if unknown.
+            record: function that records a step of this signature.
 
         Raises:
-            RuntimeError: recording failed on one of several processes, which cannot go on alone. One process goes on
-                from Python.
+            RuntimeError: recording failed on one of several processes; the others cannot continue alone. A single
+                process continues from Python.
         """
         if not self._is_shared(signature) or signature is None:
             return None
@@ -114,13 +114,13 @@ class StepStore:
         why = (
             f"could not be captured: {error}"
             if outcome is _Outcome.FAILED
-            else "needs more memory to be captured than there is; fewer tokens in a batch or activation checkpointing "
-            "need less"
+            else "needs more memory to be captured than the device has; use fewer tokens per batch or activation "
+            "checkpointing"
         )
         self._is_recording_over = True
         logger.warning(
-            f"{what} {why}. Steps of the {len(self._steps)} signatures that are captured are replayed, all others run "
-            "from Python from here on."
+            f"{what} {why}. From now on, steps of the {len(self._steps)} captured signatures are replayed, and all "
+            "others run from Python."
         )
 
     def _is_shared(self, signature: Signature | None) -> bool:
@@ -156,7 +156,7 @@ def signature_of(inputs: dict[str, Any]) -> Signature | None:
 
 
 def _described(signature: Signature) -> str:
-    """Of the inputs, those that are tensors."""
+    """The tensors among the inputs of a signature, as text."""
     tensors = [field for field in signature[0] if len(field) == 3] if signature else []
     return ", ".join(f"{name} {list(shape)}" for name, shape, _ in tensors) or "this signature"
 

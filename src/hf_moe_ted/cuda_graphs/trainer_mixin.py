@@ -21,29 +21,29 @@ from .step_store import Signature, StepStore, signature_of
 
 @dataclass
 class CudaGraphArguments:
-    """What [`CudaGraphsTrainerMixin`] reads from the arguments of a Trainer.
+    """Arguments of a Trainer for [`CudaGraphsTrainerMixin`].
 
     Args:
-        cuda_graphs: whether forward and backward of batches whose shapes come again are captured as CUDA graphs, and
-            replayed. The host then no longer limits a step.
-        max_cuda_graphs: graphs that are kept; the least recently used goes. Keep it above the number of shapes that
-            batches have.
-        expert_load_bound: rows that a rank may send to another one in a captured step, in parts of what it sends when
-            all ranks get as many tokens. Only for expert parallelism without a capacity: a step that needs more is run
-            again from Python, and counted as `cuda_graphs/overflowed_steps`.
+        cuda_graphs: whether to capture forward and backward as CUDA graphs and replay them for batches of the same
+            shape. Then the host no longer limits the speed of a step.
+        max_cuda_graphs: largest number of graphs; the least recently used is dropped. Set it above the number of batch
+            shapes.
+        expert_load_bound: rows that a rank may send to another rank in a captured step, as a multiple of the balanced
+            load. It is only for expert parallelism without a capacity. A step that needs more rows is run again from
+            Python, and counted as `cuda_graphs/overflowed_steps`.
     """
 
     cuda_graphs: bool = field(
         default=False,
-        metadata={"help": "Replay forward and backward as CUDA graphs, one per shape of a batch. Needs a CUDA GPU."},
+        metadata={"help": "Replay forward and backward as CUDA graphs, one per batch shape. Needs a CUDA GPU."},
     )
-    max_cuda_graphs: int = field(default=32, metadata={"help": "CUDA graphs that are kept at once."})
+    max_cuda_graphs: int = field(default=32, metadata={"help": "Largest number of CUDA graphs that are kept."})
 
     expert_load_bound: float = field(
         default=1.5,
         metadata={
-            "help": "Rows that a rank may send to another in a captured step, in parts of a balanced load; for expert "
-            "parallelism without a capacity."
+            "help": "Rows that a rank may send to another in a captured step, as a multiple of the balanced load; for "
+            "expert parallelism without a capacity."
         },
     )
 
@@ -52,7 +52,7 @@ class CudaGraphArguments:
         parent.__post_init__()
         arguments: Any = self
         if self.cuda_graphs and arguments.dataloader_pin_memory:
-            # a copy to the device that blocks waits for all that was started before
+            # a blocking copy to the device waits for all earlier work
             arguments.accelerator_config.non_blocking = True
 
 
@@ -64,14 +64,14 @@ class CudaGraphSeq2SeqTrainingArguments(CudaGraphArguments, Seq2SeqTrainingArgum
 class CudaGraphsTrainerMixin(Trainer):
     """Captures forward, loss and backward of a [`Trainer`] once per shape of a batch, and replays them.
 
-    All else runs as always: optimizer, schedule, callbacks, logging, evaluation, saving. The first three steps of a
-    shape run from Python, the fourth is captured. Steps of shapes that are rare run from Python; so do those whose
-    inputs are not tensors, numbers, strings or `None`. Batches of few shapes come from `length_buckets` of
-    [`MultitaskTrainingArguments`], or from `max_length` and padding to it.
+    Everything else runs as usual: optimizer, schedule, callbacks, logging, evaluation, saving. The first three steps of
+    a shape run from Python, and the fourth is captured. Steps of rare shapes run from Python, and so do steps with
+    inputs other than tensors, numbers, strings or `None`. To get batches of few shapes, use `length_buckets` of
+    [`MultitaskTrainingArguments`], or pad to `max_length`.
 
-    For `optim="adamw_torch_fused"`, the default, the optimizer is [`ClippedAdamW`], which clips while it steps, so that
-    gradients stay unclipped. With callbacks that look at them before the optimizer does (`on_pre_optimizer_step`) they
-    are clipped as always.
+    For `optim="adamw_torch_fused"`, the default, the optimizer is [`ClippedAdamW`]. It clips while it steps, so
+    gradients in memory stay unclipped. If a callback reads them before the optimizer (`on_pre_optimizer_step`), they
+    are clipped as usual.
 
     ```python
     class GraphedTrainer(CudaGraphsTrainerMixin, Seq2SeqTrainer):
@@ -80,14 +80,14 @@ class CudaGraphsTrainerMixin(Trainer):
     args = CudaGraphSeq2SeqTrainingArguments("runs/graphed", cuda_graphs=True)
     ```
 
-    Logs of training, and those of its end, have `cuda_graphs/replayed_steps`, `cuda_graphs/eager_steps` and
-    `cuda_graphs/captured`, counted by micro-batch. Losses that are not finite are left out of the logged mean as
-    `logging_nan_inf_filter` does it, without waiting for the device.
+    Training logs, also the last one, have `cuda_graphs/replayed_steps`, `cuda_graphs/eager_steps` and
+    `cuda_graphs/captured`, counted by micro-batch. Losses that are not finite are left out of the logged mean, as with
+    `logging_nan_inf_filter`, but without waiting for the device.
 
-    With gradient accumulation a model that FSDP2 shards reduces its gradients after each micro-batch.
+    With gradient accumulation, a model that is sharded by FSDP2 reduces its gradients after each micro-batch.
 
     Raises:
-        ValueError: `cuda_graphs` together with what cannot be captured; the message names it.
+        ValueError: with `cuda_graphs`, something cannot be captured; the message names it.
     """
 
     args: Any
@@ -112,16 +112,16 @@ class CudaGraphsTrainerMixin(Trainer):
         return CudaRecorder()
 
     def _step_to_record(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> tuple[Tensor, Tensor | None]:
-        """Loss of a step that is recorded, and a flag on the device that tells that the step does not count."""
+        """Loss of a recorded step, and a flag on the device that is set if the step is invalid."""
         return super().training_step(model, inputs, num_items), None
 
     @contextlib.contextmanager
     def _replaying(self, model: nn.Module) -> Iterator[None]:
-        """Around each replay: random numbers as for a step from Python."""
+        """Context for each replay: random numbers are as for a step from Python."""
         yield
 
     def _is_valid(self, step: RecordedStep) -> bool:
-        """Whether the last replay counts; if not, its random numbers are put back, and it is run from Python."""
+        """Whether the last replay is valid; if not, random numbers are restored and the step runs from Python."""
         return True
 
     # ---- the optimizer ----
@@ -143,7 +143,7 @@ class CudaGraphsTrainerMixin(Trainer):
         return super()._get_grad_norm(model, grad_norm)
 
     def _clip_in_step(self, model: nn.Module, max_norm: float) -> Tensor | None:
-        """The norm of all gradients, which the optimizer clips in its step; `None` if they are to be clipped now."""
+        """The norm of all gradients if the optimizer clips in its step; `None` if they must be clipped now."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
         if not isinstance(optimizer, ClippedAdamW) or self._shows_gradients():
             return None
@@ -161,7 +161,7 @@ class CudaGraphsTrainerMixin(Trainer):
         return optimizer.clip_in_step(max_norm)
 
     def _shows_gradients(self) -> bool:
-        """Whether a callback may look at gradients between clipping and the optimizer, or change them."""
+        """Whether a callback may read or change gradients between clipping and the optimizer."""
         kinds: list[Any] = [type(callback) for callback in self.callback_handler.callbacks]
         return any(kind.on_pre_optimizer_step is not TrainerCallback.on_pre_optimizer_step for kind in kinds)
 
@@ -204,21 +204,21 @@ class CudaGraphsTrainerMixin(Trainer):
         )
 
     def _signature(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> Signature | None:
-        """What a step depends on besides the contents of tensors."""
+        """Everything on which a step depends besides the contents of tensors."""
         of_inputs = signature_of(inputs)
         if of_inputs is None:
             return None
         config = vars(getattr(self.model, "config", object)).items()
         options = {name: value for name, value in config if isinstance(value, bool | int | float | str)}
         is_trained = hash(tuple(parameter.requires_grad for parameter in model.parameters()))
-        # else the Trainer divides the loss by the steps of the accumulation, of which the last of an epoch has fewer
+        # else the Trainer divides the loss by the number of accumulated steps, which is smaller at the end of an epoch
         is_scaled = torch.is_tensor(num_items) and getattr(self, "loss_is_scaled_for_ga", None) is not False
         of_num_items = None if torch.is_tensor(num_items) else num_items
         divisors = None if is_scaled else (of_num_items, self.current_gradient_accumulation_steps)
         return of_inputs, divisors, is_trained, tuple(sorted(options.items()))
 
     def _filtered(self, loss: Tensor) -> Tensor:
-        """A loss that is not finite counts in the logs as the mean of those since the last log, as by the parent."""
+        """Like the parent, log the mean of losses since the last log instead of a loss that is not finite."""
         if not self._filters_losses:
             return loss
         num_logged = 1 + self.state.global_step - self._globalstep_last_logged
@@ -226,7 +226,7 @@ class CudaGraphsTrainerMixin(Trainer):
 
     @contextlib.contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
-        """Whole gradients of several micro-batches are in memory of FSDP, which replays would not find again."""
+        """Reduce after each micro-batch: whole gradients in FSDP's memory would have new addresses for replays."""
         if self._step_store is not None:
             yield
             return
@@ -238,7 +238,7 @@ class CudaGraphsTrainerMixin(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self._step_store is None:
             return super().train(*args, **kwargs)
-        self._step_store.clear()  # hooks of callbacks are others in each training
+        self._step_store.clear()  # each training has other hooks of callbacks
         self._step_store.counts.clear()
         self._filters_losses = self.args.logging_nan_inf_filter
         self.args.logging_nan_inf_filter = False  # the parent's filter waits for the device in each step

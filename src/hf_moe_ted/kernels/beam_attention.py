@@ -1,7 +1,7 @@
-"""Attention of the beams of a sentence to keys that they share, and where they write their own (Triton).
+"""Attention of the beams of a sentence to keys that they share; the kernel also writes their new keys (Triton).
 
-One program for each sentence and head. It writes what the beams add, and does not read it again: a beam attends to its
-own new key, which is at hand, and to none of the others'.
+There is one program per sentence and head. It writes the new keys and values of the beams and does not read them again:
+a beam attends to its own new key, which is in registers, and not to those of other beams.
 
 Shape letters: B sentences, N beams of each, H heads, D head width, K keys.
 """
@@ -65,7 +65,7 @@ def beam_attention_kernel(
         to = first_key + place[:, None] * D + columns[None, :]
         tl.store(keys + to, own_keys, mask=is_beam[:, None])
         tl.store(values + to, own_values, mask=is_beam[:, None])
-        num_keys = tl.load(places).to(tl.int32)  # those of the steps before
+        num_keys = tl.load(places).to(tl.int32)  # keys of earlier steps
         largest = tl.sum(queries.to(tl.float32) * own_keys.to(tl.float32), axis=1) * scaling
         total += 1.0
         sums += own_values.to(tl.float32)
@@ -107,14 +107,14 @@ def beam_attention(
     new_values: Tensor | None = None,
     places: Tensor | None = None,
 ) -> Tensor:
-    """Attention, after what the beams add was written.
+    """Write the new keys and values of the beams, then compute attention.
 
     Args:
-        query, new_keys, new_values: float[B, H, N, D] of the same strides, whose columns are contiguous.
-        keys, values: float[B, H, K, D] of the same strides, whose rows are contiguous.
-        scaling: factor of the scores.
-        mask: float[B, 1, N, K], added to the scores but of new keys, of which each beam attends to its own.
-        places: int64[N], in order, where the new keys stand; all behind the first of them are not read.
+        query, new_keys, new_values: float[B, H, N, D] with equal strides and contiguous columns.
+        keys, values: float[B, H, K, D] with equal strides and contiguous rows.
+        scaling: factor for the scores.
+        mask: float[B, 1, N, K], added to the scores except those of new keys, of which each beam attends to its own.
+        places: int64[N], ascending places of the new keys; keys from the first of these on are not read.
 
     Returns:
         float[B, N, H, D].

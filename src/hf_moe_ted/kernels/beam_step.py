@@ -1,4 +1,4 @@
-"""What a step of beam search does behind the logits, in three launches (Triton).
+"""The part of a beam-search step after the logits, in three launches (Triton).
 
 Shape letters as in triton_beams.py.
 """
@@ -33,7 +33,7 @@ def best_words(
     Args:
         logits: float[R, V], contiguous.
         ends: int64[E], words that end a translation, or -1.
-        forbids_ends: bool[1], whether these are left out; the others' probabilities stay as they are.
+        forbids_ends: bool[1], whether these are left out; the probabilities of other words do not change.
         forced: int64[B], the only word of the rows of a sentence, with a log-probability of 0; -1 for none.
         has_nan: bool[1], set if a logit is NaN.
 
@@ -61,12 +61,12 @@ def best_words(
 
 @on_device_of_first
 def advance_beams(best: Tensor, words: Tensor, memory: Any) -> None:
-    """Take in the best words of all rows, as `Hypotheses.advance` of models/beam_hypotheses.py, in place.
+    """Update beams with the best words of all rows, in place, like `Hypotheses.advance` of models/beam_hypotheses.py.
 
     Args:
-        best, words: of `best_words`.
-        memory: `SearchMemory` of models/search_memory.py, or the first sentences of one. Its mask has the keys that
-            beams attend to, the one that each writes next among them.
+        best, words: what `best_words` returned.
+        memory: `SearchMemory` of models/search_memory.py, or a view of its first sentences. Its mask has the keys to
+            which beams attend, with the key that each writes next.
     """
     settings, hypotheses, mask = memory.settings, memory.hypotheses, memory.mask_B1NK
     num_sentences, num_beams = hypotheses.running_scores_BN.shape

@@ -1,8 +1,8 @@
-"""Ungated experts with biases on CPUs: tokens sorted once, then one expert after the other on its own rows.
+"""Ungated experts with biases on CPUs: tokens are sorted once, then each expert runs on its own rows.
 
-Weights are read where they are. In float32, and where no gradient is wanted, products go to oneDNN, which PyTorch's own
-`linear` uses for 16-bit numbers only: with few rows, and on AMD's processors with many, too, it is up to twice as fast
-as MKL, and as exact.
+Weights are not copied. In float32 without gradients, oneDNN computes the products; PyTorch's own `linear` uses oneDNN
+only for 16-bit numbers. oneDNN is as exact as MKL and up to twice as fast, with few rows and, on AMD's processors, also
+with many.
 
 Shape letters: T tokens, K experts per token, R rows, E experts, D model width, F inner width.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .private_torch import onednn_linear
 
-MIN_PRODUCTS_FOR_ONEDNN = 2**21  # below, its start costs more than MKL's slower products
+MIN_PRODUCTS_FOR_ONEDNN = 2**21  # with fewer, oneDNN's start costs more than MKL's slower products
 
 Network = Callable[[int, Tensor], Tensor]
 Networks = Callable[[Tensor, list[int], Tensor], Tensor]
@@ -24,7 +24,7 @@ Networks = Callable[[Tensor, list[int], Tensor], Tensor]
 def cpu_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Experts function under the contract of transformers, for experts without a gate and with biases.
 
-    Meant for inference. It can be trained, and runs on any device, but waits for it.
+    It is meant for inference. Training works, too, and so does any device, but it waits for the device.
 
     Args:
         experts: module with `up_proj` [E, F, D], `up_proj_bias` [E, F], `down_proj` [E, D, F], `down_proj_bias` [E, D],
@@ -39,7 +39,7 @@ def cpu_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tensor
     up_proj, up_bias = experts.up_proj, experts.up_proj_bias
     down_proj, down_bias = experts.down_proj, experts.down_proj_bias
     if torch.is_grad_enabled():
-        # the gradient of one `unbind` is one stack, those of single experts are as large as all experts, each
+        # the gradient of one `unbind` is one stack; each gradient of a single expert would be as large as all experts
         up_proj, up_bias, down_proj, down_bias = (p.unbind() for p in (up_proj, up_bias, down_proj, down_bias))
 
     def network(expert: int, rows_RD: Tensor) -> Tensor:
@@ -52,20 +52,20 @@ def cpu_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tensor
 def run_expert_by_expert(
     hidden_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor, num_experts: int, network: Network
 ) -> Tensor:
-    """As [`run_on_sorted_rows`] with the network of one expert, `(expert, float[R, D]) -> float[R, D]`."""
+    """Like [`run_on_sorted_rows`], with the network of one expert, `(expert, float[R, D]) -> float[R, D]`."""
 
     def networks(rows_RD: Tensor, num_rows_E: list[int], _: Tensor) -> Tensor:
         outputs = [
             network(expert, of_expert_RD)
             for expert, of_expert_RD in enumerate(rows_RD.split(num_rows_E))
-            if len(of_expert_RD) or torch.is_grad_enabled()  # an expert without tokens has gradients, too, of zeros
+            if len(of_expert_RD) or torch.is_grad_enabled()  # an expert without tokens has gradients, too: zeros
         ]
         return torch.cat(outputs)
 
     return run_on_sorted_rows(hidden_TD, top_k_index, top_k_weights, num_experts, networks)
 
 
-@torch.compiler.disable  # how many rows an expert has is no constant of a graph
+@torch.compiler.disable  # a graph cannot treat an expert's number of rows as a constant
 def run_on_sorted_rows(
     hidden_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor, num_experts: int, networks: Networks
 ) -> Tensor:
@@ -76,11 +76,11 @@ def run_on_sorted_rows(
         top_k_index: int64[T, K]; `num_experts` and above for a slot that no expert computes.
         top_k_weights: float[T, K].
         num_experts: E.
-        networks: of all experts, `(float[R, D], rows of each expert, int64[R]) -> float[R, D]`, for rows that stand in
-            the order of their experts, whose numbers are the int64[R].
+        networks: function of all experts, `(float[R, D], number of rows of each expert, int64[R]) -> float[R, D]`; rows
+            are in the order of their experts, and int64[R] has the expert of each row.
 
     Returns:
-        float[T, D] in the dtype of `hidden_TD`; zeros for a token that none computes.
+        float[T, D] in the dtype of `hidden_TD`; zeros for a token that no expert computes.
     """
     num_tokens, top_k = top_k_index.shape
     sorted_R, slot_R = top_k_index.flatten().sort(stable=True)

@@ -1,4 +1,4 @@
-"""Triton launches kernels on the current device, whatever device their tensors are on."""
+"""Triton launches kernels on the current device, even if their tensors are on another; this file corrects that."""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +16,9 @@ def on_device_of_first(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():  # what it makes guards itself, and it cannot look into device_of
+        if (
+            torch.compiler.is_compiling()
+        ):  # compiled code sets the device itself, and the compiler cannot trace device_of
             return function(*args, **kwargs)
         tensor = args[0]
         assert isinstance(tensor, Tensor)

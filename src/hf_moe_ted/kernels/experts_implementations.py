@@ -1,6 +1,6 @@
 """The experts functions of this package by their names, for `experts_implementation`.
 
-What each can compute stands in models/expert_computation.py, which asks none of them for anything else.
+models/expert_computation.py says what each of them can compute.
 """
 
 import functools
@@ -34,7 +34,7 @@ else:
 
 @functools.cache
 def runs_quantized_experts(device: torch.device) -> bool:
-    """Whether `QUANTIZED_EXPERTS_FORWARD` does."""
+    """Whether `QUANTIZED_EXPERTS_FORWARD` runs on this device."""
     return device.type in TRITON_DEVICES and (
         device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
     )

@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary in one pass over the logits, and one for their gradient (Triton).
+"""Cross-entropy over a large vocabulary, with one pass over the logits and one for their gradient (Triton).
 
 Shape letters: N positions, V words.
 """
@@ -38,7 +38,7 @@ def _cross_entropy_kernel(
         total += tl.sum(tl.where(words < V, values, 0.0), axis=0)
     log_partition = maximum + tl.log(partition)
     is_counted = label != IGNORED
-    # a label outside of the vocabulary is seen in the loss
+    # a label outside of the vocabulary shows in the loss
     target = tl.load(start + label, mask=(label >= 0) & (label < V), other=float("nan")).to(tl.float32)
     loss = log_partition - (1.0 - smoothing) * target - smoothing * total / V
     tl.store(losses + row, tl.where(is_counted, loss, 0.0))
@@ -73,7 +73,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> tup
         label_smoothing: share of the target that is spread over all words.
 
     Returns:
-        float32[N], 0 for positions without loss; and the log-partitions float32[N], which backward takes.
+        float32[N], 0 for positions without loss; and the log-partitions float32[N], which backward needs.
     """
     losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
     log_partitions = torch.empty_like(losses)
@@ -103,7 +103,7 @@ def _(logits: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, T
 def cross_entropy_backward(
     grad_losses: Tensor, logits: Tensor, labels: Tensor, log_partitions: Tensor, label_smoothing: float
 ) -> Tensor:
-    """Gradient of `cross_entropy` for the logits, of their dtype."""
+    """Gradient of `cross_entropy` for the logits, in their dtype."""
     grads = torch.empty_like(logits)
     if logits.shape[0]:
         _cross_entropy_backward_kernel[(logits.shape[0],)](

@@ -1,8 +1,8 @@
 """Ungated ReLU experts with biases in Triton kernels: `experts_implementation="zcode_fused"`.
 
-Bias, activation, routing weight and the way from rows to slots are part of the matrix products. In backward gradients
-of routing weights come from the gather, those of biases with those of weights. Nothing waits for the device.
-`torch.compile` sees the products as custom operators.
+The matrix products include bias, activation, routing weight and the move from rows to slots. In backward the gather
+also computes gradients of routing weights, and the products for weights also compute gradients of biases. Nothing waits
+for the device. `torch.compile` sees the products as custom operators.
 
 Shape letters: T tokens, K slots per token, S = T * K slots, R rows, E experts, D model width, F inner width.
 """
@@ -37,8 +37,9 @@ class GemmConfig:
     programs_per_sm: int = 1
 
 
-# Of 16-bit products, for at most 16 rows of an expert, for at most 48, and for more. Where a program has no 227 KiB of
-# shared memory, as on a Hopper, 99 must do (compute capability 8.6, 8.9, 12.0), also where there are 163 (8.0).
+# For 16-bit products: tiles for at most 16 rows of an expert, for at most 48, and for more. If a program does not have
+# 227 KiB of shared memory, as on a Hopper, tiles use at most 99 KiB (compute capability 8.6, 8.9, 12.0, and also 8.0,
+# which has 163).
 _ROW_CONFIGS = GemmConfig(16, 64, 128, 4, 4, 2), GemmConfig(64, 256, 64, 4, 4), GemmConfig(128, 256, 64, 8, 4)
 _ROW_CONFIGS_OF_99_KIB = GemmConfig(16, 64, 128, 4, 4), GemmConfig(64, 128, 64, 4, 3), GemmConfig(128, 128, 64, 8, 3)
 
@@ -60,7 +61,7 @@ def weight_config(dtype: torch.dtype, device: torch.device) -> GemmConfig:
 
 
 def rows_step(block_m: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows of an expert that gradients of its weights take at once."""
+    """Rows of an expert that the gradient of its weights processes at once."""
     return min(block_m, weight_config(dtype, device).block_k)
 
 
@@ -83,12 +84,12 @@ def relu_experts(
         tokens: float[T, D], contiguous like the others, and of one dtype with up, up_bias, down and down_bias.
         weights: float[T, K].
         up, up_bias, down, down_bias: [E, F, D], [E, F], [E, D, F], [E, D].
-        plan: of `plan_rows` with the same `block_m` and `row_multiple`.
+        plan: what `plan_rows` returned for the same `block_m` and `row_multiple`.
 
     Returns:
-        float[T, K, D], the output of each slot, zeros for one without an expert; and for backward float[R, D] and
-        float[R, F], inputs and activations by row, and float[T, K, D], outputs of slots with an expert before their
-        weights, empty unless weights need a gradient.
+        float[T, K, D], the output of each slot, zeros without an expert. For backward: inputs float[R, D] and
+        activations float[R, F] by row, and float[T, K, D], the outputs of slots with an expert before they are
+        weighted; empty unless weights need a gradient.
     """
     parts = RowPlan.of(plan, weights.numel(), up.shape[0], block_m, row_multiple)
     output, rows, inner, unweighted = _outputs(tokens, weights, up, row_multiple, weights_need_grad)
@@ -110,7 +111,7 @@ def relu_experts(
 def _outputs(
     tokens: Tensor, weights: Tensor, up: Tensor, row_multiple: int, weights_need_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Memory for what `relu_experts` returns."""
+    """Memory for the results of `relu_experts`."""
     num_experts, inner_width, width = up.shape
     num_rows = RowPlan.max_rows(weights.numel(), num_experts, row_multiple)
     output = tokens.new_empty(*weights.shape, width)
@@ -138,7 +139,7 @@ def relu_experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `relu_experts` for tokens by slot, weights, up, up_bias, down and down_bias.
 
-    Those that are not needed are empty. Those of experts need a `row_multiple` of `rows_step`.
+    Gradients that are not needed are empty. Gradients of experts need a `row_multiple` of `rows_step`.
     """
     num_experts, _, width = up.shape
     num_slots = weights.numel()
@@ -163,13 +164,13 @@ def relu_experts_backward(
     if not experts_need_grad:
         return grad_slots, grad_weights, *_no_gradients(up)
     grad_up, grad_up_bias = _weight_product(grad_inner, rows, parts)
-    del grad_inner  # room for what follows
+    del grad_inner  # free memory for the next results
     grad_down, grad_down_bias = _weight_product(weighted, inner, parts)
     return grad_slots, grad_weights, grad_up, grad_up_bias, grad_down, grad_down_bias
 
 
 def _no_gradients(up: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of experts that need none; the results of an operator must not share memory."""
+    """Empty gradients of experts that need none; the results of an operator must not share memory."""
     return up.new_empty(0), up.new_empty(0), up.new_empty(0), up.new_empty(0)
 
 
@@ -177,7 +178,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     _, weights, up, _, down, _, plan, ctx.block_m, ctx.row_multiple, _ = inputs
     _, *kept = output
     ctx.mark_non_differentiable(*kept)
-    ctx.set_materialize_grads(False)  # or there would be zeros of the size of what is kept
+    ctx.set_materialize_grads(False)  # else there would be zeros as large as the kept tensors
     ctx.save_for_backward(weights, up, down, *kept, plan)
 
 
@@ -335,13 +336,13 @@ def _weight_product(a: Tensor, b: Tensor, plan: RowPlan) -> tuple[Tensor, Tensor
 
 
 def _described(tensor: Tensor, block: list[int]) -> TensorDescriptor | Tensor:
-    """What kernels take for a tensor that they read by blocks; where there is no TMA, they describe it themselves."""
+    """The argument for a tensor that kernels read by blocks: a descriptor; without TMA, kernels make their own."""
     return TensorDescriptor.from_tensor(tensor, block) if has_tma(tensor.device) else tensor
 
 
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    """9.0, a Hopper's, where the kernels are interpreted."""
+    """Compute capability; 9.0, a Hopper's, if the kernels are interpreted."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
@@ -355,14 +356,14 @@ def has_much_shared_memory(device: torch.device) -> bool:
 
 @functools.cache
 def num_multiprocessors(device: torch.device) -> int:
-    """4 where the kernels are interpreted."""
+    """Number of multiprocessors; 4 if the kernels are interpreted."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def fused_ffn_experts_forward(experts: Any, hidden_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Experts function under the contract of transformers, for experts without a gate and with biases.
 
-    Few slots without gradients take the kernels of small_batch_ffn.py.
+    For few slots without gradients it uses the kernels of small_batch_ffn.py.
 
     Args:
         experts: module with `up_proj` [E, F, D], `up_proj_bias` [E, F], `down_proj` [E, D, F], `down_proj_bias` [E, D],

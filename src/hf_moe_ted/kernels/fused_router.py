@@ -1,6 +1,6 @@
-"""Linear top-k routing in Triton kernels: one launch forward, two backward, where eager PyTorch needs about forty.
+"""Linear top-k routing in Triton kernels: one launch forward and two backward; eager PyTorch needs about forty.
 
-Casts, jitter noise, bias, softmax, top-k and the choice of probabilities are part of the products. `torch.compile` sees
+The products include casts, jitter noise, bias, softmax, top-k and the choice of probabilities. `torch.compile` sees
 custom operators.
 
 Shape letters: T tokens, K choices per token, E rows of the router, D model width.
@@ -30,7 +30,7 @@ _MIN_TOKENS_PER_SPLIT = 256
 class RouterTiles:
     """Sizes of a kernel's tiles: tokens, columns, and rows of the router with padding.
 
-    They are such that nothing, or hardly anything, spills out of the registers of a Hopper GPU.
+    With these sizes, almost nothing spills out of the registers of a Hopper GPU.
     """
 
     block_t: int
@@ -46,14 +46,14 @@ class RouterTiles:
 
     @functools.cached_property
     def launch(self) -> dict[str, int]:
-        """What all kernels are launched with."""
+        """Launch arguments of all kernels."""
         blocks = {"BLOCK_T": self.block_t, "BLOCK_D": self.block_d, "BLOCK_E": self.block_e}
         return {**blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 @functools.lru_cache
 def route_tiles(num_tokens: int, num_experts: int) -> RouterTiles:
-    """For `route_kernel`, whose programs see all experts and columns of a tile of tokens."""
+    """Tiles of `route_kernel`, whose programs process a tile of tokens with all experts and columns."""
     block_e = max(16, triton.next_power_of_2(num_experts))
     block_t = _tokens_per_tile(num_tokens, block_e)
     block_d = max(16, min(128 if block_t == 16 else 32, 4096 // block_e))
@@ -62,7 +62,7 @@ def route_tiles(num_tokens: int, num_experts: int) -> RouterTiles:
 
 @functools.lru_cache
 def hidden_tiles(num_tokens: int, num_experts: int) -> RouterTiles:
-    """For `grad_hidden_kernel`, the same."""
+    """Tiles of `grad_hidden_kernel`, whose programs do the same."""
     block_e = max(16, triton.next_power_of_2(num_experts))
     block_t = _tokens_per_tile(num_tokens, block_e)
     block_d = 64 if block_t == 16 or block_e > 2 * block_t else 32
@@ -71,14 +71,14 @@ def hidden_tiles(num_tokens: int, num_experts: int) -> RouterTiles:
 
 @functools.lru_cache
 def weight_tiles(num_experts: int) -> RouterTiles:
-    """For `grad_weight_kernel`, whose programs see all experts, some columns and a split of the tokens."""
+    """Tiles of `grad_weight_kernel`, whose programs process all experts, some columns and a split of the tokens."""
     block_e = max(16, triton.next_power_of_2(num_experts))
     block_t, block_d = (16, 32) if block_e == 512 else (32, 64)
     return RouterTiles(block_t, block_d, block_e, num_warps=4 if block_e <= 64 else 8, num_stages=3)
 
 
 def _tokens_per_tile(num_tokens: int, block_e: int) -> int:
-    """As many as fit into registers and leave a large GPU's multiprocessors with about two programs each."""
+    """As many tokens as fit into registers and still give a large GPU about two programs per multiprocessor."""
     most = 128 if block_e <= 64 else 64 if block_e <= 256 else 32
     return min(max(1 << (num_tokens // 256).bit_length() >> 1, 16), most)
 
@@ -97,18 +97,18 @@ def route(
         hidden: float[T, D], contiguous, T at least 1.
         weight: float[E, D], contiguous.
         bias: float[E], *optional*.
-        seed: int64[1], *optional*, of the noise; without it there is none.
+        seed: int64[1], *optional*, seed of the noise; without it there is no noise.
         jitter: half width of the noise around 1.
         top_k: K.
 
     Returns:
-        Logits float32[T, E]; the K largest of their softmax float32[T, K], and whose they are, int64[T, K].
+        Logits float32[T, E]; the K largest of their softmax float32[T, K], and their experts int64[T, K].
     """
     num_tokens, width = hidden.shape
     num_experts = weight.shape[0]
     logits, probs, choices = _outputs(hidden, num_experts, top_k)
     tiles = route_tiles(num_tokens, num_experts)
-    # TF32 holds numbers of half precision as they are
+    # TF32 represents numbers of half precision exactly
     is_exact = seed is None and hidden.dtype != torch.float32 and weight.dtype != torch.float32
     triton_router.route_kernel[(triton.cdiv(num_tokens, tiles.block_t),)](
         hidden,
@@ -130,7 +130,7 @@ def route(
 
 
 def _outputs(hidden: Tensor, num_experts: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for what `route` returns."""
+    """Memory for the results of `route`."""
     num_tokens = hidden.shape[0]
     return (
         hidden.new_empty(num_tokens, num_experts, dtype=torch.float32),
@@ -200,7 +200,7 @@ def _grad_weight_and_bias(
     with_bias: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """Sums over splits of the tokens, in an order that depends on shapes only; without `hidden` of the bias alone."""
+    """Sums over splits of the tokens, in an order that depends on shapes only; without `hidden`, only for the bias."""
     num_tokens, num_experts = grad_scores.shape
     width = weight.shape[1]
     tiles = weight_tiles(num_experts)
@@ -228,7 +228,7 @@ def _grad_weight_and_bias(
 
 
 def _gradient_precision(hidden_dtype: torch.dtype) -> str:
-    """One TF32 product, with three bits more than bfloat16, where hidden states and their gradients are bfloat16."""
+    """One TF32 product, with three more bits than bfloat16, if hidden states and their gradients are bfloat16."""
     return "tf32" if hidden_dtype == torch.bfloat16 else "tf32x3"
 
 
@@ -305,8 +305,8 @@ def _(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
 def can_fuse_router(router: Any, hidden_states: Tensor) -> bool:
     """Whether the kernels can do what this router would do to these hidden states, float[T, D].
 
-    They cannot where experts are sampled, share rows, or are too many for the registers, in another `router_dtype` than
-    float32, for subclasses of tensors (DTensor), and on anything but NVIDIA's GPUs since Ampere.
+    They cannot if experts are sampled, share rows, or are too many for the registers; if `router_dtype` is not float32;
+    for subclasses of tensors (DTensor); and on devices other than NVIDIA GPUs since Ampere.
     """
     is_sampled = router.second_expert_policy == "sampling" or (router.training and router.noise_policy == "rsample")
     weight = router.weight
@@ -336,8 +336,8 @@ def fused_route(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, and the experts of the largest probabilities, in one kernel; gradients for all inputs in two.
 
-    Autocast changes nothing: everything is computed in float32. Noise is of PyTorch's generator on the device, drawn
-    as one seed, and made again in backward.
+    Autocast changes nothing: everything is computed in float32. The seed of the noise is drawn from PyTorch's generator
+    on the device; backward makes the same noise again.
 
     Args:
         hidden_TD: float32, bfloat16 or float16[T, D], T at least 1.
@@ -348,7 +348,7 @@ def fused_route(
 
     Returns:
         The logits float32[T, E]; the chosen experts' probabilities float32[T, K], largest first; and the chosen experts
-        int64[T, K], of equal probabilities the lower one first.
+        int64[T, K]; of equal probabilities the lower expert comes first.
     """
     seed = torch.randint(_MAX_SEED, (1,), device=hidden_TD.device) if jitter_noise else None
     function = route_op if torch.compiler.is_compiling() else _Route.apply

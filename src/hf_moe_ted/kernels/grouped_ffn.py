@@ -1,8 +1,8 @@
 """Ungated experts with biases on PyTorch's grouped matrix products.
 
-transformers' `grouped_mm` gathers the biases per row and the tokens by index, whose gradients are indexed additions:
-half of the time of a training step on an H200. Here the gradient of a bias is a grouped product with ones, and tokens
-are moved by permutations whose transposes are gathers.
+transformers' `grouped_mm` gathers the biases per row and the tokens by index. The gradients of these gathers are
+indexed additions, which take half of a training step on an H200. Here the gradient of a bias is a grouped product with
+ones, and tokens are moved by permutations whose transposes are gathers.
 
 Shape letters: T tokens, K experts per token, R = T * K rows, E experts, D model width, F inner width.
 """
@@ -16,7 +16,7 @@ from .permutation import CombineRows, SpreadTokens, sort_slots
 
 
 class _AddGroupBias(torch.autograd.Function):
-    """`rows[r] + bias[group of r]`, in place of rows; rows behind the last group are left as they are."""
+    """`rows[r] + bias[group of r]`, in place; rows after the last group do not change."""
 
     @staticmethod
     def forward(ctx: Any, rows_RF: Tensor, bias_EF: Tensor, group_R: Tensor, ends_E: Tensor) -> Tensor:
@@ -24,13 +24,15 @@ class _AddGroupBias(torch.autograd.Function):
         ctx.num_groups = bias_EF.shape[0]
         ctx.mark_dirty(rows_RF)
         rows_RF.add_(bias_EF.index_select(0, group_R))
-        return rows_RF  # itself: torch.compile takes nothing else for an input that is changed
+        return rows_RF  # the input itself: torch.compile accepts nothing else for a changed input
 
     @staticmethod
     def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, Tensor, None, None]:
         group_R, ends_E = ctx.saved_tensors
         if grad_RF.dtype == torch.bfloat16 and grad_RF.is_cuda:
-            ones_8R = grad_RF.new_ones(grad_RF.shape[0], 8).t()  # rows of 16 bytes, the least that the product takes
+            ones_8R = grad_RF.new_ones(
+                grad_RF.shape[0], 8
+            ).t()  # rows of 16 bytes, the smallest that the product accepts
             grad_EF = torch.nn.functional.grouped_mm(ones_8R, grad_RF.contiguous(), offs=ends_E)[:, 0]
         else:
             is_in_group_R1 = (torch.arange(len(group_R), device=group_R.device) < ends_E[-1]).unsqueeze(-1)
@@ -42,13 +44,13 @@ class _AddGroupBias(torch.autograd.Function):
 def _add_group_bias(rows_RF: Tensor, bias_EF: Tensor, group_R: Tensor, ends_E: Tensor) -> Tensor:
     if torch.is_grad_enabled() and (rows_RF.requires_grad or bias_EF.requires_grad):
         return _AddGroupBias.apply(rows_RF, bias_EF, group_R, ends_E)
-    return rows_RF.add_(bias_EF.index_select(0, group_R))  # torch.compile takes such a Function with gradients only
+    return rows_RF.add_(bias_EF.index_select(0, group_R))  # torch.compile accepts such a Function only with gradients
 
 
 def _grouped_mm(rows: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
-    """`grouped_mm`; compiled, and not in bfloat16, transformers' loop over experts.
+    """`grouped_mm`; in compiled code that is not bfloat16, transformers' loop over experts.
 
-    torch before 2.15 compiles `grouped_mm` in bfloat16 only: docs/upstream/torch_grouped_mm_fake_tensors.md.
+    Before 2.15, torch compiles `grouped_mm` only in bfloat16: docs/upstream/torch_grouped_mm_fake_tensors.md.
 
     `transformers.integrations.moe`, which models/experts.py imports, registers that operator.
     """

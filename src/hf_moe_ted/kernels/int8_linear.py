@@ -1,14 +1,14 @@
-"""Linear layers on int8 weights: activations are quantized as they come, and products are those of integers.
+"""Linear layers on int8 weights: activations are quantized during the call, and products use integers.
 
-Each row of activations is divided by a step of its own, so that what a token becomes does not depend on the others,
-and rounded. Sums are exact in int32; steps, scales and bias come in float32 afterwards. Which kernel runs is decided
-here, by what the processor does:
+Each row of activations is divided by its own step and rounded, so a token's result does not depend on other tokens.
+Sums are exact in int32; steps, scales and bias are applied in float32 afterwards. This module chooses the kernel by the
+processor:
 
 | processor | few rows, or a small matrix | many rows | levels of an activation |
 |---|---|---|---|
 | x86 with VNNI or AMX | FBGEMM | oneDNN | 255 |
 | x86 with AVX2 | FBGEMM | FBGEMM | 127: two products are added up in int16, where more would overflow |
-| others | PyTorch's for float32, on weights that were made float32 once | the same | all of float32 |
+| others | PyTorch's for float32, on weights that were converted to float32 once | the same | all of float32 |
 
 Shape letters: R rows, O output width, I input width.
 """
@@ -30,10 +30,12 @@ from .private_torch import (
     onednn_pack,
 )
 
-_ALL_LEVELS = 127  # on either side of 0
+_ALL_LEVELS = 127  # on each side of 0
 _HALF_THE_LEVELS = 63
-_MAX_FEW_ROWS = 16  # FBGEMM reads the weights faster, oneDNN has the faster products
-_MAX_SMALL_NUMEL = 2**18  # weights of a matrix for which a product of oneDNN takes longer to start than to run
+_MAX_FEW_ROWS = (
+    16  # with few rows FBGEMM is faster, because it reads weights faster; with many, oneDNN multiplies faster
+)
+_MAX_SMALL_NUMEL = 2**18  # weights of a matrix; for fewer, a oneDNN product takes longer to start than to run
 
 
 class Int8Layer(NamedTuple):
@@ -54,7 +56,8 @@ class Int8Rows(NamedTuple):
     """Rounded activations.
 
     Attributes:
-        rounded_RI: float32[R, I], integers from `-int8_levels()` to `int8_levels()`; the activations if that is `None`.
+        rounded_RI: float32[R, I], integers from `-int8_levels()` to `int8_levels()`; if that is `None`, the activations
+            themselves.
         step_R1: float32[R, 1], the factor of each row.
     """
 
@@ -63,7 +66,7 @@ class Int8Rows(NamedTuple):
 
     @classmethod
     def of(cls, inputs_RI: Tensor) -> "Int8Rows":
-        """The rows of float[R, I]."""
+        """Round the rows of float[R, I]."""
         inputs_RI = inputs_RI.float()
         levels = int8_levels()
         if levels is None:
@@ -81,15 +84,16 @@ class _Packed(NamedTuple):
 
 
 class PackedInt8Weights:
-    """int8 matrices in the order in which kernels read them, made when they are first used.
+    """int8 matrices in the order in which kernels read them; each is packed at its first use.
 
-    A packed matrix takes one byte per weight, beside the original; with VNNI two, if it is used for few rows and for
-    many; four where there are no int8 products. Copies and pickles of this object, and so of a module that has it, are
+    A packed matrix takes one byte per weight, in addition to the original: with VNNI two, if it is used for few rows
+    and for many; without int8 products four. Copies and pickles of this object, and so of a module that has it, are
     empty.
 
-    It is made anew when the original has changed, as far as PyTorch counts that: by `load_state_dict`, `weight.copy_`
-    or another `weight.data`, but not by what is written into the same memory through `weight.data.copy_` or NumPy, or
-    into a tensor of `torch.inference_mode`. After such a write call `forget`, or go on with a copy of the module.
+    It is packed again if the original has changed, as far as PyTorch counts changes: it counts `load_state_dict`,
+    `weight.copy_` or a new `weight.data`. It does not count writes into the same memory through `weight.data.copy_` or
+    NumPy, or into a tensor of `torch.inference_mode`. After such a write call `forget`, or continue with a copy of the
+    module.
     """
 
     def __init__(self) -> None:
@@ -105,8 +109,8 @@ class PackedInt8Weights:
 
         Args:
             inputs_RI: float[R, I].
-            key: of the matrix among those of this object.
-            weight_OI, scale_O, bias_O: as those of [`Int8Layer`].
+            key: key of the matrix in this object.
+            weight_OI, scale_O, bias_O: as in [`Int8Layer`].
 
         Returns:
             float32[R, O].
@@ -114,19 +118,19 @@ class PackedInt8Weights:
         return self.layers(inputs_RI, key, [Int8Layer(weight_OI, scale_O, bias_O)])
 
     def layers(self, inputs_RI: Tensor, key: Hashable, layers: Sequence[Int8Layer]) -> Tensor:
-        """The outputs of several layers of the same inputs, one behind the other: float32[R, sum of O]."""
+        """The concatenated outputs of several layers for the same inputs: float32[R, sum of O]."""
         rows = Int8Rows.of(inputs_RI)
         packed, kernel = self._pack(len(inputs_RI), key, layers)
         output_RO = _PRODUCTS[kernel](rows.rounded_RI, packed).mul_(rows.step_R1)
         return output_RO if packed.bias_O is None else output_RO.add_(packed.bias_O)
 
     def product(self, rounded_RI: Tensor, key: Hashable, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
-        """float32[R, O] of rows of [`Int8Rows`], before the factor of each row."""
+        """float32[R, O] for rows of [`Int8Rows`], before the factor of each row."""
         packed, kernel = self._pack(len(rounded_RI), key, [Int8Layer(weight_OI, scale_O, None)])
         return _PRODUCTS[kernel](rounded_RI, packed)
 
     def forget(self, key: Hashable) -> None:
-        """Drop what was made of a matrix, such as one that was overwritten behind the back of PyTorch."""
+        """Drop the packed copies of a matrix, such as one that was overwritten without PyTorch's notice."""
         for kernel in _PRODUCTS:
             self._packed.pop((key, kernel), None)
 
@@ -192,7 +196,7 @@ def _zeros(num_zeros: int) -> Tensor:
 
 @lru_cache
 def int8_levels() -> int | None:
-    """How many levels on either side of 0 activations have here; `None` where int8 products are slow or not exact."""
+    """Levels of activations on each side of 0 here; `None` if int8 products are slow or not exact."""
     if not (has_fbgemm() or has_exact_int8_products()):
         return None
     return _ALL_LEVELS if has_exact_int8_products() else _HALF_THE_LEVELS
@@ -200,15 +204,15 @@ def int8_levels() -> int | None:
 
 @lru_cache
 def packed_bytes_per_weight() -> int:
-    """What [`PackedInt8Weights`] takes at most for a weight that is used for few rows and for many."""
+    """Most bytes of [`PackedInt8Weights`] per weight, if it is used for few rows and for many."""
     return 4 if int8_levels() is None else int(has_fbgemm()) + int(has_exact_int8_products())
 
 
 @lru_cache
 def has_exact_int8_products() -> bool:
-    """Whether this processor adds up int8 products in int32, which oneDNN and FBGEMM make use of.
+    """Whether this processor adds up int8 products in int32; oneDNN and FBGEMM use this.
 
-    Those without VNNI add pairs in int16, where PyTorch either halves the weights or lets sums overflow.
+    Processors without VNNI add pairs in int16; there PyTorch either halves the weights or lets sums overflow.
     """
     if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
         return False

@@ -1,7 +1,7 @@
-"""Many tensors of one device in one launch (Triton): the sum of the squares of all, and a step of AdamW for all.
+"""Many tensors of one device in one launch (Triton): the sum of squares of all, and a step of AdamW for all.
 
-Kernels find tensors by addresses in a table on the device. A table says nothing of who owns the memory: it is valid
-while all of its tensors are where they were.
+Kernels find tensors by addresses in a table on the device. A table does not own the memory: it is valid as long as all
+of its tensors keep their addresses.
 
 Letters: N tensors, C chunks.
 """
@@ -18,13 +18,13 @@ from torch import Tensor
 from .device_guard import on_device_of_first
 from .triton_adamw import adamw_kernel, count_steps_kernel, squares_kernel
 
-# by names, as tensors of torch's dtypes come
+# by their names in torch
 DTYPES: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
-# Elements of a program, and its warps, measured on an H200: norms are fast with many loads under way, steps with many
+# Elements of a program, and its warps, measured on an H200: norms are fast with many loads in flight, steps with many
 # programs.
 NORM_CHUNK, STEP_CHUNK = 8192, 2048
 _NORM_WARPS, _STEP_WARPS = 4, 8
-_BLOCK_BYTES = 4096  # of each tensor that a program of a step has at once: 16 bytes per thread
+_BLOCK_BYTES = 4096  # elements of each tensor that a step's program holds at once: 16 bytes per thread
 _TENSOR_BLOCK = 128
 _NUM_NUMBERS = 6  # columns that count_steps_kernel writes
 
@@ -43,8 +43,9 @@ class Chunks:
 
     Attributes:
         numels: int64[N].
-        tensors, places: int32[C], the tensor of each chunk, and which of its chunks it is; those of a dtype in a row.
-        parts: where the chunks of each dtype are.
+        tensors, places: int32[C], the tensor of each chunk, and the index among its chunks; chunks of a dtype are
+            consecutive.
+        parts: the range of chunks of each dtype.
     """
 
     chunk_numel: int
@@ -57,8 +58,8 @@ class Chunks:
 def cut_into_chunks(tensors: Sequence[Tensor], chunk_numel: int) -> Chunks:
     """
     Args:
-        tensors: of one device and dtypes of `DTYPES`; their sizes count, not where they are.
-        chunk_numel: a power of two, elements of a chunk.
+        tensors: tensors on one device with dtypes of `DTYPES`; only their sizes matter.
+        chunk_numel: elements of a chunk, a power of two.
     """
     numels = torch.tensor([tensor.numel() for tensor in tensors], dtype=torch.int64)
     counts = (numels + chunk_numel - 1) // chunk_numel
@@ -84,18 +85,18 @@ def cut_into_chunks(tensors: Sequence[Tensor], chunk_numel: int) -> Chunks:
 
 
 def addresses_of(rows: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
-    """int64[rows, N], what the kernels read of tensors that stay where they are."""
+    """int64[rows, N], the addresses for the kernels; the tensors must keep them."""
     return _moved(torch.tensor([[tensor.data_ptr() for tensor in row] for row in rows], dtype=torch.int64), device)
 
 
 def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A small tensor, without waiting for the device."""
+    """Copy a small tensor to the device without waiting for it."""
     return _moved(torch.tensor(values, dtype=dtype), device)
 
 
 @on_device_of_first
 def sum_of_squares(addresses: Tensor, weights: Tensor, chunks: Chunks) -> Tensor:
-    """The sum of the squares of all elements, each times the weight of its tensor; in one order, always the same.
+    """The sum of the squares of all elements, each times the weight of its tensor, always in the same order.
 
     Args:
         addresses: int64[1, N].
@@ -116,11 +117,11 @@ def sum_of_squares(addresses: Tensor, weights: Tensor, chunks: Chunks) -> Tensor
 
 @on_device_of_first
 def adamw_step(addresses: Tensor, groups: Tensor, group_options: Tensor, chunks: Chunks, factor: Tensor) -> None:
-    """One step of AdamW with gradients that are multiplied by a factor. The gradients stay as they are.
+    """One step of AdamW with gradients multiplied by a factor. The gradients in memory do not change.
 
     Args:
-        addresses: int64[5, N], of parameters, gradients, both moments, and numbers of steps, which are float32 scalars
-            and grow by 1. The first four of a tensor have one dtype and are contiguous.
+        addresses: int64[5, N], of parameters, gradients, both moments, and step counts, which are float32 scalars and
+            grow by 1. The first four of a tensor are contiguous and have the same dtype.
         groups: int32[N].
         group_options: float32[groups, 5], learning rate, weight decay, both betas and eps of each group.
         factor: float32 scalar.
@@ -142,7 +143,7 @@ def adamw_step(addresses: Tensor, groups: Tensor, group_options: Tensor, chunks:
 def _moved(values: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)  # a copy of other memory would wait
+    return values.pin_memory().to(device, non_blocking=True)  # a copy from pageable memory would wait
 
 
 __all__ = [

@@ -1,6 +1,6 @@
-"""Tokens to rows that stand by expert, and back, with gradients that need no atomic additions.
+"""Move tokens to rows ordered by expert, and back; gradients need no atomic additions.
 
-On GPUs with Triton each way is one kernel.
+On GPUs with Triton each direction is one kernel.
 
 Shape letters: T tokens, K slots per token, R rows, E experts, D width.
 """
@@ -20,14 +20,14 @@ else:
 
 
 def sort_slots(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of slots, `token * K + k`, by expert; slots of one expert keep their order.
+    """Sort slots, `token * K + k`, by expert; slots of one expert keep their order.
 
     Args:
         expert_ids_TK: int64[T, K]; `num_experts` for a slot that no expert computes.
 
     Returns:
-        The slot of each row, integer[T * K], those without an expert last; the row of each slot, integer[T, K], -1
-        for one without an expert; and the number of rows of each expert, integer[E].
+        The slot of each row, integer[T * K], slots without an expert last; the row of each slot, integer[T, K], -1
+        without an expert; and the number of rows of each expert, integer[E].
     """
     num_slots = expert_ids_TK.numel()
     if _HAS_TRITON and expert_ids_TK.is_cuda and num_slots:
@@ -46,10 +46,8 @@ def sort_slots(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
 class SpreadTokens(torch.autograd.Function):
     """Tokens to rows, float[T, D] -> float[R, D]; backward sums the rows of a token in a fixed order.
 
-    Args of `apply`:
-        tokens_TD: float[T, D].
-        slot_R: integer[R], the slot, `token * K + k`, of each row; -1 for a row of zeros.
-        row_TK: integer[T, K], the row of each slot; -1 for a slot without one.
+    Args of `apply`: tokens_TD: float[T, D]. slot_R: integer[R], the slot, `token * K + k`, of each row; -1 for a row of
+        zeros. row_TK: integer[T, K], the row of each slot; -1 for a slot without a row.
     """
 
     @staticmethod
@@ -70,7 +68,7 @@ class SpreadTokens(torch.autograd.Function):
 class CombineRows(torch.autograd.Function):
     """Weighted sum of the rows of each token, float[R, D] and float[T, K] -> float[T, D].
 
-    The transpose of [`SpreadTokens`] with weights, and takes what it takes.
+    It is the transpose of [`SpreadTokens`] with weights, and has the same arguments.
     """
 
     @staticmethod
@@ -89,7 +87,7 @@ class CombineRows(torch.autograd.Function):
             )
             return *grads, None, None
         grad_RD = _tokens_of_rows(grad_TD, slot_R, row_TK.shape[1])
-        weight_R1 = _tokens_of_rows(weights_TK.reshape(-1, 1), slot_R, top_k=1)  # each slot as a token of its own
+        weight_R1 = _tokens_of_rows(weights_TK.reshape(-1, 1), slot_R, top_k=1)  # each slot as its own token
         products_R1 = (grad_RD * rows_RD).sum(dim=-1, keepdim=True)
         return grad_RD * weight_R1, rows_of_tokens(products_R1, row_TK).squeeze(-1), None, None
 
@@ -99,7 +97,7 @@ def _tokens_of_rows(tokens_TD: Tensor, slot_R: Tensor, top_k: int) -> Tensor:
     if tokens_TD.shape[0] == 0:
         return tokens_TD.new_zeros(len(slot_R), tokens_TD.shape[1])
     gathered = tokens_TD.index_select(0, slot_R.clamp(min=0) // top_k)
-    # not in place: torch.compile of torch 2.11 loses the gradient of a Function that returns what it changed,
+    # not in place: torch.compile of torch 2.11 loses the gradient of a Function that returns a changed input,
     # docs/upstream/torch_compiled_inplace_function.md
     return gathered.masked_fill((slot_R < 0).unsqueeze(-1), 0.0)
 

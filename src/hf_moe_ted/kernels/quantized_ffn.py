@@ -1,6 +1,6 @@
 """Ungated experts with biases whose weights are packed integers, in Triton kernels, for inference.
 
-Packed weights are what is read; they become floats in registers. Nothing waits for the device, and nothing is kept.
+The kernels read packed weights, which become floats in registers. Nothing waits for the device, and nothing is cached.
 `torch.compile` sees the products as custom operators.
 
 Shape letters: T tokens, K slots per token, S = T * K slots, E experts, D model width, F inner width, B packed bytes of
@@ -28,22 +28,22 @@ def quantized_linear(
     bias: Tensor,
     relu: bool,
 ) -> Tensor:
-    """`matrix[e] @ input + bias[e]` of the expert of each slot.
+    """`matrix[e] @ input + bias[e]` for the expert of each slot.
 
-    With 4 bits numbers between both matrices of an expert stand in the order in which the second reads them, those at
-    even positions before those at odd ones.
+    With 4 bits, the numbers between both matrices of an expert are in the order in which the second reads them: even
+    positions before odd positions.
 
     Args:
-        inputs: float[T, D] of tokens for the first matrix, float[S, F] for the second, contiguous like all others.
+        inputs: float[T, D] of tokens for the first matrix, float[S, F] for the second; all tensors are contiguous.
         expert_ids: integer[T, K]; E or more for a slot that no expert computes.
-        plan: of `plan_tiles` for at most `MAX_SLOTS` slots, else of `plan_rows`.
-        weights: float[T, K] for the second matrix, factors of its outputs; `None` for the first.
+        plan: from `plan_tiles` for at most `MAX_SLOTS` slots, else from `plan_rows`.
+        weights: float[T, K], factors of the outputs, for the second matrix; `None` for the first.
         packed, scale, bias: int8[E, N, D] or, with 4 bits, uint8[E, N, D / 2]; float[E, N, G]; float[E, N].
-        relu: whether outputs go through it.
+        relu: whether to apply ReLU to the outputs.
 
     Returns:
-        float[S, N]; of the first matrix undefined for slots without an expert, and by row of a plan of rows; of the
-        second by slot, zeros for one without an expert.
+        float[S, N]. For the first matrix: undefined for slots without an expert, and ordered by row with a plan of
+        rows. For the second: ordered by slot, zeros for slots without an expert.
     """
     num_slots, num_experts = expert_ids.numel(), packed.shape[0]
     is_first = weights is None
@@ -94,7 +94,7 @@ def quantized_experts_forward(
         hidden_TD: float[T, D].
         top_k_index: int64[T, K]; `num_experts` for a slot that no expert computes.
         top_k_weights: float[T, K].
-        is_relu: whether `act_fn` is ReLU and nothing else. Any other runs between the kernels.
+        is_relu: whether `act_fn` is only ReLU. Other functions run between the kernels.
 
     Returns:
         float[T, D] in the dtype of `hidden_TD`.

@@ -1,7 +1,7 @@
 """One matrix of quantized experts for many slots, without gradients: grouped products of sorted rows (Triton).
 
-How slots become rows and tiles: see row_plan.py. Weights are the first operand of the products, so that they become
-floats in registers, and a tile takes many rows, so that this happens seldom.
+For how slots become rows and tiles, see row_plan.py. Weights are the first operand of the products, so they become
+floats in registers. A tile takes many rows, so this happens seldom.
 
 Shape letters: T tokens, S slots, R rows, E experts, N outputs, K inputs, B packed bytes of K inputs, G groups of them.
 """
@@ -38,7 +38,7 @@ def _gather_planes_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """Tokens to rows, with two planes columns at even positions before those at odd ones."""
+    """Move tokens to rows; with two planes, columns at even positions come before those at odd positions."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = rows < tl.load(offsets + num_experts)
     dtype: tl.constexpr = rows_out.dtype.element_ty
@@ -87,9 +87,11 @@ def _quantized_grouped_kernel(
     """`matrix[e] @ row + bias[e]` of the rows of each expert; times their `weights` to slots, if they are not `None`.
 
     Args:
-        rows_desc: [R, K], with two planes inputs at even positions before those at odd ones.
-        packed_desc: with `TMA` a descriptor as `rows_desc`, of [E, OUT_PLANES, N / OUT_PLANES, B]; else both pointers.
-        OUT_PLANES: 2 writes outputs at even positions before those at odd ones, as a matrix of 4 bits reads its rows.
+        rows_desc: [R, K]; with two planes, inputs at even positions come before those at odd positions.
+        packed_desc: with `TMA` a descriptor like `rows_desc`, for [E, OUT_PLANES, N / OUT_PLANES, B]; else both are
+            pointers.
+        OUT_PLANES: 2 writes outputs at even positions before those at odd positions; a 4-bit matrix reads its rows in
+            this order.
     """
     PLANES: tl.constexpr = 8 // BITS
     NUM_BYTES: tl.constexpr = K // PLANES
@@ -148,10 +150,11 @@ def _quantized_grouped_kernel(
                     row_offsets = rows.to(tl.int64)[:, None] * K + (plane * NUM_BYTES + b + depths)[None, :]
                     x = tl.load(rows_desc + row_offsets, mask=row_mask, other=0.0)
                 products = tl.dot(a, x.T, products, input_precision="ieee")
-            # A factor in each step, also where one behind the loop would do: products that ran on into the next step
-            # would read `a` from registers that Triton 3.6 fills anew by then (seen with 8 bits, two steps, 8 warps).
+            # The factor is applied in each step, even if once after the loop would be enough: otherwise a product that
+            # runs into the next step reads `a` from registers that Triton 3.6 has already overwritten (seen with 8
+            # bits, two steps, 8 warps).
             accumulator += products * factor[:, None]
-            if BY_CHUNK:  # that of the next chunk, so that products do not wait for it
+            if BY_CHUNK:  # the scale of the next chunk, so that products do not wait for it
                 is_next = is_column & (b + BLOCK_B < NUM_BYTES)
                 next_pointers = scale_pointers + (b + BLOCK_B) * PLANES // GROUP
                 factor = tl.load(next_pointers, mask=is_next, other=0.0).to(tl.float32)
@@ -180,7 +183,7 @@ def _quantized_grouped_kernel(
 
 @dataclass(frozen=True)
 class ManySlotsTile:
-    """Rows of slots, rows of the matrix and bytes of these that a program takes at once; programs per processor."""
+    """Rows of slots, rows of the matrix and bytes of each that a program takes at once; programs per processor."""
 
     block_m: int
     block_n: int
@@ -193,7 +196,7 @@ class ManySlotsTile:
 def many_slots_tile(
     num_slots: int, num_experts: int, packed: Tensor, scale: Tensor, dtype: torch.dtype
 ) -> ManySlotsTile:
-    """For products of `dtype`; its `block_m` does not depend on the matrix."""
+    """The tile for products of `dtype`; its `block_m` does not depend on the matrix."""
     rows_per_expert = num_slots / num_experts
     if dtype == torch.float32:
         return ManySlotsTile(64 if rows_per_expert > 16 else 16, 64, 16, 4, 2, 2)
@@ -210,7 +213,7 @@ def many_slots_tile(
 
 @on_device_of_first
 def gather_planes(tokens: Tensor, plan: RowPlan, top_k: int, planes: int) -> Tensor:
-    """Rows of the slots with an expert; with two planes columns at even positions before those at odd ones.
+    """Rows of the slots with an expert; with two planes, columns at even positions come before odd ones.
 
     Args:
         tokens: float[T, K], contiguous, of 2 or 4 bytes.
@@ -255,18 +258,18 @@ def quantized_grouped_linear(
     """`matrix[e] @ row + bias[e]` of the rows of each expert.
 
     Args:
-        rows: float[R, K] of [`gather_planes`] or of this function with `out_planes`, contiguous like all others.
-        plan: with the `block_m` of the tile and first rows that are multiples of 1.
+        rows: float[R, K] from [`gather_planes`], or from this function with `out_planes`; all tensors are contiguous.
+        plan: a plan with the `block_m` of the tile and a `row_multiple` of 1.
         weights: float[T, k], factors of the outputs, or `None`.
         packed: int8[E, N, K], or uint8[E, N, K / 2] with 4 bits.
         scale: float[E, N, G].
         bias: float[E, N].
-        out_planes: whether outputs at even positions are to stand before those at odd ones.
-        relu: whether outputs go through it.
+        out_planes: whether to write outputs at even positions before those at odd positions.
+        relu: whether to apply ReLU to the outputs.
 
     Returns:
-        float[S, N] by slot if there are weights, zeros for one without an expert; else float[R, N], undefined behind
-        the last row of an expert.
+        with weights float[S, N] by slot, zeros without an expert; else float[R, N], undefined after the last row of an
+        expert.
     """
     num_experts, num_columns, num_bytes = packed.shape
     bits = 8 if packed.dtype == torch.int8 else 4

@@ -1,7 +1,7 @@
 """One matrix of quantized experts for a few slots, without gradients: half of a step of generation (Triton).
 
 Nothing is sorted, and nothing is unpacked into memory. Each program takes one expert, some rows of its matrix and at
-most `TILE_S` of its slots, so that packed weights of an expert that is needed are read once, at the memory's speed.
+most `TILE_S` of its slots. So the packed weights of a needed expert are read once, at the memory's speed.
 
 Shape letters: S slots, E experts, N outputs, K inputs, B packed bytes of K inputs, G groups of K inputs.
 """
@@ -23,12 +23,14 @@ MAX_SLOTS = 64
 _TILE_SLOTS = 8  # the fewest that tensor cores take
 _WARPS_OF_A_GPU = 1584  # 12 on each multiprocessor of an H200
 _MIN_STEPS = 16
-_MAX_SLOTS_WITHOUT_PLAN = 16  # with more, finding their slots takes programs longer than a kernel that does it once
+_MAX_SLOTS_WITHOUT_PLAN = (
+    16  # with more slots, a kernel that finds them once is faster than every program searching its own
+)
 
 
 @triton.jit
 def _slots_of_tile(ids, leader, num_slots, num_experts, BLOCK_S: tl.constexpr, TILE_S: tl.constexpr):
-    """The expert of a slot; if the slot is the first of `TILE_S` of its expert, these slots, and where there is one."""
+    """The expert of a slot; if the slot is the first of `TILE_S` of its expert, these slots, and which exist."""
     slots = tl.arange(0, BLOCK_S)
     experts = tl.minimum(tl.load(ids + slots, mask=slots < num_slots, other=-1), num_experts)
     expert = tl.minimum(tl.load(ids + leader), num_experts)
@@ -43,7 +45,7 @@ def _slots_of_tile(ids, leader, num_slots, num_experts, BLOCK_S: tl.constexpr, T
 
 @triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["ids"])
 def _plan_tiles_kernel(ids, tiles, num_slots, num_experts, BLOCK_S: tl.constexpr, TILE_S: tl.constexpr):
-    """tiles[slot], `_slots_of_tile`; -1 for no slot, and a line behind all for the experts."""
+    """Write tiles[slot] as in `_slots_of_tile`, -1 for no slot; the last line has the experts."""
     leader = tl.program_id(0)
     expert, slot, is_slot = _slots_of_tile(ids, leader, num_slots, num_experts, BLOCK_S, TILE_S)
     tl.store(tiles + leader * TILE_S + tl.arange(0, TILE_S), tl.where(is_slot, slot, -1))
@@ -79,12 +81,12 @@ def _quantized_linear_kernel(
 ):
     """`matrix[e] @ inputs + bias[e]` of slots of one expert, times their `weights` unless they are `None`.
 
-    The programs of the first slot of each `TILE_S` of an expert compute all of these, the others nothing. Slots without
-    an expert get zeros where there are weights. Sums over `K` are made of `PARTS` sums, one by each warp.
+    The programs of the first of each `TILE_S` slots of an expert compute all of these slots; other programs do nothing.
+    Slots without an expert get zeros if there are weights. Sums over `K` consist of `PARTS` sums, one per warp.
 
     Args:
-        tiles: of `_plan_tiles_kernel`, or `None` where each program finds its slots by itself.
-        inputs: [S / SLOTS_PER_INPUT, K], with `IN_PAIRS` as they are, else plane by plane as `out` with `OUT_PLANES`.
+        tiles: from `_plan_tiles_kernel`, or `None` if each program finds its slots by itself.
+        inputs: [S / SLOTS_PER_INPUT, K]: in order with `IN_PAIRS`, else plane by plane, like `out` with `OUT_PLANES`.
         OUT_PLANES: 2 writes outputs at even positions before those at odd ones, as a matrix of 4 bits reads its inputs.
     """
     dtype: tl.constexpr = inputs.dtype.element_ty
@@ -92,7 +94,7 @@ def _quantized_linear_kernel(
     NUM_BYTES: tl.constexpr = K // PLANES
     NUM_GROUPS: tl.constexpr = K // GROUP
     STEP: tl.constexpr = PARTS * BLOCK_B
-    # scales of outputs, of what a part sums at once, or of single weights
+    # scales of outputs, of one partial sum, or of single weights
     BY_CHUNK: tl.constexpr = NUM_GROUPS > 1 and GROUP % (BLOCK_B * PLANES) == 0
     BY_WEIGHT: tl.constexpr = NUM_GROUPS > 1 and not BY_CHUNK
 
@@ -157,7 +159,7 @@ def _quantized_linear_kernel(
             products = tl.dot(a, x.permute(0, 2, 1), products, input_precision="ieee")
         if BY_CHUNK:
             sums += products * chunk_scale[:, :, None].to(tl.float32)
-            starts += STEP  # of the next step, so that products do not wait for them
+            starts += STEP  # loads of the next step, so that products do not wait for them
             chunk_mask = is_row[None, :] & (starts < NUM_BYTES)
             chunk_scale = tl.load(scale_pointers[None, :] + starts * PLANES // GROUP, mask=chunk_mask, other=0.0)
         else:
@@ -175,7 +177,7 @@ def _quantized_linear_kernel(
 
 @dataclass(frozen=True)
 class SmallBatchTile:
-    """Rows of the matrix and bytes of each of its parts that a program takes at once, and how many loads are ahead."""
+    """Rows of the matrix and bytes of each part that a program takes at once, and the number of loads ahead."""
 
     block_n: int
     block_b: int
@@ -184,12 +186,12 @@ class SmallBatchTile:
 
 
 def small_batch_tile(num_slots: int, packed: Tensor, scale: Tensor, dtype: torch.dtype) -> SmallBatchTile:
-    """For products of `dtype`; it does not depend on the number of experts, and so neither do results.
+    """The tile for products of `dtype`. It does not depend on the number of experts, so results do not either.
 
-    Tiles are narrow, and their rows in parts for several warps, where a large GPU would have too few programs; else a
-    program should have many steps, so that its start and its end take a small part of its time.
+    If a large GPU would have too few programs, tiles are narrow and several warps share their rows. Otherwise a program
+    should have many steps, so that its start and end take a small part of its time.
     """
-    if dtype == torch.float32:  # products without tensor cores: what each thread holds limits the tile
+    if dtype == torch.float32:  # products without tensor cores: registers per thread limit the tile
         return SmallBatchTile(16, 16, 4, 2)
     _, num_rows, num_bytes = packed.shape
     block_b = bytes_with_one_scale(packed, scale)
@@ -200,13 +202,13 @@ def small_batch_tile(num_slots: int, packed: Tensor, scale: Tensor, dtype: torch
 
 @on_device_of_first
 def plan_tiles(expert_ids: Tensor, num_experts: int) -> Tensor:
-    """Which slots programs compute together, for both matrices.
+    """Plan which slots programs compute together, for both matrices.
 
     Args:
         expert_ids: integer[T, k], contiguous; `num_experts` or more for a slot that no expert computes.
 
     Returns:
-        int32, empty for so few slots that each program finds it out by itself.
+        int32; empty if there are so few slots that each program finds its own.
     """
     num_slots = expert_ids.numel()
     tiles = _empty_tiles(expert_ids)
@@ -232,7 +234,7 @@ def _empty_tiles(expert_ids: Tensor) -> Tensor:
 
 
 def _padded(num_slots: int) -> int:
-    # in plain Python: Triton's function for this would take 2 us
+    # in plain Python, because Triton's function for this would take 2 us
     return max(16, 1 << (num_slots - 1).bit_length())
 
 
@@ -254,20 +256,21 @@ def small_batch_quantized_linear(
     """`matrix[e] @ input + bias[e]` of the expert of each slot, for at most `MAX_SLOTS` slots.
 
     Args:
-        inputs: float[T, K] of tokens or [S, K] of slots, contiguous like all others, of 2 to 4 bytes.
+        inputs: float[T, K] of tokens or [S, K] of slots, of 2 to 4 bytes; all tensors are contiguous.
         expert_ids: integer[T, k]; E or more for a slot that no expert computes.
         weights: float[T, k], factors of the outputs, or `None`.
         packed: int8[E, N, K], or uint8[E, N, K / 2] with 4 bits.
         scale: float[E, N, G].
         bias: float[E, N].
-        tiles: of [`plan_tiles`].
-        in_planes: whether, with 4 bits, inputs at even positions stand before those at odd ones.
-        out_planes: whether outputs are to stand so.
-        relu: whether outputs go through it.
+        tiles: from [`plan_tiles`].
+        in_planes: whether, with 4 bits, inputs at even positions come before those at odd positions.
+        out_planes: whether to write outputs in that order.
+        relu: whether to apply ReLU to the outputs.
         tile: default [`small_batch_tile`].
 
     Returns:
-        float[S, N] in the dtype of the inputs; of a slot without an expert zeros if there are weights, else undefined.
+        float[S, N] in the dtype of the inputs. A slot without an expert has zeros if there are weights, else is
+        undefined.
     """
     num_experts, num_rows, _ = packed.shape
     num_slots, depth = expert_ids.numel(), inputs.shape[1]

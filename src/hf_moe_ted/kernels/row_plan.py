@@ -1,8 +1,8 @@
 """Slots sorted by expert into rows and tiles of rows, on the device (Triton).
 
-A slot is `token * K + k`. Slots are sorted by expert into rows, those without an expert behind all others; rows of one
-expert are cut into tiles of at most `block_m`. The first row of each expert is a multiple of `row_multiple`: if that is
-more than 1, there are rows without a slot. Nothing waits for the host, and shapes do not depend on the routing.
+A slot is `token * K + k`. Slots are sorted by expert into rows; slots without an expert come last. Rows of one expert
+are cut into tiles of at most `block_m`. The first row of each expert is a multiple of `row_multiple`; if that is more
+than 1, some rows have no slot. Nothing waits for the host, and shapes do not depend on the routing.
 
 Shape letters: T tokens, K slots per token, S = T * K slots, R rows, E experts.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .device_guard import on_device_of_first
 
-_MAX_PROGRAMS = 256  # each reads the counts of all
+_MAX_PROGRAMS = 256  # each program reads the counts of all
 _MIN_SLOTS_PER_PROGRAM = 64
 
 
@@ -27,7 +27,7 @@ _MIN_SLOTS_PER_PROGRAM = 64
 def _count_slots_kernel(
     ids, counts, num_slots, num_experts, BLOCK: tl.constexpr, STEP: tl.constexpr, GROUPS: tl.constexpr
 ):
-    """counts[block, expert], the slots of each block of `BLOCK` that go to each expert; `num_experts` is one more."""
+    """counts[block, expert], the slots per expert in each block of `BLOCK`; `num_experts` counts as an expert."""
     block = tl.program_id(0)
     groups = tl.arange(0, GROUPS)
     count = tl.zeros((GROUPS,), tl.int32)
@@ -60,7 +60,7 @@ def _place_slots_kernel(
     GROUPS: tl.constexpr,
     TILES_STEP: tl.constexpr,
 ):
-    """The plan: see [`RowPlan`]. Equal experts keep the order of their slots."""
+    """Write the plan, see [`RowPlan`]. Slots of one expert keep their order."""
     block = tl.program_id(0)
     groups = tl.arange(0, GROUPS)
     total = tl.zeros((GROUPS,), tl.int32)
@@ -102,19 +102,22 @@ def _place_slots_kernel(
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Where the slots stand, parts of one int32 tensor.
+    """The places of slots, as parts of one int32 tensor.
 
     Attributes:
         num_slots: S.
         num_rows: R.
         num_experts: E.
         block_m: rows of a tile.
-        row_multiple: what first rows are multiples of; divides `block_m`.
-        order: [R and more], the slot of each row, of those that have one.
-        row_of_slot: [S and more], the row of each slot; -1 for one without an expert.
-        offsets: [E + 2 and more], the first row of each expert; of the slots without one; the number of rows in use.
-        row_ends: [E + 1 and more], behind the last row with a slot of each expert, and of the slots without one.
-        tile_ends: [E + 1 and more], the number of tiles up to and with each expert, and with the slots without one.
+        row_multiple: first rows are multiples of it; it divides `block_m`.
+        order: [R and more], the slot of each row that has one.
+        row_of_slot: [S and more], the row of each slot; -1 for a slot without an expert.
+        offsets: [E + 2 and more], the first row of each expert; the first row of slots without one; the number of used
+            rows.
+        row_ends: [E + 1 and more], the end of each expert's rows with a slot, and of the rows of slots without an
+            expert.
+        tile_ends: [E + 1 and more], the number of tiles up to each expert, inclusive, and with those of slots without
+            one.
         tile_expert, tile_row: [num_tiles or more], expert and first row of each tile.
     """
 
@@ -134,12 +137,12 @@ class RowPlan:
     @staticmethod
     def max_rows(num_slots: int, num_experts: int, row_multiple: int) -> int:
         """R, enough for any routing."""
-        num_groups = min(num_experts + 1, num_slots)  # that have a slot
+        num_groups = min(num_experts + 1, num_slots)  # experts that have a slot
         return num_slots + num_groups * (row_multiple - 1)
 
     @classmethod
     def sizes(cls, num_slots: int, num_experts: int, block_m: int, row_multiple: int) -> list[int]:
-        """Lengths of the parts, each a multiple of 16 bytes: Triton compiles kernels anew for other alignments."""
+        """Lengths of the parts, each a multiple of 16 bytes: Triton compiles kernels again for other alignments."""
         num_rows = cls.max_rows(num_slots, num_experts, row_multiple)
         max_tiles = num_slots // block_m + num_experts + 1
         lengths = num_rows, num_slots, num_experts + 2, num_experts + 1, num_experts + 1, max_tiles, max_tiles
@@ -147,14 +150,14 @@ class RowPlan:
 
     @classmethod
     def of(cls, plan: Tensor, num_slots: int, num_experts: int, block_m: int, row_multiple: int = 1) -> "RowPlan":
-        """The parts of a tensor that `plan_rows` has written."""
+        """The plan in a tensor that `plan_rows` wrote."""
         num_rows = cls.max_rows(num_slots, num_experts, row_multiple)
         parts = plan.split(cls.sizes(num_slots, num_experts, block_m, row_multiple))
         return cls(num_slots, num_rows, num_experts, block_m, row_multiple, *parts)
 
     @property
     def of_rows_and_tiles(self) -> tuple[Tensor, ...]:
-        """What kernels that run over tiles of rows take, in their order."""
+        """The arguments of kernels that run over tiles of rows, in their order."""
         return self.order, self.offsets, self.row_ends, self.tile_ends, self.tile_expert, self.tile_row
 
 

@@ -1,8 +1,8 @@
-"""Ungated ReLU experts with biases for a few slots, without gradients: a step of generation, in two launches (Triton).
+"""Ungated ReLU experts with biases for a few slots, without gradients: a step of generation in two launches (Triton).
 
-Nothing is sorted. Each program takes one expert and some columns and computes all slots at once, padded to at least 16,
-so that the weights of an expert that is needed are read once, at the speed of the memory, and those of others never.
-Pointers, no TMA: descriptors would take longer on the host than the kernels on the device.
+Nothing is sorted. Each program takes one expert and some columns and computes all slots at once, padded to at least 16.
+So the weights of a needed expert are read once, at the memory's speed, and those of other experts never. It uses
+pointers, not TMA: descriptors would take the host longer than the kernels take the device.
 
 Shape letters: T tokens, K slots per token, S = T * K slots, E experts, D model width, F inner width.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from .device_guard import on_device_of_first
 
 MAX_SLOTS = 64
-MAX_SLOTS_COMPILED = 8  # with more the kernels for many slots take less time on the device, but more on the host
+MAX_SLOTS_COMPILED = 8  # with more slots, the kernels for many slots take less time on the device, but more on the host
 _NUM_WARPS = 4
 
 
@@ -41,11 +41,11 @@ def _expert_linear_kernel(
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """`inputs @ matrix[e].T + bias[e]` of the slots of one expert, by `IS_DOWN` times their weights, or through ReLU.
+    """`inputs @ matrix[e].T + bias[e]` of the slots of one expert; with `IS_DOWN` times their weights, else with ReLU.
 
-    The group of a program is an expert, or `num_experts` for the slots without one; with `BY_SLOT` the first slot of
-    the expert, so that there are no more programs than slots. Sums over `K` are made of `PARTS` sums, one by each warp:
-    products that wait for each other would take longer than the memory.
+    The group of a program is an expert, or `num_experts` for slots without one. With `BY_SLOT` it is the first slot of
+    the expert, so there are at most as many programs as slots. Sums over `K` consist of `PARTS` sums, one per warp,
+    because products that wait for each other would take longer than the memory.
     """
     group = tl.program_id(1)
     slots = tl.arange(0, BLOCK_S)
@@ -66,7 +66,7 @@ def _expert_linear_kernel(
             tl.store(out_pointers, tl.zeros((BLOCK_S, BLOCK_N), out.dtype.element_ty), mask=out_mask)
         return
 
-    # before the products, so that nothing waits for these loads behind them
+    # before the products, so that nothing waits for these loads afterwards
     row_bias = tl.load(bias + expert * N + columns, mask=is_column, other=0.0).to(tl.float32)
     if IS_DOWN:
         weight = tl.load(weights + slots, mask=is_mine, other=0.0).to(tl.float32)
@@ -92,7 +92,7 @@ def small_batch_relu_experts(
 
     Args:
         expert_ids: integer[T, K]; E or more for a slot that no expert computes.
-        tokens: float[T, D], contiguous like all others, and of one dtype with up, up_bias, down and down_bias.
+        tokens: float[T, D], contiguous like all others, and of the same dtype as up, up_bias, down and down_bias.
         weights: float[T, K].
         up, up_bias, down, down_bias: [E, F, D], [E, F], [E, D, F], [E, D]; D and F multiples of 8.
 
@@ -123,7 +123,7 @@ def _expert_linear(
     num_experts, num_columns, depth = matrix.shape
     num_slots = ids.numel()
     is_by_slot = num_slots <= num_experts
-    # in plain Python: Triton's functions for these would take 2 us each
+    # in plain Python, because Triton's functions for these would take 2 us each
     block_s = max(16, 1 << (num_slots - 1).bit_length())
     block_n, block_k, num_stages = _tile(block_s, inputs.dtype, is_down)
     grid = (-(-num_columns // block_n), num_slots if is_by_slot else num_experts + 1)
@@ -151,11 +151,11 @@ def _expert_linear(
 
 
 def _tile(block_s: int, dtype: torch.dtype, is_down: bool) -> tuple[int, int, int]:
-    """Columns, depth of each part, and stages: enough bytes on their way from memory even if one expert is needed.
+    """Columns, depth of each part, and stages, with enough bytes in flight even if only one expert is needed.
 
-    `down` has few columns, so its tiles are narrow and deep, but the less so the more inputs each of them has to read.
+    `down` has few columns, so its tiles are narrow and deep; with more inputs per tile they are less so.
     """
-    if dtype == torch.float32:  # products without tensor cores: what each thread holds limits the tile
+    if dtype == torch.float32:  # products without tensor cores: registers per thread limit the tile
         return 512 // block_s, 16, 4
     block_n = block_s // 2 if is_down else 32
     weights_per_tile = 4096

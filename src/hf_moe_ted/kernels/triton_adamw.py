@@ -1,7 +1,7 @@
 """Triton kernels over all tensors of an optimizer at once: squares of gradients, and a step of AdamW that clips.
 
-Tensors are cut into chunks of `CHUNK` elements, a program each. They are found by their addresses, which stand in a
-table on the device, so that one launch reaches all of one dtype.
+Tensors are cut into chunks of `CHUNK` elements, with one program each. A table on the device has their addresses, so
+one launch reaches all tensors of one dtype.
 
 Letters: N tensors, C chunks.
 """
@@ -19,13 +19,14 @@ STEP_SIZE, CORRECTION, DECAY, BETA1, BETA2, EPS = (tl.constexpr(column) for colu
 
 @triton.jit(do_not_specialize=["num_tensors"])
 def count_steps_kernel(addresses, groups, group_options, numbers, num_tensors, BLOCK: tl.constexpr):
-    """Counts one more update of each tensor, and computes what its elements have in common.
+    """Counts one more update of each tensor, and computes the numbers that all its elements share.
 
     Args:
         addresses: int64[5, N].
         groups: int32[N], the group of each tensor.
         group_options: float32[groups, 5], their learning rate, weight decay, betas and eps.
-        numbers: float32[N, 6], out. Powers are float64 before, as 1 - beta2^step has few digits in the first steps.
+        numbers: float32[N, 6], out. Powers are computed in float64, because 1 - beta2^step has few digits in the first
+            steps.
     """
     tensors = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = tensors < num_tensors
@@ -66,16 +67,16 @@ def adamw_kernel(
     BLOCK: tl.constexpr,
     IS_EXACT: tl.constexpr,
 ):
-    """A step of AdamW for one chunk, whose gradients are multiplied by `factor` on the way and stay as they are.
+    """A step of AdamW for one chunk; gradients are multiplied by `factor` when read, and do not change in memory.
 
     Args:
         numels: int64[N].
-        numbers: float32[N, 6], of `count_steps_kernel`.
-        chunk_tensors, chunk_places: int32[C], the tensor of each chunk, and which of its chunks it is.
+        numbers: float32[N, 6], from `count_steps_kernel`.
+        chunk_tensors, chunk_places: int32[C], the tensor of each chunk, and the index among its chunks.
         factor: float32 scalar.
-        first_chunk: of those of this dtype.
-        IS_EXACT: whether root and quotients are rounded as IEEE 754 has it, or to some units of float32's last place,
-            which no dtype of fewer digits shows.
+        first_chunk: the first chunk of this dtype.
+        IS_EXACT: whether root and quotients are rounded as in IEEE 754, or only to some units of float32's last place,
+            which dtypes with fewer digits do not show.
     """
     chunk = first_chunk + tl.program_id(0)
     tensor = tl.load(chunk_tensors + chunk)
@@ -102,7 +103,7 @@ def adamw_kernel(
                 DTYPE, IS_EXACT,
             )  # fmt: skip
     else:
-        # an element after the other, so that it needs no more registers than what is above
+        # one element after the other, so that it needs no more registers than the code above
         PART: tl.constexpr = BLOCK // 8
         last = tl.minimum(remaining, CHUNK).to(tl.int32)
         for first in range(0, last, PART):
@@ -177,8 +178,8 @@ def _pointer(address, DTYPE: tl.constexpr):
 
 @triton.jit
 def _aligned(address, DTYPE: tl.constexpr):
-    """A pointer that is a multiple of 16 bytes: loads and stores are as wide."""
-    # the hint is a mark on this very conversion, and would be lost on what a function returned
+    """A pointer that is a multiple of 16 bytes, so that loads and stores are 16 bytes wide."""
+    # the hint marks this conversion, and would be lost on the result of a function
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
 
 

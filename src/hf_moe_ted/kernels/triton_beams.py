@@ -1,7 +1,7 @@
-"""Triton kernels of a step of beam search: the best words of each row of logits, and what becomes of the beams.
+"""Triton kernels of a step of beam search: the best words of each row of logits, and the update of beams.
 
-Each number is written by one program, in one order: results are the same in every run. Of equal numbers that with the
-lower index goes first.
+Each number is written by one program, in one order, so results are the same in every run. Of equal numbers the one with
+the lower index comes first.
 
 Shape letters: B sentences, N beams of each, C candidates of each row and of each sentence, R = B * N rows, V words,
 L tokens, K = N * L keys, E tokens that end a translation.
@@ -12,8 +12,8 @@ L tokens, K = N * L keys, E tokens that end a translation.
 import triton
 import triton.language as tl
 
-_LEAST = tl.constexpr(-3.0e38)  # above -inf, which stands for what was taken already
-_IMPOSSIBLE = tl.constexpr(-1.0e9)  # of transformers
+_LEAST = tl.constexpr(-3.0e38)  # above -inf, which marks words that were taken already
+_IMPOSSIBLE = tl.constexpr(-1.0e9)  # the number that transformers uses
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def block_maxima_kernel(
     WORDS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Of blocks of words in a row: the maximum, that of words that are allowed, and the sum of `exp(x - maximum)`."""
+    """For blocks of words in a row: the maximum, the maximum over allowed words, and the sum of `exp(x - maximum)`."""
     row = tl.program_id(1)
     blocks = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     words = blocks[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
@@ -66,7 +66,7 @@ def best_words_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """The best words of a row and their log-probabilities: they are in the blocks with the largest maxima."""
+    """The best words of a row and their log-probabilities, found in the blocks with the largest maxima."""
     row = tl.program_id(0)
     blocks = tl.arange(0, BLOCK_B)
     is_block = blocks < num_blocks
@@ -156,9 +156,9 @@ def advance_kernel(
     BLOCK_P: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One sentence: candidates of its rows -> its beams and ended translations, as `Hypotheses.advance` does it.
+    """One sentence: candidates of its rows -> its beams and ended translations, like `Hypotheses.advance`.
 
-    `goes_on[place]` is set if any sentence goes on; if none did at the place before, all are done.
+    `goes_on[place]` is set if any sentence continues; if none did at the previous place, all are done.
     """
     sentence = tl.program_id(0)
     at = tl.load(place)
@@ -168,7 +168,7 @@ def advance_kernel(
     is_beam = beams < N
     slots = sentence * N + beams
 
-    # the best candidates of all rows; pool: first the places of what has ended, then the candidates
+    # the best candidates of all rows; pool: first the places of ended translations, then the candidates
     flat = tl.arange(0, BLOCK_F)
     is_flat = flat < N * C
     scores = tl.load(best + sentence * N * C + flat, mask=is_flat, other=0.0)
@@ -196,7 +196,7 @@ def advance_kernel(
     if (tl.sum((is_candidate & (hits == 0)).to(tl.int32), axis=0) > 0) & (was_done == 0):
         tl.store(goes_on + at, 1)
 
-    # what has ended
+    # ended translations
     old_has = tl.load(has_ended + sentence * N + pool, mask=is_old, other=0) != 0
     stops = tl.load(stops_when_full) != 0
     nothing_goes_on = tl.load(goes_on + at - 1) == 0
@@ -210,7 +210,7 @@ def advance_kernel(
     keys = tl.where(is_old | is_candidate, tl.maximum(ranked, _LEAST), -float("inf"))
     new_scores = tl.zeros((BLOCK_N,), tl.float32)
     new_has = tl.zeros((BLOCK_N,), tl.int32)
-    sources = tl.zeros((BLOCK_N,), tl.int32)  # of what has ended: the place before, or the beam that a candidate is of
+    sources = tl.zeros((BLOCK_N,), tl.int32)  # for ended translations: the previous place, or the beam of a candidate
     are_kept = tl.zeros((BLOCK_N,), tl.int32)
     source_words = tl.zeros((BLOCK_N,), tl.int64)
     for beam in range(N):
@@ -228,7 +228,7 @@ def advance_kernel(
         sources = tl.where(is_here, tl.where(kept != 0, chosen, parent), sources)
         source_words = tl.where(is_here, tl.sum(tl.where(is_chosen, pool_words, 0), axis=0), source_words)
 
-    # what goes on
+    # running beams
     going = pool_scores + tl.where(hits, _IMPOSSIBLE, 0.0)
     keys = tl.where(is_candidate, tl.maximum(going, _LEAST), -float("inf"))
     going_scores = tl.zeros((BLOCK_N,), tl.float32)
@@ -250,7 +250,7 @@ def advance_kernel(
     improves = improves & can_improve
     is_full = tl.sum(tl.where(is_beam, new_has, 0), axis=0) == N
     first_row = (tl.load(sentences + sentence) * N).to(tl.int32)
-    tl.debug_barrier()  # all was read
+    tl.debug_barrier()  # everything was read
     tl.store(may_improve + sentence, improves.to(tl.int8))
     tl.store(is_done + sentence, ((improves == 0) | (stops & is_full)).to(tl.int8))
     tl.store(running_scores + slots, going_scores, mask=is_beam)
@@ -273,7 +273,7 @@ def advance_kernel(
             columns, row_at, width, is_beam, is_open,
         )  # fmt: skip
 
-    # the keys that they attend to, and the one that each writes next
+    # the keys to which they attend, and the key that each writes next
     for start in range(0, N * (at + 1), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         is_column = is_beam[:, None] & (columns < mask_width)[None, :]
@@ -300,7 +300,7 @@ def _move(
     is_beam,
     is_open,
 ):
-    """Some columns of beams and of what has ended, with their own values at `at`."""
+    """Move some columns of beams and ended translations, with their own values at `at`."""
     is_place = is_beam[:, None] & (columns < width)[None, :]
     is_new = (columns == at)[None, :]
     going = tl.load(running + (first + parents[:, None]) * width + columns[None, :], mask=is_place, other=0)

@@ -1,8 +1,8 @@
-"""Packed integers become floats within the registers of a Triton kernel.
+"""Conversion of packed integers to floats in the registers of a Triton kernel.
 
-A plane is what bytes hold at one place: with 8 bits per weight there is one, with 4 there are two, the weights at even
-and at odd positions along the input. Products take plane by plane, with the inputs at the same positions, so that no
-number has to move between threads.
+A plane is the weights at one place of all bytes. With 8 bits per weight there is one plane; with 4 there are two, the
+weights at even and at odd positions along the input. Products use one plane after the other, with the inputs at the
+same positions, so no number has to move between threads.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -16,14 +16,14 @@ _FP16 = {"kind": "f16x2", "one": "0x3C003C00", "exponent": "0x64"}  # 0x6400 is 
 
 
 def _ptx(first: str, offset: str, *, kind: str, one: str, exponent: str) -> tl.constexpr:
-    """PTX for four bytes at once, `$2`, which become four numbers, two in `$0` and two in `$1`.
+    """PTX that converts four bytes at once, `$2`, to four numbers, two in `$0` and two in `$1`.
 
-    Each byte becomes the mantissa of a number whose last bit counts 1; what this is too large by is subtracted. Both
-    are exact. Conversions of integers one by one would take longer than the memory.
+    Each byte becomes the mantissa of a number whose last bit counts 1; then the excess is subtracted. Both steps are
+    exact. Converting integers one by one would take longer than the memory.
 
     Args:
-        first: makes `bytes`, integers without a sign.
-        offset: minus what they are too large by then, twice.
+        first: instructions that make `bytes`, unsigned integers.
+        offset: minus the excess, twice.
     """
     return tl.constexpr(
         f"""{{
@@ -69,8 +69,8 @@ def integers_of_plane(packed, PLANE: tl.constexpr, BITS: tl.constexpr, dtype: tl
     """The integers of one plane in `dtype`, exactly.
 
     Args:
-        packed: int8 for 8 bits; for 4 uint8, two numbers plus 8 in each byte, the first in its low half.
-        USE_PTX: not where kernels are interpreted.
+        packed: int8 for 8 bits. For 4 bits uint8, with two numbers plus 8 in each byte, the first in its low half.
+        USE_PTX: false if kernels are interpreted.
     """
     if USE_PTX and dtype == tl.bfloat16:
         AS_BF16: tl.constexpr = _INT8_AS_BF16 if BITS == 8 else (_HIGH_INT4_AS_BF16 if PLANE else _LOW_INT4_AS_BF16)
@@ -86,15 +86,16 @@ def integers_of_plane(packed, PLANE: tl.constexpr, BITS: tl.constexpr, dtype: tl
 
 @triton.jit
 def inputs_of_plane(pairs, PLANE: tl.constexpr, dtype: tl.constexpr):
-    """The first or the second of two neighbours that were loaded as one integer."""
+    """The first or the second of two neighbouring inputs that were loaded as one integer."""
     HALF: tl.constexpr = tl.int32 if dtype == tl.float32 else tl.int16
     return (pairs >> (PLANE * dtype.primitive_bitwidth)).to(HALF).to(dtype, bitcast=True)
 
 
 def bytes_with_one_scale(packed: Tensor, scale: Tensor, *, least: int = 16, most: int = 64) -> int:
-    """Packed bytes that a kernel takes of a row at once, a power of two.
+    """Packed bytes of a row that a kernel takes at once, a power of two.
 
-    They share a scale, if `least` bytes, which tensor cores ask for, do. Else the kernel reads a scale for each weight.
+    They share a scale if at least `least` bytes do, which tensor cores need. Else the kernel reads a scale for each
+    weight.
 
     Args:
         packed: int8[E, N, K] or uint8[E, N, K / 2].

@@ -1,7 +1,7 @@
 """Triton kernels for ungated experts with biases: moves between tokens and rows, grouped products, gradients.
 
-How slots become rows and tiles: see row_plan.py. No kernel waits for the host. Each element is written by one program,
-in one order: results are the same in every run.
+For how slots become rows and tiles, see row_plan.py. No kernel waits for the host. Each element is written by one
+program, in one order, so results are the same in every run.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -30,13 +30,13 @@ def gather_rows_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Tokens to rows, and zeros to `slots_out`, which other kernels write for slots with an expert only.
+    """Move tokens to rows, and write zeros to `slots_out`, which other kernels write only for slots with an expert.
 
     Rows without a slot are zeros.
 
     With `weights` (for the gradient of the output) rows are multiplied by them. With `unweighted`, the outputs by slot
-    before their weights, their products with the tokens are the gradient of the weights, zero for a slot without an
-    expert.
+    before they are weighted, it also computes the gradient of the weights: their products with the tokens, zero for a
+    slot without an expert.
     """
     tile = tl.program_id(0)
     if tile < tl.load(tile_ends + num_experts):
@@ -98,17 +98,18 @@ def grouped_gemm_kernel(
 ):
     """`a[rows of e] @ b[e]` for each expert e, or with `b[e]` transposed, and by `KIND`:
 
-    - "up": relu(product + bias), to rows; relu(bias) where there is no slot.
+    - "up": relu(product + bias), to rows; relu(bias) for rows without a slot.
     - "down": (product + bias) * weight, to slots; without the weight to `unweighted`, unless that is `None`.
-    - "grad_inner": product where `inner` is positive, to rows, zeros where there is no slot.
+    - "grad_inner": product where `inner` is positive, to rows; zeros for rows without a slot.
     - "grad_input": product, to slots.
 
-    `a_desc`, `b_desc` and `inner_desc` are descriptors, with `None` for `num_rows`; or, where there is no TMA, pointers
-    to `num_rows` rows and to the experts' weights.
+    `a_desc`, `b_desc` and `inner_desc` are descriptors, and `num_rows` is `None`; or, without TMA, pointers to
+    `num_rows` rows and to the experts' weights.
     """
     if num_rows is not None:
-        # Strides that are known, for copies of 16 bytes, and two dimensions, for copies that nobody waits for. What is
-        # read behind an expert's weights are those of the next: for columns that are not stored, or times zeros.
+        # Constant strides allow copies of 16 bytes, and two dimensions allow asynchronous copies. Reads after the end
+        # of an expert's weights get those of the next expert: they are for columns that are not stored, or are
+        # multiplied by zeros.
         a_desc = tl.make_tensor_descriptor(a_desc, [num_rows, K], [K, 1], [BLOCK_M, BLOCK_K])
         if TRANSPOSED_B:
             b_desc = tl.make_tensor_descriptor(b_desc, [num_experts * N, K], [K, 1], [BLOCK_N, BLOCK_K])
@@ -150,7 +151,9 @@ def grouped_gemm_kernel(
             if unweighted is not None:
                 _store_tile(unweighted, accumulator, target, is_target, n, N)
             accumulator *= tl.load(weights + slots, mask=is_row, other=0.0).to(tl.float32)[:, None]
-        if KIND == "grad_inner":  # in two parts: `inner` does not fit into shared memory beside the product's operands
+        if (
+            KIND == "grad_inner"
+        ):  # in two parts, because `inner` does not fit into shared memory beside the product's operands
             HALF: tl.constexpr = BLOCK_N // 2
             left, right = accumulator.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
             is_active = (inner_desc.load([first, n]) > 0.0) & is_row[:, None]
@@ -187,7 +190,7 @@ def grad_weight_kernel(
 ):
     """out[e] = a[rows of e].T @ b[rows of e] and sums[e] = a[rows of e].sum(), zeros for an expert without rows.
 
-    First rows are multiples of `BLOCK_K`; rows without a slot are zeros in `a` and finite in `b`. Descriptors as in
+    First rows are multiples of `BLOCK_K`. Rows without a slot are zeros in `a` and finite in `b`. Descriptors are as in
     `grouped_gemm_kernel`.
     """
     if num_rows is not None:
@@ -197,7 +200,7 @@ def grad_weight_kernel(
     tiles_per_expert = num_parts * tl.cdiv(N, BLOCK_N)
     for index in tl.range(tl.program_id(0), num_experts * tiles_per_expert, NUM_PROGRAMS):
         expert = index // tiles_per_expert
-        # those with sums behind each other, so that each program gets some
+        # tiles with sums are consecutive, so that each program gets some
         n = index % tiles_per_expert // num_parts * BLOCK_N
         m = index % num_parts * BLOCK_M
         start = tl.load(offsets + expert)

@@ -28,10 +28,10 @@ def _spread_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out[r] = tokens[slot // K]; with `WEIGHTED` times its weight, and dots[slot] = tokens[slot // K] @ rows[r].
+    """out[r] = tokens[slot // K]. With `WEIGHTED`, times its weight, and dots[slot] = tokens[slot // K] @ rows[r].
 
-    A row with slot -1 is zeros. With `WEIGHTED`, both are 0 for slots that have no row: what stands in `rows` there may
-    never have been written.
+    A row with slot -1 is zeros. With `WEIGHTED`, both are 0 for slots without a row, because `rows` may never have been
+    written there.
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     is_row = row < num_rows
@@ -104,7 +104,7 @@ def spread(tokens_TD: Tensor, slot_R: Tensor, top_k: int) -> Tensor:
 def spread_weighted(
     grad_TD: Tensor, slot_R: Tensor, row_TK: Tensor, weights_TK: Tensor, rows_RD: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `combine` with weights: for its rows, and for the weights; 0 where a slot has no row."""
+    """Gradients of `combine` with weights, for its rows and for the weights; 0 if a slot has no row."""
     grad_RD = rows_RD.new_empty(rows_RD.shape)
     grad_TK = weights_TK.new_zeros(weights_TK.shape)
     _launch_spread(grad_TD, slot_R, weights_TK.shape[1], grad_RD, row_TK, weights_TK, rows_RD, grad_TK)
@@ -143,7 +143,7 @@ def _launch_spread(
 
 @on_device_of_first
 def combine(rows_RD: Tensor, row_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
-    """float[T, D], the sum of the rows of each token, maybe weighted."""
+    """float[T, D], the sum of the rows of each token, weighted if there are weights."""
     num_tokens, top_k = row_TK.shape
     width = rows_RD.shape[1]
     out = rows_RD.new_empty(num_tokens, width)

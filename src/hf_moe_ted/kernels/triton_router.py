@@ -1,7 +1,7 @@
-"""Triton kernels of a linear top-k router: logits, softmax and choices in one, and gradients in two.
+"""Triton kernels of a linear top-k router: one for logits, softmax and choices, and two for gradients.
 
-Products are of float32 numbers, as three TF32 products each (`PRECISION`): about as exact as float32. Each element is
-written by one program, in one order: results are the same in every run.
+A product of float32 numbers is computed as three TF32 products (`PRECISION`), about as exact as float32. Each element
+is written by one program, in one order, so results are the same in every run.
 
 Shape letters: T tokens, K choices per token, E rows of the router, D model width.
 """
@@ -31,10 +31,10 @@ def route_kernel(
     BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Logits of a tile of tokens, their softmax's `TOP_K` largest probabilities, and whose these are.
+    """Logits of a tile of tokens, the `TOP_K` largest probabilities of their softmax, and their experts.
 
-    Of equal probabilities the lower expert's goes first. A row with NaN has NaN for probabilities, and chooses the
-    first experts.
+    Of equal probabilities the lower expert comes first. A row with NaN has NaN probabilities and chooses the first
+    experts.
     """
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     experts = tl.arange(0, BLOCK_E)
@@ -44,7 +44,8 @@ def route_kernel(
     for first in range(0, width, BLOCK_D):
         inputs = _load_inputs(hidden, seed, jitter, tokens, is_token, first, width, BLOCK_T, BLOCK_D)
         rows = _load_weight(weight, experts, num_experts, first, width, BLOCK_D)
-        # The limit has each tile's products summed on their own and then added: tensor cores truncate running sums.
+        # the limit makes each tile's products be summed separately and then added, because tensor cores truncate
+        # running sums
         logits += tl.dot(inputs, rows.T, input_precision=PRECISION, max_num_imprecise_acc=BLOCK_D)
     if bias is not None:
         logits += tl.load(bias + experts, mask=is_expert, other=0.0).to(tl.float32)[None, :]
@@ -52,7 +53,7 @@ def route_kernel(
     tl.store(logits_out + offsets, logits, mask=is_token[:, None] & is_expert[None, :])
 
     probs, total = _softmax(logits, is_expert)
-    # padding below any probability, so that no NaN makes it a choice
+    # padding is below any probability, so that NaN cannot make it a choice
     scores = tl.where(is_expert[None, :], tl.where(probs >= 0.0, probs, 0.0), -1.0)
     slots = tokens.to(tl.int64) * TOP_K
     for k in tl.static_range(TOP_K):
@@ -83,10 +84,10 @@ def grad_hidden_kernel(
     PART_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`grad_scores`, the gradient of the logits with what comes through the softmax, and the gradient of the inputs.
+    """`grad_scores`, the whole gradient of the logits with the part from the softmax, and the gradient of the inputs.
 
-    `None` for `grad_logits` or `grad_probs` is zeros, and for `grad_hidden` not needed. More than `PART_E` experts are
-    too many for the registers of a product: they are read again from `grad_scores`.
+    `None` means zeros for `grad_logits` or `grad_probs`, and not needed for `grad_hidden`. More than `PART_E` experts
+    are too many for the registers of a product; then they are read again from `grad_scores`.
     """
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     experts = tl.arange(0, BLOCK_E)
@@ -110,7 +111,7 @@ def grad_hidden_kernel(
     if grad_hidden is not None:
         IN_PARTS: tl.constexpr = BLOCK_E > PART_E
         if IN_PARTS:
-            tl.debug_barrier()  # from here on, threads read what others have stored
+            tl.debug_barrier()  # from here on, threads read what other threads stored
         for first in range(0, width, BLOCK_D):
             if IN_PARTS:
                 product = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
@@ -149,9 +150,9 @@ def grad_weight_kernel(
     BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What each split of the tokens adds to the gradients of weight, [splits, E, D], and bias, [splits, E].
+    """Contributions of each split of the tokens to the gradients of weight, [splits, E, D], and bias, [splits, E].
 
-    `None` for a gradient that is not needed.
+    A gradient that is not needed is `None`.
     """
     first = tl.program_id(0) * BLOCK_D
     split = tl.program_id(1)
@@ -183,7 +184,7 @@ def grad_weight_kernel(
 
 @triton.jit
 def _softmax(logits, is_expert):
-    """Probabilities, 0 for padding, and what they were divided by, NaN where they are."""
+    """Probabilities, 0 for padding, and their divisor, NaN if they are NaN."""
     logits = tl.where(is_expert[None, :], logits, float("-inf"))
     exponentials = tl.exp(logits - tl.max(logits, axis=1)[:, None])
     total = tl.sum(exponentials, axis=1)
@@ -215,7 +216,7 @@ def _load_inputs(hidden, seed, jitter, tokens, is_token, first, width, BLOCK_T: 
 def _noise(seed, jitter, tokens, first, width, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     """float32[BLOCK_T, BLOCK_D], uniform between 1 - jitter and 1 + jitter.
 
-    A function of seed, token and column, whatever the tiles, so that backward has the noise of forward.
+    It depends on seed, token and column, not on tiles, so backward has the same noise as forward.
     """
     fours = first // 4 + tl.arange(0, BLOCK_D // 4)  # the generator makes four numbers at a time
     offsets = tokens.to(tl.int64)[:, None] * tl.cdiv(width, 4) + fours[None, :]

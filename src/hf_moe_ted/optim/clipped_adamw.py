@@ -1,4 +1,4 @@
-"""AdamW that clips gradients while it steps: they are read once more for their norm, and never written."""
+"""AdamW that clips gradients while it steps: they are read once more for the norm, and never written."""
 
 import inspect
 import math
@@ -22,14 +22,14 @@ except ImportError:  # no Triton
 K = TypeVar("K")
 V = TypeVar("V")
 
-# Gradients are elsewhere after each capture, and in steps from Python whenever the allocator puts them there.
+# Gradients have new addresses after each capture; in steps from Python the allocator may change them at any time.
 _NUM_TABLES = 64
 _OF_GRAD_SCALER = ("grad_scale", "found_inf")  # attributes that a GradScaler gives an optimizer for a step
 
 
 @dataclass(frozen=True)
 class _NormTable:
-    """Where gradients are: int64[1, N] addresses, and the weights of their squares, float32[N]."""
+    """Addresses of gradients, int64[1, N], and the weights of their squares, float32[N]."""
 
     addresses: Tensor
     weights: Tensor
@@ -38,7 +38,7 @@ class _NormTable:
 
 @dataclass(frozen=True)
 class _StepTable:
-    """Where all tensors of a step are: int64[5, N] addresses, and the param groups of the parameters, int32[N]."""
+    """Addresses of all tensors of a step, int64[5, N], and the param groups of the parameters, int32[N]."""
 
     addresses: Tensor
     groups: Tensor
@@ -46,17 +46,18 @@ class _StepTable:
 
 
 class ClippedAdamW(AdamW):
-    """[`torch.optim.AdamW`] with `fused=True`, whose step clips, too, in the same pass over memory.
+    """[`torch.optim.AdamW`] with `fused=True` that also clips, in the same pass over memory.
 
-    A step after `clip_grad_norm_` multiplies the gradients by the factor as it reads them. For parameters of 2 bytes
-    per element norm and step move 16 bytes; AdamW alone 14, and `torch.nn.utils.clip_grad_norm_` before it 6 more. The
-    arithmetic is that of torch's fused kernel for CUDA, in float32, but that powers of betas are computed in float64,
-    that clipped gradients are not rounded to their dtype, and that the norm is a float32 sum, in an order that is
-    always the same. States and their dtypes are torch's, so that either optimizer loads the `state_dict` of the other.
+    A step after `clip_grad_norm_` multiplies the gradients by the factor when it reads them. For parameters of 2 bytes,
+    norm and step move 16 bytes per element; AdamW alone moves 14, and `torch.nn.utils.clip_grad_norm_` before it 6
+    more. The arithmetic is that of torch's fused kernel for CUDA, in float32, with three differences: powers of betas
+    are computed in float64, clipped gradients are not rounded to their dtype, and the norm is a float32 sum that is
+    always taken in the same order. States and their dtypes are those of torch, so either optimizer loads the
+    `state_dict` of the other.
 
-    This needs Triton, and contiguous bfloat16 or float32 parameters on one CUDA device, which may be DTensors. What it
-    cannot do is done by torch: `amsgrad`, `maximize`, a GradScaler, a step that is captured as a CUDA graph, other
-    devices and dtypes.
+    This needs Triton, and contiguous bfloat16 or float32 parameters on one CUDA device; they may be DTensors. Torch
+    does the rest: `amsgrad`, `maximize`, a GradScaler, a step that is captured as a CUDA graph, other devices and
+    dtypes.
 
     ```python
     optimizer = ClippedAdamW(model.parameters(), lr=1e-4)
@@ -66,14 +67,14 @@ class ClippedAdamW(AdamW):
     ```
 
     Args:
-        params, lr, betas, eps, weight_decay, amsgrad, maximize: as of [`torch.optim.AdamW`].
-        fused: `True`, which a Trainer gives for `optim="adamw_torch_fused"`.
+        params, lr, betas, eps, weight_decay, amsgrad, maximize: as in [`torch.optim.AdamW`].
+        fused: must be `True`; a Trainer gives it for `optim="adamw_torch_fused"`.
 
     Raises:
         ValueError: `fused` is not `True`.
     """
 
-    _device_types: tuple[str, ...] = ("cuda",)  # on others Triton has its interpreter, for tests
+    _device_types: tuple[str, ...] = ("cuda",)  # on other devices Triton has its interpreter, for tests
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class ClippedAdamW(AdamW):
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, fused=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Also the end of `load_state_dict`, of any AdamW."""
+        """Restore the state; `load_state_dict` ends with this, too, for states of any AdamW."""
         super().__setstate__(state)
         self._forget()
         self._stay_fused()
@@ -106,7 +107,7 @@ class ClippedAdamW(AdamW):
         self._options: tuple[list[list[float]], Tensor] | None = None
 
     def _stay_fused(self) -> None:
-        """States and options may be those of an AdamW that was not fused: it counts steps on the CPU."""
+        """Correct states and options of an AdamW that was not fused, which counts steps on the CPU."""
         for group in self.param_groups:
             if group["fused"] and not group["foreach"]:
                 continue
@@ -120,17 +121,16 @@ class ClippedAdamW(AdamW):
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Clip the gradients of all parameters to a norm, all of them together, as the next step reads them.
+        """Clip the gradients of all parameters together to a norm, when the next step reads them.
 
-        What the parameters have as `grad` stays unclipped until then. A factor holds for one step, and is forgotten by
-        `zero_grad`. Gradients that are changed in between are multiplied by it afterwards. Where torch has to step,
-        gradients are clipped at once.
+        The `grad` of parameters stays unclipped. A factor holds for one step; `zero_grad` drops it. Gradients that are
+        changed before the step are multiplied by it, too. If torch has to step, gradients are clipped at once.
 
         Args:
-            max_norm: the largest 2-norm; infinity for the norm only.
+            max_norm: the largest 2-norm; infinity only computes the norm.
 
         Returns:
-            The norm before clipping, a scalar on the device, which nobody waits for.
+            The norm before clipping, a scalar on the device; nothing waits for it.
         """
         norm = self.clip_in_step(max_norm)
         if norm is not None:
@@ -149,19 +149,19 @@ class ClippedAdamW(AdamW):
         """Like `clip_grad_norm_`, also for parameters that are sharded over several ranks.
 
         Args:
-            weight: of the squares of a gradient in the sum over all ranks, such as one over the ranks that have it.
-                DTensors need it.
-            reduce: sums a float32 scalar over the ranks, in place.
+            weight: weight of a gradient's squares in the sum over all ranks, such as one over the number of ranks that
+                have it. DTensors need it.
+            reduce: function that sums a float32 scalar over the ranks, in place.
 
         Returns:
-            The norm; `None` if torch has to clip and to step, and nothing was done.
+            The norm; `None` if torch has to clip and to step; then nothing was done.
         """
         self._factor = None
         params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
         if not params or not self._has_own_step():
             return None
         grads = [local_tensor(param.grad) for param in params]
-        # not addresses alone: gradients of other parameters may be where those of these were
+        # addresses alone are not enough: gradients of other parameters may have the same addresses later
         key = weight, tuple((id(p), g.data_ptr(), g.numel(), g.dtype) for p, g in zip(params, grads, strict=True))
         table = _kept(self._norm_tables, key, lambda: self._norm_table(params, grads, weight))
         if table is None or not all(grad.is_contiguous() for grad in grads):
@@ -182,7 +182,7 @@ class ClippedAdamW(AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters that have gradients; clipped, if `clip_grad_norm_` was called since the last step.
+        """Update all parameters that have gradients; clip if `clip_grad_norm_` was called since the last step.
 
         Args:
             closure: computes the loss and the gradients again.
@@ -205,16 +205,16 @@ class ClippedAdamW(AdamW):
         return loss
 
     def _has_own_step(self) -> bool:
-        """Whether the kernels do what the options ask for. Tensors are looked at elsewhere."""
+        """Whether the kernels support the options. Tensors are checked elsewhere."""
         if multi_tensor is None or any(group["amsgrad"] or group["maximize"] for group in self.param_groups):
             return False
         if any(getattr(self, name, None) is not None for name in _OF_GRAD_SCALER):
             return False
-        # tables that are copied while a graph is captured would be copied again by its replays, from memory of others
+        # a table copied during a capture would be copied again by replays, from memory that is no longer its own
         return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
     def _step_at_once(self, factor: Tensor | None) -> bool:
-        """One step of all parameters by the kernels; `False` if they do not take them, and nothing was done."""
+        """One step of all parameters with the kernels; `False` if they do not support them; then nothing was done."""
         rows: list[list[Tensor]] = [[], [], [], [], []]
         params, grads, exp_avgs, exp_avg_sqs, steps = rows
         sizes: list[int] = []
@@ -241,7 +241,7 @@ class ClippedAdamW(AdamW):
         foreach_mul_([local_tensor(grad) for grad in grads], factor)
 
     def _options_on(self, device: torch.device) -> Tensor:
-        """float32[groups, 5]: learning rate, weight decay, betas and eps. Copied when they change."""
+        """float32[groups, 5]: learning rate, weight decay, betas and eps. They are copied when they change."""
         lrs = [group["lr"] for group in self.param_groups]
         on_device = {index: lr for index, lr in enumerate(lrs) if isinstance(lr, Tensor) and lr.device.type != "cpu"}
         numbers = [
@@ -266,13 +266,13 @@ class ClippedAdamW(AdamW):
     ) -> _NormTable | None:
         """
         Args:
-            params: as the model has them.
+            params: the model's parameters.
             grads: local tensors.
         """
         if not self._takes([*map(local_tensor, params), *grads]):
             return None
         if weight is None and any(param.grad is not grad for param, grad in zip(params, grads, strict=True)):
-            return None  # of DTensors
+            return None  # local tensors of DTensors
         weights = [1.0 if weight is None else weight(param.grad) for param in params]
         return _NormTable(
             multi_tensor.addresses_of([grads], grads[0].device),
@@ -285,7 +285,7 @@ class ClippedAdamW(AdamW):
     ) -> _StepTable | None:
         """
         Args:
-            params, grads: as the model has them.
+            params, grads: the model's parameters and gradients.
             rows: local tensors of parameters, gradients, moments and steps.
             sizes: parameters of each group.
         """
@@ -294,7 +294,7 @@ class ClippedAdamW(AdamW):
         if not are_alike or not self._takes([tensor for row in rows for tensor in row]):
             return None
         layouts = [[getattr(tensor, "placements", None) for tensor in tensors] for tensors in (params, grads)]
-        if layouts[0] != layouts[1]:  # such as sums that are still partial
+        if layouts[0] != layouts[1]:  # such as partial sums
             return None
         groups = [index for index, size in enumerate(sizes) for _ in range(size)]
         return _StepTable(
@@ -319,7 +319,7 @@ class ClippedAdamW(AdamW):
 
 
 def _kept(cache: OrderedDict[K, V], key: K, make: Callable[[], V]) -> V:
-    """What was made for a key, made at most once as long as it is one of the last `_NUM_TABLES`."""
+    """The value for a key, made once as long as the key is among the last `_NUM_TABLES`."""
     if key not in cache:
         if len(cache) >= _NUM_TABLES:
             cache.popitem(last=False)

@@ -1,6 +1,6 @@
-"""What PyTorch has no public name for: the kernels of `torch.optim.AdamW`, and counters of writes.
+"""Private names of PyTorch: the kernels of `torch.optim.AdamW`, and counters of writes.
 
-docs/private_names.md says in which versions they were read.
+docs/private_names.md lists the versions in which they were read.
 
 `torch.optim` runs these kernels for whole parameters only; a tiled step runs them for parts. `ClippedAdamW` also calls
 its own `_init_group`, which makes and lists the states.
@@ -22,10 +22,10 @@ fused_adamw_ = torch._fused_adamw_
 
 
 def count_of_writes(tensor: Tensor) -> int:
-    """Grows with what is written into a tensor in place."""
+    """A counter of in-place writes to a tensor."""
     return tensor._version
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """What this rank has of a DTensor, without the autograd function of `to_local`; else the tensor itself."""
+    """This rank's part of a DTensor, without the autograd function of `to_local`; else the tensor itself."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

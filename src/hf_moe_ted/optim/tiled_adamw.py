@@ -1,7 +1,7 @@
 """AdamW whose temporaries do not grow with the model: the step walks every local shard in tiles.
 
-Tensor-expert-data parallelism, "tiled optimizer" (https://huggingface.co/papers/2303.06318): the float32 copy of
-low-precision gradients that a step needs is made for one tile at a time.
+Source: the "tiled optimizer" of https://huggingface.co/papers/2303.06318. A step needs a float32 copy of low-precision
+gradients; it is made for one tile at a time.
 """
 
 import math
@@ -16,23 +16,24 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from .private_torch import count_of_writes, foreach_add_
 from .tiles import Tile, split_into_tiles, update_tiles
 
-# The first stays in a CPU's cache. On a GPU the second keeps kernels about as long as Python needs to launch the next
-# ones: on an H200 with 2 billion bfloat16 parameters a fused step takes 27 ms; with tiles ten times as large, 25 ms.
+# The first fits into a CPU's cache. With the second, kernels on a GPU run about as long as Python needs to launch the
+# next ones: on an H200 with 2 billion bfloat16 parameters a fused step takes 27 ms; with tiles ten times as large, 25
+# ms.
 _CPU_TILE_NUMEL = 2**18
 _TILE_NUMEL = 2**24
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class _Cut(NamedTuple):
-    """The tiles of a parameter, but for its gradient, which is another tensor in every step.
+    """The tiles of a parameter without its gradient, which is a new tensor in every step.
 
     Attributes:
         sources: master (or `None`) and moments, and
-        address: of the parameter's local shard, and
-        of_flat_gradient: whether the gradient was contiguous: what the tiles are valid for.
+        address: address of the parameter's local shard, and
+        of_flat_gradient: whether the gradient was contiguous. The tiles are valid for these three.
         tiles: views of weight, moments, and the parameter if it has a master.
-        is_flat: whether all of them are contiguous, so that tiles cross rows and kernels may be fused.
-        stride: of the weight.
+        is_flat: whether all of them are contiguous, so that tiles may cross rows and kernels may be fused.
+        stride: stride of the weight.
     """
 
     sources: tuple[Tensor | None, ...]
@@ -47,35 +48,36 @@ class TiledAdamW(Optimizer):
     """AdamW (https://huggingface.co/papers/1711.05101) in tiles, with float32 masters of low-precision parameters.
 
     Parameters and gradients may be tensors or `DTensor`s (FSDP2, tensor and expert parallelism; each rank steps its own
-    shard), float32 or of low precision, contiguous or not. Moments are float32, and a parameter of low precision has a
-    `master`, which is float32, too, and is what the optimizer steps. If something else has changed the parameter, such
-    as `load_state_dict` of the model, the next step starts from it: a master that does not round to its parameter is
-    made anew. All of them have the parameter's own layout, so that `torch.distributed.checkpoint` saves and reshards
-    them by name. In float32, and not fused, results are bitwise
-    those that [`torch.optim.AdamW`] has by default, on CPU (`foreach=False`) and on CUDA (`foreach=True`).
+    shard), float32 or of low precision, contiguous or not. Moments are float32. A parameter of low precision has a
+    float32 `master`, which the optimizer steps. If something else changed the parameter, such as `load_state_dict` of
+    the model, the next step starts from it: a master that does not round to its parameter is made again. All states
+    have the parameter's own layout, so `torch.distributed.checkpoint` saves and reshards them by name. In float32 and
+    not fused, results are bitwise equal to the default of [`torch.optim.AdamW`], on CPU (`foreach=False`) and on CUDA
+    (`foreach=True`).
 
-    Besides parameters, gradients and states, a step needs 4 bytes per element of one tile: for the float32 copy of the
-    gradient, then for the denominator. [`torch.optim.AdamW`] has no masters and needs 4 bytes per element of all
+    Besides parameters, gradients and states, a step needs 4 bytes per element of one tile, first for the float32 copy
+    of the gradient, then for the denominator. [`torch.optim.AdamW`] has no masters and needs 4 bytes per element of all
     parameters (`foreach`, its default on CUDA), of the largest one (`foreach=False`), or none (`fused`). Small
-    parameters share a tile, so that many of them do not mean many kernel launches.
+    parameters share a tile, so many of them do not need many kernel launches.
 
     Args:
-        params: tensors, or dicts of groups with options of their own, as for every optimizer.
-        lr: learning rate, a number or a tensor of one element. One on another device than the CPU is read, and so
-            waited for, once per group and step, unless `capturable`.
+        params: tensors, or dicts of groups with their own options, as for every optimizer.
+        lr: learning rate, a number or a tensor of one element. A tensor on another device than the CPU is read once per
+            group and step, which waits for the device, unless `capturable`.
         betas: decay of the moments, both at least 0 and less than 1.
         eps: added to the denominator.
         weight_decay: decoupled weight decay, in units of the learning rate.
-        tile_numel: elements of a tile. Temporaries stay below 0.1 byte per local parameter if a rank holds at least
-            `40 * tile_numel` of them. `None` is 2^18 on CPU, 1 MiB of temporaries, and elsewhere a fortieth of the
-            local parameters, but at least 2^24, 64 MiB: fewer tiles are fewer kernel launches. DeepSpeed's cap for
-            the same purpose is 178,956,971 elements, 0.7 GB (`max_group_size` of its groups of expert parameters).
+        tile_numel: elements of a tile. Temporaries stay below 0.1 byte per local parameter if a rank holds at least `40
+            * tile_numel` of them. `None` is 2^18 (1 MiB of temporaries) on CPU. On other devices it is a fortieth of
+            the local parameters, but at least 2^24 (64 MiB), because fewer tiles need fewer kernel launches.
+            DeepSpeed's cap for the same purpose is 178,956,971 elements, 0.7 GB (`max_group_size` of its groups of
+            expert parameters).
         fused: whether to use PyTorch's fused kernels, which read and write memory once and need no denominator, but
-            round differently. `None` is yes on CUDA. Tensors that are not contiguous are never fused.
-        capturable: whether a step may be captured in a CUDA graph: numbers of updates are kept where the parameters
-            are, and nothing is read from there. Replays use the learning rate of the capture, unless it is a tensor on
-            that device. The first step, and the first after `load_state_dict`, must not be captured: they make or move
-            the states, of which graphs captured before know nothing.
+            round differently. `None` means yes on CUDA. They are never used for tensors that are not contiguous.
+        capturable: whether a step may be captured in a CUDA graph. Step counts are then on the device of the
+            parameters, and nothing is read from it. Replays use the learning rate of the capture, unless it is a tensor
+            on that device. The first step, and the first after `load_state_dict`, must not be captured: they create or
+            move the states, and earlier graphs do not know the new ones.
 
     Raises:
         ValueError: an option is out of its range, or a parameter is complex.
@@ -142,7 +144,9 @@ class TiledAdamW(Optimizer):
                 changed.
         """
         if not self.capturable and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise ValueError("capturable (False) must be True to capture a step, or its replays do not count updates")
+            raise ValueError(
+                "capturable (False) must be True to capture a step, because otherwise replays do not count updates"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -165,37 +169,37 @@ class TiledAdamW(Optimizer):
 
     @torch.no_grad()
     def reset_masters(self) -> None:
-        """Make all masters anew from the parameters. The moments stay.
+        """Make all masters again from the parameters. The moments do not change.
 
-        A step does it for parameters that it sees changed. It cannot see what was written through `param.data`, nor do
-        replays of a CUDA graph look; there, call this.
+        A step does this for parameters whose change it notices. It does not notice writes through `param.data`, and
+        replays of a CUDA graph never check; call this then.
         """
         for param, state in self.state.items():
             if "master" in state:
                 state["master"].copy_(param)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Like [`torch.optim.Optimizer.load_state_dict`], but states stay float32 whatever the parameter's dtype is.
+        """Like [`torch.optim.Optimizer.load_state_dict`], but states stay float32, whatever the parameter's dtype.
 
-        The parameters stay as they are; they should be those of the same checkpoint, as masters that do not round to
-        them are made anew by the next step. Masters that the checkpoint does not have, such as one of
-        [`torch.optim.AdamW`], are made from the parameters, and those of parameters that are float32 now are left out.
+        It does not change parameters; load them from the same checkpoint, because the next step makes masters again
+        that do not round to them. If the checkpoint has no masters, such as one of [`torch.optim.AdamW`], they are made
+        from the parameters. Masters of parameters that are float32 now are left out.
 
         Raises:
-            ValueError: the groups or the shapes or layouts of the states are others, or the states are not those of
-                this algorithm. Nothing was changed.
+            ValueError: the groups, or the shapes or layouts of states, differ, or the states belong to another
+                algorithm. Nothing was changed.
         """
         restored: list[dict[str, Any]] = []
 
         # Optimizer.load_state_dict casts states to the parameter's dtype and cannot be told not to
-        # (docs/upstream/torch_optimizer_state_dtype.md). So it sees none of them, between all other hooks that change
-        # or use what is loaded.
+        # (docs/upstream/torch_optimizer_state_dtype.md). So it gets no states; other hooks that change or use the
+        # loaded state run before and after.
         def take_states_out(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             _check_loaded_groups(loaded["param_groups"])
             keys = [key for group in loaded["param_groups"] for key in group["params"]]
             restored.extend(
                 _restored_state(param, loaded["state"].get(key), key)
-                for param, key in zip(self._parameters(), keys, strict=False)  # the lengths are checked by what follows
+                for param, key in zip(self._parameters(), keys, strict=False)  # the code below checks the lengths
             )
             return {**loaded, "state": {}}
 
@@ -225,17 +229,17 @@ class TiledAdamW(Optimizer):
         return [param for group in self.param_groups for param in group["params"]]
 
     def _learning_rate(self, lr: float | Tensor) -> float | Tensor:
-        """A number or a scalar, which is on a device only if it must not be read there."""
+        """The learning rate: a number or a scalar, on a device only if it must not be read from there."""
         if not isinstance(lr, Tensor):
             return lr
         lr = lr.detach().reshape(())
         return lr.float() if self.capturable and lr.device.type != "cpu" else lr.cpu()
 
     def _follow_parameters(self, parameters: Iterable[Tensor]) -> None:
-        """Where somebody else wrote to a parameter since the last step, its master is what was written.
+        """If other code wrote to a parameter since the last step, its master is made from the new values.
 
-        Masters that round to their parameter are kept, as they know it better: weights and states may be loaded from
-        the same checkpoint in any order.
+        Masters that round to their parameter are kept, because they are more exact. So weights and states may be loaded
+        from the same checkpoint in any order.
         """
         for param in parameters:
             master = self.state[param].get("master") if param in self.state else None
@@ -243,19 +247,19 @@ class TiledAdamW(Optimizer):
                 continue
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 raise ValueError(
-                    f"a parameter of shape {tuple(param.shape)} was changed since the last step: a step must not be "
-                    "captured before one that is not; take one first"
+                    f"a parameter of shape {tuple(param.shape)} was changed since the last step, so this step must "
+                    "not be captured; take a step without capture first"
                 )
             if not torch.equal(_local(master).to(param.dtype), _local(param)):
                 master.copy_(param)
 
     def _count_updates(self, parameters: list[Tensor]) -> None:
-        """One more for each parameter, all of which have gradients; those that are new get their states."""
+        """Add one to the step count of each parameter with a gradient; new parameters get their states."""
         steps = []
         for param in parameters:
             state = self.state[param]
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU, where reading it waits for nothing
+                state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU, where it can be read without waiting
                 state.update({name: torch.zeros_like(param, dtype=_state_dtype(param)) for name in _MOMENTS})
                 if param.dtype != _state_dtype(param):
                     state["master"] = param.to(_state_dtype(param))
@@ -270,7 +274,7 @@ class TiledAdamW(Optimizer):
         state = self.state[param]
         grad: Any = param.grad
         if isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.placements != param.placements:
-            grad = grad.redistribute(placements=param.placements)  # such as the sum of what is still partial
+            grad = grad.redistribute(placements=param.placements)  # such as the sum of a partial tensor
         grad = _local(grad)
         cut = self._cut(param, state, grad.is_contiguous())
         can_fuse = cut.is_flat and grad.stride() == cut.stride
@@ -281,7 +285,7 @@ class TiledAdamW(Optimizer):
             yield Tile(weight, grad_tile, exp_avg, exp_avg_sq, parameter[0] if parameter else None, step, can_fuse)
 
     def _cut(self, param: Tensor, state: Mapping[str, Any], is_flat: bool) -> _Cut:
-        """Tiles of a parameter's tensors but the gradient, cut anew only when one of them is another.
+        """Tiles of a parameter's tensors without the gradient; they are cut again only if a tensor is new.
 
         Args:
             is_flat: whether the gradient is contiguous.
@@ -305,7 +309,7 @@ class TiledAdamW(Optimizer):
         return cut
 
     def _batches(self, tiles: Iterable[Tile]) -> Iterator[list[Tile]]:
-        """Successive tiles that are no larger than one together, and alike in what the kernels ask for."""
+        """Groups of successive tiles that together are at most one tile large, and alike for the kernels."""
         batch: list[Tile] = []
         numel = 0
         for tile in tiles:
@@ -324,9 +328,9 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _version(param: Tensor) -> tuple[int, int, int]:
-    """Changes with what is written into a parameter, and when it gets other memory.
+    """A value that changes with each write to a parameter, and when it gets other memory.
 
-    What is written into a DTensor, as by `load_state_dict`, is counted there and not in its local tensor.
+    Writes to a DTensor, as by `load_state_dict`, are counted there and not in its local tensor.
     """
     local = _local(param)
     return local.data_ptr(), count_of_writes(local), count_of_writes(param)
@@ -342,13 +346,13 @@ def _check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"lr (a tensor of shape {tuple(lr.shape)}) must be a number or have one element")
     for name in ("lr", "eps", "weight_decay"):
         if not 0 <= float(options[name]) < math.inf:
-            raise ValueError(f"{name} ({options[name]}) must be a finite number that is not negative")
+            raise ValueError(f"{name} ({options[name]}) must be a finite number of at least 0")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas ({betas}) must be two numbers of at least 0 and less than 1")
 
 
 def _check_loaded_groups(groups: list[dict[str, Any]]) -> None:
-    """Options of [`torch.optim.Adam`] and [`torch.optim.AdamW`] that make them another algorithm."""
+    """Refuse options of [`torch.optim.Adam`] and [`torch.optim.AdamW`] that make them another algorithm."""
     for group in groups:
         for name, value in (("amsgrad", False), ("maximize", False), ("decoupled_weight_decay", True)):
             if group.get(name, value) != value:
@@ -359,8 +363,8 @@ def _restored_state(param: Tensor, saved: Mapping[str, Any] | None, key: object)
     """The state of a parameter from a loaded one, on its device and in float32.
 
     Args:
-        saved: as [`TiledAdamW`] or [`torch.optim.AdamW`] makes it; `None` or empty if there is none.
-        key: of the parameter in the loaded state dict, for messages.
+        saved: a state of [`TiledAdamW`] or [`torch.optim.AdamW`]; `None` or empty if there is none.
+        key: key of the parameter in the loaded state dict, for messages.
     """
     if not saved:
         return {}
@@ -375,8 +379,8 @@ def _restored_state(param: Tensor, saved: Mapping[str, Any] | None, key: object)
         value = saved[name]
         if _layout(value) != _layout(param):
             raise ValueError(
-                f"{name} of parameter {key} has the layout {_layout(value)}, the parameter {_layout(param)}; "
-                "load it into the model it was saved from, or reshard it with torch.distributed.checkpoint"
+                f"{name} of parameter {key} has the layout {_layout(value)}, but the parameter has {_layout(param)}; "
+                "load it into the model from which it was saved, or reshard it with torch.distributed.checkpoint"
             )
         state[name] = value.to(device=param.device, dtype=dtype)
     if param.dtype != dtype and not has_master:

@@ -13,10 +13,10 @@ class Tile(NamedTuple):
     """Views of the same elements of all tensors of a parameter.
 
     Attributes:
-        weight: what the step computes with: the master, or the parameter itself.
-        grad: of the dtype that the parameter's gradient has.
-        exp_avg, exp_avg_sq: the moments, of the dtype of `weight`.
-        parameter: what `weight` is copied to, `None` if it is the parameter itself.
+        weight: the tensor that the step updates: the master, or the parameter itself.
+        grad: the gradient, in its own dtype.
+        exp_avg, exp_avg_sq: the moments, in the dtype of `weight`.
+        parameter: the tensor to which `weight` is copied; `None` if it is the parameter itself.
         step: number of the parameter's update, 1 for the first; with `capturable` a float32 scalar on its device.
         can_fuse: whether the parameter's tensors are contiguous and of equal strides, as the fused kernels require.
     """
@@ -31,7 +31,7 @@ class Tile(NamedTuple):
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What must be the same for tiles that go to one kernel."""
+        """Properties that must be equal for tiles of one kernel."""
         return self.weight.device, self.weight.dtype, self.grad.dtype, self.parameter is None, self.can_fuse
 
 
@@ -39,11 +39,11 @@ def split_into_tiles(tensors: list[Tensor], tile_numel: int, is_flat: bool) -> I
     """Cut tensors of one shape alike into views of at most `tile_numel` elements.
 
     Args:
-        is_flat: cut across rows; all tensors are contiguous then. Otherwise whatever their strides are.
+        is_flat: whether to cut across rows; then all tensors must be contiguous. Otherwise strides may be any.
     """
     numel = tensors[0].numel()
     if numel <= tile_numel:
-        if numel:  # a rank may hold nothing of a parameter
+        if numel:  # a rank may hold no part of a parameter
             yield tensors
         return
     if is_flat:
@@ -107,13 +107,13 @@ def _foreach_step(batch: list[Tile], group: Mapping[str, Any], lr: float | Tenso
     private_torch.foreach_lerp_(exp_avgs, grads, 1 - beta1)
     private_torch.foreach_mul_(exp_avg_sqs, beta2)
     private_torch.foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
-    del grads  # what was copied makes room for the denominators
+    del grads  # free the copies before the denominators are made
     denominators = private_torch.foreach_sqrt(exp_avg_sqs)
     corrections: list[Any] = [(1 - beta2**tile.step) ** 0.5 for tile in batch]
     private_torch.foreach_div_(denominators, corrections)
     private_torch.foreach_add_(denominators, group["eps"])
     step_sizes: list[Any] = [_number(-lr / (1 - beta1**tile.step)) for tile in batch]
-    if capturable:  # a kernel takes factors from the CPU only
+    if capturable:  # a kernel accepts factors only from the CPU
         private_torch.foreach_div_(denominators, step_sizes)
         private_torch.foreach_addcdiv_(weights, exp_avgs, denominators)
     else:
@@ -121,12 +121,12 @@ def _foreach_step(batch: list[Tile], group: Mapping[str, Any], lr: float | Tenso
 
 
 def _number(value: float | Tensor) -> float | Tensor:
-    """What can be read without waiting, as a Python number."""
+    """A Python number if the value can be read without waiting; else the tensor."""
     return value if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
 
 
 def _steps_on_device(batch: list[Tile]) -> list[Tensor]:
-    """float32 scalars where the weights are, which the fused kernels ask for."""
+    """Step counts as float32 scalars on the weights' device, as the fused kernels require."""
     device, steps = batch[0].weight.device, [tile.step for tile in batch]
     scalars = {
         step: torch.full((), step, dtype=torch.float32, device=device)
@@ -136,7 +136,7 @@ def _steps_on_device(batch: list[Tile]) -> list[Tensor]:
 
 
 def _grads_like_weights(batch: list[Tile]) -> list[Tensor]:
-    """The gradients of a batch, copied to the dtype of the weights if they have another one."""
+    """The gradients of a batch, converted to the dtype of the weights if it differs."""
     grads = [tile.grad for tile in batch]
     weight = batch[0].weight
     if grads[0].dtype == weight.dtype:
