@@ -146,13 +146,13 @@ def test_bad_input(dataset: Any, collator: Any) -> None:
         ({"max_tokens_per_batch": float("nan")}, r"max_tokens_per_batch \(nan\) must be an integer"),
         ({"max_tokens_per_batch": -5}, r"max_tokens_per_batch \(-5\) must be at least 1"),
         ({"seed": -1}, r"seed \(-1\) must be at least 0"),
-        ({"lengths": np.full((num, 2), np.nan)}, r"lengths \(float64\) must be integers from 1 up"),
-        ({"lengths": np.zeros((num, 2), dtype=int)}, r"lengths \(int64\) must be integers from 1 up"),
+        ({"lengths": np.full((num, 2), np.nan)}, r"lengths \(float64\) must be integers of at least 1"),
+        ({"lengths": np.zeros((num, 2), dtype=int)}, r"lengths \(int64\) must be integers of at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             TokenBudgetBatchSampler(dataset, collator, **{"max_tokens_per_batch": BUDGET, **options})
     weights = {"translation": 1.0}
-    with pytest.raises(ValueError, match="must have a positive weight for the tasks with examples"):
+    with pytest.raises(ValueError, match="must have positive weights for exactly the tasks with examples"):
         TokenBudgetBatchSampler(dataset, collator, BUDGET, mixture=Mixture(task_weights=weights))
 
 
@@ -280,7 +280,7 @@ def test_real_text() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"length_buckets": [16, 20]}, r"length_buckets ends at 20, and a text has \d+ tokens"),
+        ({"length_buckets": [16, 20]}, r"length_buckets ends at 20, but a text has \d+ tokens"),
         ({"length_buckets": [18, 64]}, r"length_buckets \(\[18\]\) must be multiples of pad_to_multiple_of \(4\)"),
         ({"length_buckets": [16, 160]}, r"max_tokens_per_batch \(160\) is less than the tokens of one example, 320"),
         ({"length_buckets": [64, 32]}, r"length_buckets \(\[64, 32\]\) must be in ascending order"),

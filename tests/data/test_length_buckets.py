@@ -38,7 +38,7 @@ def tokens_of(padded: np.ndarray, pairs: Any) -> float:
 def test_lengths_go_up_to_the_next_bucket() -> None:
     lengths = np.array([[1, 16], [17, 32], [33, 64]])
     assert in_buckets(lengths, [16, 32, 64]).tolist() == [[16, 16], [32, 32], [64, 64]]
-    with pytest.raises(ValueError, match="length_buckets ends at 32, and a text has 64 tokens; add a bucket of 64"):
+    with pytest.raises(ValueError, match="length_buckets ends at 32, but a text has 64 tokens; add a bucket of 64"):
         in_buckets(lengths, [16, 32])
 
 
@@ -114,7 +114,7 @@ def test_proposed_buckets_pad_less() -> None:
 @pytest.mark.parametrize(
     ("buckets", "message"),
     [
-        ([], "length_buckets has 0 lengths, it must have 1 to 64"),
+        ([], "length_buckets has 0 lengths, but must have 1 to 64"),
         ([*range(1, 66)], "length_buckets has 65 lengths"),
         ([16, 16], r"length_buckets \(\[16, 16\]\) must be in ascending order"),
         ([32, 16], "must be in ascending order"),
@@ -133,10 +133,10 @@ def test_bad_buckets(buckets: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([1, 2],), r"lengths has the shape \(2,\), it must be \(number of examples, 2\)"),
+        (([1, 2],), r"lengths has the shape \(2,\), but must have \(number of examples, 2\)"),
         ((np.zeros((0, 2), dtype=int),), r"lengths has the shape \(0, 2\)"),
-        (([[0, 1]],), r"lengths \(int64\) must be integers from 1 up"),
-        (([[0.5, 1]],), r"lengths \(float64\) must be integers from 1 up"),
+        (([[0, 1]],), r"lengths \(int64\) must be integers of at least 1"),
+        (([[0.5, 1]],), r"lengths \(float64\) must be integers of at least 1"),
     ],
 )
 def test_lengths_that_are_none(arguments: Any, message: str) -> None:

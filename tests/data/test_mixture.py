@@ -45,9 +45,9 @@ def test_temperature_rises_from_one() -> None:
         ({"task_weights": [0.5, 0.5]}, r"task_weights \(\[0.5, 0.5\]\) must be a dictionary"),
         ({"temperature": -2.0}, r"temperature \(-2.0\) must be positive"),
         ({"temperature_warmup_epochs": -1}, r"temperature_warmup_epochs \(-1\) must not be negative"),
-        ({"task_weights": {"translation": 0.7, "denoising": 0.7}}, r"must not be negative and sum to 1, not 1.4"),
-        ({"task_weights": {"translation": 1.5, "denoising": -0.5}}, r"must not be negative and sum to 1"),
-        ({"task_weights": {}}, r"sum to 1, not 0"),
+        ({"task_weights": {"translation": 0.7, "denoising": 0.7}}, r"must be at least 0 and sum to 1, but sum to 1.4"),
+        ({"task_weights": {"translation": 1.5, "denoising": -0.5}}, r"must be at least 0 and sum to 1"),
+        ({"task_weights": {}}, r"sum to 1, but sum to 0"),
         ({"task_weights": {"translate": 1.0}}, r"unknown tasks \['translate'\]"),
     ],
 )
@@ -58,9 +58,9 @@ def test_bad_options(options: dict, message: str) -> None:
 
 def test_tasks_and_weights_must_fit() -> None:
     for weights in ({"translation": 1.0}, {"translation": 1.0, "denoising": 0.0}):
-        with pytest.raises(ValueError, match=r"for the tasks with examples, \['denoising', 'translation'\]"):
+        with pytest.raises(ValueError, match=r"for exactly the tasks with examples, \['denoising', 'translation'\]"):
             Mixture(task_weights=weights).probabilities(TASKS, SIZES)
-    with pytest.raises(ValueError, match=r"for the tasks with examples, \['translation'\]"):
+    with pytest.raises(ValueError, match=r"for exactly the tasks with examples, \['translation'\]"):
         Mixture(task_weights={"translation": 0.5, "denoising": 0.5}).probabilities(TASKS[:2], SIZES[:2])
     unused = Mixture(task_weights={"translation": 1.0, "denoising": 0.0})
     assert unused.probabilities(TASKS[:2], SIZES[:2]) == pytest.approx([0.9, 0.1])

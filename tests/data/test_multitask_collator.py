@@ -129,7 +129,7 @@ def test_limits_of_tokenizer_and_model(tokenizer: Any) -> None:
     for max_length, multiple, positions in ((33, None, 32), (25, 12, 24)):
         with pytest.raises(ValueError, match=rf"max_length \({max_length}\) is more than the {positions} tokens"):
             DataCollatorForMultitaskSeq2Seq(tokenizer, model, max_length=max_length, pad_to_multiple_of=multiple)
-    with pytest.raises(ValueError, match=r"max_length \(2\) leaves no token beside the 2 special ones"):
+    with pytest.raises(ValueError, match=r"max_length \(2\) leaves no token besides the 2 special ones"):
         DataCollatorForMultitaskSeq2Seq(tokenizer, max_length=2)([PAIR])
 
 
@@ -159,7 +159,7 @@ def test_bad_input(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="row 0 of the batch has 3 directions"):
         collator([{"translation": {"en": "a", "de": "b", "sw": "c"}}])
     plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), pad_token="<pad>")
-    with pytest.raises(ValueError, match="has no src_lang and tgt_lang: it knows no language tags"):
+    with pytest.raises(ValueError, match="has no src_lang and tgt_lang, so it has no language tags"):
         DataCollatorForMultitaskSeq2Seq(plain)
 
 

@@ -156,7 +156,10 @@ def test_languages_are_selected() -> None:
         ({"denoising": datasets.Dataset.from_list(PAIRS)}, "row 0 of the denoising dataset must have the strings"),
         ({"denoising": PAIRS}, "row 0 of the denoising dataset must have the strings text and lang"),
         ({"denoising": {"text": ["a", "b"], "lang": ["de"]}}, r"columns of the lengths {'text': 2, 'lang': 1}"),
-        ({"denoising": (row for row in TEXTS)}, "generator is no map-style dataset; for streams"),
+        (
+            {"denoising": (row for row in TEXTS)},
+            "generator is not a map-style dataset; use MultitaskStream for streams",
+        ),
     ],
 )
 def test_bad_datasets(arguments: dict[str, Any], message: str) -> None:

@@ -205,9 +205,11 @@ def test_length_buckets_of_a_stream_are_its_own(tmp_path: Path) -> None:
     trainer.train()
     same = trainer_of(tmp_path, bucketed, max_steps=3, length_buckets=BUCKETS)
     assert next(iter(same.get_train_dataloader()))["input_ids"].shape[1] in BUCKETS
-    with pytest.raises(ValueError, match=r"length_buckets \(\[16\]\) of the arguments are not those of the Multitask"):
+    with pytest.raises(
+        ValueError, match=r"length_buckets \(\[16\]\) of the arguments differ from those of the Multitask"
+    ):
         trainer_of(tmp_path, bucketed, max_steps=3, length_buckets=[16]).get_train_dataloader()
-    with pytest.raises(ValueError, match=r"are not those of the MultitaskStream \(None\); give them to the stream"):
+    with pytest.raises(ValueError, match=r"differ from those of the MultitaskStream \(None\); give them to the stream"):
         trainer_of(tmp_path, stream(), max_steps=3, length_buckets=BUCKETS).get_train_dataloader()
 
 
@@ -358,7 +360,7 @@ def test_other_datasets_are_as_always(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"sampling_temperature": -1.0}, r"temperature \(-1.0\) must be positive"),
-        ({"task_weights": '{"translation": 0.5}'}, "sum to 1, not 0.5"),
+        ({"task_weights": '{"translation": 0.5}'}, "sum to 1, but sum to 0.5"),
         ({"task_weights": "translation=1"}, r"task_weights \('translation=1'\) must be a JSON dictionary"),
         ({"length_buckets": [32, 16]}, r"length_buckets \(\[32, 16\]\) must be in ascending order"),
         ({"remove_unused_columns": True}, r"remove_unused_columns \(True\) must be False"),

@@ -255,8 +255,8 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: T5ForConditionalGeneration(
             T5Config(vocab_size=120, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
         ),
-        "T5ForConditionalGeneration (t5) does not belong to the models that translate here, ZCodeM3, NLLB-MoE, M2M100 and "
-        "NLLB: its task is given in words before the text; use its own generate",
+        "T5ForConditionalGeneration (t5) does not belong to the models that translate here, ZCodeM3, NLLB-MoE, M2M100 "
+        "and NLLB: its task is given in words before the text; use its own generate",
     ),
     "marian": (
         lambda: MarianMTModel(MarianConfig(vocab_size=120, pad_token_id=1, **SIZES)),

@@ -1,4 +1,4 @@
-"""TokenBudgetBatchSampler: epochs of a multitask mixture, in batches of similar length with a budget of tokens."""
+"""TokenBudgetBatchSampler: epochs of a multitask mixture, in batches of similar length with a token budget."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,45 +16,46 @@ from .number_checks import require_integer
 from .progress import progress_bar
 from .token_budget import batch_ends, batches_by_length, checked_buckets, padded_lengths
 
-_CHUNK = 10_000  # examples that are tokenized at once
+_CHUNK = 10_000  # number of examples that are tokenized at once
 
 
 class TokenBudgetBatchSampler(Sampler[list[Draw]]):
-    """Batches of a [`MultitaskDataset`] with at most `max_tokens_per_batch` tokens, source and target and padding.
+    """Batches of a [`MultitaskDataset`] with at most `max_tokens_per_batch` tokens of source, target and padding.
 
-    An epoch draws `examples_per_epoch` examples, of each component its share by the mixture. A component goes through
-    all its examples in a random order before one comes again, from one epoch to the next, too; with a temperature of 1
-    and no weights every example comes once per epoch. Examples of similar lengths make a batch and batches come in
-    random order.
+    An epoch draws `examples_per_epoch` examples; the mixture gives each component its share. A component goes through
+    all its examples in a random order before it repeats one, also across epochs. With a temperature of 1 and no
+    weights, every example comes once per epoch. A batch has examples of similar lengths, and batches come in random
+    order.
 
-    With `length_buckets` batches have few shapes, the `signatures`: each a fixed number of rows, and lengths that are
-    buckets, which the collator pads to. They are chosen so that padding is least, for all epochs and with the mixture
-    after its warmup. In each run of `data_parallel_size` batches, one per rank, all have the same shape. What is over
-    at the end of an epoch, and few long texts, are in batches of other shapes, where a rank may have a row of padding.
+    With `length_buckets` batches have few shapes, the `signatures`: each has a fixed number of rows, and its lengths
+    are buckets to which the collator pads. They are chosen once, for the least padding with the mixture after its
+    warmup. In each run of `data_parallel_size` batches, one per rank, all have the same shape. Examples that remain at
+    the end of an epoch, and a few long texts, are in batches of other shapes, in which a rank may have a row of
+    padding.
 
-    All of it follows from `seed` and the epoch, so that skipping batches resumes exactly, noise included. Every epoch
-    has as many batches as the first: what later ones have more (with a temperature, as lengths differ) is left out, and
-    what they lack is repeated.
+    Everything follows from `seed` and the epoch, so a run resumes exactly by skipping batches, with the same noise.
+    Every epoch has as many batches as the first: extra batches of later epochs (with a temperature lengths differ) are
+    left out, and missing ones are repeated.
 
-    It is a batch sampler for a `DataLoader`, which Accelerate spreads over data-parallel ranks; ranks of a
+    It is a batch sampler for a `DataLoader`; Accelerate spreads its batches over data-parallel ranks, and ranks of a
     tensor-parallel group get the same batches. If there are fewer batches than ranks, some are repeated.
 
     Args:
-        dataset: what is drawn from.
-        collator: that of the data loader.
-        max_tokens_per_batch: tokens of one batch of one data-parallel rank.
-        mixture: how often components are drawn.
-        examples_per_epoch: by default those of the dataset.
-        seed: of everything random.
-        length_buckets: lengths in tokens, ascending, that sources and targets are padded to; by default to the longest
-            of a batch.
-        max_signatures: shapes that batches have at most with `length_buckets`, but for those that are left over.
-        data_parallel_size: ranks that the batches are spread over, for `length_buckets`.
-        lengths: int[len(dataset), 2], what `token_lengths` counts, which it does if they are not given.
+        dataset: the dataset from which examples are drawn.
+        collator: the collator of the data loader.
+        max_tokens_per_batch: most tokens of one batch of one data-parallel rank.
+        mixture: says how often components are drawn.
+        examples_per_epoch: number of examples; by default that of the dataset.
+        seed: seed of all random choices.
+        length_buckets: lengths in tokens, ascending, to which sources and targets are padded; by default they are
+            padded to the longest of a batch.
+        max_signatures: largest number of batch shapes with `length_buckets`, without those of remaining examples.
+        data_parallel_size: number of ranks over which batches are spread, for `length_buckets`.
+        lengths: int[len(dataset), 2] from `token_lengths`; counted here if not given.
 
     Raises:
-        ValueError: a budget that is less than the longest example, an epoch without examples, lengths that are none, a
-            text beyond the last bucket, or what `Mixture.probabilities` raises.
+        ValueError: the budget is less than the longest example, an epoch has no examples, `lengths` are invalid, a text
+            is longer than the last bucket; see also `Mixture.probabilities`.
     """
 
     def __init__(
@@ -85,9 +86,11 @@ class TokenBudgetBatchSampler(Sampler[list[Draw]]):
         self.length_buckets = checked_buckets(length_buckets, collator)
         self.lengths = token_lengths(dataset, collator) if lengths is None else np.asarray(lengths)
         if self.lengths.shape != (len(dataset), 2):
-            raise ValueError(f"lengths has the shape {self.lengths.shape}, it must be ({len(dataset)}, 2)")
+            raise ValueError(f"lengths has the shape  {self.lengths.shape}, but must have ({len(dataset)}, 2)")
         if self.lengths.dtype.kind not in "iu" or self.lengths.min() < 1:
-            raise ValueError(f"lengths ({self.lengths.dtype}) must be integers from 1 up, tokens of source and target")
+            raise ValueError(
+                f"lengths ({self.lengths.dtype}) must be integers of at least 1, tokens of source and target"
+            )
         self.padded_lengths = padded_lengths(self.lengths, collator, max_tokens_per_batch, self.length_buckets)
         self.signatures = [] if self.length_buckets is None else self._choose_signatures(max_signatures)
         order = np.argsort(dataset.component_numbers, kind="stable")
@@ -98,7 +101,7 @@ class TokenBudgetBatchSampler(Sampler[list[Draw]]):
         return self._num_batches
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Accelerate and the Trainer; the dataset keeps it, as they do not always reach a batch sampler."""
+        """Set the epoch; Accelerate and the Trainer call it. The dataset keeps it: they may not reach a sampler."""
         self.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[list[Draw]]:
@@ -115,7 +118,7 @@ class TokenBudgetBatchSampler(Sampler[list[Draw]]):
         return batch_statistics(of_dataset, self.lengths, self.signatures, self.data_parallel_size)
 
     def component_counts(self, epoch: int) -> np.ndarray:
-        """int64[num_components], examples that an epoch draws of each."""
+        """int64[num_components], number of examples that an epoch draws from each."""
         tasks = [component.task for component in self.dataset.components]
         probabilities = self.mixture.probabilities(tasks, self.dataset.sizes, epoch)
         return apportion(probabilities, self.examples_per_epoch)
@@ -123,7 +126,9 @@ class TokenBudgetBatchSampler(Sampler[list[Draw]]):
     def draws(self, epoch: int) -> np.ndarray:
         """int64[examples_per_epoch, 2], fields of the [`Draw`]s of an epoch, by component."""
         counts = self.component_counts(epoch)
-        num_before = np.zeros_like(counts)  # that earlier epochs drew, as the order of a component goes on from there
+        num_before = np.zeros_like(
+            counts
+        )  # number drawn in earlier epochs; the order of a component continues from there
         for earlier in range(epoch):
             num_before += self.component_counts(earlier)
         drawn = []
@@ -133,7 +138,7 @@ class TokenBudgetBatchSampler(Sampler[list[Draw]]):
         return np.concatenate(drawn)
 
     def _examples_in_turn(self, number: int, start: int, count: int) -> np.ndarray:
-        """int64[count], examples of a component from a place on in its endless order, a shuffle after the other."""
+        """int64[count], examples of a component from a place in its endless order of shuffles."""
         examples = self._examples_of[number]
         first, last = start // len(examples), -(-(start + count) // len(examples))
         shuffled = [
@@ -150,7 +155,7 @@ class TokenBudgetBatchSampler(Sampler[list[Draw]]):
         if self.length_buckets is None:
             return [(draws[batch], None) for batch in batches_by_length(lengths, self.max_tokens_per_batch, random)]
         batches = bucketed_batches(lengths, self.signatures, self.max_tokens_per_batch, self.data_parallel_size, random)
-        draws = np.concatenate([draws, [[PADDING, 0]]])  # the last row, which is that of the place PADDING
+        draws = np.concatenate([draws, [[PADDING, 0]]])  # the last row, which the place PADDING selects
         return [(draws[batch.places], batch.padded_lengths) for batch in batches]
 
     def _choose_signatures(self, max_signatures: int) -> list[BatchSignature]:

@@ -1,4 +1,4 @@
-"""BatchStatistics: the shapes of the batches of an epoch, how often each comes, and how much of them is padding."""
+"""BatchStatistics: the batch shapes of an epoch, how often each comes, and their share of padding."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -16,8 +16,8 @@ class ShapeStatistics:
 
     Attributes:
         signature: the shape.
-        num_batches: of all data-parallel ranks.
-        num_tokens: tokens of source and target that are no padding.
+        num_batches: number of batches of all data-parallel ranks.
+        num_tokens: tokens of source and target without padding.
     """
 
     signature: BatchSignature
@@ -26,7 +26,7 @@ class ShapeStatistics:
 
     @property
     def padding_share(self) -> float:
-        """Share of the tokens of these batches that are padding."""
+        """Share of padding in the tokens of these batches."""
         return 1 - self.num_tokens / (self.num_batches * self.signature.num_tokens)
 
 
@@ -36,8 +36,8 @@ class BatchStatistics:
 
     Attributes:
         signatures: the chosen signatures that occur, those with fewer tokens per row first.
-        leftovers: other shapes; without `length_buckets` all are.
-        num_ranks: data-parallel ranks, which take a batch each in a step (of forward and backward).
+        leftovers: other shapes; without `length_buckets` all shapes.
+        num_ranks: data-parallel ranks; each takes one batch in a step (of forward and backward).
     """
 
     signatures: tuple[ShapeStatistics, ...]
@@ -56,26 +56,26 @@ class BatchStatistics:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of source and target that are no padding."""
+        """Tokens of source and target without padding."""
         return sum(shape.num_tokens for shape in self.signatures + self.leftovers)
 
     @property
     def num_padded_tokens(self) -> int:
-        """Tokens of source and target and padding."""
+        """Tokens of source, target and padding."""
         return sum(shape.num_batches * shape.signature.num_tokens for shape in self.signatures + self.leftovers)
 
     @property
     def padding_share(self) -> float:
-        """Share of the tokens of source and target of all batches that are padding."""
+        """Share of padding in the tokens of all batches."""
         return 1 - self.num_tokens / self.num_padded_tokens
 
     @property
     def leftover_share(self) -> float:
-        """Share of the steps whose shape is no signature."""
+        """Share of steps whose shape is not a signature."""
         return sum(shape.num_batches for shape in self.leftovers) / self.num_batches
 
     def rows(self) -> list[dict[str, int | float | str]]:
-        """A row of a table per signature, and one for all other shapes."""
+        """Rows of a table: one per signature, and one for all other shapes."""
         rows: list[dict[str, int | float | str]] = [
             {**shape.signature._asdict(), **self._counts([shape])} for shape in self.signatures
         ]
@@ -110,7 +110,7 @@ class BatchStatistics:
 def batch_statistics(
     batches: Iterable[Batch], lengths_N2: np.ndarray, signatures: Iterable[BatchSignature], num_ranks: int
 ) -> BatchStatistics:
-    """Statistics of batches of examples with these lengths, which are as long as their longest if they do not say."""
+    """Statistics of batches of examples with these lengths; without padded lengths, of the longest in a batch."""
     num_batches, num_tokens = Counter[BatchSignature](), Counter[BatchSignature]()
     for batch in batches:
         of_batch = lengths_N2[batch.places[batch.places != PADDING]]

@@ -1,4 +1,4 @@
-"""Batches of a few shapes: in a step all data-parallel ranks have one of the same shape, and no example is left out.
+"""Batches of a few shapes: in a step all data-parallel ranks have the same shape, and no example is left out.
 
 Shape letters: N examples, K signatures.
 """
@@ -10,7 +10,7 @@ import numpy as np
 from .length_buckets import BatchSignature
 from .token_budget import batch_ends
 
-PADDING = -1  # in the place of an example: a row of padding only
+PADDING = -1  # instead of an example: a row of padding only
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Batch:
     """A batch of one data-parallel rank.
 
     Attributes:
-        places: int64[num_rows], which examples; -1 for a row of padding.
-        padded_lengths: tokens that source and target are padded to; `None` for those of the longest.
+        places: int64[num_rows], the examples; -1 for a row of padding.
+        padded_lengths: tokens to which source and target are padded; `None` for those of the longest.
     """
 
     places: np.ndarray
@@ -33,18 +33,18 @@ def bucketed_batches(
     num_ranks: int,
     random: np.random.Generator,
 ) -> list[Batch]:
-    """Runs of `num_ranks` batches of the same shape, in random order, so that every rank takes one of each run.
+    """Runs of `num_ranks` batches of the same shape, in random order; every rank takes one batch of each run.
 
-    Each example is in the signature with the fewest tokens a row that it fits. What does not fill a batch for each rank
-    goes on to the next signature that all of it fits. What is over at the end comes in batches of other shapes, which
-    are still the same for all ranks; ranks with an example less have a row of padding there.
+    Each example goes to the signature with the fewest tokens per row that it fits. Examples that do not fill a batch
+    for each rank go to the next signature that all of them fit. Examples that remain at the end come in batches of
+    other shapes, which are still the same for all ranks; ranks with one example less have a row of padding.
 
     Args:
-        padded_N2: lengths of source and target of each example, each up to its bucket.
-        signatures: as `choose_signatures` sorts them.
-        max_tokens: of a batch.
-        num_ranks: data-parallel ranks.
-        random: which examples are together, and the order of the runs.
+        padded_N2: lengths of source and target of each example, rounded up to buckets.
+        signatures: signatures in the order of `choose_signatures`.
+        max_tokens: most tokens of a batch.
+        num_ranks: number of data-parallel ranks.
+        random: generator for the grouping of examples and the order of runs.
     """
     homes_N = signature_numbers(padded_N2, signatures)
     shuffled = random.permutation(len(padded_N2))
@@ -58,13 +58,13 @@ def bucketed_batches(
         for places in filled.reshape(num_runs, num_ranks, num_rows):
             runs.append([Batch(of_rank, (source, target)) for of_rank in places])
         larger = number + 1 + signature_numbers(lengths_K2[number : number + 1], signatures[number + 1 :])[0]
-        waiting[larger] = np.concatenate([rest, waiting[larger]])  # first, so that they do not move on again
+        waiting[larger] = np.concatenate([rest, waiting[larger]])  # first, so that they do not move again
     runs += _leftover_runs(waiting[-1], padded_N2[waiting[-1]], max_tokens, num_ranks)
     return [batch for number in random.permutation(len(runs)) for batch in runs[number]]
 
 
 def signature_numbers(lengths_N2: np.ndarray, signatures: list[BatchSignature]) -> np.ndarray:
-    """int64[N], the first signature that each example fits, `len(signatures)` for none."""
+    """int64[N], the first signature that each example fits; `len(signatures)` for none."""
     numbers_N = np.full(len(lengths_N2), len(signatures))
     for number, (_, source, target) in reversed([*enumerate(signatures)]):
         numbers_N[(lengths_N2[:, 0] <= source) & (lengths_N2[:, 1] <= target)] = number
@@ -72,7 +72,7 @@ def signature_numbers(lengths_N2: np.ndarray, signatures: list[BatchSignature]) 
 
 
 def _leftover_runs(places_N: np.ndarray, padded_N2: np.ndarray, max_tokens: int, num_ranks: int) -> list[list[Batch]]:
-    """Runs of as many rows as fit, from examples (in random order) by length."""
+    """Runs with as many rows as fit, from examples (in random order) sorted by length."""
     order = np.argsort(padded_N2.max(axis=1), kind="stable")
     runs = []
     start = 0

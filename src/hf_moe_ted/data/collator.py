@@ -12,7 +12,7 @@ from .multitask_rows import DENOISING, PADDING, TRANSLATION, Example, examples_o
 
 
 class _Affixes(NamedTuple):
-    """What a tokenizer puts around the ids of a text."""
+    """The ids that a tokenizer puts around the ids of a text."""
 
     prefix: list[int]
     suffix: list[int]
@@ -24,25 +24,25 @@ class _Affixes(NamedTuple):
 
 @dataclass
 class DataCollatorForMultitaskSeq2Seq:
-    """Encodes, noises and pads the examples of a [`MultitaskDataset`], or rows of the form that it takes.
+    """Encodes, noises and pads the examples of a [`MultitaskDataset`], or rows in a form that the dataset takes.
 
-    Source and target get the tags of their languages where the tokenizer puts them (`src_lang`, `tgt_lang`); codes are
-    in any form that means one of its languages (`zh-CN` for `zh`). The source
-    of denoising is the text with noise, cut to as many tokens as without, and the target is the text. Texts
-    of more than `max_length` tokens are truncated, tags and the end of the sequence stay.
+    The tokenizer adds the tags of source and target languages (`src_lang`, `tgt_lang`); codes may have any form that
+    means one of its languages (`zh-CN` for `zh`). For denoising, the source is the text with noise, cut to the number
+    of tokens without noise, and the target is the text. Texts of more than `max_length` tokens are truncated; tags and
+    the end of the sequence stay.
 
     Args:
         tokenizer: a tokenizer with `src_lang` and `tgt_lang`, such as [`ZCodeM3Tokenizer`] or `NllbTokenizer`; with a
             mask token for denoising.
-        model: for `decoder_input_ids`, which it makes of the labels.
-        noise: of denoising.
-        max_length: most tokens of a source or a target, tags included; by default what tokenizer and model allow.
-        pad_to_multiple_of: of the padded lengths.
-        label_pad_token_id: padding of labels, which has no loss.
+        model: makes `decoder_input_ids` from the labels.
+        noise: noise for denoising.
+        max_length: most tokens of a source or a target, tags included; by default the limit of tokenizer and model.
+        pad_to_multiple_of: padded lengths are multiples of it.
+        label_pad_token_id: padding of labels, which gives no loss.
 
     Raises:
-        ValueError: a tokenizer without languages, an unknown language, a `max_length` beyond the positions of the model
-            or too short for a text, a row of another form.
+        ValueError: the tokenizer has no languages, a language is unknown, `max_length` exceeds the model's positions or
+            is too short for a text, or a row has another form.
 
     Example:
 
@@ -61,10 +61,13 @@ class DataCollatorForMultitaskSeq2Seq:
 
     def __post_init__(self) -> None:
         if not (hasattr(self.tokenizer, "src_lang") and hasattr(self.tokenizer, "tgt_lang")):
-            raise ValueError(f"{type(self.tokenizer).__name__} has no src_lang and tgt_lang: it knows no language tags")
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} has no src_lang and tgt_lang, so it has no language tags; use a "
+                "tokenizer for translation"
+            )
         self.max_length = self._checked_max_length()
         self._affixes: dict[tuple[str, bool], _Affixes] = {}
-        language_ids(self.tokenizer)  # raises what is wrong with it
+        language_ids(self.tokenizer)  # raises if it is invalid
         self._padding = DataCollatorForSeq2Seq(
             self.tokenizer,
             model=self.model,
@@ -73,21 +76,21 @@ class DataCollatorForMultitaskSeq2Seq:
         )
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> BatchEncoding:
-        """A batch of examples, or of what `encode` has made of them."""
+        """Make a batch of examples, or of the output of `encode`."""
         is_encoded = bool(features) and "input_ids" in features[0]
         encoded = [dict(feature) for feature in features] if is_encoded else self.encode(features)
         batch = self._padding([self._padded(example) for example in encoded])
         is_padding = [not example["labels"] for example in encoded]
         if any(is_padding) and "decoder_input_ids" in batch:
-            # else the token that decoding starts from would be a token of the batch, also to the routers
+            # else the start token of decoding would count as a token, also for the routers
             batch["decoder_input_ids"][is_padding] = self.tokenizer.pad_token_id
         return batch
 
     def encode(self, features: Sequence[Mapping[str, Any]]) -> list[dict[str, list[int]]]:
-        """`input_ids`, `attention_mask` and `labels` of each example, lists of its own length.
+        """`input_ids`, `attention_mask` and `labels` of each example, as lists without padding.
 
-        Noise has the `noise_seed` of the example, or its place in the batch. Examples that a sampler with
-        `length_buckets` draws have `padded_lengths`, too; rows of padding (`PADDING_ROW`) have no tokens.
+        The seed of noise is the example's `noise_seed`, or else its place in the batch. Examples from a sampler with
+        `length_buckets` also have `padded_lengths`; rows of padding (`PADDING_ROW`) have no tokens.
         """
         examples = [self._example(feature, place) for place, feature in enumerate(features)]
         sources = [
@@ -100,7 +103,7 @@ class DataCollatorForMultitaskSeq2Seq:
         encoded: list[dict[str, list[int]]] = []
         for example, source, target in zip(examples, ids[: len(examples)], ids[len(examples) :], strict=True):
             if example["task"] == DENOISING:
-                # masks part what would be one token, so that the text might get longer than the batch has room for
+                # masks split tokens, so the text could become longer than the batch allows
                 source = source[: len(target)]
             is_padding = example["task"] == PADDING
             input_ids = [] if is_padding else self._tagged(source, example["src_lang"], is_target=False)
@@ -111,7 +114,7 @@ class DataCollatorForMultitaskSeq2Seq:
         return encoded
 
     def lengths(self, examples: Sequence[Example]) -> list[tuple[int, int]]:
-        """Tokens of source and target of each example without noise, as they are truncated."""
+        """Tokens of source and target of each example, without noise and after truncation."""
         texts = [example["source"] for example in examples] + [example["target"] for example in examples]
         unique = list(dict.fromkeys(texts))
         num_ids = dict(zip(unique, map(len, self._ids(unique)), strict=True))
@@ -130,11 +133,11 @@ class DataCollatorForMultitaskSeq2Seq:
 
     @property
     def max_positions(self) -> int | None:
-        """Tokens that the model has positions for, `None` where that is not known."""
+        """Number of the model's positions; `None` if unknown."""
         return getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
 
     def _padded(self, example: Mapping[str, list[int]]) -> dict[str, list[int]]:
-        """What the model gets of an example, in the lengths that were drawn with it."""
+        """Model inputs of an example, padded to the lengths that were drawn with it."""
         columns = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "labels": self.label_pad_token_id}
         if "padded_lengths" not in example:
             return {name: example[name] for name in columns}
@@ -155,14 +158,14 @@ class DataCollatorForMultitaskSeq2Seq:
         max_positions = self.max_positions
         multiple = self.pad_to_multiple_of or 1
         if max_positions is not None:
-            max_positions -= max_positions % multiple  # padding stands in positions, too
+            max_positions -= max_positions % multiple  # padding takes positions, too
         if self.max_length is None:
             limits = [self.tokenizer.model_max_length, *([max_positions] if max_positions else [])]
-            return min(limits) if min(limits) < 1e9 else None  # a tokenizer's "no limit" is 1e30
+            return min(limits) if min(limits) < 1e9 else None  # a tokenizer without limit says 1e30
         if max_positions is not None and self.max_length > max_positions:
             raise ValueError(
-                f"max_length ({self.max_length}) is more than the {max_positions} tokens that the model has positions "
-                f"for (max_position_embeddings, rounded down to a multiple of pad_to_multiple_of, {multiple})"
+                f"max_length ({self.max_length}) must be at most {max_positions}, the model's positions "
+                f"(max_position_embeddings, rounded down to a multiple of pad_to_multiple_of, {multiple})"
             )
         return self.max_length
 
@@ -173,14 +176,15 @@ class DataCollatorForMultitaskSeq2Seq:
         examples = examples_of_row(feature, task, both_directions=False, where=f"row {place} of the batch")
         if len(examples) != 1:
             raise ValueError(
-                f"row {place} of the batch has {len(examples)} directions; a MultitaskDataset makes an example of each"
+                f"row {place} of the batch has {len(examples)} directions, but must have one; a MultitaskDataset "
+                "makes an example per direction"
             )
         return examples[0]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        # by `encode_in` without a language, too: transformers' tokenizers put their tag back in each call
+        # `encode_in` without a language does not help: transformers' tokenizers restore their tag in each call
         options: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         return encode_in(self.tokenizer, texts, **options)["input_ids"]
 
@@ -204,14 +208,15 @@ class DataCollatorForMultitaskSeq2Seq:
             affixes = _find_affixes(self.tokenizer, lang, is_target)
             if self.max_length is not None and self.max_length <= affixes.num_tokens:
                 raise ValueError(
-                    f"max_length ({self.max_length}) leaves no token beside the {affixes.num_tokens} special ones"
+                    f"max_length ({self.max_length}) leaves no token besides the {affixes.num_tokens} special ones; "
+                    "raise it"
                 )
             self._affixes[key] = affixes
         return self._affixes[key]
 
 
 def _find_affixes(tokenizer: Any, lang: str, is_target: bool) -> _Affixes:
-    """What the tokenizer puts around a source in a language, or around a target."""
+    """Find the ids that the tokenizer puts around a source or a target in a language."""
     probe = "a"
     lang = resolve_language(lang, language_ids(tokenizer), owner="this tokenizer")
     bare = list(encode_in(tokenizer, probe, add_special_tokens=False)["input_ids"])

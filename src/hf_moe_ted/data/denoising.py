@@ -1,7 +1,7 @@
-"""Noise of denoising auto-encoding: a text -> what the model reads to write the text.
+"""Noise for denoising auto-encoding: a text -> the noised source from which the model writes the text.
 
-All noise is on words and sentences of the text, so that it does not depend on a tokenizer. In writing systems without
-spaces every character is a word.
+Noise changes words and sentences of the text, so it does not depend on a tokenizer. In writing systems without spaces
+every character is a word.
 """
 
 import math
@@ -14,14 +14,14 @@ import numpy as np
 
 from .number_checks import require_integer, require_number
 
-_LARGEST_MEAN = 1e9  # of a span; numpy takes none that is much larger
+_LARGEST_MEAN = 1e9  # largest mean of a span; numpy accepts no much larger one
 
 # Thai, Lao, Myanmar, Khmer; kana and Han characters with their extensions; no Hangul, which has spaces
 _UNSPACED = (
     r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
     r"\uf900-\ufaff\U00020000-\U0003ffff"
 )
-# vowel signs and tone marks, which stay with the character before them
+# vowel signs and tone marks, which stay with the preceding character
 _MARKS = (
     r"\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece\u102b-\u103e\u1056-\u1059\u17b4-\u17d3"
     r"\u3099\u309a"
@@ -32,21 +32,21 @@ _SENTENCE_END = re.compile(r"(?<=[.!?\u2026\u061f\u06d4\u0964\u1362])\s+|(?<=[\u
 
 @dataclass(frozen=True)
 class DenoisingNoise:
-    """What is done to a text, in this order: sentences change places, words are left out, spans of words are masked.
+    """Noise in this order: sentences change places, words are left out, spans of words are masked.
 
     The defaults of `mask_ratio` and `poisson_lambda` are those of mBART (https://huggingface.co/papers/2001.08210,
     section 2.2).
 
     Args:
-        mask_ratio: share of the words that is masked; each span of them becomes one mask token.
-        poisson_lambda: mean length of a span, in words. A span of length 0 is a mask token between two words; of these
-            there are at most as many as masked words, which a mean of less than 1 would exceed.
-        sentence_distance: places that a sentence may move, 0 for none, as words do in
+        mask_ratio: share of the words that are masked; each span becomes one mask token.
+        poisson_lambda: mean length of a span, in words. A span of length 0 is a mask token between two words; their
+            number is limited to that of masked words, which a mean below 1 would exceed.
+        sentence_distance: most places that a sentence moves, 0 for none, as for words in
             https://huggingface.co/papers/1711.00043, section 2.3.
         word_dropout: probability that a word is left out.
 
     Raises:
-        ValueError: something that is no number, or a number out of its range.
+        ValueError: a value is not a number or is out of its range.
 
     Example:
 
@@ -71,7 +71,7 @@ class DenoisingNoise:
             raise ValueError(f"sentence_distance ({self.sentence_distance}) must be 0 or more places")
 
     def __call__(self, text: str, *, seed: int, mask_token: str) -> str:
-        """The text with noise; equal seeds make equal noise. Never empty unless `text` is."""
+        """The text with noise; equal seeds give equal noise. It is empty only if `text` is."""
         random = np.random.default_rng(seed)
         if self.sentence_distance:
             text = shuffle_sentences(text, self.sentence_distance, random)
@@ -82,7 +82,7 @@ class DenoisingNoise:
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text, each with the white space before it, so that they join to the text (without its end)."""
+    """The words of a text, each with the white space before it; joined they give the text without its last spaces."""
     return _WORD.findall(text)
 
 
@@ -92,18 +92,18 @@ def split_sentences(text: str) -> list[str]:
 
 
 def shuffle_sentences(text: str, distance: int, random: np.random.Generator) -> str:
-    """A text whose sentences have moved by up to `distance` places, in writing with spaces joined by one."""
+    """Move sentences by up to `distance` places; scripts with spaces get one space between sentences."""
     sentences = split_sentences(text)
     if len(sentences) < 2:
         return text
-    # the sum of two neighbours' order and noise can swap them only if they are `distance` or less apart
+    # order plus noise can swap two sentences only if they are at most `distance` apart
     order = np.argsort(np.arange(len(sentences)) + random.uniform(0, distance + 1, len(sentences)), kind="stable")
     separator = " " if re.search(r"\s", text.strip()) else ""
     return separator.join(sentences[index].strip() for index in order)
 
 
 def drop_words(words: Sequence[str], probability: float, random: np.random.Generator) -> list[str]:
-    """The words without some; one stays if all would go."""
+    """Drop words at random; one stays if all would be dropped."""
     is_kept = random.random(len(words)) >= probability
     if len(words) and not is_kept.any():
         is_kept[random.integers(len(words))] = True
@@ -113,7 +113,7 @@ def drop_words(words: Sequence[str], probability: float, random: np.random.Gener
 def mask_spans(
     words: Sequence[str], ratio: float, poisson_lambda: float, mask_token: str, random: np.random.Generator
 ) -> list[str]:
-    """Words with spans of them replaced by one mask token each (text infilling of BART, paper 1910.13461, section 2.2).
+    """Replace spans of words by one mask token each (text infilling of BART, paper 1910.13461, section 2.2).
 
     `len(words) * ratio` words are masked, rounded up or down at random so that short texts are masked, too.
     """
@@ -128,9 +128,9 @@ def mask_spans(
         spans.append(min(length, num_left))
         num_left -= spans[-1]
     num_kept = len(words) - num_masked
-    # spans and kept words in random order, which is a uniform choice among all places that the spans may have
+    # spans and kept words in random order: a uniform choice among all placements of the spans
     is_span = random.permutation(np.arange(num_kept + len(spans)) < len(spans))
-    lengths = iter(random.permutation(spans).astype(int).tolist())  # the last one may be cut
+    lengths = iter(random.permutation(spans).astype(int).tolist())  # the last span may be cut
     sizes = [next(lengths) if span else 1 for span in is_span]
     noised = []
     for span, end, size in zip(is_span, accumulate(sizes), sizes, strict=True):

@@ -1,6 +1,6 @@
-"""Few shapes for many lengths: buckets of source and target lengths, and the pairs of them that batches have.
+"""Few shapes for many lengths: buckets of source and target lengths, and the pairs of buckets for batches.
 
-Shape letters: N examples, C pairs of buckets that examples have ("cells"), K pairs that batches have.
+Shape letters: N examples, C pairs of buckets in which examples are ("cells"), K pairs of batches.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ class BatchSignature(NamedTuple):
     """The shape of a batch of one data-parallel rank.
 
     Attributes:
-        num_rows: examples, and rows of padding.
+        num_rows: number of examples and rows of padding.
         source_length: padded tokens of each source.
         target_length: padded tokens of each target.
     """
@@ -30,36 +30,36 @@ class BatchSignature(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of source and target and padding."""
+        """Tokens of source, target and padding."""
         return self.num_rows * (self.source_length + self.target_length)
 
 
 def check_length_buckets(buckets: Iterable[Any]) -> list[int]:
-    """The buckets as a list of ints.
+    """Check the buckets, and return them as a list of ints.
 
     Raises:
-        ValueError: no bucket, more than 64, one that is no positive integer, or not in ascending order.
+        ValueError: there are no buckets or more than 64, one is not a positive integer, or they do not ascend.
     """
     if isinstance(buckets, str) or not isinstance(buckets, Iterable):
         raise ValueError(f"length_buckets ({buckets!r}) must be a list of lengths in tokens, such as [16, 32, 64]")
     checked = [require_integer("a length of length_buckets", bucket, 1) for bucket in buckets]
     if not 0 < len(checked) <= _MAX_BUCKETS:
-        raise ValueError(f"length_buckets has {len(checked)} lengths, it must have 1 to {_MAX_BUCKETS}")
+        raise ValueError(f"length_buckets has {len(checked)} lengths, but must have 1 to {_MAX_BUCKETS}")
     if checked != sorted({*checked}):
         raise ValueError(f"length_buckets ({checked}) must be in ascending order, each length once")
     return checked
 
 
 def in_buckets(lengths_N2: np.ndarray, buckets: list[int]) -> np.ndarray:
-    """int64[N, 2], lengths of source and target, each up to the next bucket.
+    """int64[N, 2], lengths of source and target, rounded up to buckets.
 
     Raises:
-        ValueError: a length beyond the last bucket.
+        ValueError: a length is greater than the last bucket.
     """
     longest = int(lengths_N2.max(initial=0))
     if longest > buckets[-1]:
         raise ValueError(
-            f"length_buckets ends at {buckets[-1]}, and a text has {longest} tokens; add a bucket of {longest} or "
+            f"length_buckets ends at {buckets[-1]}, but a text has {longest} tokens; add a bucket of {longest} or "
             "more, or let the collator truncate texts to the last bucket (max_length)"
         )
     return np.array(buckets)[np.searchsorted(buckets, lengths_N2)]
@@ -73,19 +73,19 @@ def choose_signatures(
     max_signatures: int = MAX_SIGNATURES,
     num_ranks: int = 1,
 ) -> list[BatchSignature]:
-    """The shapes of batches for which padding is least, those of fewer tokens a row first.
+    """Choose batch shapes for the least padding; those with fewer tokens per row come first.
 
-    A batch of a signature takes examples of its lengths and shorter ones. One signature after another is added, the one
-    that saves most tokens, and then each is exchanged for as long as that saves some. A signature that saves less than
-    a batch of each rank is not worth it, and examples that are longer than all signatures, which are few then, come in
-    batches of other shapes. It follows from the arguments alone, so that all ranks choose alike.
+    A batch of a signature takes examples of its lengths and shorter ones. Signatures are added one by one, each time
+    the one that saves most tokens. Then each is exchanged for a better one as long as that saves tokens. A signature
+    that would save less than a batch of each rank is not added; the few examples that are longer than all signatures
+    come in batches of other shapes. The result follows from the arguments alone, so all ranks choose the same.
 
     Args:
-        padded_N2: lengths of source and target as `in_buckets` gives them.
-        max_tokens: of a batch.
-        weights_N: how often each example comes, once by default.
-        max_signatures: at most so many.
-        num_ranks: data-parallel ranks, which have a batch of the same signature in a step.
+        padded_N2: lengths of source and target from `in_buckets`.
+        max_tokens: most tokens of a batch.
+        weights_N: how often each example comes; by default once.
+        max_signatures: largest number of signatures.
+        num_ranks: data-parallel ranks; in a step all have a batch of the same signature.
     """
     pairs_C2, counts_C = count_pairs(padded_N2, weights_N)
     chosen = _choose_pairs(pairs_C2, counts_C, max_signatures, min_gain=float(num_ranks * max_tokens))
@@ -96,9 +96,9 @@ def choose_signatures(
 
 
 def _choose_pairs(pairs_C2: np.ndarray, counts_C: np.ndarray, max_pairs: int, min_gain: float) -> list[int]:
-    """Numbers of the pairs to keep: facilities that are opened one by one, and then exchanged."""
+    """Indices of the pairs to keep (facility location: open one by one, then exchange)."""
     tokens_C = pairs_C2.sum(axis=1)
-    covers_CC = (pairs_C2[None] >= pairs_C2[:, None]).all(axis=2)  # [example, pair that it may be padded to]
+    covers_CC = (pairs_C2[None] >= pairs_C2[:, None]).all(axis=2)  # [example, pair to which it may be padded]
     cost_CC = np.where(covers_CC, tokens_C[None], np.inf) * counts_C[:, None]
     eager_C = _EAGER_COST * tokens_C * counts_C
     chosen: list[int] = []
@@ -113,7 +113,7 @@ def _choose_pairs(pairs_C2: np.ndarray, counts_C: np.ndarray, max_pairs: int, mi
 
 
 def _exchange(chosen: list[int], cost_CC: np.ndarray, eager_C: np.ndarray) -> list[int]:
-    """Exchange pairs in turn for better ones, until a turn saves less than a part in 1,000."""
+    """Exchange pairs in turn for better ones, until a round saves less than one part in 1,000."""
     total = np.inf
     while True:
         before = total
@@ -126,25 +126,25 @@ def _exchange(chosen: list[int], cost_CC: np.ndarray, eager_C: np.ndarray) -> li
 
 
 def _best_addition(cost_C: np.ndarray, cost_CC: np.ndarray) -> tuple[int, float]:
-    """The pair to add to others, under which each example costs `cost_C`, and what all cost then."""
+    """The best pair to add, if each example now costs `cost_C`, and the total cost with it."""
     totals_C = np.minimum(cost_C[:, None], cost_CC).sum(axis=0)
     best = int(totals_C.argmin())
     return best, float(totals_C[best])
 
 
 def propose_length_buckets(lengths: Any, *, max_signatures: int = MAX_SIGNATURES, multiple_of: int = 2) -> list[int]:
-    """Buckets for `length_buckets` that leave little padding in batches of `max_signatures` shapes.
+    """Propose `length_buckets` that leave little padding in batches of `max_signatures` shapes.
 
-    They are the lengths of source and target of the shapes that are best when a length may be any multiple, up to 1/16
-    longer for long texts. More signatures leave less padding, and so does a smaller multiple.
+    They are the lengths in the best shapes if a length may be any multiple, with up to 1/16 extra for long texts. More
+    signatures and a smaller multiple leave less padding.
 
     Args:
-        lengths: int[num_examples, 2], tokens of source and target, as [`token_lengths`] counts them.
-        max_signatures: shapes that batches may have.
-        multiple_of: which all buckets are.
+        lengths: int[num_examples, 2], tokens of source and target, from [`token_lengths`].
+        max_signatures: number of batch shapes.
+        multiple_of: all buckets are multiples of it.
 
     Raises:
-        ValueError: lengths that are none, or a number that is not positive.
+        ValueError: `lengths` are invalid, or a number is not positive.
     """
     lengths_N2 = check_lengths(lengths)
     require_integer("max_signatures", max_signatures, 1)
@@ -157,11 +157,13 @@ def propose_length_buckets(lengths: Any, *, max_signatures: int = MAX_SIGNATURES
         grid.append(min(grid[-1] + step, last))
     pairs_C2, counts_C = count_pairs(in_buckets(lengths_N2, grid))
     chosen = _choose_pairs(pairs_C2, counts_C, max_signatures, min_gain=0.0)
-    return sorted({*pairs_C2[chosen].ravel().tolist(), last})  # the last for texts that are longer than all of them
+    return sorted(
+        {*pairs_C2[chosen].ravel().tolist(), last}
+    )  # the last bucket is for texts that are longer than all others
 
 
 def count_pairs(padded_N2: np.ndarray, weights_N: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The different pairs of lengths int64[C, 2], and how often each comes, float64[C]."""
+    """The distinct pairs of lengths int64[C, 2], and how often each occurs, float64[C]."""
     numbers_N = padded_N2[:, 0].astype(np.int64) * (int(padded_N2.max(initial=0)) + 1) + padded_N2[:, 1]
     numbers_C, inverse_N = np.unique(numbers_N, return_inverse=True)
     counts_C = np.bincount(inverse_N, weights=weights_N, minlength=len(numbers_C)).astype(np.float64)
@@ -169,16 +171,16 @@ def count_pairs(padded_N2: np.ndarray, weights_N: np.ndarray | None = None) -> t
 
 
 def check_lengths(lengths: Any) -> np.ndarray:
-    """Lengths int[N, 2] of source and target.
+    """Check lengths int[N, 2] of source and target.
 
     Raises:
-        ValueError: something else.
+        ValueError: they have another form.
     """
     lengths_N2 = np.asarray(lengths)
     if lengths_N2.ndim != 2 or lengths_N2.shape[1] != 2 or not len(lengths_N2):
-        raise ValueError(f"lengths has the shape {lengths_N2.shape}, it must be (number of examples, 2)")
+        raise ValueError(f"lengths has the shape {lengths_N2.shape}, but must have (number of examples, 2)")
     if lengths_N2.dtype.kind not in "iu" or lengths_N2.min() < 1:
-        raise ValueError(f"lengths ({lengths_N2.dtype}) must be integers from 1 up, tokens of source and target")
+        raise ValueError(f"lengths ({lengths_N2.dtype}) must be integers of at least 1, tokens of source and target")
     return lengths_N2
 
 

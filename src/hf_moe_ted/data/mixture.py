@@ -15,18 +15,18 @@ from .number_checks import require_number
 class Mixture:
     """Temperature sampling over languages and tasks.
 
-    A component of `n` examples is drawn with a probability in proportion to `n ** (1 / T)` among those of its task, and
-    a task with its weight; without weights all components stand against each other, whatever their task. A temperature
-    of 1 draws by size, a higher one draws small components more often (https://huggingface.co/papers/1907.05019,
-    section 4.1). With `temperature_warmup_epochs` it rises linearly from 1 in the first epoch.
+    A task is drawn by its weight, and a component of `n` examples in proportion to `n ** (1 / T)` among those of its
+    task. Without weights all components compete, whatever their task. A temperature of 1 draws by size; a higher one
+    draws small components more often (https://huggingface.co/papers/1907.05019, section 4.1). With
+    `temperature_warmup_epochs` it rises linearly from 1 in the first epoch.
 
     Args:
-        temperature: `T`, after its warmup; without one it may be infinite, which draws all components as often.
+        temperature: `T` after its warmup. Without warmup it may be infinite, which draws all components equally often.
         temperature_warmup_epochs: epochs until the temperature is reached, 0 for at once.
-        task_weights: share of the examples by task, summing to 1.
+        task_weights: share of the examples by task; shares sum to 1.
 
     Raises:
-        ValueError: a number out of its range, an unknown task, or weights that do not sum to 1.
+        ValueError: a number is out of its range, a task is unknown, or weights do not sum to 1.
     """
 
     temperature: float = 1.0
@@ -38,7 +38,7 @@ class Mixture:
             raise ValueError(f"temperature ({self.temperature}) must be positive")
         warmup = require_number("temperature_warmup_epochs", self.temperature_warmup_epochs)
         if not 0 <= warmup < math.inf:
-            raise ValueError(f"temperature_warmup_epochs ({warmup:g}) must not be negative or infinite")
+            raise ValueError(f"temperature_warmup_epochs ({warmup:g}) must be at least 0 and finite")
         if warmup and self.temperature == math.inf:
             raise ValueError(f"temperature ({self.temperature}) must be finite to rise in {warmup:g} epochs")
         if self.task_weights is None:
@@ -47,27 +47,29 @@ class Mixture:
             raise ValueError(f"task_weights ({self.task_weights!r}) must be a dictionary of the share of each task")
         weights = {task: require_number(f"task_weights of {task}", w) for task, w in self.task_weights.items()}
         if unknown := {*weights} - {*TASKS}:
-            raise ValueError(f"task_weights ({weights}) has the unknown tasks {sorted(unknown)}; there are {TASKS}")
+            raise ValueError(f"task_weights ({weights}) has the unknown tasks {sorted(unknown)}; tasks are {TASKS}")
         if min(weights.values(), default=0.0) < 0 or not math.isclose(sum(weights.values()), 1.0, abs_tol=1e-6):
-            raise ValueError(f"task_weights ({weights}) must not be negative and sum to 1, not {sum(weights.values())}")
+            raise ValueError(
+                f"task_weights ({weights}) must be at least 0 and sum to 1, but sum to {sum(weights.values())}"
+            )
 
     def temperature_of(self, epoch: float) -> float:
-        """The temperature in an epoch, the first being 0."""
+        """The temperature in an epoch; the first epoch is 0."""
         if epoch >= self.temperature_warmup_epochs:
             return self.temperature
         return 1.0 + (self.temperature - 1.0) * epoch / self.temperature_warmup_epochs
 
     def probabilities(self, tasks: Sequence[str], sizes: Any, epoch: float = 0.0) -> np.ndarray:
-        """float64[num_components], summing to 1.
+        """Probabilities float64[num_components] that sum to 1.
 
         Args:
-            tasks: of each component.
-            sizes: int[num_components], examples of each component, from 1 up.
+            tasks: task of each component.
+            sizes: int[num_components], number of examples of each component, at least 1.
             epoch: see `temperature_of`.
 
         Raises:
-            ValueError: another number of sizes than of tasks, a size that is not positive, a weight for a task without
-                examples, or a task without a weight.
+            ValueError: the numbers of sizes and tasks differ, a size is not positive, a task without examples has a
+                weight, or a task with examples has none.
         """
         log_sizes = _log_sizes(sizes, len(tasks))
         temperature = self.temperature_of(epoch)
@@ -75,8 +77,8 @@ class Mixture:
             return _powers(log_sizes, temperature)
         if {task for task, weight in self.task_weights.items() if weight > 0} != {*tasks}:
             raise ValueError(
-                f"task_weights ({dict(self.task_weights)}) must have a positive weight for the tasks with examples, "
-                f"{sorted({*tasks})}, and for no other"
+                f"task_weights ({dict(self.task_weights)}) must have positive weights for exactly the tasks with "
+                f"examples, {sorted({*tasks})}"
             )
         task_of_component = np.array(tasks)
         probabilities = np.zeros_like(log_sizes)
@@ -89,21 +91,21 @@ class Mixture:
 def _log_sizes(sizes: Any, num_components: int) -> np.ndarray:
     numbers = np.asarray(sizes, dtype=np.float64)
     if numbers.shape != (num_components,) or not num_components:
-        raise ValueError(f"sizes has the shape {numbers.shape}, there must be one for each of {num_components} tasks")
+        raise ValueError(f"sizes has the shape {numbers.shape}, but must have one for each of {num_components} tasks")
     if not (np.isfinite(numbers) & (numbers > 0)).all():
         raise ValueError(f"sizes ({numbers.tolist()}) must be positive")
     return np.log(numbers)
 
 
 def _powers(log_sizes: np.ndarray, temperature: float) -> np.ndarray:
-    """`sizes ** (1 / temperature)` over their sum, whatever the temperature: the largest one stands for 1."""
-    with np.errstate(over="ignore"):  # a very low temperature leaves nothing but the largest
+    """`sizes ** (1 / temperature)` divided by their sum, for any temperature; sizes are relative to the largest."""
+    with np.errstate(over="ignore"):  # a very low temperature leaves only the largest
         scores = np.exp((log_sizes - log_sizes.max()) / temperature)
     return scores / scores.sum()
 
 
 def apportion(probabilities: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers in the given proportions that sum to `total`, by largest remainders; int64."""
+    """Integers in the given proportions that sum to `total`, by largest remainders; int64."""
     exact = probabilities * total
     counts = np.floor(exact).astype(np.int64)
     left = total - int(counts.sum())

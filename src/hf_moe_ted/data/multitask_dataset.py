@@ -1,4 +1,4 @@
-"""MultitaskDataset: the examples of all tasks of map-style datasets, by number."""
+"""MultitaskDataset: the examples of all tasks from map-style datasets, by number."""
 
 import operator
 from array import array
@@ -27,16 +27,16 @@ from .progress import progress_bar
 
 logger = logging.get_logger(__name__)
 
-_CHUNK = 1000  # rows of a table that are read at once
+_CHUNK = 1000  # number of table rows that are read at once
 
 
 class Draw(NamedTuple):
     """An example that a sampler has drawn.
 
     Attributes:
-        example: its number in the [`MultitaskDataset`]; `None` for a row of padding, which fills a batch.
-        noise_seed: of the noise that this time is put on it.
-        padded_lengths: tokens that source and target of its batch are padded to, if the sampler says so.
+        example: its number in the [`MultitaskDataset`]; `None` for a row of padding that fills a batch.
+        noise_seed: seed of its noise in this draw.
+        padded_lengths: tokens to which source and target of its batch are padded, if the sampler sets them.
     """
 
     example: int | None
@@ -45,20 +45,20 @@ class Draw(NamedTuple):
 
 
 class MultitaskDataset(Dataset):
-    """Translation and denoising examples of map-style datasets, [`datasets.Dataset`] or any sequence of rows.
+    """Translation and denoising examples from map-style datasets: [`datasets.Dataset`] or any sequence of rows.
 
-    Row `i` of a dataset makes one example, or several with `both_directions` and with more than two languages. Examples
-    without text on one side are left out, with a warning that says how many.
+    A row of a dataset makes one example, or several with `both_directions` or more than two languages. Examples without
+    text on one side are left out; a warning gives their number.
 
     Args:
         translation: rows with the strings `source`, `target`, `src_lang` and `tgt_lang`, or with `translation`, a
             dictionary of texts by language.
         denoising: rows with the strings `text` and `lang`.
-        both_directions: whether a pair is translated both ways.
-        languages: codes of those to keep, all by default.
+        both_directions: whether a pair is translated in both directions.
+        languages: codes of the languages to keep; by default all.
 
     Raises:
-        ValueError: no dataset, a row of another form, no example at all, or a language without any.
+        ValueError: there is no dataset, a row has another form, there is no example, or a language has none.
 
     Example:
 
@@ -103,7 +103,7 @@ class MultitaskDataset(Dataset):
         in_use = _languages_of(numbers)
         if missing := [lang for lang in languages or () if lang not in in_use]:
             raise ValueError(
-                f"no example in {missing} with the other languages of {languages}; there is text in "
+                f"there is no example in {missing} with the other languages of {languages}; there is text in "
                 f"{sorted(in_use | _languages_of(unwanted))}"
             )
         if not rows:
@@ -112,7 +112,7 @@ class MultitaskDataset(Dataset):
         self._row, self._place, self.component_numbers = map(_compact, (rows, places, components))
 
     def _components_of_examples(self) -> Iterator[tuple[int, int, Component | None]]:
-        """Row, place among the examples of the row, and component of each example; `None` if a side has no text."""
+        """Row, place among the row's examples, and component of each example; `None` if a side has no text."""
         for task, dataset in self._datasets.items():
             sides_of_rows = progress_bar(_sides_of_rows(dataset, task), desc=f"Reading {task}", total=_length(dataset))
             for row, sides in enumerate(sides_of_rows):
@@ -129,26 +129,26 @@ class MultitaskDataset(Dataset):
 
     @property
     def sizes(self) -> np.ndarray:
-        """int64[num_components], examples of each of `components`."""
+        """int64[num_components], number of examples of each of `components`."""
         return np.bincount(self.component_numbers, minlength=len(self.components))
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Accelerate's data loaders; samplers read it."""
+        """Set the epoch; Accelerate's data loaders call it, and samplers read it."""
         self.epoch = epoch
 
     def __getitem__(self, index: Any) -> Any:
-        """The example of a number, a negative one counting from the end, or of a [`Draw`]; of a slice a list of them.
+        """The example of a number (a negative one counts from the end) or of a [`Draw`]; for a slice a list.
 
         Raises:
             IndexError: there is no example of this number.
-            TypeError: something that is no number.
+            TypeError: it is not a number.
         """
         if isinstance(index, slice):
             return self.__getitems__(range(*index.indices(len(self))))
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int | Draw]) -> list[Example]:
-        """Examples by number, each with a `noise_seed`: that of the draw, or the number itself."""
+        """Examples by number, each with a `noise_seed`: that of the draw, or else the number itself."""
         draws = [self._draw(index) for index in indices]
         task_of = {
             d.example: self.components[self.component_numbers[d.example]].task for d in draws if d.example is not None
@@ -160,7 +160,7 @@ class MultitaskDataset(Dataset):
         return [self._drawn(draw, task_of, texts) for draw in draws]
 
     def _drawn(self, draw: Draw, task_of: dict[int, str], texts: dict[tuple[str, int], Any]) -> Example:
-        """An example with what was drawn with it."""
+        """An example with the values that were drawn with it."""
         lengths = {} if draw.padded_lengths is None else {"padded_lengths": draw.padded_lengths}
         if draw.example is None:
             return {**PADDING_ROW, **lengths}
@@ -169,7 +169,7 @@ class MultitaskDataset(Dataset):
         return {**of_row[self._place[draw.example]], "noise_seed": draw.noise_seed, **lengths}
 
     def _draw(self, index: int | Draw) -> Draw:
-        """An example as it was drawn, or by its number, which is the seed of its noise then."""
+        """A [`Draw`] as it is, or one made from a number, which is then the seed of the noise."""
         example: Any = index.example if isinstance(index, Draw) else index
         if isinstance(index, Draw) and example is None:
             return index
@@ -181,7 +181,7 @@ class MultitaskDataset(Dataset):
 
 
 def _sides_of_rows(dataset: Any, task: str) -> Iterator[Sequence[Side]]:
-    """The sides of each row; many rows of a table are read at once, which is over ten times as fast as one by one."""
+    """The sides of each row. Many rows of a table are read at once, which is over ten times as fast as one by one."""
     num_rows = _length(dataset)
     if not _is_table(dataset):
         for number, row in enumerate(islice(dataset or (), num_rows)):
@@ -192,13 +192,13 @@ def _sides_of_rows(dataset: Any, task: str) -> Iterator[Sequence[Side]]:
         columns = sides_of_columns(dataset[numbers.start : numbers.stop], task)
         if columns is not None:
             yield from zip(*columns, strict=True)
-        else:  # a row may be wrong, and the error names it
+        else:  # a row may be invalid; the error names it
             for number, row in zip(numbers, _rows(dataset, numbers), strict=True):
                 yield sides_of_row(row, task, _where(number, task))
 
 
 def _is_table(dataset: Any) -> bool:
-    """Whether it is a [`datasets.Dataset`] that gives its rows as they are stored, without a format or transform."""
+    """Whether it is a [`datasets.Dataset`] that returns rows as stored, without a format or transform."""
     return isinstance(form := getattr(dataset, "format", None), dict) and form.get("type", "") is None
 
 
@@ -211,16 +211,16 @@ def _languages_of(components: Iterable[Component]) -> set[str]:
 
 
 def _compact(numbers: array) -> np.ndarray:
-    """The numbers in as few bytes as the largest of them takes."""
+    """The numbers in the smallest dtype that holds the largest of them."""
     values = np.asarray(numbers)
     return values.astype(np.min_scalar_type(values.max()))
 
 
 def _length(dataset: Any) -> int:
-    """Rows of a dataset, 0 for none.
+    """Number of rows of a dataset; 0 without a dataset.
 
     Raises:
-        ValueError: it is a stream, or its columns have different lengths.
+        ValueError: it is a stream or a dictionary of columns.
     """
     if dataset is None:
         return 0
@@ -231,12 +231,12 @@ def _length(dataset: Any) -> int:
             "datasets.Dataset.from_dict makes one of columns of equal length"
         )
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise ValueError(f"{type(dataset).__name__} is no map-style dataset; for streams there is MultitaskStream")
+        raise ValueError(f"{type(dataset).__name__} is not a map-style dataset; use MultitaskStream for streams")
     return len(dataset)
 
 
 def _rows(dataset: Any, rows: Sequence[int]) -> list[Any]:
-    if hasattr(dataset, "__getitems__"):  # of datasets.Dataset, faster than one by one
+    if hasattr(dataset, "__getitems__"):  # a method of datasets.Dataset, faster than one by one
         return dataset.__getitems__(rows)
     return [dataset[row] for row in rows]
 

@@ -1,7 +1,7 @@
 """Rows of datasets -> examples of tasks.
 
-An example is what the collator takes: a dictionary of `task`, `source`, `target`, `src_lang` and `tgt_lang`. Source and
-target of denoising are the same text; its noise comes with the batch.
+An example is an input of the collator: a dictionary of `task`, `source`, `target`, `src_lang` and `tgt_lang`. For
+denoising, source and target are the same text; the batch adds the noise.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 TRANSLATION = "translation"
 DENOISING = "denoising"
 TASKS = (TRANSLATION, DENOISING)
-PADDING = "padding"  # in the place of a task: a row of a batch that is no example
+PADDING = "padding"  # instead of a task: a row of a batch that is no example
 _TEXT_COLUMNS = ("source", "target", "src_lang", "tgt_lang")
 
 Example = dict[str, Any]
@@ -19,7 +19,7 @@ Side = tuple[str, str]  # a language and a text in it
 
 
 class Component(NamedTuple):
-    """What a mixture draws from: the examples of a task in one direction.
+    """A component of a mixture: the examples of a task in one direction.
 
     Attributes:
         task: `"translation"` or `"denoising"`.
@@ -42,18 +42,18 @@ PADDING_ROW: Example = {"task": PADDING, "source": "", "target": "", "src_lang":
 
 
 def examples_of_row(row: Any, task: str, *, both_directions: bool, where: str) -> list[Example]:
-    """The examples that a row of a dataset makes.
+    """The examples of a row.
 
     Args:
         row: for translation the strings `source`, `target`, `src_lang` and `tgt_lang`, or `translation`, a dictionary
-            of texts by language, where each language is translated into those after it; for denoising the strings
-            `text` and `lang`.
-        task: of the dataset.
-        both_directions: whether translations go backwards, too.
-        where: how an error names the row.
+            of texts by language, and each language is translated into those after it; for denoising the strings `text`
+            and `lang`.
+        task: task of the dataset.
+        both_directions: whether to translate in the reverse direction, too.
+        where: name of the row in errors.
 
     Raises:
-        ValueError: a row of another form.
+        ValueError: the row has another form.
     """
     directions = directions_of(sides_of_row(row, task, where), task, both_directions=both_directions)
     return [
@@ -63,7 +63,7 @@ def examples_of_row(row: Any, task: str, *, both_directions: bool, where: str) -
 
 
 def directions_of(sides: Sequence[Side], task: str, *, both_directions: bool) -> list[tuple[Side, Side]]:
-    """Source and target of each example that the sides of a row make."""
+    """Source and target of each example of a row, from its sides."""
     if task == DENOISING:
         return [(side, side) for side in sides]
     forwards = list(combinations(sides, 2))
@@ -87,7 +87,7 @@ def sides_of_row(row: Any, task: str, where: str) -> list[Side]:
 
 
 def sides_of_columns(columns: Mapping[str, list[Any]], task: str) -> list[list[Side]] | None:
-    """A column of each side of many rows of one schema, `None` if a row has to be read alone."""
+    """A column for each side of many rows with one schema; `None` if rows must be read one by one."""
     by_language = columns.get("translation", [None])
     if task == DENOISING:
         sides = [(columns.get("lang", []), columns.get("text", []))]
@@ -107,7 +107,7 @@ def _has_strings(row: Any, columns: Any) -> bool:
 
 
 def is_empty(source: str, target: str) -> bool:
-    """Whether there is no text on one side."""
+    """Whether one side has no text."""
     return not (source.strip() and target.strip())
 
 

@@ -1,4 +1,4 @@
-"""MultitaskStream: batches with a budget of tokens from streamed datasets."""
+"""MultitaskStream: batches with a token budget from streamed datasets."""
 
 import itertools
 import math
@@ -26,12 +26,12 @@ class StreamSource:
 
     Attributes:
         task: `"translation"` or `"denoising"`.
-        dataset: rows as [`MultitaskDataset`] takes them, [`datasets.IterableDataset`] or any iterable that can be
-            iterated again; `set_epoch`, if it has that, is called with the number of the pass before each.
-        size: its rows in the mixture, a guess if they are not known.
+        dataset: rows in the form of [`MultitaskDataset`], from a [`datasets.IterableDataset`] or any iterable that can
+            be iterated again. If it has `set_epoch`, that is called before each pass, with the number of the pass.
+        size: its number of rows for the mixture; a guess if unknown.
 
     Raises:
-        ValueError: an unknown task, or a size that is not positive and finite.
+        ValueError: the task is unknown, or the size is not positive and finite.
     """
 
     task: str
@@ -46,37 +46,37 @@ class StreamSource:
 
 
 class MultitaskStream(IterableDataset):
-    """Batches without end of streamed translation and denoising, drawn at a temperature.
+    """Endless batches of streamed translation and denoising, drawn at a temperature.
 
-    Each item is a batch: a list of what the collator has encoded, for a `DataLoader` with `batch_size=None` and the
-    collator as `collate_fn`. A buffer of rows is drawn from the sources, sorted by length and cut into batches of at
-    most `max_tokens_per_batch` tokens, which come in random order. A source that ends starts again, so all ranks have
-    batches for as long as they ask; training is as long as `max_steps`. Examples without text on one side are left out.
+    Each item is a batch: a list of examples that the collator has encoded, for a `DataLoader` with `batch_size=None`
+    and the collator as `collate_fn`. A buffer of rows is drawn from the sources, sorted by length and cut into batches
+    of at most `max_tokens_per_batch` tokens, which come in random order. A source that ends starts again, so ranks
+    never run out of batches; `max_steps` sets the length of training. Examples without text on one side are left out.
 
-    With `length_buckets` batches have few shapes, those that suit the first buffer best, and all ranks one of the same
-    shape in each step, as with [`TokenBudgetBatchSampler`]. Every rank counts the tokens of all rows then. What is over
-    in a buffer is in batches of other shapes, so that large buffers have fewer of them.
+    With `length_buckets` batches have few shapes, the best for the first buffer, and in each step all ranks have the
+    same shape, as with [`TokenBudgetBatchSampler`]. Every rank then counts the tokens of all rows. Remaining examples
+    of a buffer are in batches of other shapes, so large buffers have fewer of these.
 
-    What is drawn follows from `seed` and the sources alone. `state_dict()` after a batch and `load_state_dict()` go on
-    with the next; rows of the current pass are read again for that, as streams that shuffle in a buffer lose it
-    otherwise. The state is that of the object that was iterated: with a worker, its copy in the worker, and with a
-    Trainer, the shard of its data loader. The Trainer resumes by skipping batches.
+    Draws follow from `seed` and the sources alone. After `state_dict()` and `load_state_dict()` the next batch comes;
+    the rows of the current pass are read again for this, because streams that shuffle in a buffer would lose the buffer
+    otherwise. The state belongs to the object that was iterated: with a worker, its copy in the worker; with a Trainer,
+    the shard of its data loader. The Trainer resumes by skipping batches.
 
     Args:
         sources: the streams.
-        collator: that of the data loader.
-        max_tokens_per_batch: tokens of one batch of one data-parallel rank, source and target and padding.
-        mixture: how often sources are drawn; sizes make the epochs of a temperature's warmup.
-        both_directions: whether translations go backwards, too.
-        buffer_rows: rows that are sorted by length at once.
-        seed: of everything random.
-        length_buckets: lengths in tokens, ascending, that sources and targets are padded to; by default to the longest
-            of a batch.
-        max_signatures: shapes that batches have at most with `length_buckets`, but for those that are left over.
+        collator: the collator of the data loader.
+        max_tokens_per_batch: most tokens of one batch of one data-parallel rank: source, target and padding.
+        mixture: says how often sources are drawn; sizes define the epochs of a temperature's warmup.
+        both_directions: whether to translate in the reverse direction, too.
+        buffer_rows: number of rows that are sorted by length at once.
+        seed: seed of all random choices.
+        length_buckets: lengths in tokens, ascending, to which sources and targets are padded; by default they are
+            padded to the longest of a batch.
+        max_signatures: largest number of batch shapes with `length_buckets`, without those of remaining examples.
 
     Raises:
-        ValueError: no source, or what [`Mixture`] raises; when iterated a source without rows, rows without text, an
-            example that is longer than a batch or the last bucket, or more than one worker.
+        ValueError: there is no source; see also [`Mixture`]. During iteration: a source has no rows, rows have no text,
+            an example is longer than a batch or the last bucket, or there is more than one worker.
 
     Example:
 
@@ -120,7 +120,7 @@ class MultitaskStream(IterableDataset):
         self.length_buckets = checked_buckets(length_buckets, collator)
         self.max_signatures = max_signatures
         self.num_shards, self.shard_index = 1, 0
-        self._probabilities(0)  # raises what is wrong with it
+        self._probabilities(0)  # raises if it is invalid
         self._start: dict[str, Any] = {
             "num_draws": 0,
             "passes": [(0, 0)] * len(self.sources),
@@ -130,19 +130,19 @@ class MultitaskStream(IterableDataset):
         self._state = self._start
 
     def shard(self, num_shards: int, index: int) -> "MultitaskStream":
-        """The stream of one of `num_shards` data-parallel ranks: every `num_shards`-th row that is drawn.
+        """The stream for one of `num_shards` data-parallel ranks: every `num_shards`-th drawn row.
 
-        It starts where this stream does, which is where a state was that was loaded.
+        It starts where this stream does, also after a loaded state.
 
         Raises:
-            ValueError: an index that is not of a shard, or a state was loaded that is of another number of shards.
+            ValueError: there is no shard of this index, or the loaded state is of another number of shards.
         """
         if not 0 <= index < num_shards:
             raise ValueError(f"index ({index}) must be at least 0 and less than num_shards ({num_shards})")
         if self._start["num_draws"] + self._start["num_batches"] and num_shards != self.num_shards:
             raise ValueError(
-                f"the loaded state is of a stream with {self.num_shards} shards, and there are to be {num_shards}: it "
-                "does not tell where each of these was; load the state of a shard into that shard"
+                f"the loaded state is of a stream with {self.num_shards} shards, not {num_shards}, so it has no "
+                "position for each of these; load the state of a shard into that shard"
             )
         shard = MultitaskStream(
             self.sources,
@@ -160,14 +160,14 @@ class MultitaskStream(IterableDataset):
         return shard
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the last iteration is: what was drawn before its buffer, and how many batches of that are done."""
+        """The position of the last iteration: draws before its buffer, and finished batches of the buffer."""
         return {**self._state, "num_shards": self.num_shards}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Make iterations start after a state of the same sources and options.
+        """Make iterations start after a saved state, which must have the same sources and options.
 
         Raises:
-            ValueError: something that is no state, or one of another number of sources or shards.
+            ValueError: it is no state, or has another number of sources or shards.
         """
         _check_state(state_dict)
         for name, of_state, ours in (
@@ -175,12 +175,12 @@ class MultitaskStream(IterableDataset):
             ("shards", state_dict["num_shards"], self.num_shards),
         ):
             if of_state != ours:
-                raise ValueError(f"the state is of a stream with {of_state} {name}, this one has {ours}")
+                raise ValueError(f"the state is of a stream with {of_state} {name}, but this one has {ours}")
         signatures = state_dict.get("signatures")
         is_begun = state_dict["num_draws"] + state_dict["num_batches"] > 0
         if is_begun and (signatures is None) != (self.length_buckets is None):
             has = "without" if signatures is None else "with"
-            raise ValueError(f"the state is of a stream {has} length_buckets, this one has {self.length_buckets}")
+            raise ValueError(f"the state is of a stream {has} length_buckets, but this one has {self.length_buckets}")
         self._start = self._state = {**{name: state_dict.get(name) for name in self._state}, "signatures": signatures}
 
     def __iter__(self) -> Iterator[list[Encoded]]:
@@ -212,7 +212,7 @@ class MultitaskStream(IterableDataset):
         return self.mixture.probabilities([source.task for source in self.sources], sizes, num_draws / sum(sizes))
 
     def _draw(self, readers: list["_Reader"], num_draws: int, random: np.random.Generator) -> list[Example]:
-        """Fill the buffer; shapes that are the same on all ranks need the rows of all."""
+        """Fill the buffer. Equal shapes on all ranks need the rows of all ranks."""
         num_rows = self.buffer_rows * self.num_shards
         drawn = random.choice(len(readers), size=num_rows, p=self._probabilities(num_draws)).tolist()
         noise_seeds = random.integers(2**63, size=num_rows).tolist()
@@ -225,7 +225,9 @@ class MultitaskStream(IterableDataset):
                 with_text = [example for example in of_row if not is_empty(example["source"], example["target"])]
                 examples += [{**example, "noise_seed": noise_seed} for example in with_text]
         if not examples:
-            raise ValueError(f"{self.buffer_rows} rows drawn one after another have no text on one side")
+            raise ValueError(
+                f"{self.buffer_rows} rows in succession have no text on one side; check the columns of the sources"
+            )
         return examples
 
     def _batches(self, examples: list[Example], random: np.random.Generator) -> list[list[Encoded]]:
@@ -239,7 +241,7 @@ class MultitaskStream(IterableDataset):
     def _bucketed_batches(
         self, examples: list[Example], signatures: Sequence[Any] | None, random: np.random.Generator
     ) -> tuple[list[list[Example]], list[BatchSignature]]:
-        """The batches of this shard, not encoded yet, and their signatures, which the first buffer decides."""
+        """The batches of this shard, before encoding, and the signatures, which the first buffer sets."""
         lengths = np.array(self.collator.lengths(examples))
         padded = padded_lengths(lengths, self.collator, self.max_tokens_per_batch, self.length_buckets)
         if signatures is None:
@@ -265,23 +267,23 @@ def _check_state(state: Any) -> None:
         require_integer(f"{name} of the state", state[name], minimum)
     for place in state["passes"]:
         if not isinstance(place, Sequence) or len(place) != 2:
-            raise ValueError(f"passes of the state has {place!r}, it must have a pass and a row of each source")
+            raise ValueError(f"passes of the state has {place!r}, but must have a pass and a row of each source")
         for number in place:
             require_integer("passes of the state", number, 0)
     for signature in state.get("signatures") or ():
         if not isinstance(signature, Sequence) or len(signature) != 3:
-            raise ValueError(f"signatures of the state has {signature!r}, it must have rows and two lengths of each")
+            raise ValueError(f"signatures of the state has {signature!r}, but must have rows and two lengths of each")
         for number in signature:
             require_integer("signatures of the state", number, 1)
 
 
 class _Reader:
-    """Rows of a source, pass after pass, from a place on.
+    """Reads rows of a source, pass after pass, from a given place.
 
     Args:
-        source: what to read.
-        num_passes: passes that are done.
-        num_rows: rows of the current pass that are read.
+        source: the source to read.
+        num_passes: number of finished passes.
+        num_rows: number of rows that were read in the current pass.
     """
 
     def __init__(self, source: StreamSource, num_passes: int, num_rows: int):
@@ -295,7 +297,7 @@ class _Reader:
         return itertools.islice(iter(self.source.dataset), self.place[1], None)
 
     def next_row(self) -> tuple[Any, str]:
-        """A row, and how errors name it."""
+        """The next row, and its name in errors."""
         for _ in range(2):
             num_passes, num_rows = self.place
             for row in self._rows:

@@ -1,4 +1,4 @@
-"""Numbers that a user gave, checked before they are used."""
+"""Checks of numbers from users."""
 
 import math
 import operator
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def require_integer(name: str, value: Any, minimum: float = -math.inf) -> int:
-    """The value as an int, numpy's integers included.
+    """The value as an int; numpy's integers are accepted.
 
     Raises:
-        ValueError: it is none, or less than `minimum`.
+        ValueError: it is not an integer, or is less than `minimum`.
     """
     try:
         number = operator.index(value)
@@ -21,10 +21,10 @@ def require_integer(name: str, value: Any, minimum: float = -math.inf) -> int:
 
 
 def require_number(name: str, value: Any) -> float:
-    """The value as a float, numpy's numbers included.
+    """The value as a float; numpy's numbers are accepted.
 
     Raises:
-        ValueError: it is no number, or NaN.
+        ValueError: it is not a number, or is NaN.
     """
     try:
         number = math.nan if isinstance(value, str | bytes | bool) else float(value)

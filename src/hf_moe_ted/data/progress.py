@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 
 
 def progress_bar(*args: Any, **kwargs: Any) -> Any:
-    """`tqdm(*args, **kwargs)`, for the first of the processes that a launcher started; gone when it is done."""
+    """`tqdm(*args, **kwargs)` on the first process of a launcher; the bar disappears when it is done."""
     return tqdm(*args, leave=False, disable=int(os.environ.get("LOCAL_RANK", "0")) > 0, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Batches of similar length with a budget of tokens."""
+"""Batches of similar length with a token budget."""
 
 from itertools import chain
 from typing import Any
@@ -8,17 +8,17 @@ import numpy as np
 from .collator import DataCollatorForMultitaskSeq2Seq
 from .length_buckets import check_length_buckets, in_buckets
 
-_CHUNK = 10_000  # examples whose lengths are Python numbers at once
+_CHUNK = 10_000  # number of examples whose lengths are Python numbers at once
 
 
 def padded_lengths(
     lengths: np.ndarray, collator: DataCollatorForMultitaskSeq2Seq, max_tokens: int, buckets: list[int] | None = None
 ) -> np.ndarray:
-    """Lengths int[N, 2] of source and target as they are padded, up to buckets or as the collator does.
+    """Padded lengths int[N, 2] of source and target, up to buckets or as in the collator.
 
     Raises:
-        ValueError: one is longer than a batch of `max_tokens`, than all buckets, or, in its bucket, than the positions
-            of the model.
+        ValueError: an example is longer than a batch of `max_tokens` or than all buckets, or its bucket exceeds the
+            model's positions.
     """
     multiple = collator.pad_to_multiple_of or 1
     padded = -(-lengths // multiple) * multiple if buckets is None else in_buckets(lengths, buckets)
@@ -30,17 +30,17 @@ def padded_lengths(
         )
     if buckets is not None and padded.max() > (max_positions := collator.max_positions or np.inf):
         raise ValueError(
-            f"length_buckets pads a text of {lengths.max()} tokens to {padded.max()}, and the model has positions for "
+            f"length_buckets pads a text of {lengths.max()} tokens to {padded.max()}, but the model has positions for "
             f"{max_positions} (max_position_embeddings); add a bucket between them"
         )
     return padded
 
 
 def checked_buckets(length_buckets: Any, collator: DataCollatorForMultitaskSeq2Seq) -> list[int] | None:
-    """The buckets, `None` without.
+    """The checked buckets; `None` without buckets.
 
     Raises:
-        ValueError: what `check_length_buckets` raises, or one that the collator would pad further.
+        ValueError: see `check_length_buckets`; or the collator would pad a bucket further.
     """
     if length_buckets is None:
         return None
@@ -48,8 +48,8 @@ def checked_buckets(length_buckets: Any, collator: DataCollatorForMultitaskSeq2S
     multiple = collator.pad_to_multiple_of or 1
     if odd := [bucket for bucket in buckets if bucket % multiple]:
         raise ValueError(
-            f"length_buckets ({odd}) must be multiples of pad_to_multiple_of ({multiple}) of the collator; leave that "
-            "out, as length_buckets replace it"
+            f"length_buckets ({odd}) must be multiples of pad_to_multiple_of ({multiple}) of the collator; leave "
+            "pad_to_multiple_of out, because length_buckets replace it"
         )
     return buckets
 
@@ -59,23 +59,24 @@ def batches_by_length(lengths: np.ndarray, max_tokens: int, random: np.random.Ge
 
     Args:
         lengths: int[N, 2], padded tokens of source and target of each example.
-        max_tokens: of a batch, as of `batch_ends`.
-        random: for examples of equal length, and the order of the batches.
+        max_tokens: most tokens of a batch, see `batch_ends`.
+        random: generator for the order of examples of equal length and of batches.
     """
-    # By the longer side: to sort by both saves some padding more, but then a batch has few languages and tasks, as the
-    # one that is longer in tokens mostly stands on the same side.
+    # Sort by the longer side. Sorting by both sides would save some more padding, but then a batch would have few
+    # languages and tasks, because one language is usually longer in tokens than the other.
     order = np.lexsort((random.random(len(lengths)), lengths.max(axis=1)))
     batches = np.split(order, batch_ends(lengths[order], max_tokens)[:-1])
     return [batches[number] for number in random.permutation(len(batches))]
 
 
 def batch_ends(lengths: np.ndarray, max_tokens: int, num_ranks: int = 1) -> list[int]:
-    """Where batches end that take as many examples, in their order, as fit with padding.
+    """Ends of batches that take as many consecutive examples as fit with padding.
 
     Args:
         lengths: int[N, 2], tokens of source and target.
-        max_tokens: at most `(longest source + longest target) * examples` of a batch; more only for one example alone.
-        num_ranks: that share the examples of a batch, each with at most `max_tokens`.
+        max_tokens: at most `(longest source + longest target) * examples` of a batch; only a single example may exceed
+            it.
+        num_ranks: ranks that share the examples of a batch, each with at most `max_tokens`.
     """
     ends = []
     start = source = target = 0

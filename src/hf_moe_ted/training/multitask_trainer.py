@@ -1,4 +1,4 @@
-"""Multitask training with the Trainer: its arguments, and the data loader that they make."""
+"""Multitask training with the Trainer: arguments, and the data loader that follows from them."""
 
 import json
 from dataclasses import dataclass, field
@@ -32,25 +32,25 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class MultitaskTrainingArguments(CudaGraphArguments, Seq2SeqTrainingArguments):
-    """[`Seq2SeqTrainingArguments`], and how a [`MultitaskDataset`] is drawn from.
+    """[`Seq2SeqTrainingArguments`] with options for drawing from a [`MultitaskDataset`].
 
-    `per_device_train_batch_size` has no effect on it, `max_tokens_per_batch` stands in its place. A [`MultitaskStream`]
-    has these options itself.
+    `max_tokens_per_batch` replaces `per_device_train_batch_size`, which has no effect on such a dataset. A
+    [`MultitaskStream`] has its own options.
 
     Args:
-        max_tokens_per_batch: tokens of one batch of one data-parallel rank, source and target and padding.
+        max_tokens_per_batch: most tokens of one batch of one data-parallel rank: source, target and padding.
         sampling_temperature: `T` of [`Mixture`].
         temperature_warmup_epochs: epochs in which `T` rises from 1.
         task_weights: share of the examples by task, a dictionary or its JSON; by default tasks count by size.
-        examples_per_epoch: by default those of the dataset.
-        length_buckets: lengths in tokens, ascending, that sources and targets are padded to, so that batches have few
-            shapes, and data-parallel ranks the same one in a step. By default batches are as long as their longest;
-            with `cuda_graphs` they are those of [`propose_length_buckets`].
-        max_signatures: shapes that batches have at most with `length_buckets`, but for those that are left over.
+        examples_per_epoch: number of examples; by default that of the dataset.
+        length_buckets: lengths in tokens, ascending, to which sources and targets are padded. Batches then have few
+            shapes, and in a step all data-parallel ranks have the same one. By default texts are padded to the longest
+            of a batch; with `cuda_graphs` the default is [`propose_length_buckets`].
+        max_signatures: largest number of batch shapes with `length_buckets`, without those of remaining examples.
 
     Raises:
-        ValueError: see [`Mixture`]; `task_weights` that is no JSON, `length_buckets` that are none, or
-            `remove_unused_columns`.
+        ValueError: see [`Mixture`]; `task_weights` is no JSON, `length_buckets` are invalid, or `remove_unused_columns`
+            is on.
 
     `cuda_graphs`, `max_cuda_graphs` and `expert_load_bound` are those of [`CudaGraphArguments`].
     """
@@ -59,26 +59,27 @@ class MultitaskTrainingArguments(CudaGraphArguments, Seq2SeqTrainingArguments):
         default=8192, metadata={"help": "Tokens of a batch of one data-parallel rank: source, target and padding."}
     )
     sampling_temperature: float = field(
-        default=1.0, metadata={"help": "Sampling temperature over languages and tasks; 1: by size."}
+        default=1.0, metadata={"help": "Sampling temperature over languages and tasks; 1 samples by size."}
     )
     temperature_warmup_epochs: float = field(
         default=0.0, metadata={"help": "Epochs in which the sampling temperature rises from 1."}
     )
     task_weights: dict[str, float] | str | None = field(
-        default=None, metadata={"help": 'Share of the examples by task, as {"translation": 0.7, "denoising": 0.3}.'}
+        default=None,
+        metadata={"help": 'Share of the examples by task, such as {"translation": 0.7, "denoising": 0.3}.'},
     )
     examples_per_epoch: int | None = field(
-        default=None, metadata={"help": "Examples that an epoch draws; default: those of the dataset."}
+        default=None, metadata={"help": "Number of examples per epoch; default: that of the dataset."}
     )
     length_buckets: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Lengths that texts are padded to, in tokens; default: the longest of a batch, or with cuda_graphs "
-            "what suits the data."
+            "help": "Lengths in tokens to which texts are padded; default: the longest of a batch, or with cuda_graphs "
+            "lengths chosen for the data."
         },
     )
     max_signatures: int = field(
-        default=MAX_SIGNATURES, metadata={"help": "Shapes that batches have at most with length_buckets."}
+        default=MAX_SIGNATURES, metadata={"help": "Largest number of batch shapes with length_buckets."}
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must be False: the collator needs text and languages, not the model."}
@@ -91,23 +92,23 @@ class MultitaskTrainingArguments(CudaGraphArguments, Seq2SeqTrainingArguments):
                 self.task_weights = json.loads(self.task_weights)
             except json.JSONDecodeError as error:
                 raise ValueError(f"task_weights ({self.task_weights!r}) must be a JSON dictionary") from error
-        self.mixture()  # raises what is wrong with it
+        self.mixture()  # raises if it is invalid
         if self.length_buckets is not None:
             self.length_buckets = check_length_buckets(self.length_buckets)
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns (True) must be False: the collator needs the columns of the text")
 
     def mixture(self) -> Mixture:
-        """How often components are drawn."""
+        """The [`Mixture`] of these arguments."""
         weights: Any = self.task_weights
         return Mixture(self.sampling_temperature, self.temperature_warmup_epochs, weights)
 
 
 class ForcedFirstTokens(LogitsProcessor):
-    """What `forced_bos_token_id` is for a whole batch, for each of its rows.
+    """Like `forced_bos_token_id`, but with a token for each row of a batch.
 
     Args:
-        token_ids_B: int64[B], the first token after the one that decoding starts from; -1 leaves the row free.
+        token_ids_B: int64[B], the first token after the start token of decoding; -1 leaves the row free.
     """
 
     def __init__(self, token_ids_B: Tensor):
@@ -123,18 +124,18 @@ class ForcedFirstTokens(LogitsProcessor):
 
 
 class MultitaskTrainerMixin(Trainer):
-    """What a [`Trainer`] lacks for multitask training; for sharded models put it before [`TedSeq2SeqTrainer`].
+    """Adds multitask training to a [`Trainer`]; for sharded models put it before [`TedSeq2SeqTrainer`].
 
-    - A [`MultitaskDataset`] is drawn from by [`TokenBudgetBatchSampler`] with the options of
-      [`MultitaskTrainingArguments`], a [`MultitaskStream`] gives its batches, and any other dataset is as always. The
-      data collator must be a [`DataCollatorForMultitaskSeq2Seq`]. A checkpoint resumes in the middle of an epoch with
-      the examples and the noise that would have come.
-    - `label_smoothing_factor` is that of models that smooth labels in their own loss (`config.label_smoothing`). The
-      Trainer would take the labels away from the model, and with them the router losses, and compute float32
-      probabilities of the whole vocabulary.
+    - For a [`MultitaskDataset`], [`TokenBudgetBatchSampler`] draws batches with the options of
+      [`MultitaskTrainingArguments`]. A [`MultitaskStream`] makes its own batches. Other datasets work as usual. The
+      data collator must be a [`DataCollatorForMultitaskSeq2Seq`]. A run that resumes in the middle of an epoch gets the
+      same examples and noise as an uninterrupted one.
+    - `label_smoothing_factor` is passed to models that smooth labels in their own loss (`config.label_smoothing`). The
+      Trainer would remove the labels from the model's inputs, so the router losses would be lost, and would compute
+      float32 probabilities of the whole vocabulary.
     - With `predict_with_generate` each row is translated into the language of its labels, one translation per row,
-      whatever the generation config of the model says. `forced_bos_token_id` or `decoder_input_ids` among the
-      arguments of `evaluate` and `predict` come before it.
+      whatever the model's generation config says. `forced_bos_token_id` or `decoder_input_ids` in the arguments of
+      `evaluate` and `predict` override this.
 
     ```python
     class TedMultitaskTrainer(MultitaskTrainerMixin, TedSeq2SeqTrainer):
@@ -142,12 +143,12 @@ class MultitaskTrainerMixin(Trainer):
     ```
 
     Args:
-        token_lengths: `lengths` of [`TokenBudgetBatchSampler`], so that they are not counted again.
-        args, kwargs: of the [`Trainer`].
+        token_lengths: `lengths` of [`TokenBudgetBatchSampler`], if they were counted before.
+        args, kwargs: arguments of the [`Trainer`].
 
     Raises:
-        ValueError: arguments or a collator of another kind, two different label smoothings, or `length_buckets` that a
-            [`MultitaskStream`] does not have.
+        ValueError: arguments or collator are of another kind, there are two different label smoothings, or
+            `length_buckets` differ from those of a [`MultitaskStream`].
     """
 
     args: MultitaskTrainingArguments
@@ -175,11 +176,11 @@ class MultitaskTrainerMixin(Trainer):
     def _loader_of_stream(self, stream: MultitaskStream) -> DataLoader:
         if self.args.length_buckets not in (None, stream.length_buckets):
             raise ValueError(
-                f"length_buckets ({self.args.length_buckets}) of the arguments are not those of the MultitaskStream "
-                f"({stream.length_buckets}); give them to the stream"
+                f"length_buckets ({self.args.length_buckets}) of the arguments differ from those of the "
+                f"MultitaskStream ({stream.length_buckets}); give them to the stream"
             )
         shard = stream.shard(self._data_parallel_size, self.args.process_index // self.get_tp_size())
-        # as `Accelerator.prepare` does, but for the shares of the ranks, which the stream has made
+        # like `Accelerator.prepare`, but without splitting by rank, which the stream has done
         return prepare_data_loader(
             DataLoader(shard, batch_size=None, **self._loader_options()),
             device=self.accelerator.device,
@@ -208,7 +209,7 @@ class MultitaskTrainerMixin(Trainer):
         return self.accelerator.prepare(DataLoader(dataset, batch_sampler=sampler, **self._loader_options()))
 
     def _buckets_for_graphs(self, lengths_N2: np.ndarray) -> list[int] | None:
-        """Each batch as long as its longest text would be nearly as many shapes as batches, and no step replayed."""
+        """Buckets for CUDA graphs; without them almost every batch has its own shape, and no step is replayed."""
         if not self.args.cuda_graphs:
             return None
         collator: Any = self.data_collator
@@ -235,17 +236,17 @@ class MultitaskTrainerMixin(Trainer):
         ignore_keys: list[str] | None = None,
         **gen_kwargs: Any,
     ) -> tuple[Any, Any, Any]:
-        """As [`Seq2SeqTrainer.prediction_step`]; what is generated is in the language of the labels.
+        """Like [`Seq2SeqTrainer.prediction_step`], but it generates in the language of the labels.
 
         Raises:
-            ValueError: `num_return_sequences` above 1, which cannot be set beside one row of labels.
+            ValueError: `num_return_sequences` is above 1, but a row of labels needs one prediction.
         """
         if self.args.predict_with_generate and isinstance(self, Seq2SeqTrainer) and not prediction_loss_only:
             gen_kwargs = self._one_in_language_of(inputs.get("labels"), getattr(self, "_gen_kwargs", {}) | gen_kwargs)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **gen_kwargs)
 
     def _one_in_language_of(self, labels_BL: Tensor | None, gen_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of `generate` for one sequence per row that starts as the labels do, if nothing else is asked."""
+        """Arguments of `generate` for one sequence per row in the labels' language, unless the caller sets others."""
         if (num_sequences := gen_kwargs.get("num_return_sequences") or 1) != 1:
             raise ValueError(f"num_return_sequences ({num_sequences}) must be 1: a row has one prediction")
         gen_kwargs = {**gen_kwargs, "num_return_sequences": 1, "return_dict_in_generate": False}
@@ -257,7 +258,7 @@ class MultitaskTrainerMixin(Trainer):
         return gen_kwargs
 
     def _tags_of(self, labels_BL: Tensor) -> Tensor | None:
-        """int64[B], the first language tag in each row of labels, -1 in a row without; `None` without languages."""
+        """int64[B], the first language tag in each row of labels, -1 for a row without; `None` without languages."""
         tokenizer: Any = getattr(self.data_collator, "tokenizer", None) or self.processing_class
         try:
             ids = list(language_ids(tokenizer).values())

@@ -175,7 +175,8 @@ def test_what_is_copied_and_another_text(source: Path, statistics: ExpertStatist
     )
     text = (folder / "report.md").read_text()
     assert (
-        "**The other text: the model before has a chrF of 7.9, a copy of the source 3.0: it does not translate" in text
+        "**The other text: the model before has a chrF of 7.9, a copy of the source has 3.0: the model does not translate"
+        in text
     )
     assert "of the chrF before are left" not in text
     # without it again
