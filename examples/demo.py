@@ -2,8 +2,8 @@
 
 Loads the shipped model; translates sentences; evaluates the test split; fine-tunes on a language the model has never
 seen; drops the least-used half of the experts; checks and evaluates the smaller model. Scores are printed as they are
-measured. Results go to `demo_out/`, after each part to `report.json`, so that a demo that is stopped leaves them; those
-of the smaller model, with pictures, are in its folder: `demo_out/pruned_model/report.md`.
+measured. Results go to `demo_out/`. `report.json` is written after each part, so a stopped demo leaves its results. The
+report of the smaller model, with pictures, is in its folder: `demo_out/pruned_model/report.md`.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def evaluate(model: Any, tokenizer: Any, test: Any, description: str) -> Transla
 
 
 def keep_so_far(report: dict[str, Any], output_dir: Path) -> None:
-    """Write what there is of the report, as a whole file, so that a demo that is stopped leaves its results."""
+    """Write the report so far as a complete file, so a stopped demo leaves its results."""
     temporary = output_dir / ".report.json.incomplete"
     temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(output_dir / "report.json")
@@ -182,7 +182,7 @@ def size_mb(folder: Path) -> float:
 
 
 def print_report(report: dict[str, Any], output_dir: Path) -> None:
-    """The table that closes the demo."""
+    """Print the table at the end of the demo."""
     table = Table(
         "", "parameters", "MB", "sentences/s", "BLEU", "chrF", "length ratio", "off target", title="The demo in numbers"
     )

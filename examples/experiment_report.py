@@ -1,11 +1,11 @@
-"""Numbers and pictures of an experiment that `train_multitask.py` has run.
+"""Numbers and pictures of an experiment that `train_multitask.py` ran.
 
     python examples/experiment_report.py runs/token_dropping --title "Random Token Selection"
 
 reads `<variant>/seed_<seed>/result.json` and `translations.json` and writes `report.md`, `curves.png` and, where tokens
-were dropped, `dropped_by_place.png` to the folder. `--reference` is the variant whose losses the others are timed to:
-how many times fewer steps, and seconds of training alone, they need for them. Numbers are means over seeds, with the
-standard deviation if there are several. Translations are scored by BLEU and chrF.
+were dropped, `dropped_by_place.png` to the folder. `--reference` is the variant with which the others are compared: how
+many times fewer steps, and fewer seconds of training alone, they need for its losses. Numbers are means over seeds,
+with the standard deviation if there are several. Translations are scored with BLEU and chrF.
 """
 
 import argparse
@@ -29,7 +29,7 @@ EVAL_LOSS = re.compile(r"eval_(\w+)_loss")
 
 
 def read_runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Results by variant, with the `translations` that there are.
+    """Results by variant, with existing `translations`.
 
     A run that is not done is left out where another one of its variant is done: its losses are those of fewer steps.
 
@@ -291,7 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--title")
-    parser.add_argument("--reference", help="The variant whose last loss the others are timed to; default: the first.")
+    parser.add_argument("--reference", help="Variant with whose last loss the others are compared; default: the first.")
     args = parser.parse_args()
     print(write_report(args.folder, args.title or args.folder.name, args.reference))
 

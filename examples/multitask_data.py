@@ -1,4 +1,4 @@
-"""Parallel and monolingual text for multitask training, out of tab-separated files; needs no library for data sets."""
+"""Parallel and monolingual text for multitask training from tab-separated files; it needs no data-set library."""
 
 import gzip
 import lzma
@@ -11,20 +11,20 @@ OPENERS = {".xz": lzma.open, ".gz": gzip.open}
 
 
 def read_pairs(path: str | Path, languages: list[str] | None = None) -> list[Row]:
-    """English and another language, as rows of `MultitaskDataset`.
+    """Read pairs of English and another language, as rows of `MultitaskDataset`.
 
     Args:
         path: lines of lang, English and target, or of lang, origin, English and target, separated by tabs; with or
             without a header line, plain or compressed by xz or gzip.
-        languages: those to keep, all by default.
+        languages: languages to keep; by default all.
 
     Raises:
-        ValueError: a line with another number of columns, or a language without a line.
+        ValueError: a line has another number of columns, or a language has no line.
     """
     rows = []
     for number, columns in _lines(Path(path)):
         if len(columns) not in (3, 4):
-            raise ValueError(f"line {number} of {path} has {len(columns)} columns, it must have 3 or 4: {columns}")
+            raise ValueError(f"line {number} of {path} has {len(columns)} columns, but must have 3 or 4: {columns}")
         lang, english, target = columns[0], columns[-2], columns[-1]
         if number == 1 and lang == "lang":
             continue
@@ -43,7 +43,7 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def monolingual(rows: list[Row]) -> list[Row]:
-    """The texts of all rows as they stand, each once, for denoising."""
+    """The texts of all rows, each once, for denoising."""
     texts = [(row["tgt_lang"], row["target"]) for row in rows] + [(row["src_lang"], row["source"]) for row in rows]
     return [{"text": text, "lang": lang} for lang, text in dict.fromkeys(texts)]
 
@@ -61,7 +61,7 @@ def first_pairs(rows: list[Row], num_pairs: int, languages: list[str] | None = N
 
 
 def backwards(rows: list[Row]) -> list[Row]:
-    """The same pairs, to be translated the other way."""
+    """The same pairs in the other direction."""
     return [
         {"source": row["target"], "target": row["source"], "src_lang": row["tgt_lang"], "tgt_lang": row["src_lang"]}
         for row in rows

@@ -1,4 +1,4 @@
-"""What a multitask training will do: mixture, tokens per language, steps and memory."""
+"""Show what a multitask training will do: mixture, tokens per language, steps and memory."""
 
 import math
 from collections import Counter
@@ -37,7 +37,7 @@ def print_plan(sampler: TokenBudgetBatchSampler, config: ZCodeM3Config, args: Mu
 
 
 def print_mixture(sampler: TokenBudgetBatchSampler, draws: np.ndarray) -> None:
-    """Print components and languages with what the first epoch draws of them."""
+    """Print components and languages, and how much the first epoch draws from each."""
     dataset = sampler.dataset
     counts = sampler.component_counts(0)
     tokens_of_component = np.zeros(len(counts), dtype=np.int64)

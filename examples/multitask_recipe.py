@@ -1,4 +1,4 @@
-"""Recipes of `train_multitask.py`: their fields, and the runs that a recipe and a command line make."""
+"""Recipes of `train_multitask.py`: their fields, and the runs that follow from a recipe and a command line."""
 
 import argparse
 import json
@@ -20,11 +20,17 @@ class ModelArguments:
     """Which model to train."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Train this model; default: a new one."})
-    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "Default: one trained on the text."})
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer; default: a new one, trained on the text."}
+    )
     vocab_size: int = field(default=32000, metadata={"help": "Vocabulary of a new tokenizer, language tags included."})
-    tokenizer_texts: int = field(default=500_000, metadata={"help": "Texts that a new tokenizer is trained on."})
+    tokenizer_texts: int = field(
+        default=500_000, metadata={"help": "Number of texts on which a new tokenizer is trained."}
+    )
     config: str = field(default="{}", metadata={"help": "ZCodeM3Config fields of a new model, as JSON."})
-    experts_implementation: str | None = field(default=None, metadata={"help": "Such as zcode_grouped."})
+    experts_implementation: str | None = field(
+        default=None, metadata={"help": "How experts are computed, such as zcode_grouped."}
+    )
     router_init_scale: float = field(
         default=1.0, metadata={"help": "Factor of the initial router weights of a new model; Switch: 0.1."}
     )
@@ -45,17 +51,18 @@ class DataArguments:
     languages: list[str] | None = field(default=None, metadata={"help": "Languages besides English; default: all."})
     max_pairs: int | None = field(default=None, metadata={"help": "Training pairs per language; default: all."})
     low_resource_languages: list[str] = field(
-        default_factory=list, metadata={"help": "Languages with low_resource_pairs only, whose losses are told apart."}
+        default_factory=list,
+        metadata={"help": "Languages with only low_resource_pairs; their losses are reported separately."},
     )
     low_resource_pairs: int = field(default=1000, metadata={"help": "Training pairs of a low-resource language."})
     denoising: bool = field(
-        default=False, metadata={"help": "Denoise all training texts, those left out as pairs too."}
+        default=False, metadata={"help": "Denoise all training texts, also texts that are left out as pairs."}
     )
     mask_ratio: float = field(default=0.35, metadata={"help": "Share of the words that denoising masks."})
     poisson_lambda: float = field(default=3.5, metadata={"help": "Mean length of a masked span, in words."})
     sentence_distance: int = field(default=0, metadata={"help": "Places that denoising may move a sentence."})
     word_dropout: float = field(default=0.0, metadata={"help": "Probability that denoising leaves a word out."})
-    max_length: int = field(default=128, metadata={"help": "Longer texts are truncated, in tokens."})
+    max_length: int = field(default=128, metadata={"help": "Longest text in tokens; longer texts are truncated."})
     max_eval_samples: int = field(default=20, metadata={"help": "Validation pairs per direction."})
     max_test_samples: int = field(default=0, metadata={"help": "Pairs per direction that are translated at the end."})
 
@@ -63,7 +70,7 @@ class DataArguments:
         for name in ("train", "validation"):
             given = [getattr(self, f"{name}_{kind}") for kind in ("file", "tokens")]
             if self.train_tokens is None and given != [given[0], None]:
-                raise ValueError(f"{name}_tokens ({given[1]!r}) goes with train_tokens, which is not given")
+                raise ValueError(f"{name}_tokens ({given[1]!r}) needs train_tokens, which is not given")
             if given[self.train_tokens is not None] is None:
                 raise ValueError(f"give {name}_file, or train_tokens and validation_tokens (prepare_tokens.py)")
         if self.train_tokens is not None and (self.denoising or self.low_resource_languages):

@@ -1,4 +1,4 @@
-"""What runs of an experiment measure besides losses: seconds, whose tokens are dropped, translations."""
+"""Measurements of experiment runs besides losses: seconds, dropped tokens, translations."""
 
 import json
 import os
@@ -30,7 +30,7 @@ class Seconds(TrainerCallback):
 
 
 class TimeLimit(TrainerCallback):
-    """Ends a training in time, with an evaluation and a checkpoint from which it goes on.
+    """Ends a training in time, with an evaluation and a checkpoint from which it can continue.
 
     Args:
         deadline: value of `time.perf_counter()`, in seconds.
@@ -102,7 +102,7 @@ def translate(model: Any, tokenizer: Any, rows: list[Row], *, max_length: int, b
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file that appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}")
     staged.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Make the parallel-text sample under `examples/data` out of a larger catalog of translated interface strings.
+"""Make the parallel-text sample under `examples/data` from a larger catalog of translated interface strings.
 
 The catalog is an xz-compressed, tab-separated file without a header and with three columns: language code, English
 string, translation. The same catalog always gives the same files.

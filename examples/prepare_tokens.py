@@ -16,12 +16,16 @@ from hf_moe_ted import ZCodeM3Tokenizer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path, help="pairs as multitask_data.py reads them")
+    parser.add_argument("files", nargs="+", type=Path, help="files of pairs in the format of multitask_data.py")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, help="default: a new one")
     parser.add_argument("--vocab_size", type=int, default=16_000)
-    parser.add_argument("--tokenizer_texts", type=int, default=200_000, help="texts that a new tokenizer is trained on")
-    parser.add_argument("--max_length", type=int, default=128, help="pairs with a longer text are left out, in tokens")
+    parser.add_argument(
+        "--tokenizer_texts", type=int, default=200_000, help="number of texts on which a new tokenizer is trained"
+    )
+    parser.add_argument(
+        "--max_length", type=int, default=128, help="longest text in tokens; pairs with a longer text are left out"
+    )
     parser.add_argument("--max_pairs", type=int, help="pairs of each language; default: all")
     arguments = parser.parse_args()
 

@@ -1,7 +1,7 @@
 """Multitask training by a recipe: translation both ways and denoising, dense or sparse, one run or an experiment.
 
-A recipe is a JSON file with the fields of the arguments below and of `MultitaskTrainingArguments`. With `variants`,
-fields by name, and `seeds` it is an experiment, whose runs are done one after another, but for those that are done:
+A recipe is a JSON file with the fields of the arguments below and of `MultitaskTrainingArguments`. With `variants`
+(fields by name) and `seeds` it is an experiment. Its runs are done one after another; finished runs are skipped:
 
     python examples/train_multitask.py examples/recipes/experiments/token_dropping.json --train_file train.tsv.xz \
         --validation_file valid.tsv.xz --output_dir runs/token_dropping

@@ -35,22 +35,30 @@ class LayoutArguments:
         default=None, metadata={"help": "Ranks that split each expert; default: tensor_parallel_size."}
     )
     data_parallel_size: int | None = field(default=None, metadata={"help": "Ranks with different batches."})
-    dp_replicate_size: int = field(default=1, metadata={"help": "Replicas that ZeRO shards within, one per machine."})
-    zero_stage: Literal[1, 2, 3] = field(default=1, metadata={"help": "1, 2 or 3."})
+    dp_replicate_size: int = field(
+        default=1, metadata={"help": "Replicas, such as one per machine; ZeRO shards within each."}
+    )
+    zero_stage: Literal[1, 2, 3] = field(default=1, metadata={"help": "ZeRO stage: 1, 2 or 3."})
     offload: Literal["cpu"] | None = field(default=None, metadata={"help": "cpu: keep shards and optimizer there."})
     duplicate_token_dropping: bool = field(default=True, metadata={"help": "Send each token to the experts once."})
     communication_aware_checkpointing: bool = field(
-        default=True, metadata={"help": "Keep what collectives returned, with activation_checkpointing."}
+        default=True, metadata={"help": "With activation_checkpointing, keep the results of collectives."}
     )
     tile_numel: int | None = field(default=None, metadata={"help": "Elements that the optimizer steps at once."})
-    overlap_chunks: int = field(default=1, metadata={"help": "Parts of a batch whose exchange overlaps with work."})
+    overlap_chunks: int = field(
+        default=1,
+        metadata={"help": "Parts of a batch; the exchange of one overlaps with the experts' work on another."},
+    )
     pad_expert_input_to_capacity: bool = field(
-        default=False, metadata={"help": "Exchange what the capacity allows; needs batches of one shape."}
+        default=False,
+        metadata={"help": "Always exchange as many rows as the capacity allows; needs batches of one shape."},
     )
     least_loaded_experts: bool = field(
-        default=False, metadata={"help": "Ranks with few tokens compute experts of those with many."}
+        default=False, metadata={"help": "Ranks with few tokens compute experts of ranks with many."}
     )
-    least_loaded_bound: float = field(default=1.3, metadata={"help": "Load over the mean from which they do."})
+    least_loaded_bound: float = field(
+        default=1.3, metadata={"help": "Load of a rank, as a multiple of the mean, above which they do so."}
+    )
     least_loaded_min_tokens: int = field(default=1024, metadata={"help": "Tokens of an expert that go at least."})
     timeout_s: float = field(default=600.0, metadata={"help": "Seconds after which waiting for a dead rank ends."})
 

@@ -1,12 +1,12 @@
 """Registration with the Auto* classes of transformers, without importing torch before it is needed.
 
-They take registrations only of who has loaded them, which imports torch: `import hf_moe_ted` would last 2.3 s longer
-than `import transformers` (processor time, transformers 5.23 and 5.24), where 0.3 s are allowed. So what is registered
-with a module is registered at once where the module is loaded, and otherwise at the end of its loading, as a part of
-it: if either fails the import fails, Python forgets the module, and the next import does both again.
+To register with the Auto classes one must load them, which imports torch: `import hf_moe_ted` would take 2.3 s longer
+than `import transformers` (processor time, transformers 5.23 and 5.24), but only 0.3 s are allowed. So a registration
+with a module happens at once if the module is loaded, and otherwise at the end of its loading, as a part of it. If
+either fails, the import fails, Python forgets the module, and the next import does both again.
 
-What is imported at that time imports neither the module nor one that does, and models are loaded when they are used. So
-it does not matter which of all these comes first, nor in which thread.
+Code that is imported at that time imports neither the module nor another that does, and models are loaded on use. So
+the order of these imports, and their threads, do not matter.
 """
 
 import importlib
@@ -36,7 +36,7 @@ def _register_quantizer(_: Any) -> None:
 
 
 def _register_pipeline(pipelines: Any) -> None:
-    # `register_pipeline` takes only a class; dotted paths, as transformers has them, leave modules unloaded. The task
+    # `register_pipeline` accepts only a class; dotted paths, as in transformers, leave modules unloaded. The task
     # cannot be named "translation": docs/upstream/transformers_translation_task.md
     pipelines.PIPELINE_REGISTRY.supported_tasks["zcode-m3-translation"] = {
         "impl": "hf_moe_ted.models.pipeline_translation.ZCodeM3TranslationPipeline",
@@ -60,7 +60,7 @@ def _register_models(modeling_auto: Any) -> None:
 
 
 class _LoadedWhenUsed:
-    """What the Auto classes call in place of the model class of the same name, which it loads."""
+    """The Auto classes call this instead of the model class of the same name, which it loads."""
 
     @classmethod
     def _model_class(cls) -> Any:
@@ -76,17 +76,18 @@ class _LoadedWhenUsed:
 
 
 class _ForNllbMoe(_LoadedWhenUsed):
-    """What the Auto classes call for an NLLB-MoE checkpoint, instead of transformers' own class.
+    """The Auto classes call this for an NLLB-MoE checkpoint, instead of transformers' own class.
 
-    transformers' `NllbMoeExperts` takes the one-hot mask of its router for numbers of experts, so that all tokens go to
-    the first two experts and no translation is right. Who imports `NllbMoeForConditionalGeneration` still gets it.
+    transformers' `NllbMoeExperts` treats the one-hot mask of its router as expert numbers, so all tokens go to the
+    first two experts and no translation is right. Code that imports `NllbMoeForConditionalGeneration` still gets that
+    class.
     """
 
     @classmethod
     def from_pretrained(cls, *args: Any, config: Any, **kwargs: Any) -> Any:
         from .models.configuration_zcode_m3 import ZCodeM3Config
 
-        # what NllbMoeConfig does not have comes here, such as `num_experts_per_tok=1`
+        # arguments that NllbMoeConfig does not have, such as `num_experts_per_tok=1`
         fields = {name: kwargs.pop(name) for name in [*kwargs] if name in ZCodeM3Config.__annotations__}
         return super().from_pretrained(*args, config=cls._converted(config, fields), **kwargs)
 
@@ -100,7 +101,7 @@ class _ForNllbMoe(_LoadedWhenUsed):
         from .models.nllb_moe import config_fields
 
         ours = ZCodeM3Config.from_dict(config_fields(config.to_dict()), **fields)
-        ours._attn_implementation = config._attn_implementation  # what the Auto class took of its arguments
+        ours._attn_implementation = config._attn_implementation  # arguments that the Auto class consumed
         ours._experts_implementation = config._experts_implementation
         return ours
 
@@ -120,14 +121,14 @@ _BEGUN: set[str] = set()
 
 
 class _ThenRegister(Loader):
-    """The loader of a module, and what is registered when it has loaded the module."""
+    """The loader of a module; it registers our classes when the module is loaded."""
 
     def __init__(self, loader: Loader, register: Callable[[Any], None]):
         self.loader = loader
         self.register = register
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        _BEGUN.add(spec.name)  # before it stands in `sys.modules`
+        _BEGUN.add(spec.name)  # before it is in `sys.modules`
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
@@ -137,7 +138,7 @@ class _ThenRegister(Loader):
 
 
 class _Finder(MetaPathFinder):
-    """Finds the modules of `_WITH_MODULE` where the other finders do."""
+    """Finds the modules of `_WITH_MODULE` with the other finders."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -155,8 +156,8 @@ _FINDER = _Finder()
 
 
 def register_auto_classes() -> None:
-    """Make the Auto classes know ZCodeM3, and give it for checkpoints of NLLB-MoE, too."""
+    """Register ZCodeM3 with the Auto classes, also for checkpoints of NLLB-MoE."""
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
     for name in _WITH_MODULE.keys() & sys.modules.keys() - _BEGUN:
-        _WITH_MODULE[name](importlib.import_module(name))  # waits for a thread that is loading it
+        _WITH_MODULE[name](importlib.import_module(name))  # waits for a thread that loads it

@@ -28,7 +28,7 @@ TINY_SIZES = {
 
 
 def tiny_config(**overrides: Any) -> ZCodeM3Config:
-    """A model of 101,152 parameters without dropout: 4 + 2 layers, every other one with 4 experts."""
+    """A model of 101,152 parameters without dropout: 4 + 2 layers, every second one with 4 experts."""
     fields: dict[str, Any] = {**TINY_SIZES, "num_experts": 4, "dropout": 0.0, "attention_dropout": 0.0}
     return ZCodeM3Config(**{**fields, **overrides})
 
@@ -41,18 +41,18 @@ def run_distributed_test(
     Args:
         function: a function of an importable module, which runs after `torch.distributed` is initialized.
         world_size: number of processes.
-        timeout_s: seconds after which all are killed; a collective that waits for longer fails in its process.
-        args, kwargs: for the function; they and what it returns are pickled.
+        timeout_s: seconds after which all processes are killed; a collective that waits longer fails in its process.
+        args, kwargs: arguments of the function; they and its result are pickled.
 
     Returns:
-        What each rank returned, rank 0 first.
+        The result of each rank, rank 0 first.
 
     Raises:
-        RuntimeError: with the tracebacks of the processes that failed, or the exit codes of those that died.
+        RuntimeError: processes failed or died; the message has their tracebacks or exit codes.
         TimeoutError: the processes did not end in time.
     """
     context = multiprocessing.get_context("forkserver")
-    # what the processes would otherwise import one by one, for longer than most tests run
+    # otherwise each process would import these, which takes longer than most tests
     context.set_forkserver_preload([f"{__package__}.models.modeling_zcode_m3", f"{__package__}.distributed.trainer"])
     results: Any = context.Queue()
     port = _free_port()
@@ -101,7 +101,7 @@ def _collect(results: Any, processes: list[BaseProcess], deadline: float) -> dic
             continue
         if error is None:
             by_rank[rank] = pickle.loads(result)
-        else:  # others may only have lost their connection to the one that failed
+        else:  # other ranks may only have lost their connection to the failed one
             errors[rank] = error
             deadline = min(deadline, time.monotonic() + 5.0)
     if errors:

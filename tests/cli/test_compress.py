@@ -104,7 +104,7 @@ def test_overwriting_deletes_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "runs" / "thesis.txt").write_text("thesis")
     options = ["--keep", "0.5", "--criterion", "random", "--min-experts", "1", "--overwrite"]
     before = sorted(tmp_path.rglob("*"))
-    for target, message in ((tmp_path / "runs", "holds what is read"), (model, "holds what is read")):
+    for target, message in ((tmp_path / "runs", "contains the input"), (model, "contains the input")):
         done = CliRunner().invoke(app, ["prune", str(model), "--output", str(target), *options])
         assert message in str(done.exception) and isinstance(done.exception, ValueError)
     other = tmp_path / "runs"

@@ -75,7 +75,7 @@ def test_files_that_are_no_weights_are_not_opened(model_and_text: tuple[Path, Pa
     index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
     options = {"evaluate": ["--output", tmp_path / "out"], "expert-statistics": [tmp_path / "out"]}
     for command, output in options.items():
-        assert "leaves the folder; nothing there is read" in message_of(command, full, text, *output)
+        assert "is outside of the folder; files there are not read" in message_of(command, full, text, *output)
     index.write_text(json.dumps({"weight_map": dict.fromkeys(files, "pipe.safetensors")}))
     os.mkfifo(full / "pipe.safetensors")
     for command, output in options.items():

@@ -91,7 +91,7 @@ def test_what_cannot_be_served(model_and_text: tuple[Path, Path], tmp_path: Path
     assert "api_keys" in message_of("serve", model, "--port", 0, "--api-keys", tmp_path / "nowhere", *OPTIONS)
     assert "port (99999) must be between 0 and 65535" in message_of("serve", model, "--port", 99_999, *OPTIONS)
     assert "max_texts (0) must be positive" in message_of("serve", model, "--port", 0, "--max-texts", 0, *OPTIONS)
-    assert "host (no.such.host.invalid) is not known" in message_of("serve", model, "--host", "no.such.host.invalid")
+    assert "host (no.such.host.invalid) is unknown" in message_of("serve", model, "--host", "no.such.host.invalid")
 
 
 def test_folder_that_cannot_be_read(model_and_text: tuple[Path, Path]) -> None:

@@ -124,7 +124,7 @@ def test_nothing_known_of_a_layer_is_even(statistics: ExpertStatistics) -> None:
         ({"languages": ["en", "sw"]}, "the statistics have no sentences in sw; collect"),
         ({"languages": ["en", "fr"]}, "no sentences of languages with fr as the source"),
         ({"languages": ["en", "fr"], "scope": "language"}, "with fr as the source"),
-        ({"languages": [("de", "fr"), ("en", "de")]}, r"no sentences of these language pairs:  \[\('de', 'fr'\)\]"),
+        ({"languages": [("de", "fr"), ("en", "de")]}, r"no sentences of these language pairs: \[\('de', 'fr'\)\]"),
         ({"criterion": lambda layer: torch.ones(2)}, "must return a tensor with 3 numbers for model.encoder"),
         ({"criterion": lambda layer: [1, 2, 3]}, "must return a tensor with 3 numbers for model.encoder"),
         ({"criterion": lambda layer: torch.tensor([1.0, -1.0, 2.0])}, "must return finite numbers of at least 0"),

@@ -43,8 +43,12 @@ def set_at(index: tuple[int, ...], value: float) -> Callable[[Tensor], Tensor]:
 
 DAMAGES: dict[str, tuple[str, Callable[[Tensor], Tensor | None], str]] = {
     "missing": (SHARED, lambda weight: None, rf"missing: {SHARED}"),
-    "integers": (UP, lambda weight: weight.to(torch.int8), rf"{UP} is torch\.int8, and weights are floating-point"),
-    "shape": (UP, lambda weight: weight[:, 1:].contiguous(), rf"{UP} has the shape .*, the config asks for"),
+    "integers": (
+        UP,
+        lambda weight: weight.to(torch.int8),
+        rf"{UP} is torch\.int8, but weights must be floating-point",
+    ),
+    "shape": (UP, lambda weight: weight[:, 1:].contiguous(), rf"{UP} has the shape .*, but the config needs"),
     "nan": (UP, set_at((2, 1, 0), float("nan")), rf"{UP} in .*safetensors has .* at \[2, 1, 0\] \(expert 2\)"),
     "infinity": (SHARED, set_at((5, 3), float("inf")), rf"{SHARED} in .*safetensors has .* at \[5, 3\];"),
 }

@@ -488,7 +488,7 @@ def test_wrong_models(make_model: MakeModel, folder: Path, tmp_path: Path) -> No
     assert "has no MoE layer to prune" in message_of(make_model(encoder_sparse_step=0, decoder_sparse_step=0))
     with torch.device("meta"):
         on_meta = ZCodeM3ForConditionalGeneration(make_model().config)
-    assert "model.shared.weight is not all in the memory of this process" in message_of(on_meta)
+    assert "model.shared.weight is not completely in the memory of this process" in message_of(on_meta)
     assert "output_dir is required to prune a folder" in message_of(folder, output_dir=None)
     assert f"output_dir ({folder}) is not empty" in message_of(folder, output_dir=folder)
     assert "must be a folder with config.json" in message_of(tmp_path / "nothing")
@@ -497,7 +497,7 @@ def test_wrong_models(make_model: MakeModel, folder: Path, tmp_path: Path) -> No
     shutil.copytree(folder, tmp_path / "copy")
     fields = json.loads((folder / "config.json").read_text())
     for change, message in (
-        ({"num_experts": 6}, "has the shape (8, 32), the config asks for (6, 32)"),
+        ({"num_experts": 6}, "has the shape (8, 32), but the config needs (6, 32)"),
         ({"num_experts": "many"}, "config.json: "),
         ({"quantization_config": {"bits": 4}}, "compress the model before you quantize it"),
     ):

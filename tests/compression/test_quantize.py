@@ -317,7 +317,7 @@ def test_resized_embeddings(tied: bool, make_model: MakeModel) -> None:
     expected, num_tokens = logits_of(quantized), model.config.vocab_size
     name = "QuantizedEmbedding" if tied else "QuantizedLinear"
     with pytest.raises(
-        ValueError, match=f"{name}  has no floating-point rows .* resize the model before you quantize it"
+        ValueError, match=f"{name} has no floating-point rows .* resize the model before you quantize it"
     ):
         quantized.resize_token_embeddings(num_tokens + 8)
     assert quantized.config.vocab_size == num_tokens
@@ -350,7 +350,7 @@ def test_wrong_models(make_model: MakeModel, tmp_path: Path) -> None:
         on_meta = ZCodeM3ForConditionalGeneration(dense.config)
     for model, message in (
         (dense, "has no ZCodeM3 experts to quantize"),
-        (on_meta, "is not all in the memory of this process"),
+        (on_meta, "is not completely in the memory of this process"),
         (make_model().model, "got ZCodeM3Model"),
         (tmp_path / "none", "must be a folder with config.json"),
     ):
@@ -438,7 +438,7 @@ def test_weights_that_are_not_all_there(make_model: MakeModel, tmp_path: Path) -
     lacking = next(name for name in weights if name.endswith("encoder.layer_norm.weight"))
     save_file({name: weights[name] for name in weights if name != lacking}, path, metadata={"format": "pt"})
     with pytest.raises(
-        ValueError, match=r"nllb_moe does not hold the model that its config describes\n  missing: model.encoder.lay"
+        ValueError, match=r"nllb_moe does not hold the model of its config\n  missing: model.encoder.lay"
     ):
         quantize_experts(tmp_path / "nllb_moe", output_dir=tmp_path / "small")
     assert not (tmp_path / "small").exists()

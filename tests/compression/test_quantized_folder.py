@@ -94,9 +94,9 @@ def test_several_dtypes_and_none_in_the_config(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "full" / "model.safetensors")
     mixed = {name: weight if "norm" in name else weight.bfloat16() for name, weight in weights.items()}
     save_file(mixed, tmp_path / "full" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"several \(torch.bfloat16, torch.float32\); choose one, as dtype"):
+    with pytest.raises(ValueError, match=r"several \(torch.bfloat16, torch.float32\); choose one with dtype"):
         quantize_experts(tmp_path / "full", output_dir=tmp_path / "small")
-    with pytest.raises(ValueError, match="choose one, as dtype"):
+    with pytest.raises(ValueError, match="choose one with dtype"):
         ZCodeM3ForConditionalGeneration.from_pretrained(tmp_path / "full", expert_memory=ExpertMemory("1GB"))
     both_ways(tmp_path / "full", tmp_path, dtype="bfloat16")
 

@@ -264,7 +264,7 @@ def test_tokens_that_generation_names(zcode: ZCodeM3Tokenizer, tmp_path: Path) -
     generation.bad_words_ids = [[removed[0]]]
     assert zcode_result(model, zcode).model.generation_config.bad_words_ids is None
     generation.forced_bos_token_id = zcode.get_lang_id("fr")
-    with pytest.raises(ValueError, match=r"generation_config.forced_bos_token_id asks for fr, whose tag would be"):
+    with pytest.raises(ValueError, match=r"generation_config.forced_bos_token_id names fr, whose tag would be"):
         zcode_result(model, zcode)
 
 
@@ -297,7 +297,7 @@ def test_default_and_last_languages_are_no_wish(tmp_path: Path) -> None:
         assert each("ja")["input_ids"][0] == each.convert_tokens_to_ids("deu_Latn") != each.unk_token_id
         assert "eng_Latn" not in each.get_vocab()
     wished = NllbTokenizer.from_pretrained(saved(tmp_path / "full", model, nllb), src_lang="eng_Latn")
-    with pytest.raises(ValueError, match="src_lang of the tokenizer asks for eng_Latn"):
+    with pytest.raises(ValueError, match="src_lang of the tokenizer names eng_Latn"):
         trim_vocabulary(model, wished, dataset=rows)
 
 
@@ -327,7 +327,7 @@ def test_wrong_input(zcode: ZCodeM3Tokenizer, tmp_path: Path) -> None:
     refused("no text in fr", model, zcode, dataset=rows[:1], languages=["en", "de", "fr"])
     refused("unknown languages 'xx'", model, zcode, languages=["en", "xx"])
     refused("languages .*must be a list", model, zcode, languages="en")
-    refused("dataset is empty", model, zcode, dataset=[])
+    refused("dataset has no text", model, zcode, dataset=[])
     refused("can be read only once", model, zcode, dataset=(row for row in rows))
     refused(r"dataset \('full.jsonl'\)", model, zcode, dataset="full.jsonl")
     refused("row 1 of the dataset must have", model, zcode, dataset=[rows[0], {"text": "yes"}])
@@ -350,7 +350,7 @@ def test_models_that_are_refused(zcode: ZCodeM3Tokenizer, tmp_path: Path) -> Non
         zcode_result(tmp_path / "int8", zcode, output_dir=tmp_path / "small")
     offloaded = copy.deepcopy(model)
     offloaded.model.encoder.to("meta")
-    with pytest.raises(ValueError, match="is not all in the memory"):
+    with pytest.raises(ValueError, match="is not completely in the memory"):
         zcode_result(offloaded, zcode)
     broken = copy.deepcopy(model)
     broken.model.shared.weight.data[7, 3] = torch.nan

@@ -254,7 +254,7 @@ def test_layout_of_the_published_model_has_its_number_of_parameters() -> None:
         (lambda tensors: tensors.update({EXPERT: torch.zeros(3, 3)}), r"expert_3\.fc1\.weight is .* of shape \(3, 3\)"),
         (
             lambda tensors: tensors.update({"model.encoder.layer_norm.bias": torch.zeros(5)}),
-            r"model\.encoder\.layer_norm\.bias has the shape \(5,\), the config asks for \(32,\)",
+            r"model\.encoder\.layer_norm\.bias has the shape \(5,\), but the config needs \(32,\)",
         ),
         (
             lambda tensors: tensors.update({"lm_head.weight": torch.ones_like(tensors["model.shared.weight"])}),

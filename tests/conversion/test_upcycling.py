@@ -561,7 +561,7 @@ def change_config(folder: Path, **fields: Any) -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, r"config\.json has a quantization_config"),
         ({"d_model": "wide"}, r"config\.json: .*Field 'd_model' expected int"),
         ({"pad_token_id": None}, r"config\.json: pad_token_id must be set"),
-        ({"encoder_ffn_dim": 72}, r"layers\.0\.fc1\.weight has the shape \(64, 32\), the config asks for \(72, 32\)"),
+        ({"encoder_ffn_dim": 72}, r"layers\.0\.fc1\.weight has the shape \(64, 32\), but the config needs \(72, 32\)"),
         ({"decoder_layers": 3}, r"missing: model\.decoder\.layers\.2\.fc2\.bias"),
         ({"encoder_layers": 3}, r"unknown: model\.encoder\.layers\.3\.fc1\.weight"),
     ],

@@ -44,7 +44,7 @@ def test_temperature_rises_from_one() -> None:
         ({"task_weights": {"translation": "1"}}, r"task_weights of translation \('1'\) must be a number"),
         ({"task_weights": [0.5, 0.5]}, r"task_weights \(\[0.5, 0.5\]\) must be a dictionary"),
         ({"temperature": -2.0}, r"temperature \(-2.0\) must be positive"),
-        ({"temperature_warmup_epochs": -1}, r"temperature_warmup_epochs \(-1\) must not be negative"),
+        ({"temperature_warmup_epochs": -1}, r"temperature_warmup_epochs \(-1\) must be at least 0"),
         ({"task_weights": {"translation": 0.7, "denoising": 0.7}}, r"must be at least 0 and sum to 1, but sum to 1.4"),
         ({"task_weights": {"translation": 1.5, "denoising": -0.5}}, r"must be at least 0 and sum to 1"),
         ({"task_weights": {}}, r"sum to 1, but sum to 0"),

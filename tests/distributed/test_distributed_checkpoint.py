@@ -225,11 +225,11 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
 
     assert "must be a JSON object" in damaged("null", write_index(None))
     assert "has no files by tensor" in damaged("no files", write_index({"weight_map": []}))
-    assert "leaves the folder" in damaged("elsewhere", write_index(elsewhere))
+    assert "is outside of the folder" in damaged("elsewhere", write_index(elsewhere))
     assert file_name in damaged("missing", lambda folder: (folder / file_name).unlink())
     assert file_name in damaged("cut", lambda folder: os.truncate(folder / file_name, 100))
     without = {key: value for key, value in tensors.items() if key != name}
     assert name in damaged("without one", lambda folder: save_file(without, folder / file_name))
     integers = {**tensors, name: tensors[name].to(torch.int8)}
     message = damaged("integers", lambda folder: save_file(integers, folder / file_name))
-    assert f"{name} is torch.int8, and weights are floating-point numbers" in message
+    assert f"{name}  is torch.int8, but weights must be floating-point numbers" in message

@@ -329,7 +329,7 @@ def test_wrong_states_are_refused(tmp_path: Path) -> None:
     fresh = torch.optim.AdamW([{"params": model[0].parameters()}, {"params": model[1].parameters()}])
     refused(r"0.weight was trained as torch.float32 but is torch.float64 now", copy.deepcopy(model).double())
     refused("has no state of a scheduler", scheduler=ConstantLR(fresh), optimizer=fresh)
-    refused(r"parameter 0 of param group 0, of shape \(3, 2\), is not one of", optimizer=optimizer, other=wide)
+    refused(r"parameter 0 of param group 0, of shape \(3, 2\), does not belong to", optimizer=optimizer, other=wide)
     with pytest.raises(ValueError, match="holds something that cannot be read without running code"):
         save_training_state(tmp_path / "new", model, optimizer, extra={"object": Path()})
     (state / "training_state.pt").unlink()

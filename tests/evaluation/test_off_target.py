@@ -59,7 +59,7 @@ def test_codes():
     ("options", "message"),
     [
         ({}, "language is required"),
-        ({"language": "tlh"}, r"language \('tlh'\) is not one that py3langid knows"),
+        ({"language": "tlh"}, r"language \('tlh'\) is unknown to py3langid"),
         ({"language": "de", "candidates": ["en", "fr"]}, r"language \('de'\) must be one of candidates \(en, fr\)"),
         ({"language": "de", "candidates": ["de", "tlh", "ceb"]}, "does not know the languages ceb, tlh"),
     ],

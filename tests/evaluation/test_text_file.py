@@ -90,11 +90,11 @@ WRONG: list[tuple[str, bytes, str]] = [
     ("a.jsonl.xz", lzma.compress(GOOD)[:-12], r"DATA \(.*a\.jsonl\.xz\) cannot be read"),
     ("a.jsonl.xz", GOOD, r"DATA \(.*a\.jsonl\.xz\) cannot be read"),
     ("a.jsonl.bz2", bz2.compress(GOOD)[:-12], r"DATA \(.*a\.jsonl\.bz2\) cannot be read"),
-    ("a.tsv", tsv().encode() + b"only one\n", "line 5 of .* has 1 columns, the first line has 4"),
+    ("a.tsv", tsv().encode() + b"only one\n", "line 5 of .* has 1 columns, but the first line has 4"),
     ("a.tsv", b"source\tsource\n", "line 1 of .* names a column twice"),
     ("a.tsv", b"english\tgerman\na\tb\n", "line 2 of .* must have the strings source, target"),
-    ("a.csv", csv_text().encode() + b'"never closed,x,en,de\n', "line 5 of .* is not csv"),
-    ("a.csv", csv_text().encode() + b'"closed" too early,x,en,de\n', "line 5 of .* is not csv"),
+    ("a.csv", csv_text().encode() + b'"never closed,x,en,de\n', "line 5 of .* is not valid csv"),
+    ("a.csv", csv_text().encode() + b'"closed" too early,x,en,de\n', "line 5 of .* is not valid csv"),
     ("a.parquet", b"PAR1 and no more", r"DATA \(.*a\.parquet\) cannot be read as parquet"),
 ]
 
@@ -115,10 +115,10 @@ def test_damaged_files(name: str, content: bytes, message: str, tmp_path: Path) 
         ("./opus100", r"DATA \(\./opus100\) does not exist"),
         ("{}/a.txt", r"DATA \(.*a\.txt\) ends in '\.txt'; give a jsonl, csv, tsv or parquet file"),
         ("{}/a.parquet.gz", r"DATA \(.*a\.parquet\.gz\) ends in '\.gz'"),
-        ("{}/pipe.jsonl", r"DATA \(.*pipe\.jsonl\) is no file, but a folder, a pipe or a device"),
+        ("{}/pipe.jsonl", r"DATA \(.*pipe\.jsonl\) is not a file, but a folder, a pipe or a device"),
         ("{}/dangling.jsonl", r"DATA \(.*dangling\.jsonl\) is no file"),
         ("/dev/zero", r"DATA \(/dev/zero\) is no file"),
-        ("surely/no-such-dataset", r"DATA \(surely/no-such-dataset\) is no file, and cannot be loaded as a dataset"),
+        ("surely/no-such-dataset", r"DATA \(surely/no-such-dataset\) is not a file, and cannot be loaded as a dataset"),
         ("{}/folder", r"DATA \(.*folder\) .* cannot be loaded as a dataset"),
     ],
 )
@@ -150,7 +150,7 @@ def test_nothing_unfolds_without_end(line: bytes, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(text_file, "MIN_UNFOLDED_BYTES", 1000)
     path = tmp_path / "text.jsonl.gz"
     path.write_bytes(gzip.compress(line * 50_000))
-    with pytest.raises(ValueError, match=r"text\.jsonl\.gz\) unfolds to more than .* bytes, 100 times its size"):
+    with pytest.raises(ValueError, match=r"text\.jsonl\.gz\) expands to more than .* bytes, 100 times its size"):
         list(open_parallel_text(str(path)))
     path.write_bytes(gzip.compress(line * 2))
     list(open_parallel_text(str(path)))

@@ -227,7 +227,7 @@ def test_scores() -> None:
         (ROWS, {"max_sentences": -1}, r"max_sentences \(-1\) must be at least 1"),
         (ROWS, {"languages": "en"}, r"languages \('en'\) must be a list of codes"),
         (ROWS, {"languages": ["en", "fr"]}, "the dataset has no sentence in en, fr"),
-        ([], {}, "the dataset is empty"),
+        ([], {}, "the dataset has no sentence"),
         ([{"text": "save"}], {}, "row 0 of the dataset must have the strings source, target, src_lang, tgt_lang"),
         ([ROWS[0] | {"target": " "}], {}, "a sentence from en to de has an empty target: 'Close all tabs'"),
         ([ROWS[0] | {"tgt_lang": "ja"}], {}, "does not know the languages ja; it knows en, de, fr"),

@@ -93,11 +93,11 @@ def test_nothing_half_written(make_quality: MakeQuality, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda fields: fields | {"format": "x"}, "is no file of translation quality"),
+        (lambda fields: fields | {"format": "x"}, "is not a file of translation quality"),
         (lambda fields: fields | {"format_version": 9}, "has format_version 9, this version of hf_moe_ted reads 1"),
         (lambda fields: {**fields, "directions": [{"src_lang": "en"}]}, r"is corrupted: tgt_lang \(None\) must be str"),
-        (lambda fields: {**fields, "directions": []}, "is corrupted: there is no direction in it"),
-        (lambda fields: {**fields, "directions": 2 * fields["directions"]}, "is corrupted: .* en-de is there twice"),
+        (lambda fields: {**fields, "directions": []}, "is corrupted: it has no direction"),
+        (lambda fields: {**fields, "directions": 2 * fields["directions"]}, "is corrupted: .* en-de occurs twice"),
         (lambda fields: {**fields, "directions": None}, r"is corrupted: directions \(None\) must be list"),
         (lambda fields: {**fields, "seed": 1}, "is corrupted: it has seed, which this version"),
         (lambda fields: {**fields, "model": None}, r"is corrupted: model \(None\) must be str"),
@@ -106,7 +106,10 @@ def test_nothing_half_written(make_quality: MakeQuality, tmp_path: Path) -> None
         (lambda fields: {**fields, "peak_memory_bytes": []}, r"is corrupted: peak_memory_bytes \(\[\]\) must be int"),
         (lambda fields: {**fields, "also": []}, r"is corrupted: also \(\[\]\) must be dict"),
         (lambda fields: {**fields, "also": {}}, r"is corrupted: directions \(None\) must be list"),
-        (lambda fields: {**fields, "also": {**fields, "also": fields}}, "is corrupted: also has another text"),
+        (
+            lambda fields: {**fields, "also": {**fields, "also": fields}},
+            "is corrupted: also must not have a second text",
+        ),
         (lambda fields: _with_copied(fields, {"numbers": [1]}), r"copied of numbers \(\[1\]\) must be tuple"),
         (lambda fields: _with_copied(fields, None), r"is corrupted: copied \(None\) must be dict"),
         (lambda fields: [], "must be a JSON object"),
@@ -130,7 +133,10 @@ def test_corrupted_files(make_quality: MakeQuality, tmp_path: Path, change: Any,
 def test_comparable(make_quality: MakeQuality) -> None:
     first = make_quality({("en", "de"): 40.0, ("en", "fr"): 1.0})
     first.require_comparable(make_quality({("en", "de"): 1.0, ("en", "fr"): 2.0}, model="b", batch_size=2))
-    with pytest.raises(ValueError, match=r"of a and b cannot be compared: num_beams is 1 and 5; en-fr is in one of"):
+    with pytest.raises(
+        ValueError,
+        match=r"of a and b cannot be compared: num_beams is 1 in one and 5 in the other; en-fr is only in one of",
+    ):
         first.require_comparable(make_quality({("en", "de"): 40.0}, model="b", num_beams=5))
     with pytest.raises(ValueError, match="en-de has other sentences; en-fr has other sentences"):
         first.require_comparable(make_quality({("en", "de"): 40.0, ("en", "fr"): 1.0}, text_sha256="y"))
@@ -138,7 +144,7 @@ def test_comparable(make_quality: MakeQuality) -> None:
         make_quality({("en", "de"): 40.0}, also=make_quality({pair: 1.0})) for pair in (("en", "de"), ("de", "en"))
     ]
     of_both[0].require_comparable(of_both[0])
-    with pytest.raises(ValueError, match="cannot be compared: de-en is in one of them only; en-de is in one"):
+    with pytest.raises(ValueError, match="cannot be compared: de-en is only in one of them; en-de is only in one"):
         of_both[0].require_comparable(of_both[1])
-    with pytest.raises(ValueError, match=r"one of them has another text, too \(also\), and the other has not"):
+    with pytest.raises(ValueError, match=r"only one of them has a second text \(also\)"):
         of_both[0].require_comparable(make_quality({("en", "de"): 40.0}))

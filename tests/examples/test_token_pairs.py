@@ -206,7 +206,7 @@ def test_what_does_not_go_together(folder: Path) -> None:
     (folder / "none.json").write_text(json.dumps({"output_dir": str(folder), "report_to": "none"}))
     with pytest.raises(ValueError, match="give train_file, or train_tokens and validation_tokens"):
         train_multitask.command_of([str(folder / "none.json")])
-    with pytest.raises(ValueError, match="goes with train_tokens, which is not given"):
+    with pytest.raises(ValueError, match="needs train_tokens, which is not given"):
         train_multitask.command_of([str(folder / "none.json"), "--train_file", "a", "--validation_tokens", "b"])
     command = train_multitask.command_of([recipe])
     with pytest.raises(ValueError, match=r"has no pairs in \['fr'\]"):

@@ -223,7 +223,7 @@ def test_too_little_memory(model: Any, folder: Path) -> None:
         ({"size": "infGB"}, r"size \('infGB'\) must be a number of bytes"),
         ({"size": "1GB", "experts_in": "clouds"}, r"experts_in \('clouds'\) must be one of auto, memory, files"),
         ({"size": "1GB", "max_cpu_slots": 1, "experts_in": "files"}, r"max_cpu_slots \(1\) needs experts_in='memory'"),
-        ({"size": "1GB", "max_cpu_slots": -1}, r"max_cpu_slots \(-1\) must not be negative"),
+        ({"size": "1GB", "max_cpu_slots": -1}, r"max_cpu_slots \(-1\) must be at least 0"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
@@ -245,7 +245,7 @@ def test_wrong_models(model: Any, folder: Path, make_model: MakeModel, tmp_path:
         (
             path,
             {"dtype": "float16"},
-            r"up_proj in .* is torch.float32, which torch.float16 may not hold, .*; use dtype=",
+            r"up_proj in .* is torch.float32, which torch.float16 may not be able to hold, .*; use dtype=",
         ),
         (path, {"device_map": "auto"}, r"device_map \('auto'\) must be one device"),
         (path, {"quantization_config": None}, "has no option quantization_config"),
@@ -276,7 +276,7 @@ def test_what_such_a_model_cannot_do(model: Any, folder: Path, tmp_path: Path) -
         lambda: quantize_experts(cached),
     ):
         with pytest.raises(
-            ValueError, match=r"is not possible with expert_memory: the model does not hold its experts"
+            ValueError, match=r"is not possible with expert_memory, because the model does not hold its experts"
         ):
             refused()
     assert not (tmp_path / "saved").exists()

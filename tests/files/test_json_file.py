@@ -18,9 +18,9 @@ from hf_moe_ted.files.yaml_file import MAX_YAML_BYTES, read_yaml
         ("{'a': 1}", "is not JSON"),
         ("null", "must be a JSON object"),
         ("[1, 2]", "must be a JSON object"),
-        ('{"a": NaN}', "NaN is no number of JSON"),
-        ('{"a": -Infinity}', "-Infinity is no number of JSON"),
-        ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' is there twice"),
+        ('{"a": NaN}', "NaN is not a JSON number"),
+        ('{"a": -Infinity}', "-Infinity is not a JSON number"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the field 'c' occurs twice"),
         ("[" * 100_000, "is not JSON"),
         ('{"a":' * 100_000, "is not JSON"),
         ('{"a": ' + "9" * 10_000 + "}", "is not JSON"),
@@ -40,7 +40,7 @@ def test_yaml_without_end(tmp_path: Path) -> None:
     laughs = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdef", "bcdefg", strict=True))
     for text, message in (
         (laughs, r"has the alias \*a"),
-        ("a: 1\nb: 2\na: 3", "a key is there twice"),
+        ("a: 1\nb: 2\na: 3", "a key occurs twice"),
         ("[" * 10_000, ""),
         ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
         ("a: 2026-99-99", ""),

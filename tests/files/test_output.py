@@ -137,14 +137,14 @@ def test_sources_stay(tmp_path: Path) -> None:
     (tmp_path / "same").symlink_to(source)
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for target in (source, tmp_path / "runs", tmp_path / "runs" / "." / "x" / ".." / "source"):
-        with pytest.raises(ValueError, match="holds what is read"):
+        with pytest.raises(ValueError, match="contains the input"):
             check_output_dir(target, overwrite=True, sources=[source])
-    with pytest.raises(ValueError, match="holds what is read"):
+    with pytest.raises(ValueError, match="contains the input"):
         check_output_dir(source, overwrite=True, sources=[tmp_path / "same"])
-    with pytest.raises(ValueError, match="is in the folder that is read"):
+    with pytest.raises(ValueError, match="is inside the input folder"):
         check_output_dir(source / "pruned", sources=[source])
     check_output_dir(source / "pruned", also_read=[source])
-    with pytest.raises(ValueError, match="holds what is read"):
+    with pytest.raises(ValueError, match="contains the input"):
         check_output_dir(source, overwrite=True, also_read=[source / "config.json"])
     for link in ("same", "dangling"):
         with pytest.raises(ValueError, match="is a link"):
@@ -160,7 +160,7 @@ def test_sources_of_links_stay(tmp_path: Path) -> None:
     for path in blobs.iterdir():
         (model / path.name).symlink_to(path)
     for kept in ({"sources": [model]}, {"also_read": [model]}):
-        with pytest.raises(ValueError, match="holds what is read"):
+        with pytest.raises(ValueError, match="contains the input"):
             check_output_dir(blobs, overwrite=True, **kept)
     check_output_dir(tmp_path / "new", sources=[model])
 
@@ -169,7 +169,7 @@ def test_sources_of_links_stay(tmp_path: Path) -> None:
 def test_sources_that_a_killed_run_has_left_stay(tmp_path: Path, name: str) -> None:
     """Somebody wants to save what there is; it is neither moved nor removed before it is read."""
     left = make_model(tmp_path / name)
-    with pytest.raises(ValueError, match="give it another name first"):
+    with pytest.raises(ValueError, match="rename it first"):
         check_output_dir(tmp_path / "new", sources=[left])
     assert names_in(tmp_path) == [name, f"{name}/config.json", f"{name}/model.safetensors"]
     check_output_dir(tmp_path / "other", sources=[left])
@@ -247,7 +247,7 @@ def test_next_run_removes_what_a_killed_one_has_left(tmp_path: Path, caplog: pyt
         assert list(folder.iterdir()) == []
     assert sorted(os.listdir(tmp_path)) == [".other.incomplete-abc", "new"]
     assert [record.getMessage() for record in caplog.records if "Removed" in record.getMessage()] == [
-        f"Removed {tmp_path / min(left, key=len)}, left by a run that was stopped"
+        f"Removed {tmp_path / min(left, key=len)}, left by a stopped run"
     ] or len(caplog.records) == 1
 
 
@@ -360,7 +360,7 @@ def test_the_only_good_copy_is_put_back(tmp_path: Path, caplog: pytest.LogCaptur
     with pytest.raises(ValueError, match="is not empty"), caplog.at_level(logging.WARNING):
         check_output_dir(tmp_path / "new")
     assert text_of(tmp_path / "new") == "good"
-    assert "back to its place" in caplog.text
+    assert "which a stopped run had moved aside" in caplog.text
 
 
 def test_two_copies_of_which_one_may_be_good(tmp_path: Path) -> None:

@@ -121,9 +121,9 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         for name in ("capacity_factor", "eval_capacity_factor")
         for value in (0, -1.0, math.nan)
     ],
-    ({"min_capacity": -1}, ("min_capacity (-1)", "not be negative")),
+    ({"min_capacity": -1}, ("min_capacity (-1)", "be at least 0")),
     *[
-        ({name: value}, (f"{name} ({value})", "not be negative"))
+        ({name: value}, (f"{name} ({value})", "be at least 0 and finite"))
         for name in ("router_aux_loss_coef", "router_z_loss_coef", "init_std")
         for value in (-0.1, math.nan)
     ],

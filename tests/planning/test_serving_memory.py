@@ -166,7 +166,7 @@ def test_bad_bits(fields: dict, message: str) -> None:
 
 def test_other_quantizations_are_refused() -> None:
     config = tiny_config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    with pytest.raises(ValueError, match="quant_method 'bitsandbytes', of which the planner knows nothing"):
+    with pytest.raises(ValueError, match="quant_method 'bitsandbytes', which the planner does not know"):
         stored_bits(config)
     ours = tiny_config(quantization_config=ExpertQuantizationConfig(4, 16).to_dict())
     assert stored_bits(ours) == StoredBits(4, 16)

@@ -115,7 +115,7 @@ def test_expert_memory_of_ones_own() -> None:
 def test_nothing_fits() -> None:
     found = plan(gpu=TINY, num_gpus=1)
     assert found.ways == ()
-    with pytest.raises(ValueError, match=r"54,500,569,088 parameters do not translate .*\(floats: all but the experts"):
+    with pytest.raises(ValueError, match=r"54,500,569,088 parameters cannot translate .*\(floats: everything except"):
         _ = found.best
 
 

@@ -162,7 +162,7 @@ def _change_metadata(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path]
         (lambda folder: (folder / METADATA).unlink(), f"{METADATA} does not exist"),
         (lambda folder: (folder / METADATA).write_bytes(b'{"format": "\xff'), rf"{METADATA}\) is not a text in UTF-8"),
         (lambda folder: (folder / METADATA).write_text("[]"), rf"{METADATA}\) must be a JSON object"),
-        (lambda folder: (folder / METADATA).write_text("{}"), f"{METADATA} is no file of expert statistics"),
+        (lambda folder: (folder / METADATA).write_text("{}"), f"{METADATA}  is not a file of expert statistics"),
         (_change_metadata(lambda metadata: metadata.pop("pairs")), f"{METADATA} is corrupted: it has no pairs"),
         (_change_metadata(lambda metadata: metadata.update(format_version=2)), "format_version 2.* reads 1"),
         (
@@ -179,7 +179,7 @@ def _change_metadata(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path]
         ),
         (
             _change_metadata(lambda metadata: metadata.update(pairs=[["en", "de", "fr"]])),
-            r"pairs has \['en', 'de', 'fr'\], which is no pair",
+            r"pairs has \['en', 'de', 'fr'\], which is not a pair",
         ),
         (_change_metadata(lambda metadata: metadata.update(pairs=[["en", 5]])), r"pairs has \['en', 5\]"),
         (_change_metadata(lambda metadata: metadata.update(pairs=7)), "does not hold complete expert statistics"),
@@ -217,8 +217,8 @@ def _changed(name: str, change: Callable[[torch.Tensor], Any]) -> ExpertStatisti
     ("name", "change", "message"),
     [
         ("num_routed", lambda t: -t, "negative number"),
-        ("num_routed", lambda t: t.float(), r"is of torch.float32, it must be of torch.int64"),
-        ("num_routed", lambda t: t[:, :1], "is not of the shape"),
+        ("num_routed", lambda t: t.float(), r"is torch.float32, but must be torch.int64"),
+        ("num_routed", lambda t: t[:, :1], "must have the shape"),
         ("num_routed", lambda t: t * torch.tensor([1, 2])[None, :, None], "more later choices than tokens"),
         ("num_routed", torch.zeros_like, "num_dropped is more than num_routed"),
         ("num_dropped", lambda t: t + 1000, "num_dropped is more than num_routed"),
@@ -229,7 +229,7 @@ def _changed(name: str, change: Callable[[torch.Tensor], Any]) -> ExpertStatisti
         ("confidence", lambda t: t * torch.nan, "confidence has NaN or infinity"),
         ("gated_norm", lambda t: -t, "gated_norm has the negative number"),
         ("output_sum", lambda t: t * torch.nan, "output_sum has NaN or infinity"),
-        ("output_sum", lambda t: t.float(), "must be of torch.float64"),
+        ("output_sum", lambda t: t.float(), "must be torch.float64"),
     ],
 )
 def test_what_cannot_be_is_not_loaded(name: str, change: Any, message: str, tmp_path: Path) -> None:

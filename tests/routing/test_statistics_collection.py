@@ -290,7 +290,7 @@ def test_two_processes_equal_one(how: Callable[..., ExpertStatistics], rows: Row
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
-        ([], {}, "dataset is empty"),
+        ([], {}, "dataset has no sentence"),
         ([{"source": "a", "target": "b"}], {}, "row 0 of the dataset must have the strings source, target, src_lang"),
         ([{"translation": {"en": "a", "de": None}}], {}, "row 0 .*'translation' with a string for each language"),
         ([{"translation": {"en": "a", "xx": "b"}}], {}, "unknown language 'xx'"),
@@ -326,5 +326,5 @@ def test_numbers_that_are_not_finite(
     model = make_model()
     with torch.no_grad():
         model.get_parameter(f"{LAYERS[0]}.{weight}")[:] = wrong
-    with pytest.raises(ValueError, match=f"{LAYERS[0]} of the model put out NaN or infinity for text from .. to .."):
+    with pytest.raises(ValueError, match=f"{LAYERS[0]} of the model returned NaN or infinity for text from .. to .."):
         collect_expert_statistics(model, tokenizer, rows)

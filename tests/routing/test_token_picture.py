@@ -152,7 +152,7 @@ def test_similar_languages(make_model: MakeModel, tokenizer: ZCodeM3Tokenizer, r
     picture = Boxes(similar_languages_picture(statistics, "en", "<b>"))
     assert "Languages routed like en, in the encoder" in picture.text and "b" not in picture.names
     assert f"{similar_languages(statistics, 'encoder', 'en')[0][1]:.2f}" in picture.text
-    assert "nothing to compare it with" in picture.text  # for a language that it does not have
+    assert "no other language to compare" in picture.text  # for a language that it does not have
 
 
 def test_similar_languages_of_a_dense_side(

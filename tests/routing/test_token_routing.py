@@ -188,7 +188,7 @@ def test_pieces_are_the_text(text: str, tokenizer: ZCodeM3Tokenizer) -> None:
         ((SOURCE, TRANSLATION, "en", "xx"), "unknown tgt_lang 'xx'"),
         ((" ", TRANSLATION, "en", "de"), r"source \(' '\) is blank"),
         ((SOURCE, "", "en", "de"), r"translation \(''\) is blank"),
-        (("long " * 100, TRANSLATION, "en", "de"), "source has 502 tokens, the model has positions for 96"),
+        (("long " * 100, TRANSLATION, "en", "de"), "source has 502 tokens, but the model has positions for 96"),
     ],
 )
 def test_wrong_input(

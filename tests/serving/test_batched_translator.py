@@ -244,7 +244,7 @@ def test_close_finishes_what_was_accepted(translator: Watched) -> None:
 
 
 def test_bad_options(translator: Watched) -> None:
-    with pytest.raises(ValueError, match=r"wait_s \(-1\) must not be negative"):
+    with pytest.raises(ValueError, match=r"wait_s \(-1\) must be at least 0"):
         BatchedTranslator(translator, wait_s=-1)
 
 

@@ -228,7 +228,7 @@ def test_errors_are_said_in_words(page: Any) -> None:
     choose(page, "Translate to", "German")
     expect(alert).to_have_count(0)
     page.get_by_label("Text", exact=True).fill("x" * 201)
-    expect(alert).to_contain_text("The text has 201 characters, this page takes 200")
+    expect(alert).to_contain_text("The text has 201 characters, but this page accepts 200")
     expect(translation(page)).to_have_value("")
 
 

@@ -36,7 +36,7 @@ def test_bodies(client: TestClient) -> None:
         assert client.post(path, content=b"x" * limit).json() == limit
         refused = client.post(path, content=b"x" * (limit + 1))
         assert refused.status_code == 413
-        assert refused.json() == {"detail": f"a request has {limit + 1:,} bytes, this page takes {limit:,}"}
+        assert refused.json() == {"detail": f"a request has {limit + 1:,} bytes, but this page accepts {limit:,}"}
     assert client.get("/").json() == "read"
 
 

@@ -106,7 +106,7 @@ def test_wrong_glossary(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "languages", "message"),
     [
-        ("x" * 101, ("en", "de"), "the text has 101 characters, this page takes 100: send it in parts"),
+        ("x" * 101, ("en", "de"), "the text has 101 characters, but this page accepts 100: send it in parts"),
         ("yes", ("de", "de"), "from de to de: choose two languages"),
         ("yes", ("en", "xx"), "unknown tgt_lang 'xx'"),
     ],
@@ -118,7 +118,10 @@ def test_wrong_text(text: str, languages: tuple[str, str], message: str, transla
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"x" * 1001, "the file has 1,001 bytes, this page takes 1,000"), (b"ab\xff", "not UTF-8: byte 2 cannot be read")],
+    [
+        (b"x" * 1001, "the file has 1,001 bytes, but this page accepts 1,000"),
+        (b"ab\xff", "not UTF-8: byte 2 cannot be read"),
+    ],
 )
 def test_wrong_file(content: bytes, message: str, translator: TextTranslator, tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_bytes(content)

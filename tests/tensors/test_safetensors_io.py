@@ -76,13 +76,19 @@ def test_full_disk_is_an_error(tmp_path: Path) -> None:
         ({"weight_map": {"a": ["x"]}}, "which is not the name of a file"),
         ({"weight_map": {"a": None}}, "says that a is in None"),
         ({"weight_map": {"a": ""}}, "which is not the name of a file"),
-        ({"weight_map": {"a": "../outside.safetensors"}}, r"is in \.\./outside\.safetensors, which leaves the folder"),
-        ({"weight_map": {"a": "b/../../outside.safetensors"}}, "leaves the folder"),
-        ({"weight_map": {"a": "{outside}"}}, "leaves the folder"),
+        (
+            {"weight_map": {"a": "../outside.safetensors"}},
+            r"is in \.\./outside\.safetensors, which is outside of the folder",
+        ),
+        ({"weight_map": {"a": "b/../../outside.safetensors"}}, "is outside of the folder"),
+        ({"weight_map": {"a": "{outside}"}}, "is outside of the folder"),
         ({"weight_map": {"a": "pipe.safetensors"}}, "pipe, socket or device"),
         ({"weight_map": {"a": "a\0b"}}, "cannot be read"),
         ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors does not exist"),
-        ({"weight_map": {"b": "shard.safetensors"}}, "says that b is in shard.safetensors, but it is not there"),
+        (
+            {"weight_map": {"b": "shard.safetensors"}},
+            "says that b is in shard.safetensors, but shard.safetensors does not have it",
+        ),
     ],
 )
 def test_damaged_index(index: object, message: str, tmp_path: Path) -> None:

@@ -90,10 +90,10 @@ def nested(depth: int) -> dict[str, Any]:
     [
         (Call(bytearray, 2**36), "bytearray, which no checkpoint of weights needs"),
         (Call(torch.FloatTensor, 2**36), "torch.FloatTensor, which no checkpoint"),
-        ({"a": torch.zeros(1).expand(2**40)}, r"a tensor .* of 4,398,046,511,104 bytes, but not so many numbers"),
+        ({"a": torch.zeros(1).expand(2**40)}, r"a tensor .* of 4,398,046,511,104 bytes, but fewer numbers"),
         ({"a": torch.zeros(2**40, 0)}, "without numbers"),
-        ({"a": torch.zeros(2**40, device="meta")}, "not a plain, dense one"),
-        ({"a": torch.eye(3).to_sparse()}, "not a plain, dense one|names"),
+        ({"a": torch.zeros(2**40, device="meta")}, "not a plain, dense tensor"),
+        ({"a": torch.eye(3).to_sparse()}, "not a plain, dense tensor|names"),
         (nested(200), "nested more than 64 deep"),
     ],
 )
@@ -109,7 +109,7 @@ def test_compressed_and_long_pickles_are_refused(path: Path, monkeypatch: pytest
     with pytest.raises(UnreadableFileError, match=r"pytorch_model\.bin .*more than 20 operations"):
         load_torch_file(path)
     monkeypatch.setattr(torch_file, "MAX_PICKLE_BYTES", 100)
-    with pytest.raises(UnreadableFileError, match=r"pytorch_model\.bin has \d+ bytes beside its tensors"):
+    with pytest.raises(UnreadableFileError, match=r"pytorch_model\.bin has \d+ bytes besides its tensors"):
         load_torch_file(path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("pytorch_model/data.pkl", pickle.dumps("a" * 2**20, protocol=2))

@@ -24,7 +24,9 @@ def test_weights_that_are_no_floating_point_numbers_are_refused(folder: Path, dt
     name = "model.encoder.layers.2.self_attn.v_proj.weight"
     weights[name] = weights[name].to(dtype)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"cannot be loaded: {name} in .* is {dtype}, and weights are floating-point"):
+    with pytest.raises(
+        ValueError, match=rf"cannot be loaded: {name} in .* is {dtype}, but weights must be floating-point"
+    ):
         load_model_and_tokenizer(folder)
 
 

@@ -42,11 +42,11 @@ def test_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a\tb\nc\td\te\n", "line 2 has 3 columns; a line is `source<tab>target`, or a source alone: 'c"),
+        (b"a\tb\nc\td\te\n", "line 2 has 3 columns; a line must be `source<tab>target`, or a source alone: 'c"),
         (b"a\tb\n\tc\n", "line 2 has no source term: '.tc'; write"),
         (b"#\n\na\tb\nA\tc\na\tc\n", "line 5: 'a' has two targets in the glossary, 'b' and 'c'; keep one"),
         (b"a  b\tc\na b\n", "line 2: 'a b' has two targets in the glossary, 'c' and None"),
-        (b"a\tb\nc\t\xff\n", "line 2: no UTF-8 at byte 2; save the file as UTF-8"),
+        (b"a\tb\nc\t\xff\n", "line 2: not UTF-8 at byte 2; save the file as UTF-8"),
         ("a\tb\n".encode("utf-16-be"), "line 1 has a NUL character; save the file as UTF-8"),
     ],
 )

@@ -44,7 +44,7 @@ def test_lines() -> None:
         (5, "end", ""),
     ]
     assert rows[2].error == "it is not UTF-8 (invalid start byte at byte 4)"
-    assert rows[3].error == "it has a NUL character, so it is no text"
+    assert rows[3].error == "it has a NUL character, so it is not text"
 
 
 def test_a_line_without_end_is_read_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +58,7 @@ def test_a_line_without_end_is_read_in_bounded_memory(monkeypatch: pytest.Monkey
 def test_tables() -> None:
     assert rows_of("id\tsource\n1\tone\n2\n3\tthree\n", TSV) == [
         (2, "one", None),
-        (3, None, "it has 1 cells, the header 2"),
+        (3, None, "it has 1 cells, but the header has 2"),
         (4, "three", None),
     ]
     assert rows_of('text,n\n"one, two",1\n"a ""b""",2\n', CSV) == [(2, "one, two", None), (3, 'a "b"', None)]
@@ -84,7 +84,7 @@ def test_json_lines() -> None:
     assert [number for number, *_ in found] == [1, 3, 4, 5, 6]
     assert found[1][2].startswith("it is not JSON")  # type: ignore[union-attr]
     assert [error for *_, error in found[2:]] == [
-        "it is no JSON object",
+        "it is not a JSON object",
         "it has no source or text or sentence, only n",
         "source is no text: 3",
     ]

@@ -81,7 +81,7 @@ def test_a_column_that_comes_late_is_named(
     source, output = tmp_path / "in.jsonl", tmp_path / "out.tsv"
     source.write_text('{"text": "one"}\n{"b": 3, "text": "two"}\n')
     result = translate_file(translator, source, output, **PAIR)
-    assert "left out, as the first rows have no such column: b" in result.problems[2]
+    assert "left out, because the first rows have no such column: b" in result.problems[2]
     assert [line.count("\t") for line in output.read_text(encoding="utf-8").splitlines()] == [2, 2, 2]
     assert "column: b" in output.read_text(encoding="utf-8")
 
@@ -286,5 +286,5 @@ def test_the_bar_knows_the_number_of_rows(
 def test_standard_input_of_several_processes(translator: TextTranslator, monkeypatch: pytest.MonkeyPatch) -> None:
     state = SimpleNamespace(num_processes=2, is_main_process=True, process_index=0)
     monkeypatch.setattr(translated_file, "PartialState", lambda cpu: state)
-    with pytest.raises(ValueError, match="standard input cannot be shared by 2 processes: name a file"):
+    with pytest.raises(ValueError, match="standard input cannot be shared by 2 processes: give a file"):
         translate_file(translator, None, None, **PAIR)

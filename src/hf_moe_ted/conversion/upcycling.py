@@ -219,7 +219,7 @@ def _check_new_layers(
     if not num_new:
         raise ValueError(
             ", ".join(f"{name} ({step})" for name, step in steps.items())
-            + " make no dense layer sparse: of  "
+            + " make no dense layer sparse: of "
             + ", ".join(f"{getattr(source, f'{side}_layers')} {side} layers" for side in SIDES)
             + f", {len(moe_layers(source))} are sparse already; choose a step from 1 to the number of layers"
         )

@@ -86,7 +86,7 @@ class TokenBudgetBatchSampler(Sampler[list[Draw]]):
         self.length_buckets = checked_buckets(length_buckets, collator)
         self.lengths = token_lengths(dataset, collator) if lengths is None else np.asarray(lengths)
         if self.lengths.shape != (len(dataset), 2):
-            raise ValueError(f"lengths has the shape  {self.lengths.shape}, but must have ({len(dataset)}, 2)")
+            raise ValueError(f"lengths has the shape {self.lengths.shape}, but must have ({len(dataset)}, 2)")
         if self.lengths.dtype.kind not in "iu" or self.lengths.min() < 1:
             raise ValueError(
                 f"lengths ({self.lengths.dtype}) must be integers of at least 1, tokens of source and target"

@@ -1,4 +1,4 @@
-"""What a translation has to copy, and whether it does: numbers, placeholders, names; and whether it repeats itself."""
+"""Check whether translations copy numbers, placeholders and names, and whether they repeat themselves."""
 
 import re
 import unicodedata
@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 
 from .placeholders import placeholders, without_placeholders
 
-REPEATS = 3  # in a row, of which none is meant
+REPEATS = 3  # repetitions in a row that no text intends
 MAX_REPEATED_UNITS = 8
 
-# between digits of one number: "1,000.5", "1.000,5", "1'000", "1 000" with a space that does not break, Arabic marks
+# separators in one number: "1,000.5", "1.000,5", "1'000", "1 000" with a no-break space, Arabic marks
 _NUMBER = re.compile(r"\d+(?:[.,'\u2019\u00a0\u202f\u066b\u066c]\d+)*")
 _LATIN = r"A-Za-z\u00aa\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u1e00-\u1eff"
 _GREEK = r"\u0370-\u0373\u0376-\u03ff\u1f00-\u1fff"
@@ -25,14 +25,14 @@ _OTHER_LETTER = re.compile(rf"[^\W\d_{_LATIN}]")
 _SENTENCE_END = re.compile(r"[.!?:;…。\uff01\uff1f]\W*$")
 # Thai, Lao, Burmese, Khmer, Chinese and Japanese have no spaces between words: a character is a unit, else a word is
 _NO_SPACE = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
-# vowel signs of Indic scripts are no \w, and belong to their word
+# vowel signs of Indic scripts are not \w, but belong to their word
 _UNIT = re.compile(rf"[{_NO_SPACE}]|(?:[^\W_{_NO_SPACE}]|[\u0300-\u036f\u0591-\u05c7\u064b-\u0655\u0900-\u0dff])+")
 
 
 def numbers(text: str) -> list[str]:
-    """The numbers of a text in its order, outside of placeholders, as digits 0 to 9 without separators.
+    """The numbers of a text in order, outside of placeholders, as digits 0 to 9 without separators.
 
-    Digits of all scripts count alike ("٣", "३", "3"), and so do the ways to write thousands and decimals: "1,000.50",
+    Digits of all scripts are equal ("٣", "३", "3"), and so are all ways to write thousands and decimals: "1,000.50",
     "1.000,50" and "1000.50" are all "100050".
     """
     found = _NUMBER.findall(without_placeholders(text))
@@ -40,11 +40,11 @@ def numbers(text: str) -> list[str]:
 
 
 def names(text: str) -> list[str]:
-    """The words of a text that look like names and are written alike in other languages, in its order.
+    """The words of a text, in order, that look like names and are written the same in other languages.
 
-    In scripts with upper and lower case: words with a capital letter that do not begin a sentence, and words with one
-    behind their first letter wherever they stand ("USB", "WebKit"). In a text of which over a quarter of the letters
-    are of another script than Latin, every word of two Latin letters or more ("使用 gzip 压缩").
+    In scripts with upper and lower case these are words with a capital letter that do not begin a sentence, and words
+    with a capital after their first letter, anywhere ("USB", "WebKit"). If over a quarter of a text's letters are not
+    Latin, they are all words of at least two Latin letters ("使用 gzip 压缩").
     """
     text = without_placeholders(text)
     is_other_script = 3 * len(_OTHER_LETTER.findall(text)) > len(_LATIN_LETTER.findall(text))
@@ -65,15 +65,16 @@ KINDS: dict[str, Callable[[str], list[str]]] = {"numbers": numbers, "placeholder
 def copied_parts(
     sources: Sequence[str], translations: Sequence[str], references: Sequence[str]
 ) -> dict[str, tuple[int, int]]:
-    """How many numbers, placeholders and names translations had to copy, and how many they did.
+    """How many numbers, placeholders and names translations had to copy, and how many they copied.
 
-    To be copied is what stands in the source and, as it is, in the reference: a number that the reference spells out,
-    a name that it writes in its own script and a capital that it has not ask for nothing. Each counts as often as it
-    is in both of them. What a translation adds is not looked at; see `repeats_itself`.
+    A part must be copied if it is in the source and unchanged in the reference. So nothing is required for a number
+    that the reference spells out, a name that it writes in its own script, or a word that it writes without the
+    capital. Each part counts as often as it is in both. Additions of a translation are not counted; see
+    `repeats_itself`.
 
     Returns:
-        `"numbers"`, `"placeholders"` and `"names"` -> what was to be copied in all sentences together, and how much of
-        it the translations have.
+        `"numbers"`, `"placeholders"` and `"names"` -> number of parts to copy in all sentences together, and number of
+        those that the translations have.
     """
     result = {}
     for kind, parts_of in KINDS.items():
@@ -89,17 +90,17 @@ def copied_parts(
 
 
 def _occurrences(kind: str, wanted: Counter[str], text: str) -> Counter[str]:
-    """How often a text has each of the parts; names are words of it, whether or not they look like names there."""
+    """How often a text has each part; names are counted among all its words."""
     if kind == "names":
         return Counter(_CASED_WORD.findall(without_placeholders(text)))
     return Counter(KINDS[kind](text))
 
 
 def repeats_itself(text: str) -> bool:
-    """Whether up to 8 units come three times in a row: "the the the", "no more no more no more".
+    """Whether up to 8 units come three times in a row, such as "the the the" or "no more no more no more".
 
     Units are words, and characters in scripts without spaces between words, where at least six characters must be
-    repeats ("哈哈哈" is a word). Punctuation and case do not count, and numbers alone are no repetition ("0 0 0").
+    repeats ("哈哈哈" is a word). Punctuation and case are ignored, and numbers alone are no repetition ("0 0 0").
     """
     units = _UNIT.findall(text.casefold())
     for length in range(1, MAX_REPEATED_UNITS + 1):

@@ -1,7 +1,7 @@
-"""Metrics of the translations of a test set: BLEU and chrF as sacreBLEU computes them, lengths and languages.
+"""Metrics for translations of a test set: sacreBLEU's BLEU and chrF, lengths and languages.
 
-All of them take `predictions`, the translations, one string per sentence, and `references`, one string or several per
-sentence, and raise the `ValueError` of `checked_references`.
+All of them take `predictions` (translations, one string per sentence) and `references` (one or several strings per
+sentence), and raise the `ValueError` of `checked_references`.
 """
 
 from collections import Counter
@@ -12,7 +12,7 @@ from typing import Any
 from ..models.language_codes import did_you_mean
 from ..models.language_detection import UNDETERMINED, LanguageDetector, detector_code, detector_codes
 
-BLEU_TOKENIZERS = ("13a", "intl", "char", "zh", "none")  # those that need no download
+BLEU_TOKENIZERS = ("13a", "intl", "char", "zh", "none")  # tokenizers that need no download
 SMOOTH_METHODS = ("none", "floor", "add-k", "exp")
 
 Predictions = Sequence[str]
@@ -47,7 +47,7 @@ def bleu(
     Raises:
         ValueError: an option is not one of the above.
     """
-    import sacrebleu  # here, as compression without measuring does not need it
+    import sacrebleu  # imported here, because compression without evaluation does not need it
 
     for name, value, known in (
         ("tokenize", tokenize, BLEU_TOKENIZERS),
@@ -90,7 +90,7 @@ def chrf(
         eps_smoothing: smooth as in NLTK and Moses instead of over the effective order.
 
     Returns:
-        "score" (0-100) and the "char_order", "word_order" and "beta" it was computed with.
+        "score" (0-100) and the "char_order", "word_order" and "beta" of the computation.
 
     Raises:
         ValueError: `char_order` or `beta` is below 1, or `word_order` below 0.
@@ -117,8 +117,8 @@ def length_ratio(predictions: Predictions, references: References, *, threshold:
 
     Args:
         predictions: translations, one string per sentence.
-        references: one string or a list of strings per sentence; of several the one closest in length counts, and of
-            two equally close the shorter.
+        references: one string or a list of strings per sentence; of several the closest in length counts, or the
+            shorter of two equally close ones.
         threshold: ratio above which a translation is too long.
 
     Returns:
@@ -155,26 +155,26 @@ def off_target(
 
     Args:
         predictions: translations, one string per sentence.
-        references: one string or a list of strings per sentence. They say how often the detector errs.
+        references: one string or a list of strings per sentence. They show how often the detector is wrong.
         language: the target language; required. A code of ISO 639 or NLLB in any form ("de", "deu_Latn", "de-AT").
-        candidates: the languages that the detector chooses from, by default all that it knows. With those of the model
-            it errs much less, above all in short texts.
+        candidates: the languages among which the detector chooses; by default all that it knows. With only the model's
+            languages it is wrong much less often, above all for short texts.
 
     Returns:
         "off_target_share", the share (0-1) of translations in another language; "reference_off_target_share", the same
-        of the references: what a share of translations cannot be told from; "detected_languages", code -> number of
-        translations, the most frequent first. Text without a letter is in no language ("und") and not off target.
+        for the references, which is the detector's error; "detected_languages", code -> number of translations, the
+        most frequent first. Text without a letter is in no language ("und") and not off target.
 
     Raises:
-        ValueError: py3langid is not installed, `language` is missing or none of `candidates`, or the detector does not
-            know one of them.
+        ValueError: py3langid is not installed, `language` is missing or not among `candidates`, or the detector does
+            not know a language.
     """
     if language is None:
-        raise ValueError("language is required: the one that the translations should be in, such as 'de'")
+        raise ValueError("language is required: the target language of the translations, such as 'de'")
     target = detector_code(language)
     if target is None:
         near = did_you_mean(language, detector_codes())
-        raise ValueError(f"language ({language!r}) is not one that py3langid knows{near}")
+        raise ValueError(f"language ({language!r}) is unknown to py3langid{near}")
     if candidates is not None and target not in map(detector_code, candidates):
         raise ValueError(f"language ({language!r}) must be one of candidates ({', '.join(candidates)})")
     reference_texts = [text for texts in checked_references(predictions, references) for text in texts]
@@ -188,10 +188,10 @@ def off_target(
 
 
 def checked_references(predictions: Sequence[Any] | None, references: Sequence[Any] | None, /) -> list[list[str]]:
-    """The references of each sentence, one or several.
+    """Check the arguments, and return the list of references of each sentence.
 
     Raises:
-        ValueError: an argument is missing, empty or of another form, or the two differ in length; a reference is empty.
+        ValueError: an argument is missing, empty or of another form, their lengths differ, or a reference is empty.
     """
     if predictions is None or references is None:
         raise ValueError("Both predictions and references are required")
@@ -207,7 +207,7 @@ def checked_references(predictions: Sequence[Any] | None, references: Sequence[A
             raise ValueError(f"Prediction {index} ({prediction!r}) must be a string")
         several = [reference] if isinstance(reference, str) or not isinstance(reference, Iterable) else [*reference]
         if not several or not all(isinstance(text, str) and text for text in several):
-            raise ValueError(f"Reference {index} ({reference!r}) must be one or several strings, none empty")
+            raise ValueError(f"Reference {index} ({reference!r}) must be one or several strings that are not empty")
         checked.append(several)
     return checked
 
@@ -215,7 +215,7 @@ def checked_references(predictions: Sequence[Any] | None, references: Sequence[A
 def _corpus_score(
     metric: Any, predictions: Predictions, references: References, names: Sequence[str]
 ) -> dict[str, Any]:
-    """What a metric of sacreBLEU says, which takes columns of references and skips the empty padding."""
+    """The score of a sacreBLEU metric, which takes columns of references and skips empty padding."""
     columns = [[*column] for column in zip_longest(*checked_references(predictions, references), fillvalue="")]
     score = metric.corpus_score([*predictions], columns)
     return {name: getattr(score, name) for name in names}

@@ -1,4 +1,4 @@
-"""A model in evaluation for a while."""
+"""Temporary evaluation mode of a model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """A block in which the model is in `eval()` mode; afterwards every module is in the mode it had."""
+    """A block in which the model is in `eval()` mode; afterwards every module gets back its earlier mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

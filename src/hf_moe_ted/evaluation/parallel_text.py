@@ -1,4 +1,4 @@
-"""Parallel text to run a model on: rows -> sentences of one language pair -> batches of similar length."""
+"""Parallel text for a model: rows -> sentences of one language pair -> batches of similar length."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Sentence:
 
 @dataclass(frozen=True)
 class EncodedSentence:
-    """Token ids of one sentence; `target` are the labels."""
+    """Token ids of one sentence; `target` holds the labels."""
 
     source: list[int]
     target: list[int]
@@ -39,7 +39,7 @@ class EncodedSentence:
 
 
 def progress_over(dataset: Any, description: str) -> Any:
-    """A bar over the sentences of a dataset, for `read_sentences`; without an end if the dataset is streamed."""
+    """A progress bar over a dataset's sentences, for `read_sentences`; without a total if the dataset is streamed."""
     try:
         total = len(dataset)
     except TypeError:
@@ -48,14 +48,14 @@ def progress_over(dataset: Any, description: str) -> Any:
 
 
 def read_sentences(dataset: Iterable[Mapping[str, Any]], progress: Any) -> Iterator[tuple[LanguagePair, Sentence]]:
-    """The sentences of all rows.
+    """Read the sentences of all rows.
 
     Args:
-        dataset: rows as of `collect_expert_statistics`.
-        progress: bar over the rows; its total becomes that of sentences.
+        dataset: rows like those of `collect_expert_statistics`.
+        progress: progress bar; its total becomes the number of sentences.
 
     Raises:
-        ValueError: a row of another form.
+        ValueError: a row has another form.
     """
     for index, row in enumerate(dataset):
         in_row = sentences_of_row(row, f"row {index} of the dataset")
@@ -68,7 +68,7 @@ def sentences_of_row(row: Any, where: str) -> list[tuple[LanguagePair, Sentence]
     """The sentences of a row, one in each direction between its languages.
 
     Raises:
-        ValueError: a row of another form; `where` names it.
+        ValueError: a row has another form; `where` names it.
     """
     if isinstance(row, Mapping) and isinstance(texts := row.get("translation"), Mapping):
         if all(isinstance(text, str) for text in texts.values()):
@@ -92,16 +92,16 @@ def in_known_languages(
     languages: Sequence[str] | None,
     progress: Any,
 ) -> Iterator[tuple[LanguagePair, Sentence]]:
-    """The sentences between `languages`, with the codes that a tokenizer has for what their rows say.
+    """The sentences between `languages`; their codes are replaced by those of a tokenizer.
 
     Args:
-        sentences: of `read_sentences`.
+        sentences: sentences from `read_sentences`.
         known: languages of the tokenizer.
-        languages: some of `known`, or `None` for all.
-        progress: bar over the sentences; those that are skipped are done.
+        languages: some of `known`; `None` is all.
+        progress: progress bar over sentences; skipped ones count as done.
 
     Raises:
-        ValueError: a sentence that is not to be skipped is in a language that the tokenizer does not have.
+        ValueError: a sentence that is not skipped has a language that the tokenizer does not have.
     """
     wanted = None if languages is None else {*languages}
     meaning = cache(lambda code: find_language(code, known))
@@ -116,29 +116,29 @@ def in_known_languages(
 def check_languages(counted: Iterable[LanguagePair], languages: Sequence[str] | None) -> None:
     """
     Args:
-        counted: the pairs that there were sentences of.
-        languages: those that were asked for.
+        counted: the pairs with sentences.
+        languages: the requested languages.
 
     Raises:
-        ValueError: there was nothing, or nothing in one of `languages`.
+        ValueError: there are no sentences, or none in one of `languages`.
     """
     known = {language for pair in counted for language in pair}
     if missing := sorted({*(languages or ())} - known):
         raise ValueError(
-            f"the dataset has no sentence in {', '.join(missing)} that is paired with another one of languages; it has "
-            f"sentences in {', '.join(sorted(known)) or 'none of them'}"
+            f"the dataset has no sentence in {', '.join(missing)} that is paired with another of the requested "
+            f"languages; it has sentences in {', '.join(sorted(known)) or 'none of them'}"
         )
     if not known:
-        raise ValueError("the dataset is empty: there is not one sentence in it")
+        raise ValueError("the dataset has no sentence")
 
 
 def buckets(
     sentences: Iterable[tuple[LanguagePair, Sentence]], bucket_size: int
 ) -> Iterator[tuple[LanguagePair, list[Sentence]]]:
-    """`bucket_size` sentences of one pair at a time.
+    """Groups of `bucket_size` sentences of one pair.
 
-    Less at the end, and of the pair with most of them when `MAX_WAITING_BUCKETS` times as many wait of all pairs, or
-    `MAX_WAITING_CHARACTERS` of text.
+    Groups are smaller at the end. When `MAX_WAITING_BUCKETS` times as many sentences, or `MAX_WAITING_CHARACTERS` of
+    text, wait over all pairs, the pair with the most sentences gives a group.
     """
     waiting: dict[LanguagePair, list[Sentence]] = {}
     num_waiting = num_characters = 0
@@ -156,15 +156,15 @@ def buckets(
 
 
 def choose_languages(tokenizer: Any, languages: Sequence[str] | None) -> tuple[list[str], list[str] | None]:
-    """All languages of a tokenizer, and those of them that `languages` mean, `None` without any.
+    """All languages of a tokenizer, and those that `languages` mean; `None` without `languages`.
 
     Raises:
-        ValueError: the tokenizer has no languages, or not one of `languages`; these are no list.
+        ValueError: the tokenizer has no languages or lacks one of `languages`, or `languages` is not a list.
     """
     if isinstance(languages, str):
         raise ValueError(f"languages ({languages!r}) must be a list of codes, such as ['en', 'de']")
     if not (hasattr(tokenizer, "src_lang") and hasattr(tokenizer, "tgt_lang")):
-        raise ValueError(f"{type(tokenizer).__name__} has no src_lang and tgt_lang; it must be one for translation")
+        raise ValueError(f"{type(tokenizer).__name__} has no src_lang and tgt_lang; give a tokenizer for translation")
     known = list(language_ids(tokenizer))
     if languages is None:
         return known, None
@@ -172,7 +172,7 @@ def choose_languages(tokenizer: Any, languages: Sequence[str] | None) -> tuple[l
 
 
 def encode(tokenizer: Any, pair: LanguagePair, sentences: Sequence[Sentence], max_length: int) -> list[EncodedSentence]:
-    """Sources with the tag of their language and targets with theirs, truncated to `max_length` tokens."""
+    """Encode sources and targets with their language tags, truncated to `max_length` tokens."""
     encoded = encode_in(
         tokenizer,
         [sentence.source for sentence in sentences],
@@ -186,7 +186,7 @@ def encode(tokenizer: Any, pair: LanguagePair, sentences: Sequence[Sentence], ma
 
 
 def first_tokens(sentences: list[EncodedSentence], max_tokens: int | None, num_tokens: int) -> list[EncodedSentence]:
-    """As many as it takes to get from `num_tokens` to `max_tokens`."""
+    """The first sentences, as many as are needed to get from `num_tokens` to `max_tokens`."""
     if max_tokens is None:
         return sentences
     taken = []
@@ -199,7 +199,7 @@ def first_tokens(sentences: list[EncodedSentence], max_tokens: int | None, num_t
 
 
 def batches(sentences: Sequence[EncodedSentence], batch_size: int) -> Iterator[list[EncodedSentence]]:
-    """`batch_size` sentences at a time, the longest first, so that what does not fit in memory fails at once."""
+    """Batches of `batch_size` sentences, the longest first, so that a lack of memory shows at once."""
     by_length = sorted(sentences, key=lambda sentence: (len(sentence.source), len(sentence.target)), reverse=True)
     for start in range(0, len(by_length), batch_size):
         yield by_length[start : start + batch_size]

@@ -1,15 +1,15 @@
-"""What a translation has to repeat as it is: places for values, tags, addresses, code."""
+"""Placeholders: parts that a translation must copy unchanged, such as places for values, tags, addresses, code."""
 
 import re
 from collections import Counter
 from collections.abc import Callable
 
-# Letters that follow an address without a space: of Thai, Lao, Burmese, Khmer, Chinese, Japanese and Korean.
+# letters that may follow an address without a space: Thai, Lao, Burmese, Khmer, Chinese, Japanese and Korean
 _NO_SPACE = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uac00-\ud7af\uff00-\uffef"
 _NAME = rf"(?:[^\W{_NO_SPACE}]|[.+-])"
 
-# Each alternative is one kind; the first that matches at a place counts. What may stand for the same as what follows it
-# has a bound, so that the time grows with the length of a text only.
+# Each alternative is one kind; the first match at a place counts. Parts that could match the same as the next part have
+# a bound, so the time grows only linearly with the length of a text.
 _PLACEHOLDER = re.compile(
     rf"""
       `[^`\n]+`                                             # code
@@ -29,38 +29,38 @@ _PLACEHOLDER = re.compile(
 
 
 def placeholders(text: str) -> list[str]:
-    """The placeholders of a text, in its order.
+    """The placeholders of a text, in order.
 
     `%s`, `%1$d`, `%(name)s`, `$1`, `$NAME$`, `{name}`, `${name}`, tags and entities of HTML, URLs, e-mail addresses,
-    and what stands between back-ticks.
+    and text between back-ticks.
     """
     return _PLACEHOLDER.findall(text)
 
 
 def without_placeholders(text: str) -> str:
-    """The text, a space in place of each of the `placeholders`."""
+    """The text with a space instead of each of the `placeholders`."""
     return _PLACEHOLDER.sub(" ", text)
 
 
 def replace_placeholders(text: str, replacement: Callable[[str], str]) -> str:
-    """The text with what a function makes of each of the `placeholders` in its place."""
+    """The text with each of the `placeholders` replaced by the result of a function."""
     return _PLACEHOLDER.sub(lambda match: replacement(match[0]), text)
 
 
 def placeholder_spans(text: str) -> list[tuple[int, int]]:
-    """Where each of the `placeholders` starts and ends."""
+    """Start and end of each of the `placeholders`."""
     return [match.span() for match in _PLACEHOLDER.finditer(text)]
 
 
 def count_placeholder(name: str, text: str) -> int:
-    """How often a text has a placeholder that is not part of another one, as of a longer address."""
+    """How often a text has a placeholder that is not part of another one, such as of a longer address."""
     spans = placeholder_spans(text)
     found = [(match.start(), match.end()) for match in re.finditer(re.escape(name), text)]
     return sum(not any(a <= start and end <= b and (a, b) != (start, end) for a, b in spans) for start, end in found)
 
 
 def lost_placeholders(source: str, translation: str) -> list[str]:
-    """The placeholders that a translation has less often than its source, or more often."""
+    """The placeholders that a translation has less often or more often than its source."""
     before = Counter(placeholders(source))
     found = {name: count_placeholder(name, translation) for name in before}
     missing = [name for name, count in before.items() if found[name] != count]

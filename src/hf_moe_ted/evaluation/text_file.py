@@ -1,7 +1,7 @@
-"""Rows of parallel text on disk or on the Hub, checked as they are read, so that errors name the file and the line.
+"""Rows of parallel text on disk or on the Hub; they are checked when read, and errors name file and line.
 
-Files are read line by line. No line is longer than `MAX_LINE_BYTES`, so that what a compressed file unfolds to, or a
-file without line ends, does not fill the memory; and nothing unfolds to `MAX_UNFOLDING` times its size.
+Files are read line by line. A line may have at most `MAX_LINE_BYTES`, so a compressed file, or a file without line
+ends, cannot fill the memory. A compressed file may expand to at most `MAX_UNFOLDING` times its size.
 """
 
 import bz2
@@ -32,22 +32,22 @@ _FORMATS = "a jsonl, csv, tsv or parquet file (the text ones maybe with .gz, .xz
 
 
 class ParallelTextFile:
-    """The rows of a file, read again with each iteration.
+    """The rows of a file; each iteration reads it again.
 
     A row has the strings `source`, `target`, `src_lang` and `tgt_lang`, or in JSON `translation`, a string for each
     language. The first line of csv and tsv names the columns; in tsv, quotes are text.
 
     Args:
-        path: of the file; the end of its name says what it is.
-        argument: what messages call it.
+        path: path of the file; the end of its name gives the format.
+        argument: its name in messages.
 
     Raises:
-        ValueError: no regular file, or of another kind; when iterated, a line that cannot be read as a row.
+        ValueError: it is not a regular file, or of another format. During iteration: a line is not a valid row.
     """
 
     def __init__(self, path: Path, argument: str):
         if not path.is_file():
-            raise ValueError(f"{argument} ({path}) is no file, but a folder, a pipe or a device; give {_FORMATS}")
+            raise ValueError(f"{argument} ({path}) is not a file, but a folder, a pipe or a device; give {_FORMATS}")
         suffixes = [suffix.lower() for suffix in path.suffixes]
         self.path, self.argument = path, argument
         self._opener: Callable[[Path, str], Any] = (
@@ -64,16 +64,18 @@ class ParallelTextFile:
             where = f"{'row' if self.kind == 'parquet' else 'line'} {place} of {self.path}"
             for _, sentence in sentences_of_row(row, where):
                 if not _is_text(sentence.source + sentence.target):
-                    raise ValueError(f"{where} has half of a surrogate pair, which is no character; correct the line")
+                    raise ValueError(
+                        f"{where} has half of a surrogate pair, which is not a character; correct the line"
+                    )
             yield row
 
     def _lines(self) -> Iterator[tuple[int, str]]:
-        """Number from 1, and text without its end, of each line; those that are blank are left out."""
+        """Number (from 1) and text of each line, without line ends; blank lines are skipped."""
         try:
             with self._opener(self.path, "rb") as file:
                 yield from self._decoded(file)
         except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-            raise ValueError(f"{self.argument} ({self.path}) cannot be read: {error}; it may be cut off") from error
+            raise ValueError(f"{self.argument} ({self.path}) cannot be read: {error}; it may be truncated") from error
 
     def _decoded(self, file: BinaryIO) -> Iterator[tuple[int, str]]:
         number = num_bytes = 0
@@ -84,8 +86,8 @@ class ParallelTextFile:
             num_bytes += len(line) + LINE_BYTES
             if num_bytes > max_bytes:
                 raise ValueError(
-                    f"{self.argument} ({self.path}) unfolds to more than {max_bytes:,} bytes, {MAX_UNFOLDING} times "
-                    "its size, which text does not; decompress it if you trust it"
+                    f"{self.argument} ({self.path}) expands to more than {max_bytes:,} bytes, {MAX_UNFOLDING} times "
+                    "its size, which is not normal for text; decompress it yourself if you trust it"
                 )
             if len(line) > MAX_LINE_BYTES:
                 raise ValueError(f"{where} has more than {MAX_LINE_BYTES:,} bytes; a row is one sentence on one line")
@@ -94,7 +96,7 @@ class ParallelTextFile:
             except UnicodeDecodeError as error:
                 raise ValueError(f"{where} is not UTF-8 ({error.reason}); convert the file, or decompress it") from None
             if "\0" in text:
-                raise ValueError(f"{where} has a NUL byte, so it is no text; give {_FORMATS}")
+                raise ValueError(f"{where} has a NUL byte, so it is not text; give {_FORMATS}")
             if text := text.rstrip("\r\n"):
                 yield number, text
 
@@ -120,7 +122,9 @@ class ParallelTextFile:
                 for row in reader:
                     yield last, row
             except csv.Error as error:
-                raise ValueError(f"line {last} of {self.path} is not csv: {error}; is a quote not closed?") from error
+                raise ValueError(
+                    f"line {last} of {self.path} is not valid csv: {error}; is a quote not closed?"
+                ) from error
 
         yield from self._with_header(cells())
 
@@ -133,7 +137,7 @@ class ParallelTextFile:
                     raise ValueError(f"line {number} of {self.path} names a column twice: {cells}"[:300])
             elif len(cells) != len(columns):
                 raise ValueError(
-                    f"line {number} of {self.path} has {len(cells)} columns, the first line has {len(columns)}"
+                    f"line {number} of {self.path} has {len(cells)} columns, but the first line has {len(columns)}"
                 )
             else:
                 yield number, dict(zip(columns, cells, strict=True))
@@ -159,22 +163,23 @@ def _is_text(text: str) -> bool:
 
 
 def open_parallel_text(data: str, subset: str | None = None, split: str = "validation", argument: str = "DATA") -> Any:
-    """Rows of a file, or of a dataset of the Hub or a folder of one, which is streamed.
+    """Open a file, or stream a dataset from the Hub or a folder.
 
     Args:
         data: path of a file or a folder, or the id of a dataset.
-        subset, split: of a dataset.
-        argument: what messages call `data`.
+        subset, split: subset and split of a dataset.
+        argument: name of `data` in messages.
 
     Raises:
-        ValueError: there is no such file, and it is no id, or no dataset can be loaded; see [`ParallelTextFile`].
+        ValueError: the file does not exist and the name is no id, or the dataset cannot be loaded; see
+            [`ParallelTextFile`].
     """
     path = Path(data)
     if path.is_dir():
         return _StreamedDataset(data, subset, split, argument)
     if path.exists() or path.is_symlink():
         if subset is not None:
-            raise ValueError(f"--subset ({subset}) is for datasets of the Hub, {argument} ({data}) is a file")
+            raise ValueError(f"--subset ({subset}) is for datasets of the Hub, but {argument} ({data}) is a file")
         return ParallelTextFile(path, argument)
     is_named_as_file = {suffix.lower() for suffix in path.suffixes} & {*_KINDS, *_OPENERS, ".txt", ".zip", ".zst"}
     if is_named_as_file or not _ON_HUB.fullmatch(data):
@@ -183,7 +188,7 @@ def open_parallel_text(data: str, subset: str | None = None, split: str = "valid
 
 
 class _StreamedDataset:
-    """Rows of a dataset; what is wrong with it is a `ValueError`, whatever it is to *datasets*."""
+    """Rows of a dataset; every error of *datasets* becomes a `ValueError`."""
 
     def __init__(self, data: str, subset: str | None, split: str, argument: str):
         self._name = f"{argument} ({data})"
@@ -200,10 +205,10 @@ class _StreamedDataset:
     def _guarded(self, do: Callable[[], Any]) -> Any:
         try:
             return do()
-        except Exception as error:  # of a server, of a format, of a script: there is no class that they share
+        except Exception as error:  # errors of servers, formats and scripts have no common class
             message = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(
-                f"{self._name} is no file, and cannot be loaded as a dataset of the Hub: {message}"
+                f"{self._name} is not a file, and cannot be loaded as a dataset of the Hub: {message}"
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""The model card of a model whose translations were measured: a table per direction, and metadata of the Hub."""
+"""A model card with translation quality: a table of directions, and metadata for the Hub."""
 
 import os
 import re
@@ -25,43 +25,43 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def hub_languages(languages: Iterable[str]) -> list[str]:
-    """Codes of languages as cards of the Hub have them: ISO 639, without script and country, each once.
+    """Language codes in the form of Hub cards: ISO 639, without script and country, each once.
 
     Args:
-        languages: such as `"en"`, `"zh-CN"` and `"deu_Latn"`; codes that are none of ISO 639 are left out.
+        languages: codes such as `"en"`, `"zh-CN"` and `"deu_Latn"`; codes that are not in ISO 639 are left out.
     """
     codes = []
     for language in languages:
         try:
             codes.append(parse_language(language).language)
         except ValueError:
-            logger.warning("language %r is left out of the model card: it is no code of ISO 639", language)
+            logger.warning("language %r is left out of the model card: it is not an ISO 639 code", language)
     return list(dict.fromkeys(codes))
 
 
 def write_translation_card(
     model_dir: str | os.PathLike[str], quality: TranslationQuality, *, base_model: str | None = None
 ) -> Path:
-    """Write how well a model translates into its model card, `README.md`.
+    """Write the translation quality of a model into its model card, `README.md`.
 
-    A card that is there keeps its text and its other metadata; a section from an earlier call is replaced. The card
-    names the languages of the directions that were measured.
+    An existing card keeps its text and other metadata; a section from an earlier call is replaced. The card lists the
+    languages of the measured directions.
 
     Args:
-        model_dir: of the model, with its `config.json`.
-        quality: of `evaluate_translation` for this model.
-        base_model: id on the Hub of the model that was fine-tuned.
+        model_dir: folder of the model, with its `config.json`.
+        quality: what `evaluate_translation` returned for this model.
+        base_model: Hub id of the model that was fine-tuned.
 
     Returns:
         the path of the card.
 
     Raises:
-        ValueError: before anything is written: `model_dir` is no folder with a model, the metadata of its card cannot
-            be read, or `base_model` is no id of the Hub.
+        ValueError: before anything is written: `model_dir` is not the folder of a model, the metadata of its card
+            cannot be read, or `base_model` is not a Hub id.
     """
     folder = Path(model_dir)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"model_dir ({folder}) has no config.json; name the folder that save_pretrained has written")
+        raise ValueError(f"model_dir ({folder}) has no config.json; give the folder that save_pretrained wrote")
     if base_model is not None and not _HUB_ID.fullmatch(base_model):
         raise ValueError(f"base_model ({base_model!r}) must be an id on the Hub, such as 'organization/name', or None")
     card = _card_of(folder)

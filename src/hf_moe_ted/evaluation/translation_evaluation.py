@@ -1,4 +1,4 @@
-"""Real text through a model, and how good its translations are."""
+"""Translate real text with a model and measure the quality."""
 
 import contextlib
 import hashlib
@@ -38,44 +38,44 @@ def evaluate_translation(
     max_new_tokens: int = 128,
     description: str = "Translating",
 ) -> TranslationQuality:
-    """Translate a test set and measure, per direction, BLEU, chrF, length ratio, language, what is copied, and speed.
+    """Translate a test set and measure, per direction, BLEU, chrF, length ratio, language, copies, and speed.
 
-    BLEU and chrF are sacreBLEU's. The length ratio shows what they hide: models whose experts were pruned tend to run
-    on, as NLLB-MoE into English, by 16 % (the outputs released with https://huggingface.co/papers/2212.09811). Nor do
-    they show much of numbers, placeholders and names that are lost, and of texts that repeat themselves: they are
-    counted (`copied`, `repeating`). A test set of the domain that experts were chosen by hides what is lost outside of
-    it, which `also` is for.
+    BLEU and chrF are sacreBLEU's. The length ratio shows what they hide: pruned models tend to translate too long, such
+    as NLLB-MoE into English, by 16 % (the outputs released with https://huggingface.co/papers/2212.09811). BLEU and
+    chrF also show little of lost numbers, placeholders and names, and of repetitions; these are counted separately
+    (`copied`, `repeating`). A test set from the domain that chose the experts hides losses in other domains; use `also`
+    for these.
 
-    All rows are read before the first is translated, so that what is wrong with one of them is known in time; texts
-    and translations stay in memory to the end. A batch holds sentences of one direction and of similar length. The
-    translation of a blank source is empty, as in [`ZCodeM3TranslationPipeline`]. On a GPU the first batch runs twice,
-    so that what happens only once does not count as time.
+    All rows are read before the first is translated, so errors in rows show early; texts and translations stay in
+    memory until the end. A batch holds sentences of one direction and of similar length. The translation of a blank
+    source is empty, as in [`ZCodeM3TranslationPipeline`]. On a GPU the first batch runs twice, so one-time work does
+    not count as time.
 
     Args:
-        model: an encoder-decoder with `generate`; it translates as in evaluation and is left in the mode it was in.
+        model: an encoder-decoder with `generate`; it translates in evaluation mode; its mode is restored.
         tokenizer: its tokenizer, a [`ZCodeM3Tokenizer`] or one for translation of transformers (`NllbTokenizer`).
         dataset: rows with the strings `source`, `target`, `src_lang` and `tgt_lang`, or the translation rows of
             *datasets*, `{"translation": {"en": "...", "de": "..."}}`, which count for every ordered pair of their
             languages. Sources longer than the model takes are truncated. Languages are codes in any form that means
             one of the tokenizer's (`zh-CN` for `zh`); the directions of the result have the tokenizer's.
-        also: a second test set, best of another domain, whose quality is `also` of the result.
-        languages: skip sentences whose source or target language is none of these; by default there are none to skip.
-        max_sentences: as many of each direction, the first ones; by default all.
+        also: a second test set, best from another domain; its quality is `also` of the result.
+        languages: skip sentences whose source or target language is not among these; by default none are skipped.
+        max_sentences: number of sentences per direction, from the start; by default all.
         batch_size: sentences per batch.
-        num_beams: of the beam search; 1 is greedy.
-        max_new_tokens: where a translation that has not ended is cut, at the latest after the model's positions.
-        description: of the progress bar.
+        num_beams: beams of the search; 1 is greedy.
+        max_new_tokens: longest translation in tokens, limited by the model's positions; longer ones are cut.
+        description: text of the progress bar.
 
     Raises:
-        ValueError: a row is of another form or has no reference; one of `languages` or a language of the dataset is
-            unknown to the tokenizer, or there is no sentence for it; the dataset is empty; a number is less than 1;
-            py3langid is not installed.
+        ValueError: a row has another form or no reference; the tokenizer does not know a language of `languages` or of
+            the dataset, or a language has no sentence; the dataset is empty; a number is less than 1; py3langid is not
+            installed.
     """
     numbers = {"batch_size": batch_size, "num_beams": num_beams, "max_new_tokens": max_new_tokens}
     for name, number in {**numbers, "max_sentences": max_sentences}.items():
         if number is not None and number < 1:
             raise ValueError(f"{name} ({number}) must be at least 1")
-    detector_code("en")  # what is missing should be known before hours of translating
+    detector_code("en")  # a missing package should show before hours of translating
     known, languages = choose_languages(tokenizer, languages)
     translator = _Translator(model, tokenizer, batch_size, num_beams, max_new_tokens)
     on_gpu = model.device.type == "cuda"
@@ -113,12 +113,12 @@ def _read(
     Args:
         dataset: see `evaluate_translation`.
         known: the languages of the tokenizer.
-        languages: those of `known` that sentences must be in.
-        max_sentences: of each direction, the first ones; the others are done.
-        progress: bar over the sentences.
+        languages: those of `known` in which sentences must be.
+        max_sentences: sentences per direction, from the start; the others count as done.
+        progress: progress bar over the sentences.
 
     Raises:
-        ValueError: a row is of another form, has an unknown language or no reference.
+        ValueError: a row has another form, an unknown language or no reference.
     """
     sentences: defaultdict[LanguagePair, list[Sentence]] = defaultdict(list)
     wanted = None if languages is None else {*languages}
@@ -149,7 +149,7 @@ def _read(
 
 @dataclass
 class _Translations:
-    """Of the sentences of one direction, in their order; see [`DirectionQuality`]."""
+    """Translations of the sentences of one direction, in their order; see [`DirectionQuality`]."""
 
     texts: list[str]
     num_cut: int
@@ -161,11 +161,13 @@ class _Translator:
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int, num_beams: int, max_new_tokens: int):
         if not hasattr(tokenizer, "_build_translation_inputs"):
-            raise ValueError(f"{type(tokenizer).__name__} must be a tokenizer for translation: a ZCodeM3Tokenizer")
+            raise ValueError(
+                f"{type(tokenizer).__name__} must be a tokenizer for translation, such as a ZCodeM3Tokenizer"
+            )
         self._model, self._tokenizer, self._batch_size = model, tokenizer, batch_size
         num_positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
         self._max_source_tokens = min(num_positions, tokenizer.model_max_length)
-        # one translation of a source, as a tensor, whatever the generation config of the model says
+        # one translation per source, as a tensor, whatever the model's generation config says
         self._generation = {
             "num_beams": num_beams,
             "max_new_tokens": min(max_new_tokens, num_positions),
@@ -178,11 +180,11 @@ class _Translator:
     def quality(
         self, pair: LanguagePair, sentences: Sequence[Sentence], languages: Sequence[str], progress: Any
     ) -> DirectionQuality:
-        """That of one direction; `languages` are all that the model can answer in."""
+        """The quality of one direction; `languages` are all in which the model can answer."""
         return _quality(pair, sentences, self.translate(pair, [each.source for each in sentences], progress), languages)
 
     def translate(self, pair: LanguagePair, sources: Sequence[str], progress: Any) -> _Translations:
-        """The translations in the order of the sources; that of a blank one is empty."""
+        """The translations in the order of the sources; a blank source has an empty translation."""
         translations = _Translations([""] * len(sources), num_cut=0, seconds=0.0)
         progress.update(sum(not source.strip() for source in sources))
         for batch in self._batches(sources):
@@ -200,7 +202,7 @@ class _Translator:
         return translations
 
     def _batches(self, sources: Sequence[str]) -> Iterator[list[int]]:
-        """Which sources, none of them blank: of a bucket the longest first, so that what does not fit fails at once."""
+        """Indices of sources that are not blank, the longest of a bucket first, so a lack of memory shows at once."""
         bucket_size = self._batch_size * BATCHES_PER_BUCKET
         for start in range(0, len(sources), bucket_size):
             bucket = range(len(sources))[start : start + bucket_size]
@@ -210,7 +212,7 @@ class _Translator:
 
     @torch.inference_mode()
     def _translate_batch(self, pair: LanguagePair, sources: list[str]) -> tuple[list[str], int]:
-        """Translations, and how many of them had not ended."""
+        """Translations, and the number of those that were cut."""
         with languages_kept(self._tokenizer):
             inputs = self._tokenizer._build_translation_inputs(
                 sources,
@@ -230,11 +232,11 @@ class _Translator:
 def _quality(
     pair: LanguagePair, sentences: Sequence[Sentence], translations: _Translations, languages: Sequence[str]
 ) -> DirectionQuality:
-    """That of one direction; `languages` are all that the model can answer in."""
+    """The quality of one direction; `languages` are all in which the model can answer."""
     sources, references = [sentence.source for sentence in sentences], [sentence.target for sentence in sentences]
     scores = score_translations(sources, translations.texts, references, tgt_lang=pair[1], languages=languages)
     digest = hashlib.sha256()
-    for texts in sorted(zip(sources, references, strict=True)):  # in whatever order they came
+    for texts in sorted(zip(sources, references, strict=True)):  # in any order of arrival
         digest.update("\0".join((*texts, "")).encode())
     return DirectionQuality(
         **vars(scores),

@@ -1,4 +1,4 @@
-"""How well and how fast a model translates, per direction: in memory and on disk."""
+"""Quality and speed of a model's translations, per direction, in memory and on disk."""
 
 import dataclasses
 import json
@@ -25,12 +25,12 @@ _NOT_IN_OLDER_FILES: dict[str, Any] = {"copied": {}, "repeating": None, "referen
 
 @dataclass(frozen=True, kw_only=True)
 class DirectionQuality(TranslationScores):
-    """The translations of a test set from one language to another: [`TranslationScores`] and how they were made.
+    """Translations of a test set from one language to another: [`TranslationScores`], and how they were made.
 
     Attributes:
-        num_cut: translations that had not ended after `max_new_tokens`.
-        seconds: that translating took.
-        text_sha256: of the sources and references, to tell whether two qualities are of the same text.
+        num_cut: translations that were cut at `max_new_tokens`.
+        seconds: time of the translation.
+        text_sha256: hash of sources and references, which tells whether two qualities are of the same text.
     """
 
     num_cut: int
@@ -43,8 +43,8 @@ class MeanQuality:
     """Means over directions, each counting the same; see [`DirectionQuality`].
 
     Attributes:
-        copied: kind -> share of what was to be copied in all directions together; kinds of which there is nothing are
-            not in it.
+        copied: kind -> copied share of all parts to copy, over all directions together; kinds without parts are left
+            out.
     """
 
     bleu: float
@@ -57,18 +57,17 @@ class MeanQuality:
 
 @dataclass(frozen=True, kw_only=True)
 class TranslationQuality:
-    """How well and how fast a model translates.
+    """Quality and speed of a model's translations.
 
     Attributes:
         model: its name or folder.
         directions: (source language, target language) -> [`DirectionQuality`].
-        batch_size, num_beams, max_new_tokens: of the generation.
+        batch_size, num_beams, max_new_tokens: options of the generation.
         device: name of the GPU, or `"cpu"`.
-        dtype: of the weights that are not quantized.
-        num_bytes: of the weights in memory.
-        peak_memory_bytes: most memory of the GPU that tensors had while it translated, weights included; `None`
-            without a GPU.
-        also: the same of another text, such as one of another domain; `None` without.
+        dtype: dtype of the weights that are not quantized.
+        num_bytes: bytes of the weights in memory.
+        peak_memory_bytes: peak memory of tensors on the GPU during translation, with the weights; `None` without a GPU.
+        also: the same for another text, such as one from another domain; or `None`.
     """
 
     model: str
@@ -89,12 +88,12 @@ class TranslationQuality:
 
     @property
     def sentences_per_s(self) -> float:
-        """Over all directions, from text to text; 0 if there was nothing but blank sources to translate."""
+        """Sentences per second over all directions, from text to text; 0 if all sources are blank."""
         seconds = sum(direction.seconds for direction in self.directions.values())
         return self.num_sentences / seconds if seconds else 0.0
 
     def groups(self) -> dict[str, list[LanguagePair]]:
-        """All directions, and if one language is in all of them, those from it and those into it."""
+        """Groups of directions: all; and if one language is in all of them, those from it and those into it."""
         pairs = list(self.directions)
         groups = {"all directions": pairs}
         common = set.intersection(*map(set, pairs))
@@ -109,7 +108,7 @@ class TranslationQuality:
         return groups
 
     def mean(self, pairs: list[LanguagePair]) -> MeanQuality:
-        """Over some of the directions."""
+        """Means over some of the directions."""
         directions = [self.directions[pair] for pair in pairs]
         off_target = [direction.off_target for direction in directions if direction.off_target is not None]
         repeating = [direction.repeating for direction in directions if direction.repeating is not None]
@@ -141,20 +140,20 @@ class TranslationQuality:
     def require_comparable(self, other: "TranslationQuality") -> None:
         """
         Raises:
-            ValueError: the other quality is of other text, or translations were made in another way.
+            ValueError: the other quality is of different text, or its translations were made with other options.
         """
         problems = [
-            f"{name} is {mine} and {others}"
+            f"{name} is {mine} in one and {others} in the other"
             for name in ("num_beams", "max_new_tokens")
             if (mine := getattr(self, name)) != (others := getattr(other, name))
         ]
         for pair in sorted(self.directions.keys() | other.directions.keys()):
             if pair not in self.directions or pair not in other.directions:
-                problems.append(f"{'-'.join(pair)} is in one of them only")
+                problems.append(f"{'-'.join(pair)} is only in one of them")
             elif self.directions[pair].text_sha256 != other.directions[pair].text_sha256:
                 problems.append(f"{'-'.join(pair)} has other sentences")
         if (self.also is None) != (other.also is None):
-            problems.append("one of them has another text, too (also), and the other has not")
+            problems.append("only one of them has a second text (also)")
         if problems:
             listed = shorten("; ".join(problems), 600)
             raise ValueError(f"the translations of {self.model} and {other.model} cannot be compared: {listed}")
@@ -165,15 +164,15 @@ class TranslationQuality:
     def check_path(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """
         Raises:
-            ValueError: `save` would not write there: it is a folder or a link, a file and not `overwrite`, or one that
-                `save` has not written.
+            ValueError: `save` would not write there: it is a folder or a link, a file without `overwrite`, or a file
+                that `save` did not write.
         """
         check_output_file(path, overwrite=overwrite, marker=f'"format": "{FORMAT}"'.encode())
 
     @classmethod
     @contextmanager
     def keeping_path(cls, path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[None]:
-        """As `check_path`, and no other process can write there to the end of the block, in which `save` does.
+        """Like `check_path`, and no other process can write there until the end of the block, which calls `save`.
 
         Raises:
             ValueError: see `check_path`; another process writes there.
@@ -183,7 +182,7 @@ class TranslationQuality:
             yield
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write it as one JSON file, which appears when it is complete.
+        """Write the quality to a JSON file, which appears once it is complete.
 
         Raises:
             ValueError: see `check_path`.
@@ -194,17 +193,17 @@ class TranslationQuality:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TranslationQuality":
-        """What `save` wrote.
+        """Load what `save` wrote.
 
         Raises:
-            ValueError: the file is missing, of another format, or not as it was written.
+            ValueError: the file is missing, of another format, or changed after writing.
         """
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"{path} does not exist; `hf-moe-ted evaluate` writes such a file")
         fields = read_json_object(path, "quality")
         if fields.pop("format", None) != FORMAT:
-            raise ValueError(f"{path} is no file of translation quality; `hf-moe-ted evaluate` writes one")
+            raise ValueError(f"{path} is not a file of translation quality; `hf-moe-ted evaluate` writes one")
         if (version := fields.pop("format_version", None)) != FORMAT_VERSION:
             raise ValueError(
                 f"{path} has format_version {shorten(version)}, this version of hf_moe_ted reads {FORMAT_VERSION}; "
@@ -226,29 +225,29 @@ class TranslationQuality:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "TranslationQuality":
-        """What `to_dict` has made.
+        """Make a quality from what `to_dict` returned.
 
         Raises:
-            ValueError: fields are missing, unknown or of another type; there is no direction, or one of them twice.
+            ValueError: fields are missing, unknown or of another type; there is no direction, or one occurs twice.
         """
         directions: dict[LanguagePair, DirectionQuality] = {}
         for row in of_type(list[dict[str, Any]], fields.get("directions"), "directions"):
             scores = {name: value for name, value in row.items() if name not in ("src_lang", "tgt_lang")}
             source, target = (of_type(str, row.get(name), name) for name in ("src_lang", "tgt_lang"))
             if (source, target) in directions:
-                raise ValueError(f"the direction {source}-{target} is there twice")
+                raise ValueError(f"the direction {source}-{target} occurs twice")
             directions[source, target] = from_fields(DirectionQuality, {**_NOT_IN_OLDER_FILES, **scores})
         if not directions:
-            raise ValueError("there is no direction in it")
+            raise ValueError("it has no direction")
         rest = {name: value for name, value in fields.items() if name not in ("directions", "also")}
         also = of_type(dict[str, Any] | None, fields.get("also"), "also")
         if also is not None and also.get("also") is not None:
-            raise ValueError("also has another text (also) itself")
+            raise ValueError("also must not have a second text (also) itself")
         return from_fields(cls, rest, directions=directions, also=None if also is None else cls.from_dict(also))
 
 
 def copied_shares(directions: Iterable[TranslationScores]) -> dict[str, float]:
-    """Kind -> share of what was to be copied, of all directions together; without kinds of which there is nothing."""
+    """Kind -> copied share of all parts to copy, over all directions together; kinds without parts are left out."""
     totals: dict[str, list[int]] = {}
     for direction in directions:
         for kind, counts in direction.copied.items():

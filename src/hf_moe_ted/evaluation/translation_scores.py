@@ -1,4 +1,4 @@
-"""How good translations are: BLEU, chrF, length ratio, language, what they copy and repeat, of a test set."""
+"""Scores of the translations of a test set: BLEU, chrF, length ratio, language, copies and repetitions."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,20 +14,20 @@ class TranslationScores:
     """Scores of the translations of a test set from one language to another.
 
     Attributes:
-        num_sentences: in the test set.
+        num_sentences: number of sentences in the test set.
         bleu: corpus BLEU, 0 to 100.
-        bleu_tokenizer: of sacreBLEU.
+        bleu_tokenizer: tokenizer of sacreBLEU.
         chrf: corpus chrF, 0 to 100.
-        source_chrf: chrF of the sources as they are: what a model gets for copying.
+        source_chrf: chrF of the unchanged sources, the score of a model that only copies.
         length_ratio: characters of all translations over those of all references.
         off_target: share of translations whose detected language is not the target language; `None` for a language
             that the detector does not know.
-        reference_off_target: the same of the references, which is the detector's own error.
+        reference_off_target: the same for the references, which is the detector's own error.
         copied: `"numbers"`, `"placeholders"` and `"names"` -> how many of them source and reference have in common, and
-            how many of these the translations have; see `copied_parts`. Empty in files of before it was measured.
+            how many of these the translations have; see `copied_parts`. Empty in older files without this measurement.
         repeating: share of translations that repeat something three times in a row, see `repeats_itself`; `None` in
-            files of before it was measured.
-        reference_repeating: the same of the references.
+            older files without this measurement.
+        reference_repeating: the same for the references.
     """
 
     num_sentences: int
@@ -54,15 +54,15 @@ def score_translations(
     """Score the translations of one direction.
 
     Args:
-        sources, translations, references: one of each per sentence, references not empty.
-        tgt_lang: the language they should be in: a code of ISO 639 or NLLB in any form (`"zh"`, `"zh-CN"`, `"ZH"`,
-            `"zho_Hans"`), or a name of `languages`. It chooses sacreBLEU's tokenizer.
-        languages: all that the model can answer in; those that py3langid knows are what it chooses from. By default it
-            chooses from all that it knows, with more errors.
+        sources, translations, references: one of each per sentence; references are not empty.
+        tgt_lang: the target language: a code of ISO 639 or NLLB in any form (`"zh"`, `"zh-CN"`, `"ZH"`, `"zho_Hans"`),
+            or a name of `languages`. It chooses sacreBLEU's tokenizer.
+        languages: all languages in which the model can answer; py3langid chooses among those that it knows. By default
+            it chooses among all languages that it knows, with more errors.
 
     Raises:
-        ValueError: no sentences, different numbers of them, or an empty reference; a `tgt_lang` that is no known
-            language and none of `languages`; py3langid is not installed.
+        ValueError: there are no sentences, their numbers differ, or a reference is empty; `tgt_lang` is neither a known
+            language nor among `languages`; py3langid is not installed.
     """
     languages = None if languages is None else list(languages)
     bleu_tokenizer = _bleu_tokenizer(tgt_lang, languages or ())
@@ -89,7 +89,7 @@ def score_translations(
 
 
 def _bleu_tokenizer(tgt_lang: str, languages: Iterable[str]) -> str:
-    """The tokenizer for a language; one that is not known is taken to have spaces between words."""
+    """The tokenizer for a language; an unknown language is assumed to have spaces between words."""
     if tgt_lang in languages:
         try:
             parse_language(tgt_lang)

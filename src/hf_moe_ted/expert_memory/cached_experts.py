@@ -1,4 +1,4 @@
-"""The module that stands in a model in place of its experts."""
+"""The module that replaces experts in a model with expert memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from .expert_cache import ExpertCache
 
 
 class CachedExperts(nn.Module):
-    """Experts of an MoE layer of which an [`ExpertCache`] holds some; it has no parameters of its own.
+    """Experts of an MoE layer, of which an [`ExpertCache`] holds some; the module has no parameters.
 
     It cannot be trained, saved, copied or moved.
     """
@@ -18,27 +18,27 @@ class CachedExperts(nn.Module):
     def __init__(self, cache: ExpertCache, layer: str, num_experts: int, dtype: torch.dtype):
         """
         Args:
-            cache: of the model.
+            cache: cache of the model.
             layer: name of the MoE layer.
-            num_experts: of the layer.
-            dtype: of the model.
+            num_experts: number of experts of the layer.
+            dtype: dtype of the model.
         """
         super().__init__()
         self.num_experts = num_experts
         self._cache, self._layer = cache, layer
         self._probe = torch.empty(0, dtype=dtype, device=cache.device)
 
-    @torch.compiler.disable  # what is copied depends on the routing
+    @torch.compiler.disable  # the copied experts depend on the routing
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """As [`ZCodeM3Experts`].
+        """See [`ZCodeM3Experts`].
 
         Raises:
-            ValueError: in training, or where gradients are wanted.
+            ValueError: in training, or if gradients are needed.
         """
         if torch.is_grad_enabled() and (self.training or hidden_states.requires_grad or top_k_weights.requires_grad):
             raise ValueError(
-                "a model with expert_memory cannot be trained, nor give gradients: its experts come and go; call "
-                "model.eval() and use torch.no_grad(), or load the model without expert_memory"
+                "a model with expert_memory cannot be trained or give gradients, because its experts are loaded and "
+                "removed; call model.eval() and use torch.no_grad(), or load the model without expert_memory"
             )
         if hidden_states.numel() == 0:
             return torch.zeros_like(hidden_states)

@@ -1,4 +1,4 @@
-"""Experts of a model of which the device holds some: which are there, bringing others, and computing with them.
+"""A cache of experts: the device holds some of them; others are copied when needed.
 
 Shape letters: T tokens, K experts per token, E experts, D model width.
 """
@@ -28,14 +28,14 @@ class _Layer:
     """A layer's experts.
 
     Attributes:
-        name: of the MoE layer.
+        name: name of the MoE layer.
         experts: a module on the meta device.
-        pool: with its region and its stage.
-        region: what stays between calls.
-        stage: two regions that experts pass through.
-        next: the next MoE layer of the encoder, whose experts are brought while layers between compute.
-        passed: experts that passed through in the last call.
-        table: int64[E + 1], the row of each expert in the window of the region, if all of them are there.
+        pool: memory that has the region and the stage.
+        region: slots whose experts stay between calls.
+        stage: two regions through which other experts pass.
+        next: the next MoE layer of the encoder; its experts are copied while the layers between compute.
+        passed: experts that passed through the stage in the last call.
+        table: int64[E + 1], the row of each expert in the window of the region, if all are in it.
         in_memory: a module on the CPU with all experts.
     """
 
@@ -51,29 +51,29 @@ class _Layer:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all experts are on the device, for good."""
+        """Whether all experts are on the device permanently."""
         return len(self.region.slot_of) == self.experts.num_experts
 
 
 class ExpertCache:
-    """The experts of one model: a part of them on its device, all of them somewhere else.
+    """The experts of one model: some are on its device, and all are in main memory or files.
 
-    A layer has slots of its own, in which those experts stay that were used last. If a call needs more experts than
-    there are slots, the others pass through, group by group: while one is computed, the next is copied.
+    A layer has its own slots, which keep the experts that were used last. If a call needs more experts than slots, the
+    others pass through group by group: while one group computes, the next is copied.
 
-    Whatever is where, each (token, expert) slot of a call is computed by the functions that compute it in a model
-    with all experts on the device, with as many slots at once, and the slots of a token are added up in their order.
+    Wherever experts are, each (token, expert) slot of a call is computed by the same functions as in a model with all
+    experts on the device, with the same number of slots at once. The slots of a token are added up in their order.
 
-    A lock lets one thread at a time into a layer. On GPUs, a copy to a slot waits for the computations that read it.
+    A lock allows one thread at a time in a layer. On GPUs, a copy to a slot waits for computations that read it.
 
     Args:
-        folder: of the model, for messages.
-        experts: name of each MoE layer -> its experts, on the meta device.
-        kinds: name of each MoE layer -> a number; those with the same share a pool.
-        plan: how many experts of each layer are kept.
-        source: where all experts are.
-        device: where the model computes.
-        max_cpu_slots: calls of at most so many (token, expert) slots compute what is missing on the CPU.
+        folder: folder of the model, for messages.
+        experts: name of each MoE layer -> module of its experts, on the meta device.
+        kinds: name of each MoE layer -> a number; layers with the same number share a pool.
+        plan: number of experts of each layer that are kept.
+        source: the source of all experts.
+        device: device on which the model computes.
+        max_cpu_slots: calls with at most so many (token, expert) slots compute missing experts on the CPU.
     """
 
     def __init__(
@@ -90,14 +90,14 @@ class ExpertCache:
         self._source, self._max_cpu_slots = source, max_cpu_slots
         self._lock = threading.Lock()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        if self._stream is not None:  # no copy may go on into memory that is free
+        if self._stream is not None:  # no copy may still run into freed memory
             weakref.finalize(self, self._stream.synchronize).atexit = False
         self._layers = _layers(experts, kinds, plan, device)
         self._pools = list({id(layer.pool): layer.pool for layer in self._layers.values()}.values())
         self._counts = dict.fromkeys(_COUNTERS, 0)
         self._wait_s = 0.0
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        if self._stream is not None:  # what used the memory of the pools before may still be under way
+        if self._stream is not None:  # earlier work on the memory of the pools may still run
             self._stream.wait_stream(torch.cuda.current_stream(device))
         for name, first in plan.first.items():
             layer = self._layers[name]
@@ -107,7 +107,7 @@ class ExpertCache:
         self.reset_statistics()
 
     def forward(self, name: str, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """What the experts of an MoE layer compute; see [`ZCodeM3Experts`]."""
+        """Compute the experts of an MoE layer; see [`ZCodeM3Experts`]."""
         with self._lock:
             layer = self._layers[name]
             self._counts["num_calls"] += 1
@@ -129,7 +129,7 @@ class ExpertCache:
             return output
 
     def statistics(self) -> ExpertMemoryStatistics:
-        """What happened so far; waits for the device."""
+        """The statistics so far; it waits for the device."""
         with self._lock:
             for before, after in self._waits:
                 after.synchronize()
@@ -139,14 +139,14 @@ class ExpertCache:
             return ExpertMemoryStatistics(**self._counts, wait_s=self._wait_s, num_bytes_resident=num_bytes)
 
     def reset_statistics(self) -> None:
-        """Begin to count anew."""
+        """Reset the counts."""
         with self._lock:
             self._counts = dict.fromkeys(_COUNTERS, 0)
             self._wait_s = 0.0
             self._waits.clear()
 
     def residents(self) -> dict[str, list[int]]:
-        """Name of each MoE layer -> those of its experts that are on the device to stay, ascending."""
+        """Name of each MoE layer -> its experts in slots of the device, ascending."""
         with self._lock:
             return {name: sorted(expert for _, expert in layer.region.slot_of) for name, layer in self._layers.items()}
 
@@ -156,8 +156,8 @@ class ExpertCache:
             ValueError: always; `what` is not possible with experts that are not all in the model.
         """
         raise ValueError(
-            f"{what} is not possible with expert_memory: the model does not hold its experts, {self.folder} does; use "
-            "that folder, or load the model without expert_memory"
+            f"{what} is not possible with expert_memory, because the model does not hold its experts; use the folder "
+            f"{self.folder}, or load the model without expert_memory"
         )
 
     def __deepcopy__(self, memo: Any) -> Any:
@@ -198,7 +198,7 @@ class ExpertCache:
         return outputs.sum()
 
     def _pass_through(self, layer: _Layer, resident: list[int], passing: list[int], outputs: "_BySlot") -> None:
-        """Compute what is in the region and, through the two stages by turns, all others."""
+        """Compute experts in the region, and all others through the two stages in turns."""
         loaded: dict[int, list[int]] = {}
         for turn, stage in enumerate(layer.stage):
             if prefetched := [expert for expert in passing if (layer.name, expert) in stage.slot_of]:
@@ -231,7 +231,7 @@ class ExpertCache:
     def _compute(
         self, layer: _Layer, region: Region, experts: Sequence[int], hidden: Tensor, ids: Tensor, weights: Tensor
     ) -> Tensor:
-        """What some experts compute that are in a region; zeros for slots of others."""
+        """Compute experts in a region; zeros for slots of other experts."""
         _, window = layer.pool.window(region, layer.experts)
         self._wait_for(region)
         output = window(hidden, self._table(layer, region, experts)[ids], weights)
@@ -243,7 +243,7 @@ class ExpertCache:
         return output
 
     def _table(self, layer: _Layer, region: Region, experts: Sequence[int]) -> Tensor:
-        """int64[E + 1], the row of each expert in the window of the region, that of no expert for all others."""
+        """int64[E + 1], the row of each expert in the window of the region; others get the row of no expert."""
         start, window = layer.pool.window(region, layer.experts)
         rows = torch.full((layer.experts.num_experts + 1,), window.num_experts)
         for expert in experts:
@@ -251,7 +251,7 @@ class ExpertCache:
         return rows.to(self.device)
 
     def _prefetch(self, layer: _Layer) -> None:
-        """Bring what passed through a layer in its last call, as far as there is room, while others compute."""
+        """Copy experts that passed through a layer in its last call, as far as there is room, while others compute."""
         passing = [expert for expert in layer.passed if (layer.name, expert) not in layer.region.slot_of]
         for stage in layer.stage:
             group, passing = passing[: stage.size], passing[stage.size :]
@@ -263,7 +263,7 @@ class ExpertCache:
         self._bring(layer, stage, experts, keep=())
 
     def _bring(self, layer: _Layer, region: Region, experts: Sequence[int], keep: Sequence[int]) -> None:
-        """Copy experts to a region that has none of them, in one go, beside the computation if that is on a GPU."""
+        """Copy experts to a region that has none of them, all at once; on a GPU in parallel with the computation."""
         if not experts:
             return
         keys: list[Key] = [(layer.name, expert) for expert in experts]
@@ -292,9 +292,9 @@ class ExpertCache:
             self._wait_s += time.perf_counter() - start_s
 
     def _wait_for(self, region: Region) -> None:
-        """Let the computation wait for copies to a region, if there are any under way."""
+        """Make the computation wait for running copies to a region."""
         if region.ready is not None and region.ready.query():
-            region.ready = None  # CUDA graphs cannot ask
+            region.ready = None  # CUDA graphs cannot query this
         if region.ready is None:
             return
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -325,7 +325,7 @@ class ExpertCache:
         ids_TK: Tensor,
         weights_TK: Tensor,
     ) -> Tensor:
-        """What is on the device there, all else on the CPU, at the same time."""
+        """Compute resident experts on the device and, at the same time, missing ones on the CPU."""
         outputs = _BySlot(hidden_TD, ids_TK, weights_TK, layer.experts)
         hidden, ids, weights = (tensor.cpu() for tensor in outputs.inputs)
         if here:
@@ -352,7 +352,7 @@ _COUNTERS = (
 
 
 class _BySlot:
-    """Outputs of the (token, expert) slots of a call, each computed as a token of its own, by some experts at a time.
+    """Outputs of the (token, expert) slots of a call; each slot is its own token, and some experts compute at a time.
 
     Attributes:
         inputs: hidden states [T * K, D], experts [T * K, 1] and weights [T * K, 1].
@@ -362,12 +362,12 @@ class _BySlot:
         self._top_k, self._dtype = ids_TK.shape[1], hidden_TD.dtype
         hidden = hidden_TD if self._top_k == 1 else hidden_TD.repeat_interleave(self._top_k, dim=0)
         if hidden.device.type == "cpu" and getattr(experts, "sums_in_float32", False):
-            hidden = hidden.float()  # or outputs were rounded before they are added up
+            hidden = hidden.float()  # else outputs would be rounded before they are added up
         self.inputs = hidden, ids_TK.reshape(-1, 1), weights_TK.reshape(-1, 1)
         self._outputs = torch.zeros_like(hidden)
 
     def add(self, outputs: Tensor) -> None:
-        """Take over those of some experts; for each slot all but one are 0."""
+        """Add the outputs of some experts; each slot is nonzero for only one expert."""
         self._outputs += outputs
 
     def sum(self) -> Tensor:
@@ -380,7 +380,7 @@ class _BySlot:
 def _layers(
     experts: Mapping[str, nn.Module], kinds: Mapping[str, int], plan: ResidencePlan, device: torch.device
 ) -> dict[str, _Layer]:
-    """Each layer's part of the pool of its kind, and behind all of these the stages of the kind."""
+    """Each layer's part of its kind's pool; the stages of the kind come after all of these."""
     layers: dict[str, _Layer] = {}
     for kind, stage_slots in plan.stage_slots.items():
         names = [name for name in experts if kinds[name] == kind]

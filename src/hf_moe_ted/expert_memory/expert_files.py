@@ -1,7 +1,7 @@
-"""Where each expert stands in the safetensors files of a folder, and reading it from there.
+"""Find and read experts in the safetensors files of a folder.
 
-Files are read, not mapped: what was read is memory that its reader owns, and a file that is cut while it is in use is
-an error and not the end of the process. They stay open, so that a folder may be renamed, replaced or removed.
+Files are read, not mapped. So the reader owns its memory, and a file that is truncated during use causes an error
+instead of a crash. Files stay open, so the folder may be renamed, replaced or removed.
 """
 
 import json
@@ -22,7 +22,7 @@ _LENGTH_BYTES = 8
 
 
 class ExpertFilesChangedError(ValueError):
-    """A file whose experts are read while the model runs is not what it was when the model was loaded."""
+    """A file has changed since the model was loaded, but the model still reads experts from it."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Span:
     """Bytes of a file.
 
     Attributes:
-        file: its number among the open files.
-        offset: of the first byte.
-        num_bytes: how many.
+        file: index among the open files.
+        offset: offset of the first byte.
+        num_bytes: number of bytes.
     """
 
     file: int
@@ -52,10 +52,10 @@ class ExpertFiles:
     """Tensors of a folder by name, read from open files.
 
     Args:
-        folder: with safetensors files, one or shards with an index.
+        folder: folder with one safetensors file, or with shards and an index.
 
     Raises:
-        ValueError: there are none, or one is damaged.
+        ValueError: there are no files, or one is damaged.
     """
 
     def __init__(self, folder: Path):
@@ -90,10 +90,10 @@ class ExpertFiles:
                     start, end = entry["data_offsets"]
                     self._spans[name] = Span(number, _LENGTH_BYTES + length + start, end - start)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UnreadableFileError(f"{path} is no safetensors file: {error}") from error
+            raise UnreadableFileError(f"{path} is not a safetensors file: {error}") from error
 
     def span(self, name: str, index: int | None = None, num_indices: int = 1) -> Span:
-        """Of a tensor, or of one index of its first dimension, which has `num_indices`."""
+        """The bytes of a tensor, or of one index of its first dimension, which has `num_indices`."""
         whole = self._spans[name]
         if index is None:
             return whole
@@ -101,17 +101,17 @@ class ExpertFiles:
         return Span(whole.file, whole.offset + index * num_bytes, num_bytes)
 
     def announce(self, spans: Iterable[Span]) -> None:
-        """Tell the system what is read next, so that the disk need not wait for it; a hint."""
+        """Tell the system what is read next, so that the disk can start early; this is a hint."""
         if hasattr(os, "posix_fadvise"):
             for span in spans:
                 file = self._files[span.file]
                 os.posix_fadvise(file.descriptor, span.offset, span.num_bytes, os.POSIX_FADV_WILLNEED)
 
     def read_into(self, spans: Mapping[str, Span], outs: Mapping[str, Tensor]) -> None:
-        """Read spans into tensors of their sizes, contiguous and in main memory.
+        """Read spans into tensors of the same sizes, contiguous and in main memory.
 
         Raises:
-            ExpertFilesChangedError: a file was written to or cut since it was opened.
+            ExpertFilesChangedError: a file was changed or truncated since it was opened.
         """
         for number in {span.file for span in spans.values()}:
             self._require_unchanged(self._files[number])
@@ -135,7 +135,7 @@ class ExpertFiles:
 
 def _changed(file: _OpenFile) -> ExpertFilesChangedError:
     return ExpertFilesChangedError(
-        f"{file.path} has changed since the model was loaded, and experts are read from it while the model runs; load "
+        f"{file.path} has changed since the model was loaded, but the model reads experts from it while it runs; load "
         "the model again"
     )
 

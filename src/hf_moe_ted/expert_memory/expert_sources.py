@@ -1,4 +1,4 @@
-"""Where experts are that are not on the device: in main memory, or in files."""
+"""Sources of experts that are not on the device: main memory, or files."""
 
 import mmap
 import weakref
@@ -12,28 +12,28 @@ from .expert_files import ExpertFiles, Span
 
 _ALIGNMENT = 64
 _FOR_ALL_DEVICES = 1  # cudaHostRegisterPortable
-_NUM_BUFFERS = 3  # so that one is read while others are copied
+_NUM_BUFFERS = 3  # so that one can be read while others are copied
 
 
 class ExpertSource(Protocol):
-    """Puts the tensors of experts into others, of their shapes and dtypes."""
+    """Writes the tensors of experts into other tensors of the same shapes and dtypes."""
 
     def announce(self, layer: str, experts: Sequence[int]) -> None:
-        """What is read next."""
+        """Announce what is read next."""
 
     def put(self, layer: str, expert: int, outs: Mapping[str, Tensor]) -> None:
-        """Write one expert's tensors, by their names in its module, to `outs`; on a GPU in its current stream."""
+        """Write one expert's tensors to `outs`, by their names in its module; on a GPU in the current stream."""
 
 
 class ExpertsInMemory:
     """Experts in main memory, pinned if there is a GPU.
 
     Args:
-        layers: name of each MoE layer -> all of its experts.
-        device: where the model computes.
+        layers: name of each MoE layer -> module with all of its experts.
+        device: device on which the model computes.
 
     Raises:
-        RuntimeError: the system does not allow to pin so much.
+        RuntimeError: the system does not allow pinning so much memory.
     """
 
     def __init__(self, layers: Mapping[str, "HostStacks"], device: torch.device):
@@ -55,11 +55,11 @@ class ExpertsInMemory:
 
 
 class HostStacks:
-    """Tensors of all experts of a layer in pages of main memory that nothing else is in, so that they can be pinned.
+    """Tensors of all experts of a layer in their own pages of main memory, so that the pages can be pinned.
 
     Attributes:
-        memory: uint8[bytes], all of it.
-        tensors: by name, [E, ...], undefined.
+        memory: uint8[bytes], the whole memory.
+        tensors: tensors by name, [E, ...], uninitialized.
     """
 
     def __init__(self, specs: Mapping[str, Tensor]):
@@ -73,7 +73,7 @@ class HostStacks:
 
 
 def _pin(memory: Tensor) -> None:
-    """Let the bus read memory while the processor does something else; `pin_memory` would round up its size."""
+    """Pin the memory, so that copies run beside the processor; `pin_memory` would round up the size."""
     code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, _FOR_ALL_DEVICES))
     if code:
         raise RuntimeError(
@@ -91,9 +91,9 @@ class ExpertsInFiles:
     """Experts that stay in their files.
 
     Args:
-        files: open.
-        spans: name of each MoE layer -> name of each tensor of its experts -> where each expert's is.
-        dtypes: the same -> the dtype there.
+        files: the open files.
+        spans: name of each MoE layer -> name of each tensor of its experts -> place of each expert's part.
+        dtypes: the same -> dtype in the file.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class ExpertsInFiles:
         """See [`ExpertSource`].
 
         Raises:
-            ExpertFilesChangedError: a file was written to or cut since it was opened.
+            ExpertFilesChangedError: a file was changed or truncated since it was opened.
         """
         spans = {name: self._spans[layer][name][expert] for name in outs}
         dtypes = self._dtypes[layer]
@@ -129,14 +129,14 @@ class ExpertsInFiles:
 
 
 class _Buffer:
-    """Main memory that files are read into on their way to a GPU, or to another dtype."""
+    """Main memory for data from files on its way to a GPU or to another dtype."""
 
     def __init__(self) -> None:
         self._tensors: dict[str, Tensor] = {}
         self._is_free: torch.cuda.Event | None = None
 
     def like(self, outs: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-        """Tensors of the shapes of others that no copy reads any more."""
+        """Tensors with the shapes of others; no copy reads them any more."""
         if self._is_free is not None:
             self._is_free.synchronize()
         for name, out in outs.items():
@@ -147,7 +147,7 @@ class _Buffer:
         return {name: self._tensors[name] for name in outs}
 
     def is_read_by(self, device: torch.device) -> None:
-        """The current stream of a GPU copies the tensors."""
+        """Record that the current stream of a GPU copies the tensors."""
         if device.type == "cuda":
             self._is_free = torch.cuda.Event()
             self._is_free.record()

@@ -1,4 +1,4 @@
-"""A model from a folder, whose experts an [`ExpertCache`] brings when they are needed."""
+"""Load a model from a folder; an [`ExpertCache`] loads its experts when they are needed."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ from .expert_sources import ExpertsInFiles, ExpertsInMemory, ExpertSource, HostS
 from .memory_options import MemoryOptions
 from .residence_plan import LayerSize, plan_residence
 
-# what Auto classes hand on, which does not matter for a folder
+# options that Auto classes pass on and that have no effect for a folder
 _ABOUT_THE_HUB = {"adapter_kwargs", "code_revision", "local_files_only", "revision", "token", "trust_remote_code"}
 
 
@@ -50,22 +50,23 @@ def load_with_expert_memory(
     output_loading_info: bool = False,
     **unknown: Any,
 ) -> Any:
-    """The model of a folder of ZCodeM3 or NLLB-MoE, in evaluation mode.
+    """Load a ZCodeM3 or NLLB-MoE from a folder, in evaluation mode.
 
     Args:
         model_class: [`ZCodeM3ForConditionalGeneration`].
-        folder: with config and weights; safetensors if experts stay in files.
-        memory: how many experts the device holds.
-        dtype: of the weights, by default that of the config; a quantized model's scales have it, too.
-        device_map: one device, by default a GPU if there is one.
-        attn_implementation, experts_implementation: as those of `from_pretrained`; on CPUs experts are computed by
-            `"zcode_cpu"` by default.
-        config: in place of that of the folder, as Auto classes give it.
-        output_loading_info: whether to return what is missing, too, which is nothing: it is refused.
+        folder: folder with config and weights; they must be safetensors if experts stay in files.
+        memory: options that say how many experts the device holds.
+        dtype: dtype of the weights, and of a quantized model's scales; by default that of the config.
+        device_map: one device; by default a GPU if there is one.
+        attn_implementation, experts_implementation: as in `from_pretrained`; the default for experts on CPUs is
+            `"zcode_cpu"`.
+        config: replaces the config of the folder; Auto classes give it.
+        output_loading_info: whether to also return missing weights; the list is always empty, because missing weights
+            raise.
 
     Raises:
-        ValueError: no such folder, weights that are missing, of another shape or dtype, or not finite; statistics of
-            another model or without a language; too little memory; an option that is not known here.
+        ValueError: the folder does not exist; weights are missing, of another shape or dtype, or not finite; statistics
+            are of another model or lack a language; the memory is too small; an option is unknown.
     """
     if others := unknown.keys() - _ABOUT_THE_HUB:
         raise ValueError(f"with expert_memory, from_pretrained has no option {', '.join(sorted(others))}")
@@ -90,7 +91,7 @@ def load_with_expert_memory(
     _check_specs(tensors, specs, source.path)
     experts = {layer: model.get_submodule(f"{layer}.experts") for layer in moe_layers(config)}
     if not experts:
-        raise ValueError(f"{folder} has no MoE layer, so there is nothing for expert_memory to hold")
+        raise ValueError(f"{folder} has no MoE layer, so it has no experts for expert_memory; leave expert_memory out")
     cache = _cache(source, tensors, experts, memory, device)
     for layer, module in experts.items():
         model.set_submodule(f"{layer}.experts", CachedExperts(cache, layer, module.num_experts, model.dtype))
@@ -101,7 +102,7 @@ def load_with_expert_memory(
 
 @dataclass(frozen=True)
 class _Folder:
-    """Config and weights as they are; `names`: ours -> those in the files, one for each expert of a stack or one."""
+    """Config and weights of a folder; `names` maps our names to those in the files (one, or one per expert)."""
 
     path: Path
     config: ZCodeM3Config
@@ -129,8 +130,8 @@ def _quantization(path: Path, fields: Mapping[str, Any]) -> ExpertQuantizationCo
     quantization = AutoQuantizationConfig.from_dict(dict(fields["quantization_config"]))
     if not isinstance(quantization, ExpertQuantizationConfig):
         raise ValueError(
-            f"{path} is quantized by {quantization.quant_method}; expert_memory takes what hf-moe-ted quantize made, "
-            "and models that are not quantized"
+            f"{path} is quantized by {quantization.quant_method}; expert_memory needs a model that hf-moe-ted "
+            "quantize made, or one that is not quantized"
         )
     return quantization
 
@@ -163,7 +164,7 @@ def _check_specs(tensors: LazyTensors, specs: Mapping[str, Tensor], path: Path) 
     check_tensors(tensors.specs, specs, str(path))
     for name, spec in specs.items():
         if not spec.is_floating_point() and tensors.specs[name].dtype != spec.dtype:
-            raise ValueError(f"{name} in {path} is {tensors.specs[name].dtype}, it must be {spec.dtype}")
+            raise ValueError(f"{name} in {path} is {tensors.specs[name].dtype}, but must be {spec.dtype}")
 
 
 def _cache(
@@ -188,10 +189,10 @@ def _cache(
 
 
 def _importance(source: _Folder, tensors: LazyTensors, memory: MemoryOptions) -> Mapping[str, Tensor] | None:
-    """Shares of the languages' tokens, by the language of the source in the encoder, and of the target in the decoder.
+    """Shares of the languages' tokens, by source language in the encoder and target language in the decoder.
 
     Raises:
-        ValueError: the statistics are of another model, or have no such language.
+        ValueError: the statistics are of another model or lack a language.
     """
     statistics = memory.statistics
     if statistics is None:
@@ -228,9 +229,9 @@ def _in_files(source: _Folder, experts: Mapping[str, Any]) -> ExpertsInFiles:
             stored = dtypes[layer][name] = source.tensors.specs[full_name].dtype
             if spec.dtype == torch.float16 != stored:
                 raise ValueError(
-                    f"{full_name} in {source.path} is {stored}, which torch.float16 may not hold, and experts that are "
-                    "read when they are needed cannot be checked before; use dtype='bfloat16', experts_in='memory', "
-                    "or hf-moe-ted quantize with --dtype float16"
+                    f"{full_name} in {source.path} is {stored}, which torch.float16 may not be able to hold, and "
+                    "experts in files cannot be checked before they are used; use dtype='bfloat16', "
+                    "experts_in='memory', or hf-moe-ted quantize with --dtype float16"
                 )
             names = source.names[full_name]
             if len(names) == 1:
@@ -267,9 +268,9 @@ def _load_the_rest(model: nn.Module, tensors: LazyTensors, specs: Mapping[str, T
 
 
 def _finish(model: Any, source: _Folder, cache: ExpertCache) -> None:
-    """What else `from_pretrained` does."""
+    """The remaining steps of `from_pretrained`."""
     model.tie_weights()
-    model.to(cache.device)  # tables of positions and of merged rows, which no checkpoint holds
+    model.to(cache.device)  # tables of positions and of merged rows, which checkpoints do not hold
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not missing, missing
     model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""How many bytes of experts the device holds, and which."""
+"""Options: how many bytes of experts the device holds, and which experts."""
 
 import os
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ PLACES = ("auto", "memory", "files")
 class MemoryOptions:
     """
     Args:
-        size: of the experts on the device, bytes or a string such as `"8GB"` or `"7.5GiB"`. On a CPU that is the main
-            memory that experts take, what int8 kernels make of them included.
-        statistics: of `collect_expert_statistics` for this model, or their folder: the experts that they show most are
-            on the device from the start. Without them it is those that were used last, and the decoder's have more
-            room than the encoder's.
-        languages: whose statistics count, `["en", "de"]`, of the source in the encoder and of the target in the
-            decoder, or pairs, `[("en", "de")]`; by default all that the statistics have.
+        size: size of the experts on the device, in bytes or as a string such as `"8GB"` or `"7.5GiB"`. On a CPU it is
+            the main memory for experts, with the packed copies of int8 kernels.
+        statistics: what `collect_expert_statistics` returned for this model, or its folder: the most used experts are
+            on the device from the start. Without statistics the device keeps the experts that were used last, and the
+            decoder gets more room than the encoder.
+        languages: languages whose statistics count, such as `["en", "de"]`: by source in the encoder and by target in
+            the decoder; or pairs, `[("en", "de")]`. By default all that the statistics have.
         experts_in: `"memory"`: all experts are in main memory, pinned if the device is a GPU. `"files"`: they stay in
-            the safetensors files, and are read when they are needed. `"auto"`: memory for a GPU, files for a CPU.
-        max_cpu_slots: calls of at most so many (token, expert) slots compute those experts on the CPU that are not on
-            the GPU, in place of copying them. Numbers then are not those of the GPU to the last bit.
+            the safetensors files, and are read when needed. `"auto"`: memory for a GPU, files for a CPU.
+        max_cpu_slots: calls with at most so many (token, expert) slots compute experts that are not on the GPU on the
+            CPU, instead of copying them. Results are then not bitwise equal to the GPU's.
 
     Raises:
-        ValueError: an option that is none of these.
+        ValueError: an option has another value.
     """
 
     size: int | str
@@ -45,13 +45,13 @@ class MemoryOptions:
             raise ValueError(f"experts_in ({self.experts_in!r}) must be one of {', '.join(PLACES)}")
         if self.languages is not None and self.statistics is None:
             raise ValueError(
-                f"languages ({self.languages!r}) need statistics, which say which experts they use; make some with "
-                "hf-moe-ted expert-statistics, or leave languages out"
+                f"languages ({self.languages!r}) need statistics, which tell the experts that they use; make "
+                "statistics with hf-moe-ted expert-statistics, or leave languages out"
             )
         if self.max_cpu_slots > 0 and self.experts_in == "files":
             raise ValueError(f"max_cpu_slots ({self.max_cpu_slots}) needs experts_in='memory', got 'files'")
         if self.max_cpu_slots < 0:
-            raise ValueError(f"max_cpu_slots ({self.max_cpu_slots}) must not be negative")
+            raise ValueError(f"max_cpu_slots ({self.max_cpu_slots}) must be at least 0")
 
     @property
     def num_bytes(self) -> int:

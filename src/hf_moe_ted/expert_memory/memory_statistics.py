@@ -1,26 +1,26 @@
-"""What a cache of experts did."""
+"""Statistics of an expert cache."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class ExpertMemoryStatistics:
-    """Counts since the model was loaded, or since they were set back.
+    """Counts since the model was loaded, or since the last reset.
 
-    An expert counts once for each call of a layer that needs it. Layers all of whose experts are on the device count
-    their calls only: nothing looks which experts they need.
+    An expert counts once for each call of a layer that needs it. A layer with all experts on the device only counts its
+    calls, because its needed experts are not determined.
 
     Attributes:
-        num_calls: of MoE layers.
-        num_calls_all_resident: of those, of layers all of whose experts are on the device.
-        num_hits: experts that were on the device when they were needed.
-        num_misses: experts that were not, and were copied there.
-        num_streamed: of the misses, those that passed through: the layer needed more than its share of the memory.
-        num_prefetched: of the hits, those that were copied while the layer before computed.
-        num_on_cpu: experts that were not on the device, and were computed by the processor.
-        num_bytes_copied: to the device, what was not needed then included.
+        num_calls: calls of MoE layers.
+        num_calls_all_resident: the part of these calls of layers with all experts on the device.
+        num_hits: needed experts that were on the device.
+        num_misses: needed experts that were not on the device and were copied.
+        num_streamed: the part of the misses that passed through, because the layer needed more than its memory.
+        num_prefetched: the part of the hits that were copied while the previous layer computed.
+        num_on_cpu: needed experts that were not on the device and were computed by the CPU.
+        num_bytes_copied: bytes copied to the device, also for experts that were then not needed.
         wait_s: seconds for which the computation waited for experts.
-        num_bytes_resident: that experts take on the device, at most.
+        num_bytes_resident: most bytes of experts on the device.
     """
 
     num_calls: int
@@ -36,7 +36,7 @@ class ExpertMemoryStatistics:
 
     @property
     def hit_rate(self) -> float:
-        """Share of the needed experts that were on the device; 1 if none was looked for."""
+        """Share of the needed experts that were on the device; 1 if none was needed."""
         num_needed = self.num_hits + self.num_misses + self.num_on_cpu
         return self.num_hits / num_needed if num_needed else 1.0
 

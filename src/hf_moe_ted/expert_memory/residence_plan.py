@@ -1,4 +1,4 @@
-"""How many experts of each layer the device keeps, and which first."""
+"""Plan how many experts of each layer the device keeps, and which it loads first."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,18 +7,18 @@ from torch import Tensor
 
 from ..models.layer_names import side_of
 
-# An expert of the decoder may be needed at every token of a translation, one of the encoder once per batch.
+# An expert of the decoder may be needed for every token of a translation, an expert of the encoder once per batch.
 DECODER_WEIGHT = 16.0
-_STAGE_SHARE = 16  # of the slots, for each of the two groups of experts that are on their way
+_STAGE_SHARE = 16  # share of the slots for each of the two groups of experts in transit
 
 
 @dataclass(frozen=True)
 class LayerSize:
     """
     Attributes:
-        num_experts: of the layer.
-        slot_bytes: that the device keeps of one of its experts.
-        kind: equal for layers whose experts have the same tensors, which share memory.
+        num_experts: number of experts of the layer.
+        slot_bytes: bytes on the device per expert.
+        kind: equal for layers whose experts have the same tensors and share memory.
     """
 
     num_experts: int
@@ -30,9 +30,9 @@ class LayerSize:
 class ResidencePlan:
     """
     Attributes:
-        num_slots: name of each MoE layer -> how many of its experts are kept.
-        first: name of each MoE layer -> experts that are brought at once, at most as many.
-        stage_slots: kind of layer -> experts of each of two groups that pass through; 0 if all experts are kept.
+        num_slots: name of each MoE layer -> number of experts that are kept.
+        first: name of each MoE layer -> experts that are loaded at the start, at most that number.
+        stage_slots: kind of layer -> experts in each of the two groups that pass through; 0 if all experts are kept.
     """
 
     num_slots: dict[str, int]
@@ -43,16 +43,16 @@ class ResidencePlan:
 def plan_residence(
     layers: Mapping[str, LayerSize], max_bytes: int, importance: Mapping[str, Tensor] | None
 ) -> ResidencePlan:
-    """Keep as many experts as there is memory for, those first that are used most.
+    """Keep as many experts as fit in memory, the most used first.
 
     Args:
-        layers: by name.
-        max_bytes: of all experts on the device.
-        importance: name of each layer -> float[E], the share of the layer's tokens that each expert computes; `None`
-            if it is unknown: then the decoder's layers get as many as they have, before those of the encoder.
+        layers: layers by name.
+        max_bytes: most bytes of all experts on the device.
+        importance: name of each layer -> float[E], the share of the layer's tokens that each expert computes; `None` if
+            unknown; then layers of the decoder get all their experts before layers of the encoder get any.
 
     Raises:
-        ValueError: there is no room for two experts of each kind.
+        ValueError: two experts of each kind do not fit.
     """
     total = sum(layer.num_experts * layer.slot_bytes for layer in layers.values())
     if total <= max_bytes:
@@ -74,13 +74,13 @@ def plan_residence(
             free -= layers[name].slot_bytes
             first[name].append(expert)
     num_slots = {name: len(experts) for name, experts in first.items()}
-    if importance is None:  # which ones is up to the texts, unless it is all
+    if importance is None:  # texts decide which experts, unless all fit
         first = {name: e if len(e) == layers[name].num_experts else [] for name, e in first.items()}
     return ResidencePlan(num_slots, first, stage_slots)
 
 
 def _stage_slots(layers: Mapping[str, LayerSize], max_bytes: int, total: int) -> dict[int, int]:
-    """A part of the slots that the kind would have if memory was shared out evenly, at least one."""
+    """A part of the slots that the kind would have if memory were shared evenly; at least one."""
     counts: dict[int, int] = {}
     largest: dict[int, int] = {}
     for layer in layers.values():
@@ -93,7 +93,7 @@ def _stage_slots(layers: Mapping[str, LayerSize], max_bytes: int, total: int) ->
 
 
 def _by_worth(layers: Mapping[str, LayerSize], importance: Mapping[str, Tensor] | None) -> Sequence[tuple[str, int]]:
-    """All experts, those first whose copies are saved most often."""
+    """All experts, ordered by how many copies it saves to keep them."""
     worth: list[tuple[float, int, str]] = []
     for name, layer in layers.items():
         weight = DECODER_WEIGHT if side_of(name) == "decoder" else 1.0

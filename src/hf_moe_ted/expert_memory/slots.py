@@ -1,8 +1,8 @@
-"""Memory of a device that holds some experts, and modules that compute with what is in it.
+"""Device memory for some experts, and modules that compute with its content.
 
-A slot has the tensors of one expert. Slots of experts with the same tensors stand in one pool, so that a part of it is
-a stack of experts, [slots, ...], as the modules have that hold all of their experts: they compute, unchanged, with
-slots in place of experts.
+A slot holds the tensors of one expert. Slots of experts with the same tensors are in one pool, so a part of the pool is
+a stack of experts, [slots, ...]. Modules that hold all of their experts have such stacks, too, so they compute
+unchanged with slots instead of experts.
 """
 
 import copy
@@ -16,12 +16,12 @@ Key = tuple[str, int]  # layer and expert
 
 
 class Region:
-    """Slots `start` to `start + size` of a pool, and what is in them.
+    """Slots `start` to `start + size` of a pool, and their content.
 
     Attributes:
         slot_of: key -> its slot.
-        readers: slot -> stream -> event behind the last computation there that reads the slot; on GPUs only.
-        ready: event behind the last copy to the region; on GPUs only.
+        readers: slot -> stream -> event after the last computation that reads the slot; on GPUs only.
+        ready: event after the last copy to the region; on GPUs only.
     """
 
     def __init__(self, start: int, size: int):
@@ -29,19 +29,19 @@ class Region:
         self.slot_of: dict[Key, int] = {}
         self.readers: dict[int, dict[int, torch.cuda.Event]] = {}
         self.ready: torch.cuda.Event | None = None
-        self._used: dict[Key, int] = {}  # those that were used last stand last
+        self._used: dict[Key, int] = {}  # the most recently used are last
 
     def touch(self, keys: Iterable[Key]) -> None:
-        """Remember that they are used now."""
+        """Record that the keys are used now."""
         for key in keys:
             self._used[key] = self._used.pop(key)
 
     def make_room(self, new: Sequence[Key], keep: Iterable[Key]) -> list[int]:
-        """Slots for new keys: unused ones, then those of keys that were used longest ago and are not to be kept.
+        """Slots for new keys: unused ones first, then those of the least recently used keys that may be dropped.
 
         Args:
-            new: none of which is here; with those to keep at most `size`.
-            keep: keys.
+            new: keys that are not here; together with `keep` at most `size`.
+            keep: keys that must stay.
         """
         kept = set(keep)
         taken = set(self.slot_of.values())
@@ -57,7 +57,7 @@ class Region:
         return slots
 
     def forget(self, keys: Iterable[Key] | None = None) -> None:
-        """Take keys out, by default all."""
+        """Remove keys; by default all."""
         for key in list(self.slot_of) if keys is None else keys:
             self.slot_of.pop(key, None)
             self._used.pop(key, None)
@@ -67,9 +67,9 @@ class SlotPool:
     """Slots of experts with the same tensors.
 
     Args:
-        experts: a module of them on the meta device, whose parameters are stacks [E, ...].
-        num_slots: how many experts there is room for.
-        device: where.
+        experts: a module of these experts on the meta device; its parameters are stacks [E, ...].
+        num_slots: number of slots.
+        device: device of the pool.
     """
 
     def __init__(self, experts: nn.Module, num_slots: int, device: torch.device):
@@ -86,24 +86,24 @@ class SlotPool:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def at(self, slot: int) -> dict[str, Tensor]:
-        """The tensors of a slot by name. What changes them must be told to `changed`."""
+        """The tensors of a slot by name. After changing them, call `changed`."""
         return {name: tensor[slot] for name, tensor in self.tensors.items()}
 
     def changed(self, slots: Iterable[int]) -> None:
-        """Forget what was made of the slots' old content."""
+        """Drop data that was derived from the slots' old content."""
         for (start, num_rows), window in self._windows.items():
             forget_packed = getattr(window, "forget_packed", None)
             if forget_packed is not None:
                 forget_packed([slot - start for slot in slots if 0 <= slot - start < num_rows])
 
     def window(self, region: Region, experts: Any) -> tuple[int, Any]:
-        """A module of as many experts as a layer has, whose weights are slots: the first of them, and the module.
+        """A module whose weights are slots, with as many experts as a layer has; returns its first slot and the module.
 
-        It has as many, if the pool has, since kernels choose tiles by the number of experts.
+        It has that number if the pool is large enough, because kernels choose tiles by the number of experts.
 
         Args:
-            region: that is in it; not larger than the layer.
-            experts: of the layer, on the meta device.
+            region: the region in the window; not larger than the layer.
+            experts: experts of the layer, on the meta device.
         """
         num_rows = min(experts.num_experts, self.num_slots)
         start = min(region.start, self.num_slots - num_rows)
@@ -115,7 +115,7 @@ class SlotPool:
 
 
 def with_weights(experts: Any, stacks: Mapping[str, Tensor], config: Any = None) -> Any:
-    """A module like another one, with other weights, stacks [E, ...] that it does not copy, and the same config."""
+    """A module like another one with the same config, but with other weights: stacks [E, ...], which are not copied."""
     others: Any = copy.deepcopy(experts, {id(experts.config): config or experts.config})
     for name, stack in stacks.items():
         setattr(others, name, nn.Parameter(stack, requires_grad=False))

@@ -1,4 +1,4 @@
-"""JSON files of others, read as what they have to be: an object of bounded size that is JSON indeed."""
+"""Read untrusted JSON files: each must be a JSON object of bounded size."""
 
 import json
 from pathlib import Path
@@ -14,10 +14,11 @@ def read_json_object(path: Path, what: str) -> dict[str, Any]:
 
     Args:
         path: the file.
-        what: what it is, for messages, such as an argument's name.
+        what: name of the file for messages, such as an argument's name.
 
     Raises:
-        ValueError: the file is missing, unreadable, larger than `MAX_JSON_BYTES`, or as [`parse_json_object`].
+        ValueError: the file is missing, unreadable, larger than `MAX_JSON_BYTES`, or invalid, see
+            [`parse_json_object`].
     """
     return parse_json_object(read_text(path, what, MAX_JSON_BYTES), f"{what} ({path})")
 
@@ -26,18 +27,18 @@ def parse_json_object(text: str, what: str) -> dict[str, Any]:
     """Fields by name of a JSON text.
 
     Args:
-        text: of one JSON object.
-        what: what it is, for messages, such as an argument's name.
+        text: text of one JSON object.
+        what: name of the file for messages, such as an argument's name.
 
     Raises:
-        ValueError: the text is no JSON, which has no NaN and no infinity, names a field twice, or is no object.
+        ValueError: the text is not JSON (NaN and infinity are not JSON), has a field twice, or is not an object.
     """
     try:
         content = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is not JSON: {shorten(error)}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{what} must be a JSON object, fields by name, but is {shorten(content, 80)}")
+        raise ValueError(f"{what} must be a JSON object (fields by name), but is {shorten(content, 80)}")
     return content
 
 
@@ -46,8 +47,8 @@ def read_text(path: Path, what: str, max_bytes: int) -> str:
 
     Args:
         path: the file.
-        what: what it is, for messages, such as an argument's name.
-        max_bytes: of the file.
+        what: name of the file for messages, such as an argument's name.
+        max_bytes: largest size of the file.
 
     Raises:
         ValueError: the file is missing, no file, unreadable, too large or not UTF-8.
@@ -66,14 +67,14 @@ def read_text(path: Path, what: str, max_bytes: int) -> str:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for name, value in pairs:
         if name in content:
-            raise ValueError(f"{name!r} is there twice")
+            raise ValueError(f"the field {name!r} occurs twice")
         content[name] = value
     return content
 

@@ -1,4 +1,4 @@
-"""What errors say of files and values of others: one line, short, with nothing in it that a terminal obeys."""
+"""Text of untrusted files and values for error messages: one short line without control characters."""
 
 import reprlib
 import stat
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 class UnreadableFileError(ValueError):
-    """A file that is missing, damaged or something else than its name says. The message names it."""
+    """A file is missing, damaged, or not what its name says. The message names it."""
 
 
 def check_is_file(path: Path) -> None:
-    """Raise unless `path` is a file: opening a pipe waits for ever, and a device never ends.
+    """Raise unless `path` is a regular file: opening a pipe may wait forever, and a device may never end.
 
     Raises:
-        UnreadableFileError: there is nothing, or something else.
+        UnreadableFileError: it does not exist, or is something else.
     """
     try:
         mode = path.stat().st_mode
@@ -28,19 +28,19 @@ def check_is_file(path: Path) -> None:
 
 
 def shorten(value: object, max_chars: int = 300) -> str:
-    """A value of a file for a message, the start of a long one."""
+    """A value for a message; a long one is cut."""
     text = value if isinstance(value, str) else str(value) if isinstance(value, Exception) else _repr(value)
     text = " ".join(printable(text).split())
     return text if len(text) <= max_chars else text[:max_chars] + "..."
 
 
 def printable(line: str) -> str:
-    """The line without characters that move the cursor of a terminal, end the line, or cannot be printed."""
+    """The line without control characters, line ends and other characters that cannot be printed."""
     return "".join(character if character.isprintable() else " " for character in line)
 
 
 def _repr(value: object) -> str:
-    """As `repr`, but of the first items of a collection only: those of others may share parts without end."""
+    """Like `repr`, but only of the first items of a collection, because untrusted ones may be endless."""
     if isinstance(value, Mapping | Sequence) and not isinstance(value, str | bytes):
         return reprlib.repr(value)
     return repr(value)

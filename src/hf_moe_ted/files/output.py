@@ -1,4 +1,4 @@
-"""New folders and files: they appear whole or not at all, and replace only what is an earlier output of their kind."""
+"""New folders and files: they appear complete or not at all, and replace only an earlier output of their kind."""
 
 import itertools
 import logging
@@ -29,40 +29,41 @@ def check_output_dir(
     sources: Sequence[Any] = (),
     also_read: Sequence[Any] = (),
 ) -> None:
-    """Raise if `output_dir` cannot become a new folder, before there is any work for it.
+    """Raise if `output_dir` cannot become a new folder, before any work is done.
 
-    In [`keeping_places`] no other process can write there from now on.
+    Inside [`keeping_places`] no other process can write there from now on.
 
     Args:
         output_dir: the new folder.
-        overwrite: whether to replace one that is not empty: an earlier output of this kind, and nothing else.
-        kind: what will be in it.
-        sources: what is read for it: files, folders, and objects that know theirs (`name_or_path`).
-        also_read: the same for folders of which only some files are read, so that `output_dir` may be in them.
+        overwrite: whether to replace a folder that is not empty; it must be an earlier output of this kind, and nothing
+            else.
+        kind: kind of the output.
+        sources: inputs of the work: files, folders, and objects with a `name_or_path`.
+        also_read: folders from which only some files are read, so `output_dir` may be inside them.
 
     Raises:
-        ValueError: it is a file, a link, holds a source or is in one; it has something in it and not `overwrite`, or
-            something that is not of this kind; another process writes there.
-        OSError: the system allows no writing there.
+        ValueError: it is a file or a link, holds a source or is in one; it is not empty without `overwrite`, or has
+            content of another kind; another process writes there.
+        OSError: the system does not allow writing there.
     """
     target = _absolute_folder(output_dir)
     _check_no_leftover((*sources, *also_read), target)
     with writing(target, tidy=False, keep=True) as place:
-        if overwrite or not _has_content(target):  # or that is told first
+        if overwrite or not _has_content(target):  # report that first
             _check_sources(target, output_dir, sources, also_read)
         _check_content(target, output_dir, overwrite, kind, place.has_leftovers)
 
 
 @contextmanager
 def new_folder(output_dir: Source, *, overwrite: bool = False, kind: OutputKind = MODEL) -> Iterator[Path]:
-    """A temporary folder that takes the place of `output_dir` if the block ends without an error.
+    """A temporary folder that becomes `output_dir` if the block ends without an error.
 
-    Everything is flushed to disk before it is renamed, and on an error the temporary folder is removed, so there is
-    never an `output_dir` with a part of the files. A mount point cannot be renamed: there the files are renamed one
-    after another, `kind.last` at the end, so that what a killed process leaves cannot be loaded. See `writing` for what
-    it leaves besides.
+    Everything is flushed to disk before the rename. On an error the temporary folder is removed, so there is never an
+    `output_dir` with only a part of the files. A mount point cannot be renamed. There the files are renamed one after
+    another, `kind.last` at the end, so an incomplete output of a killed process cannot be loaded. See `writing` for
+    other leftovers of a killed process.
 
-    Args, Raises: as `check_output_dir`, which tells before the work.
+    Args, Raises: see `check_output_dir`, which raises before the work.
     """
     target = _absolute_folder(output_dir)
     with writing(target) as place:
@@ -71,7 +72,9 @@ def new_folder(output_dir: Source, *, overwrite: bool = False, kind: OutputKind 
             temporary.mkdir()
             yield temporary
             flush_all(temporary)
-            _check_content(target, output_dir, overwrite, kind, place.has_leftovers)  # others may write there, too
+            _check_content(
+                target, output_dir, overwrite, kind, place.has_leftovers
+            )  # other processes may write there, too
             if place.folder == target:
                 old = [path for path in target.rglob("*") if path.is_file() and not _is_below_ours(target, path)]
                 _move_files(temporary, target, kind.last, old)
@@ -81,18 +84,18 @@ def new_folder(output_dir: Source, *, overwrite: bool = False, kind: OutputKind 
 
 @contextmanager
 def files_into(folder: Source, *, last: str | None = None, stale: re.Pattern[str] | None = None) -> Iterator[Path]:
-    """A temporary folder in `folder`, whose files take their places there if the block ends without an error.
+    """A temporary folder in `folder`; its files move to `folder` if the block ends without an error.
 
     Other files stay. All files are complete and flushed before the first of them is renamed.
 
     Args:
-        folder: it is there.
-        last: the file without which the others are not loaded: it is removed before anything else is replaced.
-        stale: names of files of an earlier version, which are removed if the new one does not have them.
+        folder: an existing folder.
+        last: the file that loading needs; it is removed before anything else is replaced, and written last.
+        stale: names of files of an earlier version; they are removed if the new version does not have them.
 
     Raises:
         ValueError: another process writes there.
-        OSError: the disk is full, or what else the system says.
+        OSError: the disk is full, or another error of the system.
     """
     target = Path(os.path.realpath(folder))
     with writing(target, workplace=target) as place, place.temporary_path() as temporary:
@@ -104,10 +107,10 @@ def files_into(folder: Source, *, last: str | None = None, stale: re.Pattern[str
 
 
 def tidy_up_checkpoints(run_dir: Source, name: str) -> None:
-    """Prepare the folder of a training for the checkpoint `name`: remove what killed runs have left of any checkpoint.
+    """Prepare a training folder for the checkpoint `name`: remove what killed runs left of any checkpoint.
 
-    A folder of that name that is not only a checkpoint gets another name, and one line says so: a repeated training
-    replaces its own checkpoints and nothing else.
+    A repeated training replaces only its own checkpoints: a folder of that name with other content is renamed, and the
+    log says so.
     """
     if not os.path.isdir(run_dir):
         return
@@ -119,14 +122,14 @@ def tidy_up_checkpoints(run_dir: Source, name: str) -> None:
     names = (Path(run_dir, f"replaced-{number}-{name}") for number in itertools.count(1))
     aside = next(path for path in names if not os.path.lexists(path))
     folder.rename(aside)
-    logger.warning("%s is not only a checkpoint (%s); it is called %s now", folder, reason, aside.name)
+    logger.warning("%s is not only a checkpoint (%s); it was renamed to %s", folder, reason, aside.name)
 
 
 def remove_folder(folder: Source) -> None:
-    """Remove a folder of which nothing is under its name if the process is killed meanwhile.
+    """Remove a folder so that, if the process is killed, no part of it remains under its name.
 
-    What is left has a hidden name, and the next that writes there under the same name, or `tidy_up_checkpoints`,
-    removes it.
+    Leftovers have a hidden name. The next process that writes there under the same name, or `tidy_up_checkpoints`,
+    removes them.
     """
     target = absolute(folder)
     with writing(target, workplace=target.parent) as place, place.temporary_path() as aside:
@@ -134,25 +137,25 @@ def remove_folder(folder: Source) -> None:
 
 
 def check_output_file(path: Source, *, overwrite: bool = False, marker: bytes) -> None:
-    """Raise if `path` cannot become a new file, before there is any work for it; keeps it as `check_output_dir` does.
+    """Raise if `path` cannot become a new file, before any work is done. It keeps the place like `check_output_dir`.
 
     Args:
         path: the new file.
-        overwrite: whether to replace a file that is there.
-        marker: what the first 1,000 bytes of such a file have in them; no other file is replaced.
+        overwrite: whether to replace an existing file.
+        marker: bytes in the first 1,000 bytes of such a file; other files are not replaced.
 
     Raises:
         ValueError: it is a folder, a link or a device; it exists and not `overwrite`, or is not such a file.
-        OSError: the system allows no writing there.
+        OSError: the system does not allow writing there.
     """
     target = absolute(path)
     with explained(target):
         if target.is_dir():
             raise ValueError(f"{path} is a folder; name a file in it")
         if target.is_symlink() or (target.exists() and not target.is_file()):
-            raise ValueError(f"{path} is a link or no ordinary file; choose another name")
+            raise ValueError(f"{path} is a link or not an ordinary file; choose another name")
     with writing(target, workplace=target.parent, tidy=False, keep=True):
-        pass  # it can be written to
+        pass  # check that it can be written
     if not target.exists():
         return
     if not overwrite:
@@ -163,11 +166,11 @@ def check_output_file(path: Source, *, overwrite: bool = False, marker: bytes) -
 
 
 def write_file(path: Source, content: str | bytes) -> None:
-    """Write a file beside `path` and let it take its place; the folder above is made if it is not there.
+    """Write a file beside `path`, then rename it to `path`. A missing parent folder is made.
 
     Raises:
         ValueError: another process writes there.
-        OSError: the disk is full, the folder cannot be written to, or what else the system says.
+        OSError: the disk is full, the folder cannot be written to, or another error of the system.
     """
     target = absolute(path)
     encoded = content.encode("utf-8") if isinstance(content, str) else content
@@ -178,36 +181,36 @@ def write_file(path: Source, content: str | bytes) -> None:
 
 
 def _absolute_folder(output_dir: Source) -> Path:
-    """Where a folder is to be. Raises a `ValueError` if it is no place for one, whatever is in it."""
+    """The absolute place of a new folder. Raises a `ValueError` if no folder can be there, whatever it contains."""
     target = absolute(output_dir)
     with explained(target):
         if target.is_symlink():
-            raise ValueError(f"output_dir ({output_dir}) is a link; give the folder that it leads to, or another one")
+            raise ValueError(f"output_dir ({output_dir}) is a link; give its target folder, or another one")
         if target.exists() and not target.is_dir():
             raise ValueError(f"output_dir ({output_dir}) is a file; choose a folder")
     return target
 
 
 def _check_sources(target: Path, output_dir: Source, sources: Sequence[Any], also_read: Sequence[Any]) -> None:
-    """Raise if the target holds what is read, or is in a folder that is read as a whole."""
+    """Raise if the target contains an input, or is inside a folder that is read as a whole."""
     for position, source in enumerate((*sources, *also_read)):
         if (path := _path_of(source)) is None:
             continue
         real = Path(os.path.realpath(path))
         if any(target == file or target in file.parents or _is_same(target, file) for file in _with_links(real)):
-            raise ValueError(f"output_dir ({output_dir}) holds what is read ({path}); choose another folder")
+            raise ValueError(f"output_dir ({output_dir}) contains the input {path}; choose another folder")
         is_whole = position < len(sources) and path is source
         if is_whole and real in target.parents and real.is_dir():
-            raise ValueError(f"output_dir ({output_dir}) is in the folder that is read ({path}); choose another one")
+            raise ValueError(f"output_dir ({output_dir}) is inside the input folder {path}; choose another one")
 
 
 def _check_no_leftover(sources: Sequence[Any], target: Path) -> None:
-    """Raise if what is read is what the writer of the target would put back to its place, or remove."""
+    """Raise if an input is a leftover that the writer of the target would restore or remove."""
     folder = workplace_of(target)
     for path in map(_path_of, sources):
         real = None if path is None else Path(os.path.realpath(path))
         if real is not None and folder in real.parents and is_ours(target, real.relative_to(folder).parts[0]):
-            raise ValueError(f"{path} was left by a run to {target} that was stopped; give it another name first")
+            raise ValueError(f"{path} was left by a stopped run that wrote to {target}; rename it first")
 
 
 def _path_of(source: Any) -> Source | None:
@@ -216,7 +219,7 @@ def _path_of(source: Any) -> Source | None:
 
 
 def _with_links(source: Path) -> Iterator[Path]:
-    """The source, and where the links in its folder lead to."""
+    """The source, and the targets of links in its folder."""
     yield source
     for path in source.rglob("*") if source.is_dir() else ():
         if path.is_symlink():
@@ -228,7 +231,7 @@ def _is_same(target: Path, source: Path) -> bool:
 
 
 def _check_content(target: Path, output_dir: Source, overwrite: bool, kind: OutputKind, has_leftovers: bool) -> None:
-    """Raise if something is in the target and may not be replaced."""
+    """Raise if the target has content that may not be replaced."""
     if not _has_content(target):
         return
     if not overwrite:

@@ -1,4 +1,4 @@
-"""What the commands of this package write, told from what else may be in a folder: only that is ever replaced."""
+"""How to recognise outputs of this package among other content of a folder; only such outputs are replaced."""
 
 import re
 from collections.abc import Iterable
@@ -18,16 +18,16 @@ _TRAINING_STATE_FILES = r"training_state\.pt|whole_state\.json|\.metadata|__\d+_
 
 @dataclass(frozen=True)
 class OutputKind:
-    """What one kind of output has in its folder.
+    """The content of one kind of output folder.
 
     Attributes:
         what: its name in messages.
         files: regular expression of the names of its files, relative to the folder, with `/`.
-        mark_file: a file that is in each of them.
-        mark: what is in that file (regular expression of bytes).
-        last: the file without which the others are not loaded, so that it is written last.
-        with_file: names that `more_files` matches belong to it only if there is this file.
-        more_files: regular expression of such names.
+        mark_file: a file that every such folder has.
+        mark: regular expression (bytes) for content of that file.
+        last: the file that loading needs; it is written last.
+        with_file: names that match `more_files` belong to the output only if this file exists.
+        more_files: regular expression for such names.
     """
 
     what: str
@@ -39,12 +39,12 @@ class OutputKind:
     more_files: str = ""
 
     def why_not(self, folder: Path, paths: Iterable[Path], *, is_partial: bool = False) -> str | None:
-        """Why a folder is not such an output, and nothing else: `None` if it is.
+        """Why a folder is not only such an output; `None` if it is.
 
         Args:
-            folder: with something in it.
-            paths: all in it.
-            is_partial: a run was stopped while it put its files there, so that the last one may be missing.
+            folder: a folder that is not empty.
+            paths: all paths in it.
+            is_partial: whether a run was stopped while it moved its files there; then the last one may be missing.
         """
         files = self.files
         if self.with_file and (folder / self.with_file).is_file():
@@ -52,15 +52,15 @@ class OutputKind:
         for path in paths:
             name = path.relative_to(folder).as_posix()
             if path.is_symlink() or not (path.is_dir() or re.fullmatch(files, name)):
-                return f"there is {name}"
+                return f"it has {name}"
             if path.is_dir() and not any(path.iterdir()):
-                return f"there is the folder {name}"
+                return f"it has the folder {name}"
         mark_file = folder / self.mark_file
         if not mark_file.is_file():
-            return None if is_partial else f"there is no {self.mark_file}"
+            return None if is_partial else f"it has no {self.mark_file}"
         with mark_file.open("rb") as file:
             has_mark = re.search(self.mark, file.read(_MARKER_BYTES)) is not None
-        return None if has_mark else f"its {self.mark_file} is not one of this package"
+        return None if has_mark else f"its {self.mark_file} was not written by this package"
 
 
 MODEL = OutputKind(

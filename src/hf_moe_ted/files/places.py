@@ -1,24 +1,24 @@
-"""Places that are written to: the target, and the hidden names beside it."""
+"""Paths of outputs: the target, and the hidden names beside it."""
 
 import hashlib
 import os
 import re
 from pathlib import Path
 
-_MAX_LABEL_BYTES = 180  # of the 255 of a name in most file systems
+_MAX_LABEL_BYTES = 180  # bytes of the 255 that a name may have in most file systems
 LEFTOVER = re.compile(
     r"\.(?P<label>.+)\.(?P<kind>lock|previous|incomplete)(?:-(?:(?P<host>[0-9a-f]{8})[0-9a-f]{8}|\w+))?"
 )
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
-    """The path without links above its last part, and without `.` and `..`."""
+    """The absolute path; links above the last part, `.` and `..` are resolved."""
     path = Path(os.path.abspath(path))
     return Path(os.path.realpath(path.parent)) / path.name
 
 
 def label_of(target: Path) -> str:
-    """What the hidden names beside `target` have of its name."""
+    """The part of `target`'s name that hidden names beside it contain."""
     if len(os.fsencode(target.name)) <= _MAX_LABEL_BYTES:
         return target.name
     return hashlib.sha256(os.fsencode(target.name)).hexdigest()[:32]
@@ -30,10 +30,10 @@ def hidden_path(folder: Path, target: Path, kind: str) -> Path:
 
 
 def workplace_of(target: Path) -> Path:
-    """The folder for temporary names, from where a rename gets to `target`.
+    """The folder for temporary names, from which a rename to `target` is possible.
 
-    That is the folder above, or the target itself where only what is in it can change: a mount point, the working
-    directory of this process, or a folder of which the one above cannot be written to.
+    It is the parent folder. It is the target itself if only its content can change: a mount point, the working
+    directory of this process, or a folder whose parent cannot be written.
     """
     if not target.is_dir():
         return target.parent
@@ -43,7 +43,7 @@ def workplace_of(target: Path) -> Path:
 
 
 def is_ours(target: Path, name: str) -> bool:
-    """Whether an entry of a folder is what writers of `target` have there."""
+    """Whether an entry of a folder belongs to writers of `target`."""
     match = LEFTOVER.fullmatch(name)
     return match is not None and match["label"] == label_of(target)
 
@@ -51,7 +51,7 @@ def is_ours(target: Path, name: str) -> bool:
 def _is_mount(folder: Path) -> bool:
     if os.path.ismount(folder):
         return True
-    try:  # a folder that is mounted to another place of the same file system
+    try:  # a folder that is mounted from another place of the same file system
         lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
     except OSError:
         return False

@@ -1,4 +1,4 @@
-"""Errors of the system while something is written: where it was, and what to do."""
+"""Explain errors of the system during writing: the place, and what to do."""
 
 import errno
 import os
@@ -17,18 +17,18 @@ _FIXES = {
     errno.EPERM: "choose a folder that you may write to",
     errno.EROFS: "choose a folder that can be written to",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ENOTDIR: "a part of the path is no folder; choose another place",
+    errno.ENOTDIR: "a part of the path is not a folder; choose another place",
 }
 
 
 @contextmanager
 def explained(target: Path) -> Iterator[None]:
-    """An error of the system, whoever tells it, becomes an OSError that says where it was and what to do."""
+    """Turn an error of the system, from any library, into an OSError that names the place and the fix."""
     try:
         yield
     except Exception as raised:
         error = _error_of_system(raised)
-        if error is None or "cannot be written" in str(error.strerror):  # it is explained already
+        if error is None or "cannot be written" in str(error.strerror):  # this error is explained already
             raise
         number = error.errno
         where = str(error.filename or target)
@@ -40,14 +40,14 @@ def explained(target: Path) -> Iterator[None]:
 
 
 def _error_of_system(raised: BaseException) -> OSError | None:
-    """The error of the system that an exception is about, `None` for none or one of those that say so already."""
+    """The system error in an exception; `None` if there is none or it is explained already."""
     if isinstance(raised, OSError):
         return raised
     error: BaseException | None = None if isinstance(raised, ValueError) else raised
     while error is not None and not isinstance(error, OSError):
-        if match := re.search(r"\(os error (\d+)\)", str(error)):  # of libraries in Rust
+        if match := re.search(r"\(os error (\d+)\)", str(error)):  # libraries in Rust say this
             return OSError(int(match[1]), os.strerror(int(match[1])))
-        error = error.__cause__ or error.__context__  # torch.save fails again when it closes a file that is cut
+        error = error.__cause__ or error.__context__  # torch.save fails again when it closes an incomplete file
     return error
 
 

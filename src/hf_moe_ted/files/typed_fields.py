@@ -1,4 +1,4 @@
-"""Dataclasses that are read from JSON of others: every field is of the type that it is said to be."""
+"""Read dataclasses from untrusted JSON: every field must have its annotated type."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -13,16 +13,16 @@ T = TypeVar("T")
 
 
 def from_fields(kind: type[T], fields: Mapping[str, Any], **made: Any) -> T:
-    """An instance of a dataclass; lists become tuples where it says so.
+    """Make an instance of a dataclass; lists become tuples if the annotation says so.
 
     Args:
-        kind: its fields are annotated with `str`, `int`, `float`, `None`, `Any`, and unions, lists, tuples and dicts of
-            them. Numbers of such classes are finite, not negative and less than `MAX_NUMBER`.
+        kind: the dataclass; its fields are annotated with `str`, `int`, `float`, `None`, `Any`, and unions, lists,
+            tuples and dicts of them. Numbers of such classes are finite, not negative and less than `MAX_NUMBER`.
         fields: values by name.
-        made: those that are checked already.
+        made: fields that are checked already.
 
     Raises:
-        ValueError: with the first field that is missing, unknown, or of another type.
+        ValueError: a field is missing, unknown, or of another type; the message names the first one.
     """
     types = get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
@@ -35,10 +35,10 @@ def from_fields(kind: type[T], fields: Mapping[str, Any], **made: Any) -> T:
 
 
 def of_type(hint: Any, value: Any, name: str) -> Any:
-    """The value, if it is of a type as `from_fields` knows them.
+    """The value, if it has a type that `from_fields` supports.
 
     Raises:
-        ValueError: it is not; `name` says what it is.
+        ValueError: it has another type; `name` is its name in the message.
     """
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is UnionType:
@@ -71,7 +71,7 @@ def _is_text(value: Any) -> bool:
 _SIMPLE: dict[Any, Callable[[Any], bool]] = {
     Any: lambda _: True,
     str: _is_text,
-    float: _is_number,  # not NaN, which is not less
+    float: _is_number,  # refuses NaN, too, because NaN is not less
     int: lambda value: _is_number(value) and isinstance(value, int),
     NoneType: lambda value: value is None,
 }

@@ -1,8 +1,8 @@
-"""One writer for each place at a time, and what a writer that was killed has left.
+"""One writer per place at a time, and the cleanup after a killed writer.
 
-Beside what is written, `NAME`, there may be `.NAME.lock`, which a living writer holds, `.NAME.incomplete-*`, where it
-writes, and `.NAME.previous`, the folder that it replaces, between two renames. The system frees a lock when its process
-ends, however it ends, so whoever gets the lock knows that nobody writes there any more.
+Beside the output `NAME` there may be `.NAME.lock`, which a living writer holds; `.NAME.incomplete-*`, where it writes;
+and `.NAME.previous`, the replaced folder, between two renames. The system frees a lock when its process ends, in
+whatever way. So a process that gets the lock knows that no other process writes there.
 """
 
 import fcntl
@@ -26,16 +26,16 @@ from typing import Any
 from .places import LEFTOVER, hidden_path, label_of, workplace_of
 from .system_errors import explained
 
-LOCK_WAIT_S = 1.0  # for one who only looks whether there is a writer
+LOCK_WAIT_S = 1.0  # for a process that only checks whether there is a writer
 FOREIGN_LEFTOVER_S = 3600.0
-"""What another machine has left is removed when nothing in it has changed for so long: some file systems that machines
-share keep the locks of each machine to itself."""
+"""Leftovers of another machine are removed if nothing in them has changed for so long, because some shared file systems
+do not share locks between machines."""
 
 logger = logging.getLogger(__name__)
 
 
 class _Kept(ExitStack):
-    """The places that are kept to the end of a block; `locks` has their descriptors by path."""
+    """Places that are kept until the end of a block; `locks` maps paths to descriptors."""
 
     def __init__(self, above: "_Kept | None"):
         super().__init__()
@@ -47,9 +47,9 @@ _kept: ContextVar[_Kept | None] = ContextVar("kept", default=None)  # each threa
 
 @contextmanager
 def keeping_places() -> Iterator[None]:
-    """Places that are checked in the block are kept to its end, so that who else wants one is refused before its work.
+    """Keep places that are checked in the block until its end, so other writers are refused before their work.
 
-    Also a decorator of functions that check a place, work, and then write there.
+    It is also a decorator for functions that check a place, work, and then write there.
     """
     with _Kept(_kept.get()) as kept:
         token = _kept.set(kept)
@@ -63,19 +63,19 @@ def keeping_places() -> Iterator[None]:
 def writing(
     target: Path, *, workplace: Path | None = None, tidy: bool = True, keep: bool = False
 ) -> Iterator["Workplace"]:
-    """Hold the lock of `target`, and tidy up what a killed writer has left; SIGTERM ends the block as Ctrl-C does.
+    """Hold the lock of `target`, and clean up after a killed writer. SIGTERM ends the block like Ctrl-C.
 
     Args:
-        target: what is to be written, from `absolute`.
-        workplace: where the temporary names are, by default `workplace_of(target)`. It is made if it is not there, and
-            removed if nothing is in it at the end.
+        target: the path to write, from `absolute`.
+        workplace: the folder for temporary names; by default `workplace_of(target)`. It is made if missing, and removed
+            if it is empty at the end.
         tidy: whether to remove temporary files of a killed writer.
-        keep: whether to hold the lock to the end of the `keeping_places` that this is in, if it is in one.
+        keep: whether to hold the lock until the end of the enclosing `keeping_places`, if there is one.
 
     Raises:
-        ValueError: a part of the path is a file; another process writes to `target`; or a killed one has left
-            `.NAME.previous`, and it cannot be told which of both is wanted.
-        OSError: the folder cannot be written to, or what else the system says, with what to do.
+        ValueError: a part of the path is a file; another process writes to `target`; or a killed one left
+            `.NAME.previous`, and it is unclear which version is wanted.
+        OSError: the folder cannot be written, or another error of the system; the message says what to do.
     """
     with explained(target):
         folder = workplace or workplace_of(target)
@@ -98,12 +98,12 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 class Workplace:
-    """Where the writer of a target works.
+    """The working place of a target's writer.
 
     Attributes:
-        target: what is written.
-        folder: for temporary names.
-        has_leftovers: whether a writer that was stopped had left temporary files there.
+        target: the path that is written.
+        folder: folder for temporary names.
+        has_leftovers: whether a stopped writer left temporary files there.
     """
 
     def __init__(self, target: Path, folder: Path, lock: int | None, *, tidy: bool):
@@ -117,7 +117,7 @@ class Workplace:
 
     @contextmanager
     def temporary_path(self) -> Iterator[Path]:
-        """A new path, which tells this machine from others; what is there at the end of the block is removed."""
+        """A new path that contains the name of this machine; it is removed at the end of the block."""
         path = hidden_path(self.folder, self.target, f"incomplete-{_host()}{os.urandom(4).hex()}")
         try:
             yield path
@@ -125,10 +125,10 @@ class Workplace:
             remove(path)
 
     def take_place(self, complete: Path) -> None:
-        """Rename a folder to the target, and then remove what was there.
+        """Rename a folder to the target, then remove the old target.
 
-        If the process is killed, the target is what it was or will be; only between the two renames it is aside as
-        `.NAME.previous`, from where the next writer takes it back. Ctrl-C at any time leaves one of both.
+        If the process is killed, the target is the old or the new version. Only between the two renames the old one is
+        called `.NAME.previous`; the next writer restores it. Ctrl-C at any time leaves one of the two versions.
         """
         is_swap = self.target.is_dir() and any(self.target.iterdir())
         new = complete.stat().st_ino
@@ -156,28 +156,28 @@ class Workplace:
                 continue
             is_foreign = match["host"] is not None and match["host"] != _host()
             if is_foreign and time.time() - _last_change(path) < FOREIGN_LEFTOVER_S:
-                logger.warning("%s is left: another machine may be writing there; remove it if not", path)
+                logger.warning("%s was not removed: another machine may be writing there; remove it if not", path)
                 continue
             self.has_leftovers = True
             if tidy:
                 remove(path)
-                logger.warning("Removed %s, left by a run that was stopped", path)
+                logger.warning("Removed %s, left by a stopped run", path)
 
     def _take_back(self, record: dict[str, Any]) -> None:
-        """Undo or end a replacement that was stopped between or behind its renames."""
+        """Undo or finish a replacement that was stopped between or after its renames."""
         if not os.path.lexists(self.previous):
             return
         is_empty = self.target.is_dir() and not any(self.target.iterdir())
         if is_empty or not os.path.lexists(self.target):
             os.rename(self.previous, self.target)
-            logger.warning("Put %s back to its place, from where a run that was stopped had moved it", self.target)
+            logger.warning("Restored %s, which a stopped run had moved aside", self.target)
         elif self.target.stat().st_ino == record.get("swapped"):
             shutil.rmtree(self.previous)
-            logger.warning("Removed %s, left by a run that was stopped", self.previous)
+            logger.warning("Removed %s, left by a stopped run", self.previous)
         else:
             raise ValueError(
-                f"{self.previous} was left by a run that was stopped, and was {self.target} before; keep one of the "
-                "two and remove or rename the other"
+                f"{self.previous} was left by a stopped run and is the earlier {self.target}; keep one of the two and "
+                "remove or rename the other"
             )
 
     def _write_record(self, record: dict[str, Any]) -> None:
@@ -187,9 +187,9 @@ class Workplace:
 
 
 def tidy_up(folder: Path, names: str) -> None:
-    """Tidy up what killed writers have left in a folder for targets there whose names match a regular expression.
+    """Clean up after killed writers in a folder, for targets whose names match a regular expression.
 
-    What a living process writes stays.
+    Files of living writers stay.
     """
     labels = {match["label"] for name in os.listdir(folder) if (match := LEFTOVER.fullmatch(name))}
     for label in sorted(label for label in labels if re.fullmatch(names, label)):
@@ -201,7 +201,7 @@ def tidy_up(folder: Path, names: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder with all in it, to the end if Ctrl-C comes meanwhile."""
+    """Remove a file or a folder with its content; Ctrl-C does not stop it half-way."""
     if path.is_dir() and not path.is_symlink():
         _to_the_end(partial(shutil.rmtree, path, ignore_errors=True))
     else:
@@ -209,7 +209,7 @@ def remove(path: Path) -> None:
 
 
 def _to_the_end(action: Callable[[], object]) -> None:
-    """Do what may be done twice, again if a signal interrupts it."""
+    """Run an action that may run twice; repeat it if a signal interrupts it."""
     try:
         action()
     except BaseException:
@@ -227,7 +227,7 @@ def flush(path: Path) -> None:
 
 
 def flush_all(folder: Path) -> None:
-    """The same for all in a folder, with the usual permissions: some writers let only the owner in."""
+    """The same for everything in a folder. It also sets the usual permissions, because some writers restrict them."""
     umask = os.umask(0)
     os.umask(umask)
     for path in [*folder.rglob("*"), folder]:
@@ -238,7 +238,7 @@ def flush_all(folder: Path) -> None:
 
 @contextmanager
 def _locked(target: Path, folder: Path, kept: _Kept | None) -> Iterator[int | None]:
-    """The descriptor of the lock, which `kept` remembers, or which is held already."""
+    """The descriptor of the lock; `kept` remembers it, and a lock that is held already is reused."""
     path, previous = hidden_path(folder, target, "lock"), hidden_path(folder, target, "previous")
     if (around := _kept.get()) is not None and path in around.locks:
         yield around.locks[path]
@@ -257,13 +257,13 @@ def _locked(target: Path, folder: Path, kept: _Kept | None) -> Iterator[int | No
 
 
 def _remove_lock(path: Path, previous: Path) -> None:
-    """Remove a lock while it is held, so that who opens it now finds that it is gone."""
-    if not os.path.lexists(previous):  # of which the next writer reads in it
+    """Remove a lock while it is held; a process that opened it notices that it was removed."""
+    if not os.path.lexists(previous):  # the next writer reads this in the lock
         path.unlink(missing_ok=True)
 
 
 def _acquire(path: Path, target: Path) -> int | None:
-    """The descriptor of the lock, `None` where the file system has no locks."""
+    """The descriptor of the lock; `None` if the file system has no locks."""
     end = time.monotonic() + LOCK_WAIT_S
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)  # another run may just have removed it again
@@ -313,13 +313,13 @@ def _last_change(path: Path) -> float:
 
 @contextmanager
 def _stoppable(target: Path) -> Iterator[None]:
-    """SIGTERM, where it would end the process at once, leaves the block by a SystemExit; one line tells of both."""
+    """If SIGTERM would end the process at once, it leaves the block with a SystemExit instead, and logs one line."""
     takes_signal = (
         threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     )
 
     def stop(number: int, frame: Any) -> None:
-        signal.signal(number, signal.SIG_IGN)  # the second one must not disturb the removal
+        signal.signal(number, signal.SIG_IGN)  # a second signal must not disturb the removal
         raise SystemExit(128 + number)
 
     if takes_signal:

@@ -1,4 +1,4 @@
-"""YAML files of others, read as plain data of bounded size."""
+"""Read untrusted YAML files as plain data of bounded size."""
 
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ MAX_YAML_BYTES = 2**18
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """The content of a YAML file without anchors: with them a few lines stand for any amount of data.
+    """The content of a YAML file. Anchors are refused, because with them a few lines can expand to any amount of data.
 
     Args:
         path: the file.
-        what: what it is, for messages, such as an argument's name.
+        what: name of the file for messages, such as an argument's name.
 
     Raises:
-        ValueError: the file is missing, unreadable, larger than `MAX_YAML_BYTES`, no YAML, has anchors, or names a key
+        ValueError: the file is missing, unreadable, larger than `MAX_YAML_BYTES`, or not YAML; it has anchors or a key
             twice.
     """
     text = read_text(path, what, MAX_YAML_BYTES)
@@ -34,13 +34,13 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"it has the alias *{self.peek_event().anchor}; write out what it stands for")
+            raise yaml.YAMLError(f"it has the alias *{self.peek_event().anchor}; write its content instead")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         content = super().construct_mapping(node, deep)
         if len(content) != len(node.value):
-            raise yaml.YAMLError(f"a key is there twice: {[key.value for key, _ in node.value]}")
+            raise yaml.YAMLError(f"a key occurs twice: {[key.value for key, _ in node.value]}")
         return content
 
 

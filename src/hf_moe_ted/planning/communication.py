@@ -1,7 +1,7 @@
-"""The collectives of a training step of a rank, with their bytes, and the links that these go over.
+"""The collectives of one rank in a training step, with their bytes and links.
 
-Bytes are those that a rank gives to a collective, its own part included, as docs/ted.md and tests count them. Experts
-are taken to be evenly loaded.
+Bytes are the input of a rank to a collective, with its own part, as docs/ted.md and tests count them. Experts are
+assumed to be evenly loaded.
 
 Letters: N tokens, D model width, E experts of a layer, K experts per token.
 """
@@ -36,14 +36,14 @@ FLOAT32, INT64 = 4, 8
 class Collective:
     """
     Attributes:
-        operation: its kind.
-        axis: whose group it runs in, as in `distributed/mesh.py`; dp and edp are those over which ZeRO shards, within a
+        operation: kind of the collective.
+        axis: axis of its group, as in `distributed/mesh.py`; dp and edp are the axes over which ZeRO shards, within a
             replica.
-        phase: of a forward and its backward.
-        num_bytes: that a rank gives to it.
-        is_zero: whether it is ZeRO's, which runs beside computation.
-        count: of such in the phase.
-        is_last_of_layer: whether nothing of its layer runs behind it.
+        phase: part of a forward and its backward.
+        num_bytes: bytes of a rank's input.
+        is_zero: whether it belongs to ZeRO and overlaps with computation.
+        count: number of such collectives in the phase.
+        is_last_of_layer: whether nothing of its layer runs after it.
     """
 
     operation: Operation
@@ -56,7 +56,7 @@ class Collective:
 
 
 def collectives_of_step(config: ZCodeM3Config, layout: Layout, workload: Workload) -> list[Collective]:
-    """Collectives of one rank in a step of `workload.accumulation` forwards and backwards; groups of one have none."""
+    """Collectives of one rank in a step of `workload.accumulation` forwards and backwards; none in groups of one."""
     once = _collectives_of_forward(config, layout, workload)
     found = [replace(c, count=c.count * workload.accumulation) for c in once if group_of(c.axis, layout)[0] > 1]
     for collective in _collectives_of_zero(config, layout, workload):
@@ -69,7 +69,7 @@ def collectives_of_step(config: ZCodeM3Config, layout: Layout, workload: Workloa
 
 
 def group_of(axis: Axis, layout: Layout) -> tuple[int, int]:
-    """Ranks of a group, and the distance of neighbours in it."""
+    """Number of ranks in a group, and the distance of neighbours in it."""
     tp, etp, ep = layout.tensor_parallel_size, layout.expert_tensor_parallel_size, layout.expert_parallel_size
     if axis in ("tp", "dp"):
         return (tp, 1) if axis == "tp" else (layout.zero_size, tp)
@@ -95,7 +95,7 @@ def _collectives_of_forward(config: ZCodeM3Config, layout: Layout, workload: Wor
 
 
 def _recomputed(once: list[Collective], config: ZCodeM3Config) -> Iterator[Collective]:
-    """Recomputation stops where backward has all it needs: without dropout, before the last sum of a layer."""
+    """Recomputation stops when backward has everything: without dropout, before the last sum of a layer."""
     for collective in once:
         if collective.phase == "forward" and (config.dropout > 0 or not collective.is_last_of_layer):
             yield replace(collective, phase="recomputation")
@@ -120,7 +120,7 @@ def _of_layer(
 
 
 def _split_experts(config: ZCodeM3Config, num_tokens: int, states: int, workload: Workload) -> Iterator[Collective]:
-    """All experts are here, in slices: sums of outputs, and of the gradients of tokens and weights."""
+    """Collectives if every rank has a slice of all experts: sums of outputs, and of gradients of tokens and weights."""
     weights = num_tokens * config.num_experts_per_tok * workload.element_bytes
     yield Collective("all_reduce", "etp", "forward", states, is_last_of_layer=not config.use_residual)
     yield Collective("all_reduce", "etp", "backward", states)
@@ -129,13 +129,13 @@ def _split_experts(config: ZCodeM3Config, num_tokens: int, states: int, workload
 
 @dataclass(frozen=True)
 class Exchange:
-    """The exchange of a sparse layer, of one rank.
+    """The exchange of one rank in a sparse layer.
 
     Attributes:
-        num_rows: that it sends; it gets as many where experts are evenly loaded.
-        num_shares: ranks that hold the same tokens and divide them between each other.
+        num_rows: rows that it sends; with evenly loaded experts it receives the same number.
+        num_shares: number of ranks that hold the same tokens and divide them among themselves.
         drops_duplicates: whether the ranks that split an expert gather the rows of all of them.
-        joined_rows: rows, or tokens, of one share that all ranks of the group get in the end.
+        joined_rows: rows, or tokens, of one share that all ranks of the group get at the end.
     """
 
     num_rows: int
@@ -144,12 +144,12 @@ class Exchange:
     joined_rows: int
 
     def computed_rows(self, layout: Layout) -> int:
-        """Rows that the experts of the rank compute."""
+        """Rows that the rank's experts compute."""
         return self.num_rows * (layout.expert_tensor_parallel_size if self.drops_duplicates else 1)
 
 
 def exchange_of(config: ZCodeM3Config, layout: Layout, num_tokens: int, num_experts: int) -> Exchange:
-    """What a rank exchanges for `num_tokens` tokens of its batch."""
+    """The exchange of a rank for `num_tokens` tokens of its batch."""
     tp, etp = layout.tensor_parallel_size, layout.expert_tensor_parallel_size
     drops = layout.duplicate_token_dropping and layout.expert_parallel_size > 1 and etp > 1
     num_shares = tp if drops or etp == 1 else tp // etp
@@ -180,7 +180,7 @@ def _exchange(
     if layout.pad_expert_input_to_capacity:
         sizes += INT64 * layout.expert_parallel_size  # the capacity, which must be equal
     yield Collective("all_gather" if layout.moves_experts else "all_to_all", "ep", "forward", sizes)
-    if exchange.drops_duplicates:  # of the rank's own experts, or of all that experts move between
+    if exchange.drops_duplicates:  # of the rank's own experts, or of all between which experts move
         group_size = layout.expert_parallel_size if layout.moves_experts else 1
         yield Collective("all_gather", "etp", "forward", sizes * group_size)
     chunks = layout.overlap_chunks
@@ -205,7 +205,7 @@ def _exchange(
 
 
 def _outside_of_layers(config: ZCodeM3Config, layout: Layout, workload: Workload) -> Iterator[Collective]:
-    """Of tensor parallelism: embeddings, untied positions, the encoder's states, head and loss."""
+    """Tensor parallelism outside of layers: embeddings, untied positions, the encoder's states, head and loss."""
     if layout.tensor_parallel_size == 1:
         return
     states = {side: workload.num_tokens(side) * config.d_model * workload.element_bytes for side in SIDES}
@@ -224,9 +224,9 @@ def _outside_of_layers(config: ZCodeM3Config, layout: Layout, workload: Workload
 
 
 def _collectives_of_zero(config: ZCodeM3Config, layout: Layout, workload: Workload) -> Iterator[Collective]:
-    """A unit's parameters are gathered, its gradients scattered; stage 3 gathers again for backward.
+    """The parameters of a unit are gathered and its gradients reduce-scattered; stage 3 gathers again for backward.
 
-    Gradients are then summed over replicas.
+    Then gradients are summed over replicas.
     """
     if layout.data_parallel_size == 1:
         return
@@ -243,7 +243,7 @@ def _collectives_of_zero(config: ZCodeM3Config, layout: Layout, workload: Worklo
 
 @functools.lru_cache(maxsize=4096)
 def _units(hashable: HashableConfig, layout: Layout) -> tuple[tuple[Axis, int], ...]:
-    """Axis and padded elements of what is gathered at once."""
+    """Axis and padded number of elements of each unit that is gathered at once."""
     dense: dict[object, int] = {}
     experts: dict[object, int] = {}
     for parameter in parameter_shapes(hashable.config):
@@ -263,14 +263,14 @@ def _units(hashable: HashableConfig, layout: Layout) -> tuple[tuple[Axis, int], 
 
 @dataclass(frozen=True)
 class LinkBytes:
-    """Bytes that a rank sends to others, inside its machine and out of it."""
+    """Bytes that a rank sends to ranks inside and outside of its machine."""
 
     fast: float
     slow: float
 
 
 def bytes_over_links(collective: Collective, layout: Layout, gpus_per_node: int) -> LinkBytes:
-    """What one collective sends, as rings (all-to-all: directly); a machine's ranks share what leaves it."""
+    """Bytes that one collective sends, as a ring (all-to-all: directly); ranks of a machine share outside traffic."""
     size, stride = group_of(collective.axis, layout)
     local = max(1, min(size, gpus_per_node // stride))  # ranks of the group in one machine
     if collective.operation == "all_to_all":
@@ -283,7 +283,7 @@ def bytes_over_links(collective: Collective, layout: Layout, gpus_per_node: int)
     }[collective.operation]
     if local == size:
         return LinkBytes(sent, 0.0)
-    return LinkBytes(sent * (local - 1) / local, sent / local)  # one of `local` hops of a ring leaves the machine
+    return LinkBytes(sent * (local - 1) / local, sent / local)  # one of the ring's `local` hops leaves the machine
 
 
 __all__ = [

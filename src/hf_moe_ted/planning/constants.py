@@ -1,7 +1,7 @@
-"""The constants that turn data sheets into time, memory and energy, each with where it comes from.
+"""Constants that turn data sheets into time, memory and energy, each with its origin.
 
-A constant is *measured* (a number that was read off an instrument), *fitted* (chosen so that formulas agree with
-measured lines, so that agreement with those is no proof) or *assumed* (nobody measured it here).
+A constant is *measured* (read from an instrument), *fitted* (chosen so that formulas agree with measured lines;
+agreement with those lines is then no proof) or *assumed* (not measured here).
 """
 
 from dataclasses import dataclass, field, fields
@@ -15,7 +15,7 @@ def _constant(value: float, origin: Origin, note: str = "") -> Any:
 
 
 def origins(constants: Any) -> dict[str, dict[str, Any]]:
-    """Name of each constant -> `value`, `origin` and `note`, of one of the classes below or an instance."""
+    """Name of each constant -> `value`, `origin` and `note`, for one of the classes below or an instance."""
     return {
         constant.name: {"value": getattr(constants, constant.name), **constant.metadata}
         for constant in fields(constants)
@@ -30,18 +30,19 @@ _KERNELS = "on kernels of experts with at most 8 slots, of the same record"
 
 @dataclass(frozen=True)
 class TimeConstants:
-    """Of a training step.
+    """Constants of a training step.
 
     Attributes:
         matmul_efficiency: share of the peak of matrix products.
-        passes_of_kept: how often all but matrix products moves the bytes that a layer keeps for backward.
-        memory_efficiency: share of the bandwidth of memory.
-        nvlink_efficiency: share of the bandwidth of the links in a machine, in collectives.
-        network_efficiency: the same between machines.
-        collective_s: seconds of each collective, besides its bytes.
-        zero_overlap: share of computation beside which gathers and reductions of ZeRO run. Small, as they and the
-            exchange share the slow link where they were measured.
-        pcie_gbs, host_memory_gbs: GB/s of a GPU's share, for `offload` and for experts in the host's memory.
+        passes_of_kept: how often the operations other than matrix products move the bytes that a layer keeps for
+            backward.
+        memory_efficiency: share of the memory bandwidth.
+        nvlink_efficiency: share of the bandwidth of links inside a machine, in collectives.
+        network_efficiency: the same for links between machines.
+        collective_s: seconds of each collective in addition to the time of its bytes.
+        zero_overlap: share of the computation with which gathers and reductions of ZeRO overlap. It is small, because
+            they shared the slow link with the exchange in the measurement.
+        pcie_gbs, host_memory_gbs: GB/s per GPU, for `offload` and for experts in main memory.
     """
 
     matmul_efficiency: float = _constant(0.8, "assumed")
@@ -52,46 +53,46 @@ class TimeConstants:
     collective_s: float = _constant(54e-6, "fitted", _STEPS)
     zero_overlap: float = _constant(0.08, "fitted", _STEPS)
     pcie_gbs: float = _constant(25.0, "assumed", "PCIe 4 x16; PCIe 5 has twice as much")
-    host_memory_gbs: float = _constant(25.0, "assumed", "an eighth of a machine's")
+    host_memory_gbs: float = _constant(25.0, "assumed", "an eighth of a machine's bandwidth")
 
 
 @dataclass(frozen=True)
 class PowerConstants:
-    """Of energy. `bench_ted.py` prints joules per step and watts while idle, from NVML's counter of energy.
+    """Constants of energy. `bench_ted.py` prints joules per step and idle watts from NVML's energy counter.
 
     Attributes:
-        idle_power: share of a GPU's `power_w` that it takes while it waits.
-        busy_power: share that it takes while it computes.
-        host_power_w: watts of CPUs, memory and adapters, per GPU; NVML does not see them.
+        idle_power: share of a GPU's `power_w` while it waits.
+        busy_power: share while it computes.
+        host_power_w: watts of CPUs, memory and adapters, per GPU; NVML does not measure them.
         cooling: energy of the building per energy of its machines (PUE).
     """
 
     idle_power: float = _constant(0.2, "assumed", "idle W of bench_ted.py / power_w")
     busy_power: float = _constant(1.0, "assumed", "W/GPU of bench_ted.py in cases that hardly wait / power_w")
-    host_power_w: float = _constant(300.0, "assumed", "an eighth of what a machine takes besides its GPUs")
+    host_power_w: float = _constant(300.0, "assumed", "an eighth of a machine's power besides its GPUs")
     cooling: float = _constant(1.2, "assumed", "the building's PUE")
 
 
 @dataclass(frozen=True)
 class ServingConstants:
-    """Of a step of decoding, between two tokens.
+    """Constants of a step of decoding, between two tokens.
 
     Attributes:
-        captured_layer_s: seconds of the kernels of a decoder layer besides what they read, within a CUDA graph.
-        eager_layer_s: seconds that the host takes for a layer, step by step.
-        loop_expert_int8_s, loop_expert_int4_s: seconds of each expert in the loop that computes quantized experts
-            where no kernel does; the host waits for the device at each.
-        expert_kernel_s: seconds of the two kernels of a layer's experts besides what they read.
-        expert_floats_efficiency, expert_int8_efficiency, expert_int4_efficiency: of what other weights are read at, the
-            share at which these kernels read those of experts, packed or not.
-        dequantized_bytes: bytes that are moved for a weight in 8 bits outside of experts, which becomes a float in each
-            call: 1 is read, 2 are written, read, scaled and written, and read by the product.
+        captured_layer_s: seconds of a decoder layer's kernels in a CUDA graph, in addition to the time of their reads.
+        eager_layer_s: seconds of the host for a layer, without CUDA graphs.
+        loop_expert_int8_s, loop_expert_int4_s: seconds per expert in the loop that computes quantized experts without a
+            kernel; the host waits for the device at each.
+        expert_kernel_s: seconds of the two kernels of a layer's experts, in addition to the time of their reads.
+        expert_floats_efficiency, expert_int8_efficiency, expert_int4_efficiency: speed at which these kernels read
+            expert weights, packed or not, as a share of the speed for other weights.
+        dequantized_bytes: bytes moved for an 8-bit weight outside of experts, which becomes a float in each call: 1 is
+            read, 2 are written, read, scaled and written, and read by the product.
         disk_gbs: GB/s of files, for `experts_in="files"`.
     """
 
     captured_layer_s: float = _constant(87e-6, "fitted", _SEARCHES)
     eager_layer_s: float = _constant(
-        1.36e-3, "fitted", "the mean of six lines that differ by a factor of two; the host's"
+        1.36e-3, "fitted", "the mean of six lines that differ by a factor of two; it depends on the host"
     )
     loop_expert_int8_s: float = _constant(0.40e-3, "fitted", _LOOPS)
     loop_expert_int4_s: float = _constant(0.58e-3, "fitted", _LOOPS)
@@ -105,11 +106,11 @@ class ServingConstants:
 
 @dataclass(frozen=True)
 class MemoryConstants:
-    """Of what there is.
+    """Constants of the available memory.
 
     Attributes:
-        usable_share: of a GPU's memory; the rest is for the CUDA context, communicators and fragmentation.
-        host_gib_per_gpu: GiB of the host's memory for each GPU.
+        usable_share: usable share of a GPU's memory; the rest is for the CUDA context, communicators and fragmentation.
+        host_gib_per_gpu: GiB of main memory per GPU.
     """
 
     usable_share: float = _constant(0.92, "assumed")

@@ -1,4 +1,4 @@
-"""GPUs as their data sheets describe them, and YAML files of one's own."""
+"""GPUs from data sheets, or from a user's YAML file."""
 
 import math
 from dataclasses import dataclass, fields
@@ -16,16 +16,16 @@ GIB = 2**30
 class Gpu:
     """
     Attributes:
-        name: for messages.
+        name: name for messages.
         memory_gib: GiB of the device.
         tflops: TFLOP/s of dense matrix products in bfloat16 (V100: float16), without sparsity.
         memory_gbs: GB/s of its memory.
         nvlink_gbs: GB/s to GPUs of the same machine, in one direction.
-        network_gbs: GB/s to other machines in one direction, its share of the machine's adapters.
+        network_gbs: GB/s to other machines in one direction: the GPU's share of the machine's adapters.
         power_w: watts at full load.
 
     Raises:
-        ValueError: a number that is not positive and finite.
+        ValueError: a number is not positive and finite.
     """
 
     name: str
@@ -62,10 +62,10 @@ GPUS = {
 
 
 def gpu_of(name: str | Gpu) -> Gpu:
-    """A GPU by its name, or from a YAML file with the fields of [`Gpu`].
+    """Find a GPU by its name, or read it from a YAML file with the fields of [`Gpu`].
 
     Raises:
-        ValueError: the name is not known and no file, or the file is not a GPU.
+        ValueError: the name is unknown and no such file exists, or the file does not describe a GPU.
     """
     if isinstance(name, Gpu):
         return name
@@ -84,7 +84,7 @@ def gpu_of(name: str | Gpu) -> Gpu:
 
 
 def usable_bytes(gpu: Gpu, constants: MemoryConstants = MEMORY) -> float:
-    """Bytes of a GPU's memory that tensors can have."""
+    """Bytes of a GPU's memory that tensors can use."""
     return constants.usable_share * gpu.memory_gib * GIB
 
 

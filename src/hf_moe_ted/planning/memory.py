@@ -1,7 +1,7 @@
 """Memory of a rank, term by term: the formulas of docs/ted.md in bytes.
 
 Letters as there: N tokens of source or target of a rank's batch, D model width, V vocabulary, b bytes of an activation,
-P parameters, G what ZeRO 1 and 2 keep gathered.
+P parameters, G parameters that ZeRO 1 and 2 keep gathered.
 """
 
 import functools
@@ -32,16 +32,16 @@ class Memory:
     """Bytes of one rank. The peak is at the loss or in the optimizer's step, whichever is larger.
 
     Attributes:
-        weights, optimizer: shards.
-        gradients: shards, which are there when backward ends.
+        weights, optimizer: shards of weights and of optimizer states.
+        gradients: shards that exist at the end of backward.
         gathered: parameters that ZeRO keeps gathered at the loss.
-        logits: and their gradient.
-        loss: float32 rows of the loss where logits are split by tensor parallelism.
-        activations: what layers keep for backward.
-        exchange: what experts get and give of one sparse layer; part of `activations` unless these are recomputed.
-        optimizer_tiles: what the step needs besides its states.
-        whole_gradients: that stages 1 and 3 keep from one micro-batch to the next.
-        host: shards that are offloaded, of the host's memory.
+        logits: logits and their gradient.
+        loss: float32 rows of the loss if tensor parallelism splits the logits.
+        activations: tensors that layers keep for backward.
+        exchange: inputs and outputs of experts in one sparse layer; part of `activations` unless these are recomputed.
+        optimizer_tiles: memory that the step needs besides its states.
+        whole_gradients: whole gradients that stages 1 and 3 keep between micro-batches.
+        host: offloaded shards, in main memory.
     """
 
     weights: int
@@ -104,7 +104,7 @@ def _tile_bytes(workload: Workload, num_local: int) -> int:
 
 
 def _gathered_numel(config: ZCodeM3Config, layout: Layout, parameters: RankParameters) -> int:
-    """Of parameters that are gathered at the loss: what is shared, in stage 3 two units and embeddings of it."""
+    """Elements of parameters that are gathered at the loss; in stage 3 only two units and the embeddings."""
     if layout.data_parallel_size == 1:
         return 0
     if layout.zero_stage < 3:
@@ -135,7 +135,7 @@ def _shared_numel(layout: Layout, parameters: RankParameters) -> int:
 
 def _whole_gradients_numel(layout: Layout, parameters: RankParameters) -> int:
     if layout.data_parallel_size == 1:
-        return parameters.total  # they stand from one forward to the next
+        return parameters.total  # they stay from one forward to the next
     dense = parameters.gathered_dense + parameters.gathered_embedding
     return dense + parameters.gathered_expert
 
@@ -157,10 +157,10 @@ def _activations(config: ZCodeM3Config, layout: Layout, workload: Workload) -> i
 
 
 def kept_of_layer(config: ZCodeM3Config, layout: Layout, workload: Workload, side: str, num_experts: int | None) -> int:
-    """Without checkpointing: what autograd saves of a layer whose attention keeps no scores.
+    """Without checkpointing: bytes that autograd saves for a layer whose attention keeps no scores.
 
-    Of each block the input of its LayerNorm and the output, which is what its projections read, and a mask of dropout;
-    of attention queries, keys, values and output, of a feed-forward the activation, which tensor parallelism divides.
+    For each block: input and output of its LayerNorm (its projections read the output), and a dropout mask. For
+    attention: queries, keys, values and output; for a feed-forward: the activation. Tensor parallelism divides these.
     """
     tp, num_tokens, width = layout.tensor_parallel_size, workload.num_tokens(side), config.d_model
     num_blocks = 2 if side == "encoder" else 3
@@ -180,7 +180,7 @@ def kept_of_layer(config: ZCodeM3Config, layout: Layout, workload: Workload, sid
 
 
 def _rows_of_experts(config: ZCodeM3Config, layout: Layout, num_tokens: int, num_experts: int) -> int:
-    """Rows that the experts of a rank compute in a layer."""
+    """Rows that a rank's experts compute in a layer."""
     if layout.expert_parallel_size == 1:
         return num_tokens * config.num_experts_per_tok
     return exchange_of(config, layout, num_tokens, num_experts).computed_rows(layout)
@@ -209,7 +209,7 @@ def _kept_of_collectives(
 
 
 def _exchange_buffers(config: ZCodeM3Config, layout: Layout, workload: Workload) -> int:
-    """With checkpointing, the rows of the one sparse layer that is being computed: sent, received and given back."""
+    """With checkpointing, rows of the one sparse layer that is being computed: sent, received and returned."""
     if layout.expert_parallel_size == 1 or workload.checkpointing is None:
         return 0
     row = config.d_model * workload.element_bytes

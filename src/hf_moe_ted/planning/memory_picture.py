@@ -1,4 +1,4 @@
-"""Pictures of what takes a GPU's memory, a bar for each layout or way; matplotlib is imported when one is drawn."""
+"""Pictures of a GPU's memory use, with a bar per layout or way; matplotlib is imported when one is drawn."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -11,14 +11,14 @@ from .serving_memory import ServingMemory
 
 GIB = 2**30
 MAX_BARS = 20
-TITLE = "hf-moe-ted plan"  # among the data of the file
+TITLE = "hf-moe-ted plan"  # in the metadata of the file
 
 
 def memory_terms(memory: Memory | ServingMemory) -> dict[str, int]:
-    """Bytes of a GPU by term, at the moment of its peak: the bars add up to that.
+    """Bytes of a GPU by term at its peak; the terms add up to the peak.
 
     Args:
-        memory: of a rank that trains, or of a GPU that translates.
+        memory: memory of a rank that trains, or of a GPU that translates.
     """
     terms = {name: value for name, value in asdict(memory).items() if name != "host" and value}
     if isinstance(memory, Memory):
@@ -30,12 +30,12 @@ def memory_terms(memory: Memory | ServingMemory) -> dict[str, int]:
 
 
 def draw_memory(bars: Mapping[str, Memory | ServingMemory], limit: float, title: str = "") -> bytes:
-    """A bar of stacked terms in GiB for each memory, and a line at what can be used, as PNG.
+    """A PNG with a bar of stacked terms in GiB for each memory, and a line at the usable memory.
 
     Args:
-        bars: by name, at most `MAX_BARS`, drawn from top to bottom.
-        limit: bytes of a GPU that can be used.
-        title: above.
+        bars: memories by name, at most `MAX_BARS`, drawn from top to bottom.
+        limit: usable bytes of a GPU.
+        title: title above the bars.
 
     Raises:
         ValueError: there are no bars, or too many.
@@ -65,17 +65,17 @@ def _line(name: str) -> str:
 def write_memory_picture(
     path: str | Path, bars: Mapping[str, Memory | ServingMemory], limit: float, title: str = ""
 ) -> None:
-    """Draw the memories, and write a PNG file, which appears when it is whole; an earlier picture is replaced.
+    """Draw the memories and write a PNG file, which appears once it is complete. An earlier picture is replaced.
 
     Args:
-        path: of the file, whose name ends with .png.
-        bars, limit, title: as of [`draw_memory`].
+        path: path of the file; its name ends with .png.
+        bars, limit, title: as in [`draw_memory`].
 
     Raises:
-        ValueError: matplotlib is not installed, the name ends otherwise, or another file is there.
+        ValueError: matplotlib is not installed, the name does not end with .png, or another file exists there.
     """
     if Path(path).suffix.lower() != ".png":
-        raise ValueError(f"picture ({path}) must end with .png, which it will be")
+        raise ValueError(f"picture ({path}) must end with .png")
     if not has_matplotlib():
         raise ValueError(f"picture ({path}) needs matplotlib: pip install 'hf-moe-ted[viz]'")
     check_output_file(path, overwrite=True, marker=TITLE.encode())

@@ -1,4 +1,4 @@
-"""The config of a model that is planned for, from a file of somebody."""
+"""Read the config of a model for planning from an untrusted file."""
 
 import os
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ QUANTIZATION = "zcode_experts"
 
 @dataclass(frozen=True)
 class StoredBits:
-    """How a quantized folder stores weights, as `quantize_experts` explains it.
+    """How a quantized folder stores weights; see `quantize_experts`.
 
     Attributes:
-        bits: 8 or 4 per weight of an expert.
-        group_size: weights that share a scale; `None` for a row.
-        what: "experts", or "all" for all other large matrices, too, in 8 bits.
+        bits: bits per expert weight, 8 or 4.
+        group_size: number of weights that share a scale; `None` is a row.
+        what: "experts", or "all": also all other large matrices, in 8 bits.
 
     Raises:
-        ValueError: other bits or another `what`, or a group size under 1.
+        ValueError: an unknown value of `bits` or `what`, or a group size below 1.
     """
 
     bits: int
@@ -45,14 +45,14 @@ def read_planned_config(path: str | os.PathLike[str], argument: str = "MODEL") -
 
     Args:
         path: the file or folder.
-        argument: its name, for messages.
+        argument: name of the argument, for messages.
 
     Raises:
-        ValueError: there is none, it is of another model, or a field of it is wrong.
+        ValueError: there is no config, it is of another model, or one of its fields is wrong.
     """
     otherwise = (
-        f", and must have {ZCODE_M3!r} or {NLLB_MOE!r}: plans are of mixtures of experts; `hf-moe-ted convert` makes "
-        "ZCodeM3 models of others"
+        f", and must have {ZCODE_M3!r} or {NLLB_MOE!r}: plans are for mixtures of experts; `hf-moe-ted convert` "
+        "converts other models to ZCodeM3"
     )
     if not Path(path).exists():
         raise ValueError(f"{argument} ({path}) does not exist; give a config.json, or a folder with one")
@@ -66,10 +66,10 @@ def read_planned_config(path: str | os.PathLike[str], argument: str = "MODEL") -
 
 
 def stored_bits(config: ZCodeM3Config) -> StoredBits | None:
-    """How the folder of a config stores experts, `None` for floats.
+    """How the folder of a config stores experts; `None` for floats.
 
     Raises:
-        ValueError: it is quantized in a way that this package does not have.
+        ValueError: it is quantized by a method that this package does not know.
     """
     given: Any = getattr(config, "quantization_config", None)
     if given is None:
@@ -78,8 +78,8 @@ def stored_bits(config: ZCodeM3Config) -> StoredBits | None:
     method = fields.get("quant_method")
     if method != QUANTIZATION:
         raise ValueError(
-            f"quantization_config has quant_method {method!r}, of which the planner knows nothing; it knows "
-            f"{QUANTIZATION!r}, that of `hf-moe-ted quantize`"
+            f"quantization_config has quant_method {method!r}, which the planner does not know; it knows "
+            f"{QUANTIZATION!r}, the method of `hf-moe-ted quantize`"
         )
     return StoredBits(fields.get("bits", 8), fields.get("group_size"), fields.get("what", "experts"))
 

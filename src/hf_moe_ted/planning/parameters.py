@@ -1,4 +1,4 @@
-"""The parameters of a ZCodeM3, and how many of them a rank of a layout holds; numbers only, no tensors."""
+"""Parameters of a ZCodeM3, and how many of them a rank of a layout holds: numbers only, no tensors."""
 
 import functools
 import math
@@ -19,11 +19,11 @@ class ParameterShape:
     """One parameter of the whole model.
 
     Attributes:
-        shape: of the whole parameter.
-        kind: "expert" for the stacked experts, "embedding" for what has a row per word, "dense" for the rest.
-        layer: side and index of its layer; `None` for what stands outside of the layers.
-        split_dim: the dimension that tensor parallelism divides (experts: expert-tensor parallelism); `None` where all
-            ranks of the group have the same.
+        shape: shape of the whole parameter.
+        kind: "expert" for stacked experts, "embedding" for parameters with a row per word, "dense" for the rest.
+        layer: side and index of its layer; `None` outside of layers.
+        split_dim: the dimension that tensor parallelism divides (experts: expert-tensor parallelism); `None` if all
+            ranks of the group hold the whole parameter.
     """
 
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ _FIELDS = (
 
 @dataclass(frozen=True)
 class HashableConfig:
-    """A config by what its parameters depend on: a planner asks for the same ones a thousand times."""
+    """A config, hashed by the fields on which parameters depend, so that repeated results are cached."""
 
     key: str
     config: ZCodeM3Config = field(compare=False)
@@ -67,7 +67,7 @@ def _parameter_shapes(hashable: HashableConfig) -> tuple[ParameterShape, ...]:
 
 
 def layer_groups(config: ZCodeM3Config) -> tuple[tuple[Side, int | None, int], ...]:
-    """Side, experts (`None` for a dense layer), and how many such layers there are."""
+    """Side, experts (`None` for a dense layer), and number of such layers."""
     return _layer_groups(HashableConfig.of(config))
 
 
@@ -81,7 +81,7 @@ def _layer_groups(hashable: HashableConfig) -> tuple[tuple[Side, int | None, int
 
 
 def _all_shapes(config: ZCodeM3Config) -> Iterator[ParameterShape]:
-    num_embeddings = 1 if config.tie_word_embeddings else 4  # of the model, both stacks and the head
+    num_embeddings = 1 if config.tie_word_embeddings else 4  # names in the model, in both stacks and the head
     for _ in range(num_embeddings):
         yield ParameterShape((config.vocab_size, config.d_model), "embedding", split_dim=0)
     for side in SIDES:
@@ -105,7 +105,7 @@ def _layer_norm(width: int) -> list[ParameterShape]:
 
 
 def _outside_of_layers(config: ZCodeM3Config) -> list[ParameterShape]:
-    """Positions and last LayerNorm of a stack."""
+    """Positions and the last LayerNorm of a stack."""
     width, positions = config.d_model, config.max_position_embeddings
     shapes = _layer_norm(width)
     if config.position_embedding_type == "learned":
@@ -142,12 +142,12 @@ def _layer(config: ZCodeM3Config, side: Side, num_experts: int | None, num_rows:
 
 
 def is_spread_expert(parameter: ParameterShape, layout: Layout) -> bool:
-    """Whether it lies on the expert axes; experts that nobody shares are sharded as dense layers are."""
+    """Whether a parameter is on the expert axes; experts that are not spread are sharded like dense layers."""
     return parameter.kind == "expert" and layout.experts_are_spread
 
 
 def gathered_shape(parameter: ParameterShape, layout: Layout) -> tuple[int, ...]:
-    """What a rank computes with: its slice by tensor and expert parallelism, not divided by ZeRO."""
+    """Shape that a rank computes with: its slice by tensor and expert parallelism, not divided by ZeRO."""
     shape = list(parameter.shape)
     if is_spread_expert(parameter, layout):
         shape[0] //= layout.expert_parallel_size
@@ -160,11 +160,11 @@ def gathered_shape(parameter: ParameterShape, layout: Layout) -> tuple[int, ...]
 
 
 def shard_shape(parameter: ParameterShape, layout: Layout, rank: int | None = None) -> tuple[int, ...]:
-    """What a rank stores, divided by ZeRO, too.
+    """Shape that a rank stores, also divided by ZeRO.
 
     Args:
-        rank: of the world; by default the first of each group, which has the most where sizes do not divide. FSDP2 pads
-            the shards of all ranks to that in its collectives.
+        rank: rank in the world; by default the first of each group, which has the most if sizes do not divide. FSDP2
+            pads the shards of all ranks to that size in its collectives.
     """
     shape = list(gathered_shape(parameter, layout))
     if is_spread_expert(parameter, layout):
@@ -184,8 +184,8 @@ class RankParameters:
     """Numbers of parameters, by kind.
 
     Attributes:
-        dense, expert, embedding: what a rank stores.
-        gathered_dense, gathered_expert, gathered_embedding: what it computes with, before ZeRO divides it.
+        dense, expert, embedding: parameters that a rank stores.
+        gathered_dense, gathered_expert, gathered_embedding: parameters that it computes with, not divided by ZeRO.
     """
 
     dense: int
@@ -205,7 +205,7 @@ class RankParameters:
 
 
 def parameters_of_rank(config: ZCodeM3Config, layout: Layout, rank: int | None = None) -> RankParameters:
-    """Parameters of one rank of a layout, exactly; `rank` as for `shard_shape`."""
+    """Exact number of parameters of one rank of a layout; `rank` as in `shard_shape`."""
     return _parameters_of_rank(HashableConfig.of(config), layout, rank)
 
 

@@ -1,4 +1,4 @@
-"""Memory of a GPU that translates, term by term: weights as they are stored, keys and values, and what passes through.
+"""Memory of a GPU that translates, term by term: weights in their stored form, keys and values, and activations.
 
 Letters: B sentences, N beams of each, S tokens of a source, T of a translation, D model width, F inner width, E experts
 of a layer, K experts per token, b bytes of an activation.
@@ -22,20 +22,20 @@ MAX_GROUP_SIZE = 128  # of `quantize_experts` with 4 bits
 
 @dataclass(frozen=True)
 class ServingWorkload:
-    """What a GPU, or the GPUs that share a model, translate at once.
+    """The work of a GPU, or of the GPUs that share a model, at one time.
 
     Attributes:
-        batch_size: sentences.
+        batch_size: number of sentences.
         num_beams: 1 is greedy search.
-        source_length, target_length: tokens of each, padding included.
-        dtype: of activations, and of weights that are not quantized: "bfloat16" or "float32".
-        cuda_graphs: whether steps are captured, where a model can be; `generate(cuda_graphs=False)` does not.
-        zipf: exponent of Zipf's law by which tokens choose experts; 0: evenly. The shipped model has about 1.1 in its
-            encoder and 2.0 in its decoder for one pair of languages. Rows of a step are at the same place of their
-            sentences, and choose less evenly: as many experts as by 2.3 to 3.9.
+        source_length, target_length: tokens of each, with padding.
+        dtype: dtype of activations and of weights that are not quantized: "bfloat16" or "float32".
+        cuda_graphs: whether steps are captured if the model allows it; `generate(cuda_graphs=False)` turns it off.
+        zipf: exponent of Zipf's law for the choice of experts by tokens; 0 is even. For one language pair the shipped
+            model has about 1.1 in its encoder and 2.0 in its decoder. Rows of a step are at the same place of their
+            sentences and choose less evenly: as many experts as with 2.3 to 3.9.
 
     Raises:
-        ValueError: a number under 1, an unknown dtype, or an exponent that is negative or no number.
+        ValueError: a number is below 1, the dtype is unknown, or the exponent is negative or not a number.
     """
 
     batch_size: int = 1
@@ -55,12 +55,12 @@ class ServingWorkload:
 
     @property
     def num_rows(self) -> int:
-        """Beams of all sentences: tokens that a step computes."""
+        """Beams of all sentences, that is, tokens that a step computes."""
         return self.batch_size * self.num_beams
 
     @property
     def element_bytes(self) -> int:
-        """Of activations and of weights that are not quantized."""
+        """Bytes per element of activations and of weights that are not quantized."""
         return BYTES_OF_DTYPE[self.dtype]
 
 
@@ -69,17 +69,17 @@ _COUNTS = ("batch_size", "num_beams", "source_length", "target_length")
 
 @dataclass(frozen=True)
 class ServingMemory:
-    """Bytes of one GPU; of its share of layers where several GPUs have a model.
+    """Bytes of one GPU; if several GPUs share a model, for its share of the layers.
 
     Attributes:
         dense: attention, dense feed-forward, routers, LayerNorms and positions.
-        embedding: what has a row per word.
-        experts: on the GPU, all of them or the slots of the expert memory.
-        own_keys: keys and values of self-attention, of all beams.
-        source_keys: of attention to the source, once for all beams of a sentence.
-        logits: of a step, and their float32 copy.
-        activations: of the larger of an encoder layer and of weights that become floats.
-        host: experts in the main memory of the host.
+        embedding: parameters with a row per word.
+        experts: all experts on the GPU, or the slots of the expert memory.
+        own_keys: keys and values of self-attention, for all beams.
+        source_keys: keys and values of attention to the source, once for all beams of a sentence.
+        logits: logits of a step, and their float32 copy.
+        activations: the larger of an encoder layer's activations and weights that become floats.
+        host: experts in main memory.
     """
 
     dense: int
@@ -93,18 +93,17 @@ class ServingMemory:
 
     @property
     def peak(self) -> int:
-        """Sum of all terms but the host's."""
+        """Sum of all terms without the host."""
         return sum(value for name, value in vars(self).items() if name != "host")
 
 
 def stored_bytes(shape: ParameterShape, stored: StoredBits | None, element_bytes: int, is_rounded: bool) -> int:
-    """Bytes of a parameter: integers and their scales if it is rounded, else floats of `element_bytes`.
+    """Bytes of a parameter: integers and scales if it is rounded, else floats of `element_bytes`.
 
     Args:
-        shape: of the whole model, or [..., O, I] of what is stored.
-        stored: how; `None` for floats.
-        is_rounded: whether the parameter is one of those that are rounded; those of experts have `stored.bits` and
-            others 8.
+        shape: shape in the whole model, or [..., O, I] of the stored part.
+        stored: how weights are stored; `None` for floats.
+        is_rounded: whether the parameter is rounded; parameters of experts have `stored.bits` bits and others 8.
     """
     if stored is None or not is_rounded:
         return element_bytes * shape.numel
@@ -115,7 +114,7 @@ def stored_bytes(shape: ParameterShape, stored: StoredBits | None, element_bytes
 
 
 def is_rounded(shape: ParameterShape, stored: StoredBits | None, is_tied: bool = True) -> bool:
-    """Whether `quantize_experts` rounds a parameter: matrices of experts, and with "all" those of layers and words."""
+    """Whether `quantize_experts` rounds a parameter: matrices of experts and, with "all", of layers and words."""
     if stored is None:
         return False
     if shape.kind == "expert":
@@ -126,15 +125,15 @@ def is_rounded(shape: ParameterShape, stored: StoredBits | None, is_tied: bool =
 
 
 def is_large_matrix(shape: ParameterShape) -> bool:
-    """A matrix of attention or of a dense feed-forward: what tensor parallelism would divide, in a layer."""
+    """Whether it is a matrix of attention or of a dense feed-forward, which tensor parallelism would divide."""
     return shape.kind == "dense" and len(shape.shape) == 2 and shape.split_dim is not None and shape.layer is not None
 
 
 def default_bits(config: ZCodeM3Config, bits: int, what: str) -> StoredBits:
-    """As `quantize_experts(bits=bits, what=what)` stores the model: groups for 4 bits, rows for 8.
+    """Storage of `quantize_experts(bits=bits, what=what)`: groups for 4 bits, rows for 8.
 
     Raises:
-        ValueError: other bits or another `what`.
+        ValueError: an unknown value of `bits` or `what`.
     """
     widths = [shape.shape[-1] for shape in parameter_shapes(config) if is_rounded(shape, StoredBits(8))]
     group = math.gcd(MAX_GROUP_SIZE, *widths) if bits == 4 else None
@@ -143,13 +142,13 @@ def default_bits(config: ZCodeM3Config, bits: int, what: str) -> StoredBits:
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Of a whole model, as it is stored.
+    """Bytes of the weights of a whole model in their stored form.
 
     Attributes:
-        dense, embedding: bytes, as of [`ServingMemory`].
-        head: of `embedding`, what the projection to the vocabulary reads.
-        layers: name of each MoE layer -> its experts.
-        largest_layer: bytes of the layer that has the most, experts included.
+        dense, embedding: bytes, as in [`ServingMemory`].
+        head: the part of `embedding` that the projection to the vocabulary reads.
+        layers: name of each MoE layer -> bytes of its experts.
+        largest_layer: bytes of the largest layer, with its experts.
     """
 
     dense: int
@@ -170,12 +169,12 @@ class WeightBytes:
 
 
 def weight_bytes(config: ZCodeM3Config, stored: StoredBits | None, dtype: str = "bfloat16") -> WeightBytes:
-    """Bytes of the weights of a model, exactly.
+    """Exact bytes of the weights of a model.
 
     Args:
         config: of the model.
-        stored: how experts, and maybe the rest, are rounded; `None` for floats.
-        dtype: of all that is not rounded, and of scales: "bfloat16" or "float32".
+        stored: how experts, and possibly other weights, are rounded; `None` for floats.
+        dtype: dtype of weights that are not rounded, and of scales: "bfloat16" or "float32".
     """
     element_bytes = BYTES_OF_DTYPE[dtype]
     of_layer: dict[tuple[str, int], dict[str, int]] = {}
@@ -206,16 +205,16 @@ def weight_bytes(config: ZCodeM3Config, stored: StoredBits | None, dtype: str = 
 
 
 def resident_experts(weights: WeightBytes, max_bytes: int | None) -> ResidencePlan | None:
-    """What `ExpertMemory(max_bytes)` keeps on the GPU, without statistics; `None` if nothing bounds it.
+    """The experts that `ExpertMemory(max_bytes)` keeps on the GPU without statistics; `None` without a bound.
 
     Raises:
-        ValueError: there is no room for two experts of each size.
+        ValueError: two experts of each size do not fit.
     """
     return None if max_bytes is None else plan_residence(weights.layers, max_bytes, None)
 
 
 def resident_bytes(weights: WeightBytes, plan: ResidencePlan | None) -> int:
-    """Bytes of experts on the GPU, stages that experts pass through included."""
+    """Bytes of experts on the GPU, with the stages through which experts pass."""
     if plan is None:
         return weights.experts
     slots = sum(count * weights.layers[name].slot_bytes for name, count in plan.num_slots.items())
@@ -232,17 +231,17 @@ def memory_of_serving(
     experts_in_files: bool = False,
     num_shares: int = 1,
 ) -> ServingMemory:
-    """Of the GPU that has the most.
+    """Memory of the GPU that needs the most.
 
     Args:
-        config, workload: the model, and what it translates.
+        config, workload: the model and its work.
         stored: how weights are rounded; `None` for floats.
-        expert_memory: bytes of experts on the GPU; by default all.
-        experts_in_files: whether the other experts stay in the files, and not in the host's memory.
+        expert_memory: bytes of experts on the GPU; by default all experts.
+        experts_in_files: whether the other experts stay in files instead of main memory.
         num_shares: GPUs that share the layers of a model (`device="auto"`).
 
     Raises:
-        ValueError: there is no room for two experts of each size.
+        ValueError: two experts of each size do not fit.
     """
     weights = weight_bytes(config, stored, workload.dtype)
     plan = resident_experts(weights, expert_memory)
@@ -250,7 +249,7 @@ def memory_of_serving(
     of_key = 2 * width * element * config.decoder_layers
     in_host = plan is not None and any(plan.stage_slots.values()) and not experts_in_files
     dense, experts, embedding = weights.dense, resident_bytes(weights, plan), weights.embedding
-    if num_shares > 1:  # whole layers: one GPU may have one more than its share
+    if num_shares > 1:  # GPUs have whole layers, so one GPU may have one more than its share
         share = -(-(dense + experts) // num_shares)
         dense = min(dense + experts, share + weights.largest_layer)
         experts = 0
@@ -265,7 +264,7 @@ def memory_of_serving(
 
 
 def _kept_tokens(workload: ServingWorkload) -> int:
-    """Of all sentences, of one beam; captured searches keep memory for powers of two, and for all shorter ones."""
+    """Tokens of all sentences, for one beam; captured searches keep memory for powers of two and all shorter ones."""
     if not workload.cuda_graphs:
         return workload.batch_size * workload.target_length
     longest = power_of_two(workload.target_length, LEAST_LENGTH)
@@ -276,7 +275,7 @@ def _kept_tokens(workload: ServingWorkload) -> int:
 
 
 def _encoder_layer(config: ZCodeM3Config, workload: ServingWorkload) -> int:
-    """Of one layer of the encoder: what comes in, its LayerNorm, and the larger of attention and feed-forward."""
+    """Activations of one encoder layer: its input, its LayerNorm, and the larger of attention and feed-forward."""
     tokens, width = workload.batch_size * workload.source_length, config.d_model
     dense = config.encoder_ffn_dim + width
     experts = config.num_experts_per_tok * (config.encoder_ffn_dim + 2 * width)
@@ -285,7 +284,7 @@ def _encoder_layer(config: ZCodeM3Config, workload: ServingWorkload) -> int:
 
 
 def _floats_of_rounded(config: ZCodeM3Config, stored: StoredBits | None, element_bytes: int) -> int:
-    """Of the largest matrix that becomes floats to compute, before and after its scale: an expert's, or the words'."""
+    """Floats of the largest matrix that is dequantized, before and after its scale: an expert's, or the embedding."""
     if stored is None:
         return 0
     largest = 0

@@ -1,4 +1,4 @@
-"""How a model translates on given GPUs: what of it fits, and how long a token takes, by the way that it is stored."""
+"""How a model can translate on given GPUs: which ways to store it fit, and the time per token of each."""
 
 import math
 import shlex
@@ -27,23 +27,23 @@ from .step_time import watts
 from .workload import check_counts
 
 GB = 10**9
-WITHOUT_KERNELS = ("v100-32gb",)  # for quantized experts: compute capability 7.0
+WITHOUT_KERNELS = ("v100-32gb",)  # has no kernels for quantized experts: compute capability 7.0
 
 
 @dataclass(frozen=True)
 class PlannedServing:
-    """A way that fits.
+    """A way to serve that fits.
 
     Attributes:
         stored: how weights are rounded; `None` for floats.
         expert_memory: bytes of experts on the GPU, *optional*: `ExpertMemory(expert_memory)`.
-        experts_in_files: whether its other experts stay in the files, as the host has too little memory.
-        num_gpus: that share a model.
-        num_copies: of the model, on all GPUs together.
-        memory: of one GPU.
-        token: from a token to the next.
+        experts_in_files: whether its other experts stay in files, because main memory is too small.
+        num_gpus: GPUs that share a model.
+        num_copies: copies of the model on all GPUs together.
+        memory: memory of one GPU.
+        token: time from a token to the next.
         source_s: seconds of the encoder, before the first token.
-        tokens_per_s: target tokens, of all copies, the encoder's time included.
+        tokens_per_s: target tokens per second of all copies, with the encoder's time.
         kwh_per_million_tokens: kWh for a million target tokens.
     """
 
@@ -60,7 +60,7 @@ class PlannedServing:
 
     @property
     def weights(self) -> str:
-        """What is stored, in words."""
+        """How weights are stored, in words."""
         if self.stored is None:
             return "floats"
         return f"int{self.stored.bits} {self.stored.what}"
@@ -80,7 +80,7 @@ class PlannedServing:
 
 @dataclass(frozen=True)
 class ImpossibleServing:
-    """A way that does not fit, and why."""
+    """A way to serve that does not fit, and the reason."""
 
     weights: str
     reason: str
@@ -90,12 +90,12 @@ class ImpossibleServing:
 class ServingPlan:
     """
     Attributes:
-        gpu, num_gpus: what it is for.
-        num_parameters: of the model.
-        workload: what each copy of the model translates at once.
-        is_quantized: whether the folder is.
-        ways: that fit, the fastest first; of those within a percent the one that is rounded least.
-        impossible: the others.
+        gpu, num_gpus: the GPUs of the plan.
+        num_parameters: number of parameters of the model.
+        workload: work of each copy of the model at one time.
+        is_quantized: whether the folder is quantized.
+        ways: ways that fit, the fastest first; among ways within one percent the least rounded comes first.
+        impossible: ways that do not fit.
     """
 
     gpu: Gpu
@@ -116,17 +116,17 @@ class ServingPlan:
             return self.ways[0]
         reasons = "; ".join(f"{way.weights}: {way.reason}" for way in self.impossible)
         raise ValueError(
-            f"{self.num_parameters:,} parameters do not translate {self.workload.batch_size} sentences with "
+            f"{self.num_parameters:,} parameters cannot translate {self.workload.batch_size} sentences with "
             f"{self.workload.num_beams} beams on {self.num_gpus} x {self.gpu.name}: take more or larger GPUs, or a "
             f"smaller batch ({reasons})"
         )
 
     def commands(self, model: str, way: PlannedServing | None = None) -> list[str]:
-        """The command lines of a way, by default of the best.
+        """The command lines of a way; by default of the best.
 
         Args:
             model: the folder, or the config.json in it.
-            way: of `ways`.
+            way: one of `ways`.
         """
         way = way or self.best
         model, lines = _folder(model), []
@@ -147,14 +147,14 @@ class ServingPlan:
         return lines
 
     def write_picture(self, path: str | Path, num_ways: int = 5) -> None:
-        """Bars of what takes the memory of a GPU in the best ways, as a PNG file.
+        """Write a PNG file with bars of a GPU's memory use in the best ways.
 
         Args:
             path: ends with .png; an earlier picture of a plan is replaced.
-            num_ways: how many bars, at most 20.
+            num_ways: number of bars, at most 20.
 
         Raises:
-            ValueError: nothing fits, another file is at `path`, or matplotlib is not installed.
+            ValueError: nothing fits, another file exists at `path`, or matplotlib is not installed.
         """
         ways = enumerate(self.ways[:num_ways]) if self.best else ()
         bars = {f"{i + 1}. {way.weights} {way.options}".strip(): way.memory for i, way in ways}
@@ -162,7 +162,7 @@ class ServingPlan:
         write_memory_picture(path, bars, usable_bytes(self.gpu), title)
 
     def as_dict(self, num_ways: int = 10) -> dict[str, Any]:
-        """For JSON, with the best ways, and where all constants come from."""
+        """The plan as plain values for JSON, with the best ways, and the origin of all constants."""
         return {
             "gpu": asdict(self.gpu),
             "num_gpus": self.num_gpus,
@@ -201,29 +201,28 @@ def plan_serving(
 ) -> ServingPlan:
     """Ways to translate with a model: floats, 8 or 4 bits, all experts on the GPU or some, one GPU or several.
 
-    A model that fits on one GPU has a copy on each. One that does not keeps some experts on the GPU and the others in
-    the host's memory ([`ExpertMemory`]), or spreads its layers over as few GPUs as hold it. What fits is ranked by
-    target tokens per second. Quantization changes translations a little; a plan says nothing of that.
+    A model that fits on one GPU has a copy on each. A larger model keeps some experts on the GPU and the others in main
+    memory ([`ExpertMemory`]), or spreads its layers over as few GPUs as possible. Ways that fit are ranked by target
+    tokens per second. Quantization changes translations a little; a plan does not predict that.
 
     Args:
-        config: of the model. A quantized one is planned for as it is.
+        config: config of the model. A quantized model is planned as it is stored.
         gpu: a name of `planning.gpus.GPUS`, a YAML file, or a [`Gpu`].
-        num_gpus: all of them, in machines of `gpus_per_node`.
+        num_gpus: number of all GPUs, in machines of `gpus_per_node`.
         batch_size: sentences that a copy of the model translates at once.
         num_beams: 1 is greedy search.
-        source_length, target_length: tokens.
-        dtype: of activations and of what is not quantized, "bfloat16" or "float32".
-        expert_memory: bytes of experts on a GPU, as of [`ExpertMemory`]; by default as many as there is room for, if
-            not all of them fit.
-        cuda_graphs: whether `generate` captures its steps, where it can, as it does by itself.
-        quantized_kernels: whether Triton kernels compute quantized experts, not a loop; by default on all GPUs but
-            V100, whose compute capability is less than 8.0.
+        source_length, target_length: lengths in tokens.
+        dtype: dtype of activations and of weights that are not quantized, "bfloat16" or "float32".
+        expert_memory: bytes of experts on a GPU, as in [`ExpertMemory`]; by default all experts, or as many as fit.
+        cuda_graphs: whether `generate` captures its steps if possible, which is its default.
+        quantized_kernels: whether Triton kernels compute quantized experts, not a loop; by default on all GPUs except
+            V100, whose compute capability is below 8.0.
         zipf: how unevenly tokens choose experts, see [`ServingWorkload`].
-        host_gib_per_gpu: GiB of the host's memory for each GPU.
+        host_gib_per_gpu: GiB of main memory per GPU.
 
     Raises:
-        ValueError: a number that is not whole or under 1, GPUs that do not fill their machines, sequences that are
-            longer than the model's positions, an unknown GPU or dtype, or a model that another package has quantized.
+        ValueError: a number is not whole or below 1; GPUs do not fill their machines; sequences are longer than the
+            model's positions; the GPU or dtype is unknown; or another package quantized the model.
     """
     gpu = gpu_of(gpu)
     check_counts({"num_gpus": num_gpus, "gpus_per_node": gpus_per_node})
@@ -253,18 +252,18 @@ def plan_serving(
 
 
 def _size(num_bytes: int) -> str:
-    """As `--expert-memory` takes it: whole GB, or bytes."""
+    """A size for `--expert-memory`: whole GB, or bytes."""
     return str(num_bytes) if num_bytes % GB else f"{num_bytes // GB}GB"
 
 
 def _folder(model: str) -> str:
-    """As a shell takes it."""
+    """A folder, quoted for a shell."""
     path = Path(model)
     return shlex.quote(str(path.parent if path.suffix == ".json" else path))
 
 
 def _worth(way: PlannedServing) -> tuple[int, int, int]:
-    """The fastest first; of those that are equal within a percent what is rounded least, then what is smallest."""
+    """Sort key: the fastest first; among ways within one percent, the least rounded, then the smallest."""
     bits = 16 if way.stored is None else way.stored.bits
     rounded = 2 * (16 - bits) + (way.stored is not None and way.stored.what == "all")
     return -round(100 * math.log(way.tokens_per_s)), rounded, way.memory.peak
@@ -297,7 +296,7 @@ def _formats(config: ZCodeM3Config) -> Sequence[StoredBits | None]:
     if found is not None:
         return [found]
     if not any(config.num_experts_per_layer(side) for side in ("encoder", "decoder")):
-        return [None]  # `quantize_experts` wants experts
+        return [None]  # `quantize_experts` needs experts
     return [None, *(default_bits(config, bits, what) for bits in (8, 4) for what in ("experts", "all"))]
 
 
@@ -308,10 +307,10 @@ def _fitting(
     stored: StoredBits | None,
     expert_memory: int | None,
 ) -> Iterator[PlannedServing]:
-    """With all experts on as few GPUs as hold them, and with some on one.
+    """Ways with all experts on as few GPUs as possible, and with some experts on one GPU.
 
     Raises:
-        ValueError: neither fits, with the reason.
+        ValueError: neither fits; the message says why.
     """
     whole = None
     if expert_memory is None:
@@ -336,7 +335,7 @@ def _fitting(
 
 
 def _shares(machine: _Machine, config: ZCodeM3Config) -> list[int]:
-    """Numbers of GPUs of one machine that may share a model: they divide the machine and have a layer each."""
+    """Numbers of GPUs of one machine that may share a model: they divide the machine, and each has a layer."""
     layers = config.encoder_layers + config.decoder_layers
     return [
         size for size in range(1, machine.gpus_per_node + 1) if machine.gpus_per_node % size == 0 and size <= layers
@@ -346,10 +345,10 @@ def _shares(machine: _Machine, config: ZCodeM3Config) -> list[int]:
 def _room_for_experts(
     config: ZCodeM3Config, workload: ServingWorkload, machine: _Machine, stored: StoredBits | None
 ) -> int:
-    """Whole GB that are left for experts on a GPU that has all else.
+    """Whole GB that are left for experts on a GPU that holds everything else.
 
     Raises:
-        ValueError: there is less than one.
+        ValueError: less than one is left.
     """
     weights = weight_bytes(config, stored, workload.dtype)
     memory = memory_of_serving(config, _as_run(workload, machine, stored, True, 1), stored)
@@ -357,8 +356,8 @@ def _room_for_experts(
     size = int((machine.usable - others) // GB) * GB
     if size < GB or not weights.experts:
         raise ValueError(
-            f"all but the experts takes {others / GIB:,.1f} GiB of a GPU, of which {machine.usable / GIB:,.1f} can be "
-            "used"
+            f"everything except the experts takes {others / GIB:,.1f} GiB, but {machine.usable / GIB:,.1f} GiB of a "
+            "GPU can be used"
         )
     return size
 
@@ -366,7 +365,7 @@ def _room_for_experts(
 def _as_run(
     workload: ServingWorkload, machine: _Machine, stored: StoredBits | None, has_expert_memory: bool, num_shares: int
 ) -> ServingWorkload:
-    """Without CUDA graphs where there can be none."""
+    """The workload, without CUDA graphs if there can be none."""
     why_not = captured_why_not(stored, has_expert_memory, num_shares, machine.quantized_kernels)
     return replace(workload, cuda_graphs=workload.cuda_graphs and why_not is None)
 
@@ -374,7 +373,7 @@ def _as_run(
 def _check_room(memory: ServingMemory, machine: _Machine) -> None:
     if memory.peak > machine.usable:
         raise ValueError(
-            f"it takes {memory.peak / GIB:,.1f} GiB of a GPU, of which {machine.usable / GIB:,.1f} can be used"
+            f"it takes {memory.peak / GIB:,.1f} GiB, but {machine.usable / GIB:,.1f} GiB of a GPU can be used"
         )
 
 
@@ -403,7 +402,7 @@ def _planned(
     num_copies = machine.num_gpus // num_shares
     seconds = source_s + workload.target_length * token.total
     tokens_per_s = num_copies * workload.batch_size * workload.target_length / seconds
-    busy_share = token.busy_share / num_shares  # the GPUs of a copy take turns
+    busy_share = token.busy_share / num_shares  # the GPUs of a copy work in turns
     joules = machine.num_gpus * watts(busy_share, machine.gpu) / tokens_per_s
     return PlannedServing(
         stored=stored, expert_memory=expert_memory, experts_in_files=in_files, num_gpus=num_shares,

@@ -1,11 +1,11 @@
-"""How long a token takes when a GPU translates: a model of the bytes that a step of decoding reads.
+"""The time per token when a GPU translates: a model of the bytes that a step of decoding reads.
 
-Between two tokens the weights of the decoder, those of the experts that any row chose, the head and all keys and values
-are read once. Small batches wait for that, and for the start of kernels; few wait for matrix products. Rows of a step
-choose independently of each other: beams of a sentence are no more alike than sentences are, and that rows at the same
-place are alike is in `zipf` (docs/benchmarks/count_experts_cpu_2026-11-30.md).
+Between two tokens a step reads the decoder's weights, the weights of all chosen experts, the head, and all keys and
+values once. Small batches wait for these reads and for the start of kernels; only large ones wait for matrix products.
+Rows of a step are assumed to choose experts independently: beams of a sentence are not more similar than different
+sentences. Rows at the same place are similar, and `zipf` covers this (docs/benchmarks/count_experts_cpu_2026-11-30.md).
 
-Letters: R rows, which are beams of all sentences; E experts of a layer, K experts per token.
+Letters: R rows, that is, beams of all sentences; E experts of a layer, K experts per token.
 """
 
 import functools
@@ -27,20 +27,20 @@ LARGEST_ZIPF = 10.0  # all tokens choose the same
 
 @dataclass(frozen=True)
 class DecodingTime:
-    """Seconds of one step of decoding, which gives a token to each beam of each sentence.
+    """Seconds of one step of decoding, which adds a token to each beam of each sentence.
 
     Attributes:
-        weights: to read attention, dense feed-forward, routers and the head.
-        experts: to read the experts that rows chose.
-        keys: to read keys and values.
-        matmul: of matrix products; they run while weights are read, so that the larger counts.
-        kernels: the start of kernels within a CUDA graph, or of the host step by step; in the latter case the device
-            works meanwhile, so that the larger counts.
-        loop: of the host, to go through quantized experts one after the other, where no kernel computes them; the
+        weights: time to read attention, dense feed-forward, routers and the head.
+        experts: time to read the experts that rows chose.
+        keys: time to read keys and values.
+        matmul: time of matrix products; they run while weights are read, so the larger of the two counts.
+        kernels: time to start kernels in a CUDA graph, or from the host without one. In the latter case the device
+            works at the same time, so the larger counts.
+        loop: time of the host to go through quantized experts one after the other, if no kernel computes them; the
             device mostly waits.
-        missing: to bring experts that are not on the GPU.
+        missing: time to load experts that are not on the GPU.
         is_captured: whether the step is a CUDA graph.
-        bytes_read: of the GPU's memory.
+        bytes_read: bytes read from the GPU's memory.
         experts_used: mean number of different experts of an MoE layer of the decoder that a step computes.
     """
 
@@ -69,28 +69,28 @@ class DecodingTime:
 
     @property
     def busy_share(self) -> float:
-        """Of the step, in which the GPU reads or computes."""
+        """Share of the step in which the GPU reads or computes."""
         return min(1.0, self.device / self.total)
 
 
 def chosen_experts(num_experts: int, top_k: int, num_rows: int, zipf: float = 0.0) -> list[float]:
-    """Probability that any of `num_rows` tokens chose each expert, the most popular first; tokens are independent.
+    """For each expert, the most popular first, the probability that any of `num_rows` independent tokens chose it.
 
     Args:
-        num_experts, top_k: of the layer.
-        num_rows: tokens.
-        zipf: exponent of the popularity; 0: all are alike.
+        num_experts, top_k: numbers of the layer.
+        num_rows: number of tokens.
+        zipf: exponent of the popularity; with 0 all are equal.
     """
     return [1 - (1 - share) ** num_rows for share in _shares_of_tokens(num_experts, min(top_k, num_experts), zipf)]
 
 
 @functools.lru_cache(maxsize=64)
 def _shares_of_tokens(num_experts: int, top_k: int, zipf: float) -> tuple[float, ...]:
-    """Share of tokens that choose each expert, `top_k` together; a token chooses an expert once.
+    """Share of tokens that choose each expert; shares sum to `top_k`, because a token chooses an expert at most once.
 
-    With one expert per token that is the popularity. Several are drawn one after the other, without replacement: as if
-    expert e came at a random time of rate p_e, and the first `top_k` were taken. The share is close to
-    1 - exp(-t p_e), of those that came until t, where t is such that `top_k` came (Rosén, 1972).
+    With one expert per token it is the popularity. Several are drawn without replacement: as if expert e arrived at a
+    random time with rate p_e, and the first `top_k` were taken. The share is close to 1 - exp(-t p_e), the probability
+    of arrival before t, where t is chosen so that `top_k` arrive on average (Rosén, 1972).
     """
     if top_k == 1:
         popularity = [(rank + 1) ** -zipf for rank in range(num_experts)]
@@ -106,15 +106,15 @@ def _shares_of_tokens(num_experts: int, top_k: int, zipf: float) -> tuple[float,
 
 
 def zipf_of_experts(num_experts: int, top_k: int, num_rows: int, num_used: float) -> float:
-    """Exponent with which independent tokens choose `num_used` different experts: of what was counted in a model.
+    """The exponent with which independent tokens choose `num_used` different experts, from counts of a model.
 
     Args:
-        num_experts, top_k: of the layer.
-        num_rows: tokens.
+        num_experts, top_k: numbers of the layer.
+        num_rows: number of tokens.
         num_used: mean number of different experts.
 
     Returns:
-        0 to 10; 0 if tokens chose more than independent and even ones would.
+        0 to 10; 0 if tokens chose more experts than independent, even choices would give.
     """
 
     def missing(zipf: float) -> float:
@@ -124,7 +124,7 @@ def zipf_of_experts(num_experts: int, top_k: int, num_rows: int, num_used: float
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where an increasing function is 0, by bisection; `high` if it is below 0 there."""
+    """The zero of an increasing function, by bisection; `high` if the function is below 0 there."""
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if function(middle) < 0 else (low, middle)
@@ -134,7 +134,7 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float:
 def captured_why_not(
     stored: StoredBits | None, has_expert_memory: bool, num_shares: int, quantized_kernels: bool = True
 ) -> str | None:
-    """Why steps of a model cannot be CUDA graphs, or `None`; arguments as of [`time_of_token`]."""
+    """Why steps of a model cannot be CUDA graphs, or `None`; arguments as in [`time_of_token`]."""
     reasons = {
         "quantized layers": stored is not None and stored.what == "all",
         "quantized experts in a loop": stored is not None and not quantized_kernels,
@@ -158,19 +158,19 @@ def time_of_token(
     constants: ServingConstants = SERVING,
     time: TimeConstants = TIME,
 ) -> DecodingTime:
-    """Of a step in the middle of a translation, with half of its keys.
+    """Time of a step in the middle of a translation, with half of its keys.
 
     Args:
         config, workload: the model, and what it translates.
-        gpu: that it is on.
-        weights: `weight_bytes` of the model.
+        gpu: the GPU that runs it.
+        weights: result of `weight_bytes` for the model.
         stored: how weights are rounded; `None` for floats.
-        residence: which experts are on the GPU; `None` for all.
-        experts_in_files: whether the others are read from files, not from the host's memory.
+        residence: experts on the GPU; `None` for all.
+        experts_in_files: whether the others are read from files instead of main memory.
         quantized_kernels: whether Triton kernels compute quantized experts, not a loop (before compute capability 8.0,
             or with `HF_MOE_TED_QUANTIZED_KERNELS=0`).
-        num_shares: GPUs that share the layers, one after the other.
-        constants, time: of the model of time.
+        num_shares: number of GPUs that share the layers and work one after the other.
+        constants, time: constants of the time model.
     """
     rate = gpu.memory_gbs * 1e9 * time.memory_efficiency
     rows, element = workload.num_rows, workload.element_bytes
@@ -214,7 +214,7 @@ def time_of_source(
     constants: ServingConstants = SERVING,
     time: TimeConstants = TIME,
 ) -> float:
-    """Seconds of the encoder, before the first token; arguments as of [`time_of_token`]."""
+    """Seconds of the encoder, before the first token; arguments as in [`time_of_token`]."""
     rate = gpu.memory_gbs * 1e9 * time.memory_efficiency
     tokens, length = workload.batch_size * workload.source_length, workload.source_length
     experts = _Experts(config, weights, workload, residence)
@@ -244,9 +244,9 @@ class _Experts:
     residence: ResidencePlan | None
 
     def of_side(self, side: str, num_rows: int) -> Iterator[tuple[int, int, Sequence[float]]]:
-        """Of each MoE layer: bytes of an expert, how many are on the GPU, and `chosen_experts`.
+        """For each MoE layer: bytes of an expert, number of experts on the GPU, and `chosen_experts`.
 
-        Those that are on the GPU are taken to be the most popular ones: those that were used last, in the long run.
+        Experts on the GPU are assumed to be the most popular, because the GPU keeps those that were used last.
         """
         for name, layer in self.weights.layers.items():
             if f".{side}." in name:
@@ -258,7 +258,7 @@ class _Experts:
 def _expert_seconds(
     stored: StoredBits | None, in_loop: bool, read_s: float, num_layers: int, constants: ServingConstants
 ) -> float:
-    """Seconds of the device to read experts; those of a loop are read while the host goes through it."""
+    """Seconds of the device to read experts; in a loop they are read while the host goes through it."""
     if in_loop:
         return read_s
     bits = None if stored is None else stored.bits
@@ -279,7 +279,7 @@ def _loop_s(stored: StoredBits | None, constants: ServingConstants) -> float:
 def _decoder_bytes(
     config: ZCodeM3Config, stored: StoredBits | None, element_bytes: int, constants: ServingConstants
 ) -> float:
-    """Of the decoder's layers but its experts; keys and values of the source are there already."""
+    """Bytes of the decoder's layers without experts; keys and values of the source exist already."""
     total = 0.0
     for shape in parameter_shapes(config):
         if shape.layer is None or shape.layer[0] != "decoder" or shape.kind != "dense":
@@ -294,7 +294,7 @@ def _decoder_bytes(
 
 
 def _flops_of_rows(config: ZCodeM3Config, num_rows: int) -> float:
-    """Of a step: two per multiplication and addition; attention to keys is left out, which reads more than it does."""
+    """Operations of a step: two per multiply-add. Attention to keys is left out, because its reads take longer."""
     width, layers = config.d_model, config.decoder_layers
     sparse = len(config.num_experts_per_layer("decoder"))
     num_ffns = layers + sparse * (config.num_experts_per_tok - 1 + config.use_residual)

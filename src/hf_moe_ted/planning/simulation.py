@@ -1,7 +1,7 @@
-"""One rank of any number of them, in one process: torch's fake process group, and a model without memory.
+"""Simulate one rank of many in one process, with torch's fake process group and a model without memory.
 
-What comes out is what `from_pretrained(distributed_config=...)` would make on that rank, and what a step of training
-would do there, not what the planner's formulas say of it.
+The results show what `from_pretrained(distributed_config=...)` would make on that rank, and what a training step would
+do there. They do not use the planner's formulas.
 """
 
 import warnings
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake", too
+from torch.testing._internal.distributed.fake_pg import FakeStore  # also registers the backend "fake"
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import initialization as init
@@ -33,11 +33,11 @@ from .workload import Workload
 
 
 def local_numels_of_rank(config: ZCodeM3Config, layout: Layout, rank: int) -> dict[str, int]:
-    """Elements that a rank stores of each parameter, by name, as the sharded model says.
+    """Number of elements of each parameter that a rank stores, by name, from the sharded model.
 
     Raises:
         RuntimeError: this process is in a process group.
-        ValueError: the model cannot be sharded so.
+        ValueError: the model cannot be sharded in this way.
     """
     with _sharded_model(config, layout, rank) as model:
         return {name: _local(parameter).numel() for name, parameter in model.named_parameters()}
@@ -45,11 +45,11 @@ def local_numels_of_rank(config: ZCodeM3Config, layout: Layout, rank: int) -> di
 
 @dataclass(frozen=True)
 class SimulatedStep:
-    """What a rank does in one step of one micro-batch, after a first one, in which FSDP2 sets itself up.
+    """The work of a rank in one step of one micro-batch, after a first step in which FSDP2 sets itself up.
 
     Attributes:
-        collectives: kind and bytes that the rank gives to it -> how often.
-        optimizer_bytes: of the states of [`TiledAdamW`].
+        collectives: kind and bytes of the rank's input -> how often.
+        optimizer_bytes: bytes of the states of [`TiledAdamW`].
     """
 
     collectives: Counter[tuple[Operation, int]]
@@ -57,24 +57,24 @@ class SimulatedStep:
 
 
 def simulated_step(config: ZCodeM3Config, layout: Layout, workload: Workload, rank: int) -> SimulatedStep:
-    """Forward, backward and optimizer of a rank on tensors without numbers, in bfloat16.
+    """Run forward, backward and optimizer of a rank on tensors without data, in bfloat16.
 
     Args:
-        config: of the model, of any size.
-        layout: with `pad_expert_input_to_capacity` where it has expert parallelism, as without numbers nobody knows how
-            many tokens go to an expert.
-        workload: of the rank; `accumulation` counts as 1.
-        rank: of the world.
+        config: config of a model of any size.
+        layout: a layout; with expert parallelism it needs `pad_expert_input_to_capacity`, because without data the
+            number of tokens of an expert is unknown.
+        workload: work of the rank; `accumulation` counts as 1.
+        rank: rank in the world.
 
     Raises:
         RuntimeError: this process is in a process group.
-        ValueError: the model cannot be sharded so, the layout does not pad, or it offloads: the exchange of a layout
-            that does is that of the same one on the GPU.
+        ValueError: the model cannot be sharded in this way, the layout does not pad, or it offloads (its exchange is
+            the same as without offload).
     """
     if layout.expert_parallel_size > 1 and not layout.pad_expert_input_to_capacity:
-        raise ValueError("pad_expert_input_to_capacity (False) must be True: without numbers there is no routing")
+        raise ValueError("pad_expert_input_to_capacity (False) must be True: tensors without data have no routing")
     if layout.offload is not None:
-        raise ValueError(f"offload ({layout.offload!r}) must be None: tensors without numbers are on no device")
+        raise ValueError(f"offload ({layout.offload!r}) must be None: tensors without data are on no device")
     with _sharded_model(config, layout, rank) as model:
         with FakeTensorMode(allow_non_fake_inputs=True):
             counter = _counted_step(model, workload)
@@ -88,11 +88,11 @@ def simulated_step(config: ZCodeM3Config, layout: Layout, workload: Workload, ra
 
 
 def _counted_step(model: Any, workload: Workload) -> "_CollectiveCounter":
-    """The second of two forwards and backwards."""
+    """Count the second of two forwards and backwards."""
     model.to_empty(device="cpu")
     model.tie_weights(recompute_mapping=False)
     model.train()
-    # which ranks but the first would wait for
+    # ranks except the first would wait for this
     model.ted_random_state.load_state_dict({"num_forwards": 0, "base_seed": 0})
     if workload.checkpointing is not None:
         kwargs: dict[str, Any] = {"use_reentrant": False}
@@ -141,7 +141,7 @@ class _CollectiveCounter(TorchDispatchMode):
 
 @contextmanager
 def _sharded_model(config: ZCodeM3Config, layout: Layout, rank: int) -> Iterator[Any]:
-    """The model of a rank on the meta device, in bfloat16, while its process group is there."""
+    """The model of a rank on the meta device, in bfloat16, as long as its process group exists."""
     world_size = layout.tensor_parallel_size * layout.data_parallel_size
     config = type(config).from_dict(config.to_dict())
     with _fake_process_group(rank, world_size):
@@ -157,7 +157,7 @@ def _sharded_model(config: ZCodeM3Config, layout: Layout, rank: int) -> Iterator
 @contextmanager
 def _fake_process_group(rank: int, world_size: int) -> Iterator[None]:
     if dist.is_initialized():
-        raise RuntimeError("a rank is simulated in a process that is in no process group")
+        raise RuntimeError("a rank can only be simulated in a process without a process group; start another process")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield

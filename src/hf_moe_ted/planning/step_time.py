@@ -1,7 +1,7 @@
-"""How long a training step takes, and what energy: a model of few constants.
+"""Time and energy of a training step: a model with few constants.
 
-It is of a step that the device limits (`pad_expert_input_to_capacity` and a CUDA graph, or large layers): from Python
-the host is slower for small ones. Experts are evenly loaded.
+It is for a step that the device limits (`pad_expert_input_to_capacity` and a CUDA graph, or large layers): with small
+layers, the host is slower when it runs from Python. Experts are assumed to be evenly loaded.
 """
 
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ class StepTime:
     """Seconds of a step of a rank.
 
     Attributes:
-        matmul: matrix products, recomputation included.
-        elementwise: all else that layers and the loss compute.
+        matmul: matrix products, with recomputation.
+        elementwise: all other computation of layers and the loss.
         optimizer: the optimizer's step.
-        communication: exchange and tensor parallelism, which nothing overlaps with.
-        exposed_zero: of gathers and reductions of ZeRO, what does not fit beside computation.
+        communication: exchange and tensor parallelism, which do not overlap with computation.
+        exposed_zero: the part of ZeRO's gathers and reductions that does not overlap with computation.
         offload: copies between GPU and host.
-        model_flops: of one rank, without recomputation.
-        fast_bytes, slow_bytes: that a rank sends by kind of collective, inside its machine and out of it.
+        model_flops: operations of one rank, without recomputation.
+        fast_bytes, slow_bytes: bytes that a rank sends by kind of collective, inside and outside of its machine.
     """
 
     matmul: float
@@ -60,13 +60,13 @@ def time_of_step(
     gpus_per_node: int = 8,
     constants: TimeConstants = TIME,
 ) -> StepTime:
-    """Time of one optimizer step, all its forwards and backwards included.
+    """Time of one optimizer step, with all its forwards and backwards.
 
     Args:
-        config, layout, workload: the model, how ranks share it, and what one of them computes in a step.
-        gpu: of the ranks.
-        gpus_per_node: of one machine, joined by NVLink; others are reached by the network.
-        constants: of the model of time.
+        config, layout, workload: the model, how ranks share it, and the work of a rank in a step.
+        gpu: GPU of the ranks.
+        gpus_per_node: GPUs of one machine, joined by NVLink; the network connects machines.
+        constants: constants of the time model.
     """
     in_layers, in_head = forward_flops(config, layout, workload)
     recomputes = workload.checkpointing is not None
@@ -94,7 +94,7 @@ def time_of_step(
 
 
 def forward_flops(config: ZCodeM3Config, layout: Layout, workload: Workload) -> tuple[float, float]:
-    """Floating point operations of one rank in one forward, layers and head: two per multiplication and addition."""
+    """Floating-point operations of one rank in one forward, for layers and head: two per multiply-add."""
     width, top_k = config.d_model, config.num_experts_per_tok
     source, target = workload.num_tokens("encoder"), workload.num_tokens("decoder")
     total = 0.0
@@ -105,7 +105,7 @@ def forward_flops(config: ZCodeM3Config, layout: Layout, workload: Workload) -> 
         ffn = 4 * width * ffn_dim * num_tokens
         num_ffns = num_layers + len(sparse) * (top_k - 1 + config.use_residual)
         attention = 8 * width**2 * num_tokens + 4 * length * width * num_tokens
-        if side == "decoder":  # causal, and to the source
+        if side == "decoder":  # causal attention, and attention to the source
             attention = 8 * width**2 * num_tokens + 2 * workload.target_length * width * num_tokens
             attention += 4 * width**2 * (source + target) + 4 * workload.source_length * width * num_tokens
         total += num_layers * attention + num_ffns * ffn
@@ -114,19 +114,19 @@ def forward_flops(config: ZCodeM3Config, layout: Layout, workload: Workload) -> 
 
 
 def gpu_watts(busy_share: float, gpu: Gpu, power: PowerConstants = POWER) -> float:
-    """Mean power of one GPU in watts, which NVML measures; `busy_share`: of the time, in which it computes."""
+    """Mean power of one GPU in watts, as NVML measures it; `busy_share` is the share of time in which it computes."""
     return gpu.power_w * (power.idle_power + (power.busy_power - power.idle_power) * busy_share)
 
 
 def watts(busy_share: float, gpu: Gpu, power: PowerConstants = POWER) -> float:
-    """Mean power in watts that the building takes for one GPU: its part of the host and the cooling included."""
+    """Mean power of the building in watts per GPU, with its part of the host and the cooling."""
     return power.cooling * (gpu_watts(busy_share, gpu, power) + power.host_power_w)
 
 
 def _kept_bytes(config: ZCodeM3Config, layout: Layout, workload: Workload) -> int:
-    """What layers and loss keep for backward without checkpointing, as a measure of the bytes that they move."""
+    """Bytes that layers and loss keep for backward without checkpointing, as a measure of the bytes that they move."""
     total = 2 * workload.element_bytes * workload.num_tokens("decoder") * config.vocab_size
-    total //= layout.tensor_parallel_size * 4  # one pass over logits where layers make several
+    total //= layout.tensor_parallel_size * 4  # one pass over logits, but several over tensors of layers
     for side, num_experts, count in layer_groups(config):
         total += count * kept_of_layer(config, layout, workload, side, num_experts)
     return total
@@ -135,7 +135,7 @@ def _kept_bytes(config: ZCodeM3Config, layout: Layout, workload: Workload) -> in
 def _optimizer_times(
     config: ZCodeM3Config, layout: Layout, workload: Workload, memory_rate: float, constants: TimeConstants
 ) -> tuple[float, float]:
-    """Of the optimizer's step, and of copies of offloaded shards."""
+    """Times of the optimizer's step and of copies of offloaded shards."""
     num_local = parameters_of_rank(config, layout).total
     moved = (2 * workload.state_bytes + 2 * workload.element_bytes) * num_local
     if layout.offload is None:

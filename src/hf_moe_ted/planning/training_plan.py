@@ -1,4 +1,4 @@
-"""Which layout trains a model on given GPUs, how fast, for how long, and with what energy."""
+"""Find layouts that train a model on given GPUs, with their speed, duration and energy."""
 
 import itertools
 import math
@@ -27,10 +27,10 @@ class PlannedLayout:
     """A layout that fits.
 
     Attributes:
-        layout, workload: as they go to [`TedPlugin`] and the Trainer.
-        parameters, memory, step: of one rank.
-        tokens_per_s: source and target, of all GPUs.
-        hours, kwh: of the whole training.
+        layout, workload: settings for [`TedPlugin`] and the Trainer.
+        parameters, memory, step: numbers of one rank.
+        tokens_per_s: source and target tokens per second of all GPUs.
+        hours, kwh: duration and energy of the whole training.
     """
 
     layout: Layout
@@ -44,7 +44,7 @@ class PlannedLayout:
 
     @property
     def plugin(self) -> str:
-        """The line that makes it."""
+        """The line of code that makes the plugin."""
         layout = self.layout
         given: dict[str, Any] = {}
         for name in ("tensor_parallel_size", "expert_parallel_size"):
@@ -66,7 +66,7 @@ class PlannedLayout:
 
     @property
     def arguments(self) -> str:
-        """What goes to `TrainingArguments` beside `parallelism_config=plugin`."""
+        """Arguments of `TrainingArguments` besides `parallelism_config=plugin`."""
         given = [f"per_device_train_batch_size={self.workload.batch_size}"]
         if self.workload.accumulation > 1:
             given.append(f"gradient_accumulation_steps={self.workload.accumulation}")
@@ -92,11 +92,11 @@ class PlannedLayout:
 
 @dataclass(frozen=True)
 class ImpossibleLayout:
-    """A layout that cannot be, and why.
+    """An impossible layout, and the reason.
 
     Attributes:
-        sizes, reason: in words.
-        least_bytes: of a GPU, with all options tried, where memory is the reason; `None` where sizes are.
+        sizes, reason: sizes and reason in words.
+        least_bytes: lowest memory of a GPU over all options, if memory is the reason; `None` if sizes are.
     """
 
     sizes: str
@@ -108,11 +108,11 @@ class ImpossibleLayout:
 class TrainingPlan:
     """
     Attributes:
-        gpu, num_gpus, gpus_per_node: what it is for.
-        num_parameters: of the model.
-        batch_tokens, sequence_length, total_tokens: as asked for.
-        layouts: that fit, the fastest first.
-        impossible: the others.
+        gpu, num_gpus, gpus_per_node: the GPUs of the plan.
+        num_parameters: number of parameters of the model.
+        batch_tokens, sequence_length, total_tokens: the requested numbers.
+        layouts: layouts that fit, the fastest first.
+        impossible: layouts that do not fit.
     """
 
     gpu: Gpu
@@ -137,18 +137,18 @@ class TrainingPlan:
         reasons = "; ".join(f"{layout.sizes}: {layout.reason}" for layout in nearest[:2])
         raise ValueError(
             f"no layout of {self.num_gpus} x {self.gpu.name} trains {self.num_parameters:,} parameters with "
-            f"{self.batch_tokens:,} tokens per step: take more or larger GPUs, or another batch ({reasons})"
+            f"{self.batch_tokens:,} tokens per step: use more or larger GPUs, or another batch ({reasons})"
         )
 
     def write_picture(self, path: str | Path, num_layouts: int = 5) -> None:
-        """Bars of what takes the memory of a GPU in the best layouts, as a PNG file.
+        """Write a PNG file with bars of a GPU's memory use in the best layouts.
 
         Args:
             path: ends with .png; an earlier picture of a plan is replaced.
-            num_layouts: how many bars, at most 20.
+            num_layouts: number of bars, at most 20.
 
         Raises:
-            ValueError: no layout fits, another file is at `path`, or matplotlib is not installed.
+            ValueError: no layout fits, another file exists at `path`, or matplotlib is not installed.
         """
         bars = {f"{i + 1}. {p.name}": p.memory for i, p in enumerate(self.layouts[:num_layouts])} if self.best else {}
         title = f"{self.num_parameters / 1e9:,.1f} B parameters, trained on {self.num_gpus} x {self.gpu.name}"
@@ -188,22 +188,22 @@ def plan_training(
     optimizer: str = "tiled_adamw",
     host_gib_per_gpu: float = MEMORY.host_gib_per_gpu,
 ) -> TrainingPlan:
-    """Enumerate layouts, ZeRO stages, activation checkpointing, offload and micro-batches, and rank those that fit.
+    """Try layouts, ZeRO stages, activation checkpointing, offload and micro-batches, and rank those that fit.
 
     Args:
-        num_gpus: all of them, in machines of `gpus_per_node`.
+        num_gpus: number of all GPUs, in machines of `gpus_per_node`.
         gpu: a name of `planning.gpus.GPUS`, a YAML file, or a [`Gpu`].
-        batch_tokens: source and target tokens of a step, over all GPUs.
-        sequence_length: tokens of a source, and of a target.
+        batch_tokens: source and target tokens per step, over all GPUs.
+        sequence_length: tokens of a source, and as many of a target.
         total_tokens: source and target tokens of the whole training.
-        dtype: of the weights, "bfloat16" or "float32".
+        dtype: dtype of the weights, "bfloat16" or "float32".
         optimizer: a key of `planning.workload.BYTES_OF_STATES`.
-        host_gib_per_gpu: GiB of the host's memory for each GPU, which bounds `offload`.
+        host_gib_per_gpu: GiB of main memory per GPU; it limits `offload`.
 
     Raises:
-        ValueError: a number that is not whole or under 1, GPUs that do not fill their machines, a batch that is no
-            number of sentence pairs, a sequence that is longer than the model's positions, an unknown GPU, or a model
-            that is quantized, which cannot be trained.
+        ValueError: a number is not whole or below 1; GPUs do not fill their machines; the batch is not a whole number
+            of sentence pairs; a sequence is longer than the model's positions; the GPU is unknown; or the model is
+            quantized and cannot be trained.
     """
     gpu = gpu_of(gpu)
     numbers = {
@@ -237,7 +237,7 @@ def plan_training(
 
 
 class _TooSmall(ValueError):
-    """A layout needs `least_bytes` of a GPU, offloaded or not, whatever the batch."""
+    """A layout needs at least `least_bytes` of a GPU, with any batch, offloaded or not."""
 
     def __init__(self, message: str, least_bytes: float):
         super().__init__(message)
@@ -246,7 +246,7 @@ class _TooSmall(ValueError):
 
 @dataclass(frozen=True)
 class _Batch:
-    num_pairs: int  # of a step, over all GPUs
+    num_pairs: int  # sentence pairs of a step, over all GPUs
     length: int
     total_tokens: int
 
@@ -272,23 +272,23 @@ def _check_numbers(config: ZCodeM3Config, numbers: Mapping[str, int]) -> None:
         )
     if batch_tokens % (2 * length):
         raise ValueError(
-            f"batch_tokens ({batch_tokens}) must be a multiple of {2 * length}, the tokens of a pair of two sequences "
-            f"of sequence_length ({length})"
+            f"batch_tokens ({batch_tokens}) must be a multiple of {2 * length}, the tokens of two sequences of "
+            f"sequence_length ({length})"
         )
 
 
 def _check_trains(config: ZCodeM3Config, host_gib_per_gpu: float) -> None:
     if (stored := stored_bits(config)) is not None:
         raise ValueError(
-            f"the model is quantized ({stored.bits} bits) and cannot be trained: plan for the model that it was made "
-            "of, or for translation (--serve, plan_serving)"
+            f"the model is quantized ({stored.bits} bits) and cannot be trained: plan for the model from which it was "
+            "made, or for translation (--serve, plan_serving)"
         )
     if not 0 <= host_gib_per_gpu < math.inf:
         raise ValueError(f"host_gib_per_gpu ({host_gib_per_gpu}) must be 0 or a positive number")
 
 
 def _sizes(config: ZCodeM3Config, num_gpus: int, gpus_per_node: int) -> Iterator[dict[str, int]]:
-    """Sizes of tp, ep and etp to try: tp inside a machine, as its sums overlap with nothing."""
+    """Sizes of tp, ep and etp to try; tp stays inside a machine, because its sums do not overlap with computation."""
     counts = [count for side in SIDES for count in config.num_experts_per_layer(side).values()]
     expert_sizes = _divisors(math.gcd(*counts)) if counts and num_gpus > 1 else [1]
     for tp in _divisors(num_gpus):
@@ -312,10 +312,10 @@ def _fitting(
     dtype: str,
     optimizer: str,
 ) -> list[PlannedLayout]:
-    """All that fits of one set of sizes.
+    """All layouts with one set of sizes that fit.
 
     Raises:
-        ValueError: none does, with the reason.
+        ValueError: none fits; the message says why.
     """
     tp, ep, etp, dp = sizes_of_axes(machine.num_gpus, sizes["tp"], sizes["ep"], sizes["etp"], None)
     base = Layout(tp, dp, ep, etp)
@@ -338,13 +338,13 @@ def _fitting(
 
 
 def _too_small(machine: _Machine, least: float, offloaded: int | None) -> _TooSmall:
-    """Why nothing fits; `offloaded`: bytes of the host per GPU that offload takes, `None` where there is none."""
+    """Why nothing fits; `offloaded` is the main memory per GPU that offload takes, or `None` without offload."""
     usable, of_host = usable_bytes(machine.gpu) / GIB, ""
     if offloaded is not None and offloaded > machine.host_gib_per_gpu * GIB:
         of_host = f"; offload takes {offloaded / GIB:,.1f} GiB of the host per GPU, which has "
         of_host += f"{machine.host_gib_per_gpu:,g}"
     return _TooSmall(
-        f"it takes at least {least / GIB:,.1f} GiB per GPU, of which {usable:,.1f} can be used{of_host}", least
+        f"it takes at least {least / GIB:,.1f} GiB per GPU, but {usable:,.1f} GiB can be used{of_host}", least
     )
 
 
@@ -358,7 +358,7 @@ def _options(base: Layout, num_nodes: int) -> Iterator[Layout]:
 
 
 def _with_replicas(base: Layout, num_nodes: int) -> list[Layout]:
-    """As it is, and with a replica per machine where sizes allow it."""
+    """The layout itself, and with one replica per machine if sizes allow it."""
     if num_nodes == 1:
         return [base]
     try:
@@ -374,13 +374,13 @@ def _largest_micro_batch(
     layout: Layout,
     options: tuple[Checkpointing | None, str, str],
 ) -> tuple[PlannedLayout | None, float]:
-    """With as few micro-batches as fit, and the smallest peak that was seen."""
+    """The workload with the fewest micro-batches that fits, and the smallest peak that was found."""
     checkpointing, dtype, optimizer = options
     pairs = batch.num_pairs // layout.data_parallel_size
     limit, least = usable_bytes(machine.gpu), math.inf
     for accumulation in _divisors(pairs):
         if layout.zero_stage == 2 and accumulation == 1:
-            continue  # stage 1 then is the same
+            continue  # then stage 1 is the same
         workload = Workload(
             pairs // accumulation, batch.length, batch.length, accumulation, dtype, optimizer, checkpointing
         )

@@ -1,4 +1,4 @@
-"""What a rank trains with: its batches, its dtype, and what is kept of activations."""
+"""The work of a rank in training: its batches, its dtype, and its activation checkpointing."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ from typing import Any, Literal
 Checkpointing = Literal["full", "communication-aware"]
 
 BYTES_OF_DTYPE = {"bfloat16": 2, "float32": 4}
-# bytes of optimizer states per parameter of each dtype: moments, and a float32 master where the weights are not
+# bytes of optimizer states per parameter, by dtype: moments, and a float32 master if the weights are not float32
 BYTES_OF_STATES = {
     "tiled_adamw": {"bfloat16": 12, "float32": 8},
-    "adamw": {"bfloat16": 4, "float32": 8},  # torch's, whose moments are of the dtype of the weights
+    "adamw": {"bfloat16": 4, "float32": 8},  # torch's optimizer, whose moments have the dtype of the weights
     "sgd": {"bfloat16": 0, "float32": 0},
 }
 
@@ -18,7 +18,7 @@ BYTES_OF_STATES = {
 def check_counts(numbers: Mapping[str, Any]) -> None:
     """
     Raises:
-        ValueError: a number, by its name, is not whole or under 1.
+        ValueError: a number is not whole or below 1; the message names it.
     """
     for name, value in numbers.items():
         if not isinstance(value, int) or isinstance(value, bool):
@@ -31,15 +31,15 @@ def check_counts(numbers: Mapping[str, Any]) -> None:
 class Workload:
     """
     Attributes:
-        batch_size: sentence pairs in a forward of a data-parallel rank.
-        source_length, target_length: tokens of each, padding included.
-        accumulation: forwards of a step.
-        dtype: of the weights: "bfloat16" or "float32".
+        batch_size: sentence pairs per forward of a data-parallel rank.
+        source_length, target_length: tokens of each, with padding.
+        accumulation: forwards per step.
+        dtype: dtype of the weights, "bfloat16" or "float32".
         optimizer: a key of `BYTES_OF_STATES`.
-        checkpointing: of activations: `None`, "full" or "communication-aware".
+        checkpointing: activation checkpointing: `None`, "full" or "communication-aware".
 
     Raises:
-        ValueError: a number that is not whole or under 1, or an unknown name.
+        ValueError: a number is not whole or below 1, or a name is unknown.
     """
 
     batch_size: int
@@ -63,7 +63,7 @@ class Workload:
                 raise ValueError(f"{name} ({getattr(self, name)!r}) must be one of {choices}")
 
     def num_tokens(self, side: str) -> int:
-        """Tokens of a forward, of the source ("encoder") or the target ("decoder")."""
+        """Tokens of a forward, for the source ("encoder") or the target ("decoder")."""
         return self.batch_size * (self.source_length if side == "encoder" else self.target_length)
 
     @property

@@ -1,4 +1,4 @@
-"""What the experts of a model did on real text, per language pair: in memory and on disk.
+"""Statistics of a model's experts on real text, per language pair, in memory and on disk.
 
 Shape letters: P language pairs, K experts per token, E experts, D model width.
 """
@@ -37,14 +37,14 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class ModelFingerprint:
-    """What tells whether statistics belong to a model.
+    """Identifies the model to which statistics belong.
 
     Attributes:
-        num_experts: name of each MoE layer -> its experts.
+        num_experts: name of each MoE layer -> number of experts.
         num_experts_per_tok: K.
         d_model: D.
-        router_hash: SHA-256 of the router weights in bfloat16, so that a float32 checkpoint which was loaded in
-            bfloat16 is still the same model.
+        router_hash: SHA-256 of the router weights in bfloat16, so a float32 checkpoint that is loaded in bfloat16 is
+            still the same model.
     """
 
     num_experts: dict[str, int]
@@ -54,7 +54,7 @@ class ModelFingerprint:
 
     @classmethod
     def of(cls, config: ZCodeM3Config, router_weights: Mapping[str, Tensor]) -> "ModelFingerprint":
-        """The fingerprint of a model, of whose MoE layers `router_weights` has the float[E, D] by layer."""
+        """The fingerprint of a model; `router_weights` maps each MoE layer to its router weight float[E, D]."""
         digest = hashlib.sha256()
         for layer in moe_layers(config):
             weight = router_weights[layer].detach().to("cpu", torch.bfloat16).contiguous()
@@ -64,7 +64,7 @@ class ModelFingerprint:
     def require_equal(self, other: "ModelFingerprint", what: str) -> None:
         """
         Raises:
-            ValueError: `other` is of another model; `what` says what the two belong to.
+            ValueError: `other` is of another model; `what` names the two in the message.
         """
         differences = [
             f"{field.name} {getattr(self, field.name)} and {getattr(other, field.name)}"
@@ -77,18 +77,18 @@ class ModelFingerprint:
 
 @dataclass(frozen=True, eq=False)
 class LayerStatistics:
-    """What the experts of one MoE layer did with real tokens, padding left out.
+    """Statistics of the experts of one MoE layer on real tokens, without padding.
 
     Attributes:
         num_routed: int64[P, K, E], tokens that have the expert as first, second, ... choice, dropped ones included.
-        num_dropped: int64[P, E], of those, the ones the expert did not compute: it was full, or a second choice was
+        num_dropped: int64[P, E], the part of these that the expert did not compute: it was full, or a second choice was
             left out at random.
         gate_mass: float64[P, E], sum of the router's probability of the expert over all tokens.
         confidence: float64[P, E], sum of the router's probability over the tokens with the expert as first choice.
-        gated_norm: float64[P, E], sum of `weight * ||output||` over the tokens that the expert computed, `weight` being
-            what the layer multiplies its output with.
-        output_sum: float64[E, D], sum of the expert's outputs, unweighted, over the tokens it computed; of all pairs
-            that were collected.
+        gated_norm: float64[P, E], sum of `weight * ||output||` over the tokens that the expert computed, where `weight`
+            is the factor that the layer applies to its output.
+        output_sum: float64[E, D], sum of the expert's outputs, unweighted, over the tokens that it computed, of all
+            collected pairs.
     """
 
     num_routed: Tensor
@@ -105,19 +105,19 @@ class LayerStatistics:
 
     @property
     def centroids(self) -> Tensor:
-        """float64[E, D], mean output of each expert over all pairs; zeros if it has computed nothing.
+        """float64[E, D], mean output of each expert over all pairs; zeros if it computed no token.
 
-        Only for statistics with all their pairs, not for a part of them (`of_pairs`).
+        It is only valid for statistics with all their pairs, not for a part (`of_pairs`).
         """
         return self.output_sum / self.num_computed.sum(dim=0).clamp(min=1).unsqueeze(-1)
 
     def of_pairs(self, pairs: Sequence[int]) -> "LayerStatistics":
-        """The statistics of some of the pairs, by index; `output_sum` stays that of all."""
+        """The statistics of some pairs, by index; `output_sum` is still over all pairs."""
         rows = {name: tensor[list(pairs)] for name, tensor in vars(self).items() if name != "output_sum"}
         return LayerStatistics(**rows, output_sum=self.output_sum)
 
     def _at_rows(self, rows: Sequence[int], num_pairs: int) -> dict[str, Tensor]:
-        """The fields of the same statistics with so many pairs, of which those here get these rows and others zeros."""
+        """The fields for a larger number of pairs: these pairs get the given rows, and others get zeros."""
         return {
             name: tensor
             if name == "output_sum"
@@ -128,13 +128,13 @@ class LayerStatistics:
 
 @dataclass(frozen=True, eq=False)
 class ExpertStatistics:
-    """What the experts of a model did on real text.
+    """Statistics of a model's experts on real text.
 
-    Those of several runs or processes add up: `a + b`, or `functools.reduce(operator.add, all_statistics)`, for example
-    of what `torch.distributed.all_gather_object` has gathered.
+    Statistics of several runs or processes can be added: `a + b`, or `functools.reduce(operator.add, all_statistics)`,
+    for example after `torch.distributed.all_gather_object`.
 
     Attributes:
-        fingerprint: of the model.
+        fingerprint: fingerprint of the model.
         pairs: (source language, target language) of each row of the statistics.
         num_sentences: sentences of each pair.
         layers: name of each MoE layer -> [`LayerStatistics`].
@@ -173,15 +173,15 @@ class ExpertStatistics:
     def check_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """
         Raises:
-            ValueError: `save` would not write there: it is a file, or not empty and not `overwrite`, or has something
-                else in it than expert statistics.
+            ValueError: `save` would not write there: it is a file, is not empty without `overwrite`, or has other
+                content than expert statistics.
         """
         check_output_dir(folder, overwrite=overwrite, kind=EXPERT_STATISTICS)
 
     @classmethod
     @contextmanager
     def keeping_folder(cls, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[None]:
-        """As `check_folder`, and no other process can write there to the end of the block, in which `save` does.
+        """Like `check_folder`, and no other process can write there until the end of the block, which calls `save`.
 
         Raises:
             ValueError: see `check_folder`; another process writes there.
@@ -194,8 +194,8 @@ class ExpertStatistics:
         """Write `expert_statistics.safetensors` and `expert_statistics.json` to a new folder, both or none.
 
         Args:
-            folder: appears when everything is in it.
-            overwrite: whether to replace a folder that is not empty, but for earlier statistics.
+            folder: the new folder; it appears once it is complete.
+            overwrite: whether to replace a folder with earlier statistics.
 
         Raises:
             ValueError: see `check_folder`.
@@ -220,10 +220,11 @@ class ExpertStatistics:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "ExpertStatistics":
-        """What `save` wrote.
+        """Load what `save` wrote.
 
         Raises:
-            ValueError: a file is missing, of another format, not as it was written, or has what cannot be; see `check`.
+            ValueError: a file is missing, of another format, changed after writing, or has impossible numbers; see
+                `check`.
         """
         folder = Path(folder)
         metadata = _read_metadata(folder / METADATA_NAME)
@@ -232,7 +233,8 @@ class ExpertStatistics:
             raise ValueError(f"{path} does not exist; expert statistics are this file and {METADATA_NAME}")
         if _sha256(path) != metadata["tensors_sha256"]:
             raise ValueError(
-                f"{path} is corrupted: it is not the file that {METADATA_NAME} was written with; collect them again"
+                f"{path} is corrupted: it is not the file that was written with {METADATA_NAME}; collect the "
+                "statistics again"
             )
         try:
             fingerprint = ModelFingerprint(**metadata["fingerprint"])
@@ -250,10 +252,10 @@ class ExpertStatistics:
         return statistics
 
     def check(self) -> None:
-        """What must hold whatever the text was: `load` and `collect_expert_statistics` call it.
+        """Check what must hold for any text; `load` and `collect_expert_statistics` call it.
 
         Raises:
-            ValueError: a number that is not finite or negative, sums that cannot be, a pair without a token.
+            ValueError: a number is negative or not finite, a sum is impossible, or a pair has no token.
         """
         check_layers(self.layers, self.pairs)
 
@@ -273,9 +275,11 @@ def _layers_of(
         for name, shape in shapes.items():
             tensor, dtype = tensors[f"{layer}.{name}"], torch.int64 if name in COUNTS else torch.float64
             if tensor.shape != shape:
-                raise ValueError(f"{layer}.{name} is not of the shape {shape}, {num_pairs} being the number of pairs")
+                raise ValueError(
+                    f"{layer}.{name} must have the shape {shape}, where {num_pairs} is the number of pairs"
+                )
             if tensor.dtype != dtype:
-                raise ValueError(f"{layer}.{name} is of {tensor.dtype}, it must be of {dtype}")
+                raise ValueError(f"{layer}.{name} is {tensor.dtype}, but must be {dtype}")
         layers[layer] = LayerStatistics(**{name: tensors[f"{layer}.{name}"] for name in shapes})
     return layers
 
@@ -285,7 +289,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist; expert statistics are this file and {TENSORS_NAME}")
     metadata = read_json_object(path, "expert statistics")
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is no file of expert statistics")
+        raise ValueError(f"{path} is not a file of expert statistics")
     if metadata.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format_version {shorten(metadata.get('format_version'))}, this version of hf_moe_ted reads "

@@ -1,4 +1,4 @@
-"""Which experts each language uses during training: numbers in the logs of the Trainer, and pictures.
+"""Track which experts each language uses during training: numbers in the Trainer's logs, and pictures.
 
 Shape letters: B sentences, L tokens of a sentence, T = B * L, K experts per token, E experts, G languages.
 """
@@ -29,23 +29,23 @@ class _Counts:
     """Slots that each expert computed for each language, float64[G, E].
 
     Attributes:
-        since_log: of this process.
-        since_picture: of all processes, up to the last log.
+        since_log: counts of this process since the last log.
+        since_picture: counts of all processes since the last picture, up to the last log.
     """
 
     since_log: Tensor
     since_picture: Tensor
 
     def collect(self) -> Tensor:
-        """Take what all processes counted since the last log into the picture."""
+        """Add what all processes counted since the last log to the counts for the picture."""
         counts_GE = reduce(self.since_log, reduction="sum")
         self.since_picture += counts_GE
-        self.since_log.zero_()  # in place: counting may be part of a CUDA graph
+        self.since_log.zero_()  # in place, because counting may be part of a CUDA graph
         return counts_GE
 
 
 class LanguageRoutingCallback(RouterCallback):
-    """Counts in training which experts compute the tokens of each language, by the tags that sentences carry.
+    """Counts, during training, which experts compute the tokens of each language, by the sentences' language tags.
 
     ```python
     trainer = MultitaskSeq2SeqTrainer(model, args, ...)
@@ -53,8 +53,8 @@ class LanguageRoutingCallback(RouterCallback):
     ```
 
     `callbacks=[LanguageRoutingCallback(tokenizer)]` works, too, but then the reporters of `report_to` get logs without
-    its numbers; `add_to` puts it before them. A token of the encoder has the language of the source, one of the decoder
-    that of the target. Logs of training get, over all processes:
+    its numbers; `add_to` puts it before them. A token of the encoder has the language of the source, a token of the
+    decoder that of the target. Training logs get these numbers, over all processes:
 
     | key | |
     |---|---|
@@ -70,7 +70,7 @@ languages together do, 0 to 1, mean over the layers of a side |
         tokenizer: one for translation: [`ZCodeM3Tokenizer`], `NllbTokenizer`, `M2M100Tokenizer`.
 
     Raises:
-        ValueError: a tokenizer without languages.
+        ValueError: the tokenizer has no languages.
     """
 
     def __init__(self, tokenizer: Any):
@@ -93,7 +93,7 @@ languages together do, 0 to 1, mean over the layers of a side |
         return handles
 
     def _read_languages(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Before the model runs: the language of each sentence, by the first tag in it."""
+        """Before the model runs, find the language of each sentence by its first tag."""
         targets = kwargs.get("labels") if kwargs.get("labels") is not None else kwargs.get("decoder_input_ids")
         self._languages_of_batch = {
             side: self._languages_of(ids)
@@ -111,7 +111,7 @@ languages together do, 0 to 1, mean over the layers of a side |
     def _hook(self, layer: str) -> Any:
         side = layer.split(".")[0]
 
-        @torch.compiler.disable  # which would make a graph for each layer
+        @torch.compiler.disable  # otherwise there would be a graph for each layer
         @torch.no_grad()
         def count(router: nn.Module, args: Any, output: tuple[Tensor, Routing]) -> None:
             if not router.training or side not in self._languages_of_batch:
@@ -120,7 +120,7 @@ languages together do, 0 to 1, mean over the layers of a side |
             num_languages, num_experts = counts.since_log.shape
             language_B = self._languages_of_batch[side]
             language_T = language_B.repeat_interleave(expert_ids_TK.shape[0] // language_B.shape[0])
-            # one place more of both: for sentences without a tag, and for slots that no expert computes
+            # one more place in both: for sentences without a tag, and for slots that no expert computes
             cell_TK = language_T[:, None] * (num_experts + 1) + expert_ids_TK
             cells = counts.since_log.new_zeros((num_languages + 1) * (num_experts + 1))
             cells.scatter_add_(0, cell_TK.flatten(), torch.ones_like(cell_TK, dtype=cells.dtype).flatten())
@@ -139,7 +139,7 @@ languages together do, 0 to 1, mean over the layers of a side |
             if of_side:
                 mean_G = torch.stack(of_side).mean(dim=0).tolist()
                 in_use = zip(self.languages, mean_G, strict=True)
-                # a language that no sentence was in has no number
+                # a language without sentences has no number
                 numbers |= {f"routing/{side}/{language}": mean for language, mean in in_use if mean == mean}
         return numbers
 
@@ -157,7 +157,7 @@ languages together do, 0 to 1, mean over the layers of a side |
             counts.collect()
         pictured = {layer: counts.since_picture.cpu() for layer, counts in self._counts.items()}
         if not any(counts_GE.sum() for counts_GE in pictured.values()):
-            return  # an evaluation before or after training, or at its end, which has been written
+            return  # an evaluation before or after training, or one at its end, which was written already
         for counts in self._counts.values():
             counts.since_picture = torch.zeros_like(counts.since_picture)
         if not state.is_world_process_zero:
@@ -181,14 +181,14 @@ def expert_shares(counts_GE: Tensor) -> Tensor:
 
 
 def distance_from_all(counts_GE: Tensor) -> Tensor:
-    """float64[G], total variation between the experts of a language and those of all; NaN for one without tokens."""
+    """float64[G], total variation between a language's experts and those of all; NaN for a language without tokens."""
     shares_GE = counts_GE / counts_GE.sum(dim=1, keepdim=True)
     share_of_all_E = counts_GE.sum(dim=0) / counts_GE.sum()
     return (shares_GE - share_of_all_E).abs().sum(dim=1) / 2
 
 
 def mutual_information_bits(counts_GE: Tensor) -> float:
-    """Mutual information of language and expert; 0 when no token was counted."""
+    """Mutual information of language and expert, in bits; 0 if no token was counted."""
     joint_GE = counts_GE / counts_GE.sum().clamp(min=1.0)
     independent_GE = joint_GE.sum(dim=1, keepdim=True) * joint_GE.sum(dim=0, keepdim=True)
     ratio_GE = torch.where(joint_GE > 0, joint_GE / independent_GE, torch.ones_like(joint_GE))

@@ -1,4 +1,4 @@
-"""Pictures of routing, and what every picture is made with; matplotlib is imported when one is drawn.
+"""Pictures of routing, and helpers for all pictures; matplotlib is imported when one is drawn.
 
 Shape letters: L languages, E experts.
 """
@@ -26,21 +26,21 @@ def has_matplotlib() -> bool:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A figure of this many inches that belongs to no window and no global state."""
+    """A figure of this size in inches, without a window or global state."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def as_png(figure: Any, dpi: int = 100, title: str | None = None) -> bytes:
-    """The figure as the bytes of a PNG file, with a title among its data, by which such files are known again."""
+    """The figure as the bytes of a PNG file; its title in the metadata identifies such files."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=dpi, metadata=None if title is None else {"Title": title})
     return file.getvalue()
 
 
 def label(name: str) -> str:
-    """A name on one line, of a length that leaves room for the picture."""
+    """A name on one line, cut so that it leaves room for the picture."""
     line = printable(name)
     return line if len(line) <= MAX_LABEL else f"{line[: MAX_LABEL - 1]}…"
 
@@ -51,7 +51,7 @@ def short_name(layer: str) -> str:
 
 
 def draw_expert_shares(shares: Mapping[str, Tensor], languages: Sequence[str]) -> bytes:
-    """Heat maps of what share of each language's tokens goes to each expert, of all layers on one scale.
+    """Heat maps of the share of each language's tokens that goes to each expert; all layers have one scale.
 
     Args:
         shares: layer -> float64[L, E].
@@ -72,11 +72,11 @@ def draw_expert_shares(shares: Mapping[str, Tensor], languages: Sequence[str]) -
 
 
 def draw_routing_by_language(statistics: ExpertStatistics, kept: Mapping[str, Sequence[int]]) -> bytes:
-    """The same for statistics, each layer on its own scale: shares are small where there are many experts.
+    """The same for statistics, with a scale per layer, because shares are small if there are many experts.
 
     Args:
-        statistics: of a model.
-        kept: layer -> experts that a pruning keeps; empty for another operation.
+        statistics: expert statistics.
+        kept: layer -> experts that a pruning keeps; empty for other operations.
     """
     most_languages = max(len(statistics.languages(side)) for side in SIDES)
     num_columns = min(len(statistics.layers), MAX_PANELS_PER_ROW)
@@ -97,7 +97,7 @@ def draw_routing_by_language(statistics: ExpertStatistics, kept: Mapping[str, Se
 
 
 def draw_language_similarity(statistics: ExpertStatistics) -> bytes:
-    """Heat maps of `routing_similarity`, of the sides that have MoE layers."""
+    """Heat maps of `routing_similarity` for the sides with MoE layers."""
     similarities = {side: found for side in SIDES if (found := routing_similarity(statistics, side)) is not None}
     size = 1.5 + 0.2 * max(len(statistics.languages(side)) for side in similarities)
     figure = new_figure(1.0 + size * len(similarities), size)
@@ -113,7 +113,7 @@ def draw_language_similarity(statistics: ExpertStatistics) -> bytes:
 
 
 def _heat_map(axis: Any, numbers: Tensor, languages: Sequence[str], **options: Any) -> Any:
-    """A row for each language; returns what a color bar needs."""
+    """Draw a row for each language; return the image for a color bar."""
     image = axis.imshow(numbers.numpy(), interpolation="nearest", **options)
     axis.tick_params(labelsize=6)
     axis.set_yticks(range(len(languages)), [*map(label, languages)], parse_math=False)

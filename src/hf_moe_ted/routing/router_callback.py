@@ -1,4 +1,4 @@
-"""What callbacks that watch routers during training have in common."""
+"""Base class of callbacks that watch routers during training."""
 
 import re
 from typing import Any, NamedTuple, TypeVar, cast
@@ -11,15 +11,18 @@ from ..models.router import ZCodeM3Router, modules_in_use
 
 _Callback = TypeVar("_Callback", bound="RouterCallback")
 _ROUTER = re.compile(rf"{FFN_PATTERN}\.router$")
-_WRAPPER = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # around layers, by PyTorch
+_WRAPPER = re.compile(
+    r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)  # wrapper that PyTorch puts around layers
 
 
 class WatchedRouter(NamedTuple):
     """A router in a model.
 
     Attributes:
-        module: what the layer calls: the router, or what PEFT has put in its place. Both return what the router does.
-        num_experts: of the router.
+        module: the module that the layer calls: the router, or its replacement by PEFT. Both return the same kind of
+            output.
+        num_experts: number of experts of the router.
     """
 
     module: nn.Module
@@ -27,7 +30,7 @@ class WatchedRouter(NamedTuple):
 
 
 def sparse_routers(model: nn.Module) -> dict[str, WatchedRouter]:
-    """The routers of a model by layer, `encoder.3`; the model may be wrapped, and the routers trained by PEFT.
+    """The routers of a model by layer, `encoder.3`; the model may be wrapped, and PEFT may train the routers.
 
     Raises:
         ValueError: the model has no sparse layer.
@@ -39,27 +42,27 @@ def sparse_routers(model: nn.Module) -> dict[str, WatchedRouter]:
         if found and inner is not None:
             routers[f"{found[1]}.{found[2]}"] = WatchedRouter(module, cast(int, inner.num_experts))
     if not routers:
-        raise ValueError(f"{type(model).__name__} has no sparse layer whose router could be watched")
+        raise ValueError(f"{type(model).__name__} has no sparse layer with a router to watch; leave the callback out")
     return routers
 
 
 class RouterCallback(TrainerCallback):
-    """Hooks on the modules of a model from the beginning of a training to its end."""
+    """Keeps hooks on the modules of a model during a training."""
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
 
     def add_to(self: _Callback, trainer: Trainer) -> _Callback:
-        """Make this the first callback of a trainer, so that every reporter sees its numbers."""
+        """Make this the first callback of a trainer, so that every reporter gets its numbers."""
         trainer.callback_handler.callbacks.insert(0, self)
         return self
 
     def watch(self, model: nn.Module, args: TrainingArguments) -> list[Any]:
-        """Start anew, and put hooks on a model; their handles."""
+        """Reset, and put hooks on a model; return their handles."""
         raise NotImplementedError
 
     def numbers(self) -> dict[str, Any]:
-        """What there is to log since the last time; all processes call it."""
+        """The numbers to log since the last time; all processes call it."""
         raise NotImplementedError
 
     def on_train_begin(
@@ -85,7 +88,7 @@ class RouterCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the numbers to a log of training; others, as of evaluation, stay as they are. Lists go to the history."""
+        """Add the numbers to a training log; other logs, such as of evaluation, stay. Lists go to the history."""
         if logs is None or "loss" not in logs:
             return
         numbers = self.numbers()

@@ -1,4 +1,4 @@
-"""What the routers do during training, in the logs of the Trainer."""
+"""Statistics of routers during training, in the Trainer's logs."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,14 +15,14 @@ from .router_callback import RouterCallback, sparse_routers
 
 @dataclass
 class _Sums:
-    """Sums over the forwards since the last log, kept on the device so that adding to them waits for nothing.
+    """Sums over the forwards since the last log, kept on the device so that additions wait for nothing.
 
-    They stay in the same memory, as adding to them may be part of a CUDA graph.
+    They stay in the same memory, because additions may be part of a CUDA graph.
 
     Attributes:
         slots_per_expert: float64[E], slots that each expert computed.
-        others: float64[6], slots of real tokens, slots no expert computed, entropies, tokens, router losses: aux and z
-            weighted by tokens.
+        others: float64[6], slots of real tokens, slots that no expert computed, entropies, tokens, and the router
+            losses aux and z, weighted by tokens.
     """
 
     slots_per_expert: Tensor | None = None
@@ -78,37 +78,37 @@ class _Sums:
 
 @dataclass
 class _Watched:
-    """A router, and what it did since the last log."""
+    """A router, and its sums since the last log."""
 
     router: nn.Module
     sums: _Sums = field(default_factory=_Sums)
 
 
 class RouterStatisticsCallback(RouterCallback):
-    """Adds what the routers did since the last log to each training log.
+    """Adds statistics of the routers since the last log to each training log.
 
     ```python
     trainer = Seq2SeqTrainer(model, args, ...)
     RouterStatisticsCallback().add_to(trainer)
     ```
 
-    `callbacks=[RouterStatisticsCallback()]` works, too, but the reporters of `report_to` come before such a callback
-    and get the logs without its numbers; `add_to` puts it before them.
+    `callbacks=[RouterStatisticsCallback()]` works, too, but the reporters of `report_to` run before such a callback and
+    get the logs without its numbers; `add_to` puts it before them.
 
-    The numbers are means over all tokens that are no padding, of all processes, for each sparse layer, `encoder.3`:
+    The numbers are means over all tokens without padding, of all processes, for each sparse layer, such as `encoder.3`:
 
     | key | |
     |---|---|
-    | `router/encoder.3/load_max`, `load_min` | tokens of the busiest and the idlest expert, 1 being an even share |
+    | `router/encoder.3/load_max`, `load_min` | tokens of the most and the least used expert; 1 is an even share |
     | `router/encoder.3/dropped` | share of the chosen slots that no expert computed |
     | `router/encoder.3/entropy` | of the router's probabilities, in nats, between 0 and log(num_experts) |
     | `router/encoder.3/aux_loss`, `z_loss` | load-balancing and z-loss, before their coefficients |
     | `router/encoder.3/load` | a list: the load of every expert; in `trainer.state.log_history` only |
 
-    and, without a layer (`router/dropped`), the mean over the layers of each but `load`.
+    In addition, each number except `load` is logged as a mean over layers, without a layer name (`router/dropped`).
 
-    Evaluation is not counted. The hooks on the routers cost some small operations per sparse layer and step, and a
-    graph break each under `torch.compile`.
+    Evaluation is not counted. The hooks on the routers cost some small operations per sparse layer and step, and one
+    graph break each with `torch.compile`.
 
     Args:
         per_expert: whether reporters get the load of every expert, `router/encoder.3/load/0` and so on.
@@ -125,7 +125,7 @@ class RouterStatisticsCallback(RouterCallback):
 
     @staticmethod
     def _hook(watched: _Watched) -> Any:
-        @torch.compiler.disable  # which would make a graph for each layer
+        @torch.compiler.disable  # otherwise there would be a graph for each layer
         @torch.no_grad()
         def add(router: nn.Module, args: Any, output: tuple[Tensor, Routing]) -> None:
             if router.training:

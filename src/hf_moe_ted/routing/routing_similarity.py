@@ -1,4 +1,4 @@
-"""How alike languages are for the routers of a model.
+"""How similarly the routers of a model treat languages.
 
 Shape letters: L languages, E experts.
 """
@@ -12,10 +12,10 @@ from .expert_statistics import ExpertStatistics
 
 
 def routed_shares(statistics: ExpertStatistics, layer: str) -> Tensor:
-    """float64[L, E], the share of each language's (token, choice) slots that is routed to each expert of a layer.
+    """float64[L, E], the share of each language's (token, choice) slots that goes to each expert of a layer.
 
-    Languages are those of `statistics.languages` for the side of the layer, source languages for the encoder and target
-    languages for the decoder, in that order.
+    Languages are in the order of `statistics.languages` for the side of the layer: source languages for the encoder,
+    target languages for the decoder.
     """
     num_routed = statistics.layers[layer].num_routed.sum(dim=1).double()
     rows = [num_routed[pairs].sum(dim=0) for pairs in statistics.languages(side_of(layer)).values()]
@@ -26,8 +26,8 @@ def routed_shares(statistics: ExpertStatistics, layer: str) -> Tensor:
 def routing_similarity(statistics: ExpertStatistics, side: Side) -> Tensor | None:
     """float64[L, L], how much of two languages' tokens goes to the same experts, from 0 to 1.
 
-    The overlap of their shares, `sum(min(share, other_share))`, which is 1 for equal ones and 0 if no expert has tokens
-    of both; the mean over the MoE layers of the side. `None` for a side without one.
+    It is the overlap of their shares, `sum(min(share, other_share))`, as a mean over the MoE layers of the side: 1 for
+    equal shares, 0 if no expert has tokens of both. `None` for a side without MoE layers.
     """
     overlaps = [
         torch.minimum(shares_LE.unsqueeze(0), shares_LE.unsqueeze(1)).sum(dim=-1)
@@ -37,7 +37,7 @@ def routing_similarity(statistics: ExpertStatistics, side: Side) -> Tensor | Non
 
 
 def nearest_languages(statistics: ExpertStatistics) -> dict[str, dict[str, tuple[str, float]]]:
-    """`"encoder"` and `"decoder"` -> language -> the other one with the highest `routing_similarity`, and that."""
+    """`"encoder"` and `"decoder"` -> language -> the most similar other language, with its `routing_similarity`."""
     nearest: dict[str, dict[str, tuple[str, float]]] = {}
     for side in SIDES:
         similarity_LL = routing_similarity(statistics, side)

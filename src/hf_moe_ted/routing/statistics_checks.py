@@ -1,4 +1,4 @@
-"""Whether expert statistics can be those of a model: what must hold whatever the text was.
+"""Check what must hold for expert statistics of any text.
 
 Shape letters: P language pairs, K experts per token, E experts, D model width.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..models.layer_names import FFN_PATTERN, side_of
 
 COUNTS = ("num_routed", "num_dropped")
-# of sums of probabilities, which are those of routers in 16 bits, too
+# tolerance for sums of probabilities, which routers may compute in 16 bits
 TOLERANCE = 0.02
 
 _LAYER = re.compile(rf"model\.{FFN_PATTERN}")
@@ -25,15 +25,15 @@ def check_fingerprint(num_experts: Any, num_experts_per_tok: Any, d_model: Any, 
         ValueError: a field of a `ModelFingerprint` has another type or is out of its range.
     """
     if not isinstance(num_experts, Mapping) or not num_experts:
-        raise ValueError(f"num_experts ({num_experts!r}) must have the experts of each MoE layer, by its name")
+        raise ValueError(f"num_experts ({num_experts!r}) must map the name of each MoE layer to its number of experts")
     for layer, count in num_experts.items():
         if not isinstance(layer, str) or not _LAYER.fullmatch(layer):
-            raise ValueError(f"num_experts has {layer!r}, which is no name such as model.encoder.layers.1.ffn")
+            raise ValueError(f"num_experts has {layer!r}, which is not a name such as model.encoder.layers.1.ffn")
         if not _is_count(count):
-            raise ValueError(f"num_experts of {layer} ({count!r}) must be an integer from 1 up")
+            raise ValueError(f"num_experts of {layer} ({count!r}) must be an integer of at least 1")
     for name, value in (("num_experts_per_tok", num_experts_per_tok), ("d_model", d_model)):
         if not _is_count(value):
-            raise ValueError(f"{name} ({value!r}) must be an integer from 1 up")
+            raise ValueError(f"{name} ({value!r}) must be an integer of at least 1")
     if not isinstance(router_hash, str):
         raise ValueError(f"router_hash ({router_hash!r}) must be a string")
 
@@ -41,17 +41,19 @@ def check_fingerprint(num_experts: Any, num_experts_per_tok: Any, d_model: Any, 
 def check_pairs(pairs: Sequence[Any], num_sentences: Sequence[Any]) -> None:
     """
     Raises:
-        ValueError: pairs that are not two codes, or come twice; not one number of sentences from 1 up per pair.
+        ValueError: a pair is not two codes or occurs twice; a pair has no positive number of sentences.
     """
     if not pairs:
         raise ValueError("pairs is empty: there is no sentence in the statistics")
     for pair in pairs:
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(code, str) for code in pair)):
-            raise ValueError(f"pairs has {pair!r}, which is no pair of a source and a target language")
+            raise ValueError(f"pairs has {pair!r}, which is not a pair of a source and a target language")
     if len({tuple(pair) for pair in pairs}) != len(pairs):
         raise ValueError(f"pairs has a pair twice: {pairs}")
     if len(num_sentences) != len(pairs) or not all(map(_is_count, num_sentences)):
-        raise ValueError(f"num_sentences ({num_sentences}) must be an integer from 1 up for each of {len(pairs)} pairs")
+        raise ValueError(
+            f"num_sentences ({num_sentences}) must be an integer of at least 1 for each of {len(pairs)} pairs"
+        )
 
 
 def _is_count(value: Any) -> bool:
@@ -65,8 +67,8 @@ def check_layers(layers: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) ->
         pairs: P, for messages.
 
     Raises:
-        ValueError: what cannot be: numbers that are not finite or negative, more dropped than routed, sums of
-            probabilities that are not those of the tokens, or layers of a side that saw different numbers of tokens.
+        ValueError: numbers are impossible: not finite, negative, more dropped than routed, sums of probabilities that
+            do not fit the tokens, or different numbers of tokens in layers of one side.
     """
     first_of_side: dict[str, tuple[str, Tensor]] = {}
     for layer, statistics in layers.items():
@@ -78,7 +80,7 @@ def check_layers(layers: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) ->
         first, tokens_of_first_P = first_of_side.setdefault(side_of(layer), (layer, tokens_P))
         if not torch.equal(tokens_P, tokens_of_first_P):
             raise ValueError(
-                f"{layer} has first choices of {tokens_P.tolist()} tokens by pair, {first} of "
+                f"{layer} has first choices of {tokens_P.tolist()} tokens by pair, but {first} of "
                 f"{tokens_of_first_P.tolist()}; every layer of a side sees the same tokens"
             )
 
@@ -92,7 +94,7 @@ def _check_numbers(layer: str, statistics: Any) -> None:
 
 
 def _check_sums(layer: str, statistics: Any) -> None:
-    """What holds within a layer; numbers are finite and not negative."""
+    """Check sums within a layer; numbers are known to be finite and not negative."""
     first_PE = statistics.num_routed[:, 0].double()
     tokens_P = first_PE.sum(dim=-1)
     computed_PE = statistics.num_computed

@@ -1,4 +1,4 @@
-"""Real text through a model, and what its experts did with it.
+"""Run real text through a model and collect statistics of its experts.
 
 Shape letters: T tokens of a batch, K experts per token, S = T * K slots, E experts, D model width.
 """
@@ -48,34 +48,35 @@ def collect_expert_statistics(
     batch_size: int = 32,
     max_tokens: int | None = None,
 ) -> ExpertStatistics:
-    """Count which experts a model uses for which languages, how sure its routers are, and what the experts put out.
+    """Count which experts a model uses for which languages, and record router confidence and expert outputs.
 
     Sources go through the encoder and references through the decoder (teacher forcing); nothing is generated. A batch
-    holds sentences of one language pair and of similar length. The dataset is streamed; sentences of a pair wait until
-    there are some batches of them to be sorted by length.
+    holds sentences of one language pair and of similar length. The dataset is streamed; sentences of a pair are
+    buffered for some batches and sorted by length.
 
-    The model runs as in evaluation, without dropout and router noise and with `eval_capacity_factor`; afterwards it is
-    in the mode it was in. What is random in evaluation, too (`second_expert_policy`, see [`ZCodeM3Config`]), is part
-    of how the experts are used and stays.
+    The model runs as in evaluation, without dropout and router noise and with `eval_capacity_factor`; its mode is
+    restored afterwards. Routing that is random in evaluation, too (`second_expert_policy`, see [`ZCodeM3Config`]),
+    stays random.
 
-    Statistics of several runs or processes add up (see [`ExpertStatistics`]). Under TED, all processes of the model
-    take part in every batch, so give all of them the same dataset; each returns the statistics of all of it.
+    Statistics of several runs or processes can be added (see [`ExpertStatistics`]). With TED, all processes of the
+    model take part in every batch, so give all of them the same dataset; each returns the statistics of the whole
+    dataset.
 
     Args:
         model: a [`ZCodeM3ForConditionalGeneration`] with at least one MoE layer.
-        tokenizer: its tokenizer, with `src_lang` and `tgt_lang`; they are left as they were.
+        tokenizer: its tokenizer, with `src_lang` and `tgt_lang`, which are restored.
         dataset: rows with the strings `source`, `target`, `src_lang` and `tgt_lang`, or the translation rows of
             *datasets*, `{"translation": {"en": "...", "de": "..."}}`, which count for every ordered pair of their
             languages. Texts longer than the model takes are truncated. Languages are codes in any form that means one
             of the tokenizer's (`zh-CN` for `zh`); the statistics have the tokenizer's.
-        languages: skip sentences whose source or target language is none of these; by default there are none to skip.
+        languages: skip sentences whose source or target language is not among these; by default none are skipped.
         batch_size: sentences per batch.
         max_tokens: stop counting a language pair once its sources and targets have this many tokens together.
 
     Raises:
-        ValueError: the model has no MoE layer, or an `expert_map`; a row is of another form; one of `languages` or a
-            language of the dataset is unknown to the tokenizer, or there is no sentence for it; nothing is left of the
-            dataset; a layer whose router or experts put out NaN or infinity.
+        ValueError: the model has no MoE layer, or an `expert_map`; a row has another form; the tokenizer does not know
+            a language of `languages` or of the dataset, or a language has no sentence; no sentence is left; a router or
+            expert returns NaN or infinity.
     """
     layers = _named_moe_layers(model)
     _check_options(model, batch_size, max_tokens)
@@ -104,10 +105,10 @@ def collect_expert_statistics(
 
 
 def fingerprint_of(model: ZCodeM3PreTrainedModel) -> ModelFingerprint:
-    """What tells whether statistics belong to a model that is loaded.
+    """The fingerprint of a loaded model.
 
     Raises:
-        ValueError: it has no MoE layer.
+        ValueError: the model has no MoE layer.
     """
     weights = {name: _whole(layer.router.weight) for name, layer in _named_moe_layers(model).items()}
     return ModelFingerprint.of(model.config, weights)
@@ -117,7 +118,7 @@ def _check_options(model: ZCodeM3PreTrainedModel, batch_size: int, max_tokens: i
     if model.config.expert_map is not None:
         raise ValueError(
             "the model has an expert_map: its experts were merged, or pruned with renormalize=False; collect "
-            "statistics of the model that it was made of"
+            "statistics of the model from which it was made"
         )
     if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
         raise ValueError(f"batch_size ({batch_size}) and max_tokens ({max_tokens}) must be at least 1")
@@ -130,7 +131,7 @@ def _named_moe_layers(model: nn.Module) -> dict[str, ZCodeM3MoELayer]:
         if (found := _MOE_LAYER.search(name)) and isinstance(module, ZCodeM3MoELayer)
     }
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no MoE layer whose experts could be counted")
+        raise ValueError(f"{type(model).__name__} has no MoE layer, so it has no experts to count")
     return layers
 
 
@@ -152,16 +153,16 @@ def _run(model: Any, recorders: Mapping[str, "_LayerRecorder"], sentences: Seque
 
 
 class _LayerRecorder:
-    """Hooks on the router and the experts of a layer that add up what they do.
+    """Hooks on the router and the experts of a layer that add up statistics.
 
-    The experts are called once, as in inference, but with one slot per row and weights of 1, so that their outputs can
-    be seen one by one; the hook behind them does what they would have done, the weighted sum over a token's slots. The
-    hooks stand outside of others, so expert parallelism goes on inside.
+    The experts are called once, as in inference, but with one slot per row and weights of 1, so that each output is
+    visible. The hook after them computes the weighted sum over a token's slots. The hooks are outside of other hooks,
+    so expert parallelism works inside.
 
-    Sums are float32 on the model's device, over no more than a bucket of batches, which keeps counts exact.
+    Sums are float32 on the model's device, over at most a bucket of batches, so counts stay exact.
 
     Attributes:
-        is_token_T: bool[T], False for padding; to be set before each forward.
+        is_token_T: bool[T], False for padding; set it before each forward.
     """
 
     is_token_T: Tensor
@@ -220,7 +221,7 @@ class _LayerRecorder:
 
 
 def _count(expert_ids_T: Tensor, num_experts: int, values_T: Tensor | None = None) -> Tensor:
-    """float32[E], the sum of the values, or the number, of the tokens of each expert; `num_experts` counts for none."""
+    """float32[E], for each expert the sum of values over its tokens, or their number; id `num_experts` is ignored."""
     values_T = torch.ones_like(expert_ids_T, dtype=torch.float32) if values_T is None else values_T
     sums = torch.zeros(num_experts + 1, device=expert_ids_T.device)
     return sums.scatter_add_(0, expert_ids_T, values_T)[:num_experts]
@@ -232,7 +233,7 @@ def _add(sums: dict[str, Tensor], others: Mapping[str, Tensor]) -> None:
 
 
 class _Totals:
-    """What all batches have added up to: per language pair, but for the outputs of the experts."""
+    """Totals of all batches, per language pair except for the outputs of experts."""
 
     def __init__(self) -> None:
         self.num_sentences: Counter[LanguagePair] = Counter()
@@ -243,14 +244,14 @@ class _Totals:
     def add(
         self, pair: LanguagePair, sentences: Sequence[EncodedSentence], recorders: Mapping[str, _LayerRecorder]
     ) -> None:
-        """Take what the recorders have added up over these sentences."""
+        """Add the recorders' sums over these sentences."""
         self.num_sentences[pair] += len(sentences)
         self.num_tokens[pair] += sum(sentence.num_tokens for sentence in sentences)
         for layer, recorder in recorders.items():
             sums = recorder.take()
             if wrong := [name for name, tensor in sums.items() if not tensor.isfinite().all()]:
                 raise ValueError(
-                    f"{layer} of the model put out NaN or infinity for text from {pair[0]} to {pair[1]} (seen in "
+                    f"{layer} of the model returned NaN or infinity for text from {pair[0]} to {pair[1]} (seen in "
                     f"{', '.join(wrong)}); its weights are damaged, or too large for their dtype: try float32"
                 )
             _add(self._output_sums, {layer: sums.pop("output_sum")})
@@ -271,7 +272,7 @@ class _Totals:
 
 
 def _whole(weight: Any) -> Tensor:
-    """A parameter that may be spread over processes."""
+    """The whole of a parameter that may be spread over processes."""
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 

@@ -1,4 +1,4 @@
-"""Sentences through encoder and decoder at once: the decoder is given the translation, nothing is generated.
+"""Teacher forcing: encoder and decoder run at once on a sentence and its translation; nothing is generated.
 
 Shape letters: B sentences, L tokens of the longest one.
 """
@@ -16,7 +16,7 @@ from ..models.execution_device import execution_device
 
 @dataclass(frozen=True)
 class TeacherForcedBatch:
-    """What a model is given for sentences and their translations, on its device.
+    """The model's inputs for sentences and their translations, on its device.
 
     Attributes:
         source_ids, target_ids: int64[B, L]; a target begins with the start of decoding and lacks its last token, which
@@ -39,7 +39,7 @@ class TeacherForcedBatch:
 
     @torch.no_grad()
     def run(self, model: Any, **kwargs: Any) -> Any:
-        """What the model returns."""
+        """Run the model and return its output."""
         return model(
             input_ids=self.source_ids,
             attention_mask=self.source_mask,

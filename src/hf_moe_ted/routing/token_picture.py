@@ -1,4 +1,4 @@
-"""Pictures in HTML of what the routers did: tokens in the colour of their expert, and languages that are alike.
+"""HTML pictures of routing: tokens in the colour of their expert, and similar languages.
 
 Every text is escaped; the pictures need no script, no style sheet and no network.
 """
@@ -14,13 +14,15 @@ from .expert_statistics import ExpertStatistics
 from .routing_similarity import routing_similarity
 from .token_routing import LayerTokenRouting, SideRouting, TokenRouting
 
-GOLDEN_ANGLE = 0.381966  # of a full turn: hues of neighbours are far from each other, however many there are
-NUM_EVEN_HUES = 12  # more cannot be told apart by the hue alone
+GOLDEN_ANGLE = 0.381966  # part of a full turn of the hue: neighbours differ clearly, for any number of experts
+NUM_EVEN_HUES = 12  # more cannot be distinguished by hue alone
 _LIGHTNESSES = (0.82, 0.32, 0.6, 0.45)
 _BOX = "display:inline-block;margin:1px;padding:1px 5px;border-radius:4px;white-space:pre;line-height:1.5;"
-_INK = "color:inherit;"  # whatever a style sheet around the picture says of all elements
+_INK = "color:inherit;"  # overrides style sheets around the picture
 _FULL = "background:transparent;color:inherit;border:1px dashed currentColor;"
-_CAPTION = "<p>Each token has the number and the colour of its expert; point at one for the router's weights.</p>"
+_CAPTION = (
+    "<p>Each token has the number and the colour of its expert; point at a token to see the router's weights.</p>"
+)
 _TEXT_OF_SIDE = {"encoder": "Source, in the encoder", "decoder": "Translation, in the decoder"}
 
 
@@ -28,7 +30,7 @@ class ExpertColour(NamedTuple):
     """
     Attributes:
         background: `#rrggbb`.
-        ink: black or white, whichever can be read better on it.
+        ink: black or white, whichever is easier to read on it.
     """
 
     background: str
@@ -58,9 +60,9 @@ def relative_luminance(colour: str) -> float:
 def token_picture(routing: TokenRouting) -> str:
     """HTML: for each MoE layer a row with the tokens of its side, in the colour and with the number of their expert.
 
-    A token with several experts has the colour of the first one and a line in that of the second; what all of them are,
-    and their weights, stands in its title. One that no expert computed, because its experts were full, has a dashed
-    border and no colour.
+    A token with several experts has the colour of the first, and a line in the colour of the second; its title lists
+    all of them with their weights. A token that no expert computed, because its experts were full, has a dashed border
+    and no colour.
     """
     return _CAPTION + "".join(_side(side) for side in (routing.encoder, routing.decoder))
 
@@ -115,17 +117,17 @@ def _title(computed: Sequence[int], chosen: Sequence[int], weights: Sequence[flo
 def similar_languages(
     statistics: ExpertStatistics, side: Side, language: str, limit: int = 5
 ) -> list[tuple[str, float]]:
-    """The languages whose routing is most like that of one, and how much of their tokens goes to the same experts.
+    """The languages with the most similar routing, and the share of their tokens that goes to the same experts.
 
     Args:
-        statistics: of the model.
+        statistics: expert statistics of the model.
         side: source languages of the encoder, or target languages of the decoder.
-        language: as the statistics name it.
-        limit: how many.
+        language: the language, by its name in the statistics.
+        limit: largest number of languages.
 
     Returns:
-        Languages and `routing_similarity`, the highest first; empty if the statistics have nothing of the language, or
-        the side has no experts.
+        Languages and `routing_similarity`, the highest first; empty if the statistics lack the language, or the side
+        has no experts.
     """
     languages = list(statistics.languages(side))
     similarity_LL = routing_similarity(statistics, side)
@@ -137,7 +139,7 @@ def similar_languages(
 
 
 def similar_languages_picture(statistics: ExpertStatistics, src_lang: str, tgt_lang: str) -> str:
-    """HTML: for the source language in the encoder and the target language in the decoder, those that are like it."""
+    """HTML: languages similar to the source language in the encoder, and to the target language in the decoder."""
     sides: list[tuple[Side, str]] = [("encoder", src_lang), ("decoder", tgt_lang)]
     return "".join(
         f"<h4>Languages routed like {escape(language)}, in the {side}</h4>"
@@ -148,7 +150,7 @@ def similar_languages_picture(statistics: ExpertStatistics, src_lang: str, tgt_l
 
 def _bars(languages: Sequence[tuple[str, float]]) -> str:
     if not languages:
-        return "<p>The statistics have nothing to compare it with.</p>"
+        return "<p>The statistics have no other language to compare.</p>"
     rows = "".join(
         f'<tr><th scope="row" style="text-align:start;padding-inline-end:8px;">{escape(language)}</th>'
         f'<td style="width:12em;"><div style="background:currentColor;opacity:0.6;height:0.7em;width:{value:.1%};">'

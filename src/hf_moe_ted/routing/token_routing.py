@@ -1,4 +1,4 @@
-"""Which experts each token of a sentence and of its translation went to.
+"""The experts of each token of a sentence and of its translation.
 
 Shape letters: T tokens of a side, K experts per token.
 """
@@ -20,20 +20,20 @@ from ..models.layer_names import SIDES
 from ..models.router import Routing
 from .teacher_forcing import TeacherForcedBatch
 
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # at the end of a decoded text: bytes that are not yet a character
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # at the end of a decoded text: bytes of an incomplete character
 
 
 @dataclass(frozen=True, eq=False)
 class LayerTokenRouting:
-    """What one MoE layer did with the tokens of its side.
+    """The routing of one MoE layer for the tokens of its side.
 
     Attributes:
         layer: index among all layers of the side.
-        num_experts: of the layer.
+        num_experts: number of experts of the layer.
         expert_ids: int64[T, K], the experts that computed each token, in order of preference; `num_experts` in a slot
-            that none computed, because the expert was full.
+            that no expert computed, because it was full.
         weights: float32[T, K], the factor of each expert's output; 0 in such a slot.
-        chosen_ids: int64[T, K], the experts that the router chose, before any was found full.
+        chosen_ids: int64[T, K], the experts that the router chose, whether they were full or not.
     """
 
     layer: int
@@ -48,10 +48,10 @@ class SideRouting:
     """
     Attributes:
         side: `"encoder"`, whose tokens are those of the source, or `"decoder"`, whose are those of the translation.
-        language: as the tokenizer names it.
-        tokens: T pieces of the text; special tokens as the tokenizer writes them. A character of several tokens stands
-            with its last one, the others are empty.
-        layers: the MoE layers, the lowest first; none if all layers of the side are dense.
+        language: its name in the tokenizer.
+        tokens: T pieces of the text; special tokens as the tokenizer writes them. A character of several tokens is at
+            its last token; the other tokens are empty.
+        layers: the MoE layers, the lowest first; empty if all layers of the side are dense.
     """
 
     side: Side
@@ -70,7 +70,7 @@ class TokenRouting:
 
 def has_experts(model: Any) -> bool:
     """Whether a model has an MoE layer whose routing can be shown."""
-    sparse_layers = getattr(model.config, "sparse_layers", None)  # only a ZCodeM3Config has it, also of NLLB-MoE
+    sparse_layers = getattr(model.config, "sparse_layers", None)  # only a ZCodeM3Config has this, also for NLLB-MoE
     return sparse_layers is not None and any(sparse_layers(side) for side in SIDES)
 
 
@@ -82,26 +82,25 @@ def token_routing(
     src_lang: str,
     tgt_lang: str,
 ) -> TokenRouting:
-    """Run a sentence and its translation through a model, and say which experts each token went to.
+    """Run a sentence and its translation through a model, and return the experts of each token.
 
-    The decoder is given the translation (teacher forcing), so the tokens need not be those that generation went
-    through, and its last one, which ends the text, is only predicted. The model runs as in evaluation, with
-    `eval_capacity_factor`: who is dropped depends on the tokens of these two texts, and on those of a whole batch where
-    there was one.
+    The decoder gets the translation (teacher forcing), so tokens may differ from those that generation used. The last
+    token, which ends the text, is only predicted. The model runs as in evaluation, with `eval_capacity_factor`: here
+    dropped tokens depend on these two texts alone, but in a batch they depend on the whole batch.
 
     Threads may call this while others use the model.
 
     Args:
         model: a [`ZCodeM3ForConditionalGeneration`] with at least one MoE layer.
         tokenizer: its tokenizer.
-        source, translation: a sentence each.
+        source, translation: one sentence each.
         src_lang, tgt_lang: codes in any form that means a language of the tokenizer.
 
     Raises:
-        ValueError: the model is dense, an unknown language, a blank text, or one longer than the model's positions.
+        ValueError: the model is dense, a language is unknown, or a text is blank or longer than the model's positions.
     """
     if not has_experts(model):
-        raise ValueError(f"{type(model).__name__} is dense: it has no experts that tokens could go to")
+        raise ValueError(f"{type(model).__name__} is dense: it has no experts for tokens")
     known = language_ids(tokenizer)
     src_lang = resolve_language(src_lang, known, name="src_lang")
     tgt_lang = resolve_language(tgt_lang, known, name="tgt_lang")
@@ -112,7 +111,9 @@ def token_routing(
     limit = model.config.max_position_embeddings
     for name, row in (("source", ids["input_ids"]), ("translation", ids["labels"])):
         if len(row) > limit:
-            raise ValueError(f"{name} has {len(row)} tokens, the model has positions for {limit}: give one sentence")
+            raise ValueError(
+                f"{name} has {len(row)} tokens, but the model has positions for {limit}: give one sentence"
+            )
     batch = TeacherForcedBatch.of([EncodedSentence(ids["input_ids"], ids["labels"])], model)
     with evaluation_mode(model):
         output = batch.run(model, output_routings=True)
@@ -159,7 +160,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """What each token adds to the decoded text: a token alone may be a part of a character."""
+    """The text that each token adds to the decoded text; a single token may be a part of a character."""
     pieces, before = [], ""
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)

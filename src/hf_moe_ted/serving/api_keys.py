@@ -1,4 +1,4 @@
-"""The keys that clients of a server show."""
+"""API keys of a server's clients."""
 
 import hmac
 from collections.abc import Iterable
@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 class ApiKeys:
-    """Keys that are known; never printed.
+    """The known keys; they are never printed.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no key.
     """
 
     def __init__(self, keys: Iterable[str]):
@@ -19,7 +19,7 @@ class ApiKeys:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ApiKeys":
-        """One key a line; empty lines, and what begins with `#`, are none.
+        """Read a file with one key per line; empty lines, and lines that begin with `#`, are skipped.
 
         Raises:
             ValueError: the file cannot be read, is not UTF-8 or has no key.
@@ -28,14 +28,14 @@ class ApiKeys:
             lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
             return cls(line for line in lines if not line.startswith("#"))
         except UnicodeDecodeError:
-            raise ValueError(f"api_keys ({path}) must be text in UTF-8, one key a line") from None
+            raise ValueError(f"api_keys ({path}) must be text in UTF-8, one key per line") from None
         except OSError as error:
             raise ValueError(f"api_keys ({path}) cannot be read: {error.strerror}") from None
         except ValueError:
-            raise ValueError(f"api_keys ({path}) has no key: write one a line") from None
+            raise ValueError(f"api_keys ({path}) has no key: write one per line") from None
 
     def __contains__(self, key: str) -> bool:
-        """Compared with every key in constant time, so that the time tells nothing about them."""
+        """Compare with every key in constant time, so that the time reveals nothing about keys."""
         given = key.encode()
         return any([hmac.compare_digest(given, known) for known in self._keys])
 

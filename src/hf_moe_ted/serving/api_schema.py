@@ -1,4 +1,4 @@
-"""What clients send and get: the fields of LibreTranslate's API, and a few more."""
+"""Requests and answers of the API: the fields of LibreTranslate, and a few more."""
 
 from typing import Annotated, Any, Literal
 
@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 from .languages import AUTO, ServedLanguages
 from .settings import ServerSettings
 
-# of terms that are no text the schema has to say that they are refused, as a pattern of keys does not
+# a pattern for keys is not enough: the schema must say that terms that are no text are refused
 _Glossary = Annotated[
     dict[Annotated[str, Field(pattern=r"\S")], str | None], Field(json_schema_extra={"additionalProperties": False})
 ]
@@ -16,7 +16,7 @@ _Glossary = Annotated[
 
 class DetectRequest(BaseModel):
     q: str | list[str] = Field(description="Text, or texts.")
-    api_key: str | None = Field(default=None, description="Where the server has keys.")
+    api_key: str | None = Field(default=None, description="Required if the server has keys.")
 
     @field_validator("q")
     @classmethod
@@ -29,17 +29,17 @@ class DetectRequest(BaseModel):
 class TranslateRequest(DetectRequest):
     source: str = Field(min_length=1, description="Language of the texts, or auto.")
     target: str = Field(min_length=1, description="Language to translate to.")
-    format: Literal["text", "html", ""] | None = Field(default=None, description="By default text.")
-    alternatives: int | None = Field(default=None, ge=0, description="Other translations that are wished for.")
+    format: Literal["text", "html", ""] | None = Field(default=None, description="Default: text.")
+    alternatives: int | None = Field(default=None, ge=0, description="Number of other translations.")
 
     glossary: _Glossary | None = Field(
-        default=None, description="Terms and their translations; null: not translated. Only in JSON."
+        default=None, description="Terms and their translations; null for a term that is not translated. Only in JSON."
     )
 
     @field_validator("alternatives", mode="before")
     @classmethod
     def _as_number(cls, value: Any) -> Any:
-        """Clients send `"3"` and `3.0`, too."""
+        """Accept `"3"` and `3.0`, too, which some clients send."""
         if isinstance(value, str) and value.isdecimal() and value.isascii() and len(value) < 10:
             return int(value)
         return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -48,7 +48,7 @@ class TranslateRequest(DetectRequest):
 class FileRequest(BaseModel):
     source: str = Field(min_length=1, description="Language of the file, or auto.")
     target: str = Field(min_length=1, description="Language to translate to.")
-    api_key: str | None = Field(default=None, description="Where the server has keys.")
+    api_key: str | None = Field(default=None, description="Required if the server has keys.")
 
 
 class DetectedLanguage(BaseModel):
@@ -59,10 +59,10 @@ class DetectedLanguage(BaseModel):
 class Translation(BaseModel):
     translatedText: str | list[str]
     detectedLanguage: DetectedLanguage | list[DetectedLanguage] | None = Field(
-        default=None, description="Only with the source auto."
+        default=None, description="Only if the source is auto."
     )
-    alternatives: list[str] | list[list[str]] | None = Field(default=None, description="Only if asked for.")
-    problems: list[str] | list[list[str]] = Field(description="What a reader should look at.")
+    alternatives: list[str] | list[list[str]] | None = Field(default=None, description="Only if requested.")
+    problems: list[str] | list[list[str]] = Field(description="Problems that a reader should check.")
 
 
 class FileTranslationAnswer(BaseModel):
@@ -85,7 +85,7 @@ class Failure(BaseModel):
 
 
 def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Answers that an endpoint may give besides its own, for its documentation."""
+    """Error answers of an endpoint, for its documentation."""
     return {status: {"model": Failure} for status in statuses}
 
 
@@ -112,7 +112,7 @@ def file_body(languages: ServedLanguages) -> dict[str, Any]:
 
 
 def _texts(settings: ServerSettings) -> dict[str, Any]:
-    """Their limits are in words, as more is answered with 413, not with 400 as what does not fit the schema."""
+    """Limits are given in words, because larger requests get 413, not 400 like requests that do not fit the schema."""
     limits = f"at most {settings.max_characters} characters, and {settings.max_texts} texts"
     texts = {"type": "array", "items": {"type": "string"}, "minItems": 1}
     return {
@@ -122,7 +122,7 @@ def _texts(settings: ServerSettings) -> dict[str, Any]:
 
 
 def _of_request(model: type[BaseModel], languages: ServedLanguages) -> dict[str, Any]:
-    """With the languages of the model. The server takes other forms of their codes, too."""
+    """The schema with the languages of the model. The server accepts other forms of their codes, too."""
     schema = model.model_json_schema()
     codes = list(languages.code_of.values())
     for name, known in (("source", [AUTO, *codes]), ("target", codes)):
@@ -140,7 +140,7 @@ def _body(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_form(field: dict[str, Any]) -> dict[str, Any]:
-    """A field as a form has it: one text, and nothing but text."""
+    """A field in the form encoding: a single text."""
     if "anyOf" not in field:
         return field
     others = {key: value for key, value in field.items() if key not in ("anyOf", "default")}

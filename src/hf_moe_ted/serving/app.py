@@ -1,4 +1,4 @@
-"""The server as an ASGI app: LibreTranslate's HTTP API, so that its clients work unchanged."""
+"""The server as an ASGI app with LibreTranslate's HTTP API, so that LibreTranslate's clients work unchanged."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -43,7 +43,7 @@ _WORK_FAILURES = failures(400, 403, 408, 413, 429, 500, 503)
 def create_app(translator: BatchedTranslator, settings: ServerSettings | None = None) -> FastAPI:
     """
     Args:
-        translator: of all clients; it is closed with the app.
+        translator: shared by all clients; it is closed with the app.
         settings: limits and keys; by default those of [`ServerSettings`].
 
     Raises:
@@ -75,7 +75,7 @@ def create_app(translator: BatchedTranslator, settings: ServerSettings | None = 
     return app
 
 
-_DESCRIPTION = """Translates texts and files. The API is that of LibreTranslate; codes of languages are taken in any
+_DESCRIPTION = """Translates texts and files. The API is that of LibreTranslate; language codes are accepted in any
 form (`zh-Hans`, `zh_CN`, `zho_Hans`)."""
 
 
@@ -102,7 +102,7 @@ def _add_translation(app: FastAPI, api: TranslationApi, languages: ServedLanguag
 
     @app.post("/detect", response_model=list[DetectedLanguage], responses=_WORK_FAILURES, openapi_extra=body)
     async def detect(request: Request) -> Response:
-        """The languages that a text may be in, the likeliest first."""
+        """The possible languages of a text, the likeliest first."""
         return JSONResponse(await api.detect(request))
 
 
@@ -122,10 +122,10 @@ def _add_files(app: FastAPI, api: TranslationApi, files: FileStore, languages: S
         responses={**failures(404), 200: {"content": {"application/octet-stream": {}}}},
     )
     async def download_file(filename: str) -> Response:
-        """A translated file, as long as it is kept."""
+        """Download a translated file as long as it is stored."""
         found = files.get(filename)
         if found is None:
-            raise HTTPException(404, "There is no such file, or no longer")
+            raise HTTPException(404, "The file does not exist, or no longer")
         return FileResponse(
             found.path,
             filename=found.name,
@@ -144,12 +144,12 @@ def _add_facts(app: FastAPI, api: TranslationApi, languages: ServedLanguages, me
 
     @app.get("/frontend/settings", response_model=dict[str, object])
     async def frontend_settings() -> Response:
-        """Limits, for pages that show them."""
+        """Limits of the server, for pages that show them."""
         return JSONResponse(api.frontend_settings())
 
     @app.post("/suggest", response_model=None, status_code=403, responses={403: {"model": Failure}})
     async def suggest() -> Response:
-        """Suggestions are not taken."""
+        """Suggestions are not accepted."""
         return JSONResponse({"error": "Suggestions are disabled on this server."}, 403)
 
     @app.get("/health", response_model=Health)
@@ -159,7 +159,7 @@ def _add_facts(app: FastAPI, api: TranslationApi, languages: ServedLanguages, me
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def of_server() -> Response:
-        """Numbers for Prometheus."""
+        """Metrics for Prometheus."""
         return Response(metrics.shown(), media_type=METRICS_TYPE)
 
 

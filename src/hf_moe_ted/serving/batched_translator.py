@@ -1,4 +1,4 @@
-"""One model, many clients: the sentences of all that wait, in batches of like length."""
+"""One model for many clients: waiting sentences of all clients go in batches of similar length."""
 
 import asyncio
 import sys
@@ -14,16 +14,16 @@ from ..translation.sentence_translator import SourceSentence
 from ..translation.text_translator import PlannedText, TextTranslator, TranslatedSentence, TranslatedText
 from .turns import Turns
 
-MAX_WAITS = 5  # times wait_s, for others to join a batch
+MAX_WAITS = 5  # times wait_s: longest wait for others to join a batch
 MIN_RETRY_S = 1.0
-MAX_LENGTH_RATIO = 2.0  # of a batch on a CPU
+MAX_LENGTH_RATIO = 2.0  # tokens of a batch on a CPU
 
 
 class QueueFullError(Exception):
-    """So much waits that a request was not accepted.
+    """A request was refused because too much is waiting.
 
     Attributes:
-        retry_after_s: when it may be, by how fast the requests before it were.
+        retry_after_s: estimated seconds until it may be accepted, from the speed of earlier requests.
     """
 
     def __init__(self, retry_after_s: float):
@@ -32,18 +32,18 @@ class QueueFullError(Exception):
 
 
 class ClosedError(Exception):
-    """The translator finishes what it has and accepts nothing more."""
+    """The translator finishes accepted requests and accepts no new ones."""
 
 
 @dataclass(eq=False)
 class _Request:
-    """Texts of a client on their way.
+    """A request of a client in progress.
 
     Attributes:
-        waiting: sentences that no batch has taken, the longest first.
-        open: sentences that have no translation.
-        arrival_s: when its sentences were known.
-        num_characters: of all its sentences.
+        waiting: sentences that are not in a batch yet, the longest first.
+        open: sentences without a translation.
+        arrival_s: time at which its sentences were known.
+        num_characters: number of characters of all its sentences.
     """
 
     plans: list[PlannedText]
@@ -56,7 +56,7 @@ class _Request:
 
 
 class _AbandonedError(Exception):
-    """Nobody waits for a batch any more."""
+    """No client waits for a batch any more."""
 
 
 class _Lane:
@@ -71,22 +71,22 @@ class _Lane:
 class BatchedTranslator:
     """Translates for many clients at once.
 
-    Sentences of all requests that wait go through the model together, in batches of like length under the translator's
-    `batch_tokens`. A short request does not wait for a long document: its batch goes between two tokens of the
-    document's. Both get the same share of time, so that neither waits for ever. Of requests of a kind the one that
-    came first is first, but a small one overtakes one that is larger by more than its head start. A sentence of a short
-    request whose terms have to be searched for is a long one from then on.
+    Sentences of all waiting requests go through the model together, in batches of similar length within the
+    translator's `batch_tokens`. A short request does not wait for a long document: its batch runs between two tokens of
+    the document's batch. Both kinds get the same share of time, so neither waits forever. Requests of one kind run in
+    order of arrival, but a small request overtakes a much larger one. If a sentence of a short request needs a search
+    for terms, it then counts as long.
 
     Args:
-        translator: with the model, which nobody else should use meanwhile.
-        wait_s: how long a batch waits for others to join, from the last one that did; at most five times as long from
-            the first.
-        max_waiting_characters: of all texts that are not translated yet; what comes then is refused. One request alone
-            may be longer.
-        short_tokens: source tokens of a request that is short; by default a quarter of the translator's `batch_tokens`.
+        translator: the translator with the model; no other code should use the model at the same time.
+        wait_s: how long a batch waits for other requests after the last one that joined; at most five times as long
+            after the first.
+        max_waiting_characters: most characters of all texts that are not translated yet; further requests are refused.
+            A single request may be longer.
+        short_tokens: most source tokens of a short request; by default a quarter of the translator's `batch_tokens`.
 
     Raises:
-        ValueError: a number that cannot be.
+        ValueError: a number is out of its range.
     """
 
     def __init__(
@@ -99,13 +99,13 @@ class BatchedTranslator:
     ):
         for name, number in {"wait_s": wait_s, "max_waiting_characters": max_waiting_characters}.items():
             if number < 0:
-                raise ValueError(f"{name} ({number}) must not be negative")
+                raise ValueError(f"{name} ({number}) must be at least 0")
         self.translator = translator
         self.max_waiting_characters = max_waiting_characters
         self._wait_s = wait_s
         self._short_tokens = translator.batch_tokens // 4 if short_tokens is None else short_tokens
         self._changed = threading.Condition()
-        # on a GPU a batch takes as long as its longest sentence, whatever else is in it; on a CPU each of them does
+        # on a GPU a batch takes as long as its longest sentence; on a CPU every sentence adds to the time
         self._mixes_lengths = execution_device(translator.model).type != "cpu"
         self._turns = Turns()
         self._short = _Lane(self._run, "short texts")
@@ -131,11 +131,11 @@ class BatchedTranslator:
         glossary: Glossary | None = None,
         num_alternatives: int = 0,
     ) -> list[TranslatedText]:
-        """As [`TextTranslator.translate`]. If the task that waits is cancelled, so is the work.
+        """Like [`TextTranslator.translate`]. If the waiting task is cancelled, the work is cancelled, too.
 
         Raises:
-            ValueError: as there.
-            QueueFullError: too much waits already.
+            ValueError: see there.
+            QueueFullError: too much is waiting already.
             ClosedError: after `close`.
         """
         num_characters = sum(len(text) for text in texts if isinstance(text, str))
@@ -152,7 +152,7 @@ class BatchedTranslator:
             self._leave(num_characters)
 
     async def close(self) -> None:
-        """Finish what was accepted; refuse what comes after."""
+        """Finish accepted requests and refuse new ones."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -186,7 +186,7 @@ class BatchedTranslator:
             plans = self.translator.plan(
                 texts, src_lang, tgt_lang, glossary=glossary, num_alternatives=num_alternatives
             )
-        except Exception as error:  # of this request, whoever made it
+        except Exception as error:  # cancelled for this request, by any caller
             _give(done, error)
             return
         sentences = {sentence: None for plan in plans for parts in plan.sentences for sentence in parts}
@@ -207,7 +207,7 @@ class BatchedTranslator:
             self._changed.notify_all()
 
     def _leave(self, num_characters: int) -> None:
-        """A request is done, has failed or was cancelled."""
+        """Remove a request that is done, has failed or was cancelled."""
         with self._changed:
             self._num_characters -= num_characters
             self._changed.notify_all()
@@ -220,18 +220,18 @@ class BatchedTranslator:
                 start = time.perf_counter()
                 try:
                     self._translate(batch, lane)
-                except Exception as error:  # the thread goes on: without it nobody would have an answer
+                except Exception as error:  # the thread continues: without it no client would get an answer
                     for request in _unique(request for requests in batch.values() for request in requests):
                         _give(request.done, error)
                 of_batch = (time.perf_counter() - start) / sum(len(sentence.text) for sentence in batch)
             self._seconds_per_character = 0.8 * (self._seconds_per_character or of_batch) + 0.2 * of_batch
-            del batch  # whose texts nobody needs while nothing waits
+            del batch  # its texts are not needed while nothing waits
         with self._changed:
             lane.is_ended = True
             self._changed.notify_all()
 
     def _next_batch(self, lane: _Lane) -> dict[SourceSentence, list[_Request]]:
-        """Sentences and who waits for them; none when the translator is closed and nothing is left."""
+        """Sentences and the requests that wait for them; none when the translator is closed and nothing is left."""
         with self._changed:
             while True:
                 self._changed.wait_for(lambda: lane.requests or self._is_over(lane))
@@ -243,7 +243,7 @@ class BatchedTranslator:
                     return batch
 
     def _is_over(self, lane: _Lane) -> bool:
-        """Whether nothing comes to a lane any more; short requests may become long ones."""
+        """Whether a lane gets no more work; short requests may become long ones."""
         return self._is_closed and self._num_planning == 0 and (lane is self._short or self._short.is_ended)
 
     def _wait_for_others(self, lane: _Lane) -> None:
@@ -293,7 +293,7 @@ class BatchedTranslator:
             results = self.translator.translate_batch(list(batch), on_step, search=lane is self._long)
         except _AbandonedError:
             return
-        except Exception as error:  # of the model: told to whom it concerns, and the others go on
+        except Exception as error:  # errors of the model go to the clients of the batch; others continue
             self._failed(batch, error, lane)
             return
         for (sentence, requests), translated in zip(batch.items(), results, strict=True):
@@ -309,7 +309,7 @@ class BatchedTranslator:
             self._changed.notify_all()
 
     def _failed(self, batch: dict[SourceSentence, list[_Request]], error: Exception, lane: _Lane) -> None:
-        """Each request of a batch again by itself, so that only the one that cannot be translated fails."""
+        """Repeat each request of a failed batch alone, so that only the one that cannot be translated fails."""
         requests = _unique(request for requests in batch.values() for request in requests)
         if len(requests) == 1:
             requests[0].waiting.clear()
@@ -320,7 +320,7 @@ class BatchedTranslator:
             self._translate(own, lane)
 
     def _deliver(self, request: _Request, sentence: SourceSentence, translated: TranslatedSentence) -> None:
-        with self._changed:  # short and long sentences of a request may end together
+        with self._changed:  # short and long sentences of a request may finish at the same time
             request.translated[sentence] = translated
             request.open.discard(sentence)
             is_whole = not request.open
@@ -337,7 +337,7 @@ def _give_whole(
     plans: Iterable[PlannedText],
     translated: dict[SourceSentence, TranslatedSentence],
 ) -> None:
-    """What fails here fails for one client: the thread goes on for the others."""
+    """An error here is an error for one client; the thread continues for the others."""
     try:
         texts = [plan.whole(translated) for plan in plans]
     except Exception as error:
@@ -347,7 +347,7 @@ def _give_whole(
 
 
 def _give(done: Future[list[TranslatedText]], result: list[TranslatedText] | Exception) -> None:
-    """To the client, if it still waits; a request whose short sentences failed may have long ones under way."""
+    """Give the result to the client if it still waits; a failed request may still have sentences in the long lane."""
     if done.done() or not done.set_running_or_notify_cancel():
         return
     if isinstance(result, Exception):

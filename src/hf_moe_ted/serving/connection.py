@@ -1,4 +1,4 @@
-"""Connections that do not keep the server waiting for ever."""
+"""Connections that cannot keep the server waiting forever."""
 
 import asyncio
 from typing import Any
@@ -7,13 +7,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_TIMEOUT_S = 30.0
 WRITE_TIMEOUT_S = 30.0
-_ENDLESS = "/gradio_api/heartbeat/"  # a stream that is there as long as the page is open in a browser
+_ENDLESS = "/gradio_api/heartbeat/"  # a stream that stays open as long as a browser shows the page
 
 
 class PatientConnection(H11Protocol):
-    """A connection that is closed when the head of a request does not come, or when the client stops reading.
+    """A connection that is closed if the head of a request does not arrive, or if the client stops reading.
 
-    uvicorn itself closes only those that have had an answer and ask nothing more. For `uvicorn.Config(http=...)`.
+    uvicorn itself closes only idle connections after an answer. For `uvicorn.Config(http=...)`.
     """
 
     head_timeout_s = HEAD_TIMEOUT_S  # from the connection, or from the first byte after an answer
@@ -50,7 +50,7 @@ class PatientConnection(H11Protocol):
         self._watch_writing()
 
     def shutdown(self) -> None:
-        """Stop a server without waiting for what never ends by itself."""
+        """Stop a server without waiting for streams that never end."""
         super().shutdown()
         if not self._waits_for_head and _ENDLESS in self.scope["path"]:
             self.transport.close()
@@ -68,7 +68,7 @@ class PatientConnection(H11Protocol):
             self.transport.abort()
 
     def _watch_writing(self) -> None:
-        """Hangs up when nothing of what is to be sent has been taken for a while."""
+        """Close the connection if the client has not read any data for a while."""
         if self._write_timer is None and self.transport.get_write_buffer_size():
             num_bytes = self.transport.get_write_buffer_size()
             self._write_timer = self.loop.call_later(self.write_timeout_s, self._check_writing, num_bytes)

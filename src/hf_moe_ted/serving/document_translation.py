@@ -1,4 +1,4 @@
-"""Documents through the model of all clients: their languages, their passages, and what came of them."""
+"""Translate documents with the shared model: languages, passages and results."""
 
 import asyncio
 from collections import defaultdict
@@ -16,11 +16,11 @@ from .languages import AUTO, ServedLanguages
 class TranslatedDocument:
     """
     Attributes:
-        text: with everything of the source that is not language.
-        src_lang: as the tokenizer names it.
-        confidence: that the source is in it: at most 100.
-        alternatives: other translations of the document, none of which is `text`.
-        problems: what a reader should look at, in words.
+        text: the translation, with everything of the source that is not text to translate.
+        src_lang: its name in the tokenizer.
+        confidence: confidence of the detected source language, at most 100.
+        alternatives: other translations of the document, all different from `text`.
+        problems: problems that a reader should check, in words.
     """
 
     text: str
@@ -33,11 +33,11 @@ class TranslatedDocument:
 class DocumentTranslator:
     """
     Args:
-        translator: of all clients.
-        languages: of its model.
+        translator: translator that all clients share.
+        languages: languages of its model.
 
     Attributes:
-        max_alternatives: that its beam search has.
+        max_alternatives: most alternatives that its beam search allows.
     """
 
     def __init__(self, translator: BatchedTranslator, languages: ServedLanguages):
@@ -55,13 +55,13 @@ class DocumentTranslator:
     ) -> list[TranslatedDocument]:
         """
         Args:
-            src_lang: as the tokenizer names it, or `auto`: found in each document.
-            tgt_lang: as the tokenizer names it. A document in this language stays as it is.
-            num_alternatives: at most `max_alternatives`; documents with marks in texts have none.
-            glossary: terms that the translations are to have.
+            src_lang: a name in the tokenizer, or `auto` to detect it for each document.
+            tgt_lang: a name in the tokenizer. A document in this language does not change.
+            num_alternatives: at most `max_alternatives`; documents with markup inside texts have none.
+            glossary: terms that the translations must have.
 
         Raises:
-            QueueFullError: too much waits for the model already.
+            QueueFullError: too much is waiting for the model already.
         """
         if any(document.has_parts for document in documents):
             num_alternatives = self.max_alternatives
@@ -84,7 +84,7 @@ class DocumentTranslator:
     async def _translate_texts(
         self, texts: list[str], src_lang: str, tgt_lang: str, num_alternatives: int, glossary: Glossary | None
     ) -> list[TranslatedText]:
-        """In chunks, one after another; only the first is refused where too much waits, what has begun goes on."""
+        """Translate in chunks. Only the first can be refused if too much waits; begun work continues."""
         results: list[TranslatedText] = []
         for chunk in _chunked(texts):
             while True:

@@ -1,4 +1,4 @@
-"""Texts of all formats as what they have in common: passages to translate, and how they are put back together."""
+"""A common form for all document formats: passages to translate, and a function that joins them again."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from .marked_text import IN_PARTS, Passage
 from .srt_text import Cue, srt_parts
 
 CHUNK_CHARACTERS = 50_000
-"""A long text goes to the model in pieces of about as many, so that it never fills the queue of all clients."""
+"""A long text goes to the model in pieces of about this many characters, so it never fills the shared queue."""
 
 _SAMPLE_CHARACTERS = 10_000
 
@@ -20,12 +20,13 @@ _SAMPLE_CHARACTERS = 10_000
 class Document:
     """
     Attributes:
-        source: the whole of it.
-        texts: to translate, in order.
-        is_shown: of each text, whether it stands in the result as it is, so that its problems count.
-        join: the document of translations of each of `texts`, the best first, and problems that came of it.
-        has_parts: whether `join` makes use of other translations than the best.
-        sample: its beginning as plain text, to find its language by.
+        source: the whole document.
+        texts: texts to translate, in order.
+        is_shown: for each text, whether its translation appears directly in the result, so that its problems count.
+        join: function that makes the document from translations of each of `texts`, the best first; it also returns
+            problems.
+        has_parts: whether `join` uses other translations than the best.
+        sample: its beginning as plain text, to detect its language.
     """
 
     source: str
@@ -37,7 +38,7 @@ class Document:
 
 
 def plain_document(source: str) -> Document:
-    """Text that is cut at line ends, where it is long: lines are never translated together."""
+    """A plain text; a long one is cut at line ends, because lines are never translated together."""
     chunks = _chunks(source)
     return Document(
         source,
@@ -55,7 +56,7 @@ def html_document(source: str) -> Document:
 def srt_document(source: str) -> Document:
     """
     Raises:
-        ValueError: there are no times in it.
+        ValueError: it has no times.
     """
     parts = srt_parts(source)
     flat: list[Passage | str] = []
@@ -77,14 +78,14 @@ def srt_document(source: str) -> Document:
 
 
 DOCUMENT_OF_SUFFIX = {".txt": plain_document, ".html": html_document, ".srt": srt_document}
-"""How a file is read, by the end of its name."""
+"""End of a file's name -> function that reads it."""
 
 
 def read_file(name: str, content: bytes) -> Document:
-    """A file by the end of its name. A byte order mark stays.
+    """Read a file by the end of its name. A byte order mark is kept.
 
     Raises:
-        ValueError: another end, text that is not UTF-8, or no times in an SRT.
+        ValueError: the name has another end, the text is not UTF-8, or an SRT has no times.
     """
     suffix = PurePath(name).suffix.lower()
     if suffix not in DOCUMENT_OF_SUFFIX:
@@ -131,7 +132,7 @@ def _render(parts: Sequence[Passage | str], translations: Sequence[Sequence[str]
 
 
 def _chunks(source: str) -> tuple[str, ...]:
-    """Whole lines, of about `CHUNK_CHARACTERS` together."""
+    """Chunks of whole lines, of about `CHUNK_CHARACTERS` each."""
     if len(source) <= CHUNK_CHARACTERS:
         return (source,)
     lines = re.findall(r"[^\n]*\n|[^\n]+", source)

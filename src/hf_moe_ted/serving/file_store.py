@@ -13,10 +13,10 @@ from pathlib import Path
 class StoredFile:
     """
     Attributes:
-        path: where it is.
-        name: what it is called in a download.
-        num_bytes: of it.
-        expires_at: of the store's clock.
+        path: path of the file.
+        name: its name for a download.
+        num_bytes: its size.
+        expires_at: time of the store's clock at which it expires.
     """
 
     path: Path
@@ -26,12 +26,12 @@ class StoredFile:
 
 
 class FileStore:
-    """A folder that only this user can read; it is removed with `close`.
+    """Stores files in a folder that only this user can read; `close` removes it.
 
     Args:
-        lifetime_s: after which a file is removed.
-        max_bytes: of all files together.
-        clock: seconds.
+        lifetime_s: seconds after which a file is removed.
+        max_bytes: most bytes of all files together.
+        clock: function that returns seconds.
     """
 
     def __init__(self, lifetime_s: float, max_bytes: int, clock: Callable[[], float] = time.monotonic):
@@ -49,7 +49,7 @@ class FileStore:
         return 0.0 if oldest is None else max(oldest.expires_at - self._clock(), 0.0)
 
     def put(self, name: str, content: bytes) -> str:
-        """Keeps a file; its key, which cannot be guessed and ends with its name."""
+        """Store a file and return its key, which cannot be guessed and ends with its name."""
         key = f"{uuid.uuid4()}.{name}"
         path = self._folder / key.split(".")[0]
         path.write_bytes(content)
@@ -57,7 +57,7 @@ class FileStore:
         return key
 
     def get(self, key: str) -> StoredFile | None:
-        """`None` for one that is not there, or no longer."""
+        """The file of a key; `None` if it does not exist, or no longer."""
         self.remove_expired()
         return self._files.get(key)
 

@@ -1,8 +1,8 @@
-"""HTML in and out: what a reader sees is translated, everything else stays byte for byte.
+"""Translate HTML: text that a reader sees is translated, everything else stays byte for byte.
 
-Not a tree: the source is cut into tags and text in one pass, as the standard says a browser does it, so that no nesting
-is too deep, nothing is added or written in another way, and the time grows with the length only. A construct without an
-end goes to the end of the text, as in a browser.
+There is no tree: the source is cut into tags and text in one pass, by the standard's rules for browsers. So any depth
+of nesting works, nothing is added or rewritten, and the time is linear in the length. A construct without an end
+extends to the end of the text, as in a browser.
 """
 
 import html
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from .marked_text import Passage, Piece
 
-# elements of words, elements without content, and those whose content is text, whatever tags it seems to have
+# elements inside a line of text
 _INLINE = {
     *("a", "abbr", "acronym", "b", "bdi", "bdo", "big", "cite", "code", "data", "del", "dfn", "em", "font", "i", "img"),
     *("ins", "kbd", "label", "mark", "q", "rp", "rt", "ruby", "s", "samp", "small", "span", "strike", "strong", "sub"),
@@ -26,7 +26,7 @@ _RAW = {"iframe", "noembed", "noframes", "script", "style", "textarea", "title",
 
 _KEPT = {"code", "kbd", "math", "object", "samp", "svg", "var", *_RAW} - {"title"}
 
-# which elements end where another one begins, although their end tags are left out
+# elements that end where another begins, because their end tags may be left out
 _ENDS_PARAGRAPH = {
     *("address", "article", "aside", "blockquote", "center", "details", "dialog", "dir", "div", "dl", "fieldset"),
     *("figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hgroup", "hr", "main"),
@@ -43,7 +43,7 @@ _ENDED_BY = {
     "optgroup": {"option", "optgroup"},
     "tr": {*_ROWS, "p"},
 }
-_MAY_CLOSE_THEMSELVES = {"math", "svg"}  # `<svg/>`; in a tag of HTML the slash means nothing
+_MAY_CLOSE_THEMSELVES = {"math", "svg"}  # `<svg/>`; in HTML tags the slash has no meaning
 
 _START = re.compile(r"<(?=[a-zA-Z!?]|/[^\s])")
 _NAME = re.compile(r"</?([a-zA-Z][^\s/>]*)")
@@ -57,9 +57,9 @@ class Token(NamedTuple):
     """
     Attributes:
         kind: `text`, `open`, `close`, or `other` for comments and declarations.
-        raw: as it stands in the source.
-        name: of a tag, in small letters.
-        is_kept: by its own attributes: `True` not to be translated, `False` to be, `None` as around it.
+        raw: the token as in the source.
+        name: name of a tag, in lower case.
+        is_kept: from its own attributes: `True` is not translated, `False` is translated, `None` as its surroundings.
     """
 
     kind: str
@@ -69,7 +69,7 @@ class Token(NamedTuple):
 
 
 def tokens(source: str) -> Iterator[Token]:
-    """The source in pieces that are the source again when they are joined."""
+    """The tokens of a source; joined they are the source again."""
     position = 0
     while position < len(source):
         found = _START.search(source, position)
@@ -90,14 +90,14 @@ def tokens(source: str) -> Iterator[Token]:
 
 
 def _end_of_other(source: str, start: int) -> int:
-    """Behind a comment, a declaration, or what a browser takes for one."""
+    """The end of a comment, a declaration, or what a browser treats as one."""
     mark, skipped = ("-->", 2) if source.startswith("<!--", start) else (">", 2)
     end = source.find(mark, start + skipped)
     return len(source) if end < 0 else end + len(mark)
 
 
 def _tag(source: str, start: int) -> Token | None:
-    """The tag that begins at `start`; one without an end goes to the end of the source."""
+    """The tag that begins at `start`; a tag without an end extends to the end of the source."""
     name = _NAME.match(source, start)
     if name is None:
         return None
@@ -116,7 +116,7 @@ def _tag(source: str, start: int) -> Token | None:
 
 
 def _value(source: str, position: int) -> tuple[str, int]:
-    """The value of an attribute, if it has one, and where it ends."""
+    """The value of an attribute, if it has one, and its end."""
     equals = _EQUALS.match(source, position)
     if equals is None:
         return "", position
@@ -136,7 +136,7 @@ def _matched(pattern: re.Pattern[str], source: str, position: int) -> re.Match[s
 
 
 def _is_kept(attributes: dict[str, str]) -> bool | None:
-    """What `translate="no"` and `class="notranslate"` say."""
+    """Read `translate="no"` and `class="notranslate"`."""
     translate = attributes.get("translate")
     if translate is not None and translate.lower() in ("", "yes", "no"):
         return translate.lower() == "no"
@@ -144,7 +144,7 @@ def _is_kept(attributes: dict[str, str]) -> bool | None:
 
 
 class _OpenElements:
-    """Elements that are open, and whether their content is kept; each step takes the same time at any depth."""
+    """The open elements, and whether their content is kept; each step takes constant time at any depth."""
 
     def __init__(self) -> None:
         self._stack: list[tuple[str, bool]] = []
@@ -182,10 +182,10 @@ class _OpenElements:
 
 
 def html_passages(source: str) -> list[Passage | str]:
-    """A source in passages that are texts, and what stands between them.
+    """Split a source into passages of text, and the markup between them.
 
-    Tags of blocks, such as `<p>`, end a passage; those of words, such as `<b>`, are in it. Scripts, styles, code and
-    what has `translate="no"` are not translated.
+    Block tags, such as `<p>`, end a passage; inline tags, such as `<b>`, are part of it. Scripts, styles, code and
+    elements with `translate="no"` are not translated.
     """
     parts: list[Passage | str] = []
     pieces: list[Piece] = []

@@ -1,4 +1,4 @@
-"""Languages as clients see them: codes in LibreTranslate's form (`en`, `zh-Hans`), names, and which a text is in."""
+"""Languages for clients: codes in LibreTranslate's form (`en`, `zh-Hans`), names, and detection."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,10 +13,10 @@ class ServedLanguages:
     """The languages of a model.
 
     Args:
-        languages: as the tokenizer names them.
+        languages: languages by their names in the tokenizer.
 
     Attributes:
-        code_of: the code that clients see, of each.
+        code_of: language -> the code that clients see.
     """
 
     def __init__(self, languages: Iterable[str]):
@@ -27,10 +27,10 @@ class ServedLanguages:
         self._detector = LanguageDetector(self._of_detector.values()) if self._of_detector else None
 
     def resolve(self, code: str) -> str:
-        """The tokenizer's name of a language that a client named, in any form.
+        """The tokenizer's name for a client's language code in any form.
 
         Raises:
-            ValueError: no language of the model, or several, are meant.
+            ValueError: the code means no language of the model, or several.
         """
         named = [language for language, known in self.code_of.items() if known.lower() == code.lower()]
         if named:
@@ -41,25 +41,25 @@ class ServedLanguages:
             raise ValueError(f"{code[:40]} is not supported: {str(error)[:1000]}") from None
 
     def detect(self, text: str) -> list[tuple[str, float]]:
-        """Languages that a text may be in, the likeliest first, with a confidence of at most 100; never none.
+        """Possible languages of a text, the likeliest first, with a confidence of at most 100; at least one.
 
-        A text without letters is in the first language, with a confidence of 0.
+        A text without letters gets the first language with confidence 0.
         """
         ranked = self._detector.rank(text) if self._detector else []
         found = [(self._of_detector[code], round(100 * share, 1)) for code, share in ranked[:3]]
         return [pair for index, pair in enumerate(found) if index == 0 or pair[1] >= 1] or [(self.languages[0], 0.0)]
 
     def described(self) -> list[dict[str, object]]:
-        """What `/languages` answers: every language may be translated into every one."""
+        """The answer of `/languages`: every language can be translated into every other."""
         codes = list(self.code_of.values())
         return [{"code": code, "name": language_name(code), "targets": codes} for code in codes]
 
 
 def language_name(language: str) -> str:
-    """Its English name, from the CLDR: `zh-Hans` -> `Chinese (Simplified)`; the code itself where it has no name."""
+    """English name of a language from the CLDR: `zh-Hans` -> `Chinese (Simplified)`; the code itself without a name."""
     from babel import Locale
 
-    english: Any = Locale("en")  # its tables are made when they are asked for, without types
+    english: Any = Locale("en")  # its tables are made on access, without types
     try:
         code = parse_language(language)
     except ValueError:
@@ -76,7 +76,7 @@ def language_name(language: str) -> str:
 
 
 def _shortest_code(language: str, languages: tuple[str, ...]) -> str:
-    """The fewest parts that mean no other of `languages`; Chinese always with its script, if the model names one."""
+    """The shortest code that means no other of `languages`; Chinese always has its script if the model names one."""
     try:
         code = parse_language(language)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Of the work that a person asks for while typing, only the last matters."""
+"""While a person types, only the last request matters."""
 
 import asyncio
 from collections import OrderedDict
@@ -8,25 +8,25 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-MAX_SESSIONS = 10_000  # that are remembered after their work is done
+MAX_SESSIONS = 10_000  # sessions that are remembered after their work is done
 
 
 class LatestOnly:
-    """Runs one work for each session at a time: a newer one ends the older, in whatever order they arrive."""
+    """Runs one work per session: a newer request ends an older one, in any order of arrival."""
 
     def __init__(self) -> None:
         self._tasks: dict[str, asyncio.Task[Any]] = {}
         self._newest: OrderedDict[str, float] = OrderedDict()
 
     async def run(self, session: str, order: float, work: Coroutine[Any, Any, T]) -> T | None:
-        """What the work returns, or `None` if there is a newer one of the session.
+        """The result of the work; `None` if the session has a newer request.
 
-        Cancelling the caller ends the work, too.
+        Cancelling the caller cancels the work, too.
 
         Args:
-            session: who asks.
-            order: when, by the clock of the session; requests may overtake each other on their way.
-            work: to be done; it is never started if there is a newer one.
+            session: id of the session.
+            order: time of the request by the session's clock; requests may arrive in another order.
+            work: the work; it is never started if there is a newer request.
         """
         if order < self._newest.get(session, order):
             work.close()
@@ -38,13 +38,13 @@ class LatestOnly:
         try:
             await asyncio.wait({task})
         finally:
-            task.cancel()  # does nothing to what is done
+            task.cancel()  # has no effect on finished work
             if self._tasks.get(session) is task:
                 del self._tasks[session]
         return None if task.cancelled() else task.result()
 
     def forget(self, session: str) -> None:
-        """End what a session is waiting for, when its person has gone."""
+        """Cancel the work of a session whose user has left."""
         self._end(session)
         self._newest.pop(session, None)
 
@@ -60,7 +60,7 @@ class LatestOnly:
             self._newest.popitem(last=False)
 
     def __len__(self) -> int:
-        """Sessions with work that goes on."""
+        """Number of sessions with running work."""
         return len(self._tasks)
 
 

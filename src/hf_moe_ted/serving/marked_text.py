@@ -1,8 +1,8 @@
-"""Text with marks in it, such as `Click <b>Save</b> now`: translated as one, with the marks put back in their places.
+"""Text with marks, such as `Click <b>Save</b> now`: translated as a whole, with the marks restored.
 
-A passage is translated whole, and each part of it once more on its own. Where a translation of what marks enclose is
-found in that of the whole, in the order of the source, the marks go around it there. Where none is found, the parts are
-put together as they were translated on their own: the marks are right, the words less so, and that is reported.
+A passage is translated as a whole, and each part is translated separately, too. If the translation of a marked part is
+found in that of the whole, in the order of the source, the marks go around it there. Otherwise the separately
+translated parts are joined: the marks are right, the words less so, and a problem is reported.
 """
 
 import re
@@ -13,13 +13,13 @@ from functools import cached_property
 _WHITE = " \t\n\r\f"
 _SPACES = re.compile(f"[{_WHITE}]+")
 
-MAX_PLACED_PIECES = 200  # of a passage; one with more marks is translated in parts
+MAX_PLACED_PIECES = 200  # most marks of a passage; a passage with more is translated in parts
 
 _MIN_SHARE = 0.5  # of the letters of a part that have to be found
 _WINDOW_CHARACTERS = 2_000  # in which words that are like those of a part are looked for
 _WORD = re.compile(r"\w+")
 
-IN_PARTS = "translated in parts, as its tags have no place in the whole"
+IN_PARTS = "translated in parts, because its tags have no clear place in the whole"
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Piece:
     """
     Attributes:
         raw: as it stands in the source.
-        text: what it says; `None` for a mark.
-        depth: of the marks around it that began in the passage; of a mark: behind it.
+        text: its text; `None` for a mark.
+        depth: number of open marks around it that began in the passage; for a mark, after it.
         is_kept: it must not be translated.
     """
 
@@ -59,11 +59,12 @@ class Passage:
 
     Args:
         pieces: in the order of the source.
-        escape: how a translation is written among marks.
-        has_lines: whether line ends mean something; otherwise white space is all the same.
+        escape: function that escapes a translation between marks.
+        has_lines: whether line ends have a meaning; otherwise all white space is equal.
 
     Attributes:
-        texts: to translate. Where several pieces say something, the first is the whole. None: there is nothing.
+        texts: texts to translate. If several pieces have text, the first is the whole passage. Empty if there is no
+            text.
     """
 
     def __init__(self, pieces: Sequence[Piece], escape: Callable[[str], str], *, has_lines: bool = False):
@@ -77,10 +78,11 @@ class Passage:
         return [whole, *translated] if translated and self._has_whole else translated
 
     def render(self, translations: Sequence[Sequence[str]]) -> tuple[str, bool]:
-        """The passage, and whether it is one translation, not put together of parts.
+        """The passage, and whether it is a translation of the whole and not joined from parts.
 
         Args:
-            translations: of each of its `texts`, the best first. The others help to find a part in the whole.
+            translations: translations of each of its `texts`, the best first. The others help to find a part in the
+                whole.
         """
         is_whole = self._has_whole and bool(self.texts)
         own = iter(translations[1:] if is_whole else translations)
@@ -101,10 +103,10 @@ class Passage:
 
 
 class _Placing:
-    """Puts the translation of a whole among the marks of its source.
+    """Places the marks of a source in the translation of the whole.
 
-    What is inside of marks, or is kept, is found by its own translation. What is between goes to the text outside of
-    marks that is there in the source; without such a text, to where marks have ended or not begun.
+    Text inside of marks, and kept text, is found by its own translation. Text between such parts goes to the unmarked
+    text at that place in the source; if there is none, to a place where marks have ended or not yet begun.
     """
 
     def __init__(self, pieces: Sequence[Piece], whole: str, escape: Callable[[str], str]):
@@ -119,7 +121,7 @@ class _Placing:
         self._holder_is_text = False
 
     def written(self, parts: Sequence[Sequence[str]]) -> str | None:
-        """The whole with its marks; `None` if it is not clear where they belong."""
+        """The whole with its marks; `None` if their places are not clear."""
         for index, piece in enumerate(self._pieces):
             if not piece.says_something:
                 self._pass(index, piece)
@@ -142,7 +144,7 @@ class _Placing:
             self._written[index] += self._escape(text)
 
     def _pass(self, index: int, piece: Piece) -> None:
-        """A mark, or white space: that between texts comes with the translation."""
+        """Handle a mark or white space; white space between texts comes with the translation."""
         is_between = self._first < index < self._last
         if piece.text is not None and is_between:
             self._written[index] = ""
@@ -151,7 +153,7 @@ class _Placing:
             self._holder = index
 
     def _begin(self, index: int) -> bool:
-        """Text outside of marks: it gets what comes before the next piece that is found."""
+        """Handle text outside of marks: it gets everything before the next piece that is found."""
         if self._holder_is_text:
             return False
         self._holder, self._holder_is_text = index, True
@@ -159,7 +161,7 @@ class _Placing:
         return True
 
     def _find(self, index: int, piece: Piece, candidates: Sequence[str]) -> bool:
-        """Text inside of marks, or one that is kept."""
+        """Handle text inside of marks, or kept text."""
         found = _find(candidates, self._whole, self._start, is_exact=piece.is_kept)
         if found is None:
             return False
@@ -179,7 +181,7 @@ def _is_white(text: str) -> bool:
 
 
 def _find(candidates: Sequence[str], whole: str, start: int, *, is_exact: bool) -> tuple[int, int] | None:
-    """Where one of several translations of a part stands in a text, from `start` on."""
+    """The place of one of several translations of a part in a text, from `start` on."""
     for find in (_find_words,) if is_exact else (_find_words, _find_like):
         for candidate in candidates:
             if (found := find(candidate, whole, start)) is not None:
@@ -188,7 +190,7 @@ def _find(candidates: Sequence[str], whole: str, start: int, *, is_exact: bool) 
 
 
 def _find_words(part: str, whole: str, start: int) -> tuple[int, int] | None:
-    """In any case; only whole words, where words have spaces between them."""
+    """Find words in any case; only whole words, if the script has spaces between words."""
     words = part.strip(_WHITE)
     words = words.rstrip(".,;:!?") or words
     if not words:
@@ -201,7 +203,7 @@ def _find_words(part: str, whole: str, start: int) -> tuple[int, int] | None:
 
 
 def _find_like(part: str, whole: str, start: int) -> tuple[int, int] | None:
-    """The words next to each other that are most like those of a part, if they are at least half of it."""
+    """The consecutive words most similar to those of a part, if they match at least half of it."""
     wanted = [word.casefold() for word in _WORD.findall(part)]
     best, best_share, run = None, _MIN_SHARE, 0
     first = end = start
@@ -219,7 +221,7 @@ def _find_like(part: str, whole: str, start: int) -> tuple[int, int] | None:
 
 
 def _is_like(word: str, other: str) -> bool:
-    """The same, or the same to the end, which may be another form of the word."""
+    """Whether words are equal, or equal except at the end, which may be another form of the word."""
     differs = [a != b for a, b in zip(word, other, strict=False)]
     num_same = differs.index(True) if True in differs else len(differs)
     return word == other or num_same >= max(4, 0.7 * max(len(word), len(other)))

@@ -1,8 +1,7 @@
-"""The page of the server: Gradio, without anything from the network.
+"""The page of the server: Gradio, without anything loaded from the network.
 
-The model's work goes through the same [`BatchedTranslator`] as that of other clients. `page_drawing.py` draws the page,
-`page_work.py` does what it does, `page_text.py` has what it says. Gradio takes seconds to import, so that only a server
-with a page does.
+It uses the same [`BatchedTranslator`] as all other clients. `page_drawing.py` draws the page, `page_work.py` does its
+work, and `page_text.py` makes its HTML. Gradio takes seconds to import, so only a server with a page imports it.
 """
 
 import atexit
@@ -28,15 +27,15 @@ def mount_page(
     requests_per_minute: int | None = None,
     **options: Any,
 ) -> "FastAPI":
-    """Put the page at `/` of a server, behind all routes that it has by now.
+    """Put the page at `/` of a server, after all its existing routes.
 
     Args:
-        app: of the server.
+        app: app of the server.
         translator: shared with all other clients.
-        api_keys: of the server. Where there are any, the page, its files and its events need a log-in, whose password
-            is a key, whatever the name.
-        requests_per_minute: of an address; by default as many as it likes.
-        options: of [`PageOptions`].
+        api_keys: keys of the server. With keys, the page, its files and its events need a log-in: any name, with a key
+            as the password.
+        requests_per_minute: limit per address; by default unlimited.
+        options: options of [`PageOptions`].
 
     Raises:
         ValueError: Gradio is not installed, or the statistics are of another model.
@@ -53,7 +52,7 @@ def mount_page(
 
 
 def _keep_files_private() -> None:
-    """Uploads go to a folder that only this user can read, unless the environment names one."""
+    """Put uploads into a folder that only this user can read, unless the environment names another."""
     if "GRADIO_TEMP_DIR" not in os.environ:
         folder = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="hf-moe-ted-page-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)

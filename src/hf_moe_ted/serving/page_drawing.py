@@ -1,4 +1,4 @@
-"""The page in Gradio: what stands where, and what happens when something is typed. Imports Gradio, which takes long."""
+"""The page in Gradio: its layout and events. It imports Gradio, which takes seconds."""
 
 import asyncio
 import tempfile
@@ -27,13 +27,13 @@ MAX_RUNNING_EVENTS = 64
 FILE_LIFETIME_S = 1_800
 MAX_SENTENCE_LABEL = 60
 
-# when the browser asked: requests overtake each other on their way
+# time of the request in the browser: requests may arrive in another order
 _WITH_ORDER = "(...inputs) => [...inputs.slice(0, -1), performance.now()]"
 
 _COPY = """text => navigator.clipboard ? navigator.clipboard.writeText(text)
     : window.alert("Browsers let pages copy over https only: select the text and copy it.")"""
 
-# the box that is typed in follows the direction of each paragraph
+# the input box follows the direction of each paragraph
 _CSS = """
 #source textarea { unicode-bidi: plaintext; text-align: start; }
 #translation textarea { text-align: start; }
@@ -41,7 +41,7 @@ _CSS = """
 
 
 def mount(app: FastAPI, page: gr.Blocks, work: PageWork, auth: Callable[[str, str], bool] | None) -> FastAPI:
-    """Put the page at `/`, with everything off that would leave the machine or open files of it."""
+    """Put the page at `/`; everything is off that would send data out or open local files."""
     guard = Middleware(PageGuard, work.options.max_characters, work.options.max_file_bytes, get_upload_folder)
     return gr.mount_gradio_app(
         app,
@@ -65,7 +65,7 @@ def mount(app: FastAPI, page: gr.Blocks, work: PageWork, auth: Callable[[str, st
 
 
 def draw(work: PageWork) -> gr.Blocks:
-    """The page, its events wired."""
+    """The page with its events."""
     title = work.options.title
     with gr.Blocks(analytics_enabled=False, title=title, delete_cache=(FILE_LIFETIME_S // 2, FILE_LIFETIME_S)) as page:
         _Drawing(work).wire(page)
@@ -74,7 +74,7 @@ def draw(work: PageWork) -> gr.Blocks:
 
 
 class _Drawing:
-    """The components of the page, and what happens with them."""
+    """The components of the page, and their events."""
 
     def __init__(self, work: PageWork):
         self._work = work
@@ -133,9 +133,9 @@ class _Drawing:
 
     def _draw_glossary(self) -> None:
         self.glossary = gr.Textbox(
-            "",  # what is not drawn yet has no value otherwise
+            "",  # otherwise parts that are not drawn yet have no value
             label="Terms and their translations",
-            info="A term a line, then a tab or ' = ' and its translation; alone, it is not translated.",
+            info="One term per line, then a tab or ' = ' and its translation; a term alone is not translated.",
             lines=3,
             max_lines=12,
             elem_id="glossary",
@@ -146,7 +146,7 @@ class _Drawing:
 
     def wire(self, page: gr.Blocks) -> None:
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        gr.on(  # `source.input` is only told of keys: not of what is pasted, deleted, or written with an input method
+        gr.on(  # `source.input` only sees key presses, not text that is pasted, deleted, or from an input method
             [
                 self.source.change,
                 self.src_lang.change,
@@ -158,7 +158,7 @@ class _Drawing:
             [self.source, self.src_lang, self.tgt_lang, self.num_alternatives, self.glossary, self.order],
             [self.translation, self.message, self.details, self.state],
             js=_WITH_ORDER,
-            trigger_mode="multiple",  # a newer one ends the older, see `LatestOnly`
+            trigger_mode="multiple",  # a newer request ends an older one, see `LatestOnly`
             **private,
         )
         gr.on(
@@ -247,7 +247,7 @@ class _Drawing:
     def _on_swap(
         self, state: dict[str, Any] | None, src_lang: str, tgt_lang: str, source: str, translation: str
     ) -> tuple[str, str, str]:
-        """Source and target language, and the text, which is the translation if there is one."""
+        """New source and target language, and the text, which is the translation if there is one."""
         if src_lang == AUTO:
             others = (language for language in self._work.languages if language != tgt_lang)
             src_lang = next(others, tgt_lang) if state is None else state["src_lang"]
@@ -282,7 +282,7 @@ class _Drawing:
 
 
 def _state_of(translated: TranslatedText) -> dict[str, Any]:
-    """What the pictures need."""
+    """The data for the pictures."""
     return {
         "src_lang": translated.src_lang,
         "tgt_lang": translated.tgt_lang,

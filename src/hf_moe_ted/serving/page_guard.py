@@ -1,4 +1,4 @@
-"""What the routes of Gradio do not limit themselves: bodies of requests, and the room that uploads take."""
+"""Limits that Gradio's routes do not have: sizes of request bodies and of stored uploads."""
 
 import json
 from collections.abc import Callable
@@ -16,11 +16,11 @@ class PageGuard:
     """ASGI middleware of the page.
 
     Args:
-        app: of the page.
-        max_characters: of a text; in JSON a character takes twelve bytes at most.
-        max_file_bytes: of a file.
-        folder: of uploads and translated files, or what says where it is by now.
-        max_stored_bytes: of all files in it; what comes then is answered with 503.
+        app: app of the page.
+        max_characters: most characters of a text; in JSON a character takes at most twelve bytes.
+        max_file_bytes: most bytes of a file.
+        folder: folder of uploads and translated files, or a function that returns it.
+        max_stored_bytes: most bytes of all files in it; further uploads get status 503.
     """
 
     def __init__(
@@ -48,21 +48,21 @@ class PageGuard:
         await send({"type": "http.response.body", "body": json.dumps({"detail": detail}).encode()})
 
     def _refused(self, scope: Scope) -> tuple[int, str] | None:
-        """Status and reason; servers hold a body to the length that it declares."""
+        """Status and reason of a refusal; servers enforce the declared length of a body."""
         length = dict(scope["headers"]).get(b"content-length", b"")
         if not length.isdigit():
             return 411, "a request needs a Content-Length"
         is_upload = scope["path"].rstrip("/").endswith("/upload")
         limit = self._max_upload_bytes if is_upload else self._max_json_bytes
         if int(length) > limit:
-            return 413, f"a request has {int(length):,} bytes, this page takes {limit:,}"
+            return 413, f"a request has {int(length):,} bytes, but this page accepts {limit:,}"
         if is_upload and _num_bytes(Path(self._folder())) + int(length) > self._max_stored_bytes:
-            return 503, "too many files wait here; they are removed after a while: try again later"
+            return 503, "too many files are stored here; they are removed after some time: try again later"
         return None
 
 
 def _num_bytes(folder: Path) -> int:
-    """Of all files in a folder, of which others may be removed meanwhile."""
+    """Bytes of all files in a folder; files may be removed at the same time."""
     sizes = []
     for path in folder.rglob("*"):
         try:

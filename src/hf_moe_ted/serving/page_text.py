@@ -1,4 +1,4 @@
-"""What the page says in HTML: messages, sentences to look at, other translations. Every text is escaped."""
+"""HTML of the page: messages, sentences to check, other translations. Every text is escaped."""
 
 from collections.abc import Iterable
 from html import escape
@@ -8,18 +8,18 @@ from ..translation.text_translator import TranslatedText
 
 
 def status_html(text: str) -> str:
-    """What was done; screen readers say it when there is time."""
+    """A status message; screen readers read it when they are idle."""
     return f'<p role="status">{escape(text)}</p>' if text else ""
 
 
 def error_html(text: str) -> str:
-    """What went wrong; screen readers say it at once."""
+    """An error message; screen readers read it at once."""
     sentence = text[:1].upper() + text[1:]
     return f'<p role="alert" style="color:var(--error-text-color);font-weight:600;">{escape(sentence)}</p>'
 
 
 def problems_html(texts: Iterable[TranslatedText]) -> str:
-    """The sentences that a reader should look at, and why; nothing if there are none."""
+    """The sentences that a reader should check, with the reasons; empty if there are none."""
     rows = [
         (sentence.source, text.src_lang, sentence.text, text.tgt_lang, "; ".join(sentence.problems))
         for text in texts
@@ -32,11 +32,11 @@ def problems_html(texts: Iterable[TranslatedText]) -> str:
         f"<tr>{_cell(source, src_lang)}{_cell(translation, tgt_lang)}<td>{escape(problem)}</td></tr>"
         for source, src_lang, translation, tgt_lang, problem in rows
     )
-    return _table("problems", "Sentences to look at", ("Sentence", "Translation", "Why"), items)
+    return _table("problems", "Sentences to check", ("Sentence", "Translation", "Why"), items)
 
 
 def alternatives_html(text: TranslatedText) -> str:
-    """Each sentence with its translations, the best first, and their scores; nothing without alternatives."""
+    """Each sentence with its translations, the best first, and their scores; empty without alternatives."""
     rows = [
         (sentence.source if rank == 0 else "", translation, f"{score:.3f}")
         for sentence in text.sentences
@@ -55,9 +55,9 @@ def alternatives_html(text: TranslatedText) -> str:
 
 
 def problem_list_html(problems: Iterable[str]) -> str:
-    """What should be looked at in a file; nothing if there is nothing."""
+    """Problems in a file; empty if there are none."""
     items = "".join(f"<li>{escape(problem)}</li>" for problem in problems)
-    return f'<h4>To look at</h4><ul class="problems">{items}</ul>' if items else ""
+    return f'<h4>To check</h4><ul class="problems">{items}</ul>' if items else ""
 
 
 def _cell(text: str, language: str) -> str:

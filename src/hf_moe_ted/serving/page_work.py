@@ -1,4 +1,4 @@
-"""What the page does, without the page: texts and files translated within limits, and pictures of routing."""
+"""The work behind the page: translate texts and files within limits, and make pictures of routing."""
 
 import asyncio
 import math
@@ -20,22 +20,23 @@ from .languages import ServedLanguages
 from .page_text import status_html
 
 HOW_TO_MAKE_STATISTICS = (
-    "Which languages are routed alike is read from statistics of this model on real text: make them with "
-    "hf-moe-ted expert-statistics MODEL DATA FOLDER, and start the server with --statistics FOLDER."
+    "Languages with similar routing are found from statistics of this model on real text. Make them with hf-moe-ted "
+    "expert-statistics MODEL DATA FOLDER, and start the server with --statistics FOLDER."
 )
-DENSE = "This model is dense: it has no experts that tokens could go to."
+DENSE = "This model is dense: it has no experts for tokens."
 
 
 @dataclass(frozen=True, kw_only=True)
 class PageOptions:
-    """What a page is and allows.
+    """Options and limits of a page.
 
     Attributes:
-        title: of the page.
-        max_characters: of a text.
-        max_file_bytes: of a file.
-        wait_s: how long a client (its address) has to wait before it may ask again, 0 if it may now; a call counts.
-        statistics: of the same model, for the languages that are routed alike.
+        title: title of the page.
+        max_characters: most characters of a text.
+        max_file_bytes: most bytes of a file.
+        wait_s: function that returns how long a client (its address) must wait before its next request, 0 if it need
+            not; each call counts as a request.
+        statistics: statistics of the same model, for languages with similar routing.
     """
 
     title: str = "Translate"
@@ -72,12 +73,13 @@ class PageWork:
     ) -> TranslatedText:
         """
         Raises:
-            ValueError: the text is too long; an unknown language, or twice the same; a wrong glossary; asked too often.
-            QueueFullError: too much waits.
+            ValueError: the text is too long; a language is unknown, or both are the same; the glossary is wrong; there
+                are too many requests.
+            QueueFullError: too much is waiting.
         """
         if len(text) > self.options.max_characters:
             limit = f"{self.options.max_characters:,}"
-            raise ValueError(f"the text has {len(text):,} characters, this page takes {limit}: send it in parts")
+            raise ValueError(f"the text has {len(text):,} characters, but this page accepts {limit}: send it in parts")
         self._check(src_lang, tgt_lang, client)
         [translated] = await self._translator.translate(
             [text], src_lang, tgt_lang, num_alternatives=num_alternatives, glossary=glossary_of(glossary)
@@ -87,15 +89,15 @@ class PageWork:
     async def translate_file(
         self, path: Path, src_lang: str, tgt_lang: str, glossary: str, client: str
     ) -> tuple[str, TranslatedDocument]:
-        """The name of the translated file, and what came of it.
+        """The name of the translated file, and its result.
 
         Raises:
-            ValueError: as `translate`; the file is too large, of another kind, or no text in UTF-8.
+            ValueError: see `translate`; or the file is too large, of another kind, or not text in UTF-8.
         """
         self._check(src_lang, tgt_lang, client)
         num_bytes = path.stat().st_size
         if num_bytes > self.options.max_file_bytes:
-            raise ValueError(f"the file has {num_bytes:,} bytes, this page takes {self.options.max_file_bytes:,}")
+            raise ValueError(f"the file has {num_bytes:,} bytes, but this page accepts {self.options.max_file_bytes:,}")
         document = await asyncio.to_thread(read_file, path.name, path.read_bytes())
         [translated] = await self._documents.translate([document], src_lang, tgt_lang, glossary=glossary_of(glossary))
         return f"{path.stem}.{tgt_lang}{path.suffix}", translated
@@ -110,7 +112,7 @@ class PageWork:
         return token_picture(token_routing(model, tokenizer, source, translation, src_lang, tgt_lang))
 
     def similar_languages(self, src_lang: str, tgt_lang: str) -> str:
-        """HTML: the languages whose routing is like that of the two; without statistics, how to make them."""
+        """HTML: languages with routing similar to the two; without statistics, how to make statistics."""
         if self.options.statistics is None:
             return status_html(HOW_TO_MAKE_STATISTICS)
         return similar_languages_picture(self.options.statistics, src_lang, tgt_lang)
@@ -124,13 +126,13 @@ class PageWork:
 
 
 def glossary_of(text: str) -> Glossary | None:
-    """A glossary as people type or paste it; `None` for none.
+    """Parse a glossary that a user typed or pasted; `None` if it is empty.
 
-    Each line is a term, and after a tab or ` = ` its translation; alone it is a term that is not translated. Blank
-    lines, and those that start with `#`, are skipped.
+    Each line is a term and, after a tab or ` = `, its translation. A term alone is not translated. Blank lines, and
+    lines that start with `#`, are skipped.
 
     Raises:
-        ValueError: a line is wrong: its number, and why.
+        ValueError: a line is wrong; the message gives its number and the reason.
     """
     entries: list[tuple[str, str | None]] = []
     for number, line in enumerate(text.splitlines(), start=1):

@@ -1,4 +1,4 @@
-"""How often somebody may ask."""
+"""Limit the number of requests per client."""
 
 import time
 from collections import OrderedDict
@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 
 class RateLimit:
-    """A bucket of tokens for each client: full, it allows the requests of a minute at once, and it fills in a minute.
+    """A token bucket per client: a full bucket allows the requests of one minute at once, and it refills in one minute.
 
     Args:
-        requests_per_minute: of each client.
-        clock: seconds.
+        requests_per_minute: limit for each client.
+        clock: function that returns seconds.
     """
 
     def __init__(self, requests_per_minute: int, clock: Callable[[], float] = time.monotonic):
@@ -19,7 +19,7 @@ class RateLimit:
         self._empty_until: OrderedDict[str, float] = OrderedDict()  # when each bucket is full again; the oldest first
 
     def wait_s(self, client: str) -> float:
-        """Takes a token; how long to wait where there is none, 0 where there was one."""
+        """Take a token. Returns 0, or how long to wait if there is none."""
         now = self._clock()
         self._forget_full(now)
         full_at = max(self._empty_until.get(client, now), now) + self._interval_s
@@ -31,11 +31,11 @@ class RateLimit:
         return 0.0
 
     def __len__(self) -> int:
-        """Clients that are remembered."""
+        """Number of remembered clients."""
         return len(self._empty_until)
 
     def _forget_full(self, now: float) -> None:
-        """A bucket that is full needs no memory: at most two at a time, so that no request waits for it."""
+        """Forget full buckets, which need no memory; at most two per call, so that no request waits for it."""
         for _ in range(2):
             client = next(iter(self._empty_until), None)
             if client is None or self._empty_until[client] > now:

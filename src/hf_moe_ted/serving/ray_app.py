@@ -18,11 +18,11 @@ class RayArguments(BaseModel):
     """`args` of the application in the configuration of Ray Serve.
 
     Attributes:
-        model: folder of the model with its tokenizer, which each machine has at the same place.
-        api_keys: file of keys, one a line.
-        settings: of [`ServerSettings`], by name. Limits are those of each replica.
+        model: folder of the model with its tokenizer, at the same path on each machine.
+        api_keys: file of keys, one per line.
+        settings: fields of [`ServerSettings`], by name. Limits hold for each replica.
         num_beams, batch_tokens, max_new_tokens: see [`TextTranslator`].
-        dtype, device: as `hf-moe-ted serve` has them.
+        dtype, device: as in `hf-moe-ted serve`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -38,7 +38,7 @@ class RayArguments(BaseModel):
 
 
 def build(args: RayArguments) -> serve.Application:
-    """The application, whose deployment `Translator` may be configured as any other of Ray Serve."""
+    """The application; its deployment `Translator` is configured like any other of Ray Serve."""
 
     def app() -> FastAPI:  # in each replica; the process that builds the application needs no model and no torch
         from ..tensors.whole_model import load_model_and_tokenizer

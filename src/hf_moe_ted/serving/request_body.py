@@ -1,4 +1,4 @@
-"""Bodies of requests: read up to a limit, then taken apart, as JSON or as a form."""
+"""Request bodies: read up to a limit, then parsed as JSON or as a form."""
 
 import asyncio
 from typing import TypeVar
@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message
 
-CLIENT_CLOSED_REQUEST = 499  # nobody reads it but the log
+CLIENT_CLOSED_REQUEST = 499  # only the log shows it
 
 _MAX_FIELDS = 100
 
@@ -20,8 +20,8 @@ Model = TypeVar("Model", bound=BaseModel)
 async def read_body(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:
     """
     Raises:
-        HTTPException: 413 for more bytes, before they are read where their number is known; 408 where they do not come;
-            499 where the client hangs up meanwhile.
+        HTTPException: 413 for too many bytes, before reading if their number is known; 408 if they do not arrive; 499
+            if the client disconnects.
     """
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > max_bytes:
@@ -48,10 +48,11 @@ def _too_large(max_bytes: int) -> HTTPException:
 
 
 async def parse_body(request: Request, body: bytes, model: type[Model]) -> Model:
-    """The fields of JSON, or of a form and the query together.
+    """Parse the fields of JSON, or of a form and the query together.
 
     Raises:
-        HTTPException: 400 for what is no such body, or does not fit the model. The message has nothing of the texts.
+        HTTPException: 400 for another kind of body, or fields that do not fit the model. The message has no part of the
+            texts.
     """
     try:
         if _is_json(request):
@@ -64,10 +65,10 @@ async def parse_body(request: Request, body: bytes, model: type[Model]) -> Model
 
 
 async def parse_upload(request: Request, body: bytes, model: type[Model]) -> tuple[Model, UploadFile | None]:
-    """The fields of a form with a file in the field `file`.
+    """Parse the fields of a form with a file in the field `file`.
 
     Raises:
-        HTTPException: 400, as `parse_body`.
+        HTTPException: 400, see `parse_body`.
     """
     form = await _multipart(request, body)
     file = form.get("file")
@@ -127,10 +128,10 @@ def _parsed(text: str) -> list[tuple[str, str]]:
 
 
 def _once(pairs: list[tuple[str, str]], model: type[BaseModel]) -> dict[str, str]:
-    """The fields of a model; empty ones are as if they were not there.
+    """The fields of a model; empty fields count as missing.
 
     Raises:
-        HTTPException: 400 for a field that comes twice.
+        HTTPException: 400 for a field that occurs twice.
     """
     fields: dict[str, str] = {}
     for name, value in pairs:
@@ -142,7 +143,7 @@ def _once(pairs: list[tuple[str, str]], model: type[BaseModel]) -> dict[str, str
 
 
 def _message(error: ValidationError) -> str:
-    """The first thing that is wrong, in LibreTranslate's words where it has some."""
+    """The first error, in LibreTranslate's words if it has a message for it."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     name = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "missing":

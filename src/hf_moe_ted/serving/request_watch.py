@@ -1,6 +1,6 @@
-"""Around all endpoints: every request is counted and logged, and no error gets out of the app.
+"""Middleware around all endpoints: it counts and logs every request, and no error leaves the app.
 
-An error that left the app would be written to the log by the server with its message, and that may have users' text.
+If an error left the app, the server would log its message, which may contain users' text.
 """
 
 import json
@@ -15,7 +15,7 @@ from .server_metrics import ServerMetrics
 
 logger = logging.getLogger("hf_moe_ted.serving")
 
-OTHER = "other"  # endpoints that are not of the API: a label for each path that somebody tries would never end
+OTHER = "other"  # label of paths outside of the API: a label for every tried path would grow without end
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -23,9 +23,9 @@ class RequestWatch:
     """ASGI middleware.
 
     Args:
-        app: what it is around.
-        metrics: where requests are counted.
-        log_texts: whether messages of errors, which may have texts, are logged.
+        app: the inner app.
+        metrics: metrics that count requests.
+        log_texts: whether to log messages of errors, which may contain texts.
     """
 
     def __init__(self, app: ASGIApp, metrics: ServerMetrics, log_texts: bool):
@@ -62,12 +62,12 @@ class RequestWatch:
         endpoint = getattr(scope.get("route"), "path", OTHER)
         self._metrics.requests.labels(endpoint, str(status)).inc()
         self._metrics.seconds.labels(endpoint).observe(seconds)
-        method = scope["method"] if scope["method"] in _METHODS else OTHER  # a client may write anything there
+        method = scope["method"] if scope["method"] in _METHODS else OTHER  # clients control this value
         logger.info("%s %s %d, %.0f ms", method, endpoint, status, 1000 * seconds)
 
 
 async def _send_error(send: Send) -> None:
-    body: Any = json.dumps({"error": "Internal error; the log of the server says where"}).encode()
+    body: Any = json.dumps({"error": "Internal error; see the log of the server"}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 500, "headers": headers})
     await send({"type": "http.response.body", "body": body})

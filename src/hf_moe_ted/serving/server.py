@@ -1,4 +1,4 @@
-"""An app on a port, until somebody stops it."""
+"""Run an app on a port until it is stopped."""
 
 import contextlib
 import logging
@@ -12,25 +12,25 @@ if TYPE_CHECKING:
 
 KEEP_ALIVE_S = 5
 MAX_CONNECTIONS = 4_096
-_SPARE_FILES = 256  # of a process, besides its connections
+_SPARE_FILES = 256  # open files of a process besides its connections
 
 
 def bind_address(host: str, port: int) -> socket.socket:
-    """A socket that has the address, so that a taken port is known before a model is loaded; it does not listen yet.
+    """Bind a socket to the address, so that a taken port shows before a model is loaded. It does not listen yet.
 
     Args:
-        host: a name or an address; `127.0.0.1` is reached from this machine only.
-        port: 0 for any that is free.
+        host: a name or an address; `127.0.0.1` only accepts connections from this machine.
+        port: port number; 0 chooses a free one.
 
     Raises:
-        ValueError: there is no such host, or the port is taken or may not be used.
+        ValueError: the host is unknown, or the port is taken or not allowed.
     """
     if not 0 <= port <= 65_535:
         raise ValueError(f"port ({port}) must be between 0 and 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise ValueError(f"host ({host}) is not known: {error.strerror}") from None
+        raise ValueError(f"host ({host}) is unknown: {error.strerror}") from None
     bound = socket.socket(family, kind, protocol)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -42,7 +42,7 @@ def bind_address(host: str, port: int) -> socket.socket:
 
 
 def server_config(app: "FastAPI", *, proxy: str | None = None, stop_timeout_s: int = 600) -> "Config":
-    """How uvicorn serves an app; for the arguments see `run_server`.
+    """The uvicorn config of an app; for the arguments see `run_server`.
 
     Raises:
         ValueError: a package of the extra `serve` is not installed.
@@ -57,7 +57,7 @@ def server_config(app: "FastAPI", *, proxy: str | None = None, stop_timeout_s: i
         app,
         http=PatientConnection,
         ws="none",
-        access_log=False,  # it has the query of each request, which may be a text; the app has a log of its own
+        access_log=False,  # its log has the query of each request, which may be a text; the app has its own log
         log_config=None,
         limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=KEEP_ALIVE_S,
@@ -69,13 +69,13 @@ def server_config(app: "FastAPI", *, proxy: str | None = None, stop_timeout_s: i
 
 
 def run_server(app: "FastAPI", address: socket.socket, *, proxy: str | None = None, stop_timeout_s: int = 600) -> None:
-    """Serves until SIGTERM or SIGINT; then what has begun is finished, and nothing new is taken.
+    """Serve until SIGTERM or SIGINT; then finish running requests and accept no new ones.
 
     Args:
-        app: of `create_app`.
-        address: of `bind_address`.
-        proxy: address of a proxy whose `X-Forwarded-For` says where a request comes from; by default none is believed.
-        stop_timeout_s: for what is running when the server is stopped.
+        app: app from `create_app`.
+        address: socket from `bind_address`.
+        proxy: address of a proxy whose `X-Forwarded-For` is trusted for a request's origin; by default none.
+        stop_timeout_s: seconds for running requests after the server is stopped.
 
     Raises:
         ValueError: a package of the extra `serve` is not installed.
@@ -91,7 +91,7 @@ def run_server(app: "FastAPI", address: socket.socket, *, proxy: str | None = No
 
 
 def _allow_connections() -> None:
-    """As many open files as there may be connections; where the system does not allow them, as many as it does."""
+    """Raise the limit of open files to the number of connections, as far as the system allows."""
     if sys.platform == "win32":
         return
     import resource
@@ -101,7 +101,7 @@ def _allow_connections() -> None:
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):  # it then has the connections that it had
+        with contextlib.suppress(OSError, ValueError):  # the earlier limit stays
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 

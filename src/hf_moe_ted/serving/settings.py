@@ -1,4 +1,4 @@
-"""What a server allows, and to whom."""
+"""Limits and access rules of a server."""
 
 import math
 from dataclasses import dataclass, fields
@@ -9,25 +9,25 @@ from .api_keys import ApiKeys
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """Limits of a server; each is there by default, so that no client can take it all.
+    """Limits of a server; every limit has a default, so that no client can use all resources.
 
     Attributes:
-        max_characters: of all texts of a request; more is answered with 413.
-        max_texts: in the list `q` of a request; more is answered with 413.
-        max_file_bytes: of a file to translate; more is answered with 413.
-        max_requests: in flight, from the first byte of a body on; more are answered with 503.
-        requests_per_minute: of a key, or of an address where there are no keys; more are answered with 429.
-        max_stored_bytes: of translated files that wait for their download; more are answered with 503.
-        file_lifetime_s: after which a translated file is removed.
-        read_timeout_s: for the whole body of a request to arrive; then 408.
-        request_timeout_s: for a translation; then it is given up with 503.
-        api_keys: who may translate and detect; `None`: everybody.
-        cors_origins: pages of which other sites may call the server from a browser; `("*",)` for all.
-        glossary: of requests that have none of their own.
-        log_texts: whether texts and translations are written to the log; otherwise only their numbers are.
+        max_characters: most characters of all texts of a request; more gets status 413.
+        max_texts: most texts in the list `q` of a request; more gets status 413.
+        max_file_bytes: most bytes of a file to translate; more gets status 413.
+        max_requests: most requests in progress, from the first byte of a body on; more get status 503.
+        requests_per_minute: requests of a key, or of an address if there are no keys; more get status 429.
+        max_stored_bytes: most bytes of translated files that wait for download; more get status 503.
+        file_lifetime_s: seconds after which a translated file is removed.
+        read_timeout_s: seconds for the whole body of a request to arrive; then status 408.
+        request_timeout_s: seconds for a translation; then it is cancelled with status 503.
+        api_keys: keys that may translate and detect; `None` needs no key.
+        cors_origins: other sites whose pages may call the server from a browser; `("*",)` is all.
+        glossary: glossary for requests that bring none.
+        log_texts: whether to log texts and translations; otherwise only their number is logged.
 
     Raises:
-        ValueError: a limit that is not positive.
+        ValueError: a limit is not positive.
     """
 
     max_characters: int = 100_000
@@ -57,7 +57,7 @@ class ServerSettings:
 
     @property
     def max_upload_bytes(self) -> int:
-        """Of a request with a file, the form around it included."""
+        """Most bytes of a request with a file, with the form around it."""
         return self.max_file_bytes + 65_536
 
 

@@ -1,10 +1,10 @@
-"""Subtitles in SRT: the texts are translated, numbers and times stay byte for byte."""
+"""SRT subtitles: texts are translated; numbers and times stay byte for byte."""
 
 import re
 
 from .marked_text import Passage, Piece
 
-MAX_LINE_CHARACTERS = 42  # what is read at a glance
+MAX_LINE_CHARACTERS = 42  # the length that is easy to read at once
 
 _TIMES = re.compile(r"[ \t]*\d+:\d+:\d+[,.]\d+[ \t]*-->[ \t]*\d+:\d+:\d+[,.]\d+[^\r\n]*")
 _MARK = re.compile(r"</?(?:b|i|u|s|font|c|v|ruby|rt)\b[^<>\n]*>|\{\\[^{}\n]*\}", re.IGNORECASE)
@@ -13,11 +13,11 @@ _SPEAKER = re.compile(r"\s*[-\u2013\u2014]\s*\w")
 
 
 class Cue:
-    """The text under one pair of times; lines that begin with a dash are of speakers, and texts of their own.
+    """The text of one pair of times. Lines that begin with a dash belong to different speakers and are separate texts.
 
     Args:
-        lines: without their ends.
-        newline: between lines.
+        lines: lines without line ends.
+        newline: line end between lines.
     """
 
     def __init__(self, lines: list[str], newline: str):
@@ -28,7 +28,7 @@ class Cue:
         self.passages = [Passage(_pieces("\n".join(of_speaker)), str) for of_speaker in of_speakers]
 
     def join(self, rendered: list[str]) -> str:
-        """The lines of translated passages, none longer than those of the source or `MAX_LINE_CHARACTERS`."""
+        """Wrap translated passages into lines of at most the source's line length or `MAX_LINE_CHARACTERS`."""
         lines: list[str] = []
         for passage, text, width in zip(self.passages, rendered, self._widths, strict=True):
             lines += _wrapped(text, width) if passage.texts else text.split("\n")
@@ -36,17 +36,17 @@ class Cue:
 
 
 def srt_parts(source: str) -> list[Cue | str]:
-    """A source in cues, and what stands between them: numbers, times, blank lines.
+    """Split a source into cues and the parts between them: numbers, times, blank lines.
 
     Raises:
-        ValueError: there are no times in it.
+        ValueError: it has no times.
     """
     lines = re.split(r"(\r\n|\n|\r)", source)
     texts, ends = lines[::2], [*lines[1::2], ""]
     times = [index for index, line in enumerate(texts) if _TIMES.fullmatch(line)]
     if not times:
         if source.strip():
-            raise ValueError("there is no line with times, such as 00:00:01,000 --> 00:00:02,500: is it a file of SRT?")
+            raise ValueError("there is no line with times, such as 00:00:01,000 --> 00:00:02,500: is it an SRT file?")
         return [source]
     parts: list[Cue | str] = []
     position = 0
@@ -55,7 +55,7 @@ def srt_parts(source: str) -> list[Cue | str]:
         while stop < next_time and texts[stop].strip():
             stop += 1
         if stop == next_time < len(texts) and stop > start + 1:
-            stop -= 1  # the number of the next one, without a blank line before it
+            stop -= 1  # the number of the next cue, without a blank line before it
         parts.append(_joined(texts, ends, position, start + 1))
         if stop > start + 1:
             parts += [Cue(texts[start + 1 : stop], ends[start]), ends[stop - 1]]
@@ -87,7 +87,7 @@ def _width(text: str) -> int:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Lines of about the same length, as few as `width` allows; a word that is longer stays whole."""
+    """As few lines as `width` allows, of about the same length; a longer word is not split."""
     words = _WORD.findall(text)
     num_characters = _width(" ".join(words))
     num_lines = -(-num_characters // width)

@@ -1,4 +1,4 @@
-"""What the endpoints do: who may, how much at once, and the answers in LibreTranslate's form."""
+"""The work of the endpoints: access, limits, and answers in LibreTranslate's form."""
 
 import asyncio
 import logging
@@ -36,11 +36,11 @@ Result = TypeVar("Result")
 class TranslationApi:
     """
     Args:
-        translator: of all clients.
+        translator: translator that all clients share.
         settings: limits and keys.
-        languages: of the model.
-        metrics: where texts are counted.
-        files: where translated files wait.
+        languages: languages of the model.
+        metrics: metrics that count texts.
+        files: store of translated files.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class TranslationApi:
         """`/translate`
 
         Raises:
-            HTTPException: whatever is wrong, as all methods here.
+            HTTPException: for every error, as in all methods of this class.
         """
         async with self._in_flight():
             fields = await self._fields(request, TranslateRequest)
@@ -101,7 +101,7 @@ class TranslationApi:
             source, target = self._pair(fields)
             document = await self._read(file)
             if not self._files.has_room(2 * len(body)):
-                raise _retry_later(503, "Too many files wait for their download", self._files.seconds_to_room())
+                raise _retry_later(503, "Too many files are waiting for download", self._files.seconds_to_room())
             [found] = await self._translated(request, [document], source, target)
             self._log_texts([document.source], [found])
             name = _file_name(file.filename, self._languages.code_of[target])
@@ -156,7 +156,7 @@ class TranslationApi:
         return fields
 
     def _admit(self, request: Request, api_key: str | None) -> None:
-        """Admit a request: with a key where there are keys, and not too often."""
+        """Admit a request if its key is valid (if there are keys) and its client is within the rate limit."""
         keys = self._settings.api_keys
         client = request.client.host if request.client else ""
         is_known = keys is not None and api_key is not None and api_key in keys
@@ -164,12 +164,12 @@ class TranslationApi:
             client = f"key {api_key}"
         if wait_s := self._rate.wait_s(client):
             raise _retry_later(429, "Slowdown: too many requests a minute", wait_s)
-        if keys is not None and not is_known:  # those who guess keys are not answered more often than others
+        if keys is not None and not is_known:  # clients that guess keys get no more answers than others
             reason = "Invalid API key" if api_key else "Please contact the server operator to get an API key"
             raise HTTPException(403, reason)
 
     def _pair(self, fields: TranslateRequest | FileRequest) -> tuple[str, str]:
-        """Source and target as the tokenizer names them."""
+        """Source and target language by their names in the tokenizer."""
         try:
             source = AUTO if fields.source.lower() == AUTO else self._languages.resolve(fields.source)
             return source, self._languages.resolve(fields.target)
@@ -207,7 +207,7 @@ class TranslationApi:
         try:
             found = await _unless_client_leaves(request, work, self._settings.request_timeout_s)
         except QueueFullError as error:
-            raise _retry_later(503, "Too much text waits for the model", error.retry_after_s) from None
+            raise _retry_later(503, "Too much text is waiting for the model", error.retry_after_s) from None
         except ClosedError:
             raise _retry_later(503, "The server is being stopped", _BUSY_RETRY_S) from None
         self._metrics.characters.inc(sum(len(document.source) for document in documents))
@@ -232,7 +232,7 @@ def _glossary(fields: TranslateRequest) -> Glossary | None:
 
 
 async def _unless_client_leaves(request: Request, work: Coroutine[Any, Any, Result], timeout_s: float) -> Result:
-    """The result of `work`, which is cancelled when the client hangs up or the time is over."""
+    """The result of `work`; the work is cancelled if the client disconnects or the time is over."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_hung_up(request))
     try:
@@ -258,7 +258,7 @@ def _retry_later(status: int, message: str, wait_s: float) -> HTTPException:
 
 
 def _file_name(name: str, language: str) -> str:
-    """`letter.txt` -> `letter_de.txt`, of characters that any system takes."""
+    """`letter.txt` -> `letter_de.txt`, with characters that every system allows."""
     path = PurePath(name)
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", path.stem)[:80]
     return f"{stem}_{language}{path.suffix.lower()}"

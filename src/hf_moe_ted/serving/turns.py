@@ -1,4 +1,4 @@
-"""Whose turn it is to use the device."""
+"""Turns on the device."""
 
 import threading
 import time
@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 
 class Turns:
-    """One batch at a time; a short one goes between two tokens of a long one, which then has as much time itself.
+    """One batch runs at a time. A short batch runs between two tokens of a long one, which then gets the same time.
 
-    One thread takes the short turns and one the long ones.
+    One thread takes the short turns, and one thread the long turns.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Turns:
                 self._free()
 
     def between_tokens(self) -> None:
-        """Of a long batch: a short one that waits has its turn, if it is due."""
+        """Called in a long batch: a waiting short batch gets its turn if it is due."""
         with self._changed:
             self._pay()
             if self._wants_short and self._short_may_start:

@@ -1,4 +1,4 @@
-"""Configs of others, read from JSON; whatever is wrong with them is one kind of error that says where they are from."""
+"""Read untrusted configs from JSON; every problem becomes one kind of error that names their origin."""
 
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -15,9 +15,9 @@ from ..models.configuration_zcode_m3 import ZCodeM3Config
 
 @contextmanager
 def config_errors(origin: object) -> Iterator[None]:
-    """What is wrong with the fields of a config, whatever it is, as a `ValueError` that names `origin`.
+    """Turn any error in the fields of a config into a `ValueError` that names `origin`.
 
-    A field of a wrong type fails where it is first used, which may be anywhere in transformers.
+    A field of a wrong type fails at its first use, which may be anywhere in transformers.
     """
     try:
         yield
@@ -29,8 +29,8 @@ def config_path(folder: Path, argument: str) -> Path:
     """The `config.json` of a folder.
 
     Args:
-        folder: what the user gave.
-        argument: its name.
+        folder: the user's argument.
+        argument: name of the argument, for messages.
 
     Raises:
         ValueError: there is none.
@@ -51,17 +51,17 @@ def read_config_fields(
     *,
     forms: str = "",
 ) -> tuple[object, dict[str, Any]]:
-    """What messages call a config, and its fields.
+    """The name of a config for messages, and its fields.
 
     Args:
         config: a folder with `config.json`, or, with `forms`, also a JSON file, fields or an object.
-        argument: its name.
-        model_types: which it may have; `None` for one that does not say.
-        otherwise: how the message goes on that names another model type.
-        forms: how the message goes on that says what `config` must be.
+        argument: name of the argument, for messages.
+        model_types: allowed model types; `None` allows a config without one.
+        otherwise: end of the message for another model type.
+        forms: end of the message that says what `config` must be.
 
     Raises:
-        ValueError: there is none, it is no JSON object, or of another model.
+        ValueError: there is no config, it is no JSON object, or it is of another model.
     """
     origin: object = f"{argument} ({config})" if isinstance(config, str | os.PathLike) else argument
     if isinstance(config, PreTrainedConfig):
@@ -85,14 +85,14 @@ def read_zcode_m3_config(folder: Path, argument: str) -> ZCodeM3Config:
     """The config of a folder of a ZCodeM3 model.
 
     Args:
-        folder: what the user gave.
-        argument: its name.
+        folder: the user's argument.
+        argument: name of the argument, for messages.
 
     Raises:
-        ValueError: there is none, it is of another model, or a field of it is wrong.
+        ValueError: there is no config, it is of another model, or one of its fields is wrong.
     """
     ours = ZCodeM3Config.model_type
-    otherwise = f" and must have {ours!r}; `hf-moe-ted convert` makes ZCodeM3 models of others"
+    otherwise = f" but must have {ours!r}; `hf-moe-ted convert` converts other models to ZCodeM3"
     path, fields = read_config_fields(folder, argument, (ours,), otherwise)
     return zcode_m3_config(fields, path)
 
@@ -100,7 +100,7 @@ def read_zcode_m3_config(folder: Path, argument: str) -> ZCodeM3Config:
 def checked_overrides(config_overrides: Any) -> dict[str, Any]:
     """
     Raises:
-        ValueError: they are no fields by name.
+        ValueError: it is not a dict of fields.
     """
     if not isinstance(config_overrides or {}, Mapping):
         raise ValueError(f"config_overrides ({config_overrides!r}) must be a dict of fields of ZCodeM3Config")

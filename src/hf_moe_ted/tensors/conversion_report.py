@@ -1,4 +1,4 @@
-"""What a conversion did."""
+"""The report of a conversion."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +15,14 @@ class ConversionReport:
     Attributes:
         source: the folder that was read.
         output_dir: the folder that was written; `from_pretrained` loads it.
-        num_parameters: numbers in all tensors, shared ones once.
-        num_tensors: tensors written.
+        num_parameters: number of parameters; shared tensors count once.
+        num_tensors: number of written tensors.
         num_bytes: size of the weights on disk.
-        dtypes: of the tensors written, sorted by name.
-        num_experts: experts of each sparse layer, encoder first.
+        dtypes: dtypes of the written tensors, sorted by name.
+        num_experts: number of experts of each sparse layer, encoder first.
         weight_files: names of the weight files in `output_dir`.
-        other_files: what else came along or was made: config, generation config, tokenizer.
-        seconds: from the start to the renamed folder.
+        other_files: other files that were copied or made: config, generation config, tokenizer.
+        seconds: time from the start to the rename of the folder.
         warnings: what a user should know and check.
     """
 

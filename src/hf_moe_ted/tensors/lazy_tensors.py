@@ -1,4 +1,4 @@
-"""Tensors by name that are read when they are asked for, and the files they come from."""
+"""Tensors by name that are read on access, and their files."""
 
 import ctypes
 import mmap
@@ -21,15 +21,16 @@ _MADV_POPULATE_READ = 22  # Linux 5.14; the module mmap does not name it yet
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Names, shapes and dtypes at once, values on access.
+    """Tensors whose names, shapes and dtypes are known at once and whose values are read on access.
 
     Args:
         specs: a tensor on the meta device for each name.
-        read: reads one tensor. The caller owns the result: nothing else refers to its memory.
-        read_row: reads one index of the first dimension, or a slice of it, if that is cheaper than to read the tensor.
-        read_into: reads one tensor into another of its shape and dtype. One of `read` and `read_into` is enough; both
-            are for tensors of which each way spares a copy.
-        where: the file that a tensor is in, for messages.
+        read: function that reads one tensor. The caller owns the result; nothing else uses its memory.
+        read_row: function that reads one index or a slice of the first dimension, if that is cheaper than the whole
+            tensor.
+        read_into: function that reads one tensor into another of the same shape and dtype. One of `read` and
+            `read_into` is enough; give both if each saves a copy in its case.
+        where: function that names the file of a tensor, for messages.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class LazyTensors(Mapping[str, Tensor]):
         read_into: Callable[[str, Tensor], None] | None = None,
         where: Callable[[str], object] | None = None,
     ):
-        assert read is not None or read_into is not None, "nothing reads these tensors"
+        assert read is not None or read_into is not None, "read or read_into is required"
         self.specs = dict(specs)
         self.where = where or (lambda name: "the checkpoint")
         self._read = read
@@ -57,11 +58,11 @@ class LazyTensors(Mapping[str, Tensor]):
         return out
 
     def row(self, name: str, index: int | slice) -> Tensor:
-        """`self[name][index]`, without reading the rest of the tensor where that is possible."""
+        """`self[name][index]`, if possible without reading the rest of the tensor."""
         return self[name][index].clone() if self._read_row is None else self._read_row(name, index)
 
     def parts(self, name: str) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of the first dimension and what is there, as many rows at once as bound the memory."""
+        """Slices of the first dimension with their values, in parts that bound the memory."""
         num_rows, numel = self.specs[name].shape[0], self.specs[name].numel()
         step = max(1, num_rows if self._read_row is None else _CHUNK_NUMEL * num_rows // max(1, numel))
         for start in range(0, num_rows, step):
@@ -69,7 +70,7 @@ class LazyTensors(Mapping[str, Tensor]):
             yield rows, self.row(name, rows)
 
     def into(self, name: str, out: Tensor) -> None:
-        """Write `self[name]` to `out`, a tensor of its shape and dtype."""
+        """Write `self[name]` to `out`, a tensor of the same shape and dtype."""
         if self._read_into is None:
             out.copy_(self[name])
         else:
@@ -96,9 +97,9 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 def checked_weights(tensors: LazyTensors) -> LazyTensors:
-    """The same tensors, each of which is refused as it is read unless it can be a weight: see [`check_weight`].
+    """The same tensors; reading one that cannot be a weight raises, see [`check_weight`].
 
-    Everything that is read to be written goes through here, so that no command spreads what is broken.
+    All tensors that are copied to an output go through this, so no command copies damaged weights.
     """
 
     def checked(name: str, tensor: Tensor, row: int | slice | None = None) -> Tensor:
@@ -119,40 +120,40 @@ def checked_weights(tensors: LazyTensors) -> LazyTensors:
 
 
 def check_all(tensors: LazyTensors) -> None:
-    """Read every tensor once, one at a time, so that [`checked_weights`] has seen all of them.
+    """Read every tensor once, one at a time, so that [`checked_weights`] checks all of them.
 
     Raises:
-        ValueError: as `check_weight`.
+        ValueError: see `check_weight`.
     """
     for name in tensors:
         tensors[name]
 
 
 def check_floating(specs: Mapping[str, Tensor], where: object) -> None:
-    """Check dtypes alone, of tensors that may have no memory.
+    """Check only dtypes; tensors may be on the meta device.
 
     Raises:
-        ValueError: with the first tensor that has no floating-point numbers.
+        ValueError: a tensor is not floating-point; the message names the first one.
     """
     for name, spec in specs.items():
         if not spec.is_floating_point():
             raise ValueError(
-                f"{name} in {where} is {spec.dtype}, and weights are floating-point numbers; give the model as it was "
-                "before it was quantized or converted"
+                f"{name} in {where} is {spec.dtype}, but weights must be floating-point numbers; give the model "
+                "before quantization or conversion"
             )
 
 
 def check_weight(name: str, tensor: Tensor, where: object, *, row: int | slice | None = None) -> None:
-    """Check that all of a tensor are finite floating-point numbers.
+    """Check that a tensor has only finite floating-point numbers.
 
     Args:
-        name: of the tensor, for the message.
-        tensor: of any shape and dtype; it is read once.
-        where: the file that it is from, for the message.
-        row: if it is only this row of the tensor, or these, from a first one.
+        name: name of the tensor, for the message.
+        tensor: a tensor of any shape and dtype; it is read once.
+        where: its file, for the message.
+        row: index of the row if it is only one row of the tensor, or the first index if it is several.
 
     Raises:
-        ValueError: with the place of the first number that is NaN or infinite, or with the dtype.
+        ValueError: the dtype is wrong, or a number is NaN or infinite; the message gives the place of the first one.
     """
     check_floating({name: tensor}, where)
     first = _first_not_finite(tensor)
@@ -168,15 +169,15 @@ def check_weight(name: str, tensor: Tensor, where: object, *, row: int | slice |
 
 
 def check_rounded(name: str, source: Tensor, rounded: Tensor) -> None:
-    """Check that every finite number is still one in another dtype.
+    """Check that every finite number stays finite in another dtype.
 
     Args:
-        name: of the tensor, for the message.
-        source: of any dtype.
+        name: name of the tensor, for the message.
+        source: a tensor of any dtype.
         rounded: the same numbers in the other dtype.
 
     Raises:
-        ValueError: with a number that is too large.
+        ValueError: a number is too large; the message shows it.
     """
     index = _first_not_finite(rounded) if rounded.is_floating_point() else None
     if index is not None and _first_not_finite(source) is None:
@@ -187,7 +188,7 @@ def check_rounded(name: str, source: Tensor, rounded: Tensor) -> None:
 
 
 def copy_rounded(name: str, source: Tensor, out: Tensor) -> None:
-    """Write a tensor to another of its shape and any dtype; as `check_rounded` if that is another one."""
+    """Copy a tensor to another of the same shape and any dtype; with another dtype, check as in `check_rounded`."""
     out.copy_(source)
     if out.dtype != source.dtype:
         check_rounded(name, source, out)
@@ -197,7 +198,7 @@ def _first_not_finite(tensor: Tensor) -> list[int] | None:
     """The index of the first number that is NaN or infinite, read in parts that bound the memory."""
     start = 0
     for part in tensor.reshape(-1).split(_CHUNK_NUMEL):
-        part = part.float() if part.itemsize == 1 else part  # few operations know 8 bits
+        part = part.float() if part.itemsize == 1 else part  # few operations support 8 bits
         if not part.sum().isfinite():  # a sum can be too large, too
             bad = part.isfinite().logical_not_()
             if bad.any():
@@ -208,13 +209,13 @@ def _first_not_finite(tensor: Tensor) -> list[int] | None:
 
 
 class TensorFile:
-    """A file of tensors, memory-mapped while it is read.
+    """A file of tensors that is memory-mapped while it is read.
 
-    Pages of a mapped file that were read stay resident, so the file is unmapped after every `MAX_MAPPED_BYTES`.
+    Pages of a mapped file stay in memory after they were read, so the file is unmapped after every `MAX_MAPPED_BYTES`.
 
     Args:
-        path: a `.safetensors` file, or one of `torch.save` with a flat dict of tensors. In the latter nothing is
-            executed, and it is compared with its checksums before the first tensor is read.
+        path: a `.safetensors` file, or one of `torch.save` with a flat dict of tensors. Nothing in the latter is
+            executed, and its checksums are verified before the first tensor is read.
 
     Raises:
         ValueError: the file is missing, truncated, or holds something else.
@@ -222,13 +223,13 @@ class TensorFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._is_checked = path.suffix == ".safetensors"  # which has no checksums
+        self._is_checked = path.suffix == ".safetensors"  # safetensors has no checksums
         self.specs = {name: tensor.to("meta") for name, tensor in self._map().items()}
         self._mapped: Mapping[str, Tensor] = {}
         self._num_bytes_read = 0
 
     def read(self, name: str, index: int | slice | None = None) -> Tensor:
-        """A copy of one tensor, or of an index or slice of its first dimension, contiguous."""
+        """A contiguous copy of one tensor, or of an index or slice of its first dimension."""
         return self._mapped_tensor(name, index).clone(memory_format=torch.contiguous_format)
 
     def read_into(self, name: str, out: Tensor) -> None:
@@ -259,7 +260,7 @@ class TensorFile:
                     return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
                 raise UnreadableFileError(
-                    f"{self.path} cannot be read, it may be truncated or no checkpoint: {error}"
+                    f"{self.path} cannot be read; it may be truncated or no checkpoint: {error}"
                 ) from error
         content = load_torch_file(self.path)
         if not isinstance(content, Mapping) or not all(
@@ -270,9 +271,9 @@ class TensorFile:
 
 
 def prefault(mapped: Tensor) -> None:
-    """Map all pages of a tensor in a mapped file at once; page by page takes several times as long.
+    """Map all pages of a tensor in a mapped file at once, which is several times faster than page by page.
 
-    A hint: where the system does not know it, nothing happens.
+    It is a hint; a system without it ignores it.
     """
     if sys.platform == "linux" and mapped.nbytes >= mmap.PAGESIZE and mapped.is_contiguous():
         start = mapped.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
@@ -281,7 +282,7 @@ def prefault(mapped: Tensor) -> None:
 
 
 def num_parameters(weights: Mapping[str, Tensor]) -> int:
-    """Numbers in all tensors."""
+    """Number of elements of all tensors."""
     return sum(weight.numel() for weight in weights.values())
 
 

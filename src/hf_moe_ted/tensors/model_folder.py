@@ -1,4 +1,4 @@
-"""What all conversions end with: tensors under our names become a folder of `from_pretrained`."""
+"""The end of every conversion: tensors under our names become a folder for `from_pretrained`."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """A floating-point dtype from its name.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no such dtype.
     """
     parsed = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(parsed, torch.dtype) and parsed.is_floating_point):
@@ -45,47 +45,47 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def stored_dtype(config: Any, specs: Mapping[str, Tensor]) -> torch.dtype:
-    """The dtype in which a folder is loaded if nobody asks for one: that of its config, or else of its weights.
+    """The default dtype for loading a folder: that of its config, or else of its weights.
 
     Args:
         config: of the model.
-        specs: its tensors, whose dtypes count.
+        specs: its tensors; only their dtypes matter.
 
     Raises:
-        ValueError: the config has none, and the weights have several.
+        ValueError: the config has no dtype, and the weights have several.
     """
     if (named := parse_dtype(config.dtype)) is not None:
         return named
     dtypes = {spec.dtype for spec in specs.values() if spec.is_floating_point()}
-    if len(dtypes) > 1:  # from_pretrained takes the one that happens to come first in the files
+    if len(dtypes) > 1:  # from_pretrained would take the first one in the files
         several = ", ".join(sorted(map(str, dtypes)))
-        raise ValueError(f"the config has no dtype, and the weights have several ({several}); choose one, as dtype")
+        raise ValueError(f"the config has no dtype, and the weights have several ({several}); choose one with dtype")
     return dtypes.pop() if dtypes else torch.float32
 
 
 def meta_model(config: Any, model_class: Any = ZCodeM3ForConditionalGeneration) -> Any:
-    """The model of a config without memory for its weights.
+    """The model of a config, on the meta device.
 
     Args:
-        config: of a model of the class.
-        model_class: what is made.
+        config: config for the class.
+        model_class: class of the model.
 
     Raises:
-        ValueError: its sizes are too large to be counted.
+        ValueError: the config describes no model, such as one with impossible sizes.
     """
     try:
         with torch.device("meta"):
             return model_class(config)
-    except Exception as error:  # more numbers than can be counted, or a field that only transformers looks at
+    except Exception as error:  # too many elements, or an invalid field that only transformers reads
         raise ValueError(f"the config describes no model: {shorten(error, 600)}") from error
 
 
 def drop_tied_copies(tensors: LazyTensors, tied: Mapping[str, str]) -> LazyTensors:
-    """The tensors without those that are copies of others.
+    """The tensors without copies of others.
 
     Args:
-        tensors: maybe with copies; if a copy is there and its original is not, it becomes the original.
-        tied: names of copies to the name of what they are copies of, as `model.all_tied_weights_keys`.
+        tensors: tensors, possibly with copies; a copy whose original is missing becomes the original.
+        tied: name of each copy -> name of its original, as in `model.all_tied_weights_keys`.
 
     Raises:
         ValueError: copy and original differ.
@@ -103,7 +103,7 @@ def drop_tied_copies(tensors: LazyTensors, tied: Mapping[str, str]) -> LazyTenso
 
 
 def _are_equal(tensors: LazyTensors, first: str, second: str) -> bool:
-    """Whether two tensors are, of which a part is read at a time: embeddings may be the largest of all."""
+    """Whether two tensors are equal; they are read in parts, because embeddings may be the largest tensors."""
     if tensors.specs[first].shape != tensors.specs[second].shape:
         return False
     pairs = zip(tensors.parts(first), tensors.parts(second), strict=True)
@@ -111,7 +111,7 @@ def _are_equal(tensors: LazyTensors, first: str, second: str) -> bool:
 
 
 def stored_specs(model: Any) -> dict[str, Tensor]:
-    """What a folder of a model holds: its tensors without those that are copies of others."""
+    """The tensors in a model's folder: all tensors except copies of others."""
     tied = model.all_tied_weights_keys
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
@@ -126,10 +126,10 @@ def model_folder_writer(
     also_read: Sequence[Any] = (),
     kind: OutputKind = MODEL,
 ) -> Callable[..., ConversionReport]:
-    """Begin a conversion: check `dtype` and `output_dir`, see `check_output_dir`, before there is any work for them.
+    """Begin a conversion: check `dtype` and `output_dir` (see `check_output_dir`) before any work is done.
 
     Returns:
-        `write_model_folder` of what is given here.
+        `write_model_folder` with these arguments.
     """
     start, path, parsed = time.perf_counter(), Path(output_dir), parse_dtype(dtype)
     check_output_dir(path, overwrite=overwrite, kind=kind, sources=sources, also_read=also_read)
@@ -160,25 +160,25 @@ def write_model_folder(
     save_others: Sequence[Callable[[Path], Any]] = (),
     warnings: Sequence[str] = (),
 ) -> ConversionReport:
-    """Check tensors against the config, then write them, the config and what else belongs to a model.
+    """Check tensors against the config, then write them, the config and the other files of a model.
 
     Args:
-        tensors: under the names of the model, maybe with copies of tied weights.
-        config: of the model; `dtype` and `architectures` are set.
-        output_dir: appears when everything is in it.
-        model_class: of the model.
-        source: what was converted, for messages and the report.
-        start: `time.perf_counter()` at the beginning.
-        dtype: of floating-point tensors, as they are by default.
-        loaded_dtype: that the config names if `dtype` is none, by default that of the tensors.
-        max_shard_size: of a weight file, bytes or a string such as `"5GB"`.
-        overwrite: whether to replace an `output_dir` that is not empty and an earlier output of its kind.
-        kind: what is written.
-        save_others: called with the folder, to put a tokenizer or a generation config there.
-        warnings: for the report.
+        tensors: tensors under the names of the model, possibly with copies of tied weights.
+        config: config of the model; its `dtype` and `architectures` are set here.
+        output_dir: the new folder; it appears once it is complete.
+        model_class: class of the model.
+        source: the source of the conversion, for messages and the report.
+        start: `time.perf_counter()` at the start.
+        dtype: dtype of floating-point tensors; by default it does not change.
+        loaded_dtype: dtype for the config if `dtype` is `None`; by default that of the tensors.
+        max_shard_size: largest size of a weight file, in bytes or as a string such as `"5GB"`.
+        overwrite: whether to replace an `output_dir` that is an earlier output of its kind.
+        kind: kind of the output.
+        save_others: function that gets the folder, and saves a tokenizer or a generation config there.
+        warnings: warnings for the report.
 
     Raises:
-        ValueError: the tensors are not those of the config, or `output_dir` is not empty.
+        ValueError: the tensors do not fit the config, or `output_dir` is not empty.
     """
     model = meta_model(config, model_class)
     tensors = drop_tied_copies(tensors, model.all_tied_weights_keys)
@@ -212,7 +212,7 @@ def write_model_folder(
 
 
 def read_generation_config(folder: Path) -> GenerationConfig | None:
-    """The generation config of a folder, `None` without one.
+    """The generation config of a folder; `None` if it has none.
 
     Raises:
         ValueError: it is damaged.
@@ -226,7 +226,7 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
 
 
 def copy_tokenizer_and_generation_config(source: Path) -> Callable[[Path], None]:
-    """For `save_others`: what `source` has of them.
+    """A function for `save_others` that copies the tokenizer and generation config of `source`, if they exist.
 
     Raises:
         ValueError: the generation config is damaged.

@@ -1,4 +1,4 @@
-"""The weights of a model in memory, as those of a folder are read."""
+"""The weights of a model in memory, read like those of a folder."""
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -8,10 +8,10 @@ from .lazy_tensors import LazyTensors, checked_weights
 
 
 def tensors_of_model(model: ZCodeM3ForConditionalGeneration) -> LazyTensors:
-    """Copies of the weights, each made when it is read and refused if it cannot be a weight; tied ones once.
+    """Copies of the weights, tied ones once. Each is made and checked when it is read.
 
     Raises:
-        ValueError: the model has an adapter of PEFT, or not all of it is in this process.
+        ValueError: the model has an adapter of PEFT, or weights in other processes.
     """
     if adapted := [name for name, module in model.named_modules() if hasattr(module, "adapter_layer_names")]:
         raise ValueError(
@@ -21,8 +21,10 @@ def tensors_of_model(model: ZCodeM3ForConditionalGeneration) -> LazyTensors:
     weights: dict[str, Tensor] = model.state_dict()
     for name, weight in weights.items():
         if isinstance(weight, DTensor) or weight.is_meta:
-            raise ValueError(f"{name} is not all in the memory of this process; save the model and give the folder")
-    # mostly one tensor; if they are two, `drop_tied_copies` refuses those that differ
+            raise ValueError(
+                f"{name} is not completely in the memory of this process; save the model and give the folder"
+            )
+    # usually one tensor; if there are two, `drop_tied_copies` refuses different ones
     tied = model.all_tied_weights_keys
     one = {name for name in tied if name in weights and weights[name].data_ptr() == weights[tied[name]].data_ptr()}
     tensors = LazyTensors(

@@ -1,4 +1,4 @@
-"""Folders of NLLB-MoE (https://huggingface.co/papers/2207.04672): their config as ours, their tensors by our names."""
+"""Folders of NLLB-MoE (https://huggingface.co/papers/2207.04672) read as ours: config, and tensors by our names."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,14 +14,14 @@ from .lazy_tensors import LazyTensors
 
 
 def read_nllb_moe_config(folder: Path, argument: str) -> ZCodeM3Config:
-    """The config of an NLLB-MoE folder, as one of ZCodeM3.
+    """The config of an NLLB-MoE folder, converted to ZCodeM3.
 
     Args:
-        folder: what the user gave.
-        argument: its name.
+        folder: the user's argument.
+        argument: name of the argument, for messages.
 
     Raises:
-        ValueError: there is none, it is of another model, or a field of it is wrong.
+        ValueError: there is no config, it is of another model, or one of its fields is wrong.
     """
     otherwise = f", an NLLB-MoE checkpoint has {MODEL_TYPE!r}"
     path, fields = read_config_fields(folder, argument, (MODEL_TYPE,), otherwise)
@@ -30,7 +30,7 @@ def read_nllb_moe_config(folder: Path, argument: str) -> ZCodeM3Config:
 
 
 def nllb_moe_tensors(tensors: LazyTensors) -> LazyTensors:
-    """The tensors of an NLLB-MoE folder under our names, experts stacked, whether they are so there or not.
+    """The tensors of an NLLB-MoE folder under our names, with experts stacked; in the folder they need not be.
 
     Raises:
         ValueError: an expert is missing, two tensors have one name, or experts differ in shape or dtype.
@@ -57,7 +57,7 @@ def nllb_moe_tensors(tensors: LazyTensors) -> LazyTensors:
 
 
 def sources_by_target(tensors: LazyTensors) -> tuple[dict[str, list[str]], set[str]]:
-    """The names of what becomes one of our tensors, and which of ours are stacks of experts in place of one tensor.
+    """For each of our tensors the names of its sources, and which of our tensors are stacks of experts.
 
     Raises:
         ValueError: see `nllb_moe_tensors`.
@@ -67,7 +67,7 @@ def sources_by_target(tensors: LazyTensors) -> tuple[dict[str, list[str]], set[s
     sources: dict[str, list[str]] = {}
     stacked = set()
     for source in tensors:
-        if source.endswith("embed_positions.weights"):  # sinusoids, stored by old versions of transformers
+        if source.endswith("embed_positions.weights"):  # sinusoidal positions, stored by old versions of transformers
             continue
         target, pattern = rename_source_key(source, renamings, converters)
         sources.setdefault(target, []).append(source)
@@ -83,7 +83,7 @@ def _check_sources(target: str, names: list[str], specs: Mapping[str, Tensor], *
     """Raise a `ValueError` unless `names` are one tensor, or equal tensors of experts 0, 1, 2, ..."""
     if not is_list:
         if len(names) > 1:
-            raise ValueError(f"{' and '.join(names)} both are {target}; remove one from the checkpoint")
+            raise ValueError(f"{' and '.join(names)} both become {target}; remove one from the checkpoint")
         return
     for expert, name in enumerate(names):
         if f".expert_{expert}." not in name:

@@ -1,8 +1,8 @@
-"""A new safetensors file whose tensors are filled in place.
+"""Create a safetensors file whose tensors are filled in place.
 
 `safetensors.torch.save_file` takes all tensors of a file at once, so they are copied twice: to memory and to the file.
-Here a tensor is a view of the mapped file, and what is read goes there directly.
-Format: https://huggingface.co/docs/safetensors/index#format
+Here a tensor is a view of the mapped file, and values are read directly into it. Format:
+https://huggingface.co/docs/safetensors/index#format
 """
 
 import json
@@ -33,19 +33,19 @@ _ALIGNMENT = 8
 
 
 def create_safetensors_file(path: Path, specs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Create a file with the header of these tensors and return them, mapped from it, to be filled.
+    """Create a file with the header of these tensors, and return the tensors, mapped from the file, to fill.
 
-    What is written to a tensor is in the file; it is complete when the last of them is freed.
+    Writing to a tensor writes to the file; the file is complete when the last tensor is freed.
 
     Args:
         path: the new file.
-        specs: on the meta device.
+        specs: tensors on the meta device.
 
     Raises:
         ValueError: safetensors has no such dtype.
         OSError: the disk is full.
     """
-    in_order = sorted(specs, key=lambda name: (-specs[name].itemsize, name))  # so that each is aligned
+    in_order = sorted(specs, key=lambda name: (-specs[name].itemsize, name))  # so that each tensor is aligned
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in in_order:
@@ -58,7 +58,7 @@ def create_safetensors_file(path: Path, specs: Mapping[str, Tensor]) -> dict[str
     encoded += b" " * (math.ceil(len(encoded) / _ALIGNMENT) * _ALIGNMENT - len(encoded))
     num_header_bytes = 8 + len(encoded)
     with path.open("wb") as file:
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a crash when a page is written
+        if hasattr(os, "posix_fallocate"):  # so a full disk is an error here, and not a crash when a page is written
             os.posix_fallocate(file.fileno(), 0, num_header_bytes + end)
         else:
             file.truncate(num_header_bytes + end)

@@ -1,4 +1,4 @@
-"""Folders of `from_pretrained`: their tensors, read lazily, and new ones, written shard by shard."""
+"""Folders for `from_pretrained`: read their tensors lazily, and write new ones shard by shard."""
 
 import json
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ from .safetensors_file import create_safetensors_file
 
 
 def open_pretrained_tensors(folder: Path, *, may_be_quantized: bool = False) -> LazyTensors:
-    """The tensors of a folder of `save_pretrained`: safetensors or else bin, in one file or in shards with an index.
+    """The tensors of a `save_pretrained` folder: safetensors or else bin, in one file or in shards with an index.
 
-    What is no weight, an integer or a number that is not finite, is refused as it is read: see [`checked_weights`].
+    Integers and numbers that are not finite are no weights; reading them raises, see [`checked_weights`].
 
     Args:
-        folder: of a model.
-        may_be_quantized: whether tensors are handed out as they are, integers as well.
+        folder: folder of a model.
+        may_be_quantized: whether to return tensors unchecked, also integers.
 
     Raises:
         ValueError: there is no checkpoint, a shard is missing or unreadable, or the index disagrees with the shards.
@@ -40,7 +40,7 @@ def open_pretrained_tensors(folder: Path, *, may_be_quantized: bool = False) -> 
 
 
 def _one_file_at_a_time(files: Mapping[str, TensorFile], may_be_quantized: bool) -> LazyTensors:
-    """The tensors of files, of which the last that was read is mapped."""
+    """The tensors of files; only the last file that was read is mapped."""
     current: list[TensorFile] = []
 
     def file_of(name: str) -> TensorFile:
@@ -63,12 +63,12 @@ def _files_of_index(index: Path) -> dict[str, TensorFile]:
     files = {name: TensorFile(index.parent / name) for name in sorted(set(file_of_tensor.values()))}
     for name, file in file_of_tensor.items():
         if name not in files[file].specs:
-            raise ValueError(f"{index} says that {name} is in {file}, but it is not there")
+            raise ValueError(f"{index} says that {name} is in {file}, but {file} does not have it")
     return {name: files[file] for name, file in file_of_tensor.items()}
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> file in the folder of the index. A file may be a link to elsewhere, as `hf download` makes them."""
+    """Tensor -> file in the folder of the index. A file may be a link, as `hf download` makes them."""
     weight_map = read_json_object(index, "index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} is not the index of a sharded checkpoint: it has no files by tensor (weight_map)")
@@ -76,7 +76,9 @@ def read_weight_map(index: Path) -> dict[str, str]:
         if not isinstance(file, str) or not file:
             raise ValueError(f"{index} says that {name} is in {shorten(file)}, which is not the name of a file")
         if PurePath(file).is_absolute() or ".." in PurePath(file).parts:
-            raise ValueError(f"{index} says that {name} is in {file}, which leaves the folder; nothing there is read")
+            raise ValueError(
+                f"{index} says that {name} is in {file}, which is outside of the folder; files there are not read"
+            )
     return weight_map
 
 
@@ -86,17 +88,18 @@ def write_pretrained_tensors(
     """Write tensors as safetensors shards that `from_pretrained` reads, one at a time.
 
     Args:
-        tensors: what to write. They may not share memory, and are written in this order.
+        tensors: tensors to write, in this order. They may not share memory.
         folder: an existing folder.
-        max_shard_size: bytes, or a string such as `"5GB"`. A larger tensor gets a shard of its own.
-        dtype: floating-point tensors become this one; by default they stay as they are.
+        max_shard_size: largest size of a weight file, in bytes or as a string such as `"5GB"`. A larger tensor gets its
+            own shard.
+        dtype: new dtype of floating-point tensors; by default it does not change.
 
     Returns:
         The files, flushed to disk; the index is the last one if there is more than one shard.
 
     Raises:
-        ValueError: for a `max_shard_size` that is no size, or a number that `dtype` cannot hold.
-        OSError: the disk is full, or what else the system says.
+        ValueError: `max_shard_size` is no size, or `dtype` cannot hold a number.
+        OSError: the disk is full, or another error of the system.
     """
     specs = {name: spec.to(dtype) if spec.is_floating_point() else spec for name, spec in tensors.specs.items()}
     plan = split_torch_state_dict_into_shards(specs, max_shard_size=max_shard_size)
@@ -126,20 +129,20 @@ def check_tensors(specs: Mapping[str, Tensor], expected: Mapping[str, Tensor], s
     """Compare names, shapes and kinds of dtype with those of a model.
 
     Raises:
-        ValueError: with all names that are missing, unknown, of another shape, or not floating-point where the model
-            is.
+        ValueError: tensors are missing, unknown, of another shape, or not floating-point although the model's are; the
+            message names all of them.
     """
     problems = [f"missing: {name}" for name in expected if name not in specs]
     problems += [f"unknown: {name}" for name in specs if name not in expected]
     problems += [
-        f"{name} has the shape {tuple(specs[name].shape)}, the config asks for {tuple(expected[name].shape)}"
+        f"{name} has the shape {tuple(specs[name].shape)}, but the config needs {tuple(expected[name].shape)}"
         for name in expected
         if name in specs and specs[name].shape != expected[name].shape
     ]
     problems += [
-        f"{name} is {specs[name].dtype}, and weights are floating-point numbers"
+        f"{name} is {specs[name].dtype}, but weights must be floating-point numbers"
         for name in expected
         if name in specs and expected[name].is_floating_point() and not specs[name].is_floating_point()
     ]
     if problems:
-        raise ValueError(f"{source} does not hold the model that its config describes\n  " + "\n  ".join(problems))
+        raise ValueError(f"{source} does not hold the model of its config\n  " + "\n  ".join(problems))

@@ -1,7 +1,7 @@
-"""Files of `torch.save`, opened without executing anything in them and checked before they are believed.
+"""Open files of `torch.save` without executing anything in them, and check them before use.
 
-A file is given by others and may be damaged or made to do harm: its archive has to be as `torch.save` writes it and to
-fit its checksums, and what it takes to open it is bounded by its size.
+A file is untrusted: it may be damaged or malicious. Its archive must have the form that `torch.save` writes and match
+its checksums, and the cost of opening it is bounded by its size.
 """
 
 import pickle
@@ -18,9 +18,9 @@ from torch import Tensor
 from ..files.messages import UnreadableFileError, check_is_file, shorten
 
 MAX_PICKLE_BYTES = 256 * 2**20
-MAX_PICKLE_OPERATIONS = 5_000_000  # a tensor takes about 40
+MAX_PICKLE_OPERATIONS = 5_000_000  # a tensor takes about 40 operations
 MAX_NESTING = 64
-MAX_EMPTY_SIZE = 2**24  # a dimension of a tensor without numbers, which no file bounds
+MAX_EMPTY_SIZE = 2**24  # bound for a dimension of a tensor without elements, which the file's size does not bound
 
 _CHUNK_BYTES = 2**22
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -30,18 +30,18 @@ _ALLOCATING = re.compile(r"(__builtin__|builtins)\.bytearray|torch\.(cuda\.)?(sp
 
 
 def load_torch_file(path: Path, stand_ins: Iterable[Any] = ()) -> Any:
-    """The content of a file of `torch.save`; its tensors are mapped from disk and not read.
+    """The content of a file of `torch.save`. Its tensors are mapped from disk, not read.
 
-    The checksum of the pickle, which has names, shapes and all that is no tensor, is checked; see [`check_checksums`]
-    for the tensors. Files of PyTorch before 1.6 have no checksums, and their tensors are read at once.
+    It verifies the checksum of the pickle, which has names, shapes and everything else except tensor data; see
+    [`check_checksums`] for that. Files of PyTorch before 1.6 have no checksums, and their tensors are read at once.
 
     Args:
         path: the file.
-        stand_ins: pairs of a class and the full name of the class in the file that it takes the place of.
+        stand_ins: pairs of a class and the full name of the class in the file that it replaces.
 
     Raises:
-        UnreadableFileError: the file is missing, unreadable, damaged, names a class that is not allowed, or holds a
-            tensor that is larger than its memory.
+        UnreadableFileError: the file is missing, unreadable, or damaged; it names a class that is not allowed, or has a
+            tensor that is larger than its data.
     """
     check_is_file(path)
     try:
@@ -56,18 +56,18 @@ def load_torch_file(path: Path, stand_ins: Iterable[Any] = ()) -> Any:
         if refused is not None:
             raise _refused(path, refused[1]) from error
         raise _damaged(path, error) from error
-    except Exception as error:  # a damaged pickle can raise anything
+    except Exception as error:  # a damaged pickle can raise any exception
         raise _damaged(path, error) from error
     return content
 
 
 def check_checksums(path: Path) -> None:
-    """Read a file once and compare all of it with the CRC-32 of its archive, where it has them.
+    """Read a whole file once and verify the CRC-32 checksums of its archive, if it has them.
 
-    There are none in files of PyTorch before 1.6, and under `torch.serialization.set_crc32_options(False)` all are 0.
+    Files of PyTorch before 1.6 have none, and with `torch.serialization.set_crc32_options(False)` all are 0.
 
     Raises:
-        UnreadableFileError: a bit is not what was written, or the file cannot be read.
+        UnreadableFileError: a bit has changed, or the file cannot be read.
     """
     check_is_file(path)
     if not _is_archive(path):
@@ -93,24 +93,24 @@ def _is_archive(path: Path) -> bool:
 
 
 def _entries(path: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    """What is in an archive, none of it compressed: then nothing is larger than the file."""
+    """The entries of an archive, none of them compressed, so none is larger than the file."""
     entries = archive.infolist()
     packed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     if packed:
         raise UnreadableFileError(
-            f"{path} has compressed entries such as {packed[0].filename}, which torch.save never writes; load the file "
-            "where it comes from and save it again"
+            f"{path} has compressed entries such as {packed[0].filename}, which torch.save never writes; load the "
+            "file at its origin and save it again"
         )
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise UnreadableFileError(f"{path} cannot be read, it may be truncated or damaged: its entries overlap")
+        raise UnreadableFileError(f"{path} cannot be read; it may be truncated or damaged: its entries overlap")
     return entries
 
 
 def _check_pickles(path: Path) -> bool:
-    """Look through the pickles of a file without running them; returns whether it is an archive.
+    """Check the pickles of a file without running them; return whether it is an archive.
 
     Raises:
-        UnreadableFileError: they are damaged, too long, or allocate what is not in the file.
+        UnreadableFileError: they are damaged, too long, or allocate more than the file has.
     """
     if not _is_archive(path):
         with path.open("rb") as file:
@@ -123,11 +123,11 @@ def _check_pickles(path: Path) -> bool:
             raise UnreadableFileError(f"{path} cannot be read: it is an archive, but not of torch.save")
         if pickles[0].file_size > MAX_PICKLE_BYTES:
             raise UnreadableFileError(
-                f"{path} has {pickles[0].file_size:,} bytes beside its tensors, more than {MAX_PICKLE_BYTES:,}; "
-                "this is no checkpoint of weights"
+                f"{path} has {pickles[0].file_size:,} bytes besides its tensors, more than {MAX_PICKLE_BYTES:,}; this "
+                "is no checkpoint of weights"
             )
         if not any(entry.CRC for entry in archive.infolist()):
-            pickles[0].CRC = None  # type: ignore[assignment]  # zipfile checks nothing then
+            pickles[0].CRC = None  # type: ignore[assignment]  # then zipfile checks nothing
         _check_operations(path, archive.read(pickles[0]))
     return True
 
@@ -144,7 +144,7 @@ def _check_operations(path: Path, file: IO[bytes] | bytes) -> None:
 
 
 def _check_content(path: Path, content: Any) -> None:
-    """Every tensor is dense and within its memory, and nothing is nested without end."""
+    """Check that every tensor is dense and within its data, and that nothing is nested too deeply."""
     num_bytes = path.stat().st_size
     seen: set[int] = set()
     level: list[Any] = [content]
@@ -165,13 +165,15 @@ def _check_content(path: Path, content: Any) -> None:
 def _check_tensor(path: Path, tensor: Tensor, num_bytes: int) -> None:
     kind = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
-        raise UnreadableFileError(f"{path} holds a tensor ({kind}) that is not a plain, dense one; save it as one")
+        raise UnreadableFileError(
+            f"{path} holds a tensor ({kind}) that is not a plain, dense tensor; save it as a dense tensor"
+        )
     if not tensor.numel() and max(tensor.shape) > MAX_EMPTY_SIZE:
         raise UnreadableFileError(f"{path} holds a tensor ({kind}) without numbers; it is damaged")
     if not tensor.nbytes <= tensor.untyped_storage().nbytes() <= num_bytes:
         raise UnreadableFileError(
-            f"{path} holds a tensor ({kind}) of {tensor.nbytes:,} bytes, but not so many numbers; it is damaged, or "
-            "the tensor was expanded: save it with .contiguous()"
+            f"{path} holds a tensor ({kind}) of {tensor.nbytes:,} bytes, but fewer numbers; it is damaged, or the "
+            "tensor was expanded: save it with .contiguous()"
         )
 
 
@@ -183,7 +185,7 @@ def _refused(path: Path, name: str) -> UnreadableFileError:
 
 
 def _damaged(path: Path, error: Exception) -> UnreadableFileError:
-    return UnreadableFileError(f"{path} cannot be read, it may be truncated or damaged: {shorten(error)}")
+    return UnreadableFileError(f"{path} cannot be read; it may be truncated or damaged: {shorten(error)}")
 
 
 __all__ = ["check_checksums", "load_torch_file"]

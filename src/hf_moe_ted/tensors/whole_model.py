@@ -1,4 +1,4 @@
-"""A model from a folder, all of whose weights are in it: nothing is drawn at random and nothing comes from the Hub."""
+"""Load a model from a folder that has all weights: nothing is initialized at random or downloaded from the Hub."""
 
 import os
 from pathlib import Path
@@ -33,29 +33,29 @@ def load_whole_model(
     """The model of a folder of ZCodeM3 or NLLB-MoE.
 
     Args:
-        folder: with config and weights.
+        folder: folder with config and weights.
         dtype: one of `DTYPES`.
-        argument: what messages call the folder.
-        may_have_adapter: whether an adapter of PEFT in the folder is put on the model.
-        model_class: whose `from_pretrained` loads it.
-        device_map, expert_memory: of `from_pretrained`.
+        argument: name of the folder in messages.
+        may_have_adapter: whether to load a PEFT adapter in the folder.
+        model_class: class whose `from_pretrained` loads it.
+        device_map, expert_memory: arguments of `from_pretrained`.
 
     Raises:
-        ValueError: no such folder, another `dtype`, an adapter, weights that are missing, unknown or of another shape,
-            or that cannot be read.
+        ValueError: the folder does not exist, `dtype` is unknown, there is an adapter, or weights are missing, unknown,
+            of another shape or unreadable.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype ({dtype!r}) must be one of {', '.join(DTYPES)}")
     config_path(folder, argument)
     check_no_adapter(folder, may_have_adapter=may_have_adapter)
-    if not (folder / ADAPTER_CONFIG).is_file():  # or the weights may be elsewhere
+    if not (folder / ADAPTER_CONFIG).is_file():  # else the weights may be elsewhere
         check_files(folder, argument)
     options = {} if expert_memory is None else {"expert_memory": expert_memory}
     try:
         loaded: Any = model_class.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, device_map=device_map, **options
         )
-    except Exception as error:  # of safetensors, pickle, transformers: there is no class that they share
+    except Exception as error:  # errors of safetensors, pickle and transformers have no common class
         message = shorten(error, 600) or type(error).__name__
         raise ValueError(f"{argument} ({folder}) cannot be loaded: {message}") from error
     model, info = loaded
@@ -65,11 +65,11 @@ def load_whole_model(
 
 
 def check_files(folder: Path, argument: str = "model") -> None:
-    """Check what `from_pretrained` opens without a look: where the index leads to, and whether the files are weights.
+    """Check what `from_pretrained` opens unchecked: the files of the index, and whether they hold weights.
 
     Raises:
-        ValueError: a pipe, socket or device is in the folder, whose reading never ends; weights that are missing,
-            unreadable, made to do harm (see `open_pretrained_tensors`), or integers though the model is not quantized.
+        ValueError: the folder has a pipe, socket or device, whose reading may never end; weights are missing,
+            unreadable, malicious (see `open_pretrained_tensors`), or integers although the model is not quantized.
     """
     for path in sorted(folder.iterdir()):
         if path.exists() and not path.is_dir():
@@ -89,8 +89,8 @@ def check_no_adapter(folder: Path, *, may_have_adapter: bool = False) -> None:
     """
     if (folder / ADAPTER_CONFIG).is_file() and not may_have_adapter:
         raise ValueError(
-            f"{folder} has {ADAPTER_CONFIG}: an adapter of PEFT, which would be left out; merge it into the "
-            "weights with merge_and_unload() first, or remove its files"
+            f"{folder} has {ADAPTER_CONFIG}: an adapter of PEFT, which would be ignored; merge it into the weights "
+            "with merge_and_unload() first, or remove its files"
         )
 
 
@@ -104,22 +104,22 @@ def load_model_and_tokenizer(
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """A translation model and its tokenizer from a local folder, on a device.
 
-    `from_pretrained` looks a name that is no folder up on the Hub, and draws weights that are missing at random; here
-    both are errors.
+    `from_pretrained` searches a name that is no folder on the Hub, and initializes missing weights at random; here both
+    are errors.
 
     Args:
-        folder: with config, weights and tokenizer of a model of ZCodeM3 or NLLB-MoE, or of a dense one of M2M100 or
-            NLLB, which is loaded as transformers' own.
-        dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: that of the config.
+        folder: folder with config, weights and tokenizer of ZCodeM3 or NLLB-MoE, or of a dense M2M100 or NLLB, which is
+            loaded with transformers' own class.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`, the dtype of the config.
         device: such as `"cuda:1"`; by default a GPU if there is one. `"auto"` spreads a model over all GPUs, main
             memory and, if it is of ZCodeM3, the disk (`device_map="auto"`).
-        argument: what messages call the folder.
-        expert_memory: [`ExpertMemory`], *optional*: the device holds some experts, and others come when they are
-            needed. For a model with experts, on one device.
+        argument: name of the folder in messages.
+        expert_memory: [`ExpertMemory`], *optional*: the device holds some experts, and others are loaded when needed.
+            For a model with experts, on one device.
 
     Raises:
-        ValueError: no such folder, a file that is missing or damaged, a model of another family, or a device that is
-            not there.
+        ValueError: the folder or device does not exist, a file is missing or damaged, or the model is of another
+            family.
     """
     folder = Path(folder)
     model_type = str(read_json_object(config_path(folder, argument), argument).get("model_type"))
@@ -153,11 +153,11 @@ def load_tokenizer(folder: Path, argument: str = "model") -> PreTrainedTokenizer
     """The tokenizer of a local folder.
 
     Args:
-        folder: of a model.
-        argument: what messages call the folder.
+        folder: folder of a model.
+        argument: name of the folder in messages.
 
     Raises:
-        ValueError: there is none, or a file of it is damaged.
+        ValueError: there is no tokenizer, or one of its files is damaged.
     """
     if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
         raise ValueError(f"{argument} ({folder}) has no tokenizer; save it there with tokenizer.save_pretrained")

@@ -1,4 +1,4 @@
-"""Lines of standard input that arrive one by one, as from a terminal or another program."""
+"""Lines of standard input that arrive one by one, from a terminal or another program."""
 
 import os
 import select
@@ -11,10 +11,10 @@ _READ_BYTES = 2**16
 
 
 class ArrivingLines:
-    """A file that is read by lines, and knows whether the next line is there already.
+    """A file that is read by lines and knows whether the next line has arrived.
 
     Args:
-        file: opened for reading; if it is no file of the system, such as `BytesIO`, all of it is there.
+        file: a file opened for reading; all of it has arrived if it is no file of the system, such as `BytesIO`.
     """
 
     def __init__(self, file: BinaryIO):
@@ -27,7 +27,7 @@ class ArrivingLines:
             self._descriptor = None
 
     def readline(self, limit: int = -1) -> bytes:
-        """As that of files: a line with its end, or its first `limit` bytes; nothing at the end of the file."""
+        """Like `readline` of files: a line with its end, or its first `limit` bytes; empty at the end of the file."""
         if self._descriptor is None:
             return self._file.readline(limit)
         while self._line_end(limit) is None and not self._is_at_end:
@@ -38,7 +38,7 @@ class ArrivingLines:
         return line
 
     def has_line(self, wait_s: float = 0.0) -> bool:
-        """Whether a line, or the end of the file, is there now or comes in this time."""
+        """Whether a line, or the end of the file, has arrived or arrives within this time."""
         if self._descriptor is None:
             return True
         while self._line_end(MAX_LINE_BYTES + 1) is None and not self._is_at_end:

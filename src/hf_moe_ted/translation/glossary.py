@@ -1,4 +1,4 @@
-"""Glossaries: how terms are to be translated, and which are not."""
+"""Glossaries: required translations of terms, and terms that are not translated."""
 
 import hashlib
 import os
@@ -12,17 +12,17 @@ from ..evaluation.placeholders import placeholder_spans
 from .words import count_phrase, split_words, words_with_spans
 
 HEADER = ("source", "target")
-MAX_TERM_CHARACTERS = 500  # of a term or its translation: each sentence with it is searched for it, and reported
+MAX_TERM_CHARACTERS = 500  # longest term or translation
 
 
 @dataclass(frozen=True)
 class GlossaryEntry:
     """
     Attributes:
-        source: a term of one or more words. Written without capital letters it is found in any case, otherwise as it
-            is written.
-        target: its translation, in the form that translations are to have; `None` if it is not translated: then
-            translations have it as the text does.
+        source: a term of one or more words. A term without capital letters is found in any case; other terms only as
+            they are written.
+        target: its translation, in the form that translations must have. `None` if it is not translated: then
+            translations copy it from the text.
     """
 
     source: str
@@ -33,9 +33,9 @@ class GlossaryEntry:
 class TermOccurrence:
     """
     Attributes:
-        start, end: of the term in its sentence, in characters.
-        source: as it stands there.
-        target: what the translation has to have.
+        start, end: place of the term in its sentence, in characters.
+        source: the term as it is written there.
+        target: text that the translation must have.
         is_any_case: whether the entry is written without capital letters.
     """
 
@@ -48,11 +48,11 @@ class TermOccurrence:
 
 @dataclass(frozen=True)
 class Glossary:
-    """Entries, each source once.
+    """The entries of a glossary, each source once.
 
     Raises:
-        ValueError: an entry without a source, with a blank target, or longer than `MAX_TERM_CHARACTERS`; two of the
-            same source with different targets.
+        ValueError: an entry without a source, with a blank target, or longer than `MAX_TERM_CHARACTERS`; or two entries
+            with the same source and different targets.
     """
 
     entries: tuple[GlossaryEntry, ...]
@@ -66,12 +66,11 @@ class Glossary:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> "Glossary":
-        """
-        A file of UTF-8, a term a line: source, a tab, target. A line with a source alone is a term that is not
-        translated. Blank lines, lines that start with `#`, and a first line `source<tab>target` are skipped.
+        """Read a UTF-8 file with a term per line: source, a tab, target. A line with only a source is a term that is
+        not translated. Blank lines, lines that start with `#`, and a first line `source<tab>target` are skipped.
 
         Raises:
-            ValueError: the file cannot be read, or a line is wrong: its number, and what to do.
+            ValueError: the file cannot be read, or a line is wrong; the message gives its number and the fix.
         """
         try:
             content = Path(path).read_bytes()
@@ -83,11 +82,11 @@ class Glossary:
         return cls(found.values())
 
     def terms_in(self, sentence: str) -> list[TermOccurrence]:
-        """The terms of a sentence, in its order.
+        """The terms of a sentence, in order.
 
-        They start and end where words do, in scripts without spaces anywhere. The longest at a place counts, and none
-        overlap. What is inside a placeholder (`<file>`) is no term. Time is linear in the length of the sentence,
-        whatever the size of the glossary.
+        Terms start and end at word boundaries; in scripts without spaces, anywhere. The longest term at a place counts,
+        and terms do not overlap. Text inside a placeholder (`<file>`) is no term. Time is linear in the length of the
+        sentence, for any size of the glossary.
         """
         placeholders = placeholder_spans(sentence)
         words, spans = words_with_spans(sentence)
@@ -104,7 +103,7 @@ class Glossary:
         return occurrences
 
     def missing_terms(self, sentence: str, translation: str) -> list[TermOccurrence]:
-        """The terms of a sentence that a translation has not in the form of the glossary, or not as often."""
+        """The terms of a sentence that a translation lacks, in the form of the glossary, or has less often."""
         missing = []
         num_wanted: Counter[str] = Counter()
         for term in self.terms_in(sentence):
@@ -115,7 +114,7 @@ class Glossary:
         return missing
 
     def _longest(self, words: list[str], folded: list[str], index: int) -> tuple[int, GlossaryEntry | None]:
-        """The entry at a place, as it is written before one of any case, and its number of words."""
+        """The longest entry at a place, and its number of words; exact case comes before any case."""
         for length in self._lengths.get(folded[index], ()):
             if index + length <= len(words):
                 for here in (words, folded):
@@ -129,7 +128,7 @@ class Glossary:
 
     @cached_property
     def _lengths(self) -> dict[str, list[int]]:
-        """Of the first words of terms in lower case: how many words such terms have, the most first."""
+        """First word of terms, in lower case -> numbers of words of such terms, the largest first."""
         lengths: dict[str, set[int]] = {}
         for words in self._by_words:
             lengths.setdefault(words[0].casefold(), set()).add(len(words))
@@ -137,7 +136,7 @@ class Glossary:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the entries, whatever their order."""
+        """SHA-256 of the entries, independent of their order."""
         lines = sorted(f"{entry.source}\t{'' if entry.target is None else entry.target}" for entry in self.entries)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -151,7 +150,7 @@ def _is_any_case(source: str) -> bool:
 
 
 def _key(source: str) -> tuple[str, ...]:
-    """Words by which a term is found; no term with capital letters has those of one without."""
+    """The words by which a term is found; terms with and without capital letters never have the same key."""
     words = split_words(source)
     return tuple(word.casefold() for word in words) if _is_any_case(source) else words
 
@@ -160,11 +159,14 @@ def _add(found: dict[tuple[str, ...], GlossaryEntry], entry: GlossaryEntry, wher
     if not entry.source.strip():
         raise ValueError(f"{where}a glossary entry needs a source term, got {entry.source!r} -> {entry.target!r}")
     if entry.target is not None and not entry.target.strip():
-        raise ValueError(f"{where}the target of {entry.source!r} in the glossary is blank; None: it is not translated")
+        raise ValueError(
+            f"{where}the target of {entry.source!r} in the glossary is blank; use None for a term that is not "
+            "translated"
+        )
     if max(len(entry.source), len(entry.target or "")) > MAX_TERM_CHARACTERS:
         raise ValueError(
-            f"{where}{entry.source[:40]!r} or its target has more than {MAX_TERM_CHARACTERS} characters; a glossary is "
-            "of terms"
+            f"{where}{entry.source[:40]!r} or its target has more than {MAX_TERM_CHARACTERS} characters; shorten it, "
+            "a glossary is for terms"
         )
     other = found.setdefault(_key(entry.source), entry)
     if other.target != entry.target:
@@ -189,13 +191,13 @@ def _cells(line: bytes, where: str) -> list[str]:
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: no UTF-8 at byte {error.start}; save the file as UTF-8") from error
+        raise ValueError(f"{where}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
     if "\0" in text:
         raise ValueError(f"{where} has a NUL character; save the file as UTF-8 (not UTF-16), without it")
     cells = [cell.strip() for cell in text.split("\t")]
     if len(cells) > 2:
         raise ValueError(
-            f"{where} has {len(cells)} columns; a line is `source<tab>target`, or a source alone: {text!r}"
+            f"{where} has {len(cells)} columns; a line must be `source<tab>target`, or a source alone: {text!r}"
         )
     if not cells[0]:
         raise ValueError(f"{where} has no source term: {text!r}; write `source<tab>target`")

@@ -1,8 +1,8 @@
-"""Beam search for translations that have certain phrases: grid beam search (Hokamp and Liu 2017, section 3).
+"""Beam search for translations that must have certain phrases: grid beam search (Hokamp and Liu 2017, section 3).
 
-Beams are kept apart, in banks, by how many of the phrases they have, and how many tokens one that they have begun goes
-on with. So a beam that has paid for a phrase is not compared with one that has not yet. In each step a beam may go on
-with any token, or begin a phrase that it misses; what is begun is written to its end.
+Beams are in separate banks, by the number of phrases that they have and the number of tokens that their begun phrase
+still needs. So a beam with a phrase, which costs score, is not compared with a beam without it. In each step a beam may
+continue with any token, or begin a missing phrase; a begun phrase is written to its end.
 
 Shape letters: B beams of all sentences, L tokens, V words of the vocabulary.
 """
@@ -17,16 +17,16 @@ from torch import Tensor
 
 from .phrases import Phrase, PhraseTokens, Spelling
 
-MAX_BEAMS = 8  # times num_beams: of a sentence, in all banks; mostly it has half as many
+MAX_BEAMS = 8  # times num_beams: most beams of a sentence, in all banks; usually it has half as many
 IMPOSSIBLE = -1e8  # log-probability
 
 
 class Hypothesis(NamedTuple):
     """
     Attributes:
-        tokens: of a translation, with the one that decoding starts from.
-        score: log-probability per token, as beam search ranks them.
-        has_ended: whether it was not cut.
+        tokens: tokens of a translation, with the start token of decoding.
+        score: log-probability per token, by which beam search ranks.
+        has_ended: whether it ended by itself and was not cut.
     """
 
     tokens: tuple[int, ...]
@@ -38,12 +38,12 @@ class _Beam(NamedTuple):
     """
     Attributes:
         row: its sentence.
-        parent: the beam that it goes on from, among all of the step before.
-        tokens: with the one that decoding starts from.
+        parent: the beam from which it continues, among all of the previous step.
+        tokens: its tokens, with the start token of decoding.
         score: sum of log-probabilities.
-        missing: of each phrase, how often it has yet to be begun.
-        begun: tokens that its phrase goes on with.
-        ends_word: whether the phrase that it has begun, or that its last token ended, is the end of a word.
+        missing: for each phrase, how often it must still be begun.
+        begun: remaining tokens of its begun phrase.
+        ends_word: whether its begun phrase, or the phrase that its last token ended, must end a word.
     """
 
     row: int
@@ -56,7 +56,7 @@ class _Beam(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A token that a beam may go on with; `beam` is its number in its sentence, the others are those of `_Beam`."""
+    """A possible next token of a beam; `beam` is the beam's index in its sentence, other fields are as in `_Beam`."""
 
     score: float
     beam: int
@@ -82,7 +82,7 @@ class _Row:
     """A sentence.
 
     Attributes:
-        limit: of new tokens.
+        limit: largest number of new tokens.
         finished: translations that have all phrases, the best first.
     """
 
@@ -98,12 +98,12 @@ class _Row:
         self.num_wanted = max(self.bank_size, self.settings.num_sequences)
 
     def step(self, beams: Sequence[_Beam], first: int, log_probs_BV: Tensor) -> list[_Beam]:
-        """The beams that follow; none when the sentence is done.
+        """The next beams; none when the sentence is done.
 
         Args:
-            beams: of this sentence.
-            first: number of the first one among all beams.
-            log_probs_BV: of these beams.
+            beams: beams of this sentence.
+            first: index of the first of them among all beams.
+            log_probs_BV: log-probabilities of these beams.
         """
         banks: dict[tuple[int, int], list[_Step]] = {}
         for step in self._steps(beams, log_probs_BV):
@@ -118,7 +118,7 @@ class _Row:
     def _steps(self, beams: Sequence[_Beam], log_probs_BV: Tensor) -> list[_Step]:
         best = log_probs_BV.topk(min(2 * self.bank_size, log_probs_BV.shape[-1]))
         steps: list[_Step] = []
-        forced: list[_Step] = []  # the scores of the tokens are not in them yet
+        forced: list[_Step] = []  # their scores do not include the tokens yet
         for number, (beam, values, tokens) in enumerate(zip(beams, *map(Tensor.tolist, best), strict=True)):
             if beam.begun:
                 forced.append(_forced_step(beam, number, beam.begun, beam.missing, beam.ends_word))
@@ -136,18 +136,18 @@ class _Row:
         return [step for step in steps if step.score > IMPOSSIBLE]
 
     def _outside_word(self, log_probs_V: Tensor) -> tuple[list[float], list[int]]:
-        """The best tokens that do not go on with a word, and their log-probabilities."""
+        """The best tokens that do not continue a word, and their log-probabilities."""
         in_order = log_probs_V.argsort(descending=True).tolist()
         free = (token for token in in_order if not self.settings.phrase_tokens.continues_word(token))
         tokens = list(islice(free, 2 * self.bank_size))
         return log_probs_V[tokens].tolist(), tokens
 
     def _missing_after(self, beam: _Beam, token: int) -> tuple[int, ...]:
-        """A beam that ends is one of those that have all phrases; `_may_end` looks whether it has."""
+        """Missing phrases after a token. An ending beam counts as having all; `_may_end` checks whether it has."""
         return (0,) * len(beam.missing) if token in self.settings.eos else beam.missing
 
     def _begun(self, beam: _Beam, number: int) -> list[_Step]:
-        """The phrases that a beam misses begin, in the spellings that fit behind its last token."""
+        """Steps that begin the missing phrases of a beam, in the spellings that fit after its last token."""
         num_new = len(beam.tokens) - self.settings.prompt_length
         if num_new == 0:  # the token of the language comes first
             return []
@@ -166,7 +166,7 @@ class _Row:
         ]
 
     def _best(self, bank: list[_Step], beams: Sequence[_Beam], first: int) -> list[_Beam]:
-        """The best that go on; those that end among the best are finished, as beam search does."""
+        """The best beams that continue; those among the best that end are finished, as in beam search."""
         size = max(1, self.bank_size // 2) if bank[0].begun else self.bank_size
         chosen: dict[tuple[Any, ...], _Beam] = {}
         rank = 0
@@ -189,9 +189,9 @@ class _Row:
         return list(chosen.values())
 
     def _may_end(self, beam: _Beam) -> bool:
-        """Whether it has all phrases; also if it came to them by itself, perhaps in other tokens.
+        """Whether a beam has all phrases; it may also have written them by itself, in other tokens.
 
-        A placeholder that was written to its end may have become part of another one: of a longer address.
+        A placeholder that was written to its end may have become part of another, such as of a longer address.
         """
         in_question = self.phrases if any(beam.missing) else [p for p in self.phrases if not p.is_term]
         if not in_question:
@@ -200,10 +200,10 @@ class _Row:
         return all(phrase.is_in(text) for phrase in in_question)
 
     def _is_done(self, beams: Sequence[_Beam]) -> bool:
-        """Whether no beam that has all phrases can be better than what is finished.
+        """Whether no beam with all phrases can become better than the finished translations.
 
-        The others are not waited for: those that miss a phrase at the end of the sentence often repeat themselves,
-        which has a good score.
+        Other beams are not waited for: beams that miss a phrase at the end of the sentence often repeat themselves,
+        with a good score.
         """
         if len(self.finished) < self.num_wanted:
             return False
@@ -213,7 +213,7 @@ class _Row:
         return self._ranked(max(complete), len(beams[0].tokens)) <= self.finished[-1].score
 
     def _cut(self, beams: Sequence[_Beam]) -> None:
-        """At the limit, beams fill up what did not end; those with the most phrases first."""
+        """At the limit, fill missing translations with beams that did not end, those with the most phrases first."""
         order = sorted(beams, key=lambda beam: (sum(beam.missing) + bool(beam.begun), -beam.score))
         for beam in order[: self.num_wanted - len(self.finished)]:
             self.finished.append(Hypothesis(beam.tokens, self._ranked(beam.score, len(beam.tokens)), False))
@@ -223,7 +223,7 @@ class _Row:
 
 
 def _forced_step(beam: _Beam, number: int, tokens: tuple[int, ...], missing: tuple[int, ...], ends_word: bool) -> _Step:
-    """A beam goes on with the first of some tokens; the score of the token is not in it yet."""
+    """A step in which a beam continues with the first of some tokens; its score does not include the token yet."""
     return _Step(beam.score, number, tokens[0], missing, tokens[1:], ends_word)
 
 
@@ -249,15 +249,15 @@ def grid_search(
     """The `custom_generate` of `model.generate(..., num_beams=1)`; without phrases it is plain beam search.
 
     Args:
-        phrases: of each sentence, what its translation has to have.
-        phrase_tokens: of the tokenizer.
-        limits: of each sentence, how long its translation may be, in tokens.
+        phrases: for each sentence, the phrases that its translation must have.
+        phrase_tokens: the [`PhraseTokens`] of the tokenizer.
+        limits: for each sentence, the longest translation in tokens.
         beams_of_grid: `num_beams` of a search without phrases; a sentence with phrases has up to eight times as many.
-        sequences_of_grid: translations of each sentence that are wanted.
-        on_step: is called after each token; what it raises ends the work.
+        sequences_of_grid: number of translations per sentence.
+        on_step: function that is called after each token; an exception in it ends the work.
 
     Returns:
-        Of each sentence its translations, the best first; at least one. A translation that misses a phrase was cut.
+        The translations of each sentence, the best first; at least one. A translation that misses a phrase was cut.
     """
     settings = _Settings(
         num_beams=beams_of_grid,
@@ -295,7 +295,7 @@ def _next_beams(beams: Sequence[_Beam], rows: Sequence[_Row], log_probs_BV: Tens
 
 
 class _Decoder:
-    """The decoder of a model, with as many beams in each step as there are."""
+    """The decoder of a model, with a varying number of beams per step."""
 
     def __init__(self, model: Any, model_kwargs: dict[str, Any]):
         self.model = model
@@ -306,7 +306,7 @@ class _Decoder:
         self.rows: list[int] = []
 
     def log_probs(self, tokens_BL: Tensor, rows: list[int]) -> Tensor:
-        """Of the tokens that follow, [B, V] float32; `rows` are the sentences of the beams."""
+        """Log-probabilities of the next tokens, [B, V] float32; `rows` are the sentences of the beams."""
         self.rows = rows
         index_B = torch.tensor(rows, device=self.mask.device)
         outputs = self.model(
@@ -323,7 +323,7 @@ class _Decoder:
         return outputs.logits[:, -1].float().log_softmax(dim=-1)
 
     def keep(self, parents: list[int]) -> None:
-        """The cache of the beams that go on, in the order of those that follow."""
+        """Reorder the cache to the beams that continue."""
         if parents:
             is_same = [self.rows[parent] for parent in parents] == self.rows
             cache = self.cache.self_attention_cache if is_same else self.cache  # the source stays

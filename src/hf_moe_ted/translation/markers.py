@@ -1,4 +1,4 @@
-"""Markers in place of what a translation has to repeat as it is."""
+"""Markers that replace the placeholders of a sentence."""
 
 import re
 
@@ -8,10 +8,10 @@ _MARKER = re.compile(r"\$\d(?!\d)")
 
 
 class Markers:
-    """A sentence with `$1`, `$2`, ... in place of its placeholders, which models copy more often than others.
+    """A sentence with `$1`, `$2`, ... instead of its placeholders, because models copy these more often.
 
     Args:
-        text: of the sentence.
+        text: text of the sentence.
     """
 
     MAX = 9
@@ -25,11 +25,11 @@ class Markers:
 
     @property
     def is_other(self) -> bool:
-        """Whether the sentence with markers is another one."""
+        """Whether the sentence with markers differs from the original."""
         return bool(self._names)
 
     def restored(self, translation: str) -> str:
-        """A translation with the placeholders in the places of the markers."""
+        """A translation with its markers replaced by the placeholders."""
         return _MARKER.sub(lambda match: self._names.get(match[0], match[0]), translation)
 
 

@@ -1,4 +1,4 @@
-"""What a translation has to have: the terms of a glossary, and placeholders; and how a tokenizer writes it."""
+"""Required phrases of a translation (glossary terms and placeholders), and their tokens."""
 
 import functools
 import threading
@@ -17,12 +17,12 @@ from .words import capitalized, count_phrase, ends_in_word, starts_in_word
 class Phrase:
     """
     Attributes:
-        text: what the translation has to have.
+        text: text that the translation must have.
         count: how often.
-        source: the term of the glossary that it translates, as the sentence has it; `None` for a placeholder.
-            A term stands apart from the words around it; a placeholder only if a letter there would make it another
-            one, as it does of an address.
-        may_be_capitalized: whether it may have a capital letter at the start of the translation.
+        source: the glossary term that it translates, as written in the sentence; `None` for a placeholder. A term is
+            separate from the words around it. A placeholder must be separate only if an adjacent letter would change
+            it, as in an address.
+        may_be_capitalized: whether it may begin with a capital letter at the start of the translation.
     """
 
     text: str
@@ -43,24 +43,24 @@ class Phrase:
 
     @property
     def starts_word(self) -> bool:
-        """Whether no letter may stand before it."""
+        """Whether no letter may precede it."""
         return starts_in_word(self.text) and (self.is_term or bool(placeholders(self.text)))
 
     def count_in(self, translation: str) -> int:
-        """How often it is there."""
+        """How often a text has it."""
         if not self.is_term:
             return count_placeholder(self.text, translation)
         return count_phrase(self.text, translation, may_be_capitalized=self.may_be_capitalized)
 
     def is_in(self, translation: str) -> bool:
-        """Whether it is there as often as it has to be."""
+        """Whether a text has it as often as required."""
         return self.count_in(translation) >= self.count
 
 
 def phrases_of(sentence: str, glossary: Glossary | None, *, keep_placeholders: bool = True) -> tuple[Phrase, ...]:
-    """What the translation of a sentence has to have: its terms as the glossary has them, its placeholders as they are.
+    """The required phrases for a sentence: its terms in the glossary's form, and its placeholders unchanged.
 
-    A placeholder that is part of a term is left to the term.
+    A placeholder that is part of a term belongs to the term.
     """
     terms = [] if glossary is None else glossary.terms_in(sentence)
     counts = Counter((term.target, term.is_any_case) for term in terms)
@@ -82,7 +82,7 @@ class Spelling:
 
     Attributes:
         tokens: one or more.
-        is_at_start: whether it is one for the start of a translation, or for the places behind it.
+        is_at_start: whether it is for the start of a translation, or for later places.
         is_after_word: whether it can follow a letter or a digit.
     """
 
@@ -92,10 +92,10 @@ class Spelling:
 
 
 class PhraseTokens:
-    """How a tokenizer writes phrases, and where words end among its tokens. Threads may share it.
+    """How a tokenizer writes phrases, and which of its tokens end words. Threads may share it.
 
     Args:
-        tokenizer: one for translation.
+        tokenizer: a tokenizer for translation.
     """
 
     def __init__(self, tokenizer: Any):
@@ -111,7 +111,7 @@ class PhraseTokens:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
     def _spellings(self, phrase: Phrase) -> tuple[Spelling, ...]:
-        """At the start, with a capital letter if it may have one; after a space; after other text."""
+        """Spellings at the start (with a capital letter if allowed), after a space, and after other text."""
         may_follow_word = not phrase.starts_word
         at_start = [phrase.text, capitalized(phrase.text)] if phrase.may_be_capitalized else [phrase.text]
         found = [
@@ -122,7 +122,7 @@ class PhraseTokens:
         return tuple(spelling for spelling in dict.fromkeys(found) if spelling.tokens)
 
     def _tokens(self, before: str, text: str) -> tuple[int, ...]:
-        """Of a text after other text; none if a token belongs to both."""
+        """Tokens of a text after other text; empty if a token belongs to both."""
         first, both = self._encode(before), self._encode(before + text)
         return both[len(first) :] if both[: len(first)] == first else ()
 
@@ -133,15 +133,15 @@ class PhraseTokens:
             return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def _continues_word(self, token_id: int) -> bool:
-        """Whether a token goes on with the word before it."""
+        """Whether a token continues the preceding word."""
         token = self._tokenizer.convert_ids_to_tokens(token_id) or ""
         is_apart = token.startswith("▁") or token_id in self._special_ids
         return not is_apart and starts_in_word(self._text(token))
 
     def _ends_in_word(self, token_id: int) -> bool:
-        """Whether a letter after a token would go on with its word."""
+        """Whether a letter after a token would continue its word."""
         text = self._text(self._tokenizer.convert_ids_to_tokens(token_id) or "")
-        return text.endswith("\N{REPLACEMENT CHARACTER}") or ends_in_word(text)  # bytes may be those of a letter
+        return text.endswith("\N{REPLACEMENT CHARACTER}") or ends_in_word(text)  # its bytes may belong to a letter
 
     def _text(self, token: str) -> str:
         return self._tokenizer.convert_tokens_to_string([token]) if token else ""

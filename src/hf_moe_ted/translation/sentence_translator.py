@@ -1,4 +1,4 @@
-"""Sentences through a model, a batch at a time: what `generate` needs, and what it gives.
+"""Translate batches of sentences with a model: inputs and outputs of `generate`.
 
 Shape letters: B sentences of a batch, N sequences of each, beams among them, L tokens, V words of the vocabulary.
 """
@@ -25,22 +25,22 @@ from .phrases import Phrase, PhraseTokens
 
 OnStep = Callable[[], None]
 
-# A translation of a sentence is rarely shorter or longer than so many times its source, in bytes of UTF-8.
+# the usual range of a translation's length relative to its source, in bytes of UTF-8
 MIN_LENGTH_RATIO, MAX_LENGTH_RATIO = 0.25, 5.0
 MIN_RATIO_BYTES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSentence:
-    """A sentence that waits for its translation; equal ones have the same.
+    """A sentence to translate; equal sentences have the same translation.
 
     Attributes:
-        text: as it stands in its text.
-        src_lang, tgt_lang: as the tokenizer names them.
-        input_ids: its tokens, with those of the language and of the end.
-        first_token: with which the translation begins: the one of its language.
-        num_sequences: translations that are wanted: the best one and its alternatives.
-        phrases: what its translation has to have.
+        text: the sentence as in its text.
+        src_lang, tgt_lang: languages by their names in the tokenizer.
+        input_ids: its tokens, with language tag and end token.
+        first_token: first token of the translation: the tag of its language.
+        num_sequences: number of translations: the best one and its alternatives.
+        phrases: phrases that its translation must have.
     """
 
     text: str
@@ -52,11 +52,11 @@ class SourceSentence:
     phrases: tuple[Phrase, ...] = ()
 
     def missing(self, translation: str) -> list[Phrase]:
-        """The phrases that a translation has not, or not as often as it has to."""
+        """The phrases that a translation lacks, or has less often than required."""
         return [phrase for phrase in self.phrases if not phrase.is_in(translation)]
 
     def lacks_terms(self, translation: str) -> bool:
-        """Whether terms of a glossary are missing, for which a search is worth its time."""
+        """Whether glossary terms are missing, which justify a search."""
         return any(phrase.is_term for phrase in self.missing(translation))
 
 
@@ -64,9 +64,9 @@ class SourceSentence:
 class GeneratedSentence:
     """
     Attributes:
-        texts: as many as were asked for, the best first.
-        scores: log-probability per token of each, as beam search ranks them; empty for one text.
-        is_cut: whether the first one was cut before its end.
+        texts: the requested number of translations, the best first.
+        scores: log-probability per token of each, by which beam search ranks; empty for one text.
+        is_cut: whether the first text was cut before its end.
     """
 
     texts: tuple[str, ...]
@@ -75,7 +75,7 @@ class GeneratedSentence:
 
 
 class SentenceTranslator:
-    """What [`TextTranslator`] does with a model and its tokenizer; for the arguments see there."""
+    """Translates sentences with a model and its tokenizer for [`TextTranslator`]; see there for the arguments."""
 
     def __init__(
         self,
@@ -92,7 +92,9 @@ class SentenceTranslator:
                 raise ValueError(f"{name} ({number}) must be at least 1")
         check_family(model)
         if not hasattr(tokenizer, "_build_translation_inputs"):
-            raise ValueError(f"{type(tokenizer).__name__} must be a tokenizer for translation: a ZCodeM3Tokenizer")
+            raise ValueError(
+                f"{type(tokenizer).__name__} must be a tokenizer for translation, such as a ZCodeM3Tokenizer"
+            )
         self.model: Any = model
         self.tokenizer: Any = tokenizer
         self.languages = list(language_ids(tokenizer))
@@ -111,7 +113,7 @@ class SentenceTranslator:
         num_sequences: int = 1,
         phrases: Sequence[tuple[Phrase, ...]] | None = None,
     ) -> list[SourceSentence]:
-        """The texts as sentences, each at most `max_source_tokens` long if it is to be translated."""
+        """Encode texts as sentences; sentences to translate have at most `max_source_tokens` tokens."""
         if not texts:
             return []
         with languages_kept(self.tokenizer):
@@ -132,7 +134,7 @@ class SentenceTranslator:
         ]
 
     def batches(self, sentences: Iterable[SourceSentence]) -> Iterator[list[SourceSentence]]:
-        """The longest first, so that what does not fit in memory fails at once."""
+        """Batches, the longest first, so that a lack of memory shows at once."""
         batch: list[SourceSentence] = []
         for sentence in sorted(sentences, key=lambda sentence: -len(sentence.input_ids)):
             if batch and (len(batch) + 1) * len(batch[0].input_ids) > self.batch_tokens:
@@ -145,16 +147,16 @@ class SentenceTranslator:
     def generate(
         self, batch: Sequence[SourceSentence], on_step: OnStep | None = None, *, search: bool = True
     ) -> list[GeneratedSentence]:
-        """Translate a batch, whose languages may differ; in parts, if it does not fit in the memory of a GPU.
+        """Translate a batch; its languages may differ. A batch that does not fit in a GPU's memory is split.
 
-        Sentences whose translation lacks placeholders are translated again with markers in their places, those that
-        lack terms by a search for what has them. So a sentence that needs no help has the translation that it would
-        have without phrases.
+        A sentence whose translation lacks placeholders is translated again with markers; a sentence that lacks terms is
+        translated again by a search for translations that have them. All other sentences have the same translation as
+        without phrases.
 
         Args:
             batch: B sentences.
-            on_step: is called after each token of the batch; what it raises ends the work.
-            search: whether sentences that lack terms are searched for.
+            on_step: function that is called after each token of the batch; an exception in it ends the work.
+            search: whether to search for sentences that lack terms.
         """
         try:
             generated = self._generate(batch, on_step)
@@ -173,7 +175,7 @@ class SentenceTranslator:
     def _with_terms(
         self, batch: Sequence[SourceSentence], generated: list[GeneratedSentence], on_step: OnStep | None
     ) -> None:
-        """What lacks terms is replaced by what the search finds."""
+        """Replace translations that lack terms by the results of the search."""
         again = [index for index, of_one in enumerate(generated) if batch[index].lacks_terms(of_one.texts[0])]
         num_at_once = math.ceil(len(batch) / MAX_BEAMS)  # each has so many times more beams
         for start in range(0, len(again), num_at_once):
@@ -185,7 +187,7 @@ class SentenceTranslator:
     def _with_markers(
         self, batch: Sequence[SourceSentence], generated: list[GeneratedSentence], on_step: OnStep | None
     ) -> None:
-        """What lacks placeholders is replaced by the translation with markers in their places, if it has all."""
+        """Replace translations that lack placeholders by the translation with markers, if that has all of them."""
         markers = {
             index: Markers(sentence.text)
             for index, sentence in enumerate(batch)
@@ -208,7 +210,7 @@ class SentenceTranslator:
         return self.encode([text], sentence.src_lang, sentence.tgt_lang)[0]
 
     def _merged(self, found: list[Hypothesis], plain: GeneratedSentence, sentence: SourceSentence) -> GeneratedSentence:
-        """If fewer were found than are wanted, plain ones follow; they stay if they have as many phrases."""
+        """If the search found too few, plain translations follow; plain ones with as many phrases stay."""
         texts = self._decoded([list(hypothesis.tokens) for hypothesis in found])
         if len(sentence.missing(texts[0])) >= len(sentence.missing(plain.texts[0])):
             return plain
@@ -271,7 +273,7 @@ class SentenceTranslator:
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs of the model belong."""
+        """The device for the model's inputs."""
         return execution_device(self.model)
 
     def _inputs(self, batch: Sequence[SourceSentence]) -> dict[str, Any]:
@@ -289,20 +291,20 @@ class SentenceTranslator:
         return self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
 
     def _max_new_tokens(self, sentence: SourceSentence) -> int:
-        """The limit by the sentence alone, so that its translation does not depend on its batch."""
+        """The limit depends on the sentence alone, so its translation does not depend on its batch."""
         if not self._cuts_early:
             return self.max_new_tokens
         return min(self.max_new_tokens, 4 * len(sentence.input_ids) + 32)
 
 
 def _is_clean(source: str, translation: str) -> bool:
-    """Whether a translation has no placeholder more or less than its source, and is not much longer."""
+    """Whether a translation has exactly the placeholders of its source and is not much longer."""
     is_long = len(translation.encode()) > MAX_LENGTH_RATIO * max(MIN_RATIO_BYTES, len(source.encode()))
     return not is_long and not lost_placeholders(source, translation)
 
 
 class _Limits(StoppingCriteria):
-    """`max_new_tokens` with a number for each sentence, and somebody who is told of each step."""
+    """A stopping criterion: `max_new_tokens` for each sentence; it also calls a function at each step."""
 
     def __init__(self, limits: Sequence[int], device: torch.device, on_step: OnStep | None):
         self._limits_B = torch.tensor(limits, device=device)

@@ -1,4 +1,4 @@
-"""Texts in files: lines, or a column of TSV, CSV, JSON Lines or parquet; read and written row by row."""
+"""Texts in files, read and written row by row: lines, or a column of TSV, CSV, JSON Lines or parquet."""
 
 import csv
 import io
@@ -13,7 +13,7 @@ from ..models.language_codes import has_spaces_between_sentences
 
 LINES, TSV, CSV, JSON_LINES, PARQUET = "lines", "tsv", "csv", "json lines", "parquet"
 _KINDS = {".tsv": TSV, ".csv": CSV, ".jsonl": JSON_LINES, ".ndjson": JSON_LINES, ".parquet": PARQUET}
-COLUMNS = ("source", "text", "sentence")  # which are looked for if no column is named
+COLUMNS = ("source", "text", "sentence")  # columns that are tried if none is given
 MAX_LINE_BYTES = 2**24
 PARQUET_ROWS = 1024
 
@@ -22,10 +22,10 @@ PARQUET_ROWS = 1024
 class TextRow:
     """
     Attributes:
-        number: of the line, from 1; of the row, in parquet.
-        text: what is to be translated; `None` if there is an error.
-        fields: the columns of the row; of lines none.
-        end: the end of a line: a new line, with a carriage return before it or not, or nothing.
+        number: number of the line, from 1; in parquet of the row.
+        text: text to translate; `None` if there is an error.
+        fields: the columns of the row; empty for lines.
+        end: the line end: a new line, possibly after a carriage return, or nothing.
         error: why the row cannot be read.
     """
 
@@ -37,20 +37,20 @@ class TextRow:
 
 
 def kind_of(path: Path | None) -> str:
-    """What a file is, by the end of its name; anything else is lines, as standard input and output are."""
+    """The kind of a file, by the end of its name. Other files, standard input and standard output are lines."""
     return LINES if path is None else _KINDS.get(path.suffix.lower(), LINES)
 
 
 def read_rows(file: BinaryIO, kind: str, column: str | None = None) -> Iterator[TextRow]:
-    """The rows of a file, also those that are wrong.
+    """The rows of a file, including invalid ones.
 
     Args:
-        file: opened for reading.
-        kind: of `kind_of`.
-        column: with the texts; by default the first of `COLUMNS` that there is.
+        file: a file opened for reading.
+        kind: its kind, from `kind_of`.
+        column: column with the texts; by default the first of `COLUMNS` that exists.
 
     Raises:
-        ValueError: the header has no such column, or the file is no parquet file.
+        ValueError: the header has no such column, or the file is not a parquet file.
     """
     if kind == LINES:
         yield from _lines(file)
@@ -65,11 +65,11 @@ def read_rows(file: BinaryIO, kind: str, column: str | None = None) -> Iterator[
 
 
 def paragraphs(rows: Iterable[TextRow], src_lang: str) -> Iterator[TextRow]:
-    """Lines whose neighbours were one line, put together again: a row for each paragraph, and one for each blank line.
+    """Join wrapped lines: a row for each paragraph, and one for each blank line.
 
     Args:
-        rows: lines; one that cannot be read stays alone.
-        src_lang: their language: in Chinese and Japanese there is no space where a line was broken.
+        rows: lines; a line that cannot be read stays separate.
+        src_lang: their language; Chinese and Japanese lines are joined without a space.
     """
     space = " " if has_spaces_between_sentences(src_lang) else ""
     together: list[TextRow] = []
@@ -86,14 +86,14 @@ def paragraphs(rows: Iterable[TextRow], src_lang: str) -> Iterator[TextRow]:
 
 
 def num_parquet_rows(path: Path) -> int | None:
-    """Number of rows that the file names; `None` if it is no parquet file."""
+    """Number of rows in the file's metadata; `None` if it is not a parquet file."""
     from pyarrow import ArrowException
     from pyarrow.parquet import read_metadata
 
     try:
         return read_metadata(path).num_rows
     except ArrowException:
-        return None  # of which the error comes when it is read
+        return None  # reading it will raise the error
 
 
 def _lines(file: BinaryIO) -> Iterator[TextRow]:
@@ -113,7 +113,7 @@ def _lines(file: BinaryIO) -> Iterator[TextRow]:
             yield TextRow(number, None, end=end, error=f"it is not UTF-8 ({error.reason} at byte {error.start})")
             continue
         if "\0" in text:
-            yield TextRow(number, None, end=end, error="it has a NUL character, so it is no text")
+            yield TextRow(number, None, end=end, error="it has a NUL character, so it is not text")
             continue
         yield TextRow(number, text, end=end)
 
@@ -126,7 +126,7 @@ def _of_json(row: TextRow, column: str | None) -> TextRow:
     except (ValueError, RecursionError) as error:
         return TextRow(row.number, None, error=f"it is not JSON: {error}")
     if not isinstance(fields, dict):
-        return TextRow(row.number, None, error="it is no JSON object")
+        return TextRow(row.number, None, error="it is not a JSON object")
     return _of_fields(row.number, fields, column)
 
 
@@ -136,12 +136,12 @@ def _of_fields(number: int, fields: Mapping[str, Any], column: str | None) -> Te
         wanted = repr(column) if column is not None else " or ".join(COLUMNS)
         return TextRow(number, None, fields, error=f"it has no {wanted}, only {', '.join(fields) or 'nothing'}")
     if not isinstance(fields[name], str):
-        return TextRow(number, None, fields, error=f"{name} is no text: {fields[name]!r:.80}")
+        return TextRow(number, None, fields, error=f"{name} is not text: {fields[name]!r:.80}")
     return TextRow(number, fields[name], fields)
 
 
 def _table(file: BinaryIO, delimiter: str, column: str | None) -> Iterator[TextRow]:
-    """Rows below a header. A line that is not UTF-8 is one that is wrong."""
+    """Rows below a header; a line that is not UTF-8 is an invalid row."""
     errors: dict[int, str] = {}
 
     def decoded() -> Iterator[str]:
@@ -171,16 +171,16 @@ def _table(file: BinaryIO, delimiter: str, column: str | None) -> Iterator[TextR
         except StopIteration:
             return
         except csv.Error as error:
-            raise ValueError(f"row {number + 1} is no row of the table: {error}") from error
+            raise ValueError(f"row {number + 1} is not a row of the table: {error}") from error
         number += 1
         fields = dict(zip_longest(header, cells[: len(header)], fillvalue=""))
         wrong = [errors.pop(line) for line in range(first_line, last_line + 1) if line in errors]
-        if wrong:  # of a row whose cells have line ends it may be any line
+        if wrong:  # if cells have line ends, it may be any line of the row
             yield TextRow(number, None, fields, error=wrong[0])
         elif len(cells) == len(header):
             yield _of_fields(number, fields, column)
         elif cells and any(cells):
-            yield TextRow(number, None, fields, error=f"it has {len(cells)} cells, the header {len(header)}")
+            yield TextRow(number, None, fields, error=f"it has {len(cells)} cells, but the header has {len(header)}")
 
 
 def _parquet(file: BinaryIO, column: str | None) -> Iterator[TextRow]:
@@ -195,16 +195,16 @@ def _parquet(file: BinaryIO, column: str | None) -> Iterator[TextRow]:
                 number += 1
                 yield _of_fields(number, fields, column)
     except ArrowException as error:
-        raise ValueError(f"it is no parquet file: {error}") from error
+        raise ValueError(f"it is not a parquet file: {error}") from error
 
 
 def written(kind: str, rows: Sequence[Mapping[str, Any]], *, header: bool) -> str:
-    """Rows as they stand in a file of a kind; parquet files are made of JSON Lines at the end.
+    """Rows as text for a kind of file; parquet files are made from JSON Lines at the end.
 
     Args:
-        kind: of `kind_of`.
-        rows: columns by name, the same in all of them; of lines `translation` and `end`.
-        header: whether the names of the columns are the first row.
+        kind: its kind, from `kind_of`.
+        rows: columns by name, equal in all rows; for lines `translation` and `end`.
+        header: whether to write the names of the columns first.
     """
     if kind == LINES:
         return "".join(" ".join(row["translation"].splitlines()) + row["end"] for row in rows)
@@ -220,7 +220,7 @@ def written(kind: str, rows: Sequence[Mapping[str, Any]], *, header: bool) -> st
 
 
 def to_parquet(json_lines: Path, path: Path) -> None:
-    """A parquet file of the rows of a file of JSON Lines; strings stay strings, whatever they look like."""
+    """Make a parquet file from a JSON Lines file; strings stay strings, whatever they look like."""
     import pyarrow
     from pyarrow import parquet
 
@@ -233,7 +233,7 @@ def to_parquet(json_lines: Path, path: Path) -> None:
 
 
 def _tables(json_lines: Path, schema: Any = None) -> Iterator[Any]:
-    """Its rows, some thousand at a time."""
+    """The rows, some thousand at a time."""
     import pyarrow
 
     with json_lines.open(encoding="utf-8", errors="replace") as file:
@@ -242,7 +242,7 @@ def _tables(json_lines: Path, schema: Any = None) -> Iterator[Any]:
 
 
 def _schema(rows: list[dict[str, Any]]) -> Any:
-    """Of all columns, where `from_pylist` takes those of the first row."""
+    """A schema with all columns; `from_pylist` would take only those of the first row."""
     import pyarrow
 
     return pyarrow.Table.from_pylist([dict.fromkeys(name for row in rows for name in row), *rows]).schema

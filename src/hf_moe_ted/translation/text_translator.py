@@ -1,4 +1,4 @@
-"""Whole texts through a model: split into sentences, translated in batches of like length, put back together."""
+"""Translate whole texts: split into sentences, translate in batches of similar length, and join again."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ from .sentence_translator import (
     SourceSentence,
 )
 
-MIN_DETECTED_LETTERS = 25  # in shorter texts the detector errs often
+MIN_DETECTED_LETTERS = 25  # for shorter texts the detector is often wrong
 
 MAX_STREAMED_AT_ONCE = 32  # sentences
 
@@ -34,14 +34,13 @@ CUT = "cut at max_new_tokens"
 class TranslatedSentence:
     """
     Attributes:
-        source: a sentence, or a part of one that is longer than the model has positions.
+        source: a sentence, or a part of a sentence that is longer than the model's positions.
         text: its translation.
         alternatives: other translations, the best first; the beams of the search.
-        scores: of the translation and its alternatives: log-probability per token, as beam search ranks them; empty
+        scores: log-probability per token of the translation and its alternatives, by which beam search ranks; empty
             without alternatives.
-        problems: what a reader should look at, in words: places for values or tags that were lost, terms of the
-            glossary that it has not, an unusual length, another language than was asked for, a translation that was
-            cut.
+        problems: problems that a reader should check, in words: lost placeholders or tags, missing glossary terms, an
+            unusual length, another language than requested, a translation that was cut.
     """
 
     source: str
@@ -56,8 +55,8 @@ class TranslatedText:
     """
     Attributes:
         text: the translation, with the white space and the lines of the source.
-        src_lang, tgt_lang: as the tokenizer names them.
-        sentences: in the order of the text.
+        src_lang, tgt_lang: languages by their names in the tokenizer.
+        sentences: the sentences in the order of the text.
         alternatives: the text with the first, second, ... alternative of each sentence.
     """
 
@@ -69,20 +68,20 @@ class TranslatedText:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Problems of all its sentences, with the start of each."""
+        """Problems of all sentences, with the start of each sentence."""
         return tuple(f"{s.source[:60]!r}: {problem}" for s in self.sentences for problem in s.problems)
 
 
 @dataclass(frozen=True)
 class PlannedText:
-    """A text whose sentences wait for their translations.
+    """A text that is split into sentences, before translation.
 
     Attributes:
-        src_lang, tgt_lang: as the tokenizer names them.
-        segments: its sentences and what stands between them.
-        parts: of each sentence, the parts that the model has positions for, mostly one.
-        sentences: the parts, as they are to be translated.
-        num_sequences: translations of each.
+        src_lang, tgt_lang: languages by their names in the tokenizer.
+        segments: its sentences and the gaps between them.
+        parts: for each sentence, its parts that fit the model's positions; usually one.
+        sentences: the parts, ready for translation.
+        num_sequences: number of translations of each.
     """
 
     src_lang: str
@@ -93,7 +92,7 @@ class PlannedText:
     num_sequences: int
 
     def pieces(self) -> "list[PlannedText]":
-        """A text for each sentence, with the white space before it; the last one has that behind it, too."""
+        """A text for each sentence, with the white space before it; the last also has the white space after it."""
         segments = self.segments.pieces(self.tgt_lang)
         return [
             replace(self, segments=piece, parts=(parts,), sentences=(sentences,))
@@ -124,23 +123,23 @@ class PlannedText:
 class TextTranslator:
     """Translates texts of any length with an encoder-decoder model for translation.
 
-    `translate` is `plan`, `translate_batch` for each of the `batches` of all sentences, and `whole` of each plan; a
-    server mixes the sentences of several plans. Threads may share it.
+    `translate` consists of `plan`, `translate_batch` for each of the `batches` of all sentences, and `whole` of each
+    plan. A server mixes the sentences of several plans. Threads may share a translator.
 
     Args:
         model: a [`ZCodeM3ForConditionalGeneration`], or `M2M100ForConditionalGeneration` (also NLLB) of transformers.
         tokenizer: its tokenizer, a [`ZCodeM3Tokenizer`] or one for translation of transformers.
-        num_beams: of the beam search; 1 is greedy.
-        batch_tokens: source tokens of a batch, padding included. A batch that does not fit in a GPU's memory is halved.
-        max_new_tokens: where a translation that has not ended is cut, and reported; by default four times its source
-            and 32 more, at most what the model has positions for.
-        num_alternatives: other translations of each sentence; less than `num_beams`.
+        num_beams: beams of the search; 1 is greedy.
+        batch_tokens: source tokens of a batch, with padding. A batch that does not fit in a GPU's memory is halved.
+        max_new_tokens: longest translation in tokens; a longer one is cut and reported. By default it is four times the
+            source plus 32, at most the model's positions.
+        num_alternatives: number of other translations per sentence; less than `num_beams`.
         split: whether texts are split into sentences; otherwise each line is one. Lines are never joined.
-        keep_placeholders: whether translations have to have the placeholders of their sources (`%s`, `{name}`, `<b>`,
-            URLs, ...); otherwise it is only reported if they have not.
+        keep_placeholders: whether translations must have the placeholders of their sources (`%s`, `{name}`, `<b>`,
+            URLs, ...); otherwise lost ones are only reported.
 
     Raises:
-        ValueError: a number that cannot be, or a tokenizer without languages.
+        ValueError: a number is out of its range, or the tokenizer has no languages.
     """
 
     def __init__(
@@ -173,7 +172,7 @@ class TextTranslator:
 
     @property
     def languages(self) -> list[str]:
-        """The languages, as the tokenizer names them."""
+        """The languages by their names in the tokenizer."""
         return self._sentences.languages
 
     @property
@@ -203,18 +202,18 @@ class TextTranslator:
     ) -> list[TranslatedText]:
         """
         Args:
-            texts: of any length; blank ones stay as they are. A sentence that stands in them several times is
-                translated once.
-            src_lang, tgt_lang: codes in any form that means a language of the tokenizer; `src_lang="auto"` for the
-                language that py3langid finds in each text; it knows no scripts, so that the first of several forms of
-                a language is taken (`zho_Hans`).
-            on_batch: is told after each batch how many sentences and source tokens were translated.
-            glossary: terms that the translations are to have. Where one has not, its `problems` say so.
-            num_alternatives: of each sentence; by default those of the translator.
+            texts: texts of any length; blank texts do not change. A sentence that occurs several times is translated
+                once.
+            src_lang, tgt_lang: codes in any form that means a language of the tokenizer; with `src_lang="auto"`
+                py3langid detects the language of each text. It does not know scripts, so of several forms of a language
+                the first is used (`zho_Hans`).
+            on_batch: function that gets, after each batch, the number of translated sentences and source tokens.
+            glossary: terms that the translations must have; `problems` lists missing ones.
+            num_alternatives: number per sentence; by default that of the translator.
 
         Raises:
-            ValueError: an unknown language, a text that is no string or has no language that could be found, or more
-                alternatives than there are other beams.
+            ValueError: a language is unknown, a text is not a string or has no detectable language, or there are more
+                alternatives than other beams.
         """
         plans = self.plan(texts, src_lang, tgt_lang, glossary=glossary, num_alternatives=num_alternatives)
         translated: dict[SourceSentence, TranslatedSentence] = {}
@@ -227,10 +226,10 @@ class TextTranslator:
     def stream(
         self, text: str, src_lang: str, tgt_lang: str, *, num_alternatives: int | None = None
     ) -> Iterator[TranslatedText]:
-        """The sentences of a text in its order, when they are finished: the first one alone, then more at once.
+        """Yield the sentences of a text in order, when they are finished: the first alone, then more at once.
 
-        Each comes as a text of its own, with the white space before it, the last one with that behind it; all of them
-        together are the text that `translate` gives. For arguments and errors see there.
+        Each is a text with the white space before it; the last also has the white space after it. Together they are the
+        text that `translate` returns. For arguments and errors see there.
         """
         [plan] = self.plan([text], src_lang, tgt_lang, num_alternatives=num_alternatives)
         pieces = plan.pieces() or [plan]
@@ -245,7 +244,7 @@ class TextTranslator:
             start, size = start + size, min(2 * size, MAX_STREAMED_AT_ONCE)
 
     def warm_up(self) -> None:
-        """Translate some words, so that kernels of a GPU are compiled before somebody waits for them."""
+        """Translate some words, so that GPU kernels are compiled before a user waits for them."""
         if self._sentences.device.type == "cuda":
             for num_sentences in (1, 8, 64):
                 words = [f"{number} words." for number in range(num_sentences)]
@@ -260,7 +259,7 @@ class TextTranslator:
         glossary: Glossary | None = None,
         num_alternatives: int | None = None,
     ) -> list[PlannedText]:
-        """What has to be translated; for arguments and errors see `translate`."""
+        """Plan the translation of texts; for arguments and errors see `translate`."""
         num_sequences = self._num_sequences(num_alternatives)
         tgt_lang = resolve_language(tgt_lang, self.languages, name="tgt_lang")
         if src_lang != AUTO:
@@ -289,7 +288,7 @@ class TextTranslator:
         ]
 
     def batches(self, sentences: Iterable[SourceSentence]) -> Iterator[list[SourceSentence]]:
-        """Sentences of like length, each once; the longest first, so that what does not fit in memory fails at once."""
+        """Batches of distinct sentences of similar length, the longest first, so a lack of memory shows at once."""
         return self._sentences.batches(dict.fromkeys(sentences))
 
     def translate_batch(
@@ -297,9 +296,9 @@ class TextTranslator:
     ) -> list[TranslatedSentence]:
         """
         Args:
-            batch: sentences, which may be of several languages.
-            on_step: is called after each token of the batch; what it raises ends the work.
-            search: whether sentences whose translation lacks terms of a glossary are searched for.
+            batch: sentences, possibly of several languages.
+            on_step: function that is called after each token of the batch; an exception in it ends the work.
+            search: whether to search again for sentences whose translation lacks glossary terms.
         """
         generated = self._sentences.generate(batch, on_step, search=search)
         return [self._translated(*both) for both in zip(batch, generated, strict=True)]
@@ -309,8 +308,8 @@ class TextTranslator:
             return self.num_sequences
         if not 0 <= num_alternatives < self.num_beams:
             raise ValueError(
-                f"num_alternatives ({num_alternatives}) must be less than num_beams ({self.num_beams}), whose beams "
-                "they are"
+                f"num_alternatives ({num_alternatives}) must be less than num_beams ({self.num_beams}), because "
+                "alternatives are beams"
             )
         return num_alternatives + 1
 
@@ -324,7 +323,7 @@ class TextTranslator:
     def _parts(
         self, sentences: list[str], src_lang: str, tgt_lang: str, glossary: Glossary | None, num_sequences: int
     ) -> dict[str, tuple[Segments, tuple[SourceSentence, ...]]]:
-        """Each sentence in the parts that the model has positions for, mostly one."""
+        """Split each sentence into parts that fit the model's positions; usually one."""
         max_tokens = self._sentences.max_source_tokens
 
         def encode(texts: Sequence[str]) -> list[SourceSentence]:

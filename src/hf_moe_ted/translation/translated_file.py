@@ -1,4 +1,4 @@
-"""A file translated row by row: the output grows in order, and an interrupted run goes on where it was."""
+"""Translate a file row by row: the output grows in order, and an interrupted run continues where it stopped."""
 
 import contextlib
 import json
@@ -38,13 +38,13 @@ WAIT_S = 0.02  # for a further row of standard input, before those that are ther
 
 @dataclass
 class FileTranslation:
-    """What came of a file.
+    """The result of translating a file.
 
     Attributes:
-        num_rows: all of them.
-        num_resumed: those that an earlier run had translated.
+        num_rows: number of rows.
+        num_resumed: number of rows that an earlier run had translated.
         errors: number of a row -> why it was not translated. Its translation is empty.
-        problems: number of a row -> what a reader should look at.
+        problems: number of a row -> problems that a reader should check.
     """
 
     num_rows: int = 0
@@ -67,33 +67,35 @@ def translate_file(
 ) -> FileTranslation:
     """Translate lines, or a column of a table.
 
-    Files by the end of their names: `.tsv`, `.csv`, `.jsonl`, `.parquet`; anything else is lines of UTF-8. Of lines the
-    output has one for each, with its line end. A table gets the columns `translation`, `problems` and, if asked for,
-    `alternatives`; also if the source is lines. A row that cannot be read has an empty translation and an entry in
-    `errors`.
+    The end of a name gives the kind of a file: `.tsv`, `.csv`, `.jsonl`, `.parquet`; other files are lines of UTF-8. An
+    output of lines has one line per input line, with its line end. An output table gets the columns `translation`,
+    `problems` and, if requested, `alternatives`, also for a source of lines. A row that cannot be read has an empty
+    translation and an entry in `errors`.
 
-    The output grows in `output.partial`, which takes its name when it is complete. If a run is interrupted, the same
-    call goes on with it. Under `torchrun` or `accelerate launch` processes share the rows, and the first one writes.
+    The output grows in `output.partial`, which is renamed to `output` once it is complete. If a run is interrupted, the
+    same call continues it. With `torchrun` or `accelerate launch` processes share the rows, and the first process
+    writes.
 
     Args:
-        translator: how texts are translated.
-        source: file, `None` for standard input, whose lines are translated when they are there, not only when there
-            are many.
-        output: file, `None` for standard output.
+        translator: translates the texts.
+        source: file; `None` is standard input, whose lines are translated as they arrive.
+        output: file; `None` is standard output.
         src_lang, tgt_lang: see [`TextTranslator.translate`].
-        column: with the texts; by default `source`, `text` or `sentence`.
-        wrapped: the lines of a paragraph are one text, as in documents whose lines were broken at some width. The
-            output has one line for each paragraph.
+        column: column with the texts; by default `source`, `text` or `sentence`.
+        wrapped: whether the lines of a paragraph are one text, as in documents with lines of limited width. The output
+            has one line per paragraph.
         glossary: see [`TextTranslator.translate`].
-        overwrite: replace `output`, and begin again if there is a partial one.
+        overwrite: whether to replace `output` and any partial output.
 
     Raises:
-        ValueError: `output` exists; a partial one is of another source or other settings; the source has no such
-            column; an unknown language; `wrapped` for a table; several processes for one standard input.
+        ValueError: `output` exists; a partial output is of another source or other settings; the source lacks the
+            column; a language is unknown; `wrapped` for a table; several processes for one standard input.
     """
     source, output = (None if path is None else Path(path) for path in (source, output))
     if wrapped and kind_of(source) != LINES:
-        raise ValueError(f"wrapped is for text; {source} is a table, whose cells may have several lines anyway")
+        raise ValueError(
+            f"wrapped is for text, but {source} is a table; leave wrapped out, cells may have several lines"
+        )
     run = _Run(translator, source, output, src_lang, tgt_lang, column, wrapped, glossary, overwrite)
     with run.opened() as rows:
         run.translate(rows)
@@ -125,12 +127,12 @@ class _Run:
         self.num_bytes = 0
         self.columns: list[str] = []  # of a table with a header
         if source is None and self.state.num_processes > 1:
-            raise ValueError(f"standard input cannot be shared by {self.state.num_processes} processes: name a file")
+            raise ValueError(f"standard input cannot be shared by {self.state.num_processes} processes: give a file")
         if output is not None and output.exists() and not overwrite:
             raise ValueError(f"output ({output}) exists; choose another name, or overwrite it")
         if output is not None and not output.parent.is_dir():
             raise ValueError(f"output ({output}): the folder {output.parent} does not exist")
-        translator.translate([], src_lang, tgt_lang)  # unknown languages are found before anything is written
+        translator.translate([], src_lang, tgt_lang)  # unknown languages show before anything is written
         self._find_partial(overwrite)
 
     def _settings(self) -> dict[str, Any]:
@@ -153,7 +155,7 @@ class _Run:
         }
 
     def _find_partial(self, overwrite: bool) -> None:
-        """How far an earlier run came."""
+        """Find the partial output of an earlier run, and how far it got."""
         if self.record is None or self.partial is None or not self.record.exists():
             return
         if overwrite:
@@ -164,7 +166,7 @@ class _Run:
             differing = [name for name, value in settings.items() if record["settings"].get(name) != value]
             raise ValueError(
                 f"{self.partial} was begun with another {' and '.join(differing) or 'input'}; give the same again to "
-                "go on with it, or overwrite it to begin again"
+                "continue, or overwrite it to begin again"
             )
         self.result.num_resumed, self.num_bytes = record["num_rows"], record["num_bytes"]
         self.columns = record["columns"]
@@ -196,11 +198,11 @@ class _Run:
                 self._save_record()
                 bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - start):,.0f} tokens/s", refresh=False)
                 bar.update(len(chunk))
-            bar.total = bar.n  # of a table whose cells have line ends it was an estimate
+            bar.total = bar.n  # for a table whose cells have line ends it was an estimate
             bar.refresh()
 
     def _bar(self) -> tqdm:
-        """Over rows, with tokens per second and the time left; none where translations are on the screen."""
+        """A progress bar over rows, with tokens per second and remaining time; off if translations go to the screen."""
         is_on_screen = self.output is None and sys.stdout.isatty()
         return tqdm(
             desc="Translating",
@@ -211,7 +213,7 @@ class _Run:
         )
 
     def _next(self, rows: Iterator[TextRow]) -> list[TextRow]:
-        """The rows that are translated together: of standard input those that are there, at least one."""
+        """The next rows to translate together; for standard input those that have arrived, at least one."""
         limit = ROWS_AT_ONCE * self.state.num_processes
         if self.arriving is None:
             return list(islice(rows, limit))
@@ -224,7 +226,7 @@ class _Run:
         return chunk
 
     def _total(self) -> int | None:
-        """How many rows there are; of a table by its lines."""
+        """Number of rows; for a table estimated by its lines."""
         if self.source is None:
             return None if self.arriving is None or self.wrapped else self.arriving.num_lines()
         kind = kind_of(self.source)
@@ -237,14 +239,14 @@ class _Run:
         return max(0, num_lines - (kind in (TSV, CSV)))  # without the header
 
     def _translated(self, chunk: list[TextRow]) -> tuple[list[TranslatedText], int]:
-        """Of each row its translation, and the tokens of all; each process translates its share."""
+        """Translations of rows, and the number of tokens; each process translates its share."""
         num_tokens = 0
 
         def count(_: int, of_batch: int) -> None:
             nonlocal num_tokens
             num_tokens += of_batch
 
-        # neighbours in length to different processes, so that they take about as long
+        # rows of similar length go to different processes, which then take about the same time
         order = sorted(range(len(chunk)), key=lambda index: len(chunk[index].text or ""))
         mine = order[self.state.process_index :: self.state.num_processes]
         texts = self.translator.translate(
@@ -270,7 +272,7 @@ class _Run:
         return written(self.kind, rows, header=self.result.num_rows == 0)
 
     def _in_columns(self, chunk: list[TextRow], rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Rows of JSON Lines may have other columns, and one that cannot be read has none."""
+        """Give all rows the same columns: rows of JSON Lines may have others, and unreadable rows have none."""
         if not self.columns:
             new = ("translation", "alternatives", "problems")
             names = dict.fromkeys(name for row in rows for name in row)
@@ -278,7 +280,7 @@ class _Run:
         in_columns: list[Mapping[str, Any]] = []
         for source, row in zip(chunk, rows, strict=True):
             if further := [name for name in row if name not in self.columns]:
-                problem = f"left out, as the first rows have no such column: {', '.join(further)}"
+                problem = f"left out, because the first rows have no such column: {', '.join(further)}"
                 self.result.problems[source.number] = (*self.result.problems.get(source.number, ()), problem)
                 row = {**row, "problems": [*row["problems"], problem]}
             in_columns.append({name: row.get(name) for name in self.columns})
@@ -296,7 +298,7 @@ class _Run:
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[Any]:
-        """A function that appends text to the output, which gets its name at the end."""
+        """A function that appends text to the output; the output gets its final name at the end."""
         if not self.state.is_main_process:
             yield lambda text: None
             return
@@ -304,7 +306,7 @@ class _Run:
             yield lambda text: (sys.stdout.write(text), sys.stdout.flush())
             return
         with self.partial.open("r+b" if self.num_bytes else "wb") as file:
-            file.truncate(self.num_bytes)  # what was written after the last record
+            file.truncate(self.num_bytes)  # text that was written after the last record
             file.seek(self.num_bytes)
 
             def write(text: str) -> None:

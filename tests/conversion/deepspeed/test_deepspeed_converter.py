@@ -167,7 +167,7 @@ def test_biases_that_were_never_added_become_zero(tmp_path: Path) -> None:
         ({"config_overrides": '{"encoder_ffn_dim": 1000000000}'}, r"encoder_ffn_dim \(1000000000\) must be at most"),
         ({"base_config": {"model_type": "m2m_100", "d_model": "wide"}}, "base_config: this is not a config of M2M100"),
         ({"config_overrides": {"num_expert_per_tok": 2}}, "config_overrides has num_expert_per_tok, which"),
-        ({"config_overrides": {"num_experts": 8}}, r"has the shape \(4, 64, 32\), the config asks for \(8, 64, 32\)"),
+        ({"config_overrides": {"num_experts": 8}}, r"has the shape \(4, 64, 32\), but the config needs \(8, 64, 32\)"),
         ({"config_overrides": {"encoder_sparse_layers": [1]}}, r"unknown: model\.encoder\.layers\.3\.ffn"),
         ({"rules": "fairseq"}, r"163 tensors do not fit the rules fairseq"),
         ({"rules": "nothing"}, r"rules \(nothing\) must be one of"),

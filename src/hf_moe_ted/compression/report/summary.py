@@ -125,7 +125,7 @@ def _check_statistics(report: CompressionReport, statistics: ExpertStatistics) -
         fits = num_experts.keys() == report.layers().keys()
     if not fits:
         raise ValueError(
-            f"the statistics are of another model than this report, of one with {num_experts}; give those of  "
+            f"the statistics are of another model than this report, of one with {num_experts}; give those of "
             + ("the aggregated model" if isinstance(report, AggregationReport) else report.source)
         )
 

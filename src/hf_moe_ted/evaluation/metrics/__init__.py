@@ -6,7 +6,7 @@ METRICS = ("chrf", "length_ratio", "off_target", "sacrebleu")
 
 
 def metric_path(name: str) -> str:
-    """Folder of the metric `name`, to be given to `evaluate.load`.
+    """Folder of the metric `name`, for `evaluate.load`.
 
     Raises:
         ValueError: `name` is not one of `METRICS`.

@@ -1,4 +1,4 @@
-"""What the metrics of this package share: what `evaluate` asks of the functions of `corpus_metrics`."""
+"""Base class of this package's metrics: it adapts the functions of `corpus_metrics` to `evaluate`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar

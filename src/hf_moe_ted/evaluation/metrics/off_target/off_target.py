@@ -1,4 +1,4 @@
-"""Translations that are not in the language they should be in."""
+"""Translations that are not in the target language."""
 
 from hf_moe_ted.evaluation import corpus_metrics
 from hf_moe_ted.evaluation.metrics import translation_metric
