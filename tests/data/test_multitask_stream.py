@@ -157,7 +157,7 @@ def test_a_loaded_state_goes_on_in_a_shard(num_shards: int, collator: Any) -> No
     again = stream_of(collator) if num_shards == 1 else stream_of(collator).shard(num_shards, 0)
     again.load_state_dict(first.state_dict())
     assert list(islice(again.shard(num_shards, 0), 7)) == expected[5:]
-    with pytest.raises(ValueError, match=f"of a stream with {num_shards}  shards, not 3"):
+    with pytest.raises(ValueError, match=f"of a stream with {num_shards} shards, not 3"):
         again.shard(3, 0)
 
 

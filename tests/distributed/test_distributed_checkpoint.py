@@ -232,4 +232,4 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     assert name in damaged("without one", lambda folder: save_file(without, folder / file_name))
     integers = {**tensors, name: tensors[name].to(torch.int8)}
     message = damaged("integers", lambda folder: save_file(integers, folder / file_name))
-    assert f"{name}  is torch.int8, but weights must be floating-point numbers" in message
+    assert f"{name} is torch.int8, but weights must be floating-point numbers" in message

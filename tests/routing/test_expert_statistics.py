@@ -162,7 +162,7 @@ def _change_metadata(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path]
         (lambda folder: (folder / METADATA).unlink(), f"{METADATA} does not exist"),
         (lambda folder: (folder / METADATA).write_bytes(b'{"format": "\xff'), rf"{METADATA}\) is not a text in UTF-8"),
         (lambda folder: (folder / METADATA).write_text("[]"), rf"{METADATA}\) must be a JSON object"),
-        (lambda folder: (folder / METADATA).write_text("{}"), f"{METADATA}  is not a file of expert statistics"),
+        (lambda folder: (folder / METADATA).write_text("{}"), f"{METADATA} is not a file of expert statistics"),
         (_change_metadata(lambda metadata: metadata.pop("pairs")), f"{METADATA} is corrupted: it has no pairs"),
         (_change_metadata(lambda metadata: metadata.update(format_version=2)), "format_version 2.* reads 1"),
         (

@@ -209,7 +209,7 @@ def _why_not_constant(config: ZCodeM3Config) -> list[str]:
         reasons.append(
             "the rows of merged or removed experts share the router's probability (expert_map), and "
             "normalize_router_weights is not set, or rows are never chosen; from the model from which it was made, "
-            "{_way_to_one(config)}"
+            f"{_way_to_one(config)}"
         )
     return reasons
 

@@ -205,7 +205,7 @@ def _check_what_is_trained(model: nn.Module, wrappers: Wrappers, adapter: str) -
         raise ValueError(
             f"{others[0]} and {len(others) - 1} more parameters besides the factors of LoRA are to be trained "
             "(modules_to_save, bias, trainable_token_indices): leave them out of the LoraConfig, because a sharded "
-            "model trains only factors{_WHAT_TO_DO}"
+            f"model trains only factors{_WHAT_TO_DO}"
         )
 
 

@@ -375,7 +375,7 @@ class ZCodeM3Config(PreTrainedConfig):
         if self.batch_prioritized_routing and self.token_drop_policy != "position":
             raise ValueError(
                 "batch_prioritized_routing sets the order in which experts fill, so token_drop_policy must be "
-                "'position', got {self.token_drop_policy!r}"
+                f"'position', got {self.token_drop_policy!r}"
             )
 
     def _validate_sparse_layers(self, side: Side) -> None:

@@ -132,7 +132,7 @@ def _how_measured(summary: Summary) -> str:
         "language is not the target language"
         + (f", which is also said of {_percent(fmean(floors))} of the references" if floors else "")
         + ". Copied: the share of numbers, placeholders and names common to source and reference that translations "
-        "have, too; repeating: translations that say something three times in a row{_repeating_floor(after)}"
+        f"have, too; repeating: translations that say something three times in a row{_repeating_floor(after)}"
         + f". Beams: {after.num_beams}, at most {after.max_new_tokens} new tokens. {'; '.join(models)}."
     )
 
