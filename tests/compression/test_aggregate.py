@@ -110,7 +110,7 @@ def test_what_comes_along(save: Save, tmp_path: Path) -> None:
     assert ZCodeM3Tokenizer.from_pretrained(tmp_path / "both").languages == ["en", "de", "fr"]
     assert load(tmp_path / "both").generation_config.num_beams == 3
     assert load(tmp_path / "both").config.dropout == 0.0
-    assert "dropout is 0.0 in" in report.warnings[0] and "continue training" in report.warnings[1]
+    assert "dropout is 0.0 in" in report.warnings[0] and "train the model further" in report.warnings[1]
     written = json.loads((tmp_path / "both" / "compression_report.json").read_text())
     assert written["operation"] == "aggregate_experts"
     assert written["num_experts"] == {layer: [4, 4] for layer in LAYERS}

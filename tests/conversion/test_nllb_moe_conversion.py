@@ -317,7 +317,7 @@ def test_existing_folder_is_replaced_only_if_asked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ours\) is not empty"):
         convert_nllb_moe_checkpoint(GOLDENS[0], tmp_path / "ours")
     assert (tmp_path / "ours" / "precious.txt").read_text() == "text"
-    with pytest.raises(ValueError, match=r"ours\) is not replaced: there is precious\.txt"):
+    with pytest.raises(ValueError, match=r"ours\) is not replaced: it has precious\.txt"):
         convert_nllb_moe_checkpoint(GOLDENS[0], tmp_path / "ours", overwrite=True)
     (tmp_path / "ours" / "precious.txt").unlink()
     for golden in (GOLDENS[1], GOLDENS[0]):

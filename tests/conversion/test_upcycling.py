@@ -605,7 +605,7 @@ def test_wrong_folders_are_named(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"moe\) is not empty"):
         upcycle_dense_checkpoint(source, tmp_path / "moe", num_experts=4)
     assert (tmp_path / "moe" / "precious.txt").read_text() == "text"
-    with pytest.raises(ValueError, match=r"moe\) is not replaced: there is precious\.txt"):
+    with pytest.raises(ValueError, match=r"moe\) is not replaced: it has precious\.txt"):
         upcycle_dense_checkpoint(source, tmp_path / "moe", num_experts=4, overwrite=True)
     (tmp_path / "moe" / "precious.txt").unlink()
     for num_experts in (2, 4):

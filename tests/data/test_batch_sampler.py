@@ -138,7 +138,7 @@ def test_bad_input(dataset: Any, collator: Any) -> None:
     with pytest.raises(ValueError, match=r"examples_per_epoch \(0\) must be at least 1"):
         TokenBudgetBatchSampler(dataset, collator, BUDGET, examples_per_epoch=0)
     assert len(TokenBudgetBatchSampler(dataset, collator, BUDGET, examples_per_epoch=1)) == 1
-    with pytest.raises(ValueError, match=r"lengths has the shape \(3, 2\), it must be \(170, 2\)"):
+    with pytest.raises(ValueError, match=r"lengths has the shape \(3, 2\), but must have \(170, 2\)"):
         TokenBudgetBatchSampler(dataset, collator, BUDGET, lengths=np.ones((3, 2)))
     num = len(dataset)
     for options, message in [
@@ -298,7 +298,7 @@ def test_buckets_beyond_the_positions_of_the_model(dataset: Any, tokenizer: Any)
     model.config = type("Config", (), {"max_position_embeddings": 48})
     collator = DataCollatorForMultitaskSeq2Seq(tokenizer, model)
     with pytest.raises(
-        ValueError, match=r"length_buckets pads a text of \d+ tokens to 56, and the model has positions"
+        ValueError, match=r"length_buckets pads a text of \d+ tokens to 56, but the model has positions"
     ):
         sampler_of(dataset, collator, length_buckets=[16, 56], lengths=np.full((len(dataset), 2), 40))
     assert sampler_of(dataset, collator, length_buckets=[16, 48, 56], lengths=np.full((len(dataset), 2), 40))

@@ -288,7 +288,7 @@ def test_named_checkpoints(launched: Launched) -> None:
         ("two models", "2 models and 1 optimizers are prepared"),
         (
             "fewer processes",
-            "TedPlugin is for 2 processes (tensor_parallel_size 2 x data_parallel_size 1), the Accelera",
+            "TedPlugin is for 2 processes (tensor_parallel_size 2 x data_parallel_size 1), but the Acc",
         ),
         ("float16", r"mixed_precision ('fp16') must be 'no' or 'bf16'"),
     ],

@@ -103,7 +103,7 @@ def test_nothing_else_is_replaced(tmp_path: Path, name: str) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text("precious")
     before = names_in(tmp_path)
-    with pytest.raises(ValueError, match="is not replaced: there is"):
+    with pytest.raises(ValueError, match="is not replaced: it has"):
         check_output_dir(tmp_path / "model", overwrite=True)
     with pytest.raises(ValueError, match="is not replaced"), new_folder(tmp_path / "model", overwrite=True):
         pass
@@ -188,7 +188,7 @@ def test_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (folder / "model-00001-of-00001.safetensors").touch()
     assert names_in(tmp_path) == ["config.json", "model-00001-of-00001.safetensors"]
     Path("thesis.txt").touch()
-    with pytest.raises(ValueError, match="there is thesis"):
+    with pytest.raises(ValueError, match="it has thesis"):
         check_output_dir(".", overwrite=True)
 
 
@@ -477,7 +477,7 @@ def test_checkpoints_of_killed_trainings(tmp_path: Path, caplog: pytest.LogCaptu
         tidy_up_checkpoints(tmp_path / "nowhere", "checkpoint-8")
     names = [".notes.incomplete-1", "checkpoint-6", "checkpoint-7", "replaced-1-checkpoint-8"]
     assert sorted(os.listdir(tmp_path)) == names
-    assert "is not only a checkpoint (there is thesis.txt)" in caplog.text
+    assert "is not only a checkpoint (it has thesis.txt)" in caplog.text
     check_output_dir(tmp_path / "checkpoint-7", overwrite=True, kind=TRAINER_CHECKPOINT)
 
 

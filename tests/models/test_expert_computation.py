@@ -102,7 +102,7 @@ def test_slow_loop_of_a_share_says_why(warnings: list[str]) -> None:
     experts = experts_of("zcode_fused", ffn_dim=20)  # as no config may have it
     experts(*inputs_of(experts))
     assert warnings == [
-        "experts are computed one after the other, which is slow on GPUs: 'zcode_grouped' needs widths that "
+        "experts are computed one after the other, which is slow on GPUs, because 'zcode_grouped' needs widths that "
         "are multiples of 8, got {'ffn_dim': 20}"
     ]
 

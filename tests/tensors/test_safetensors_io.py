@@ -137,6 +137,6 @@ def test_damaged_header(header: str, tmp_path: Path) -> None:
 
 def test_integers_in_place_of_weights_are_named() -> None:
     specs = {"a": torch.ones(2, dtype=torch.int8), "b": torch.ones(2, dtype=torch.bool), "c": torch.ones(2).half()}
-    with pytest.raises(ValueError, match=r"(?s)a is torch.int8, and weights are.*b is torch.bool") as error:
+    with pytest.raises(ValueError, match=r"(?s)a is torch.int8, but weights must be.*b is torch.bool") as error:
         check_tensors(specs, {name: torch.ones(2) for name in specs}, "folder")
     assert "c is" not in str(error.value)

@@ -52,7 +52,7 @@ class Pattern:
         except TimeoutError:
             raise ValueError(
                 f"{self._origin}: {self.text!r} takes more than {MATCH_S:.0f} s to match {name[:200]!r}; repetitions "
-                f"inside repetitions and many {name:**} are slow: make the pattern simpler"
+                f"inside repetitions and many {{name:**}} are slow: make the pattern simpler"
             ) from None
 
 

@@ -47,7 +47,7 @@ def refuse_changed_structure(
     if changed:
         raise ValueError(
             "model.config was changed after the model was built, in fields from which layers are made: "
-            "{', '.join(changed)}; change it back, or build a new model from the config"
+            f"{', '.join(changed)}; change it back, or build a new model from the config"
         )
 
 

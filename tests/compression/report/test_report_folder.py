@@ -118,7 +118,7 @@ def test_quality(source: Path, statistics: ExpertStatistics, make_quality: MakeQ
     ):
         assert shared in text and shared in card
     every = text.split("## Every direction")[1].split("## Experts")[0]
-    for part in (card.split("lost most")[1], every):
+    for part in (card.split("with the largest loss")[1], every):
         rows = [line.split(" | ")[0][2:] for line in part.splitlines() if line.startswith("| ") and " → " in line]
         assert rows == ["mean, en to X", "mean, X to en", "en-de", "fr-en", "de-en", "en-fr"]
     assert "## Every direction" not in card and "/models/" not in text + card

@@ -489,7 +489,7 @@ def test_damaged_file(name: str, file: str, copy_of: Callable[[str], Path]) -> N
     ):
         path.write_bytes(damaged)
         if is_weight:
-            with pytest.raises(ValueError, match=f"{file} cannot be read, it may be truncated"):
+            with pytest.raises(ValueError, match=f"{file} cannot be read; it may be truncated"):
                 read(folder)
         assert_right_or_refused(folder, name)
     path.write_bytes(content + b"\0" * 7)
@@ -550,7 +550,7 @@ def test_flipped_bits_in_weights_and_masters(copy_of: Callable[[str], Path]) -> 
         damaged[entry.header_offset + 300] ^= 0x40  # the header and its padding are at most 128 bytes
         path.write_bytes(damaged)
         with pytest.raises(
-            ValueError, match=rf"{path.name} cannot be read, it may be truncated or damaged: Bad CRC-32"
+            ValueError, match=rf"{path.name} cannot be read; it may be truncated or damaged: Bad CRC-32"
         ):
             read(folder, weights)
         path.write_bytes(content)
