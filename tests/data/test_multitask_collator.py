@@ -127,7 +127,7 @@ def test_limits_of_tokenizer_and_model(tokenizer: Any) -> None:
     assert DataCollatorForMultitaskSeq2Seq(tokenizer, model).max_length == 32
     assert DataCollatorForMultitaskSeq2Seq(tokenizer, model, pad_to_multiple_of=12).max_length == 24
     for max_length, multiple, positions in ((33, None, 32), (25, 12, 24)):
-        with pytest.raises(ValueError, match=rf"max_length \({max_length}\) is more than the {positions} tokens"):
+        with pytest.raises(ValueError, match=rf"max_length \({max_length}\) must be at most {positions}"):
             DataCollatorForMultitaskSeq2Seq(tokenizer, model, max_length=max_length, pad_to_multiple_of=multiple)
     with pytest.raises(ValueError, match=r"max_length \(2\) leaves no token besides the 2 special ones"):
         DataCollatorForMultitaskSeq2Seq(tokenizer, max_length=2)([PAIR])

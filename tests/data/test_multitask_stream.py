@@ -144,7 +144,7 @@ def test_bad_options(collator: Any) -> None:
         stream_of(collator, mixture=Mixture(task_weights={"translation": 1.0}))
     with pytest.raises(ValueError, match=r"index \(2\) must be at least 0 and less than num_shards \(2\)"):
         stream_of(collator).shard(2, 2)
-    with pytest.raises(ValueError, match="of a stream with 2 shards, this one has 1"):
+    with pytest.raises(ValueError, match="of a stream with 2 shards, but this one has 1"):
         stream_of(collator).load_state_dict(stream_of(collator).shard(2, 0).state_dict())
 
 
@@ -169,7 +169,7 @@ def test_a_loaded_state_goes_on_in_a_shard(num_shards: int, collator: Any) -> No
         (lambda state: state.update(num_batches="1"), r"num_batches of the state \('1'\) must be an integer"),
         (lambda state: state.update(passes=[(0, 0), (0, -3)]), r"passes of the state \(-3\) must be at least 0"),
         (lambda state: state.update(passes=[0, 0]), "passes of the state has 0"),
-        (lambda state: state.update(passes=[(0, 0)]), "of a stream with 1 sources, this one has 2"),
+        (lambda state: state.update(passes=[(0, 0)]), "of a stream with 1 sources, but this one has 2"),
     ],
 )
 def test_damaged_states(change: Any, message: str, collator: Any) -> None:

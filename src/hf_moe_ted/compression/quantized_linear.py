@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTION, FEED_FORWARD, VOCABULARY = "attention", "feed-forward", "vocabulary"
-_MAX_FLOATS = 2**26  # weights that are floats at once, without gradients; a projection to a vocabulary has more
+_MAX_FLOATS = 2**26  # weights that are floats at the same time, without gradients; a vocabulary projection has more
 _SIDES = ("encoder", "decoder")
 
 
@@ -79,7 +79,7 @@ class QuantizedLinear(_QuantizedWeight):
         return outputs
 
     def _outputs_of_floats(self, inputs: Tensor, part: slice) -> Tensor:
-        """Those of a part of the rows of the weight."""
+        """Outputs for some rows of the weight."""
         weight = dequantize_weight(self.weight_packed[part], self.weight_scale[part], 8)
         bias = None if self.bias is None else self.bias[part]
         return nn.functional.linear(inputs, weight.to(inputs.dtype), bias)

@@ -10,8 +10,8 @@ from .least_loaded import LEAST_LOADED, LEAST_LOADED_BOUND, LEAST_LOADED_MIN_TOK
 
 logger = logging.get_logger(__name__)
 
-# Layers whose parameters ZeRO-1 and 2 gather, and whose gradients they reduce, at once. They stay gathered anyway; each
-# unit costs the host about two milliseconds a step, which is more than a small layer computes.
+# Number of layers whose parameters ZeRO-1 and 2 gather together, and whose gradients they reduce together. They stay
+# gathered anyway. Each unit costs the host about two milliseconds per step, longer than a small layer computes.
 LAYERS_PER_UNIT = 6
 
 
@@ -117,7 +117,7 @@ class Layout:
 
     @property
     def layers_per_unit(self) -> int:
-        """Layers whose parameters ZeRO gathers, and whose gradients it reduces, at once."""
+        """Number of layers whose parameters ZeRO gathers together, and whose gradients it reduces together."""
         if self.zero_layers_per_unit is not None:
             return self.zero_layers_per_unit
         return 1 if self.zero_stage == 3 else LAYERS_PER_UNIT
