@@ -120,7 +120,7 @@ def test_is_still_so(report: Report, printed: dict[str, tuple[int, str]]) -> Non
         pytest.skip(f"not in {library}")
     status, output = printed[report.name]
     assert (status, output) == (0, report.output), (
-        f"{library} does otherwise. If it is mended upstream, remove the workaround in "
+        f"{library} behaves differently. If it is fixed upstream, remove the workaround in "
         f"{', '.join(report.workarounds)}, or say in docs/upstream/{report.name} which versions still need it"
     )
 
@@ -134,7 +134,7 @@ def test_oldest_supported_version_is_concerned(report: Report) -> None:
     oldest = max(Version(one.version) for one in of_ours.specifier if one.operator == ">=")
     ends = [Version(one.version) for one in report.requirement.specifier if one.operator == "<"]
     assert all(oldest < end for end in ends), (
-        f"{of_ours} is mended upstream, remove the workaround in {', '.join(report.workarounds)} and {report.name}"
+        f"{of_ours} is fixed upstream, remove the workaround in {', '.join(report.workarounds)} and {report.name}"
     )
 
 

@@ -188,7 +188,7 @@ def _change_metadata(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path]
         (_change_metadata(lambda metadata: metadata.update(fingerprint=[1])), "does not hold complete expert statis"),
         (
             _change_metadata(lambda metadata: metadata["fingerprint"].update(num_experts=[2, 3])),
-            r"num_experts \(\[2, 3\]\) must have",
+            r"num_experts \(\[2, 3\]\) must map",
         ),
         (
             _change_metadata(lambda metadata: metadata["fingerprint"].update(num_experts_per_tok="2")),
@@ -253,5 +253,5 @@ def test_layers_that_saw_different_text() -> None:
     layer, other = "model.encoder.layers.1.ffn", "model.encoder.layers.3.ffn"
     statistics = statistics_of(("en", "de"))
     doubled = LayerStatistics(**{name: 2 * tensor for name, tensor in vars(statistics.layers[layer]).items()})
-    with pytest.raises(ValueError, match=rf"{other} has first choices of \[100\] tokens by pair, {layer} of \[50\]"):
+    with pytest.raises(ValueError, match=rf"{other} has first choices of \[100\] tokens by pair, but {layer} of \[50\]"):
         dataclasses.replace(statistics, layers={**statistics.layers, other: doubled}).check()
