@@ -212,4 +212,4 @@ def test_what_cannot_be_is_refused_on_all_ranks(launched: Launched) -> None:
     for results in launched.by_rank:
         messages = results["refused"]
         assert "dp_replicate_size (3) must divide data_parallel_size (4)" in messages["three replicas"]
-        assert "dp_replicate_size (4) with experts on more ranks (4) than the 2 of a replica" in messages["mixtral"]
+        assert "dp_replicate_size (4) with experts on more ranks (4) than a replica has (2)" in messages["mixtral"]

@@ -27,18 +27,18 @@ def test_sizes_are_inferred(world_size: int, sizes: tuple[Any, ...], expected: t
 @pytest.mark.parametrize(
     ("world_size", "sizes", "message"),
     [
-        (8, (3, 1, None, None), "the world (8 processes) must be divisible by tensor_parallel_size (3)"),
-        (8, (2, 1, None, 3), "tensor_parallel_size (2) x data_parallel_size (3) = 6 must be the world (8)"),
+        (8, (3, 1, None, None), "the world size (8 processes) must be divisible by tensor_parallel_size (3)"),
+        (8, (2, 1, None, 3), "tensor_parallel_size (2) x data_parallel_size (3) = 6 must be the world size (8)"),
         (8, (2, 1, 4, None), "expert_tensor_parallel_size (4) must divide tensor_parallel_size (2)"),
         (
             8,
             (2, 3, None, None),
-            "expert_parallel_size (3) x expert_tensor_parallel_size (2) = 6 must divide the world (8 processes)",
+            "expert_parallel_size (3) x expert_tensor_parallel_size (2) = 6 must divide the world size (8 processes)",
         ),
         (
             8,
             (2, 8, None, None),
-            "expert_parallel_size (8) x expert_tensor_parallel_size (2) = 16 must divide the world (8 processes)",
+            "expert_parallel_size (8) x expert_tensor_parallel_size (2) = 16 must divide the world size (8 processes)",
         ),
         (
             8,

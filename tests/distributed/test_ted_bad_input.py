@@ -33,7 +33,7 @@ TP2_EP2 = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
             "overlap_chunks (2) must be 1 with pad_expert_input_to_capacity",
         ),
         ({"tensor_parallel_size": 4, "offload": "cpu"}, "offload='cpu' moves the shards of data parallelism"),
-        ({"tensor_parallel_size": 3}, "the world (4 processes) must be divisible by tensor_parallel_size (3)"),
+        ({"tensor_parallel_size": 3}, "the world size (4 processes) must be divisible by tensor_parallel_size (3)"),
     ],
 )
 def test_arguments_that_cannot_be(monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], message: str) -> None:
@@ -95,7 +95,7 @@ def messages(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dic
     ("name", "message"),
     [
         ("another model", "fc1.weight has the shape (64, 32) in the checkpoint, but the parameter has (32, 32)"),
-        ("another optimizer", "has the state of TiledAdamW, the optimizer is AdamW"),
+        ("another optimizer", "has the state of TiledAdamW, but the optimizer is AdamW"),
         ("nothing", "has no training state that can be read"),
         ("another model's weights", "encoder.layers.0.ffn.fc1.weight"),
         ("no weights", "has neither model.safetensors nor model.safetensors.index.json"),

@@ -315,7 +315,7 @@ def test_wrong_states_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             load_training_state(state, other, optimizer or torch.optim.AdamW(other.parameters()), scheduler)
 
-    refused("has the state of AdamW, the optimizer is SGD", optimizer=torch.optim.SGD(model.parameters()))
+    refused("has the state of AdamW, but the optimizer is SGD", optimizer=torch.optim.SGD(model.parameters()))
     refused(r"(?s)other parameters than the one to load.*missing: 2.weight", nn.Sequential(*model, nn.Linear(2, 2)))
     refused(r"unknown: 1.weight", nn.Sequential(model[0]))
     frozen = torch.optim.AdamW(model[0].parameters())
@@ -325,7 +325,7 @@ def test_wrong_states_are_refused(tmp_path: Path) -> None:
     refused(
         r"0.weight has the shape \(3, 2\) in the checkpoint, but the parameter has \(4, 2\)", wide, optimizer=grouped
     )
-    refused("1.weight and 0.weight are in one param group, but options of its param group differed")
+    refused("1.weight and 0.weight are in one param group, but their options differed")
     fresh = torch.optim.AdamW([{"params": model[0].parameters()}, {"params": model[1].parameters()}])
     refused(r"0.weight was trained as torch.float32 but is torch.float64 now", copy.deepcopy(model).double())
     refused("has no state of a scheduler", scheduler=ConstantLR(fresh), optimizer=fresh)

@@ -253,5 +253,7 @@ def test_layers_that_saw_different_text() -> None:
     layer, other = "model.encoder.layers.1.ffn", "model.encoder.layers.3.ffn"
     statistics = statistics_of(("en", "de"))
     doubled = LayerStatistics(**{name: 2 * tensor for name, tensor in vars(statistics.layers[layer]).items()})
-    with pytest.raises(ValueError, match=rf"{other} has first choices of \[100\] tokens by pair, but {layer} of \[50\]"):
+    with pytest.raises(
+        ValueError, match=rf"{other} has first choices of \[100\] tokens by pair, but {layer} of \[50\]"
+    ):
         dataclasses.replace(statistics, layers={**statistics.layers, other: doubled}).check()

@@ -86,7 +86,7 @@ def test_json_lines() -> None:
     assert [error for *_, error in found[2:]] == [
         "it is not a JSON object",
         "it has no source or text or sentence, only n",
-        "source is no text: 3",
+        "source is not text: 3",
     ]
 
 

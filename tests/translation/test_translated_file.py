@@ -253,7 +253,7 @@ def test_wrapped_lines(translator: TextTranslator, tmp_path: Path) -> None:
     texts = [text.text for text in translator.translate(["The first paragraph.  It goes on.", "The second."], **PAIR)]
     assert output.read_bytes().decode() == "{}\n\n\n{}\n".format(*map(one_line, texts))
     assert result.num_rows == 4
-    with pytest.raises(ValueError, match=r"wrapped is for text; in.csv is a table"):
+    with pytest.raises(ValueError, match=r"wrapped is for text, but in.csv is a table"):
         translate_file(translator, "in.csv", output, **PAIR, wrapped=True)
 
 

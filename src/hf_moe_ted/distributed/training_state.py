@@ -359,7 +359,7 @@ def _common(values: Mapping[str, Any], group: list[str], what: str) -> Any:
     for name in group[1:]:
         if values[name] != values[group[0]]:
             raise ValueError(
-                f"{name} and {group[0]} are in one param group, but their {what} differed when they were saved: "
+                f"{name} and {group[0]} are in one param group, but {what} differed when they were saved: "
                 f"{values[name]} and {values[group[0]]}; group them as they were grouped then"
             )
     return values[group[0]] if group else None
@@ -386,7 +386,7 @@ def _options_to_set(
                 f"{name} was trained as {rest['dtypes'][name]} but is {parameter.dtype} now; load the model in the "
                 "dtype of the training"
             )
-    return [_common(options, group, "options of its param group") for group in names]
+    return [_common(options, group, "their options") for group in names]
 
 
 def _set(
@@ -436,7 +436,7 @@ def scheduler_by_group(state: Mapping[str, Any], names: list[list[str]]) -> dict
     def collect(values: Mapping[str, Any]) -> list[Any]:
         # a group without parameters has no schedule, but it has a place in the list
         any_value = next(iter(values.values()))
-        return [_common(values, group, "the scheduler's values") if group else any_value for group in names]
+        return [_common(values, group, "their values of the scheduler") if group else any_value for group in names]
 
     return _map_per_group(state, collect)
 
