@@ -5,7 +5,8 @@
 reads `<variant>/seed_<seed>/result.json` and `translations.json` and writes `report.md`, `curves.png` and, where tokens
 were dropped, `dropped_by_place.png` to the folder. `--reference` is the variant with which the others are compared: how
 many times fewer steps, and fewer seconds of training alone, they need for its losses. Numbers are means over seeds,
-with the standard deviation if there are several. Translations are scored with BLEU and chrF.
+with the standard deviation if there are several. Two variants are compared seed by seed. Translations are scored with
+BLEU and chrF.
 """
 
 import argparse
@@ -28,13 +29,13 @@ Curve = list[tuple[float, float, float]]  # steps, seconds, loss
 EVAL_LOSS = re.compile(r"eval_(\w+)_loss")
 
 
-def read_runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Results by variant, with existing `translations`.
+def read_runs(folder: Path, variants: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Results by variant (all, or the named ones in their order), with existing `translations`.
 
     A run that is not done is left out where another one of its variant is done: its losses are those of fewer steps.
 
     Raises:
-        ValueError: no run in the folder is done.
+        ValueError: no run in the folder is done, or none of a variant that is named.
     """
     runs = defaultdict(list)
     for path in sorted(folder.glob("*/seed_*/result.json"), key=lambda path: path.stat().st_mtime_ns):
@@ -44,7 +45,9 @@ def read_runs(folder: Path) -> dict[str, list[dict[str, Any]]]:
         runs[result["variant"]].append(result)
     if not runs:
         raise ValueError(f"no */seed_*/result.json in {folder}: train_multitask.py writes them to its output_dir")
-    return {variant: [run for run in of_variant if is_done(run)] or of_variant for variant, of_variant in runs.items()}
+    if missing := [name for name in variants or () if name not in runs]:
+        raise ValueError(f"{folder} has no results of {missing}; it has those of {list(runs)}")
+    return {name: [run for run in runs[name] if is_done(run)] or runs[name] for name in variants or runs}
 
 
 def is_done(result: dict[str, Any]) -> bool:
@@ -56,20 +59,15 @@ def curves_of(result: dict[str, Any]) -> dict[str, Curve]:
     """The losses on validation sets over the steps of a run.
 
     Runs on token ids have one, which is told apart by the tiers of the recipe and by whether English is the source,
-    weighted by target tokens.
+    weighted by target tokens. What is measured besides, such as with another capacity, stands behind.
     """
-    names = {name for entry in result["log_history"] for name in entry}
-    curves = {
-        found[1]: [(entry["step"], entry["seconds"], entry[name]) for entry in result["log_history"] if name in entry]
-        for name in sorted(names)
-        if (found := EVAL_LOSS.fullmatch(name))
-    }
-    if "direction_losses" in names:
-        entries = [entry for entry in result["log_history"] if "direction_losses" in entry]
-        for group, directions in groups_of(result).items():
-            curves[group] = [
-                (entry["step"], entry["seconds"], mean_loss(result, entry, directions)) for entry in entries
-            ]
+    curves: dict[str, Curve] = {}
+    entries = [entry for entry in result["log_history"] if "direction_losses" in entry]
+    for group, directions in groups_of(result).items() if entries else ():
+        curves[group] = [(entry["step"], entry["seconds"], mean_loss(result, entry, directions)) for entry in entries]
+    for name in sorted({name for entry in result["log_history"] for name in entry}):
+        if found := EVAL_LOSS.fullmatch(name):
+            curves[found[1]] = [(e["step"], e["seconds"], e[name]) for e in result["log_history"] if name in e]
     return curves
 
 
@@ -81,7 +79,7 @@ def groups_of(result: dict[str, Any]) -> dict[str, list[str]]:
         groups["en-X" if direction.startswith("en-") else "X-en"].append(direction)
     for tier, languages in result["tiers"].items():
         groups[tier] = [direction for direction in directions if {*direction.split("-")} & {*languages}]
-    return groups
+    return {name: of_group for name, of_group in groups.items() if of_group}
 
 
 def mean_loss(result: dict[str, Any], entry: dict[str, Any], directions: list[str]) -> float:
@@ -140,6 +138,8 @@ def step_ms(result: dict[str, Any]) -> float:
 def mean_and_spread(values: list[float], digits: int = 3) -> str:
     """`mean ± standard deviation` of what is finite, and how many that are if not all."""
     finite = [value for value in values if math.isfinite(value)]
+    if not values:
+        return "-"
     if not finite:
         return "never"
     spread = f" ± {stdev(finite):.{digits}f}" if len(finite) > 1 else ""
@@ -171,10 +171,36 @@ def last_of(result: dict[str, Any], name: str) -> float | None:
     return values[-1] if values else None
 
 
-def rows_of(runs: dict[str, list[dict[str, Any]]], reference: str) -> list[dict[str, str]]:
+def beside(results: list[dict[str, Any]], others: list[dict[str, Any]], dataset: str) -> dict[int, tuple[float, float]]:
+    """Last losses of runs, and of others with the same seed after the same step, by seed."""
+    losses = {(other["seed"], last_of(other, "step")): curves_of(other)[dataset][-1][2] for other in others}
+    keys = [(result["seed"], last_of(result, "step")) for result in results]
+    return {
+        key[0]: (curves_of(result)[dataset][-1][2], losses[key])
+        for key, result in zip(keys, results, strict=True)
+        if key in losses
+    }
+
+
+def differences(results: list[dict[str, Any]], others: list[dict[str, Any]], dataset: str) -> str:
+    """How much higher last losses are than those of others with the same seeds, whose batches were the same."""
+    values = [own - other for own, other in beside(results, others, dataset).values()]
+    return f" ({mean_and_spread(values)})" if values else ""
+
+
+def gain_shares(
+    results: list[dict[str, Any]], references: list[dict[str, Any]], best: list[dict[str, Any]], dataset: str
+) -> list[float]:
+    """What part of the way from the loss of a reference to that of the best model a run has gone, seed by seed."""
+    own, of_best = beside(results, references, dataset), beside(best, references, dataset)
+    return [(own[seed][1] - own[seed][0]) / (own[seed][1] - of_best[seed][0]) for seed in own.keys() & of_best.keys()]
+
+
+def rows_of(runs: dict[str, list[dict[str, Any]]], reference: str, best: str | None = None) -> list[dict[str, str]]:
     """A row of the table per variant."""
     datasets = list(curves_of(runs[reference][0]))
     goals = {dataset: fmean(curves_of(result)[dataset][-1][2] for result in runs[reference]) for dataset in datasets}
+    is_any_started = any(result.get("start") for results in runs.values() for result in results)
     rows = []
     for variant, results in runs.items():
         row = {
@@ -182,9 +208,19 @@ def rows_of(runs: dict[str, list[dict[str, Any]]], reference: str) -> list[dict[
             "seeds": str(len(results)),
             "parameters": f"{results[0]['num_parameters'] / 1e6:.0f}M",
         }
+        if is_any_started:
+            firsts = [curves_of(result)[datasets[0]][0][2] for result in results if result.get("start")]
+            row["loss at start"] = mean_and_spread(firsts) if firsts else "-"
+        if best is not None:
+            shares = gain_shares(results, runs[reference], runs[best], datasets[0])
+            row[f"share of the gain of {best}"] = mean_and_spread(shares, 2)
         for dataset in datasets:
-            curves = [curves_of(result)[dataset] for result in results]
+            curves = [curves_of(result).get(dataset) for result in results]
+            if None in curves:  # such as the loss without a capacity of a dense model
+                continue
             row[f"{dataset} loss"] = mean_and_spread([curve[-1][2] for curve in curves])
+            if variant != reference:
+                row[f"{dataset} loss"] += differences(results, runs[reference], dataset)
             row[f"steps to {goals[dataset]:.3f}"] = mean_and_spread([steps_to(c, goals[dataset]) for c in curves], 0)
         row["steps"] = mean_and_spread([last_of(result, "step") or 0 for result in results], 0)
         row["seconds"] = mean_and_spread([last_of(result, "seconds") or 0 for result in results], 0)
@@ -211,7 +247,7 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
         for column, (axis, unit) in enumerate(zip(row, ("steps", "seconds of training"), strict=True)):
             for number, (variant, results) in enumerate(runs.items()):
                 for place, result in enumerate(results):
-                    curve = curves_of(result)[dataset]
+                    curve = curves_of(result).get(dataset, [])
                     xs, ys = [point[column] for point in curve], [point[2] for point in curve]
                     axis.plot(xs, ys, color=f"C{number}", alpha=0.8, label=variant if place == 0 else None)
             axis.set(xlabel=unit, ylabel=f"{dataset} loss", yscale="log")
@@ -234,7 +270,7 @@ def ratio_lines(runs: dict[str, list[dict[str, Any]]], reference: str) -> list[s
             for step, of_steps, of_seconds in ratios:
                 lines.append(
                     f"| {variant} | {result['seed']} | {step:.0f} | {of_steps:.2f} | {of_seconds:.2f} | "
-                    f"{of_steps * speed:.2f} |"
+                    f"{'-' if result.get('start') else f'{of_steps * speed:.2f}'} |"
                 )
     if not lines:
         return []
@@ -260,13 +296,24 @@ def draw_dropped(runs: dict[str, list[dict[str, Any]]], path: Path) -> bool:
     return is_any
 
 
-def write_report(folder: Path, title: str, reference: str | None) -> str:
-    """Write the report and its pictures; returns its text."""
-    runs = read_runs(folder)
+def write_report(
+    folder: Path,
+    title: str,
+    reference: str | None,
+    *,
+    best: str | None = None,
+    variants: list[str] | None = None,
+    output_dir: Path | None = None,
+) -> str:
+    """Write the report and its pictures, to the folder of the runs or another one; returns its text."""
+    runs = read_runs(folder, variants)
     reference = next(iter(runs)) if reference is None else reference
-    if reference not in runs:
-        raise ValueError(f"reference ({reference!r}) must be one of the variants {list(runs)}")
-    rows = rows_of(runs, reference)
+    for name, variant in (("reference", reference), ("best", best)):
+        if variant is not None and variant not in runs:
+            raise ValueError(f"{name} ({variant!r}) must be one of the variants {list(runs)}")
+    rows = rows_of(runs, reference, best)
+    output_dir = folder if output_dir is None else output_dir
+    output_dir.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = [f"# {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(row.get(name, "-") for name in columns) + " |" for row in rows]
@@ -275,15 +322,17 @@ def write_report(folder: Path, title: str, reference: str | None) -> str:
     notes = f"""
         {", ".join(map(str, sorted(steps)))} steps of up to {first["max_tokens_per_batch"]:,} tokens (source, target and
         padding), {first["device"]}, torch {first["torch"]}. Losses are cross-entropies of the validation set in nats
-        per token, steps those to the mean last loss of `{reference}`; seconds are without evaluation; "dropped" and
-        "busiest expert" (1 is an even share) are means over the sparse layers at the end of training."""
+        per token, steps those to the mean last loss of `{reference}`; in parentheses is their distance from it seed by
+        seed; seconds are without evaluation; "dropped" and "busiest expert" (1 is an even share) are
+        means over the sparse layers at the end of training. Steps and seconds of runs that have begun with models of
+        others ("loss at start") count from the beginning of these."""
     lines += ["", *textwrap.wrap(" ".join(notes.split()), 120), "", "![Losses](curves.png)"]
     lines += ratio_lines(runs, reference)
-    draw_curves(runs, folder / "curves.png")
-    if draw_dropped(runs, folder / "dropped_by_place.png"):
+    draw_curves(runs, output_dir / "curves.png")
+    if draw_dropped(runs, output_dir / "dropped_by_place.png"):
         lines += ["", "![Dropped tokens by place in the batch](dropped_by_place.png)"]
     text = "\n".join(lines) + "\n"
-    (folder / "report.md").write_text(text, encoding="utf-8")
+    (output_dir / "report.md").write_text(text, encoding="utf-8")
     return text
 
 
@@ -292,8 +341,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--title")
     parser.add_argument("--reference", help="Variant with whose last loss the others are compared; default: the first.")
+    parser.add_argument("--best", help="Variant of whose gain over the reference the others have a share.")
+    parser.add_argument("--variants", nargs="+", help="In their order; default: all.")
+    parser.add_argument("--output_dir", type=Path, help="Default: the folder.")
     args = parser.parse_args()
-    print(write_report(args.folder, args.title or args.folder.name, args.reference))
+    options = {"best": args.best, "variants": args.variants, "output_dir": args.output_dir}
+    print(write_report(args.folder, args.title or args.folder.name, args.reference, **options))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,19 @@ class ModelArguments:
         default=1.0, metadata={"help": "Factor of the initial router weights of a new model; Switch: 0.1."}
     )
     save_model: bool = field(default=False, metadata={"help": "Write the trained model to the folder of the run."})
+    start_from: str = field(
+        default="{}",
+        metadata={"help": "Variants whose models this one is made of, as JSON: method, variants and more, see Start."},
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "Variant whose probabilities are a part of the target, see distillation.py."}
+    )
+    teacher_share: float = field(default=0.25, metadata={"help": "That part; Switch: 0.25."})
+    share_of_steps: float = field(default=1.0, metadata={"help": "Part of max_steps that this variant is trained."})
+    eval_capacities: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Held-out losses with these in place of eval_capacity_factor, too; none for no capacity."},
+    )
 
 
 @dataclass
@@ -58,8 +72,12 @@ class DataArguments:
     denoising: bool = field(
         default=False, metadata={"help": "Denoise all training texts, also texts that are left out as pairs."}
     )
-    mask_ratio: float = field(default=0.35, metadata={"help": "Share of the words that denoising masks."})
-    poisson_lambda: float = field(default=3.5, metadata={"help": "Mean length of a masked span, in words."})
+    mask_ratio: float = field(
+        default=0.35, metadata={"help": "Share of the words, or token ids, that denoising masks."}
+    )
+    poisson_lambda: float = field(
+        default=3.5, metadata={"help": "Mean length of a masked span, in words or token ids."}
+    )
     sentence_distance: int = field(default=0, metadata={"help": "Places that denoising may move a sentence."})
     word_dropout: float = field(default=0.0, metadata={"help": "Probability that denoising leaves a word out."})
     max_length: int = field(default=128, metadata={"help": "Longest text in tokens; longer texts are truncated."})
@@ -73,8 +91,38 @@ class DataArguments:
                 raise ValueError(f"{name}_tokens ({given[1]!r}) needs train_tokens, which is not given")
             if given[self.train_tokens is not None] is None:
                 raise ValueError(f"give {name}_file, or train_tokens and validation_tokens (prepare_tokens.py)")
-        if self.train_tokens is not None and (self.denoising or self.low_resource_languages):
-            raise ValueError("denoising and low_resource_languages need text: give train_file, not train_tokens")
+        if self.train_tokens is not None and (self.sentence_distance or self.word_dropout):
+            raise ValueError("sentence_distance and word_dropout need text: give train_file, not train_tokens")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Other runs, of whose models that of a run is made before its training.
+
+    Its steps and seconds count on from theirs, and its learning rate and its batches are those of these steps, but for
+    `shared_weights`, which is another way to initialize a model.
+
+    Attributes:
+        method: one of `METHODS` of multitask_starts.py.
+        sources: the runs, of the same seed.
+        at: part of their steps, behind which the models are taken, from checkpoints (`save_steps` of the source);
+            1 for models that are trained to their end (`save_model`).
+        criterion: of pruning.
+    """
+
+    method: str
+    sources: "tuple[Run, ...]"
+    at: float = 1.0
+    criterion: str = "utilization"
+
+    @property
+    def steps_of_sources(self) -> list[int]:
+        return [math.ceil(source.training.max_steps * self.at) for source in self.sources]
+
+    @property
+    def steps(self) -> int:
+        """At which the training begins."""
+        return 0 if self.method == "shared_weights" else sum(self.steps_of_sources)
 
 
 @dataclass(frozen=True)
@@ -84,6 +132,8 @@ class Run:
     Attributes:
         pilots: short ones that choose its learning rate.
         tiers: languages besides English by the name of their group, for the report.
+        start: where its model comes from; `None` for a new one, or the one that is named.
+        teacher: a run with the same seed, whose model teaches.
     """
 
     variant: str
@@ -93,6 +143,8 @@ class Run:
     training: MultitaskTrainingArguments
     pilots: "tuple[Run, ...]" = ()
     tiers: dict[str, list[str]] = field(default_factory=dict)
+    start: Start | None = None
+    teacher: "Run | None" = None
 
     @property
     def folder(self) -> Path:
@@ -127,7 +179,8 @@ def command_of(argv: list[str], about: str | None = None) -> Command:
     """What a command line asks for; `about` is its help.
 
     Raises:
-        ValueError: an unknown variant, or a field of the recipe that is no argument.
+        ValueError: an unknown variant, a field of the recipe that is no argument, or `start_from` or `teacher` that
+            cannot be.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
@@ -136,7 +189,7 @@ def command_of(argv: list[str], about: str | None = None) -> Command:
     parser.add_argument("--dry_run", "--dry-run", action="store_true")
     parser.add_argument("--max_seconds", type=float, help="of the process, its start included")
     selected, overrides = parser.parse_known_args(argv)
-    recipe = json.loads(selected.recipe.read_text())
+    recipe = read_recipe(selected.recipe)
     variants = recipe.pop("variants", {"run": {}})
     pilot = recipe.pop("pilot", None)
     if any(argument.split("=")[0] == "--learning_rate" for argument in overrides):
@@ -145,14 +198,57 @@ def command_of(argv: list[str], about: str | None = None) -> Command:
     seeds = recipe.pop("seeds", [recipe.get("seed", 0)])
     if unknown := {*(selected.variants or ())} - {*variants}:
         raise ValueError(f"{selected.recipe} has no variants {sorted(unknown)}; it has {list(variants)}")
-    runs = []
-    for seed in selected.seeds or seeds:
-        for variant in selected.variants or variants:
-            of_variant = variants[variant]
-            pilots = tuple(_pilots(recipe, overrides, variant, of_variant, seeds[0], pilot) if pilot else ())
-            run = _run(recipe, overrides, variant, of_variant, seed)
-            runs.append(replace(run, pilots=pilots, tiers=tiers))
+
+    def run_of(variant: str, seed: int) -> Run:
+        run = _run(recipe, overrides, variant, variants[variant], seed)
+        fields = json.loads(run.model.start_from)
+        of_start = fields.pop("variants", [])
+        names = [*of_start, *filter(None, [run.model.teacher])]
+        if unknown := {*names} - {*variants}:
+            raise ValueError(f"{variant} of {selected.recipe} needs {sorted(unknown)}; there are {list(variants)}")
+        if names and pilot:
+            raise ValueError(f"pilot does not go with {variant}, which needs {names}; give learning_rate")
+        if names and run.training.max_steps < 1:
+            raise ValueError(f"{variant} needs max_steps ({run.training.max_steps}), of which it takes a part")
+        pilots = tuple(_pilots(recipe, overrides, variant, variants[variant], seeds[0], pilot) if pilot else ())
+        teacher = run_of(run.model.teacher, seed) if run.model.teacher else None
+        start = _start(variant, fields, [run_of(name, seed) for name in of_start])
+        return replace(run, pilots=pilots, tiers=tiers, teacher=teacher, start=start)
+
+    runs = [run_of(variant, seed) for seed in selected.seeds or seeds for variant in selected.variants or variants]
     return Command(runs, selected.dry_run, selected.max_seconds)
+
+
+def _start(variant: str, fields: dict[str, Any], sources: list[Run]) -> Start | None:
+    if not fields and not sources:
+        return None
+    if not sources:
+        raise ValueError(f"start_from of {variant} ({fields}) must name variants")
+    try:
+        return Start(sources=tuple(sources), **fields)
+    except TypeError as error:  # a field that is missing or unknown
+        raise ValueError(f"start_from of {variant} ({fields}): {error}") from None
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The fields of a recipe.
+
+    Those of another recipe beside it, its `base`, hold where it has none; fields of `config` one by one. A variant
+    `"base"` is the one that has this name there.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    base = fields.pop("base", None)
+    if base is None:
+        return fields
+    of_base = read_recipe(path.parent / base)
+    variants = {name: of_base["variants"].get(name) if v == "base" else v for name, v in fields["variants"].items()}
+    if missing := [name for name, of_variant in variants.items() if of_variant is None]:
+        raise ValueError(f"{path} takes variants {missing} of {base}, which has {list(of_base['variants'])}")
+    config = {**of_base.get("config", {}), **fields.get("config", {})}
+    return {**of_base, **fields, "config": config, "variants": variants}
 
 
 def _pilots(
@@ -183,11 +279,16 @@ def _run(recipe: dict[str, Any], overrides: list[str], variant: str, of_variant:
         fields |= {name: False for name in ("bf16", "cuda_graphs") if name in fields}  # for CPUs: slower, and refused
     argv = []
     for name, value in fields.items():
+        if value is None:
+            continue
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
         argv += [f"--{name}", *map(str, values)]
     model, data, training = _parser().parse_args_into_dataclasses([*argv, *overrides])
     training.dataloader_pin_memory &= torch.cuda.is_available()  # without a GPU it does nothing but warn
     if data.train_tokens is not None:  # batches are made on the device
         training.dataloader_pin_memory, training.dataloader_num_workers = False, 0
+    elif model.start_from != "{}" or model.teacher or model.eval_capacities:
+        raise ValueError(f"start_from, teacher and eval_capacities of {variant} need token ids: give train_tokens")
+    training.max_steps = math.ceil(training.max_steps * model.share_of_steps)
     training.output_dir = os.path.join(training.output_dir or "runs/multitask", variant, f"seed_{seed}")
     return Run(variant, seed, model, data, training)

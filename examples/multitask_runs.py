@@ -29,6 +29,11 @@ class Seconds(TrainerCallback):
         state.log_history[-1]["seconds"] = time.perf_counter() - self.start
 
 
+def seconds_at(log_history: list[dict[str, Any]], step: int) -> float:
+    """Seconds of training behind the last log up to a step, as [`Seconds`] has added them; 0 before the first."""
+    return max((entry["seconds"] for entry in log_history if "seconds" in entry and entry["step"] <= step), default=0.0)
+
+
 class TimeLimit(TrainerCallback):
     """Ends a training in time, with an evaluation and a checkpoint from which it can continue.
 

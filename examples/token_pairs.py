@@ -11,22 +11,19 @@ components.
 import io
 import json
 import lzma
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from multitask_data import Row
-from torch import Tensor, nn
-from torch.nn import functional as F
+from multitask_data import Row, backwards
+from token_noise import TokenNoise
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_moe_ted import DataCollatorForMultitaskSeq2Seq, MultitaskDataset, MultitaskSeq2SeqTrainer
+from hf_moe_ted import DataCollatorForMultitaskSeq2Seq, MultitaskDataset
 
 # 16-bit numbers: two bytes are one symbol
 _XZ_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 2, "lp": 1, "pb": 1}]
@@ -136,6 +133,15 @@ class TokenArrays:
             is_kept &= np.isin(of_language, [list(self.tags).index(lang) for lang in languages])
         return np.sort(order[is_kept])
 
+    def with_few(self, pairs_P: np.ndarray, languages: list[str], num_pairs: int) -> np.ndarray:
+        """int64[P'], these pairs without what some languages have beyond their first ones."""
+        is_few = np.isin(self.languages[pairs_P], [list(self.tags).index(lang) for lang in languages])
+        return pairs_P[~is_few | np.isin(pairs_P, self.first_pairs(num_pairs))]
+
+    def text(self, number: int, tokenizer: Any) -> str:
+        """One of the texts."""
+        return str(tokenizer.decode(self.ids[self.starts[number] : self.starts[number + 1]].tolist()))
+
 
 def _ids(texts: list[str], tokenizer: Any) -> list[np.ndarray]:
     """uint16 ids of each text, without tags."""
@@ -170,40 +176,76 @@ class Component(NamedTuple):
 class TokenPairs(MultitaskDataset):
     """Pairs of `TokenArrays` in both directions, as a [`MultitaskDataset`] whose batches are tensors on a device.
 
-    Example `n` is pair `n` from English for `n` below P, and pair `n - P` into English from there on.
+    Example `n` is pair `n` from English for `n` below P, and pair `n - P` into English from there on. Behind them are
+    the texts that are denoised.
 
     Args:
         arrays: the tokens.
         device: where batches are made.
         pairs: int64[P], numbers of the pairs to take, all by default.
+        denoised_pairs: int64[...], numbers of the pairs whose texts are denoised, each text once; none by default.
+        noise: that of denoising; a batch has the noise of its first draw's seed.
     """
 
-    def __init__(self, arrays: TokenArrays, device: torch.device | str, pairs: np.ndarray | None = None):
+    def __init__(
+        self,
+        arrays: TokenArrays,
+        device: torch.device | str,
+        pairs: np.ndarray | None = None,
+        *,
+        denoised_pairs: np.ndarray | None = None,
+        noise: TokenNoise | None = None,
+    ):
         self.arrays = arrays
         self.epoch = 0
         self.device = torch.device(device)
-        pairs_P = np.arange(len(arrays.english)) if pairs is None else pairs
-        codes = list(arrays.tags)
-        present = np.unique(arrays.languages[pairs_P])
-        place = np.searchsorted(present, arrays.languages[pairs_P])
-        self.components = [Component("translation", "en", codes[number]) for number in present]
-        self.components += [Component("translation", codes[number], "en") for number in present]
-        self.component_numbers = np.concatenate([place, place + len(present)]).astype(np.uint16)
+        self.noise = noise
+        self._pairs_P = pairs_P = np.arange(len(arrays.english)) if pairs is None else pairs
+        self.num_translated = 2 * len(pairs_P)
+        denoised = pairs_P[:0] if denoised_pairs is None else denoised_pairs
         english_P, other_P = arrays.english[pairs_P], arrays.num_english + pairs_P
-        texts_N2 = np.stack([np.concatenate([english_P, other_P]), np.concatenate([other_P, english_P])], axis=1)
-        tag_ids = np.array(list(arrays.tags.values()))
-        tags_P = tag_ids[arrays.languages[pairs_P]]
-        english_tags_P = np.full_like(tags_P, tag_ids[0])
-        tags_N2 = np.stack([np.concatenate([english_tags_P, tags_P]), np.concatenate([tags_P, english_tags_P])], axis=1)
+        texts = np.concatenate([np.unique(arrays.english[denoised]), arrays.num_english + denoised])
+        sources, targets = (np.concatenate([*sides, texts]) for sides in ((english_P, other_P), (other_P, english_P)))
+        texts_N2 = np.stack([sources, targets], axis=1)
+        languages_X = np.concatenate([np.zeros(arrays.num_english, dtype=np.int64), arrays.languages])
+        languages_N2 = languages_X[texts_N2]
+        # translation from English comes first, then into English, then denoising
+        place_N = np.repeat([0, 1, 2], [len(pairs_P), len(pairs_P), len(texts)])
+        keys = place_N * len(arrays.tags) + languages_N2.max(axis=1)
+        present, self.component_numbers = np.unique(keys, return_inverse=True)
+        self.component_numbers = self.component_numbers.astype(np.uint16)
+        self.components = [self._component(*divmod(int(key), len(arrays.tags))) for key in present]
+        tags_N2 = np.array(list(arrays.tags.values()))[languages_N2]
         lengths_X = np.diff(arrays.starts)
         self.lengths = (lengths_X[texts_N2] + SPECIAL_TOKENS).astype(np.int32)
         self._ids = torch.from_numpy(arrays.ids.astype(np.int32)).to(self.device)
         self._starts_N2 = torch.from_numpy(arrays.starts[:-1][texts_N2].astype(np.int32)).to(self.device)
         self._lengths_N2 = torch.from_numpy(lengths_X[texts_N2].astype(np.int32)).to(self.device)
+        self._eos, self._pad = (arrays.special_ids[name] for name in ("eos", "pad"))
+        self._generator = torch.Generator(self.device)
         self._tags_N2 = torch.from_numpy(tags_N2.astype(np.int32)).to(self.device)
 
     def __len__(self) -> int:
         return len(self.component_numbers)
+
+    def first_rows(self, tokenizer: Any, num_pairs: int) -> list[Row]:
+        """The text of the first pairs of each direction, as rows of `read_pairs`."""
+        codes = list(self.arrays.tags)
+        rows = [
+            {
+                "source": self.arrays.text(int(self.arrays.english[pair]), tokenizer),
+                "target": self.arrays.text(int(self.arrays.num_english + pair), tokenizer),
+                "src_lang": "en",
+                "tgt_lang": codes[self.arrays.languages[pair]],
+            }
+            for pair in np.intersect1d(self._pairs_P, self.arrays.first_pairs(num_pairs))
+        ]
+        return rows + backwards(rows)
+
+    def _component(self, place: int, language: int) -> Component:
+        code = list(self.arrays.tags)[language]
+        src_lang, tgt_lang = (("en", code), (code, "en"), (code, code))[place]
+        return Component("denoising" if place == 2 else "translation", src_lang, tgt_lang)
 
     @property
     def directions(self) -> list[str]:
@@ -214,25 +256,32 @@ class TokenPairs(MultitaskDataset):
         """The batch of draws of one length, as `batch` makes it."""
         numbers = np.array([draw.example for draw in indices], dtype=np.int32)
         lengths = indices[0].padded_lengths or tuple(self.lengths[numbers].max(axis=0).tolist())
-        return self.batch(numbers, lengths)
+        return self.batch(numbers, lengths, indices[0].noise_seed)
 
-    def batch(self, examples: np.ndarray, lengths: tuple[int, int]) -> dict[str, Tensor]:
+    def batch(self, examples: np.ndarray, lengths: tuple[int, int], noise_seed: int = 0) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask`, `labels`: int64[B, L] of examples, padded to lengths of source and target."""
         rows_B = torch.from_numpy(np.ascontiguousarray(examples, dtype=np.int32)).to(self.device, non_blocking=True)
-        pad, eos = self.arrays.special_ids["pad"], self.arrays.special_ids["eos"]
-        input_ids_BL, mask_BL = self._side(rows_B, 0, lengths[0], pad, eos)
-        labels_BL, _ = self._side(rows_B, 1, lengths[1], -100, eos)
+        texts_BL, lengths_B1 = self._texts(rows_B, 0, lengths[0])
+        if self.noise is not None:
+            noised_BL, shorter_B1 = self.noise(texts_BL, lengths_B1, self._generator.manual_seed(noise_seed))
+            is_denoised_B1 = (rows_B >= self.num_translated)[:, None]
+            texts_BL = torch.where(is_denoised_B1, noised_BL, texts_BL)
+            lengths_B1 = torch.where(is_denoised_B1, shorter_B1, lengths_B1)
+        input_ids_BL, mask_BL = self._sequences(texts_BL, lengths_B1, self._tags_N2[rows_B, 0, None], self._pad)
+        labels_BL, _ = self._sequences(*self._texts(rows_B, 1, lengths[1]), self._tags_N2[rows_B, 1, None], -100)
         return {"input_ids": input_ids_BL, "attention_mask": mask_BL.long(), "labels": labels_BL}
 
-    def _side(self, rows_B: Tensor, side: int, length: int, filler: int, eos: int) -> tuple[Tensor, Tensor]:
+    def _texts(self, rows_B: Tensor, side: int, length: int) -> tuple[Tensor, Tensor]:
+        """Texts of one side from position 0 on, in batches of `length` with what comes before and behind them."""
+        place_L = torch.arange(length - SPECIAL_TOKENS, dtype=torch.int32, device=self.device)
+        start_B1, length_B1 = (of_examples[rows_B, side, None] for of_examples in (self._starts_N2, self._lengths_N2))
+        return self._ids[(start_B1 + place_L).clamp(max=len(self._ids) - 1)], length_B1
+
+    def _sequences(self, texts_BL: Tensor, length_B1: Tensor, tag_B1: Tensor, filler: int) -> tuple[Tensor, Tensor]:
         """Tag, text and end of each row, and where they are."""
-        place_L = torch.arange(length, dtype=torch.int32, device=self.device)
-        start_B1, length_B1, tag_B1 = (
-            of_examples[rows_B, side, None] for of_examples in (self._starts_N2, self._lengths_N2, self._tags_N2)
-        )
-        ids_BL = self._ids[(start_B1 + place_L - 1).clamp(0, len(self._ids) - 1)]
-        ids_BL = torch.where(place_L == 0, tag_B1, ids_BL)
-        ids_BL = torch.where(place_L == length_B1 + 1, eos, ids_BL)
+        place_L = torch.arange(texts_BL.shape[1] + SPECIAL_TOKENS, dtype=torch.int32, device=self.device)
+        ids_BL = torch.cat([tag_B1, texts_BL, torch.full_like(tag_B1, self._eos)], dim=1)
+        ids_BL = torch.where(place_L == length_B1 + 1, self._eos, ids_BL)
         mask_BL = place_L <= length_B1 + 1
         return torch.where(mask_BL, ids_BL, filler).long(), mask_BL
 
@@ -242,121 +291,3 @@ class BatchCollator(DataCollatorForMultitaskSeq2Seq):
 
     def __call__(self, features: Any) -> Any:
         return features if isinstance(features, dict) else super().__call__(features)
-
-
-class TokenPairsTrainer(MultitaskSeq2SeqTrainer):
-    """[`MultitaskSeq2SeqTrainer`] on `TokenPairs`, whose evaluation is exact for each direction.
-
-    `evaluate` gives `eval_loss`, nats per target token of all held-out examples together, tag and end counted, and
-    leaves in the log history `direction_losses`, the same of each direction ("en-de"). The Trainer's own is a mean of
-    the means of batches. Of sparse models it has `expert_load`, a list for each sparse layer ("encoder.1"), 1 being an
-    even share, and the means over layers of the busiest expert and of the share of tokens that no expert computes.
-    Training has no hooks: nothing that is not part of it counts into its seconds.
-    """
-
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        data: TokenPairs = self.eval_dataset if eval_dataset is None else eval_dataset
-        seconds = -_now(data.device)
-        devices = [data.device] if data.device.type == "cuda" else []
-        # routers that drop tokens at random draw in evaluation, too: training has the same numbers with or without it
-        with (
-            torch.random.fork_rng(devices),
-            self.compute_loss_context_manager(),
-            ExpertLoad(self.model) as load,
-        ):
-            torch.manual_seed(0)
-            nats_G, tokens_G = held_out_nats(self.model, data, self.args.max_tokens_per_batch)
-        seconds += _now(data.device)
-        metrics = {
-            f"{metric_key_prefix}_loss": float(nats_G.sum() / tokens_G.sum()),
-            f"{metric_key_prefix}_runtime": seconds,
-            **load.means(),
-        }
-        self.log(metrics)
-        self.state.log_history[-1]["expert_load"] = load.shares()
-        losses = dict(zip(data.directions, (nats_G / tokens_G).tolist(), strict=True))
-        self.state.log_history[-1]["direction_losses"] = losses
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-
-class ExpertLoad:
-    """Counts what the experts of each sparse layer get while it is entered."""
-
-    def __init__(self, model: nn.Module):
-        self._routers = {
-            ".".join(name.split(".")[-5:-2:2]): module
-            for name, module in model.named_modules()
-            if name.endswith(".ffn.router")
-        }
-        self._counts: dict[str, Tensor] = {}
-        self._num_tokens: dict[str, Tensor] = {}
-
-    def __enter__(self) -> "ExpertLoad":
-        self._handles = [
-            router.register_forward_hook(partial(self._count, layer)) for layer, router in self._routers.items()
-        ]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _count(self, layer: str, router: nn.Module, args: Any, output: Any) -> None:
-        routing = output[1]
-        mask_T = torch.ones_like(routing.expert_ids[:, 0]) if routing.token_mask is None else routing.token_mask
-        self._counts[layer] = self._counts.get(layer, 0) + routing.num_tokens_per_expert()
-        self._num_tokens[layer] = self._num_tokens.get(layer, 0) + mask_T.sum() * routing.expert_ids.shape[1]
-
-    def shares(self) -> dict[str, list[float]]:
-        """Tokens of each expert by layer, in parts of an even share."""
-        return {
-            layer: (counts_E / counts_E.sum().clamp(min=1) * len(counts_E)).tolist()
-            for layer, counts_E in self._counts.items()
-        }
-
-    def means(self) -> dict[str, float]:
-        """Means over the layers: busiest expert, and share of the tokens that no expert computes; none if dense."""
-        if not self._counts:
-            return {}
-        kept = [float(counts_E.sum() / self._num_tokens[layer]) for layer, counts_E in self._counts.items()]
-        busiest = [max(of_layer) for of_layer in self.shares().values()]
-        return {"router/load_max": fmean(busiest), "router/dropped": 1 - fmean(kept)}
-
-
-@torch.no_grad()
-def held_out_nats(model: nn.Module, data: TokenPairs, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cross-entropy without smoothing of the targets of each component, in nats, and their tokens, float64[G] each."""
-    was_training = model.training
-    model.eval()
-    sums_G2 = torch.zeros(len(data.components), 2, dtype=torch.float64, device=data.device)
-    components_N = torch.from_numpy(data.component_numbers.astype(np.int64)).to(data.device)
-    for examples, lengths in _batches_by_length(data, max_tokens):
-        batch = data.batch(examples, lengths)
-        labels_BL = batch.pop("labels")
-        logits_BLV = model(**batch, decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels_BL)).logits
-        # `cross_entropy` gives 0 where there is padding
-        nats_B = F.cross_entropy(logits_BLV.float().mT, labels_BL, reduction="none").double().sum(dim=1)
-        found_B2 = torch.stack([nats_B, (labels_BL != -100).sum(dim=1).double()], dim=1)
-        sums_G2.index_add_(0, components_N[torch.from_numpy(examples).to(data.device)], found_B2)
-    model.train(was_training)
-    nats_G, tokens_G = sums_G2.T.cpu().numpy()
-    return nats_G, tokens_G
-
-
-def _batches_by_length(data: TokenPairs, max_tokens: int) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
-    order = np.argsort(data.lengths.max(axis=1), kind="stable")
-    start = 0
-    while start < len(order):
-        longest = np.maximum.accumulate(data.lengths[order[start:]], axis=0).sum(axis=1)
-        num_rows = max(1, int(np.searchsorted(longest * np.arange(1, len(longest) + 1), max_tokens, side="right")))
-        examples = order[start : start + num_rows]
-        yield examples, tuple(data.lengths[examples].max(axis=0).tolist())
-        start += num_rows
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, when the device is done with what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -30,18 +30,23 @@ import math
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
+from distillation import DistillationTrainer
 from multitask_data import backwards, first_pairs, monolingual, read_pairs
 from multitask_plan import print_plan
 from multitask_recipe import DataArguments, Run, command_of
 from multitask_runs import PlaceOfDropped, Seconds, TimeLimit, translate, write_json
-from token_pairs import BatchCollator, TokenArrays, TokenPairs, TokenPairsTrainer
+from multitask_starts import model_folder, scale_routers, start_seconds, write_start
+from token_noise import TokenNoise
+from token_pairs import BatchCollator, TokenArrays, TokenPairs
+from token_trainer import TokenPairsTrainer
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from hf_moe_ted import (
     DataCollatorForMultitaskSeq2Seq,
@@ -61,11 +66,19 @@ from hf_moe_ted import (
 class Tokens:
     """The token ids of a run in the place of [`Text`], read once for all runs that take the same."""
 
-    def __init__(self, args: DataArguments, device: torch.device):
+    def __init__(self, run: Run):
+        args, device = run.data, run.training.device
         arrays = TokenArrays.load(str(args.train_tokens))
         if unknown := {*(args.languages or ())} - {*arrays.tags}:
             raise ValueError(f"{args.train_tokens} has no pairs in {sorted(unknown)}; it has {list(arrays.tags)}")
-        self.dataset = TokenPairs(arrays, device, arrays.first_pairs(args.max_pairs, args.languages))
+        pairs = arrays.first_pairs(args.max_pairs, args.languages)
+        self.dataset = TokenPairs(
+            arrays,
+            device,
+            arrays.with_few(pairs, args.low_resource_languages, args.low_resource_pairs),
+            denoised_pairs=pairs if args.denoising else None,
+            noise=self._noise(run) if args.denoising else None,
+        )
         of_validation = TokenArrays.load(str(args.validation_tokens))
         if (of_validation.tags, of_validation.vocab_size) != (arrays.tags, arrays.vocab_size):
             raise ValueError(f"{args.validation_tokens} and {args.train_tokens} are not of one tokenizer")
@@ -74,6 +87,9 @@ class Tokens:
         )
         rows = [] if args.validation_file is None else read_pairs(args.validation_file, args.languages)
         self.test = first_pairs(rows[::-1], args.max_test_samples)
+
+    def _noise(self, run: Run) -> TokenNoise:
+        return TokenNoise(run.data.mask_ratio, run.data.poisson_lambda, tokenizer_of(run, self).mask_token_id)
 
     def numbers(self, steps_per_epoch: int) -> dict[str, Any]:
         """What the report needs besides losses: target tokens that are held out by direction, and tokens of a step."""
@@ -147,10 +163,7 @@ def model_of(run: Run, tokenizer: Any) -> Any:
         model = ZCodeM3ForConditionalGeneration.from_pretrained(run.model.model_name_or_path)
     else:
         model = ZCodeM3ForConditionalGeneration(config_of(run, tokenizer))
-        with torch.no_grad():
-            for name, module in model.named_modules():
-                if name.endswith(".ffn.router"):
-                    module.weight.mul_(run.model.router_init_scale)
+        scale_routers(model, run.model.router_init_scale)
     if run.model.experts_implementation is not None:
         model.set_experts_implementation(run.model.experts_implementation)
     return model
@@ -175,7 +188,7 @@ def trainer_of(run: Run, text: Text | Tokens, tokenizer: Any) -> MultitaskSeq2Se
             name: MultitaskDataset(sorted(rows, key=lambda row: len(row["source"])), both_directions=True)
             for name, rows in text.validation.items()
         }
-    kind = TokenPairsTrainer if isinstance(text, Tokens) else MultitaskSeq2SeqTrainer
+    kind, options = kind_of_trainer(run) if isinstance(text, Tokens) else (MultitaskSeq2SeqTrainer, {})
     trainer = kind(
         model=model,
         args=run.training,
@@ -185,12 +198,23 @@ def trainer_of(run: Run, text: Text | Tokens, tokenizer: Any) -> MultitaskSeq2Se
         processing_class=tokenizer,
         token_lengths=lengths_of(text, run, tokenizer),
         callbacks=[Seconds()],
+        **options,
     )
     is_sparse = bool(model.config.sparse_layers("encoder") or model.config.sparse_layers("decoder"))
     if is_sparse and isinstance(text, Text):
         for callback in (RouterStatisticsCallback(), LanguageRoutingCallback(tokenizer), PlaceOfDropped()):
             callback.add_to(trainer)
     return trainer
+
+
+def kind_of_trainer(run: Run) -> tuple[type[TokenPairsTrainer], dict[str, Any]]:
+    """The trainer of a run on token ids, and its arguments."""
+    capacities = [None if text == "none" else float(text) for text in run.model.eval_capacities]
+    options: dict[str, Any] = {"eval_capacities": capacities, "first_step": run.start.steps if run.start else 0}
+    if run.teacher is None:
+        return TokenPairsTrainer, options
+    teacher = ZCodeM3ForConditionalGeneration.from_pretrained(model_folder(run.teacher, run.teacher.training.max_steps))
+    return DistillationTrainer, options | {"teacher": teacher, "teacher_share": run.model.teacher_share}
 
 
 def lengths_of(text: Text | Tokens, run: Run, tokenizer: Any) -> np.ndarray:
@@ -230,10 +254,17 @@ def train(run: Run, text: Text | Tokens, deadline: float | None) -> None:
     if run.pilots:
         run.training.learning_rate = min(run.pilots, key=last_loss).training.learning_rate
     print(f"{run.variant}, seed {run.seed}, learning rate {run.training.learning_rate}: {run.folder}", flush=True)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if run.start is not None and get_last_checkpoint(str(run.folder)) is None:
+        assert isinstance(text, Tokens)
+        set_seed(run.seed)
+        write_start(run, model_of(run, tokenizer), text.dataset, tokenizer)
+    checkpoint = get_last_checkpoint(str(run.folder))
+    is_start = run.start is not None and Path(str(checkpoint)).name == f"{PREFIX_CHECKPOINT_DIR}-{run.start.steps}"
+    run.training.eval_on_start = is_start
     trainer = trainer_of(run, text, tokenizer)
     if deadline is not None:
         trainer.add_callback(TimeLimit(deadline))
-    checkpoint = get_last_checkpoint(str(run.folder)) if run.folder.is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)
     is_done = trainer.state.global_step >= trainer.state.max_steps
     seconds = time.perf_counter()
@@ -259,6 +290,8 @@ def train(run: Run, text: Text | Tokens, deadline: float | None) -> None:
         "max_tokens_per_batch": run.training.max_tokens_per_batch,
         "low_resource_languages": run.data.low_resource_languages,
         "tiers": run.tiers,
+        "start": start_of(run),
+        "teacher": None if run.teacher is None else run.teacher.variant,
         "device": device,
         "torch": torch.__version__,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
@@ -267,6 +300,15 @@ def train(run: Run, text: Text | Tokens, deadline: float | None) -> None:
         "log_history": trainer.state.log_history,
     }
     write_json(run.folder / "result.json", result)
+
+
+def start_of(run: Run) -> dict[str, Any] | None:
+    """What a run has begun with, for the report."""
+    if run.start is None:
+        return None
+    start = run.start
+    about = {"method": start.method, "variants": [source.variant for source in start.sources]}
+    return about | {"steps": start.steps, "seconds": start_seconds(run)}
 
 
 def last_loss(run: Run) -> float:
@@ -298,7 +340,7 @@ def main() -> None:
     def text_of(run: Run) -> Text | Tokens:
         key = str(run.data)
         if key not in texts:
-            texts[key] = Text(run.data) if run.data.train_tokens is None else Tokens(run.data, run.training.device)
+            texts[key] = Text(run.data) if run.data.train_tokens is None else Tokens(run)
         return texts[key]
 
     if command.is_dry:

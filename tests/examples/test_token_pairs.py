@@ -7,14 +7,16 @@ from typing import Any
 
 import experiment_report
 import numpy as np
-import prepare_tokens
 import pytest
 import torch
 import train_multitask
-from multitask_data import read_pairs
+from multitask_data import backwards, read_pairs
 from safetensors.torch import load_file
 from tiny_sizes import SIZES
-from token_pairs import TokenArrays, TokenPairs, held_out_nats
+from tiny_tokens import prepare
+from token_noise import TokenNoise
+from token_pairs import TokenArrays, TokenPairs
+from token_trainer import held_out_nats
 
 from hf_moe_ted import (
     DataCollatorForMultitaskSeq2Seq,
@@ -24,12 +26,6 @@ from hf_moe_ted import (
     ZCodeM3Tokenizer,
 )
 
-LINES = [
-    f"{lang}\tEnglish sentence {number} about {topic}\t{lang} {topic} sentensi {'hapa ' * (number % 5)}{number}"
-    for topic in ("tabs", "windows")
-    for number in range(12)
-    for lang in ("de", "is")
-]
 RECIPE: dict[str, Any] = {
     "config": {**SIZES, "max_position_embeddings": 64, "capacity_factor": 1.25, "eval_capacity_factor": 2.0},
     "router_init_scale": 0.1,
@@ -60,19 +56,7 @@ RECIPE: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("token_pairs")
-    (folder / "train.tsv").write_text("\n".join([*LINES, f"de\tshort\t{'lang ' * 99}"]) + "\n")
-    (folder / "valid.tsv").write_text("\n".join(LINES[:20]) + "\n")
-    files = [str(folder / f"{name}.tsv") for name in ("train", "valid")]
-    with pytest.MonkeyPatch.context() as patch:
-        options = ["--vocab_size", "320", "--max_length", "48", "--output_dir", str(folder)]
-        patch.setattr(sys, "argv", ["prepare_tokens.py", *files, *options])
-        prepare_tokens.main()
-    fields = {
-        **RECIPE,
-        "train_tokens": str(folder / "train.npz.xz"),
-        "validation_tokens": str(folder / "valid.npz.xz"),
-        "tokenizer_name_or_path": str(folder / "tokenizer"),
-    }
+    fields = {**RECIPE, **prepare(folder)}
     (folder / "recipe.json").write_text(json.dumps(fields))
     return folder
 
@@ -112,9 +96,43 @@ def test_batches_are_those_of_the_text(folder: Path) -> None:
 
     assert arrays.first_pairs(2).tolist() == [0, 1, 2, 3]
     assert arrays.first_pairs(None, ["is"]).tolist() == list(range(1, 48, 2))
+    assert tokens.first_rows(tokenizer, 3) == rows[:6] + backwards(rows[:6])
     few = TokenPairs(arrays, "cpu", arrays.first_pairs(2, ["is"]))
+    assert few.first_rows(tokenizer, 3) == rows[1:4:2] + backwards(rows[1:4:2])
     assert few.directions == ["en-is", "is-en"] and few.component_numbers.tolist() == [0, 0, 1, 1]
     assert torch.equal(few.batch(np.array([1]), shape)["labels"], tokens.batch(np.array([3]), shape)["labels"])
+
+
+def test_texts_are_denoised_beside_few_pairs(folder: Path) -> None:
+    arrays = TokenArrays.load(folder / "train.npz.xz")
+    all_pairs = arrays.first_pairs(None)
+    few = arrays.with_few(all_pairs, ["is"], 2)
+    assert [int((arrays.languages[few] == number).sum()) for number in (1, 2)] == [24, 2]
+    mask = ZCodeM3Tokenizer.from_pretrained(folder / "tokenizer").mask_token_id
+    data = TokenPairs(arrays, "cpu", few, denoised_pairs=all_pairs, noise=TokenNoise(0.35, 3.0, mask))
+    assert [str(component) for component in data.components] == [
+        "translation en-de", "translation en-is", "translation de-en", "translation is-en",
+        "denoising en-en", "denoising de-de", "denoising is-is",
+    ]  # fmt: skip
+    assert data.sizes.tolist() == [24, 2, 24, 2, 24, 24, 24]
+
+    plain = TokenPairs(arrays, "cpu", few)
+    numbers, shape = np.arange(len(data)), tuple(data.lengths.max(axis=0).tolist())
+    batch, again = (data.batch(numbers, shape, noise_seed=4) for _ in range(2))
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    assert not torch.equal(batch["input_ids"], data.batch(numbers, shape, noise_seed=5)["input_ids"])
+    translated = plain.batch(np.arange(52), shape)
+    assert all(torch.equal(batch[name][:52], translated[name]) for name in batch)
+    eos, tags = arrays.special_ids["eos"], {*arrays.tags.values()}
+    num_masked = 0
+    for source, label in zip(batch["input_ids"][52:].tolist(), batch["labels"][52:].tolist(), strict=True):
+        ids = [token for token in source if token != arrays.special_ids["pad"]]
+        text = [token for token in label if token != -100]
+        assert ids[0] == text[0] and ids[0] in tags and ids[-1] == text[-1] == eos
+        rest = iter(text)
+        assert all(token in rest for token in ids if token != mask)  # a part of the text, in its order
+        num_masked += mask in ids
+    assert 36 < num_masked < 72 and not (batch["input_ids"][:52] == mask).any()
 
 
 def test_held_out_loss_is_that_of_each_example_alone(folder: Path) -> None:
@@ -201,8 +219,8 @@ def test_the_router_starts_at_a_tenth(folder: Path) -> None:
 
 def test_what_does_not_go_together(folder: Path) -> None:
     recipe = str(folder / "recipe.json")
-    with pytest.raises(ValueError, match="denoising and low_resource_languages need text"):
-        train_multitask.command_of([recipe, "--denoising"])
+    with pytest.raises(ValueError, match="sentence_distance and word_dropout need text"):
+        train_multitask.command_of([recipe, "--denoising", "--word_dropout", "0.1"])
     (folder / "none.json").write_text(json.dumps({"output_dir": str(folder), "report_to": "none"}))
     with pytest.raises(ValueError, match="give train_file, or train_tokens and validation_tokens"):
         train_multitask.command_of([str(folder / "none.json")])
@@ -211,7 +229,7 @@ def test_what_does_not_go_together(folder: Path) -> None:
     command = train_multitask.command_of([recipe])
     with pytest.raises(ValueError, match=r"has no pairs in \['fr'\]"):
         command.runs[0].data.languages = ["fr"]
-        train_multitask.Tokens(command.runs[0].data, torch.device("cpu"))
+        train_multitask.Tokens(command.runs[0])
     tokenizer = ZCodeM3Tokenizer.from_pretrained(folder / "tokenizer")
     with pytest.raises(ValueError, match=r"none of 48 pairs has at most max_length \(4\) tokens"):
         TokenArrays.of(read_pairs(folder / "train.tsv")[:-1], tokenizer, max_length=4)

@@ -10,6 +10,7 @@ import experiment_report
 import pytest
 import train_multitask
 from multitask_data import backwards, first_pairs, monolingual, read_pairs
+from multitask_recipe import read_recipe
 from tiny_sizes import SIZES
 
 RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes" / "experiments").glob("*.json"))
@@ -166,8 +167,8 @@ def test_steps_to_a_loss_are_interpolated() -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_have_only_fields_that_there_are(recipe: Path, folder: Path) -> None:
     files = ["--train_file", str(folder / "train.tsv.xz"), "--validation_file", str(folder / "validation.tsv")]
-    fields = json.loads(recipe.read_text())
-    command = train_multitask.command_of([str(recipe), *(() if "train_tokens" in fields else files), "--use_cpu"])
+    fields = read_recipe(recipe)
+    command = train_multitask.command_of([str(recipe), *(() if fields.get("train_tokens") else files), "--use_cpu"])
     assert not command.is_dry and command.max_seconds is None
     assert len(command.runs) == len(fields["seeds"]) * len(fields["variants"])
     for each in command.runs:
