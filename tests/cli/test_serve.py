@@ -81,12 +81,8 @@ def test_what_cannot_be_served(model_and_text: tuple[Path, Path], tmp_path: Path
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = run("serve", model, "--port", port, *OPTIONS)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == (
-        f"Error: port ({port}) of 127.0.0.1 cannot be used: Address already in use; choose another"
-    )
-    assert "Traceback" not in done.stderr
+        message = message_of("serve", model, "--port", port, *OPTIONS)
+    assert message == f"port ({port}) of 127.0.0.1 cannot be used: Address already in use; choose another"
     assert "nowhere" in message_of("serve", tmp_path / "nowhere", "--port", 0, *OPTIONS)
     assert "api_keys" in message_of("serve", model, "--port", 0, "--api-keys", tmp_path / "nowhere", *OPTIONS)
     assert "port (99999) must be between 0 and 65535" in message_of("serve", model, "--port", 99_999, *OPTIONS)
