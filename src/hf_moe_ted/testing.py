@@ -1,5 +1,6 @@
 """Helpers for tests of this package and of code that builds on it: tiny models, several processes."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -123,6 +124,7 @@ def _run_rank(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported is no garbage: looking for some there would copy its pages from the parent
     launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in launcher.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
