@@ -2,18 +2,21 @@
 
 import contextlib
 import functools
+import gc
 import itertools
+import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -28,21 +31,23 @@ from hf_moe_ted import TedPlugin, ZCodeM3ForConditionalGeneration
 from hf_moe_ted.distributed.bounded_exchange import bounded_expert_load
 from hf_moe_ted.distributed.gradient_norm import clip_grad_norm_
 from hf_moe_ted.distributed.parallelize import deferred_reduction, prepare_for_training
+from hf_moe_ted.distributed.private_torch import world_timeout
 from hf_moe_ted.distributed.random_state import RandomState
 from hf_moe_ted.distributed.sharding import regions
 from hf_moe_ted.testing import run_distributed_test, tiny_config
 
 NUM_STEPS = 3
 NUM_SAMPLES = 8
-CASES_PER_LAUNCH = 6
 MAX_NORM = 0.5
 # The gradient of k_proj.bias is zero but for rounding, and AdamW divides it by its own size plus eps: with the usual
 # 1e-8 the parameters would compare noise.
 ADAMW = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
 SEED = 7
+CASES_PER_LAUNCH = 12  # so that a launch ends in time on a machine that is busy
 
 Index = tuple[slice, ...]
 Parts = dict[str, list[tuple[Index, Tensor]]]
+T = TypeVar("T")
 Log = Counter[tuple[str, int]]  # how often an operation ran with so many bytes of input
 
 # one dense and one sparse layer per side; nothing is random and nothing is dropped unless a model says so
@@ -208,10 +213,39 @@ def num_labels(parts: list[dict[str, Tensor]], *, causal: bool) -> int:
     return sum(int((part["labels"][:, int(causal) :] != -100).sum()) for part in parts)
 
 
+def renew_groups() -> None:
+    """End the process groups of all ranks, and make that of the world again; models of before have none any more."""
+    rank, world_size, timeout = dist.get_rank(), dist.get_world_size(), world_timeout("cpu")
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # of the same server as the store of the old groups, which would end with them
+    store = dist.TCPStore(*address, world_size, rank == 0, wait_for_workers=False, multi_tenant=True)
+    dist.barrier()
+    dist.destroy_process_group()
+    _clear_sharding_prop_cache()  # which keeps meshes, and they keep groups
+    gc.collect()
+    store = dist.PrefixStore(f"renewed {next(_RENEWALS)}", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+_RENEWALS = itertools.count()
+
+
+def in_new_groups(cases: Iterable[T]) -> Iterator[T]:
+    """The cases, each with process groups of its own.
+
+    A group of gloo has threads that wake up a hundred times per second for as long as it lives, and a case makes some
+    ten: behind a few cases ranks would do little else. On one process nothing is renewed.
+    """
+    for number, case in enumerate(cases):
+        if number and dist.is_initialized():
+            renew_groups()
+        yield case
+
+
 def run_cases(folder: str, cases: Mapping[str, Case]) -> dict[str, Trained]:
     """What a rank does."""
     results = {}
-    for name, case in cases.items():
+    for name, case in in_new_groups(cases.items()):
         try:
             results[name] = train_sharded(f"{folder}/{case.model}", case)
         except Exception as error:
@@ -368,11 +402,7 @@ def relative_errors(by_rank: list[Parts], expected: Mapping[str, Tensor]) -> dic
 
 
 def launch(folder: Path, cases: Mapping[str, Case], world_size: int) -> dict[str, list[Trained]]:
-    """What each rank has after each case, a few cases per launch.
-
-    A case makes groups that live as long as their process, and each of gloo's wakes up a hundred times per second:
-    behind forty cases a rank does little else.
-    """
+    """What each rank has after each case."""
     results: dict[str, list[Trained]] = {}
     names = iter(cases)
     while part := [*itertools.islice(names, CASES_PER_LAUNCH)]:

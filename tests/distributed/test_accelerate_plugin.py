@@ -1,5 +1,6 @@
 """A training loop with a bare Accelerator and nothing but the plugin, on ranks and on one process."""
 
+import contextlib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import ProjectConfiguration
-from ted_cases import ADAMW, MAX_NORM, CollectiveCounter, Parts, messages_of, parts_of, relative_errors, write_models
+from ted_cases import (
+    ADAMW,
+    MAX_NORM,
+    CollectiveCounter,
+    Parts,
+    in_new_groups,
+    messages_of,
+    parts_of,
+    relative_errors,
+    write_models,
+)
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
@@ -113,7 +124,8 @@ def train(models: str, states: str, name: str, run: Run) -> Outcome:
     losses, norms, step_losses = [], [], []
     counter = CollectiveCounter()
     for batch in loader:
-        with accelerator.accumulate(model), counter:
+        is_last_step = first_step + len(losses) == NUM_STEPS - 1
+        with accelerator.accumulate(model), counter if is_last_step else contextlib.nullcontext():
             loss = model(**batch).loss
             accelerator.backward(loss)
             step_losses.append(loss.detach())
@@ -125,16 +137,15 @@ def train(models: str, states: str, name: str, run: Run) -> Outcome:
             optimizer.zero_grad()
         if accelerator.sync_gradients:
             losses.append(float(accelerator.gather(torch.stack(step_losses)).mean()))
-            num_reductions = sum(n for (name, _), n in counter.log.items() if name == "c10d._reduce_scatter_base_")
             step_losses = []
-            counter.log.clear()
             if first_step + len(losses) == SAVED_STEP and run.loads is None:
                 accelerator.save_state(f"{states}/{name}")
+    num_reductions = sum(n for (name, _), n in counter.log.items() if name == "c10d._reduce_scatter_base_")
     return Outcome(losses, norms, parts_of(dict(model.named_parameters())), num_reductions, scheduler.get_last_lr()[0])
 
 
 def train_all(models: str, states: str, runs: dict[str, Run]) -> dict[str, Outcome]:
-    return {name: train(models, states, name, run) for name, run in runs.items()}
+    return {name: train(models, states, name, run) for name, run in in_new_groups(runs.items())}
 
 
 class Numbers(IterableDataset):

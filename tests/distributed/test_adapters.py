@@ -18,10 +18,12 @@ from ted_cases import (
     CollectiveCounter,
     Trained,
     assert_as_one_process,
+    in_new_groups,
     load_alone,
     load_sharded,
     messages_of,
     micro_batches,
+    renew_groups,
     train,
     write_models,
 )
@@ -276,11 +278,12 @@ class OfRank:
 
 def run_all(folder: str, runs: str) -> OfRank:
     trained = {}
-    for name, case in CASES.items():
+    for name, case in in_new_groups(CASES.items()):
         try:
             trained[name] = train_adapter(folder, case)
         except Exception as error:
             raise RuntimeError(f"case {name!r} failed") from error
+    renew_groups()
     additive = f"{folder}/{ADDITIVE}"
     return OfRank(trained, train_and_resume(additive, runs), bytes_of_steps(additive), keeps_parameters(additive))
 

@@ -20,6 +20,7 @@ from ted_cases import (
     Run,
     Trained,
     assert_as_one_process,
+    in_new_groups,
     load_sharded,
     run_once,
     run_within_bound,
@@ -101,7 +102,7 @@ class Reruns:
 
 def run_all(folder: str) -> dict[str, Any]:
     results: dict[str, Any] = {"mixtral": train_mixtral(folder)}
-    for name, case in CASES.items():
+    for name, case in in_new_groups(CASES.items()):
         try:
             # which keeps the order of an expert's rows
             model, plugin = load_sharded(f"{folder}/noisy", case, experts_implementation="zcode_grouped")

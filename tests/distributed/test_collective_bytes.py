@@ -1,6 +1,7 @@
 """Every collective that a layer runs, with its bytes, is the one that its formula says, forward and backward."""
 
 import contextlib
+import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ted_cases import CONFIGS, CollectiveCounter, Log, count_collectives, log_of, write_models
+from ted_cases import CONFIGS, CollectiveCounter, Log, count_collectives, in_new_groups, log_of, write_models
 from torch import Tensor
 
 from hf_moe_ted import TedPlugin, ZCodeM3ForConditionalGeneration
@@ -153,11 +154,11 @@ def count_overflow(folder: str) -> Log:
 
 
 def count_all(folder: str) -> dict[Any, Any]:
-    results: dict[Any, Any] = {name: count_experts(folder, layout) for name, layout in LAYOUTS.items()}
+    counted = in_new_groups(LAYOUTS.items())
+    results: dict[Any, Any] = {name: count_experts(folder, layout) for name, layout in counted}
     results["blocks"] = count_blocks(folder)
-    for name in CHECKPOINTED:
-        for checkpointing in CHECKPOINTING:
-            results[name, checkpointing] = count_model(folder, LAYOUTS[name], checkpointing)
+    for name, checkpointing in in_new_groups(itertools.product(CHECKPOINTED, CHECKPOINTING)):
+        results[name, checkpointing] = count_model(folder, LAYOUTS[name], checkpointing)
     results["overflow"] = count_overflow(folder)
     results["zero 3"] = count_model(folder, LAYOUTS["ep4"], None, zero_stage=3)
     results["layer by layer"] = count_model(folder, LAYOUTS["ep4"], None, zero_layers_per_unit=1)

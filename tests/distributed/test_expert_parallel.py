@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import operator
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ted_cases import assert_as_a_loop_over_all_experts, gradient_of, parts_of, write_models
+from ted_cases import assert_as_a_loop_over_all_experts, gradient_of, in_new_groups, parts_of, write_models
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -67,40 +68,48 @@ def inputs_of(name: str, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     return hidden.requires_grad_(), ids, weights.requires_grad_()
 
 
+def layer_of(folder: str, layout: str, implementation: str) -> tuple[Any, int]:
+    """Experts of a layer, and the data-parallel rank."""
+    plugin = TedPlugin(**LAYOUTS[layout])
+    model: Any = ZCodeM3ForConditionalGeneration.from_pretrained(
+        f"{folder}/top2",
+        distributed_config=plugin.distributed_config,
+        experts_implementation=implementation,
+        capacity_factor=1.0,
+    )
+    return model.model.encoder.layers[1].ffn.experts, dist.get_rank() // plugin.tp_size
+
+
 def run_all(folder: str) -> dict[Any, Any]:
     """Output, gradients of hidden states and weights, and this rank's parts of those of the parameters."""
     results: dict[Any, Any] = {}
-    models: dict[Any, Any] = {}
+    cases_of: dict[tuple[str, str], list[tuple[str, str, str]]] = defaultdict(list)
     for case in CASES:
-        layout, inputs, implementation = case
-        plugin = TedPlugin(**LAYOUTS[layout])
-        model_of = BOUNDED.get(layout, layout), implementation
-        if model_of not in models:
-            models[model_of] = ZCodeM3ForConditionalGeneration.from_pretrained(
-                f"{folder}/top2",
-                distributed_config=plugin.distributed_config,
-                experts_implementation=implementation,
-                capacity_factor=1.0,
-            )
-        experts: Any = models[model_of].model.encoder.layers[1].ffn.experts
-        experts.zero_grad()
-        batch = dist.get_rank() // plugin.tp_size
-        hidden, ids, weights = inputs_of(inputs, batch)
-        # which only layouts that pad ask for, and under a bound those in which it is less
-        experts.max_tokens_per_expert = functools.partial(operator.mul, 8 if layout in BOUNDED else 2)
-        bound = bounded_expert_load(experts, 4.0) if layout in BOUNDED else contextlib.nullcontext()
-        with bound as overflow:
-            output = experts(hidden, ids, weights)
-            output.backward(gradient_of(output, batch))
-            assert overflow is None or not overflow.any_rank()
-        gradients = parts_of({name: p.grad for name, p in experts.named_parameters()})
-        results[case] = output.detach(), hidden.grad, weights.grad, gradients
-    experts = models["ep4, padded", "grouped_mm"].model.encoder.layers[1].ffn.experts
+        cases_of[BOUNDED.get(case[0], case[0]), case[2]].append(case)
+    for of_model, cases in in_new_groups(cases_of.items()):
+        experts, batch = layer_of(folder, *of_model)
+        for case in cases:
+            results[case] = run_layer(experts, batch, *case[:2])
+    experts, _ = layer_of(folder, "ep4, padded", "grouped_mm")
     experts.max_tokens_per_expert = lambda num_tokens: 20 + dist.get_rank() % 2
     with pytest.raises(RuntimeError) as error:
         experts(*inputs_of("one expert", 0))
     results["other capacities"] = str(error.value)
     return results
+
+
+def run_layer(experts: Any, batch: int, layout: str, inputs: str) -> tuple[Any, ...]:
+    experts.zero_grad()
+    hidden, ids, weights = inputs_of(inputs, batch)
+    # which only layouts that pad ask for, and under a bound those in which it is less
+    experts.max_tokens_per_expert = functools.partial(operator.mul, 8 if layout in BOUNDED else 2)
+    bound = bounded_expert_load(experts, 4.0) if layout in BOUNDED else contextlib.nullcontext()
+    with bound as overflow:
+        output = experts(hidden, ids, weights)
+        output.backward(gradient_of(output, batch))
+        assert overflow is None or not overflow.any_rank()
+    gradients = parts_of({name: p.grad for name, p in experts.named_parameters()})
+    return output.detach(), hidden.grad, weights.grad, gradients
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +152,7 @@ MASKED = [name for name in LAYOUTS if name.startswith("tp4") and "chunks" not in
 def masks_of(folder: str) -> dict[str, list[Tensor]]:
     """Which activations were dropped, in forward and as it is recomputed in backward; and what is drawn behind."""
     seen: dict[str, list[Tensor]] = {}
-    for name in MASKED:
+    for name in in_new_groups(MASKED):
         plugin = TedPlugin(**LAYOUTS[name])
         model = ZCodeM3ForConditionalGeneration.from_pretrained(
             f"{folder}/top1",

@@ -19,9 +19,11 @@ from ted_cases import (
     Run,
     Trained,
     assert_as_one_process,
+    in_new_groups,
     load_sharded,
     messages_of,
     model_class,
+    renew_groups,
     train,
     train_sharded,
     write_models,
@@ -123,7 +125,7 @@ def run_trainer(
 def run_trainers(folder: str) -> dict[int, tuple[float, float]]:
     """Each goes on for a step from what the one before it has saved; the log of the last has all steps."""
     found, checkpoint = {}, f"{folder}/alone/checkpoint-1"
-    for step, layout in STEPS.items():
+    for step, layout in in_new_groups(STEPS.items()):
         found = run_trainer(folder, f"until {step}", layout, step, checkpoint)
         checkpoint = f"{folder}/until {step}/checkpoint-{step}"
     return found
@@ -141,10 +143,10 @@ def refused(folder: str) -> dict[str, str]:
 
 
 def run_all(folder: str) -> dict[str, Any]:
-    # the trainers first: each case leaves groups behind, which cost time from then on
     results: dict[str, Any] = {"trainers": run_trainers(folder)}
-    results["collectives"] = {stage: count_micro_batches(f"{folder}/top1", stage) for stage in STAGES}
-    for name, case in CASES.items():
+    renew_groups()
+    results["collectives"] = {stage: count_micro_batches(f"{folder}/top1", stage) for stage in in_new_groups(STAGES)}
+    for name, case in in_new_groups(CASES.items()):
         run = train_with_snapshots if case.accumulation > 1 and case.model == "top2" else train_sharded
         results[name] = run(f"{folder}/{case.model}", case)
     results["refused"] = refused(folder)

@@ -1,5 +1,6 @@
 """Experts that go to ranks with few tokens: the numbers of a plain loop, of one process, and what is sent for them."""
 
+import itertools
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,7 @@ from ted_cases import (
     assert_as_one_process,
     count_collectives,
     gradient_of,
+    in_new_groups,
     log_of,
     messages_of,
     parts_of,
@@ -92,7 +94,7 @@ def layer_of(folder: str, **options: Any) -> tuple[Any, int]:
 def run_layers(folder: str) -> dict[Any, Any]:
     """Output, gradients of hidden states and weights, and this rank's parts of those of the parameters."""
     results: dict[Any, Any] = {}
-    for layout, options in LAYOUTS.items():
+    for layout, options in in_new_groups(LAYOUTS.items()):
         experts, batch = layer_of(folder, **options)
         for inputs, implementation in [case[1:] for case in CASES if case[0] == layout]:
             experts.config._experts_implementation = implementation
@@ -161,10 +163,9 @@ def masks_of(folder: str) -> tuple[Tensor, Tensor]:
 
 def count_layers(folder: str) -> dict[Any, tuple[Log, Log]]:
     results = {}
-    for name in ("ep4", "tp2 x ep2"):
-        for moves in (True, False):
-            experts, batch = layer_of(folder, **LAYOUTS[name] | {"least_loaded_experts": moves})
-            results[name, moves] = count_collectives(lambda e=experts, b=batch: e(*inputs_of("one expert", b)))
+    for name, moves in in_new_groups(itertools.product(("ep4", "tp2 x ep2"), (True, False))):
+        experts, batch = layer_of(folder, **LAYOUTS[name] | {"least_loaded_experts": moves})
+        results[name, moves] = count_collectives(lambda e=experts, b=batch: e(*inputs_of("one expert", b)))
     return results
 
 
@@ -216,7 +217,7 @@ def run_all(folder: str) -> dict[Any, Any]:
         "frozen": run_frozen(folder),
         "masks": masks_of(folder),
         "counts": count_layers(folder),
-        "models": {checkpointing: run_model(folder, checkpointing) for checkpointing in CHECKPOINTING},
+        "models": {checkpointing: run_model(folder, checkpointing) for checkpointing in in_new_groups(CHECKPOINTING)},
         "refused": refused(folder),
         "trained": run_cases(folder, TRAINED),
     }

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed as accelerate_set_seed
-from ted_cases import write_models
+from ted_cases import in_new_groups, write_models
 from torch import Tensor
 from transformers import set_seed
 
@@ -70,7 +70,7 @@ class Drawn:
 
 def draw(folder: str, cases: list[tuple[str, str]]) -> dict[tuple[str, str], Drawn]:
     Accelerator(cpu=True, parallelism_config=TedPlugin(tensor_parallel_size=2))  # whose set_seed asks for its rank
-    return {(layout, how): draw_once(folder, layout, how) for layout, how in cases}
+    return {(layout, how): draw_once(folder, layout, how) for layout, how in in_new_groups(cases)}
 
 
 def draw_once(folder: str, layout: str, how: str) -> Drawn:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fake_recorder import FakeRecorder, RecordsWithoutGpu
-from ted_cases import ADAMW, write_models
+from ted_cases import ADAMW, in_new_groups, write_models
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 
@@ -121,7 +121,7 @@ def _local(parameter: Any) -> Tensor:
 
 def run_layouts(folder: str) -> dict[str, tuple[Trained, Trained]]:
     results = {}
-    for name, (model, layout, options) in LAYOUTS.items():
+    for name, (model, layout, options) in in_new_groups(LAYOUTS.items()):
         torch.manual_seed(dist.get_rank())  # ranks that share a batch must draw the same nevertheless
         results[name] = tuple(
             trained(trainer_of(f"{folder}/{model}", kind, layout, options)) for kind in (Ordered, Graphed)

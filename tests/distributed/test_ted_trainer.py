@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ted_cases import ADAMW, Parts, parts_of, relative_errors, write_models
+from ted_cases import ADAMW, Parts, in_new_groups, parts_of, relative_errors, write_models
 from torch import Tensor
 from transformers import Seq2SeqTrainingArguments
 
@@ -151,7 +151,7 @@ def train(model_folder: str, runs_folder: str, name: str, run: Run) -> Outcome:
 
 
 def train_all(model_folder: str, runs_folder: str, runs: dict[str, Run]) -> dict[str, Outcome]:
-    return {name: train(model_folder, runs_folder, name, run) for name, run in runs.items()}
+    return {name: train(model_folder, runs_folder, name, run) for name, run in in_new_groups(runs.items())}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from ted_cases import model_class, write_models
+from ted_cases import in_new_groups, model_class, write_models
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainingArguments
 
@@ -127,8 +127,10 @@ def numbers(folder: str, runs: str, layout: dict[str, int], options: Options) ->
 
 
 def run_all(folder: str, runs: str, mixtral: dict[str, int], zcode: dict[str, int]) -> dict[str, dict[str, float]]:
-    found = {name: numbers(f"{folder}/additive", runs, zcode, options) for name, options in WORKS.items()}
-    for name, options in WORKS_OF_OTHERS.items():
+    found = {
+        name: numbers(f"{folder}/additive", runs, zcode, options) for name, options in in_new_groups(WORKS.items())
+    }
+    for name, options in in_new_groups(WORKS_OF_OTHERS.items()):
         found[f"mixtral, {name}"] = numbers(f"{folder}/mixtral", runs, mixtral, options)
         found[f"mixtral, {name}, tp"] = numbers(f"{folder}/mixtral", runs, zcode, options)
     return found

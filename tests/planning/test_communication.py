@@ -16,7 +16,7 @@ from hf_moe_ted.planning.workload import Workload
 from hf_moe_ted.testing import run_distributed_test, tiny_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-from ted_cases import CollectiveCounter, Log
+from ted_cases import CollectiveCounter, Log, in_new_groups
 
 WORLD, BATCH_SIZE, SOURCE, TARGET = 4, 2, 6, 8
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -75,7 +75,7 @@ def plugin_of(name: str, stage: int, pads: bool) -> TedPlugin:
 def count_steps(folder: str) -> list[tuple[Layout, Log]]:
     """Layouts, and what a rank counts in the second of two equal steps: FSDP2 sets up in the first."""
     found = []
-    for name, checkpointing, stage, dropout, pads in CASES:
+    for name, checkpointing, stage, dropout, pads in in_new_groups(CASES):
         plugin = plugin_of(name, stage, pads)
         load: Any = ZCodeM3ForConditionalGeneration.from_pretrained
         model = load(
