@@ -1,8 +1,7 @@
-"""A process of test_distributed.py: `ddp_worker.py FOLDER` trains and leaves what came out in FOLDER/RANK.pt."""
+"""What each process of test_distributed.py trains."""
 
 import functools
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -142,17 +141,11 @@ TRAINER_RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def main(folder: Path) -> None:
+def results_of(folder: Path) -> dict[str, Result]:
     results = {name: by_trainer(config, folder, **options) for name, (config, options) in TRAINER_RUNS.items()}
     results["noisy"] = by_trainer(NOISY, folder, save_strategy="steps", save_steps=2)
     results["resumed"] = by_trainer(NOISY, folder, resume=str(folder / "checkpoint-2"))
     results["accelerate"] = by_accelerate(ADDITIVE)
     for implementation in ("eager", "grouped_mm", "batched_mm"):
         results[f"idle_{implementation}"] = with_idle_experts(implementation)
-    torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    return results

@@ -1,15 +1,13 @@
 """DistributedDataParallel over two processes: with the Seq2SeqTrainer, with accelerate and bare."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import ddp_worker
 import pytest
 import torch
+
+from hf_moe_ted.testing import run_distributed_test
 
 pytestmark = pytest.mark.slow
 
@@ -20,31 +18,7 @@ Results = dict[str, dict[str, Any]]
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
     """What each of the two processes got: one launch for all tests."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(WORLD_SIZE),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, ddp_worker.__file__, str(folder)]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    workers = []
-    for rank in range(WORLD_SIZE):
-        rank_env = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        workers.append(subprocess.Popen(command, env=rank_env, **pipes))
-    try:
-        outputs = [worker.communicate(timeout=240)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0] * WORLD_SIZE, "\n".join(o[-4000:] for o in outputs)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
+    return run_distributed_test(ddp_worker.results_of, WORLD_SIZE, tmp_path_factory.mktemp("ranks"))
 
 
 def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
