@@ -31,10 +31,11 @@ demo: $(VENV)/.installed_viz
 	$(VENV)/bin/python examples/demo.py
 
 test: $(VENV)/.installed_dev
-	@# tests/distributed alone, as they start up to eight processes each; and whether or not the others passed
+	@# tests/distributed alone, as they start up to eight processes each, beside which others' times mean nothing; and
+	@# whether or not the others passed
 	status=0; \
 	$(VENV)/bin/python -m pytest $(PARALLEL) --ignore tests/distributed || status=1; \
-	$(VENV)/bin/python -m pytest tests/distributed || status=1; \
+	$(VENV)/bin/python -m pytest $(PARALLEL) tests/distributed || status=1; \
 	exit $$status
 
 test-avx2: $(VENV)/.installed_dev
