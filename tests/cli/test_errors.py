@@ -1,9 +1,13 @@
 """How a command that fails ends."""
 
+import contextlib
+import io
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from cli_runs import COMMAND, initialized
 from safetensors.torch import load_file, save_file
 
 from hf_moe_ted.cli import run as cli_run
+from hf_moe_ted.testing import run_distributed_test
 
 
 def test_full_disk_behind_the_output() -> None:
@@ -20,21 +25,32 @@ def test_full_disk_behind_the_output() -> None:
     assert done.stderr.startswith("Error: [Errno 28]") and len(done.stderr.strip().splitlines()) == 1
 
 
+def ends_within_a_file_limit(*commands: list[str]) -> list[tuple[Any, str]]:
+    """Exit codes and what stands on stderr, in a process whose files may have 20 KiB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20 * 1024, 20 * 1024))
+    ends = []
+    for command in commands:
+        sys.argv = ["hf-moe-ted", *command]
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()) as printed,
+            pytest.raises(SystemExit) as end,
+        ):
+            cli_run()
+        ends.append((end.value.code, printed.getvalue()))
+    return ends
+
+
 def test_a_file_limit_is_one_line(tmp_path: Path) -> None:
-    model = initialized(tmp_path / "model")
-    limit = "trap '' XFSZ; ulimit -f 20; exec \"$@\""
-    for command in (
-        ["export", "deepspeed", model, tmp_path / "new", "--rules", "zcode_m3"],
-        ["quantize", model, "--output", tmp_path / "new"],
-    ):
-        done = subprocess.run(
-            ["bash", "-c", limit, "bash", COMMAND, *map(str, command)], check=False, capture_output=True, text=True
-        )
-        assert done.returncode == 1
-        last = done.stderr.strip().splitlines()[-1]
+    model, new = str(initialized(tmp_path / "model")), str(tmp_path / "new")
+    commands = ["export", "deepspeed", model, new, "--rules", "zcode_m3"], ["quantize", model, "--output", new]
+    (ends,) = run_distributed_test(ends_within_a_file_limit, 1, *commands)
+    for code, printed in ends:
+        last = printed.strip().splitlines()[-1]
+        assert code == 1
         assert last.startswith("Error: [Errno 27]") and "new cannot be written: File too large; the system" in last
-        assert "Traceback" not in done.stderr
-        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        assert "Traceback" not in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_errors_are_one_line(

@@ -1,8 +1,8 @@
 """Models with copied experts compute what the dense one does; routers and noise are random in the way they should."""
 
 import json
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -614,13 +614,17 @@ def test_wrong_folders_are_named(source: Path, tmp_path: Path) -> None:
     assert load(tmp_path / "moe").config.num_experts == 4
 
 
-def test_script_upcycles(dense_folder: Path, tmp_path: Path) -> None:
+def test_script_upcycles(
+    dense_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = ["--num_experts", "[2,8,5]", "--noise_std", "0.1", "--seed", "3", "--dtype", "bfloat16"]
     arguments += ["--config_overrides", '{"router_bias": true}']
-    script = REPOSITORY / "convert" / "upcycle_dense.py"
-    command = [sys.executable, str(script), str(dense_folder), str(tmp_path / "moe"), *arguments]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert "experts of the sparse layers: 2, 8, 5" in done.stdout
+    script = str(REPOSITORY / "convert" / "upcycle_dense.py")
+    monkeypatch.setattr(sys, "argv", [script, str(dense_folder), str(tmp_path / "moe"), *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(script, run_name="__main__")
+    assert not end.value.code
+    assert "experts of the sparse layers: 2, 8, 5" in capsys.readouterr().out
     found = load_file(tmp_path / "moe" / "model.safetensors")
     expected = upcycled_tensors(
         dense_folder,
