@@ -1,5 +1,6 @@
 """Options of the Trainer with a sharded model: as on one process, or refused by name."""
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from ted_cases import in_new_groups, model_class, write_models
+from ted_cases import in_new_groups, messages_of, model_class, renew_groups, write_models
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainingArguments
 
@@ -139,25 +140,23 @@ def run_all(folder: str, runs: str, mixtral: dict[str, int], zcode: dict[str, in
 def run_on_ranks(folder: str, runs: str) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """What works, and the messages of what does not."""
     works = run_all(folder, runs, EP4, TP2_EP2)
-    attempts: dict[str, Any] = {
-        name: lambda options=options: trainer_of(f"{folder}/additive", runs, TP2_EP2, options)
-        for name, (options, _) in REFUSED.items()
-    }
+    messages = {}
+    renew_groups()
+    for name, (options, _) in in_new_groups(REFUSED.items()):
+        attempt = functools.partial(trainer_of, f"{folder}/additive", runs, TP2_EP2, options)
+        messages |= messages_of({name: attempt})
+        os.environ.pop("ACCELERATE_USE_FSDP", None)  # which Accelerate leaves
+    renew_groups()
     trainer = trainer_of(f"{folder}/additive", runs, TP2_EP2, {})
-    attempts |= {name: lambda n=name, a=args: getattr(trainer.model, n)(*a) for name, args in METHODS.items()}
+    attempts: dict[str, Any] = {
+        name: lambda n=name, a=args: getattr(trainer.model, n)(*a) for name, args in METHODS.items()
+    }
     attempts["hyperparameter_search"] = trainer.hyperparameter_search
     other = trainer_of(f"{folder}/mixtral", runs, TP2_EP2, {})
     adapted = peft.get_peft_model(other.model, peft.LoraConfig(target_modules=["q_proj"]))
     attempts["adapters"] = lambda: TedSeq2SeqTrainer(adapted, other.args)
     attempts["adapters, Accelerator"] = lambda: other.accelerator.prepare(adapted)
-    messages = {}
-    for name, attempt in attempts.items():
-        try:
-            attempt()
-        except ValueError as error:
-            messages[name] = str(error)
-        os.environ.pop("ACCELERATE_USE_FSDP", None)  # which Accelerate leaves
-    return works, messages
+    return works, messages | messages_of(attempts)
 
 
 @pytest.fixture(scope="module")
