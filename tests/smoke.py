@@ -10,7 +10,7 @@ from pathlib import Path
 
 import hf_moe_ted
 from hf_moe_ted import ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer, ZCodeM3TranslationPipeline
-from hf_moe_ted.metrics import metric_path
+from hf_moe_ted.metrics import METRICS, metric_path
 
 
 def main(folder: str) -> None:
@@ -26,7 +26,8 @@ def main(folder: str) -> None:
             getattr(hf_moe_ted, name)
         except ValueError as error:  # what needs an extra says which
             assert "pip install 'hf-moe-ted[" in str(error), error
-    assert Path(metric_path("sacrebleu")).exists()
+    for metric in METRICS:
+        assert Path(metric_path(metric), f"{metric}.py").is_file(), f"the wheel lacks the metric {metric}"
 
     model, tokenizer = (cls.from_pretrained(folder) for cls in (ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer))
     translator = ZCodeM3TranslationPipeline(model=model, tokenizer=tokenizer, src_lang="en", tgt_lang="de")

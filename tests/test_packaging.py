@@ -30,6 +30,7 @@ def requirements(text: str) -> dict[str, Requirement]:
 
 REQUIRED = requirements(SETUP["options"]["install_requires"])
 EXTRAS = {name: requirements(text) for name, text in SETUP["options.extras_require"].items()}
+OF_EXTRAS = {name: requirement for extra in EXTRAS.values() for name, requirement in extra.items()}
 
 
 def imported_packages() -> set[str]:
@@ -96,9 +97,15 @@ def test_packages_with_private_names_are_bounded_by_what_was_read(name: str) -> 
 def test_constraints_are_admitted() -> None:
     for file in ("constraints.txt", "constraints-oldest.txt"):
         pins = requirements("\n".join(re.sub("#.*", "", line) for line in (ROOT / file).read_text().splitlines()))
-        for name, requirement in {**EXTRAS["dev"], **REQUIRED}.items():
+        for name, requirement in {**OF_EXTRAS, **REQUIRED}.items():
             (pin,) = pins[name].specifier if name in pins else [None]
             assert pin is None or requirement.specifier.contains(pin.version), f"{file}: {pins[name]}, {requirement}"
+
+
+def test_what_makes_the_pages_is_bounded_and_pinned() -> None:
+    pins = requirements((ROOT / "constraints.txt").read_text().partition("\n")[2])
+    assert all("<" in {one.operator for one in requirement.specifier} for requirement in EXTRAS["docs"].values())
+    assert {*EXTRAS["docs"]} <= {*pins}
 
 
 def test_oldest_constraints_are_the_lower_bounds() -> None:
