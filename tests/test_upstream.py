@@ -23,6 +23,7 @@ FOLDER = ROOT / "docs" / "upstream"
 # Each runs in a fork of a process that has loaded the libraries, which saves much of a start; two at a time.
 RUN_ALL = """
     import json, os, sys, tempfile, traceback
+    os.chdir({folder!r})  # some write files
     import accelerate, torch, transformers
     from torch.distributed import checkpoint, fsdp, tensor
     from transformers import LlamaForCausalLM, M2M100ForConditionalGeneration, MixtralForCausalLM, Trainer
@@ -105,12 +106,13 @@ REPORTS = [read_report(path) for path in sorted(FOLDER.glob("*.md")) if path.nam
 
 
 @pytest.fixture(scope="module")
-def printed() -> dict[str, tuple[int, str]]:
+def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
     """Exit status and output of each reproduction that the installed versions are said to show."""
     codes = json.dumps({report.name: report.code for report in REPORTS if report.code and report.is_of_installed})
     path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return json.loads(run_python(RUN_ALL.format(codes=codes), environment).splitlines()[-1])
+    script = RUN_ALL.format(codes=codes, folder=str(tmp_path_factory.mktemp("upstream")))
+    return json.loads(run_python(script, environment).splitlines()[-1])
 
 
 @pytest.mark.parametrize("report", [report for report in REPORTS if report.code], ids=lambda report: report.name)
