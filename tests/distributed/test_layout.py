@@ -1,5 +1,6 @@
 """Sizes of axes, and layouts as `TedConfig` has them."""
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -129,3 +130,15 @@ def test_a_config_has_the_layout_that_it_is_made_of(layout: Layout) -> None:
     config = TedConfig.of_layout(layout)
     assert config.layout == layout
     assert TedConfig.from_dict(config.to_dict()).layout == layout
+
+
+def test_a_config_has_every_field_of_a_layout() -> None:
+    missing = {field.name for field in fields(Layout)} - {field.name for field in fields(TedConfig)}
+    # which transformers has under other names
+    assert missing == {
+        "tensor_parallel_size",
+        "data_parallel_size",
+        "expert_parallel_size",
+        "offload",
+        "mixed_precision",
+    }

@@ -1,15 +1,19 @@
 """The configuration: every field, every contradiction by name and value, JSON, and what the model refuses to build."""
 
 import copy
+import importlib
+import inspect
 import json
 import math
+import pkgutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 
-from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration
+from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration, models
+from hf_moe_ted.models.field_of_config import FieldOfConfig
 from hf_moe_ted.testing import tiny_config
 
 DEFAULTS: dict[str, Any] = {
@@ -411,3 +415,19 @@ def test_a_wrong_change_is_refused_and_leaves_no_trace(field: str, value: Any) -
     with pytest.raises(ValueError, match=field):
         setattr(config, field, value)
     assert config.to_dict() == before
+
+
+def fields_that_modules_read() -> set[str]:
+    modules = [
+        importlib.import_module(module.name) for module in pkgutil.iter_modules(models.__path__, "hf_moe_ted.models.")
+    ]
+    classes = {one for module in modules for one in vars(module).values() if inspect.isclass(one)}
+    return {value.field for one in classes for value in vars(one).values() if isinstance(value, FieldOfConfig)}
+
+
+@pytest.mark.parametrize("field", sorted(fields_that_modules_read()))
+def test_a_change_of_what_modules_read_is_checked(field: str) -> None:
+    config = tiny_config()
+    config.__dict__["capacity_factor"] = -1.0  # no check sees this one; those of any other change do
+    with pytest.raises(ValueError, match=r"capacity_factor \(-1.0\) must be positive"):
+        setattr(config, field, getattr(config, field))

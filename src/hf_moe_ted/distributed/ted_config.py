@@ -1,6 +1,6 @@
 """TedConfig: transformers' DistributedConfig and what TED adds to it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -12,19 +12,6 @@ from .layout import Layout
 from .layout_check import check_model
 from .least_loaded import LEAST_LOADED_BOUND, LEAST_LOADED_MIN_TOKENS
 from .parallelize import offload_parameters, parallelize
-
-# fields of both classes, under the same names
-_SHARED_FIELDS = (
-    "expert_tensor_parallel_size",
-    "zero_stage",
-    "zero_layers_per_unit",
-    "duplicate_token_dropping",
-    "overlap_chunks",
-    "pad_expert_input_to_capacity",
-    "ep_implementation",
-    "least_loaded_bound",
-    "least_loaded_min_tokens",
-)
 
 
 @dataclass(repr=False)
@@ -158,5 +145,8 @@ def _take_ted_experts(ep_plan: dict[str, str]) -> None:
         if style == "grouped_gemm":
             ep_plan[name] = "ted_experts"
 
+
+# fields of both classes, under the same names
+_SHARED_FIELDS = [field.name for field in fields(Layout) if field.name in TedConfig.__annotations__]
 
 __all__ = ["TedConfig"]
