@@ -72,7 +72,7 @@ def test_export_m2m100(tmp_path: Path) -> None:
 def test_config_overrides_are_a_json_object(tmp_path: Path) -> None:
     base = ["convert", "deepspeed", tmp_path / "in", tmp_path / "out", "--base-config", tmp_path, "--config-overrides"]
     assert "config_overrides is not JSON" in message_of(*base, "{a}")
-    assert "config_overrides must be a JSON object, fields by name, but is [1]" in message_of(*base, "[1]")
+    assert "config_overrides must be a JSON object (fields by name), but is [1]" in message_of(*base, "[1]")
     assert "config_overrides is not JSON" in message_of(*base, "[" * 100_000)
 
 

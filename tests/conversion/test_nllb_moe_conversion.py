@@ -277,7 +277,7 @@ def test_wrong_sources_are_named(nllb_moe: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere\) must be a folder with config.json"):
         convert_nllb_moe_checkpoint(tmp_path / "nowhere", tmp_path / "ours")
     (nllb_moe / "model.safetensors").write_bytes((nllb_moe / "model.safetensors").read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"model.safetensors cannot be read, it may be truncated"):
+    with pytest.raises(ValueError, match=r"model.safetensors cannot be read; it may be truncated"):
         convert_nllb_moe_checkpoint(nllb_moe, tmp_path / "ours")
     (nllb_moe / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has none of model.safetensors"):

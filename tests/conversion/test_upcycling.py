@@ -510,10 +510,10 @@ def test_defaults_of_m2m100_are_not_ours() -> None:
         ({"dtype": "int8"}, r"dtype \(int8\) must be a floating-point one"),
         ({"config_overrides": {"num_experts": 8}}, r"config_overrides has num_experts; pass it as a separate argument"),
         ({"config_overrides": {"top_k": 2}}, r"config_overrides has top_k, which ZCodeM3Config does not have"),
-        ({"config_overrides": {"d_model": 64}}, r"config_overrides sets d_model to 64, but .* those of 32"),
+        ({"config_overrides": {"d_model": 64}}, r"config_overrides sets d_model to 64, but .* were made for 32"),
         (
             {"config_overrides": {"activation_function": "gelu"}},
-            r"config_overrides sets activation_function to 'gelu', but .* those of 'relu'",
+            r"config_overrides sets activation_function to 'gelu', but .* were made for 'relu'",
         ),
         ({"config_overrides": {"num_experts_per_tok": 5}}, r"num_experts_per_tok \(5\) is more than the experts of a"),
         ({"config_overrides": {"capacity_factor": "two"}}, r"config_overrides do not fit .*Field 'capacity_factor'"),

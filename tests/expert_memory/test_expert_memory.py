@@ -310,7 +310,7 @@ def test_files_that_change(model: Any, folder: Path, tmp_path: Path) -> None:
             for _ in range(2):
                 with pytest.raises(ValueError, match=r"model.safetensors has changed since the model was loaded"):
                     outputs_of(cached, tokens())
-    with pytest.raises(ValueError, match=r"model.safetensors cannot be read, it may be truncated"):
+    with pytest.raises(ValueError, match=r"model.safetensors cannot be read; it may be truncated"):
         on_cpu(tmp_path / "cut", "1MB")
 
 

@@ -242,9 +242,13 @@ def test_pipelines_of_nllb_moe(tmp_path: Path) -> None:
         pipe = pipeline(task, model=str(tmp_path), device="cpu", **options)
         assert type(pipe.model).__module__ == "hf_moe_ted.models.modeling_zcode_m3"
     own = NllbMoeForConditionalGeneration.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"NllbMoeForConditionalGeneration \(nllb-moe\) is no .* two experts"):
+    with pytest.raises(
+        ValueError, match=r"NllbMoeForConditionalGeneration \(nllb-moe\) does not belong to .* two experts"
+    ):
         pipeline(TASK, model=own, tokenizer=nllb_tokenizer())
-    with pytest.raises(ValueError, match=r"NllbMoeForConditionalGeneration \(nllb-moe\) is no .* two experts"):
+    with pytest.raises(
+        ValueError, match=r"NllbMoeForConditionalGeneration \(nllb-moe\) does not belong to .* two experts"
+    ):
         translator_of(own, nllb_tokenizer())
 
 
