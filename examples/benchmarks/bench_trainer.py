@@ -144,16 +144,16 @@ def run_peer(peer: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run_loop(system: str, arguments: argparse.Namespace) -> dict[str, Any]:
     case = case_of(system, arguments, graph=system == "ours")
-    step, num_batches = deepspeed_step(case) if system == "deepspeed" else torch_step(case)
+    measured = deepspeed_step(case) if system == "deepspeed" else torch_step(case)
     for _ in range(arguments.warmup_steps):
-        step()
+        measured.step()
     sync()
     start = time.perf_counter()
     for _ in range(arguments.steps):
-        step()
+        measured.step()
     sync()
     seconds = time.perf_counter() - start
-    tokens = 2 * arguments.batch_size * arguments.length * arguments.steps * num_batches
+    tokens = 2 * arguments.batch_size * arguments.length * arguments.steps * measured.num_batches
     peak_gib = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None
     return {"step_ms": seconds / arguments.steps * 1e3, "tokens_per_s": tokens / seconds, "peak_gib": peak_gib}
 

@@ -76,7 +76,7 @@ def case_of(peer: str, arguments: argparse.Namespace) -> Case:
 def measure(case: Case, num_warmup_steps: int, num_steps: int) -> dict[str, Any]:
     """Milliseconds of a step, tokens of source and target per second, peak GiB, and what kernels take."""
     torch.manual_seed(0)
-    step, _ = torch_step(case)
+    step = torch_step(case).step
     for _ in range(num_warmup_steps):
         step()
     if not case.graph:

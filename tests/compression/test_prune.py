@@ -493,7 +493,7 @@ def test_wrong_models(make_model: MakeModel, folder: Path, tmp_path: Path) -> No
     assert f"output_dir ({folder}) is not empty" in message_of(folder, output_dir=folder)
     assert "must be a folder with config.json" in message_of(tmp_path / "nothing")
     nllb_moe = message_of(FIXTURES / "nllb_moe" / "tiny_a")
-    assert "has model_type 'nllb-moe' and must have 'zcode_m3'; `hf-moe-ted convert`" in nllb_moe
+    assert "has model_type 'nllb-moe' but must have 'zcode_m3'; `hf-moe-ted convert`" in nllb_moe
     shutil.copytree(folder, tmp_path / "copy")
     fields = json.loads((folder / "config.json").read_text())
     for change, message in (
