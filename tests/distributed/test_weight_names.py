@@ -87,7 +87,7 @@ def write_whole(source: Path, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("left_out", "message"),
     [
-        ("model.layers.1.mlp.experts.3.w2.weight", r"layers.1.mlp.experts.down_proj has the shape \(3, 32, 48\), but the "),
+        ("model.layers.1.mlp.experts.3.w2.weight", r"layers.1.mlp.experts.down_proj has the shape \(3, 32, 48\), but "),
         ("model.layers.0.self_attn.q_proj.weight", "missing: model.layers.0.self_attn.q_proj.weight"),
     ],
 )
