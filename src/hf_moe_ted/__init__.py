@@ -68,8 +68,8 @@ if TYPE_CHECKING:
     from .models.language_codes import resolve_language as resolve_language
     from .models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration as ZCodeM3ForConditionalGeneration
     from .models.modeling_zcode_m3 import ZCodeM3Model as ZCodeM3Model
-    from .models.modeling_zcode_m3 import ZCodeM3PreTrainedModel as ZCodeM3PreTrainedModel
     from .models.pipeline_translation import ZCodeM3TranslationPipeline as ZCodeM3TranslationPipeline
+    from .models.pretrained_model import ZCodeM3PreTrainedModel as ZCodeM3PreTrainedModel
     from .models.tokenization_zcode_m3 import ZCodeM3Tokenizer as ZCodeM3Tokenizer
     from .optim.clipped_adamw import ClippedAdamW as ClippedAdamW
     from .optim.tiled_adamw import TiledAdamW as TiledAdamW
@@ -179,7 +179,7 @@ _MODULE_OF_NAME = {
     "ZCodeM3Config": "models.configuration_zcode_m3",
     "ZCodeM3ForConditionalGeneration": "models.modeling_zcode_m3",
     "ZCodeM3Model": "models.modeling_zcode_m3",
-    "ZCodeM3PreTrainedModel": "models.modeling_zcode_m3",
+    "ZCodeM3PreTrainedModel": "models.pretrained_model",
     "ZCodeM3Tokenizer": "models.tokenization_zcode_m3",
     "ZCodeM3TranslationPipeline": "models.pipeline_translation",
     "aggregate_experts": "compression.aggregate",

@@ -197,7 +197,7 @@ def _linears_of(model: nn.Module) -> Iterator[tuple[str, str, nn.Linear]]:
 
 def _tied_embeddings_of(model: Any) -> Iterator[tuple[str, Any]]:
     """Name and embedding; a tied one comes once for each of its names."""
-    from ..models.modeling_zcode_m3 import ZCodeM3ScaledWordEmbedding
+    from ..models.layers import ZCodeM3ScaledWordEmbedding
 
     if model.config.tie_word_embeddings:
         for name, module in model.named_modules(remove_duplicate=False):

@@ -26,7 +26,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 from transformers.trainer_utils import unwrap_peft_model
 
-from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
+from ..models.pretrained_model import ZCodeM3PreTrainedModel
 from .adapter_folder import merge_into_shards, save_adapter
 from .collectives import copy_to_group
 from .expert_parallel import layout_of_experts

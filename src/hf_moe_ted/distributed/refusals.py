@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 
-from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
+from ..models.pretrained_model import ZCodeM3PreTrainedModel
 from .private_transformers import has_adapters
 
 _AGAIN = "load it in one process, change it, save it, and load it with distributed_config"

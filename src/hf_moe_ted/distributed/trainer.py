@@ -20,7 +20,7 @@ from ..cuda_graphs.recorded_step import RecordedStep
 from ..cuda_graphs.trainer_mixin import CudaGraphsTrainerMixin
 from ..files.output import remove_folder, tidy_up_checkpoints
 from ..files.output_kinds import TRAINER_CHECKPOINT
-from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
+from ..models.pretrained_model import ZCodeM3PreTrainedModel
 from ..optim.clipped_adamw import ClippedAdamW
 from .accelerate_plugin import TRAINING_STATE, TedPlugin
 from .activation_checkpoint import CommunicationAwareContextFn

@@ -28,8 +28,8 @@ from ..evaluation.parallel_text import (
 )
 from ..models.language_codes import LanguagePair
 from ..models.layer_names import FFN_PATTERN, side_of
-from ..models.modeling_zcode_m3 import ZCodeM3PreTrainedModel
 from ..models.moe_layer import ZCodeM3MoELayer
+from ..models.pretrained_model import ZCodeM3PreTrainedModel
 from ..models.router import Routing, modules_in_use
 from .expert_statistics import ExpertStatistics, LayerStatistics, ModelFingerprint
 from .teacher_forcing import TeacherForcedBatch
