@@ -233,22 +233,25 @@ def _start(variant: str, fields: dict[str, Any], sources: list[Run]) -> Start | 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The fields of a recipe.
 
-    Those of another recipe beside it, its `base`, hold where it has none; fields of `config` one by one. A variant
-    `"base"` is the one that has this name there.
+    A recipe may name another one beside it as its `base`, whose fields hold where it has none; those of `config` one by
+    one. A variant that is written as `"base"` is the one with this name there.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: the base has no variant with this name.
     """
     fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     base = fields.pop("base", None)
     if base is None:
         return fields
     of_base = read_recipe(path.parent / base)
-    variants = {name: of_base["variants"].get(name) if v == "base" else v for name, v in fields["variants"].items()}
-    if missing := [name for name, of_variant in variants.items() if of_variant is None]:
-        raise ValueError(f"{path} takes variants {missing} of {base}, which has {list(of_base['variants'])}")
     config = {**of_base.get("config", {}), **fields.get("config", {})}
-    return {**of_base, **fields, "config": config, "variants": variants}
+    recipe = {**of_base, **fields, "config": config}
+    if "variants" in fields:
+        of_name = of_base.get("variants", {})
+        recipe["variants"] = {n: of_name.get(n) if v == "base" else v for n, v in fields["variants"].items()}
+        if missing := [name for name, of_variant in recipe["variants"].items() if of_variant is None]:
+            raise ValueError(f"{path} takes variants {missing} of {base}, which has {[*of_name]}")
+    return recipe
 
 
 def _pilots(

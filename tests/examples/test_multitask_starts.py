@@ -274,6 +274,8 @@ def test_a_pilot_knows_no_learning_rate_of_other_runs(tmp_path: Path) -> None:
     (tmp_path / "child.json").write_text(json.dumps({"base": "recipe.json", "variants": {"two": "base"}}))
     with pytest.raises(ValueError, match=r"takes variants \['two'\] of recipe.json, which has \['one', 'other'\]"):
         read_recipe(tmp_path / "child.json")
+    (tmp_path / "child.json").write_text(json.dumps({"base": "recipe.json", "max_steps": 3}))
+    assert [*read_recipe(tmp_path / "child.json")["variants"]] == ["one", "other"]
 
 
 def test_the_report_compares_seed_by_seed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
