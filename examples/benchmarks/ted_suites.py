@@ -292,7 +292,6 @@ def _across(fields: dict[str, Any]) -> list[Case]:
     cases = [
         Case("ours", 2, layout=ep2 | PADDED, graph=has_graphs, **even),
         Case("ours", 2, layout=ep2, graph=has_graphs, **bounded),
-        Case("ours", 2, layout=ep2 | {"zero_layers_per_unit": 1}, graph=has_graphs, **bounded),
         Case("ours", 2, layout=ep2 | {"overlap_chunks": 2}, graph=has_graphs, **bounded),
         Case("ours", 2, layout=ep2, **even),
         Case("ours", 2, layout=ep2 | {"zero_stage": 3}, graph=has_graphs, **bounded),

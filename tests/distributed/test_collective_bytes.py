@@ -161,7 +161,6 @@ def count_all(folder: str) -> dict[Any, Any]:
         results[name, checkpointing] = count_model(folder, LAYOUTS[name], checkpointing)
     results["overflow"] = count_overflow(folder)
     results["zero 3"] = count_model(folder, LAYOUTS["ep4"], None, zero_stage=3)
-    results["layer by layer"] = count_model(folder, LAYOUTS["ep4"], None, zero_layers_per_unit=1)
     return results
 
 
@@ -300,7 +299,7 @@ def test_communication_aware_checkpointing_repeats_none(by_rank: list[dict[Any, 
             assert repeated < functional
 
 
-@pytest.mark.parametrize(("name", "layers_per_unit"), [("ep4", LAYERS_PER_UNIT), ("layer by layer", 1), ("zero 3", 1)])
+@pytest.mark.parametrize(("name", "layers_per_unit"), [("ep4", LAYERS_PER_UNIT), ("zero 3", 1)])
 def test_zero(by_rank: list[dict[Any, Any]], name: str, layers_per_unit: int) -> None:
     """A unit's parameters are gathered, its gradients scattered; ZeRO-3 gathers again."""
     with torch.device("meta"):

@@ -27,7 +27,6 @@ TP2_EP2 = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
         ({"zero_stage": 0}, "zero_stage (0) must be 1, 2 or 3"),
         ({"offload": "disk"}, "offload ('disk') must be None or 'cpu'"),
         ({"overlap_chunks": 0}, "overlap_chunks (0) must be at least 1"),
-        ({"zero_layers_per_unit": 0}, "zero_layers_per_unit (0) must be at least 1"),
         (
             {"overlap_chunks": 2, "pad_expert_input_to_capacity": True},
             "overlap_chunks (2) must be 1 with pad_expert_input_to_capacity",

@@ -33,7 +33,7 @@ FOUR = {
     "tp4, etp2 x ep2, all sent": Case(FOLDED | ALL_SENT),
     # ZeRO, with what it does between micro-batches
     "ep4, zero 1, accumulation": Case(EP4, accumulation=2),
-    "ep4, zero 2, accumulation": Case(EP4 | {"zero_stage": 2, "zero_layers_per_unit": 1}, accumulation=2),
+    "ep4, zero 2, accumulation": Case(EP4 | {"zero_stage": 2}, accumulation=2),
     "ep2 x edp2, zero 3": Case({"expert_parallel_size": 2, "zero_stage": 3}),
     "tp2 x ep2, zero 3, accumulation": Case(TP2_EP2 | {"zero_stage": 3}, accumulation=2),
     "tp2 x ep2, offload": Case(TP2_EP2 | {"offload": "cpu"}),

@@ -32,7 +32,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp4, etp1 x ep4": {"tensor_parallel_size": 4, "expert_parallel_size": 4, "expert_tensor_parallel_size": 1},
     "tp2": {"tensor_parallel_size": 2},
     "dp4": {},
-    "dp4, layer by layer": {"zero_layers_per_unit": 1},
     "dp4, HSDP": {"dp_replicate_size": 2},
     "ep2 x edp2, HSDP": {"expert_parallel_size": 2, "dp_replicate_size": 2},
     "ep4, HSDP": {"expert_parallel_size": 4, "dp_replicate_size": 2},

@@ -14,7 +14,7 @@ from hf_moe_ted.testing import tiny_config
 
 GIB = 2**30
 ALL_SENT = {"duplicate_token_dropping": False}
-# docs/ted.md, "Memory"; the ones with ep 4 and more experts from ted_h200_2026-11-22.md, runs D and E
+# docs/ted.md, "Memory"; the ones of runs D and E from ted_h200_2026-11-22.md
 MEASURED = [
     Line("0.6B", 16, 1, 51.0),
     Line("0.6B", 16, 2, 37.5),
@@ -23,6 +23,16 @@ MEASURED = [
     Line("0.6B", 16, 2, 28.3, {"tp": 2}),
     Line("0.6B", 16, 2, 22.4, {"tp": 2}, FULL),
     Line("0.6B", 16, 2, 23.7, {"tp": 2}, AWARE),
+    # ted_across_h200_2026-11-30.md
+    Line("1.3B", 4, 2, 21.0, {"ep": 2}, AWARE),
+    Line("1.3B", 4, 2, 19.8, {"ep": 2}, AWARE, {"zero_stage": 3}),
+    Line("1.3B", 4, 2, 17.7, {"tp": 2}, FULL),
+    Line("1.3B", 4, 2, 19.0, {"tp": 2}, AWARE),
+    Line("6.7B", 2, 2, 73.2, {"ep": 2}, AWARE),
+    Line("6.7B", 2, 2, 66.6, {"ep": 2}, AWARE, {"zero_stage": 3}),
+    Line("6.7B", 2, 2, 64.0, {"tp": 2}, FULL),
+    Line("6.7B", 2, 2, 64.0, {"tp": 2}, AWARE),
+    # runs D and E
     Line("0.6B", 16, 4, 22.6, {"ep": 4}),
     Line("0.6B", 32, 2, 48.2, {"ep": 2}),
     Line("0.6B", 64, 2, 79.7, {"ep": 2}),

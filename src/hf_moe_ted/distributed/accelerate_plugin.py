@@ -69,9 +69,6 @@ class TedPlugin(ParallelismConfig):
         zero_stage: 1, 2 or 3. Optimizer states are sharded over data-parallel ranks; those of experts over the ranks
             with the same experts. Stages 1 and 2 gather parameters once per step, stage 3 for each use. Stage 2
             reduces gradients after every micro-batch, stage 1 at the end of an accumulation.
-        zero_layers_per_unit: layers of a ZCodeM3 whose parameters ZeRO gathers together, and whose gradients it reduces
-            together; by default 6 in stages 1 and 2, and 1 in stage 3. With fewer layers, more of both overlaps with
-            computation, but each unit costs the host about two milliseconds, which CUDA graphs avoid.
         offload: `"cpu"` keeps parameters, gradients and optimizer states of data-parallel shards on the CPU, where the
             optimizer steps.
         duplicate_token_dropping: whether each of the ranks that share a batch sends only its part of it to the experts.
@@ -109,7 +106,6 @@ class TedPlugin(ParallelismConfig):
         data_parallel_size: int | None = None,
         dp_replicate_size: int = 1,
         zero_stage: Literal[1, 2, 3] = 1,
-        zero_layers_per_unit: int | None = None,
         offload: Literal["cpu"] | None = None,
         duplicate_token_dropping: bool = True,
         communication_aware_checkpointing: bool = True,
@@ -135,7 +131,6 @@ class TedPlugin(ParallelismConfig):
             expert_tensor_parallel_size=etp,
             dp_replicate_size=replicas_of(world_size, dp_replicate_size),
             zero_stage=zero_stage,
-            zero_layers_per_unit=zero_layers_per_unit,
             offload=offload,
             duplicate_token_dropping=duplicate_token_dropping,
             overlap_chunks=overlap_chunks,

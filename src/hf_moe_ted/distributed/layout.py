@@ -35,7 +35,6 @@ class Layout:
     expert_tensor_parallel_size: int = 1
     dp_replicate_size: int = 1
     zero_stage: int = 1
-    zero_layers_per_unit: int | None = None
     offload: str | None = None
     mixed_precision: bool = False
     duplicate_token_dropping: bool = True
@@ -48,8 +47,6 @@ class Layout:
     def __post_init__(self) -> None:
         if self.zero_stage not in (1, 2, 3):
             raise ValueError(f"zero_stage ({self.zero_stage!r}) must be 1, 2 or 3")
-        if self.zero_layers_per_unit is not None and self.zero_layers_per_unit < 1:
-            raise ValueError(f"zero_layers_per_unit ({self.zero_layers_per_unit}) must be at least 1")
         if self.offload not in (None, "cpu"):
             raise ValueError(f"offload ({self.offload!r}) must be None or 'cpu'")
         if self.overlap_chunks < 1:
@@ -118,8 +115,6 @@ class Layout:
     @property
     def layers_per_unit(self) -> int:
         """Number of layers whose parameters ZeRO gathers together, and whose gradients it reduces together."""
-        if self.zero_layers_per_unit is not None:
-            return self.zero_layers_per_unit
         return 1 if self.zero_stage == 3 else LAYERS_PER_UNIT
 
     @property

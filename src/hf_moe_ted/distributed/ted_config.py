@@ -28,7 +28,6 @@ class TedConfig(DistributedConfig):
             experts that are spread over replicas, which the meshes of transformers do not support.
         zero_stage: 1 and 2 keep parameters gathered from forward to backward, 3 does not; 2 reduces gradients after
             every micro-batch, 1 at the end of an accumulation.
-        zero_layers_per_unit: layers of a ZCodeM3 that are gathered together; see [`TedPlugin`].
         duplicate_token_dropping: whether each rank of a tensor-parallel group, whose ranks hold the same tokens, sends
             only its share of them to the experts.
         overlap_chunks: number of parts of a batch; the exchange of one overlaps with the experts' work on another. 1 is
@@ -42,7 +41,6 @@ class TedConfig(DistributedConfig):
     expert_tensor_parallel_size: int = 1
     dense_replicate_size: int = 1
     zero_stage: int = 1
-    zero_layers_per_unit: int | None = None
     duplicate_token_dropping: bool = True
     overlap_chunks: int = 1
     pad_expert_input_to_capacity: bool = False
