@@ -6,12 +6,21 @@ writes `tokenizer/`, and for each file `<name>.npz.xz`; the first file trains th
 """
 
 import argparse
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 from multitask_data import first_pairs, monolingual, read_pairs
 from token_pairs import TokenArrays
 
 from hf_moe_ted import ZCodeM3Tokenizer
+
+
+def with_bpe_dropout(tokenizer: Any, probability: float) -> Any:
+    """A copy that leaves out merges at random, so that a text is cut in another way each time. It has no seed."""
+    copy = deepcopy(tokenizer)
+    copy.backend_tokenizer.model.dropout = probability
+    return copy
 
 
 def main() -> None:
@@ -26,13 +35,26 @@ def main() -> None:
     parser.add_argument(
         "--max_length", type=int, default=128, help="longest text in tokens; pairs with a longer text are left out"
     )
+    parser.add_argument("--languages", nargs="+", help="beside English; default: all")
+    parser.add_argument(
+        "--segmentations",
+        type=int,
+        default=1,
+        help="copies of each pair of the first file: one as the tokenizer cuts it, the others with --bpe_dropout",
+    )
+    parser.add_argument(
+        "--bpe_dropout",
+        type=float,
+        default=0.1,
+        help="part of the merges that are left out, drawn anew for each text (2020.acl-main.170)",
+    )
     parser.add_argument("--max_pairs", type=int, help="pairs of each language; default: all")
     arguments = parser.parse_args()
 
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = None if arguments.tokenizer is None else ZCodeM3Tokenizer.from_pretrained(arguments.tokenizer)
     for path in arguments.files:
-        pairs = read_pairs(path)
+        pairs = read_pairs(path, arguments.languages)
         if arguments.max_pairs is not None:
             pairs = first_pairs(pairs, arguments.max_pairs)
         if tokenizer is None:
@@ -43,6 +65,10 @@ def main() -> None:
             )
             tokenizer.save_pretrained(arguments.output_dir / "tokenizer")
         arrays = TokenArrays.of(pairs, tokenizer, arguments.max_length)
+        if path == arguments.files[0] and arguments.segmentations > 1:
+            cut_anew = with_bpe_dropout(tokenizer, arguments.bpe_dropout)
+            copies = [TokenArrays.of(pairs, cut_anew, arguments.max_length) for _ in range(arguments.segmentations - 1)]
+            arrays = TokenArrays.joined([arrays, *copies])
         written = arguments.output_dir / f"{path.name.removesuffix('.xz').removesuffix('.tsv')}.npz.xz"
         arrays.save(written)
         print(

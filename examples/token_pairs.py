@@ -12,7 +12,7 @@ import io
 import json
 import lzma
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,6 +87,35 @@ class TokenArrays:
             tags={lang: _tag_of(tokenizer, lang) for lang in languages},
             special_ids={"eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id},
             vocab_size=len(tokenizer),
+        )
+
+    @classmethod
+    def joined(cls, several: Sequence["TokenArrays"]) -> "TokenArrays":
+        """Pairs of several arrays, which have the same languages, as pairs of one.
+
+        Raises:
+            ValueError: other languages or another tokenizer in one of them.
+        """
+        first = several[0]
+        for other in several[1:]:
+            if (other.tags, other.special_ids, other.vocab_size) != (first.tags, first.special_ids, first.vocab_size):
+                raise ValueError(f"the arrays have other languages or tokenizers: {first.tags} and {other.tags}")
+        places = [int(each.starts[each.num_english]) for each in several]  # where the texts that are not English begin
+        lengths = [np.diff(each.starts) for each in several]
+        english = [of_text[: each.num_english] for each, of_text in zip(several, lengths, strict=True)]
+        others = [of_text[each.num_english :] for each, of_text in zip(several, lengths, strict=True)]
+        offsets = np.cumsum([0, *(each.num_english for each in several[:-1])])
+        return replace(
+            first,
+            ids=np.concatenate(
+                [
+                    *(each.ids[:place] for each, place in zip(several, places, strict=True)),
+                    *(each.ids[place:] for each, place in zip(several, places, strict=True)),
+                ]
+            ),
+            starts=np.concatenate([[0], np.cumsum(np.concatenate([*english, *others]))]),
+            english=np.concatenate([each.english + offset for each, offset in zip(several, offsets, strict=True)]),
+            languages=np.concatenate([each.languages for each in several]),
         )
 
     def save(self, path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import experiment_report
 import numpy as np
+import prepare_tokens
 import pytest
 import torch
 import train_multitask
@@ -69,6 +70,31 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, output: str, *more: str) 
 
 def result_of(folder: Path, output: str, variant: str, name: str = "seed_3") -> dict[str, Any]:
     return json.loads((folder / output / variant / name / "result.json").read_text())
+
+
+def test_segmentations_are_other_ids_of_the_same_text(folder: Path, tmp_path: Path) -> None:
+    """Each pair several times: first as the tokenizer cuts it, then with merges that are left out."""
+    argv = ["prepare_tokens.py", *(str(folder / f"{name}.tsv") for name in ("train", "valid")), "--max_length", "256"]
+    argv += ["--tokenizer", str(folder / "tokenizer"), "--output_dir", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*argv, "--segmentations", "3", "--bpe_dropout", "0.5", "--languages", "is"])
+        prepare_tokens.main()
+    tokenizer = ZCodeM3Tokenizer.from_pretrained(folder / "tokenizer")
+    rows = read_pairs(folder / "train.tsv", ["is"])
+    whole = TokenArrays.of(rows, tokenizer, 256)
+    arrays, of_validation = (TokenArrays.load(tmp_path / f"{name}.npz.xz") for name in ("train", "valid"))
+    texts = [(arrays.text(arrays.english[pair], tokenizer), arrays.text(arrays.num_english + pair, tokenizer))
+             for pair in range(len(arrays.english))]  # fmt: skip
+    assert texts == [(row["source"], row["target"]) for row in rows] * 3
+    assert arrays.num_english == 3 * whole.num_english
+    end = whole.starts[whole.num_english]
+    assert np.array_equal(arrays.ids[:end], whole.ids[:end])
+    num_tokens = np.add.reduceat(np.diff(arrays.starts)[arrays.num_english :], np.arange(3) * len(rows))
+    assert num_tokens[0] == len(whole.ids) - whole.starts[whole.num_english]
+    assert (num_tokens[1:] > 1.2 * num_tokens[0]).all()
+    assert len(of_validation.english) == len(read_pairs(folder / "valid.tsv", ["is"]))
+    with pytest.raises(ValueError, match="other languages or tokenizers"):
+        TokenArrays.joined([arrays, TokenArrays.load(folder / "train.npz.xz")])
 
 
 def test_batches_are_those_of_the_text(folder: Path) -> None:
