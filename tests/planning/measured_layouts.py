@@ -90,3 +90,14 @@ ON_NVLINK = [
 # NVLink inside of pairs, sockets between them; and everything through the memory of the host
 ON_TWO_EMULATED_MACHINES = _four_ways("1.3B", 16, (704.4, 630.1, 599.8, 569.2))
 THROUGH_HOST_MEMORY = _four_ways("1.3B", 16, (434.0, 342.5, 444.1, 349.1))
+# nothing was fitted on these: two H200 of another day (ted_across_h200_2026-11-30.md), the second on sockets
+TWO_ON_NVLINK = [
+    Line("1.3B", 16, 2, 173.1, {"ep": 2}, None, PADDED),
+    Line("1.3B", 16, 2, 134.1, {"tp": 2}),
+    Line("1.3B", 16, 2, 197.4),
+    Line("1.3B", 16, 2, 211.0, {}, None, {"zero_stage": 3}),
+]
+ONE_ON_EACH_EMULATED_MACHINE = [
+    Line("1.3B", 16, 2, 656, {"ep": 2}, None, PADDED),
+    Line("1.3B", 16, 2, 2817, {}, None, {"zero_stage": 3}),
+]

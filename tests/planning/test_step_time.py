@@ -8,7 +8,14 @@ GPU between pairs, and 20.4 GB/s in place of NVLink's where all goes through the
 from dataclasses import replace
 
 import pytest
-from measured_layouts import ON_NVLINK, ON_TWO_EMULATED_MACHINES, THROUGH_HOST_MEMORY, Line
+from measured_layouts import (
+    ON_NVLINK,
+    ON_TWO_EMULATED_MACHINES,
+    ONE_ON_EACH_EMULATED_MACHINE,
+    THROUGH_HOST_MEMORY,
+    TWO_ON_NVLINK,
+    Line,
+)
 from scipy.stats import kendalltau
 from validation import GROUPS as GROUPS_TO_LEAVE_OUT
 from validation import mean_error, predict_without
@@ -72,6 +79,21 @@ def test_a_group_that_was_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     assert mean_error(found.by_others, found.measured) < 0.15
     order = kendalltau(found.measured, found.by_others).statistic
     assert order == 1
+
+
+def test_lines_that_nothing_was_fitted_on(capsys: pytest.CaptureFixture[str]) -> None:
+    measured = [line.measured for line in TWO_ON_NVLINK]
+    planned = [planned_ms(line, H200, 8) for line in TWO_ON_NVLINK]
+    with capsys.disabled():
+        print(f"\ntwo H200 of another day: mean error {mean_error(planned, measured):.1%}")
+    assert mean_error(planned, measured) < 0.1
+    speeds = [[tokens_per_s(*each) for each in zip(TWO_ON_NVLINK, ms, strict=True)] for ms in (measured, planned)]
+    assert kendalltau(*speeds).statistic == 1
+    # sockets of another host, as fast as the first line says
+    sockets = replace(H200, network_gbs=5.25 / TIME.network_efficiency)
+    expert_parallel, all_replicated = (planned_ms(line, sockets, 1) for line in ONE_ON_EACH_EMULATED_MACHINE)
+    assert expert_parallel == pytest.approx(656, rel=0.01)
+    assert all_replicated == pytest.approx(2817, rel=0.25)
 
 
 def test_flops() -> None:
