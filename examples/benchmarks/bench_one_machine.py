@@ -5,10 +5,10 @@
         --num_experts 64 --vocab_size 8000 --batch_sizes 4 --shares 0.25 --output one_machine_cpu.json
 
 A folder of random weights in the layout is made first, experts as `hf-moe-ted quantize` stores them, the same in each
-layer. Routers choose as unevenly as those of examples/checkpoints/zcode_m3_demo do for one pair of languages (English
-to German, validation text): by Zipf's law with an exponent of 1.1 in the encoder (0.8 to 1.4 by layer) and of 2.0 in
-the decoder, whose experts are in another order in each layer. Every batch has sentences of its own, and tokens that are
-generated are given: a random model would repeat one, and need the experts of one.
+layer. Routers choose as unevenly as those of the model that was shipped until 2026-11-30 did for one pair of languages
+(English to German, validation text): by Zipf's law with an exponent of 1.1 in the encoder (0.8 to 1.4 by layer) and of
+2.0 in the decoder, whose experts are in another order in each layer. Every batch has sentences of its own, and tokens
+that are generated are given: a random model would repeat one, and need the experts of one.
 
 Rows: `resident`, all experts on the device; `memory`, a GPU whose memory is capped (`--caps`), or on a CPU a share of
 the experts' bytes (`--shares`); `memory-all`, the same with all else in int8, as `--what all` stores it; `dense`,
