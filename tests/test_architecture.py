@@ -57,7 +57,8 @@ RULES = {
     "optim": Rule(optional_parts=("kernels",), packages=("torch",)),
     "files": Rule(packages=("yaml",)),
     "tensors": Rule(
-        parts=("models", "files"), packages=("torch", "safetensors", "huggingface_hub", "transformers", "tqdm")
+        parts=("models", "files"),
+        packages=("torch", "safetensors", "huggingface_hub", "transformers", "accelerate", "tqdm"),
     ),
     "conversion": Rule(parts=("models", "files", "tensors")),
     "evaluation": Rule(parts=("models", "files", "tensors")),

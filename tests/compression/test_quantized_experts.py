@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration
 from hf_moe_ted.compression.quantize import quantize_experts
-from hf_moe_ted.compression.quantized_experts import QuantizedExperts
+from hf_moe_ted.compression.quantized_experts import ExpertQuantizationConfig, QuantizedExperts
 from hf_moe_ted.kernels import int8_linear
 
 MakeModel = Callable[..., ZCodeM3ForConditionalGeneration]
@@ -122,6 +122,16 @@ def test_generates(make_model: MakeModel) -> None:
     quantized = quantize_experts(model)
     options = {"input_ids": tokens(), "num_beams": 2, "max_new_tokens": 8, "do_sample": False}
     assert torch.equal(quantized.generate(**options), model.generate(**options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bits": 4.0}, {"bits": True}, {"group_size": True}, {"group_size": 2.0}, {"group_size": "32"}, {"group_size": 0}],
+)
+def test_options_are_integers(options: dict[str, Any]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=rf"{name} \({value!r}\) must be"):
+        ExpertQuantizationConfig(**options)
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(8, 16), (4, None), (4, 8)])

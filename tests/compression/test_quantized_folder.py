@@ -231,6 +231,7 @@ def test_peak_memory(sizes: dict[str, int], what: str, dtype: str, make_model: M
     command = [sys.executable, "-c", PROGRAM, tmp_path / "small", tmp_path / "full", tmp_path, "4", what, dtype]
     peak = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     shard = max(file.stat().st_size for file in (tmp_path / "new").glob("*.safetensors"))
-    bound = shard + largest + 128 * MIB
+    # pages of files that are mapped count until the system takes them, and copies are compared with what they copy
+    bound = shard + largest + (192 if what == "all" else 128) * MIB
     assert peak < bound, (peak / MIB, bound / MIB)
     assert what == "all" or num_bytes > 1.7 * bound

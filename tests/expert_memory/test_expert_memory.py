@@ -224,6 +224,9 @@ def test_too_little_memory(model: Any, folder: Path) -> None:
         ({"size": "1GB", "experts_in": "clouds"}, r"experts_in \('clouds'\) must be one of auto, memory, files"),
         ({"size": "1GB", "max_cpu_slots": 1, "experts_in": "files"}, r"max_cpu_slots \(1\) needs experts_in='memory'"),
         ({"size": "1GB", "max_cpu_slots": -1}, r"max_cpu_slots \(-1\) must be at least 0"),
+        ({"size": "1GB", "max_cpu_slots": "8"}, r"max_cpu_slots \('8'\) must be an integer"),
+        ({"size": "1GB", "statistics": 5}, r"statistics \(5\) must be what collect_expert_statistics returned"),
+        ({"size": "1GB", "statistics": ".", "languages": 5}, r"languages \(5\) must be a list of codes"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
@@ -248,6 +251,7 @@ def test_wrong_models(model: Any, folder: Path, make_model: MakeModel, tmp_path:
             r"up_proj in .* is torch.float32, which torch.float16 may not be able to hold, .*; use dtype=",
         ),
         (path, {"device_map": "auto"}, r"device_map \('auto'\) must be one device"),
+        (path, {"device_map": "cuda:99"}, r"device_map \('cuda:99'\) is none of the \d+ GPUs here; use one, or 'cpu'"),
         (path, {"quantization_config": None}, "has no option quantization_config"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -273,6 +277,8 @@ def test_what_such_a_model_cannot_do(model: Any, folder: Path, tmp_path: Path) -
         cached.state_dict,
         lambda: copy.deepcopy(cached),
         lambda: cached.to(torch.float16),
+        cached.half,
+        lambda: cached.to("meta"),
         lambda: quantize_experts(cached),
     ):
         with pytest.raises(
@@ -281,6 +287,8 @@ def test_what_such_a_model_cannot_do(model: Any, folder: Path, tmp_path: Path) -
             refused()
     assert not (tmp_path / "saved").exists()
     cached.to("cpu").to(torch.float32)
+    cached.init_weights()
+    require_same(cached, resident(path), tokens())  # nothing was changed before it was refused, or initialized again
     cached.train()
     with pytest.raises(ValueError, match="a model with expert_memory cannot be trained"):
         cached(input_ids=tokens(), labels=tokens())

@@ -28,6 +28,14 @@ def test_only_one_shard_is_in_memory(tmp_path: Path) -> None:
     assert load_file(tmp_path / "model-00003-of-00003.safetensors")["5"][0] == 5
 
 
+@pytest.mark.parametrize("size", [0, -5, "-1GB", "0MB", "0.5", "abc", "5gb", None, True])
+def test_wrong_sizes_are_named_before_a_file_is_written(size: object, tmp_path: Path) -> None:
+    tensors = LazyTensors({"a": torch.empty(2, device="meta")}, lambda name: torch.zeros(2))
+    with pytest.raises(ValueError, match=rf"max_shard_size \({size!r}\) must be "):
+        write_pretrained_tensors(tensors, tmp_path, max_shard_size=size)  # type: ignore[arg-type]
+    assert not [*tmp_path.iterdir()]
+
+
 def test_integers_keep_their_dtype(tmp_path: Path) -> None:
     specs = {"counts": torch.empty(2, dtype=torch.int64, device="meta"), "weights": torch.empty(2, device="meta")}
     tensors = {"counts": torch.tensor([1, 2**40]), "weights": torch.ones(2)}

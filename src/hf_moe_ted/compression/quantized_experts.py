@@ -70,10 +70,12 @@ class ExpertQuantizationConfig(QuantizationConfigMixin):
             raise ValueError(f"{METHOD} has no option {', '.join(unknown)}; its options are bits, group_size and what")
         if what not in WHAT:
             raise ValueError(f"what ({what!r}) must be one of {WHAT}")
-        if bits not in BITS:
+        if not _is_integer(bits) or bits not in BITS:
             raise ValueError(f"bits ({bits!r}) must be one of {BITS}")
-        if group_size is not None and group_size < 1:
-            raise ValueError(f"group_size ({group_size}) must be positive, or None for one scale per output channel")
+        if group_size is not None and (not _is_integer(group_size) or group_size < 1):
+            raise ValueError(
+                f"group_size ({group_size!r}) must be a positive integer, or None for one scale per output channel"
+            )
         self.quant_method = quant_method  # type: ignore[assignment]  # an enum of the methods within transformers
         self.bits = bits
         self.group_size = group_size
@@ -85,6 +87,10 @@ class ExpertQuantizationConfig(QuantizationConfigMixin):
         if self.what == "experts":
             del fields["what"]
         return fields
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class QuantizedExperts(nn.Module):

@@ -15,6 +15,8 @@ class CachedExperts(nn.Module):
     It cannot be trained, saved, copied or moved.
     """
 
+    cannot_be_moved = True  # a model asks it before it moves anything
+
     def __init__(self, cache: ExpertCache, layer: str, num_experts: int, dtype: torch.dtype):
         """
         Args:

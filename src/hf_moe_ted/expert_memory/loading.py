@@ -157,6 +157,9 @@ def _device(device_map: Any) -> torch.device:
         ) from error
     if device.type not in ("cuda", "cpu"):
         raise ValueError(f"device_map ({device_map!r}) must be a GPU of CUDA or the CPU with expert_memory")
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= num_gpus:
+        raise ValueError(f"device_map ({device_map!r}) is none of the {num_gpus} GPUs here; use one, or 'cpu'")
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
@@ -273,6 +276,8 @@ def _finish(model: Any, source: _Folder, cache: ExpertCache) -> None:
     model.to(cache.device)  # tables of positions and of merged rows, which checkpoints do not hold
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not missing, missing
+    for module in model.modules():
+        module._is_hf_initialized = True  # for `init_weights`, which would make new weights
     model.requires_grad_(False)
     model.eval()
     generation_config = read_generation_config(source.path)

@@ -4,10 +4,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from accelerate.utils import convert_file_size_to_int
-
 from ..models.language_codes import LanguagePair
 from ..routing.expert_statistics import ExpertStatistics
+from ..tensors.byte_sizes import num_bytes_of
 
 PLACES = ("auto", "memory", "files")
 
@@ -39,10 +38,17 @@ class MemoryOptions:
     max_cpu_slots: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_bytes < 1:
-            raise ValueError(f"size ({self.size!r}) must be positive")
+        num_bytes_of(self.size, "size")
         if self.experts_in not in PLACES:
             raise ValueError(f"experts_in ({self.experts_in!r}) must be one of {', '.join(PLACES)}")
+        if not isinstance(self.statistics, ExpertStatistics | str | os.PathLike | None):
+            raise ValueError(
+                f"statistics ({self.statistics!r}) must be what collect_expert_statistics returned, or its folder"
+            )
+        if self.languages is not None and not isinstance(self.languages, Sequence):
+            raise ValueError(f"languages ({self.languages!r}) must be a list of codes such as ['en', 'de']")
+        if isinstance(self.max_cpu_slots, bool) or not isinstance(self.max_cpu_slots, int):
+            raise ValueError(f"max_cpu_slots ({self.max_cpu_slots!r}) must be an integer")
         if self.languages is not None and self.statistics is None:
             raise ValueError(
                 f"languages ({self.languages!r}) need statistics, which tell the experts that they use; make "
@@ -56,17 +62,7 @@ class MemoryOptions:
     @property
     def num_bytes(self) -> int:
         """`size` as a number."""
-        if isinstance(self.size, int) and not isinstance(self.size, bool):
-            return self.size
-        text = str(self.size).strip()
-        try:
-            if text.endswith("b"):
-                raise ValueError("'8gb' would be bits")
-            return int(text) if text.isdecimal() else convert_file_size_to_int(text)
-        except (ValueError, OverflowError):
-            raise ValueError(
-                f"size ({self.size!r}) must be a number of bytes or a string such as '8GB', with a capital B"
-            ) from None
+        return num_bytes_of(self.size, "size")
 
 
 __all__ = ["MemoryOptions"]

@@ -2,10 +2,11 @@
 
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.modeling_utils import PreTrainedModel
@@ -40,6 +41,13 @@ class ZCodeM3PreTrainedModel(PreTrainedModel):
                 "ZCodeM3Config.from_pretrained, which also reads configs of NLLB-MoE"
             )
         super().__init__(config, *args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As of any module (`to`, `half`), but modules that cannot be moved refuse before others have been."""
+        for module in self.modules():
+            if getattr(module, "cannot_be_moved", False):
+                module._apply(fn)
+        return super()._apply(fn, recurse)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

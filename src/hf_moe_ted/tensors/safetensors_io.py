@@ -12,6 +12,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from ..files.json_file import read_json_object
 from ..files.messages import shorten
+from .byte_sizes import num_bytes_of
 from .lazy_tensors import LazyTensors, TensorFile, checked_weights, copy_rounded
 from .safetensors_file import create_safetensors_file
 
@@ -102,7 +103,7 @@ def write_pretrained_tensors(
         OSError: the disk is full, or another error of the system.
     """
     specs = {name: spec.to(dtype) if spec.is_floating_point() else spec for name, spec in tensors.specs.items()}
-    plan = split_torch_state_dict_into_shards(specs, max_shard_size=max_shard_size)
+    plan = split_torch_state_dict_into_shards(specs, max_shard_size=num_bytes_of(max_shard_size, "max_shard_size"))
     with tqdm(total=plan.metadata["total_size"], unit="B", unit_scale=True, desc="Writing safetensors") as progress:
         for file_name, names in plan.filename_to_tensors.items():
             _write_shard(folder / file_name, {name: specs[name] for name in names}, tensors, progress)
