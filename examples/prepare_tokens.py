@@ -2,7 +2,8 @@
 
     python examples/prepare_tokens.py train.tsv.xz valid.tsv.xz --vocab_size 16000 --output_dir tokens
 
-writes `tokenizer/`, and for each file `<name>.npz.xz`; the first file trains the tokenizer.
+writes `tokenizer/`, and for each file `<name>.npz.xz`; the first file trains the tokenizer. With `--segmentations 6` it
+has each pair six times: as the tokenizer cuts it, and five times cut at random (BPE dropout), against over-fitting.
 """
 
 import argparse
@@ -50,6 +51,10 @@ def main() -> None:
     )
     parser.add_argument("--max_pairs", type=int, help="pairs of each language; default: all")
     arguments = parser.parse_args()
+    if arguments.segmentations < 1:
+        raise ValueError(f"--segmentations ({arguments.segmentations}) must be at least 1")
+    if not 0 < arguments.bpe_dropout < 1:
+        raise ValueError(f"--bpe_dropout ({arguments.bpe_dropout}) must be between 0 and 1, such as 0.1")
 
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = None if arguments.tokenizer is None else ZCodeM3Tokenizer.from_pretrained(arguments.tokenizer)

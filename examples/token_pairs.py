@@ -100,20 +100,13 @@ class TokenArrays:
         for other in several[1:]:
             if (other.tags, other.special_ids, other.vocab_size) != (first.tags, first.special_ids, first.vocab_size):
                 raise ValueError(f"the arrays have other languages or tokenizers: {first.tags} and {other.tags}")
-        places = [int(each.starts[each.num_english]) for each in several]  # where the texts that are not English begin
-        lengths = [np.diff(each.starts) for each in several]
-        english = [of_text[: each.num_english] for each, of_text in zip(several, lengths, strict=True)]
-        others = [of_text[each.num_english :] for each, of_text in zip(several, lengths, strict=True)]
+        ids = [np.split(each.ids, [each.starts[each.num_english]]) for each in several]
+        lengths = [np.split(np.diff(each.starts), [each.num_english]) for each in several]
         offsets = np.cumsum([0, *(each.num_english for each in several[:-1])])
         return replace(
             first,
-            ids=np.concatenate(
-                [
-                    *(each.ids[:place] for each, place in zip(several, places, strict=True)),
-                    *(each.ids[place:] for each, place in zip(several, places, strict=True)),
-                ]
-            ),
-            starts=np.concatenate([[0], np.cumsum(np.concatenate([*english, *others]))]),
+            ids=_english_first(ids),
+            starts=np.cumsum([0, *_english_first(lengths)]),
             english=np.concatenate([each.english + offset for each, offset in zip(several, offsets, strict=True)]),
             languages=np.concatenate([each.languages for each in several]),
         )
@@ -170,6 +163,11 @@ class TokenArrays:
     def text(self, number: int, tokenizer: Any) -> str:
         """One of the texts."""
         return str(tokenizer.decode(self.ids[self.starts[number] : self.starts[number + 1]].tolist()))
+
+
+def _english_first(parts: Sequence[list[np.ndarray]]) -> np.ndarray:
+    """The English part of each, then the other part of each."""
+    return np.concatenate([english for english, _ in parts] + [others for _, others in parts])
 
 
 def _ids(texts: list[str], tokenizer: Any) -> list[np.ndarray]:

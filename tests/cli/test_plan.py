@@ -98,5 +98,5 @@ def test_errors(folder: Path) -> None:
     gpus = ("--gpus", "4", "--gpu", "h100-80gb")
     assert "--beams (2) is for translation: give --serve" in message_of("plan", folder, *gpus, "--beams", "2")
     assert "--tokens (1B) is for training" in message_of("plan", folder, *gpus, "--serve", "--tokens", "1B")
-    assert "--expert-memory ('8gb')" in message_of("plan", folder, *gpus, "--serve", "--expert-memory", "8gb")
+    assert "size of expert_memory ('8gb')" in message_of("plan", folder, *gpus, "--serve", "--expert-memory", "8gb")
     assert "num_beams (0)" in message_of("plan", folder, *gpus, "--serve", "--beams", "0")

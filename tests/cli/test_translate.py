@@ -45,13 +45,10 @@ def test_expert_memory(model_and_text: tuple[Path, Path]) -> None:
     assert part.read_text() == whole.read_text()
     for options, message in (
         (("--expert-memory", "1KB"), "expert_memory (1,000 bytes) is too small"),
-        (("--expert-memory", "much"), "--expert-memory ('much') must be a number of bytes"),
+        (("--expert-memory", "much"), "size of expert_memory ('much') must be a number of bytes"),
         (("--expert-languages", "en"), "--expert-statistics and --expert-languages need --expert-memory"),
         (("--experts-in", "files"), "--experts-in (files) needs --expert-memory"),
-        (
-            ("--expert-memory", "60KB", "--experts-in", "disk"),
-            "--experts-in ('disk') must be one of auto, memory, files",
-        ),
+        (("--expert-memory", "60KB", "--experts-in", "disk"), "experts_in ('disk') must be one of auto, memory, files"),
     ):
         assert message in message_of("translate", model, source, part, *OPTIONS, *options)
 

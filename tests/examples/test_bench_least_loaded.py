@@ -20,6 +20,8 @@ def test_routing_is_that_of_the_shipped_model() -> None:
     for shares in routing["encoder"] + routing["decoder"]:
         assert len(shares) == 8 and sum(shares) == pytest.approx(1.0)
     assert max(routing["decoder"][0]) > 0.25  # words of German go to some experts more than to others
+    of_japanese = routing_of_pair("en-ja", num_sentences=4)["decoder"][0]
+    assert sum(abs(a - b) for a, b in zip(routing["decoder"][0], of_japanese, strict=True)) > 0.5  # and these to others
 
 
 @pytest.mark.parametrize("pair", ["de-fr", "en-xx", "en"])

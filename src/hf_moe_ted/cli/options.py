@@ -84,10 +84,6 @@ KeepPlaceholders = Annotated[
 ]
 
 
-# arguments of ExpertMemory as options
-_OPTION_OF = {"size": "--expert-memory", "languages": "--expert-languages", "experts_in": "--experts-in"}
-
-
 def codes(languages: str | None) -> list[str] | None:
     """`"en, de"` -> codes."""
     from .. import parse_languages
@@ -111,8 +107,4 @@ def expert_memory(
         if experts_in is not None:
             raise ValueError(f"--experts-in ({experts_in}) needs --expert-memory")
         return None
-    try:
-        return ExpertMemory(size, statistics=statistics, languages=codes(languages), experts_in=experts_in or "auto")
-    except ValueError as error:
-        argument, _, rest = str(error).partition(" ")
-        raise ValueError(f"{_OPTION_OF.get(argument, argument)} {rest}") from None
+    return ExpertMemory(size, statistics=statistics, languages=codes(languages), experts_in=experts_in or "auto")

@@ -8,8 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import expert_memory as memory_of
-
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 GIB = 2**30
 _TRAINING, _SERVING = "Training", "Translation (--serve)"
@@ -149,8 +147,9 @@ def _refuse(options: dict[str, Any], why: str) -> None:
 
 
 def _size(text: str | None) -> int | None:
-    memory = memory_of(text)
-    return None if memory is None else memory.num_bytes
+    from .. import ExpertMemory
+
+    return None if text is None else ExpertMemory(text).num_bytes
 
 
 def _count(text: str) -> int:

@@ -9,6 +9,7 @@ from ..routing.expert_statistics import ExpertStatistics
 from ..tensors.byte_sizes import num_bytes_of
 
 PLACES = ("auto", "memory", "files")
+_SIZE = "size of expert_memory"  # the name of the option in Python and, with a hyphen, in commands
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class MemoryOptions:
     max_cpu_slots: int = 0
 
     def __post_init__(self) -> None:
-        num_bytes_of(self.size, "size")
+        num_bytes_of(self.size, _SIZE)
         if self.experts_in not in PLACES:
             raise ValueError(f"experts_in ({self.experts_in!r}) must be one of {', '.join(PLACES)}")
         if not isinstance(self.statistics, ExpertStatistics | str | os.PathLike | None):
@@ -62,7 +63,7 @@ class MemoryOptions:
     @property
     def num_bytes(self) -> int:
         """`size` as a number."""
-        return num_bytes_of(self.size, "size")
+        return num_bytes_of(self.size, _SIZE)
 
 
 __all__ = ["MemoryOptions"]
