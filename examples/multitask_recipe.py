@@ -155,6 +155,16 @@ class Run:
         """Where all runs of the experiment find what they share."""
         return self.folder.parents[1]
 
+    @property
+    def needs(self) -> "list[Run]":
+        """Runs that must be done before it begins."""
+        return [*self.pilots, *(self.start.sources if self.start else ()), *filter(None, [self.teacher])]
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """All that a recipe and a command line can say."""
+        return {**vars(self.model), **vars(self.data), **self.training.to_dict()}
+
     def result(self) -> dict[str, Any] | None:
         """What a run has left that is done."""
         path = self.folder / "result.json"
@@ -183,40 +193,77 @@ def command_of(argv: list[str], about: str | None = None) -> Command:
             cannot be.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
+    parser.add_argument("recipes", metavar="recipe", nargs="+", type=Path)
     parser.add_argument("--variants", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--dry_run", "--dry-run", action="store_true")
     parser.add_argument("--max_seconds", type=float, help="of the process, its start included")
     selected, overrides = parser.parse_known_args(argv)
-    recipe = read_recipe(selected.recipe)
-    variants = recipe.pop("variants", {"run": {}})
-    pilot = recipe.pop("pilot", None)
-    if any(argument.split("=")[0] == "--learning_rate" for argument in overrides):
-        pilot = None
-    tiers = recipe.pop("tiers", {})
-    seeds = recipe.pop("seeds", [recipe.get("seed", 0)])
-    if unknown := {*(selected.variants or ())} - {*variants}:
-        raise ValueError(f"{selected.recipe} has no variants {sorted(unknown)}; it has {list(variants)}")
+    experiments = [_Experiment(path, overrides) for path in selected.recipes]
+    if unknown := {*(selected.variants or ())} - {name for each in experiments for name in each.variants}:
+        known = {str(each.path): list(each.variants) for each in experiments}
+        raise ValueError(f"no recipe has variants {sorted(unknown)}; they have {known}")
+    seeds = dict.fromkeys(selected.seeds or [seed for each in experiments for seed in each.seeds])
+    runs = [
+        each.run(variant, seed)
+        for seed in seeds
+        for each in experiments
+        if selected.seeds or seed in each.seeds
+        for variant in selected.variants or each.variants
+        if variant in each.variants
+    ]
+    of_folder: dict[Path, Run] = {}
+    for run in runs:
+        if (other := of_folder.setdefault(run.folder, run)).fields != run.fields:
+            names = sorted(name for name, value in run.fields.items() if value != other.fields[name])
+            raise ValueError(
+                f"two recipes have a run in {run.folder}, with different {names}: give one its own output_dir"
+            )
+    return Command(runs, selected.dry_run, selected.max_seconds)
 
-    def run_of(variant: str, seed: int) -> Run:
-        run = _run(recipe, overrides, variant, variants[variant], seed)
+
+class _Experiment:
+    """The runs of a recipe, whose fields are overridden by those of a command line."""
+
+    def __init__(self, path: Path, overrides: list[str]):
+        self.path, self.overrides = path, overrides
+        self.fields = read_recipe(path)
+        self.variants: dict[str, Any] = self.fields.pop("variants", {"run": {}})
+        self.tiers = self.fields.pop("tiers", {})
+        self.seeds: list[int] = self.fields.pop("seeds", [self.fields.get("seed", 0)])
+        self.pilot = self.fields.pop("pilot", None)
+        if any(argument.split("=")[0] == "--learning_rate" for argument in overrides):
+            self.pilot = None
+
+    def run(self, variant: str, seed: int) -> Run:
+        run = _run(self.fields, self.overrides, variant, self.variants[variant], seed)
         fields = json.loads(run.model.start_from)
         of_start = fields.pop("variants", [])
         names = [*of_start, *filter(None, [run.model.teacher])]
-        if unknown := {*names} - {*variants}:
-            raise ValueError(f"{variant} of {selected.recipe} needs {sorted(unknown)}; there are {list(variants)}")
-        if names and pilot:
+        if unknown := {*names} - {*self.variants}:
+            raise ValueError(f"{variant} of {self.path} needs {sorted(unknown)}; there are {list(self.variants)}")
+        if names and self.pilot:
             raise ValueError(f"pilot does not go with {variant}, which needs {names}; give learning_rate")
         if names and run.training.max_steps < 1:
             raise ValueError(f"{variant} needs max_steps ({run.training.max_steps}), of which it takes a part")
-        pilots = tuple(_pilots(recipe, overrides, variant, variants[variant], seeds[0], pilot) if pilot else ())
-        teacher = run_of(run.model.teacher, seed) if run.model.teacher else None
-        start = _start(variant, fields, [run_of(name, seed) for name in of_start])
-        return replace(run, pilots=pilots, tiers=tiers, teacher=teacher, start=start)
+        return replace(
+            run,
+            pilots=tuple(self._pilots(variant)) if self.pilot else (),
+            tiers=self.tiers,
+            teacher=self.run(run.model.teacher, seed) if run.model.teacher else None,
+            start=_start(variant, fields, [self.run(name, seed) for name in of_start]),
+        )
 
-    runs = [run_of(variant, seed) for seed in selected.seeds or seeds for variant in selected.variants or variants]
-    return Command(runs, selected.dry_run, selected.max_seconds)
+    def _pilots(self, variant: str) -> Iterator[Run]:
+        """A short run with the first seed for each learning rate."""
+        fixed = [
+            text for name, value in self.pilot.items() if name != "learning_rate" for text in (f"--{name}", str(value))
+        ]
+        for rate in self.pilot["learning_rate"]:
+            overrides = [*self.overrides, *fixed, "--learning_rate", str(rate)]
+            run = _run(self.fields, overrides, variant, self.variants[variant], self.seeds[0])
+            run.training.output_dir = str(run.folder.with_name(f"pilot_{rate}"))
+            yield run
 
 
 def _start(variant: str, fields: dict[str, Any], sources: list[Run]) -> Start | None:
@@ -252,22 +299,6 @@ def read_recipe(path: Path) -> dict[str, Any]:
         if missing := [name for name, of_variant in recipe["variants"].items() if of_variant is None]:
             raise ValueError(f"{path} takes variants {missing} of {base}, which has {[*of_name]}")
     return recipe
-
-
-def _pilots(
-    recipe: dict[str, Any],
-    overrides: list[str],
-    variant: str,
-    of_variant: dict[str, Any],
-    seed: int,
-    pilot: dict[str, Any],
-) -> Iterator[Run]:
-    """A short run for each learning rate."""
-    fixed = [text for name, value in pilot.items() if name != "learning_rate" for text in (f"--{name}", str(value))]
-    for rate in pilot["learning_rate"]:
-        run = _run(recipe, [*overrides, *fixed, "--learning_rate", str(rate)], variant, of_variant, seed)
-        run.training.output_dir = str(run.folder.with_name(f"pilot_{rate}"))
-        yield run
 
 
 @cache

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from multitask_claims import shared
 from multitask_recipe import Run
 from multitask_runs import seconds_at
 from token_pairs import TokenPairs
@@ -108,9 +109,10 @@ def _prune(run: Run, model: Any, folders: list[Path], data: TokenPairs, tokenize
     kept = folders[0] / "expert_statistics"  # for the other runs that are made of it
     statistics = None
     if run.start.criterion != "random":
-        if not kept.exists():
-            rows = data.first_rows(tokenizer, STATISTICS_PAIRS)
-            collect_expert_statistics(source, tokenizer, rows, batch_size=STATISTICS_PAIRS).save(kept)
+        with shared(kept):
+            if not kept.exists():
+                rows = data.first_rows(tokenizer, STATISTICS_PAIRS)
+                collect_expert_statistics(source, tokenizer, rows, batch_size=STATISTICS_PAIRS).save(kept)
         statistics = ExpertStatistics.load(kept)
     pruned = prune_experts(
         source, statistics, keep=model.config.num_experts, criterion=run.start.criterion, seed=run.seed

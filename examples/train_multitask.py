@@ -14,6 +14,14 @@ each variant the mixture, the tokens of each language, steps, shapes of batches 
 English and target, see `multitask_data.py`; `train_tokens` and `validation_tokens` are token ids in their place
 (`prepare_tokens.py`), which are on the GPU before the first step.
 
+Processes with the same command share the runs, one GPU each: a process takes the next run that no other has in work
+and whose models are done. The runs of several recipes are one list, seed by seed:
+
+    for gpu in 0 1; do
+        CUDA_VISIBLE_DEVICES=$gpu python examples/train_multitask.py pruning.json upcycling.json &
+    done
+    wait
+
 A recipe with `pilot`, a list of learning rates and other fields, tries them for each variant with the first seed, and
 trains with the one whose held-out loss is lowest at the end of its pilot:
 
@@ -37,6 +45,7 @@ import numpy as np
 import psutil
 import torch
 from distillation import DistillationTrainer
+from multitask_claims import claimed_runs, shared
 from multitask_data import backwards, first_pairs, monolingual, read_pairs
 from multitask_plan import print_plan
 from multitask_recipe import DataArguments, Run, command_of
@@ -135,18 +144,21 @@ def tokenizer_of(run: Run, text: Text | Tokens) -> Any:
     Raises:
         ValueError: token ids without the tokenizer that made them.
     """
-    kept = run.kept_folder / f"tokenizer_{run.model.vocab_size}"
-    name = run.model.tokenizer_name_or_path or run.model.model_name_or_path or (str(kept) if kept.is_dir() else None)
+    name = run.model.tokenizer_name_or_path or run.model.model_name_or_path
     if isinstance(text, Tokens) and run.model.tokenizer_name_or_path is None:
         raise ValueError("train_tokens needs tokenizer_name_or_path, the tokenizer that prepare_tokens.py has written")
     if name is not None:
         return ZCodeM3Tokenizer.from_pretrained(name)
     assert isinstance(text, Text)
-    texts = [row["text"] for row in monolingual(text.pairs)]
-    step = max(1, len(texts) // run.model.tokenizer_texts)
-    tokenizer = ZCodeM3Tokenizer(languages=text.languages)
-    tokenizer = tokenizer.train_new_from_iterator(texts[::step], run.model.vocab_size)
-    tokenizer.save_pretrained(kept)
+    kept = run.kept_folder / f"tokenizer_{run.model.vocab_size}"
+    with shared(kept):
+        if kept.is_dir():
+            return ZCodeM3Tokenizer.from_pretrained(kept)
+        texts = [row["text"] for row in monolingual(text.pairs)]
+        step = max(1, len(texts) // run.model.tokenizer_texts)
+        tokenizer = ZCodeM3Tokenizer(languages=text.languages)
+        tokenizer = tokenizer.train_new_from_iterator(texts[::step], run.model.vocab_size)
+        tokenizer.save_pretrained(kept)
     return tokenizer
 
 
@@ -223,12 +235,12 @@ def lengths_of(text: Text | Tokens, run: Run, tokenizer: Any) -> np.ndarray:
         return text.dataset.lengths
     key = f"{run.data} {run.model.tokenizer_name_or_path} {run.model.model_name_or_path} {run.model.vocab_size}"
     path = run.kept_folder / f"token_lengths_{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
-    if not path.is_file():
-        lengths = token_lengths(text.dataset, collator_of(run, tokenizer))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_suffix(".incomplete.npy")
-        np.save(staged, lengths)
-        os.replace(staged, path)
+    with shared(path):
+        if not path.is_file():
+            lengths = token_lengths(text.dataset, collator_of(run, tokenizer))
+            staged = path.with_suffix(".incomplete.npy")
+            np.save(staged, lengths)
+            os.replace(staged, path)
     return np.load(path)
 
 
@@ -349,16 +361,11 @@ def main() -> None:
             tokenizer = tokenizer_of(run, text_of(run))
             print_plan(sampler_of(run, text_of(run), tokenizer), config_of(run, tokenizer), run.training)
         return
-    for run in command.runs:
-        for each in (run,) if run.result() else (*run.pilots, run):
-            if each.result() is not None:
-                print(f"{each.folder} is done")
-                continue
-            train(each, text_of(each), deadline)
-            gc.collect()  # a trainer and its model hold each other
-            if deadline is not None and time.perf_counter() >= deadline:
-                print(f"{command.max_seconds} s are over; the same command goes on from here")
-                return
+    for run in claimed_runs(command.runs, deadline):
+        train(run, text_of(run), deadline)
+        gc.collect()  # a trainer and its model hold each other
+    if deadline is not None and time.perf_counter() >= deadline:
+        print(f"{command.max_seconds} s are over; the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Experiments on methods: their recipes with tiny models, models made of those of other runs, teachers, capacities."""
 
 import json
+import multiprocessing
 import shutil
 import sys
 from pathlib import Path
@@ -234,6 +235,41 @@ def test_runs_that_start_from_others_go_on_exactly(folder: Path) -> None:
         logs = [[(e["step"], e["loss"]) for e in each["log_history"] if "loss" in e] for each in (whole, pieces)]
         assert logs[0] == logs[1]
         assert losses_of(whole).items() <= losses_of(pieces).items()
+
+
+def run_in_its_process(argv: list[str], begun: Any) -> None:
+    sys.argv = ["train_multitask.py", *argv]
+    train = train_multitask.train
+    train_multitask.train = lambda each, *rest: (begun.put(each.variant), train(each, *rest))  # type: ignore[assignment]
+    train_multitask.main()
+
+
+def test_two_processes_share_the_runs_of_two_recipes(folder: Path) -> None:
+    variants = ["64_experts", "16_of_64_by_utilization", "32_of_64_by_utilization", "distilled"]
+    recipes = [str(folder / f"{name}.json") for name in ("pruning", "distillation")]
+    argv = [*recipes, "--output_dir", str(folder / "shared"), "--variants", *variants]
+    context = multiprocessing.get_context("fork")
+    begun = context.Queue()
+    processes = [context.Process(target=run_in_its_process, args=(argv, begun)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    assert sorted(begun.get(timeout=300) for _ in variants) == sorted(variants)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0] and begun.empty()
+    for variant in variants:
+        whole, shared = (result_of(folder, variant, name) for name in ("runs", "shared"))
+        assert losses_of(whole) == losses_of(shared) and losses_of(whole, "loss") == losses_of(shared, "loss")
+
+
+def test_recipes_that_would_share_a_folder_must_agree(folder: Path) -> None:
+    fields = json.loads((folder / "pruning.json").read_text())
+    (folder / "longer.json").write_text(json.dumps({**fields, "max_steps": 9}))
+    message = (
+        r"two recipes have a run in .*64_experts/seed_3, with different .*'max_steps'.*: give one its own output_dir"
+    )
+    with pytest.raises(ValueError, match=message):
+        train_multitask.command_of([str(folder / f"{name}.json") for name in ("pruning", "longer")])
 
 
 def test_what_is_missing_is_named(folder: Path) -> None:
