@@ -124,8 +124,8 @@ def _joined(
         if is_shown
         for problem in of_text.problems
     ]
-    num_ranks = 1 if document.has_parts else min(map(len, ranked), default=1)
-    others = (document.join([of_text[rank:] for of_text in ranked])[0] for rank in range(1, num_ranks))
+    num_ranks = 1 if document.has_parts else max(map(len, ranked), default=1)
+    others = (document.join([of_text[rank:] or of_text for of_text in ranked])[0] for rank in range(1, num_ranks))
     alternatives = tuple(other for other in dict.fromkeys(others) if other not in ("", text))
     problems = tuple(dict.fromkeys((*of_model, *of_join)))
     return TranslatedDocument(

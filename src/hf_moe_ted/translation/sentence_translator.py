@@ -39,7 +39,7 @@ class SourceSentence:
         src_lang, tgt_lang: languages by their names in the tokenizer.
         input_ids: its tokens, with language tag and end token.
         first_token: first token of the translation: the tag of its language.
-        num_sequences: number of translations: the best one and its alternatives.
+        num_sequences: largest number of translations: the best one and its alternatives.
         phrases: phrases that its translation must have.
     """
 
@@ -64,7 +64,7 @@ class SourceSentence:
 class GeneratedSentence:
     """
     Attributes:
-        texts: the requested number of translations, the best first.
+        texts: different translations, the best first; fewer than requested if the beams have fewer.
         scores: log-probability per token of each, by which beam search ranks; empty for one text.
         is_cut: whether the first text was cut before its end.
     """
@@ -204,7 +204,7 @@ class SentenceTranslator:
         for index, found in zip(marked, self._generate([*marked.values()], on_step), strict=True):
             texts = tuple(map(markers[index].restored, found.texts))
             if not found.is_cut and not batch[index].missing(texts[0]) and _is_clean(batch[index].text, texts[0]):
-                generated[index] = replace(found, texts=texts)
+                generated[index] = _different(texts, found.scores, batch[index].num_sequences, found.is_cut)
 
     def _one(self, sentence: SourceSentence, text: str) -> SourceSentence:
         return self.encode([text], sentence.src_lang, sentence.tgt_lang)[0]
@@ -214,21 +214,16 @@ class SentenceTranslator:
         texts = self._decoded([list(hypothesis.tokens) for hypothesis in found])
         if len(sentence.missing(texts[0])) >= len(sentence.missing(plain.texts[0])):
             return plain
-        scores = dict(zip(texts, [hypothesis.score for hypothesis in found], strict=True))
-        for text, score in zip(plain.texts, plain.scores, strict=False):  # one translation has no score
-            scores.setdefault(text, score)
-        texts = [*scores][: sentence.num_sequences]
-        texts += texts[-1:] * (sentence.num_sequences - len(texts))  # different tokens may be the same text
-        return GeneratedSentence(
-            tuple(texts),
-            tuple(scores[text] for text in texts) if sentence.num_sequences > 1 else (),
-            not found[0].has_ended,
-        )
+        scores = [hypothesis.score for hypothesis in found]
+        if plain.scores:  # of several translations
+            texts, scores = [*texts, *plain.texts], [*scores, *plain.scores]
+        return _different(texts, scores, sentence.num_sequences, not found[0].has_ended)
 
     @torch.inference_mode()
     def _generate(self, batch: Sequence[SourceSentence], on_step: OnStep | None) -> list[GeneratedSentence]:
         limits = [self._max_new_tokens(sentence) for sentence in batch]
-        num_sequences = max(sentence.num_sequences for sentence in batch)
+        # all beams, of which some may be the same text in other tokens
+        num_sequences = self.num_beams if any(sentence.num_sequences > 1 for sentence in batch) else 1
         outputs = self._call_model(
             **self._inputs(batch),
             stopping_criteria=[_Limits(limits, self.device, on_step)],
@@ -245,9 +240,8 @@ class SentenceTranslator:
         scores = outputs.sequences_scores.tolist() if num_sequences > 1 else []
         generated = []
         for index, sentence in enumerate(batch):
-            own = slice(index * num_sequences, index * num_sequences + sentence.num_sequences)
-            own_scores = tuple(scores[own]) if sentence.num_sequences > 1 else ()
-            generated.append(GeneratedSentence(tuple(texts[own]), own_scores, not has_ended[index]))
+            own = slice(index * num_sequences, (index + 1) * num_sequences)
+            generated.append(_different(texts[own], scores[own], sentence.num_sequences, not has_ended[index]))
         return generated
 
     @torch.inference_mode()
@@ -295,6 +289,13 @@ class SentenceTranslator:
         if not self._cuts_early:
             return self.max_new_tokens
         return min(self.max_new_tokens, 4 * len(sentence.input_ids) + 32)
+
+
+def _different(texts: Sequence[str], scores: Sequence[float], number: int, is_cut: bool) -> GeneratedSentence:
+    """The first translations that are different; different tokens may be the same text."""
+    first = [texts.index(text) for text in dict.fromkeys(texts)][:number]
+    own_scores = tuple(scores[index] for index in first) if number > 1 else ()
+    return GeneratedSentence(tuple(texts[index] for index in first), own_scores, is_cut)
 
 
 def _is_clean(source: str, translation: str) -> bool:

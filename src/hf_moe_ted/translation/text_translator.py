@@ -36,7 +36,8 @@ class TranslatedSentence:
     Attributes:
         source: a sentence, or a part of a sentence that is longer than the model's positions.
         text: its translation.
-        alternatives: other translations, the best first; the beams of the search.
+        alternatives: other translations, all different, the best first: the beams of the search. They are fewer than
+            requested where beams have the same text.
         scores: log-probability per token of the translation and its alternatives, by which beam search ranks; empty
             without alternatives.
         problems: problems that a reader should check, in words: lost placeholders or tags, missing glossary terms, an
@@ -57,7 +58,8 @@ class TranslatedText:
         text: the translation, with the white space and the lines of the source.
         src_lang, tgt_lang: languages by their names in the tokenizer.
         sentences: the sentences in the order of the text.
-        alternatives: the text with the first, second, ... alternative of each sentence.
+        alternatives: the text with the first, second, ... alternative of each sentence, or with its translation where
+            it has fewer.
     """
 
     text: str
@@ -81,7 +83,6 @@ class PlannedText:
         segments: its sentences and the gaps between them.
         parts: for each sentence, its parts that fit the model's positions; usually one.
         sentences: the parts, ready for translation.
-        num_sequences: number of translations of each.
     """
 
     src_lang: str
@@ -89,7 +90,6 @@ class PlannedText:
     segments: Segments
     parts: tuple[Segments, ...]
     sentences: tuple[tuple[SourceSentence, ...], ...]
-    num_sequences: int
 
     def pieces(self) -> "list[PlannedText]":
         """A text for each sentence, with the white space before it; the last also has the white space after it."""
@@ -104,9 +104,11 @@ class PlannedText:
         found = [[translated[part] for part in parts] for parts in self.sentences]
         ranked = [[[sentence.text, *sentence.alternatives] for sentence in of_sentence] for of_sentence in found]
 
+        most = max((len(texts) for of_sentence in ranked for texts in of_sentence), default=1)
+
         def text(rank: int) -> str:
             sentences = [
-                parts.join([texts[rank] for texts in of_sentence], self.tgt_lang)
+                parts.join([(texts[rank:] or texts)[0] for texts in of_sentence], self.tgt_lang)
                 for parts, of_sentence in zip(self.parts, ranked, strict=True)
             ]
             return self.segments.join(sentences, self.tgt_lang)
@@ -116,7 +118,7 @@ class PlannedText:
             src_lang=self.src_lang,
             tgt_lang=self.tgt_lang,
             sentences=tuple(sentence for of_sentence in found for sentence in of_sentence),
-            alternatives=tuple(text(rank) for rank in range(1, self.num_sequences)),
+            alternatives=tuple(text(rank) for rank in range(1, most)),
         )
 
 
@@ -277,13 +279,7 @@ class TextTranslator:
             for language, sentences in by_language.items()
         }
         return [
-            PlannedText(
-                language,
-                tgt_lang,
-                segments,
-                *_transposed(parts[language][s] for s in segments.sentences),
-                num_sequences,
-            )
+            PlannedText(language, tgt_lang, segments, *_transposed(parts[language][s] for s in segments.sentences))
             for segments, language in zip(split, languages, strict=True)
         ]
 
