@@ -122,7 +122,10 @@ def test_damaged_files(name: str, content: bytes, message: str, tmp_path: Path) 
         ("{}/folder", r"DATA \(.*folder\) .* cannot be loaded as a dataset"),
     ],
 )
-def test_what_is_no_file(data: str, message: str, tmp_path: Path) -> None:
+def test_what_is_no_file(data: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # where there is no network, asking the Hub again and again takes half a minute
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
     for name in ("a.txt", "a.parquet.gz"):
         (tmp_path / name).write_bytes(b"x")
     os.mkfifo(tmp_path / "pipe.jsonl")
