@@ -6,7 +6,7 @@ reads `<variant>/seed_<seed>/result.json` and `translations.json` and writes `re
 were dropped, `dropped_by_place.png` to the folder. `--reference` is the variant with which the others are compared: how
 many times fewer steps, and fewer seconds of training alone, they need for its losses. Numbers are means over seeds,
 with the standard deviation if there are several. Two variants are compared seed by seed. Translations are scored with
-BLEU and chrF.
+BLEU, chrF and their length, from and into English and by tier.
 """
 
 import argparse
@@ -147,22 +147,44 @@ def mean_and_spread(values: list[float], digits: int = 3) -> str:
     return f"{fmean(finite):.{digits}f}{spread}{which}"
 
 
-def score(result: dict[str, Any]) -> dict[str, float]:
-    """Mean BLEU and chrF over directions from and into English, and of low-resource languages if there are any."""
+def score(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """BLEU, chrF and length ratio of the translations by group, means over its directions.
+
+    Groups are the directions from and into English, those of low-resource languages among them, and the tiers of the
+    recipe.
+    """
     by_direction = defaultdict(list)
     for row in result["translations"]:
         by_direction[row["src_lang"], row["tgt_lang"]].append(row)
-    scores = defaultdict(list)
+    of_group = defaultdict(list)
     for (src_lang, tgt_lang), rows in by_direction.items():
         texts = ([row[name] for row in rows] for name in ("source", "translation", "target"))
         found = score_translations(*texts, tgt_lang=tgt_lang)
         groups = ["en-X" if src_lang == "en" else "X-en"]
         if {src_lang, tgt_lang} & {*result["low_resource_languages"]}:
             groups.append(f"{groups[0]}, low-resource")
+        groups += [tier for tier, languages in result.get("tiers", {}).items() if {src_lang, tgt_lang} & {*languages}]
         for group in groups:
-            scores[f"BLEU {group}"].append(found.bleu)
-            scores[f"chrF {group}"].append(found.chrf)
-    return {name: fmean(values) for name, values in scores.items()}
+            of_group[group].append((found.bleu, found.chrf, found.length_ratio))
+    names = ("BLEU", "chrF", "length ratio")
+    return {
+        group: dict(zip(names, map(fmean, zip(*of_group[group], strict=True)), strict=True))
+        for group in sorted(of_group)
+    }
+
+
+def score_lines(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """A table: scores of the translations by variant and group; nothing where nothing was translated."""
+    lines = []
+    for variant, results in runs.items():
+        translated = [result for result in results if result["translations"]]
+        scores = [score(result) for result in tqdm(translated, desc=f"Scoring {variant}", leave=False)]
+        for group in scores[0] if scores else ():
+            cells = [mean_and_spread([of_run[group][name] for of_run in scores], 2) for name in scores[0][group]]
+            lines.append(f"| {variant} | {group} | {len(scores)} | {' | '.join(cells)} |")
+    if not lines:
+        return []
+    return ["", "| variant | translations | seeds | BLEU | chrF | length ratio |", "|" + "---|" * 6, *lines]
 
 
 def last_of(result: dict[str, Any], name: str) -> float | None:
@@ -231,9 +253,6 @@ def rows_of(runs: dict[str, list[dict[str, Any]]], reference: str, best: str | N
         for name, title in (("router/dropped", "dropped"), ("router/load_max", "busiest expert")):
             values = [last_of(result, name) for result in results]
             row[title] = mean_and_spread([v for v in values if v is not None]) if None not in values else "-"
-        scores = [score(result) for result in tqdm(results, desc=f"Scoring {variant}", leave=False)]
-        for name in sorted(scores[0]):
-            row[name] = mean_and_spread([each[name] for each in scores], 2)
         rows.append(row)
     return rows
 
@@ -327,6 +346,7 @@ def write_report(
         means over the sparse layers at the end of training. Steps and seconds of runs that have begun with models of
         others ("loss at start") count from the beginning of these."""
     lines += ["", *textwrap.wrap(" ".join(notes.split()), 120), "", "![Losses](curves.png)"]
+    lines += score_lines(runs)
     lines += ratio_lines(runs, reference)
     draw_curves(runs, output_dir / "curves.png")
     if draw_dropped(runs, output_dir / "dropped_by_place.png"):

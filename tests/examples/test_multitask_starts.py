@@ -22,7 +22,7 @@ from token_pairs import TokenPairs
 from hf_moe_ted import ExpertStatistics
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes" / "experiments"
-NAMES = ("pruning", "upcycling", "token_dropping", "distillation", "aggregation", "denoising")
+NAMES = ("num_experts", "pruning", "upcycling", "token_dropping", "distillation", "aggregation", "denoising")
 STEPS = 8
 TINY: dict[str, Any] = {
     "config": {**SIZES, "num_experts": 64, "max_position_embeddings": 64},

@@ -146,14 +146,35 @@ def test_experiment_and_report(
         ("is", "en"),
     }
 
-    monkeypatch.setattr(experiment_report, "score", lambda result: {"BLEU en-X": 1.0})  # which metrics/ tests
     text = experiment_report.write_report(folder / "runs", "Sparse and dense", "dense")
     assert text.startswith("# Sparse and dense")
-    assert "| sparse | 2 |" in text and "low loss" in text and "1.00 ± 0.00" in text
+    assert "| sparse | 2 |" in text and "low loss" in text
+    rows = [line.strip("| ").split(" | ")[:3] for line in text.splitlines() if line.startswith("| dense | ")][1:]
+    groups = ["X-en", "X-en, low-resource", "en-X", "en-X, low-resource"]
+    assert rows == [["dense", group, "2"] for group in groups]
     assert (folder / "runs" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "runs" / "dropped_by_place.png").is_file()
     with pytest.raises(ValueError, match="must be one of the variants"):
         experiment_report.write_report(folder / "runs", "Sparse", "other")
+
+
+def test_translations_are_scored_by_group() -> None:
+    texts = ["One sentence about tabs and windows.", "Another one about files and folders."]
+    rows = [
+        {"source": text, "target": text, "translation": translation, "src_lang": src_lang, "tgt_lang": tgt_lang}
+        for (src_lang, tgt_lang), share in {("en", "de"): 1.0, ("de", "en"): 1.0, ("en", "is"): 0.5}.items()
+        for text in texts
+        for translation in [text[: int(len(text) * share)]]
+    ]
+    result = {"translations": rows, "low_resource_languages": ["is"], "tiers": {"german": ["de"], "none": ["fi"]}}
+    scores = experiment_report.score(result)
+    assert list(scores) == ["X-en", "en-X", "en-X, low-resource", "german"]
+    assert scores["german"] == scores["X-en"] == pytest.approx({"BLEU": 100, "chrF": 100, "length ratio": 1})
+    poor = scores["en-X, low-resource"]
+    assert poor["length ratio"] == pytest.approx(0.5) and poor["BLEU"] < 50 and 0 < poor["chrF"] < 60
+    assert scores["en-X"] == pytest.approx({name: (value + scores["german"][name]) / 2 for name, value in poor.items()})
+    assert experiment_report.score_lines({"a": [{**result, "translations": []}]}) == []
+    assert experiment_report.score_lines({"a": [result]})[-1].startswith("| a | german | 1 | 100.00 | 100.00 | 1.00")
 
 
 def test_steps_to_a_loss_are_interpolated() -> None:

@@ -28,4 +28,5 @@ def prepare(folder: Path) -> dict[str, Any]:
         "train_tokens": str(folder / "train.npz.xz"),
         "validation_tokens": str(folder / "valid.npz.xz"),
         "tokenizer_name_or_path": str(folder / "tokenizer"),
+        "validation_file": str(folder / "valid.tsv"),
     }
