@@ -74,6 +74,9 @@ def test_html(client: TestClient) -> None:
     answer = client.post("/translate", json={"q": source, **PAIR, "format": "html", "alternatives": 2}).json()
     expected = '<p class="a">CLICK <b>SAVE</b> &amp; <i translate="no">wait</i></p><script>if (a < b) go()</script>'
     assert answer == {"translatedText": expected, "alternatives": [], "problems": []}
+    plain = "<p>Open the file.</p>"
+    both = client.post("/translate", json={"q": [source, plain], **PAIR, "format": "html", "alternatives": 2}).json()
+    assert both["alternatives"] == [[], []] and both["translatedText"][0] == expected
 
 
 @pytest.mark.parametrize(

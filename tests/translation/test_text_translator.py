@@ -1,14 +1,16 @@
 """Whole texts: as if each sentence had been translated alone, in its place."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from translation_cases import MakeModel
 
-from hf_moe_ted import Glossary, ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer
+from hf_moe_ted import Glossary, ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer, load_model_and_tokenizer
 from hf_moe_ted.translation.text_translator import CUT, TextTranslator
 
+DEMO = Path(__file__).parents[2] / "examples" / "checkpoints" / "zcode_m3_demo"
 TEXT = "  One sentence. Another one!\r\n\r\n\tThe third, which is longer than the others?  Yes.\n"
 SENTENCES = ["One sentence.", "Another one!", "The third, which is longer than the others?", "Yes."]
 
@@ -72,9 +74,9 @@ def test_alternatives_are_different_texts(
 ) -> None:
     """Different tokens may be the same text."""
     translator = TextTranslator(model, tokenizer, num_beams=4, max_new_tokens=8)
-    beams = {"One.": ["a", "a", "b", "a"], "Two.": ["c", "d", "c", "e"], "Three.": 4 * ["f"]}
+    beams = {"One.": ["a", " a", "b", "a"], "Two.": ["c", "d", "c", "e"], "Three.": 4 * ["f"]}
     decoded = [text for source in sorted(beams, key=len, reverse=True) for text in beams[source]]
-    monkeypatch.setattr(translator._sentences, "_decoded", lambda sequences: decoded)
+    monkeypatch.setattr(tokenizer, "batch_decode", lambda sequences, **options: decoded)
     [text] = translator.translate(["One. Two. Three."], "en", "de", num_alternatives=2)
     assert [sentence.text for sentence in text.sentences] == ["a", "c", "f"]
     assert [sentence.alternatives for sentence in text.sentences] == [("b",), ("d", "e"), ()]
@@ -242,6 +244,22 @@ def test_alternatives_with_a_glossary(model: Any, tokenizer: ZCodeM3Tokenizer) -
     )
     [sentence] = text.sentences
     assert "Reiter" in sentence.text and len({sentence.text, *sentence.alternatives}) == 3 == len(sentence.scores)
+
+
+def test_many_terms_in_a_batch_with_alternatives() -> None:
+    """More terms than the search has banks for: how long it goes on must not depend on other sentences."""
+    translator = TextTranslator(*load_model_and_tokenizer(DEMO, device="cpu"), num_beams=4)
+    terms = {"settings": "Optionen", "password": "Kennung", "history": "Chronik", "window": "Rahmen", "page": "Blatt"}
+    texts = ["Save password, history, page, window, settings.", "Open the page, the window, the history, the settings."]
+    glossary = Glossary(terms.items())
+
+    def planned(text: str, num_alternatives: int) -> Any:
+        [plan] = translator.plan([text], "en", "de", glossary=glossary, num_alternatives=num_alternatives)
+        return plan.sentences[0][0]
+
+    others = [planned(f"Tab {number}", 0) for number in range(12)]  # so that both are searched for at once
+    [alone] = translator.translate_batch([planned(texts[0], 0)])
+    assert translator.translate_batch([planned(texts[0], 0), planned(texts[1], 3), *others])[0] == alone
 
 
 def test_terms_that_do_not_fit_are_reported(model: Any, tokenizer: ZCodeM3Tokenizer) -> None:

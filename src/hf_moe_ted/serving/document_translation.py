@@ -63,8 +63,8 @@ class DocumentTranslator:
         Raises:
             QueueFullError: too much is waiting for the model already.
         """
-        if any(document.has_parts for document in documents):
-            num_alternatives = self.max_alternatives
+        # the others help to find a part in its whole
+        num_helpers = self.max_alternatives if any(document.has_parts for document in documents) else num_alternatives
         found = [(src_lang, 100.0)] * len(documents)
         if src_lang == AUTO:
             found = await asyncio.to_thread(lambda: [self._languages.detect(each.sample)[0] for each in documents])
@@ -75,10 +75,12 @@ class DocumentTranslator:
         translated: dict[int, TranslatedDocument] = {}
         for language, indices in by_language.items():
             texts = [text for index in indices for text in documents[index].texts]
-            results = iter(await self._translate_texts(texts, language, tgt_lang, num_alternatives, glossary))
+            results = iter(await self._translate_texts(texts, language, tgt_lang, num_helpers, glossary))
             for index in indices:
                 of_document = [next(results) for _ in documents[index].texts]
-                translated[index] = _joined(documents[index], of_document, language, found[index][1])
+                translated[index] = _joined(
+                    documents[index], of_document, language, found[index][1], num_alternatives
+                )
         return [translated.get(index) or _same(document, *found[index]) for index, document in enumerate(documents)]
 
     async def _translate_texts(
@@ -114,7 +116,11 @@ def _chunked(texts: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _joined(
-    document: Document, translated: Sequence[TranslatedText], src_lang: str, confidence: float
+    document: Document,
+    translated: Sequence[TranslatedText],
+    src_lang: str,
+    confidence: float,
+    num_alternatives: int,
 ) -> TranslatedDocument:
     ranked = [(of_text.text, *of_text.alternatives) for of_text in translated]
     text, of_join = document.join(ranked)
@@ -124,7 +130,7 @@ def _joined(
         if is_shown
         for problem in of_text.problems
     ]
-    num_ranks = 1 if document.has_parts else max(map(len, ranked), default=1)
+    num_ranks = 1 if document.has_parts else min(1 + num_alternatives, max(map(len, ranked), default=1))
     others = (document.join([of_text[rank:] or of_text for of_text in ranked])[0] for rank in range(1, num_ranks))
     alternatives = tuple(other for other in dict.fromkeys(others) if other not in ("", text))
     problems = tuple(dict.fromkeys((*of_model, *of_join)))

@@ -69,7 +69,6 @@ class _Step(NamedTuple):
 @dataclass(frozen=True)
 class _Settings:
     num_beams: int
-    num_sequences: int
     prompt_length: int
     length_penalty: float
     early_stopping: bool | str | None
@@ -83,7 +82,7 @@ class _Row:
 
     Attributes:
         limit: largest number of new tokens.
-        finished: translations that have all phrases, the best first.
+        finished: translations that have all phrases, the best first; as many as beam search has beams are kept.
     """
 
     phrases: Sequence[Phrase]
@@ -95,7 +94,6 @@ class _Row:
         num_banks = 1 + sum(phrase.count for phrase in self.phrases)
         self.max_beams = MAX_BEAMS * self.settings.num_beams
         self.bank_size = max(1, min(self.settings.num_beams, self.max_beams // 2 // num_banks))
-        self.num_wanted = max(self.bank_size, self.settings.num_sequences)
 
     def step(self, beams: Sequence[_Beam], first: int, log_probs_BV: Tensor) -> list[_Beam]:
         """The next beams; none when the sentence is done.
@@ -185,7 +183,7 @@ class _Row:
             rank += 1
             if len(chosen) == size:
                 break
-        self.finished = sorted(self.finished, key=lambda hypothesis: -hypothesis.score)[: self.num_wanted]
+        self.finished = sorted(self.finished, key=lambda hypothesis: -hypothesis.score)[: self.settings.num_beams]
         return list(chosen.values())
 
     def _may_end(self, beam: _Beam) -> bool:
@@ -205,17 +203,17 @@ class _Row:
         Other beams are not waited for: beams that miss a phrase at the end of the sentence often repeat themselves,
         with a good score.
         """
-        if len(self.finished) < self.num_wanted:
+        if len(self.finished) < self.bank_size:
             return False
         complete = [beam.score for beam in beams if not any(beam.missing)]
         if not complete or self.settings.early_stopping is True:
             return True
-        return self._ranked(max(complete), len(beams[0].tokens)) <= self.finished[-1].score
+        return self._ranked(max(complete), len(beams[0].tokens)) <= self.finished[self.bank_size - 1].score
 
     def _cut(self, beams: Sequence[_Beam]) -> None:
         """At the limit, fill missing translations with beams that did not end, those with the most phrases first."""
         order = sorted(beams, key=lambda beam: (sum(beam.missing) + bool(beam.begun), -beam.score))
-        for beam in order[: self.num_wanted - len(self.finished)]:
+        for beam in order[: max(0, self.bank_size - len(self.finished))]:
             self.finished.append(Hypothesis(beam.tokens, self._ranked(beam.score, len(beam.tokens)), False))
 
     def _ranked(self, score: float, num_tokens: int) -> float:
@@ -242,7 +240,6 @@ def grid_search(
     phrase_tokens: PhraseTokens,
     limits: Sequence[int],
     beams_of_grid: int,
-    sequences_of_grid: int = 1,
     on_step: Callable[[], None] | None = None,
     **model_kwargs: Any,
 ) -> list[list[Hypothesis]]:
@@ -253,7 +250,6 @@ def grid_search(
         phrase_tokens: the [`PhraseTokens`] of the tokenizer.
         limits: for each sentence, the longest translation in tokens.
         beams_of_grid: `num_beams` of a search without phrases; a sentence with phrases has up to eight times as many.
-        sequences_of_grid: number of translations per sentence.
         on_step: function that is called after each token; an exception in it ends the work.
 
     Returns:
@@ -261,7 +257,6 @@ def grid_search(
     """
     settings = _Settings(
         num_beams=beams_of_grid,
-        num_sequences=sequences_of_grid,
         prompt_length=input_ids.shape[1],
         length_penalty=1.0 if generation_config.length_penalty is None else generation_config.length_penalty,
         early_stopping=generation_config.early_stopping,

@@ -65,7 +65,7 @@ class GeneratedSentence:
     """
     Attributes:
         texts: different translations, the best first; fewer than requested if the beams have fewer.
-        scores: log-probability per token of each, by which beam search ranks; empty for one text.
+        scores: log-probability per token of each, by which beam search ranks; empty if one was requested.
         is_cut: whether the first text was cut before its end.
     """
 
@@ -254,7 +254,6 @@ class SentenceTranslator:
             phrase_tokens=self._phrase_tokens,
             limits=limits,
             beams_of_grid=self.num_beams,
-            sequences_of_grid=max(sentence.num_sequences for sentence in batch),
             on_step=on_step,
             num_beams=1,
             max_new_tokens=max(limits),
@@ -282,7 +281,7 @@ class SentenceTranslator:
         }
 
     def _decoded(self, sequences: Tensor | list[list[int]]) -> list[str]:
-        return self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        return [text.strip() for text in self.tokenizer.batch_decode(sequences, skip_special_tokens=True)]
 
     def _max_new_tokens(self, sentence: SourceSentence) -> int:
         """The limit depends on the sentence alone, so its translation does not depend on its batch."""

@@ -39,7 +39,7 @@ class TranslatedSentence:
         alternatives: other translations, all different, the best first: the beams of the search. They are fewer than
             requested where beams have the same text.
         scores: log-probability per token of the translation and its alternatives, by which beam search ranks; empty
-            without alternatives.
+            if no alternatives were requested.
         problems: problems that a reader should check, in words: lost placeholders or tags, missing glossary terms, an
             unusual length, another language than requested, a translation that was cut.
     """
