@@ -5,6 +5,7 @@ for gpu in 0 1; do CUDA_VISIBLE_DEVICES=$gpu python examples/train_multitask.py 
 
 import os
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from multitask_recipe import Run
 
+FAILURE = "failure.txt"
 SECONDS_BETWEEN_LOOKS = 1.0
 
 
-def claimed_runs(runs: Iterable[Run], deadline: float | None = None) -> Iterator[Run]:
+def claimed_runs(runs: Iterable[Run], deadline: float | None = None, *, since: float | None = None) -> Iterator[Run]:
     """The runs that are not done, in their order, each for this process alone until the next one is asked for.
 
     Runs that another process has in work are left to it. A run that needs others waits until they are done, if they are
@@ -24,20 +26,30 @@ def claimed_runs(runs: Iterable[Run], deadline: float | None = None) -> Iterator
     Args:
         runs: pilots come before the first run that needs them.
         deadline: value of `time.perf_counter()`, in seconds, behind which no second run is begun.
+        since: value of `time.time()`, in seconds; what has failed since then (`failed`) is not tried again. By default
+            now.
+
+    Raises:
+        RuntimeError: at the end, for runs that have failed in other processes, or need one that has.
     """
+    since = time.time() if since is None else since
     left = {each.folder: each for run in runs for each in ((run,) if run.result() else (*run.pilots, run))}
+    without: list[Path] = []  # that cannot be done
     is_waiting = False
     while left:
         is_begun = False
         for run in list(left.values()):
             if run.result() is not None:
                 print(f"{run.folder} is done", flush=True)
+            elif any(_has_failed(each, since) or each.folder in without for each in (run, *run.needs)):
+                without.append(run.folder)
             elif any(each.result() is None and (each.folder in left or _is_in_work(each)) for each in run.needs):
                 continue
             else:
                 with _claim(run) as is_ours:
-                    if not is_ours or run.result() is not None:
+                    if not is_ours or run.result() is not None or _has_failed(run, since):
                         continue
+                    (run.folder / FAILURE).unlink(missing_ok=True)
                     yield run
                     is_begun, is_waiting = True, False
             del left[run.folder]
@@ -50,6 +62,29 @@ def claimed_runs(runs: Iterable[Run], deadline: float | None = None) -> Iterator
                 print(f"waiting for other processes: {len(left)} runs are in work, or need those", flush=True)
             is_waiting = True
             time.sleep(SECONDS_BETWEEN_LOOKS)
+    if without:
+        raise RuntimeError(
+            f"{', '.join(map(str, without))}: failed in another process, or need a run that failed; see its {FAILURE}. "
+            "The same command tries again"
+        )
+
+
+@contextmanager
+def failed(run: Run) -> Iterator[None]:
+    """Leave an exception in the folder of a run, so that other processes do not end by it, too."""
+    try:
+        yield
+    except Exception:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / FAILURE).write_text(traceback.format_exc(), encoding="utf-8")
+        raise
+
+
+def _has_failed(run: Run, since: float) -> bool:
+    try:
+        return (run.folder / FAILURE).stat().st_mtime >= since
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

@@ -160,10 +160,17 @@ class Run:
         """Runs that must be done before it begins."""
         return [*self.pilots, *(self.start.sources if self.start else ()), *filter(None, [self.teacher])]
 
+    def with_needs(self) -> "Iterator[Run]":
+        """The run, what it needs, what that needs, ..."""
+        yield self
+        for each in self.needs:
+            yield from each.with_needs()
+
     @property
     def fields(self) -> dict[str, Any]:
         """All that a recipe and a command line can say."""
-        return {**vars(self.model), **vars(self.data), **self.training.to_dict()}
+        pilots = [str(each.folder) for each in self.pilots]
+        return {**vars(self.model), **vars(self.data), **self.training.to_dict(), "pilot": pilots}
 
     def result(self) -> dict[str, Any] | None:
         """What a run has left that is done."""
@@ -214,11 +221,12 @@ def command_of(argv: list[str], about: str | None = None) -> Command:
     ]
     of_folder: dict[Path, Run] = {}
     for run in runs:
-        if (other := of_folder.setdefault(run.folder, run)).fields != run.fields:
-            names = sorted(name for name, value in run.fields.items() if value != other.fields[name])
-            raise ValueError(
-                f"two recipes have a run in {run.folder}, with different {names}: give one its own output_dir"
-            )
+        for each in run.with_needs():
+            if (other := of_folder.setdefault(each.folder, each)).fields != each.fields:
+                names = sorted(name for name, value in each.fields.items() if value != other.fields[name])
+                raise ValueError(
+                    f"two recipes have a run in {each.folder}, with different {names}: give one its own output_dir"
+                )
     return Command(runs, selected.dry_run, selected.max_seconds)
 
 
@@ -235,7 +243,11 @@ class _Experiment:
         if any(argument.split("=")[0] == "--learning_rate" for argument in overrides):
             self.pilot = None
 
-    def run(self, variant: str, seed: int) -> Run:
+    def run(self, variant: str, seed: int, needed_by: tuple[str, ...] = ()) -> Run:
+        """A run, and those that it needs."""
+        chain = (*needed_by, variant)
+        if variant in needed_by:
+            raise ValueError(f"start_from and teacher of {self.path} go round in a circle: {' needs '.join(chain)}")
         run = _run(self.fields, self.overrides, variant, self.variants[variant], seed)
         fields = json.loads(run.model.start_from)
         of_start = fields.pop("variants", [])
@@ -250,8 +262,8 @@ class _Experiment:
             run,
             pilots=tuple(self._pilots(variant)) if self.pilot else (),
             tiers=self.tiers,
-            teacher=self.run(run.model.teacher, seed) if run.model.teacher else None,
-            start=_start(variant, fields, [self.run(name, seed) for name in of_start]),
+            teacher=self.run(run.model.teacher, seed, chain) if run.model.teacher else None,
+            start=_start(variant, fields, [self.run(name, seed, chain) for name in of_start]),
         )
 
     def _pilots(self, variant: str) -> Iterator[Run]:

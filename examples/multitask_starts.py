@@ -36,8 +36,8 @@ from hf_moe_ted import (
 STATISTICS_PAIRS = 64  # of each direction
 
 
-def write_start(run: Run, model: Any, data: TokenPairs, tokenizer: Any) -> None:
-    """Write the checkpoint that a run begins with.
+def write_start(run: Run, model: Any, data: TokenPairs, tokenizer: Any) -> Path:
+    """Write the checkpoint that a run begins with; returns its folder.
 
     Args:
         run: one with a `start`.
@@ -70,7 +70,7 @@ def write_start(run: Run, model: Any, data: TokenPairs, tokenizer: Any) -> None:
         shutil.rmtree(staged)
     model.save_pretrained(staged)
     state.save_to_json(str(staged / "trainer_state.json"))
-    staged.rename(folder)
+    return staged.rename(folder)
 
 
 def start_seconds(run: Run) -> float:

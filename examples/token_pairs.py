@@ -98,8 +98,8 @@ class TokenArrays:
         """
         first = several[0]
         for other in several[1:]:
-            if (other.tags, other.special_ids, other.vocab_size) != (first.tags, first.special_ids, first.vocab_size):
-                raise ValueError(f"the arrays have other languages or tokenizers: {first.tags} and {other.tags}")
+            if other.about != first.about:
+                raise ValueError(f"the arrays have other languages or tokenizers: {first.about} and {other.about}")
         ids = [np.split(each.ids, [each.starts[each.num_english]]) for each in several]
         lengths = [np.split(np.diff(each.starts), [each.num_english]) for each in several]
         offsets = np.cumsum([0, *(each.num_english for each in several[:-1])])
@@ -111,13 +111,17 @@ class TokenArrays:
             languages=np.concatenate([each.languages for each in several]),
         )
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What arrays of one tokenizer and the same languages have in common."""
+        return {"tags": self.tags, "special_ids": self.special_ids, "vocab_size": self.vocab_size}
+
     def save(self, path: Path) -> None:
         """Write one xz file, as small as the text compressed by xz."""
-        about = {"tags": self.tags, "special_ids": self.special_ids, "vocab_size": self.vocab_size}
         buffer = io.BytesIO()
         np.savez(
             buffer,
-            about=np.array(json.dumps(about)),
+            about=np.array(json.dumps(self.about)),
             ids=self.ids,
             text_lengths=np.diff(self.starts).astype(np.uint16),
             english=self.english.astype(np.uint32),

@@ -15,7 +15,8 @@ English and target, see `multitask_data.py`; `train_tokens` and `validation_toke
 (`prepare_tokens.py`), which are on the GPU before the first step.
 
 Processes with the same command share the runs, one GPU each: a process takes the next run that no other has in work
-and whose models are done. The runs of several recipes are one list, seed by seed:
+and whose models are done. What fails in one process (`failure.txt` in the folder of the run) is left out by the others.
+The runs of several recipes are one list, seed by seed:
 
     for gpu in 0 1; do
         CUDA_VISIBLE_DEVICES=$gpu python examples/train_multitask.py pruning.json upcycling.json &
@@ -38,24 +39,24 @@ import math
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
+from accelerate import PartialState
 from distillation import DistillationTrainer
-from multitask_claims import claimed_runs, shared
+from multitask_claims import claimed_runs, failed, shared
 from multitask_data import backwards, first_pairs, monolingual, read_pairs
 from multitask_plan import print_plan
 from multitask_recipe import DataArguments, Run, command_of
-from multitask_runs import PlaceOfDropped, Seconds, TimeLimit, translate, write_json
+from multitask_runs import PlaceOfDropped, Seconds, TimeLimit, last_checkpoint, translate, write_json
 from multitask_starts import model_folder, scale_routers, start_seconds, write_start
 from token_noise import TokenNoise
 from token_pairs import BatchCollator, TokenArrays, TokenPairs
 from token_trainer import TokenPairsTrainer
 from transformers import set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_moe_ted import (
     DataCollatorForMultitaskSeq2Seq,
@@ -89,8 +90,11 @@ class Tokens:
             noise=self._noise(run) if args.denoising else None,
         )
         of_validation = TokenArrays.load(str(args.validation_tokens))
-        if (of_validation.tags, of_validation.vocab_size) != (arrays.tags, arrays.vocab_size):
-            raise ValueError(f"{args.validation_tokens} and {args.train_tokens} are not of one tokenizer")
+        if of_validation.about != arrays.about:
+            raise ValueError(
+                f"{args.validation_tokens} ({of_validation.about}) and {args.train_tokens} ({arrays.about}) are not of "
+                "one tokenizer and the same languages: prepare_tokens.py makes both in one call"
+            )
         self.validation: Any = TokenPairs(
             of_validation, device, of_validation.first_pairs(args.max_eval_samples, args.languages)
         )
@@ -267,17 +271,18 @@ def train(run: Run, text: Text | Tokens, deadline: float | None) -> None:
         run.training.learning_rate = min(run.pilots, key=last_loss).training.learning_rate
     print(f"{run.variant}, seed {run.seed}, learning rate {run.training.learning_rate}: {run.folder}", flush=True)
     run.folder.mkdir(parents=True, exist_ok=True)
-    if run.start is not None and get_last_checkpoint(str(run.folder)) is None:
-        assert isinstance(text, Tokens)
-        set_seed(run.seed)
-        write_start(run, model_of(run, tokenizer), text.dataset, tokenizer)
-    checkpoint = get_last_checkpoint(str(run.folder))
-    is_start = run.start is not None and Path(str(checkpoint)).name == f"{PREFIX_CHECKPOINT_DIR}-{run.start.steps}"
+    with run.training.main_process_first(local=False):
+        checkpoint = last_checkpoint(run.folder)
+        if run.start is not None and checkpoint is None:
+            assert isinstance(text, Tokens)
+            set_seed(run.seed)
+            checkpoint = write_start(run, model_of(run, tokenizer), text.dataset, tokenizer)
+    is_start = run.start is not None and str(checkpoint).endswith(f"{PREFIX_CHECKPOINT_DIR}-{run.start.steps}")
     run.training.eval_on_start = is_start
     trainer = trainer_of(run, text, tokenizer)
     if deadline is not None:
         trainer.add_callback(TimeLimit(deadline))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     is_done = trainer.state.global_step >= trainer.state.max_steps
     seconds = time.perf_counter()
     rows = text.test + backwards(text.test) if is_done else []
@@ -342,7 +347,8 @@ def num_active_parameters(model: Any) -> int:
 
 
 def main() -> None:
-    start = time.perf_counter() - (time.time() - psutil.Process().create_time())
+    since = psutil.Process().create_time()
+    start = time.perf_counter() - (time.time() - since)
     # its backward can give NaN on Hopper since torch 2.11: docs/upstream/torch_cudnn_attention_gradient.md
     torch.backends.cuda.enable_cudnn_sdp(False)
     command = command_of(sys.argv[1:], __doc__)
@@ -361,8 +367,10 @@ def main() -> None:
             tokenizer = tokenizer_of(run, text_of(run))
             print_plan(sampler_of(run, text_of(run), tokenizer), config_of(run, tokenizer), run.training)
         return
-    for run in claimed_runs(command.runs, deadline):
-        train(run, text_of(run), deadline)
+    for run in claimed_runs(command.runs, deadline, since=since):
+        with failed(run):
+            train(run, text_of(run), deadline)
+        PartialState().wait_for_everyone()  # its result is written by one rank
         gc.collect()  # a trainer and its model hold each other
     if deadline is not None and time.perf_counter() >= deadline:
         print(f"{command.max_seconds} s are over; the same command goes on from here")

@@ -8,7 +8,7 @@ from typing import Any
 
 import multitask_claims
 import pytest
-from multitask_claims import claimed_runs
+from multitask_claims import claimed_runs, failed
 
 
 @dataclass
@@ -109,6 +109,25 @@ def test_ranks_of_one_training_have_the_same_runs(runs: Any, monkeypatch: pytest
     monkeypatch.setenv("WORLD_SIZE", "2")
     ranks = [claimed_runs(runs), claimed_runs(runs)]
     assert [names([next(rank)]) for rank in ranks] == [["teacher"], ["teacher"]]
+
+
+def test_what_fails_in_one_process_is_left_out_by_the_others(runs: Any) -> None:
+    since = time.time() - 1
+    with pytest.raises(ValueError, match="no such loss"):
+        for run in claimed_runs(runs, since=since):
+            with failed(run):
+                raise ValueError("no such loss")
+    assert "no such loss" in (runs[0].folder / "failure.txt").read_text()
+    begun = []
+    with pytest.raises(RuntimeError, match=r"teacher, .*student: failed in another process, or need a run that failed"):
+        for run in claimed_runs(runs, since=since):
+            begun.append(run)
+            run.finish()
+    assert names(begun) == ["other"]
+    for run in claimed_runs(runs, since=time.time() + 1):  # the same command again
+        begun.append(run)
+        run.finish()
+    assert names(begun) == ["other", "teacher", "student"] and not (runs[0].folder / "failure.txt").exists()
 
 
 def hold(run: FakeRun, held: Any) -> None:

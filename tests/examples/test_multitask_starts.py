@@ -229,7 +229,11 @@ def test_runs_that_start_from_others_go_on_exactly(folder: Path) -> None:
         for step in (first + 1, first + 2):
             run(folder, name, "--variants", variant, "--max_seconds", "0.001", output="pieces")
             assert result_of(folder, variant, "pieces")["log_history"][-1]["step"] == step
+        half = folder / "pieces" / variant / "seed_3" / "checkpoint-77"  # of a process that was killed while it wrote
+        half.mkdir()
+        (half / "model.safetensors").write_bytes(b"")
         run(folder, name, "--variants", variant, output="pieces")
+        assert not half.exists()
         whole, pieces = (result_of(folder, variant, output) for output in ("runs", "pieces"))
         assert pieces["is_done"]
         logs = [[(e["step"], e["loss"]) for e in each["log_history"] if "loss" in e] for each in (whole, pieces)]
@@ -270,6 +274,39 @@ def test_recipes_that_would_share_a_folder_must_agree(folder: Path) -> None:
     )
     with pytest.raises(ValueError, match=message):
         train_multitask.command_of([str(folder / f"{name}.json") for name in ("pruning", "longer")])
+
+
+def test_pilots_and_needed_runs_of_one_folder_must_agree(tmp_path: Path) -> None:
+    fields = {"train_tokens": "a", "validation_tokens": "b", "max_steps": 4, "report_to": "none"}
+    variants = {"one": {}, "two": {"teacher": "one"}}
+
+    def command(*others: dict[str, Any], variants: dict[str, Any] = variants) -> None:
+        for number, other in enumerate(others):
+            recipe = {**fields, "variants": variants, **other}
+            (tmp_path / f"{number}.json").write_text(json.dumps(recipe))
+        argv = [str(tmp_path / f"{number}.json") for number in range(len(others))]
+        train_multitask.command_of([*argv, "--variants", [*variants][-1]])
+
+    for other in ({"max_steps": 4}, {"seeds": [1]}):
+        command({}, other)
+    with pytest.raises(ValueError, match=r"two recipes have a run in .*one/seed_0, with different \['config'\]"):
+        command({}, {"variants": {"one": {"config": {"num_experts": 8}}, "two": {"teacher": "one"}}})
+    pilot = {"learning_rate": [0.1, 0.2], "max_steps": 2}
+    for other, different in (
+        ({"pilot": {**pilot, "learning_rate": [0.1]}}, "pilot"),
+        ({"pilot": {**pilot, "max_steps": 3}}, "max_steps"),
+        ({"pilot": pilot, "seeds": [1]}, "seed"),
+    ):
+        with pytest.raises(ValueError, match=f"two recipes have a run in .*, with different .*'{different}'"):
+            command({"pilot": pilot}, other, variants={"one": {}})
+
+
+def test_runs_that_need_each_other_are_refused(tmp_path: Path) -> None:
+    fields = {"train_tokens": "a", "validation_tokens": "b", "max_steps": 4, "report_to": "none"}
+    variants = {"one": {"teacher": "two"}, "two": {"start_from": {"method": "prune", "variants": ["one"]}}}
+    (tmp_path / "recipe.json").write_text(json.dumps({**fields, "variants": variants}))
+    with pytest.raises(ValueError, match=r"recipe\.json go round in a circle: one needs two needs one"):
+        train_multitask.command_of([str(tmp_path / "recipe.json")])
 
 
 def test_what_is_missing_is_named(folder: Path) -> None:
