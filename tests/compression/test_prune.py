@@ -442,6 +442,7 @@ def test_converted_deepspeed(name: str, top_k: int, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"keep": 0.01}, "rounds to zero"),
+        ({"max_shard_size": "0KB"}, r"max_shard_size \('0KB'\) must be positive"),
         ({"criterion": "utilization", "statistics": None}, r"criterion \(utilization\) needs statistics"),
         ({"criterion": "magic"}, r"criterion \('magic'\) must be"),
         ({"languages": ["en", "sw"]}, "no sentences in sw"),

@@ -335,6 +335,7 @@ def test_resized_embeddings(tied: bool, make_model: MakeModel) -> None:
     [
         ({"bits": 2}, r"bits \(2\) must be one of \(8, 4\)"),
         ({"group_size": 0}, r"group_size \(0\) must be a positive integer, or None for one scale"),
+        ({"max_shard_size": "-1MB"}, r"max_shard_size \('-1MB'\) must be positive"),
         ({"group_size": 48}, r"group_size \(48\) must divide the width 32 of model.encoder.layers.1.ffn.experts"),
     ],
 )

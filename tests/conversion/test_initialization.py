@@ -142,6 +142,7 @@ def test_bad_input(tmp_path: Path) -> None:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.json", "list.json"]
 
     refuse("nowhere", "nowhere")
+    refuse(r"max_shard_size \('5 apples'\) must be a number of bytes", max_shard_size="5 apples")
     refuse("broken.json.* is not JSON", tmp_path / "broken.json")
     refuse("list.json.* must be a JSON object", tmp_path / "list.json")
     refuse("model_type 'm2m_100'", {"model_type": "m2m_100"})

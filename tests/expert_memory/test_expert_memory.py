@@ -230,6 +230,10 @@ def test_too_little_memory(model: Any, folder: Path) -> None:
         ({"size": "1GB", "max_cpu_slots": "8"}, r"max_cpu_slots \('8'\) must be an integer"),
         ({"size": "1GB", "statistics": 5}, r"statistics \(5\) must be what collect_expert_statistics returned"),
         ({"size": "1GB", "statistics": ".", "languages": 5}, r"languages \(5\) must be a list of codes"),
+        ({"size": "1GB", "statistics": ".", "languages": "de"}, r"languages \('de'\) must be a list of codes"),
+        ({"size": "1GB", "statistics": ".", "languages": [b"de"]}, r"languages \(\[b'de'\]\) must be a list of codes"),
+        ({"size": "-1GB"}, r"size of expert_memory \('-1GB'\) must be positive"),
+        ({"size": "1TB"}, r"size of expert_memory \('1TB'\) must be .* in KB, MB, GB, KiB, MiB or GiB"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
@@ -254,7 +258,7 @@ def test_wrong_models(model: Any, folder: Path, make_model: MakeModel, tmp_path:
             r"up_proj in .* is torch.float32, which torch.float16 may not be able to hold, .*; use dtype=",
         ),
         (path, {"device_map": "auto"}, r"device_map \('auto'\) must be one device"),
-        (path, {"device_map": "cuda:99"}, r"device_map \('cuda:99'\) is no GPU that PyTorch can use here .*, or 'cpu'"),
+        (path, {"device_map": "cuda:99"}, r"device_map \('cuda:99'\) is no GPU that PyTorch can use here .*'cpu'"),
         (path, {"quantization_config": None}, "has no option quantization_config"),
     ):
         with pytest.raises(ValueError, match=message):

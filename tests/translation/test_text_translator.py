@@ -96,6 +96,40 @@ def test_what_a_reader_should_look_at(model: Any, tokenizer: ZCodeM3Tokenizer) -
     assert text.problems[0].startswith("'Save the file %s")
 
 
+def test_numbers_that_change_are_reported(
+    model: Any, tokenizer: ZCodeM3Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    translations = {
+        "Delete 12 items of 1,000?": "1 Elemente von 1.000 löschen?",
+        "Page 3 of 3": "Seite 3",
+        "Version 3.5 for {0}": "\u0663\u066b\u0665 {0}",  # in Arabic digits
+    }
+    translator = TextTranslator(model, tokenizer, num_beams=1, max_new_tokens=8, keep_placeholders=False)
+    decoded = sorted(translations, key=len, reverse=True)
+    monkeypatch.setattr(
+        tokenizer, "batch_decode", lambda sequences, **options: [translations[text] for text in decoded]
+    )
+    problems = [problem for text in translator.translate(decoded, "en", "fr") for problem in text.sentences[0].problems]
+    assert [problem for problem in problems if "numbers" in problem] == [
+        "numbers that are missing: 12",
+        "numbers that are missing: 3",
+    ]
+
+
+def test_texts_in_the_target_language_stay(model: Any, tokenizer: ZCodeM3Tokenizer) -> None:
+    translator = TextTranslator(model, tokenizer, num_beams=1, max_new_tokens=8)
+    text = " Die Datei wurde gelöscht. Fertig!\n"
+    for src_lang in ("de", "auto"):
+        [found] = translator.translate([text], src_lang, "de")
+        assert (found.text, found.src_lang, found.sentences, found.alternatives) == (text, "de", (), ())
+    assert [piece.text for piece in translator.stream(text, "de", "de")] == [text]
+
+
+def test_a_text_alone_is_no_list(model: Any, tokenizer: ZCodeM3Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"texts \('Open'\) must be a list of strings: give \[text\]"):
+        TextTranslator(model, tokenizer).translate("Open", "en", "de")
+
+
 def test_detected_language(model: Any, tokenizer: ZCodeM3Tokenizer) -> None:
     translator = TextTranslator(model, tokenizer, num_beams=1, max_new_tokens=3)
     texts = translator.translate(

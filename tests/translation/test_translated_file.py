@@ -138,6 +138,17 @@ def test_interrupted(translator: TextTranslator, source: Path, monkeypatch: pyte
     assert not [path for path in source.parent.iterdir() if "partial" in path.name]
 
 
+def test_lines_have_no_place_for_alternatives(make_model: MakeModel, tokenizer: ZCodeM3Tokenizer, source: Path) -> None:
+    translator = TextTranslator(make_model(), tokenizer, num_beams=3, num_alternatives=2, max_new_tokens=6)
+    for output in (source.with_name("out.txt"), None):
+        with pytest.raises(ValueError, match=r"alternatives \(2\) need an output with columns, such as output\.jsonl"):
+            translate_file(translator, source, output, **PAIR)
+    assert not [*source.parent.glob("out.txt*")]
+    translate_file(translator, source, source.with_name("out.jsonl"), **PAIR)
+    rows = [json.loads(line) for line in source.with_name("out.jsonl").read_text().splitlines()]
+    assert any(row["alternatives"] for row in rows)
+
+
 def test_another_call_does_not_go_on(translator: TextTranslator, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = source.with_name("out.txt")
     monkeypatch.setattr(translated_file._Run, "_written", lambda self: 1 / 0)
@@ -146,7 +157,7 @@ def test_another_call_does_not_go_on(translator: TextTranslator, source: Path, m
     monkeypatch.undo()
     record = {"settings": {}, "num_rows": 2, "num_bytes": 0, "errors": {}, "problems": {}}
     source.with_name("out.txt.partial.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"out.txt.partial was begun with another source and model and languages"):
+    with pytest.raises(ValueError, match=r"out.txt.partial was begun with other settings \(source, model, languages, "):
         translate_file(translator, source, output, **PAIR)
     translate_file(translator, source, output, **PAIR, overwrite=True)
     with pytest.raises(ValueError, match=r"output \(.*out.txt\) exists; choose another name, or overwrite it"):
@@ -170,7 +181,7 @@ def test_glossary(translator: TextTranslator, source: Path, monkeypatch: pytest.
         translate_file(translator, source, output, **PAIR, glossary=glossary, overwrite=True)
     monkeypatch.undo()
     output.unlink()
-    with pytest.raises(ValueError, match="was begun with another glossary; give the same again"):
+    with pytest.raises(ValueError, match=r"was begun with other settings \(glossary\); give the same again"):
         translate_file(translator, source, output, **PAIR, glossary=Glossary([("seven", "8")]))
 
 

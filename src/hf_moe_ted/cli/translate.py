@@ -98,7 +98,8 @@ def translate(
     _show("was not translated", {number: (error,) for number, error in result.errors.items()})
     _show("should be looked at", result.problems)
     if result.errors:
-        raise ValueError(f"{len(result.errors)} of {result.num_rows} rows were not translated; the others were")
+        rest = "the others were" if len(result.errors) < result.num_rows else "none was"
+        raise ValueError(f"{len(result.errors)} of {result.num_rows} rows were not translated; {rest}")
 
 
 def _show(what: str, rows: dict[int, tuple[str, ...]]) -> None:

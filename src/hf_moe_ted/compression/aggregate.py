@@ -13,6 +13,7 @@ from ..files.output import check_output_dir, new_folder
 from ..files.writing import keeping_places
 from ..models.configuration_zcode_m3 import ZCodeM3Config
 from ..models.layer_names import SIDES, moe_layers
+from ..tensors.byte_sizes import num_bytes_of
 from ..tensors.lazy_tensors import LazyTensors, num_bytes, num_parameters
 from ..tensors.model_folder import TOKENIZER_FILES, meta_model, stored_specs
 from .model_source import ModelSource
@@ -76,6 +77,7 @@ def aggregate_experts(
     """
     if isinstance(checkpoints, str | os.PathLike) or len(checkpoints) < 2:
         raise ValueError(f"checkpoints ({checkpoints!r}) must be a list of at least two folders")
+    max_shard_size = num_bytes_of(max_shard_size, "max_shard_size")
     check_output_dir(output_dir, overwrite=overwrite, sources=checkpoints)
     folders = [Path(checkpoint) for checkpoint in checkpoints]
     sources = [ModelSource.open(folder) for folder in folders]

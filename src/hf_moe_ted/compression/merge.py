@@ -110,7 +110,13 @@ def merge_experts(
     if min_experts < 1:
         raise ValueError(f"min_experts ({min_experts}) must be at least 1")
     require_scipy()
-    source = open_source(model_or_folder, output_dir, overwrite=overwrite, purpose="merge the experts of a folder")
+    source = open_source(
+        model_or_folder,
+        output_dir,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        purpose="merge the experts of a folder",
+    )
     selection = ExpertSelection(
         keep=keep,
         min_experts=min_experts,

@@ -17,6 +17,7 @@ from ..models.family import NLLB_MOE
 from ..models.layer_names import SIDES, ffn_name, moe_layers
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
 from ..routing.expert_statistics import ModelFingerprint
+from ..tensors.byte_sizes import num_bytes_of
 from ..tensors.config_file import config_path, read_zcode_m3_config
 from ..tensors.lazy_tensors import LazyTensors
 from ..tensors.model_folder import copy_tokenizer_and_generation_config, drop_tied_copies, meta_model, stored_specs
@@ -126,17 +127,19 @@ def open_source(
     output_dir: str | os.PathLike[str] | None,
     *,
     overwrite: bool,
+    max_shard_size: int | str,
     purpose: str,
     allow_merged: bool = False,
 ) -> ModelSource:
-    """Open the source for a purpose, such as `"prune a folder"`, after a check of where the result goes.
+    """Open the source for a purpose, such as `"prune a folder"`, after a check of where the result goes, and how.
 
     `allow_merged` as in `ModelSource.open`.
 
     Raises:
-        ValueError: see `check_output_dir` and `ModelSource.open`; or the source is a folder and `output_dir` is
-            missing.
+        ValueError: see `check_output_dir` and `ModelSource.open`; the source is a folder and `output_dir` is missing;
+            or `max_shard_size` is no size.
     """
+    num_bytes_of(max_shard_size, "max_shard_size")
     if output_dir is not None:
         check_output_dir(output_dir, overwrite=overwrite, sources=[model_or_folder])
     source = ModelSource.open(model_or_folder, allow_merged=allow_merged)

@@ -128,7 +128,9 @@ def prune_experts(
             rounds to zero experts, leaves fewer than `min_experts` or is less than the smallest model; an unknown
             option; a folder that is no ZCodeM3 model or `output_dir` not empty; a model that is spread over processes.
     """
-    source = open_source(model_or_folder, output_dir, overwrite=overwrite, purpose="prune a folder")
+    source = open_source(
+        model_or_folder, output_dir, overwrite=overwrite, max_shard_size=max_shard_size, purpose="prune a folder"
+    )
     selection = ExpertSelection(
         keep=keep,
         min_experts=_min_experts(source.config, min_experts),

@@ -13,6 +13,7 @@ from ..files.output import check_output_dir, new_folder
 from ..files.writing import keeping_places
 from ..models.experts import ZCodeM3Experts
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
+from ..tensors.byte_sizes import num_bytes_of
 from ..tensors.lazy_tensors import check_all, check_weight, num_bytes, num_parameters
 from ..tensors.model_folder import parse_dtype, stored_dtype
 from ..tensors.whole_model import DTYPES, load_whole_model
@@ -120,8 +121,10 @@ def quantize_experts(
     Raises:
         ValueError: the model is quantized already, spread over processes, has an adapter or has no experts; a weight is
             missing, of another kind or not finite; an unknown value of `bits`, `what` or `dtype`, or a `group_size`
-            that does not divide a width; `output_dir` is not empty. No part of an output is left then.
+            that does not divide a width; `max_shard_size` is no size; `output_dir` is not empty. No part of an output
+            is left then.
     """
+    max_shard_size = num_bytes_of(max_shard_size, "max_shard_size")
     if output_dir is not None:
         check_output_dir(output_dir, overwrite=overwrite, sources=[model_or_folder])
     if dtype not in DTYPES or (dtype != "auto" and isinstance(model_or_folder, nn.Module)):

@@ -98,7 +98,12 @@ def trim_vocabulary(
     if min_count < 1:
         raise ValueError(f"min_count ({min_count}) must be at least 1")
     source = open_source(
-        model_or_folder, output_dir, overwrite=overwrite, purpose="trim the vocabulary of a folder", allow_merged=True
+        model_or_folder,
+        output_dir,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        purpose="trim the vocabulary of a folder",
+        allow_merged=True,
     )
     generation_config = _generation_config(source)
     trim = _plan(source, _tokenizer(source, tokenizer, output_dir), generation_config, dataset, languages, min_count)

@@ -159,9 +159,9 @@ def _device(device_map: Any) -> torch.device:
         raise ValueError(f"device_map ({device_map!r}) must be a GPU of CUDA or the CPU with expert_memory")
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= num_gpus:
+        choice = "choose one of these, or 'cpu'" if num_gpus else "choose 'cpu'"
         raise ValueError(
-            f"device_map ({device_map!r}) is no GPU that PyTorch can use here (it finds {num_gpus}); choose one of "
-            "these, or 'cpu'"
+            f"device_map ({device_map!r}) is no GPU that PyTorch can use here (it finds {num_gpus}); {choice}"
         )
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 

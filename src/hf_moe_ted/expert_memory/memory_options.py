@@ -46,7 +46,7 @@ class MemoryOptions:
             raise ValueError(
                 f"statistics ({self.statistics!r}) must be what collect_expert_statistics returned, or its folder"
             )
-        if self.languages is not None and not isinstance(self.languages, Sequence):
+        if self.languages is not None and not _is_list_of_languages(self.languages):
             raise ValueError(f"languages ({self.languages!r}) must be a list of codes such as ['en', 'de']")
         if isinstance(self.max_cpu_slots, bool) or not isinstance(self.max_cpu_slots, int):
             raise ValueError(f"max_cpu_slots ({self.max_cpu_slots!r}) must be an integer")
@@ -64,6 +64,14 @@ class MemoryOptions:
     def num_bytes(self) -> int:
         """`size` as a number."""
         return num_bytes_of(self.size, _SIZE)
+
+
+def _is_list_of_languages(languages: object) -> bool:
+    """Codes, or pairs of codes; a code alone is no list."""
+    if not isinstance(languages, Sequence) or isinstance(languages, str | bytes):
+        return False
+    codes = [code for item in languages for code in (item if isinstance(item, tuple | list) else (item,))]
+    return all(isinstance(code, str) for code in codes)
 
 
 __all__ = ["MemoryOptions"]

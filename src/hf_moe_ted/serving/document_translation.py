@@ -78,9 +78,7 @@ class DocumentTranslator:
             results = iter(await self._translate_texts(texts, language, tgt_lang, num_helpers, glossary))
             for index in indices:
                 of_document = [next(results) for _ in documents[index].texts]
-                translated[index] = _joined(
-                    documents[index], of_document, language, found[index][1], num_alternatives
-                )
+                translated[index] = _joined(documents[index], of_document, language, found[index][1], num_alternatives)
         return [translated.get(index) or _same(document, *found[index]) for index, document in enumerate(documents)]
 
     async def _translate_texts(

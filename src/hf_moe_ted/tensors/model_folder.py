@@ -17,6 +17,7 @@ from ..files.messages import shorten
 from ..files.output import check_output_dir, new_folder
 from ..files.output_kinds import MODEL, OutputKind
 from ..models.modeling_zcode_m3 import ZCodeM3ForConditionalGeneration
+from .byte_sizes import num_bytes_of
 from .config_file import config_errors
 from .conversion_report import ConversionReport
 from .lazy_tensors import LazyTensors
@@ -126,12 +127,13 @@ def model_folder_writer(
     also_read: Sequence[Any] = (),
     kind: OutputKind = MODEL,
 ) -> Callable[..., ConversionReport]:
-    """Begin a conversion: check `dtype` and `output_dir` (see `check_output_dir`) before any work is done.
+    """Begin a conversion: check sizes, `dtype` and `output_dir` (see `check_output_dir`) before any work is done.
 
     Returns:
         `write_model_folder` with these arguments.
     """
     start, path, parsed = time.perf_counter(), Path(output_dir), parse_dtype(dtype)
+    max_shard_size = num_bytes_of(max_shard_size, "max_shard_size")
     check_output_dir(path, overwrite=overwrite, kind=kind, sources=sources, also_read=also_read)
     return partial(
         write_model_folder,

@@ -1,12 +1,13 @@
 """Translate whole texts: split into sentences, translate in batches of similar length, and join again."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..evaluation.copied_parts import numbers
 from ..evaluation.placeholders import lost_placeholders, without_placeholders
 from ..models.language_codes import resolve_language
 from ..models.language_detection import AUTO, UNDETERMINED, detector_code, language_finder
@@ -40,8 +41,8 @@ class TranslatedSentence:
             requested where beams have the same text.
         scores: log-probability per token of the translation and its alternatives, by which beam search ranks; empty
             if no alternatives were requested.
-        problems: problems that a reader should check, in words: lost placeholders or tags, missing glossary terms, an
-            unusual length, another language than requested, a translation that was cut.
+        problems: problems that a reader should check, in words: lost placeholders or tags, missing numbers and glossary
+            terms, an unusual length, another language than requested, a translation that was cut.
     """
 
     source: str
@@ -204,8 +205,8 @@ class TextTranslator:
     ) -> list[TranslatedText]:
         """
         Args:
-            texts: texts of any length; blank texts do not change. A sentence that occurs several times is translated
-                once.
+            texts: texts of any length; blank texts, and texts in the target language, do not change. A sentence that
+                occurs several times is translated once.
             src_lang, tgt_lang: codes in any form that means a language of the tokenizer; with `src_lang="auto"`
                 py3langid detects the language of each text. It does not know scripts, so of several forms of a language
                 the first is used (`zho_Hans`).
@@ -214,8 +215,8 @@ class TextTranslator:
             num_alternatives: number per sentence; by default that of the translator.
 
         Raises:
-            ValueError: a language is unknown, a text is not a string or has no detectable language, or there are more
-                alternatives than other beams.
+            ValueError: a language is unknown, a text is not a string or has no detectable language, `texts` is a string
+                itself, or there are more alternatives than other beams.
         """
         plans = self.plan(texts, src_lang, tgt_lang, glossary=glossary, num_alternatives=num_alternatives)
         translated: dict[SourceSentence, TranslatedSentence] = {}
@@ -262,13 +263,15 @@ class TextTranslator:
         num_alternatives: int | None = None,
     ) -> list[PlannedText]:
         """Plan the translation of texts; for arguments and errors see `translate`."""
+        if isinstance(texts, str):
+            raise ValueError(f"texts ({texts[:60]!r}) must be a list of strings: give [text]")
         num_sequences = self._num_sequences(num_alternatives)
         tgt_lang = resolve_language(tgt_lang, self.languages, name="tgt_lang")
         if src_lang != AUTO:
             src_lang = resolve_language(src_lang, self.languages, name="src_lang")
         languages = [self._language_of(text, index, src_lang) for index, text in enumerate(texts)]
         split = [
-            split_sentences(text, language if self.split else None)
+            Segments((), (text,)) if language == tgt_lang else split_sentences(text, language if self.split else None)
             for text, language in zip(texts, languages, strict=True)
         ]
         by_language: dict[str, dict[str, None]] = defaultdict(dict)  # sentences, each once
@@ -356,6 +359,8 @@ class TextTranslator:
         problems = []
         if lost := lost_placeholders(source, translation):
             problems.append(f"not as often as in the source: {' '.join(lost)}")
+        if missing := Counter(numbers(source)) - Counter(numbers(translation)):
+            problems.append(f"numbers that are missing: {' '.join(missing.elements())}")
         problems += [
             f"not as in the glossary: {phrase.source} -> {phrase.text}"
             for phrase in sentence.missing(translation)

@@ -89,7 +89,8 @@ def translate_file(
 
     Raises:
         ValueError: `output` exists; a partial output is of another source or other settings; the source lacks the
-            column; a language is unknown; `wrapped` for a table; several processes for one standard input.
+            column; a language is unknown; `wrapped` for a table; alternatives for an output of lines; several processes
+            for one standard input.
     """
     source, output = (None if path is None else Path(path) for path in (source, output))
     if wrapped and kind_of(source) != LINES:
@@ -129,7 +130,12 @@ class _Run:
         if source is None and self.state.num_processes > 1:
             raise ValueError(f"standard input cannot be shared by {self.state.num_processes} processes: give a file")
         if output is not None and output.exists() and not overwrite:
-            raise ValueError(f"output ({output}) exists; choose another name, or overwrite it")
+            raise ValueError(f"output ({output}) exists; choose another name, or overwrite it (--overwrite)")
+        if self.kind == LINES and translator.num_sequences > 1:
+            raise ValueError(
+                f"alternatives ({translator.num_sequences - 1}) need an output with columns, such as output.jsonl; "
+                f"{output or 'standard output'} has one line per text"
+            )
         if output is not None and not output.parent.is_dir():
             raise ValueError(f"output ({output}): the folder {output.parent} does not exist")
         translator.translate([], src_lang, tgt_lang)  # unknown languages show before anything is written
@@ -165,8 +171,8 @@ class _Run:
         if self.source is None or record["settings"] != settings:
             differing = [name for name, value in settings.items() if record["settings"].get(name) != value]
             raise ValueError(
-                f"{self.partial} was begun with another {' and '.join(differing) or 'input'}; give the same again to "
-                "continue, or overwrite it to begin again"
+                f"{self.partial} was begun with other settings ({', '.join(differing) or 'input'}); give the same "
+                "again to continue, or overwrite it (--overwrite) to begin again"
             )
         self.result.num_resumed, self.num_bytes = record["num_rows"], record["num_bytes"]
         self.columns = record["columns"]
