@@ -30,10 +30,13 @@ def claimed_runs(runs: Iterable[Run], deadline: float | None = None, *, since: f
             now.
 
     Raises:
+        ValueError: a run was begun with other settings.
         RuntimeError: at the end, for runs that have failed in other processes, or need one that has.
     """
     since = time.time() if since is None else since
     left = {each.folder: each for run in runs for each in ((run,) if run.result() else (*run.pilots, run))}
+    for run in left.values():
+        run.check_settings()
     without: list[Path] = []  # that cannot be done
     is_waiting = False
     while left:

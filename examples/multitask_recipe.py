@@ -6,14 +6,23 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from dataclasses import fields as dataclass_fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
-from hf_moe_ted import MultitaskTrainingArguments
+from hf_moe_ted import MultitaskTrainingArguments, ZCodeM3Config
+
+SETTINGS = "settings.json"
+_OF_TRAINING = (
+    "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "gradient_accumulation_steps", "optim",
+    "seed",
+)  # fmt: skip
+_OF_MEASUREMENT = ("max_eval_samples", "max_test_samples", "eval_capacities", "save_model", "cuda_graphs", "pilot")
 
 
 @dataclass
@@ -166,6 +175,34 @@ class Run:
         for each in self.needs:
             yield from each.with_needs()
 
+    def check_settings(self) -> None:
+        """Raise if the run was begun with other settings, which would be mixed with these.
+
+        Raises:
+            ValueError: a field that changes the trained model has another value than when the run was begun.
+        """
+        path = self.folder / SETTINGS
+        if not path.is_file():
+            return
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        if other := [f"{name} {begun[name]!r}" for name, value in self.settings.items() if begun.get(name) != value]:
+            raise ValueError(
+                f"{self.folder} was begun with {', '.join(other)}; give the same again, or another output_dir"
+            )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Fields that change the trained model, but for where files are, as they are in JSON."""
+        of_trainer = {each.name for each in dataclass_fields(Seq2SeqTrainingArguments)}
+        named = {
+            name: value
+            for name, value in self.fields.items()
+            if (name in _OF_TRAINING or name not in of_trainer)
+            and name not in _OF_MEASUREMENT
+            and not name.endswith(("_file", "_tokens", "_or_path"))
+        }
+        return json.loads(json.dumps(named))
+
     @property
     def fields(self) -> dict[str, Any]:
         """All that a recipe and a command line can say."""
@@ -296,18 +333,23 @@ def read_recipe(path: Path) -> dict[str, Any]:
     one. A variant that is written as `"base"` is the one with this name there.
 
     Raises:
-        ValueError: the base has no variant with this name.
+        ValueError: there is no such file, it is not JSON, or the base has no variant with this name.
     """
-    fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    base = fields.pop("base", None)
+    if not path.is_file():
+        raise ValueError(f"recipe ({path}) does not exist")
+    try:
+        own: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"recipe ({path}) is not JSON: {error}") from None
+    base = own.pop("base", None)
     if base is None:
-        return fields
+        return own
     of_base = read_recipe(path.parent / base)
-    config = {**of_base.get("config", {}), **fields.get("config", {})}
-    recipe = {**of_base, **fields, "config": config}
-    if "variants" in fields:
+    config = {**of_base.get("config", {}), **own.get("config", {})}
+    recipe = {**of_base, **own, "config": config}
+    if "variants" in own:
         of_name = of_base.get("variants", {})
-        recipe["variants"] = {n: of_name.get(n) if v == "base" else v for n, v in fields["variants"].items()}
+        recipe["variants"] = {n: of_name.get(n) if v == "base" else v for n, v in own["variants"].items()}
         if missing := [name for name, of_variant in recipe["variants"].items() if of_variant is None]:
             raise ValueError(f"{path} takes variants {missing} of {base}, which has {[*of_name]}")
     return recipe
@@ -330,6 +372,8 @@ def _run(recipe: dict[str, Any], overrides: list[str], variant: str, of_variant:
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
         argv += [f"--{name}", *map(str, values)]
     model, data, training = _parser().parse_args_into_dataclasses([*argv, *overrides])
+    if unknown := {*json.loads(model.config)} - {each.name for each in dataclass_fields(ZCodeM3Config)}:
+        raise ValueError(f"config of {variant} has fields {sorted(unknown)}, which ZCodeM3Config has not")
     training.dataloader_pin_memory &= torch.cuda.is_available()  # without a GPU it does nothing but warn
     if data.train_tokens is not None:  # batches are made on the device
         training.dataloader_pin_memory, training.dataloader_num_workers = False, 0

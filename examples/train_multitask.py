@@ -15,8 +15,8 @@ English and target, see `multitask_data.py`; `train_tokens` and `validation_toke
 (`prepare_tokens.py`), which are on the GPU before the first step.
 
 Processes with the same command share the runs, one GPU each: a process takes the next run that no other has in work
-and whose models are done. What fails in one process (`failure.txt` in the folder of the run) is left out by the others.
-The runs of several recipes are one list, seed by seed:
+and whose models are done. What fails in one process (`failure.txt` in the folder of the run) is left out by the
+others. A run that was begun with other settings is refused. The runs of several recipes are one list, seed by seed:
 
     for gpu in 0 1; do
         CUDA_VISIBLE_DEVICES=$gpu python examples/train_multitask.py pruning.json upcycling.json &
@@ -49,7 +49,7 @@ from distillation import DistillationTrainer
 from multitask_claims import claimed_runs, failed, shared
 from multitask_data import backwards, first_pairs, monolingual, read_pairs
 from multitask_plan import print_plan
-from multitask_recipe import DataArguments, Run, command_of
+from multitask_recipe import SETTINGS, DataArguments, Run, command_of
 from multitask_runs import PlaceOfDropped, Seconds, TimeLimit, last_checkpoint, translate, write_json
 from multitask_starts import model_folder, scale_routers, start_seconds, write_start
 from token_noise import TokenNoise
@@ -154,7 +154,8 @@ def tokenizer_of(run: Run, text: Text | Tokens) -> Any:
     if name is not None:
         return ZCodeM3Tokenizer.from_pretrained(name)
     assert isinstance(text, Text)
-    kept = run.kept_folder / f"tokenizer_{run.model.vocab_size}"
+    key = f"{run.data.train_file} {run.data.languages} {run.model.tokenizer_texts}"
+    kept = run.kept_folder / f"tokenizer_{run.model.vocab_size}_{short_hash(key)}"
     with shared(kept):
         if kept.is_dir():
             return ZCodeM3Tokenizer.from_pretrained(kept)
@@ -233,12 +234,16 @@ def kind_of_trainer(run: Run) -> tuple[type[TokenPairsTrainer], dict[str, Any]]:
     return DistillationTrainer, options | {"teacher": teacher, "teacher_share": run.model.teacher_share}
 
 
+def short_hash(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
 def lengths_of(text: Text | Tokens, run: Run, tokenizer: Any) -> np.ndarray:
     """Tokens of the training examples, which are counted once and kept beside the runs."""
     if isinstance(text, Tokens):
         return text.dataset.lengths
     key = f"{run.data} {run.model.tokenizer_name_or_path} {run.model.model_name_or_path} {run.model.vocab_size}"
-    path = run.kept_folder / f"token_lengths_{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+    path = run.kept_folder / f"token_lengths_{short_hash(key)}.npy"
     with shared(path):
         if not path.is_file():
             lengths = token_lengths(text.dataset, collator_of(run, tokenizer))
@@ -265,12 +270,12 @@ def sampler_of(run: Run, text: Text | Tokens, tokenizer: Any) -> TokenBudgetBatc
 
 def train(run: Run, text: Text | Tokens, deadline: float | None) -> None:
     """Train until the steps or the time are over, translate the test set, and write what came out."""
+    write_json(run.folder / SETTINGS, run.settings)
     tokenizer = tokenizer_of(run, text)
     pilot_losses = {str(each.training.learning_rate): last_loss(each) for each in run.pilots}
     if run.pilots:
         run.training.learning_rate = min(run.pilots, key=last_loss).training.learning_rate
     print(f"{run.variant}, seed {run.seed}, learning rate {run.training.learning_rate}: {run.folder}", flush=True)
-    run.folder.mkdir(parents=True, exist_ok=True)
     with run.training.main_process_first(local=False):
         checkpoint = last_checkpoint(run.folder)
         if run.start is not None and checkpoint is None:

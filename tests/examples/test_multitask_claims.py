@@ -22,6 +22,10 @@ class FakeRun:
     def result(self) -> dict[str, Any] | None:
         return {} if (self.folder / "result.json").is_file() else None
 
+    def check_settings(self) -> None:
+        if (self.folder / "other").is_file():
+            raise ValueError(f"{self.folder} was begun with other settings")
+
     def finish(self) -> None:
         (self.folder / "result.json").write_text("{}")
 
@@ -128,6 +132,14 @@ def test_what_fails_in_one_process_is_left_out_by_the_others(runs: Any) -> None:
         begun.append(run)
         run.finish()
     assert names(begun) == ["other", "teacher", "student"] and not (runs[0].folder / "failure.txt").exists()
+
+
+def test_no_run_begins_when_one_has_other_settings(runs: Any) -> None:
+    runs[2].folder.mkdir()
+    runs[2].finish()
+    (runs[2].folder / "other").touch()
+    with pytest.raises(ValueError, match="other was begun with other settings"):
+        next(claimed_runs(runs))
 
 
 def hold(run: FakeRun, held: Any) -> None:

@@ -158,6 +158,25 @@ def test_experiment_and_report(
         experiment_report.write_report(folder / "runs", "Sparse", "other")
 
 
+def test_other_settings_and_unknown_fields_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    once = ["--variants", "dense", "--seeds", "0", "--output_dir", str(folder / "once")]
+    run(folder, monkeypatch, *once)
+    run(folder, monkeypatch, *once, "--logging_steps", "2", "--max_test_samples", "0")  # changes no model
+    for options, message in (
+        (["--max_steps", "5"], "dense/seed_0 was begun with max_steps 4; give the same again, or another output_dir"),
+        (["--languages", "is", "--learning_rate", "0.1"], r"was begun with languages None, learning_rate [\de.-]+;"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(folder, monkeypatch, *once, *options)
+    config = json.dumps({**TINY, "num_expertz": 4})
+    with pytest.raises(ValueError, match=r"config of dense has fields \['num_expertz'\], which ZCodeM3Config has not"):
+        run(folder, monkeypatch, *once, "--config", config)
+    (folder / "broken.json").write_text("{")
+    for name, message in (("broken", r"recipe \(.*broken\.json\) is not JSON: "), ("none", "does not exist")):
+        with pytest.raises(ValueError, match=message):
+            read_recipe(folder / f"{name}.json")
+
+
 def test_translations_are_scored_by_group() -> None:
     texts = ["One sentence about tabs and windows.", "Another one about files and folders."]
     rows = [
