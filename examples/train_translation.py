@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
+from multitask_runs import last_checkpoint
 from rich.console import Console
 from rich.table import Table
 from transformers import (
@@ -28,7 +29,6 @@ from transformers import (
     Seq2SeqTrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from translation_data import DATA_DIR, Direction, load_directions, mix, tokenize
 from translation_evaluation import Score, TranslationEvaluator, as_json, average
 
@@ -112,7 +112,7 @@ def main() -> None:
         split: load_directions(split, data_args.languages, data_dir=Path(data_args.data_dir))
         for split in ("train", "validation", "test")
     }
-    checkpoint = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    checkpoint = last_checkpoint(output_dir) if output_dir.is_dir() else None
     if start_from := checkpoint or model_args.model_name_or_path:
         model = AutoModelForSeq2SeqLM.from_pretrained(start_from)
         tokenizer = AutoTokenizer.from_pretrained(start_from)
@@ -135,7 +135,7 @@ def main() -> None:
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model, pad_to_multiple_of=8),
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model()
     (output_dir / "training_curve.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
 

@@ -76,14 +76,26 @@ def test_equals_what_is_saved(
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
-def test_dtype(dtype: str, make_model: MakeModel, tmp_path: Path) -> None:
+def test_dtype(dtype: str, make_model: MakeModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Scales and all that is not rounded have it; `auto` is that of the config."""
     make_model().bfloat16().save_pretrained(tmp_path / "full")
     both_ways(tmp_path / "full", tmp_path, bits=4, dtype=dtype)
     expected = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     dtypes = {name: tensor.dtype for name, tensor in tensors_of(tmp_path / "streamed").items()}
     assert {dtypes[name] for name in dtypes if not name.endswith("_packed")} == {expected}
+    assert not caplog.messages
     assert ZCodeM3ForConditionalGeneration.from_pretrained(tmp_path / "streamed", dtype="auto").dtype == expected
+
+
+def test_files_that_become_larger(make_model: MakeModel, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_model().bfloat16().save_pretrained(tmp_path / "full")
+    path = tmp_path / "full" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}))
+    quantize_experts(tmp_path / "full", output_dir=tmp_path / "small", dtype="bfloat16")
+    assert not caplog.messages
+    quantize_experts(tmp_path / "full", output_dir=tmp_path / "large")
+    [message] = caplog.messages
+    assert "full has bfloat16, and its config says float32; dtype 'bfloat16' (--dtype bfloat16) leaves them" in message
 
 
 def test_several_dtypes_and_none_in_the_config(tmp_path: Path) -> None:

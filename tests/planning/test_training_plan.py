@@ -136,6 +136,10 @@ def test_errors(options: dict[str, Any], message: str) -> None:
         plan(**options)
 
 
+def test_the_default_sequence_is_one_that_the_positions_allow() -> None:
+    assert plan(sequence_length=None).sequence_length == 64
+
+
 def test_nllb_sized_model_on_machines() -> None:
     """The default model of 10 billion parameters: not on one GPU of 40 GB, and on eight."""
     options: dict[str, Any] = {"gpu": "a100-40gb", "batch_tokens": 2**14, "sequence_length": 512}

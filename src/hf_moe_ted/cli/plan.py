@@ -29,7 +29,9 @@ def plan(
     host_memory: Annotated[float, typer.Option(help="GiB of main memory that a machine has per GPU.")] = 128,
     sequence: Annotated[
         int | None,
-        typer.Option(help="Tokens of a source, and as many of a target; default: 512 to train, 64 to translate."),
+        typer.Option(
+            help="Tokens of a source, and as many of a target; default: at most 512 to train, 64 to translate."
+        ),
     ] = None,
     layouts: Annotated[int, typer.Option(min=1, help="How many layouts to show, the best first.")] = 5,
     as_json: Annotated[

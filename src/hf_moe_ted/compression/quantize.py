@@ -158,6 +158,13 @@ def _quantized_folder(source: ModelSource, quantization: ExpertQuantizationConfi
     is_auto = dtype == "auto"
     parsed = stored_dtype(source.config, source.tensors.specs) if is_auto else parse_dtype(dtype)
     assert parsed is not None
+    stored = {spec.dtype for spec in source.tensors.specs.values() if spec.is_floating_point()}
+    if is_auto and all(dtype.itemsize < parsed.itemsize for dtype in stored):
+        names = [str(each).removeprefix("torch.") for each in (*stored, parsed)]
+        logger.warning(
+            f"weights that are not rounded become larger: {source.path} has {names[0]}, and its config says "
+            f"{names[-1]}; dtype {names[0]!r} (--dtype {names[0]}) leaves them as they are"
+        )
     return QuantizedFolder.of(source, quantization, parsed)
 
 

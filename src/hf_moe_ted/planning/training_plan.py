@@ -182,7 +182,7 @@ def plan_training(
     gpu: str | Gpu,
     gpus_per_node: int = 8,
     batch_tokens: int = 2**20,
-    sequence_length: int = 512,
+    sequence_length: int | None = None,
     total_tokens: int = 10**9,
     dtype: str = "bfloat16",
     optimizer: str = "tiled_adamw",
@@ -194,7 +194,8 @@ def plan_training(
         num_gpus: number of all GPUs, in machines of `gpus_per_node`.
         gpu: a name of `planning.gpus.GPUS`, a YAML file, or a [`Gpu`].
         batch_tokens: source and target tokens per step, over all GPUs.
-        sequence_length: tokens of a source, and as many of a target.
+        sequence_length: tokens of a source, and as many of a target; by default 512, or the largest power of two that
+            the model's positions allow.
         total_tokens: source and target tokens of the whole training.
         dtype: dtype of the weights, "bfloat16" or "float32".
         optimizer: a key of `planning.workload.BYTES_OF_STATES`.
@@ -206,6 +207,8 @@ def plan_training(
             quantized and cannot be trained.
     """
     gpu = gpu_of(gpu)
+    if sequence_length is None:
+        sequence_length = min(512, 1 << (config.max_position_embeddings.bit_length() - 1))
     numbers = {
         "num_gpus": num_gpus, "gpus_per_node": gpus_per_node, "batch_tokens": batch_tokens,
         "sequence_length": sequence_length, "total_tokens": total_tokens,
