@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
 from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer
+from hf_moe_ted.models import tokenization_zcode_m3
 
 LANGUAGES = ["en", "de", "hi", "zh-Hant"]
 SENTENCES = [
@@ -256,6 +257,25 @@ def test_unknown_language(tokenizer: ZCodeM3Tokenizer, use) -> None:
     with pytest.raises(ValueError, match="unknown language 'xx', this tokenizer knows: en, de, hi, zh-Hant"):
         use(tokenizer)
     assert (tokenizer.src_lang, tokenizer.tgt_lang) == ("en", "de")
+
+
+def test_a_source_without_a_tag_is_not_silent(trained: ZCodeM3Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages: list[str] = []
+    monkeypatch.setattr(tokenization_zcode_m3.logger, "warning_once", messages.append)
+    assert trained.src_lang is None
+    for quiet in (
+        lambda: trained("a", src_lang="en"),
+        lambda: trained.encode("a", src_lang="en"),
+        lambda: trained(text_target="a", tgt_lang="de"),
+        lambda: trained("a", add_special_tokens=False),
+        lambda: trained.tokenize("a"),
+        lambda: ZCodeM3Tokenizer()("a"),
+    ):
+        quiet()
+        assert messages == []
+    for number, untagged in enumerate((lambda: trained("a"), lambda: trained.encode("a")), start=1):
+        untagged()
+        assert len(messages) == number and "set `tokenizer.src_lang` or pass `src_lang=`" in messages[-1]
 
 
 def test_target_needs_a_language(tokenizer: ZCodeM3Tokenizer) -> None:

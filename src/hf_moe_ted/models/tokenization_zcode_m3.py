@@ -16,9 +16,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import BatchEncoding
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
+from transformers.utils import logging
 
 from .language_codes import resolve_language
 from .remote_code import save_code
+
+logger = logging.get_logger(__name__)
 
 LANGUAGE_TOKEN = re.compile(r"__(\S+)__")
 
@@ -41,11 +44,13 @@ class _Turn:
     Attributes:
         lock: held by the thread that encodes.
         languages: source and target language of the call that has the turn; `None` between calls.
+        tag: language whose tag the backend writes now.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.languages: tuple[str | None, str | None] | None = None
+        self.tag: str | None = None
 
 
 def language_token(language: str) -> str:
@@ -83,7 +88,7 @@ class ZCodeM3Tokenizer(TokenizersBackend):
         languages (`Iterable[str]`, *optional*):
             Codes of the languages, in the order of their ids. Languages that the backend already has are kept.
         src_lang (`str`, *optional*):
-            Language of the source texts. `None` encodes them without a tag.
+            Language of the source texts. `None` encodes them without a tag, with a warning.
         tgt_lang (`str`, *optional*):
             Language of the target texts. `None` makes `text_target=` an error.
         bos_token (`str`, *optional*, defaults to `"<s>"`):
@@ -258,10 +263,15 @@ class ZCodeM3Tokenizer(TokenizersBackend):
                 "`text_target` is for a call, `tokenizer(text_target=...)`"
             )
         with self._turn.lock:
-            if self._turn.languages is not None:  # set in `__call__`; no other thread is here now
-                return super()._encode_plus(*args, **kwargs)
-            with self._encoding(src_lang, tgt_lang):
-                return super()._encode_plus(*args, **kwargs)
+            if self._turn.languages is None:  # else set in `__call__`; no other thread is here now
+                with self._encoding(src_lang, tgt_lang):
+                    return self._encode_plus(*args, **kwargs)
+            if self._turn.tag is None and self.languages and kwargs.get("add_special_tokens", True):
+                logger.warning_once(
+                    "A text is encoded without the tag of its language, which models expect: set `tokenizer.src_lang` "
+                    "or pass `src_lang=`."
+                )
+            return super()._encode_plus(*args, **kwargs)
 
     @contextmanager
     def _encoding(self, src_lang: str | None, tgt_lang: str | None) -> Iterator[None]:
@@ -315,6 +325,7 @@ class ZCodeM3Tokenizer(TokenizersBackend):
 
     def _set_language_tag(self, lang: str | None) -> None:
         """Makes the backend encode `text` as `__lang__ text </s>`, or as `text </s>` for `None`."""
+        self._turn.tag = lang
         prefix = [] if lang is None else [language_token(lang)]
         suffix = [] if self.eos_token is None else [self.eos_token]
         self._tokenizer.post_processor = processors.TemplateProcessing(
