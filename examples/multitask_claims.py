@@ -79,7 +79,8 @@ def failed(run: Run) -> Iterator[None]:
         yield
     except Exception:
         run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / FAILURE).write_text(traceback.format_exc(), encoding="utf-8")
+        with (run.folder / FAILURE).open("a", encoding="utf-8") as file:  # ranks may fail one by the other
+            file.write(traceback.format_exc())
         raise
 
 

@@ -270,13 +270,15 @@ def sampler_of(run: Run, text: Text | Tokens, tokenizer: Any) -> TokenBudgetBatc
 
 def train(run: Run, text: Text | Tokens, deadline: float | None) -> None:
     """Train until the steps or the time are over, translate the test set, and write what came out."""
-    write_json(run.folder / SETTINGS, run.settings)
+    settings = run.settings
     tokenizer = tokenizer_of(run, text)
     pilot_losses = {str(each.training.learning_rate): last_loss(each) for each in run.pilots}
     if run.pilots:
         run.training.learning_rate = min(run.pilots, key=last_loss).training.learning_rate
     print(f"{run.variant}, seed {run.seed}, learning rate {run.training.learning_rate}: {run.folder}", flush=True)
     with run.training.main_process_first(local=False):
+        if run.training.process_index == 0:
+            write_json(run.folder / SETTINGS, settings)
         checkpoint = last_checkpoint(run.folder)
         if run.start is not None and checkpoint is None:
             assert isinstance(text, Tokens)
