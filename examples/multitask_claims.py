@@ -1,7 +1,4 @@
-"""Runs for several processes: the same command on each GPU shares the runs of an experiment.
-
-for gpu in 0 1; do CUDA_VISIBLE_DEVICES=$gpu python examples/train_multitask.py recipe.json & done; wait
-"""
+"""Runs for several processes: each takes those that no other has in work."""
 
 import os
 import time
@@ -26,8 +23,8 @@ def claimed_runs(runs: Iterable[Run], deadline: float | None = None, *, since: f
     Args:
         runs: pilots come before the first run that needs them.
         deadline: value of `time.perf_counter()`, in seconds, behind which no second run is begun.
-        since: value of `time.time()`, in seconds; what has failed since then (`failed`) is not tried again. By default
-            now.
+        since: value of `time.time()`, in seconds; what has failed since then (`failure_noted`) is not tried again. By
+            default now.
 
     Raises:
         ValueError: a run was begun with other settings.
@@ -73,7 +70,7 @@ def claimed_runs(runs: Iterable[Run], deadline: float | None = None, *, since: f
 
 
 @contextmanager
-def failed(run: Run) -> Iterator[None]:
+def failure_noted(run: Run) -> Iterator[None]:
     """Leave an exception in the folder of a run, so that other processes do not end by it, too."""
     try:
         yield

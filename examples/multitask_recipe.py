@@ -20,7 +20,7 @@ SETTINGS = "settings.json"
 _OF_TRAINING = (
     "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "gradient_accumulation_steps", "optim",
-    "seed",
+    "label_smoothing_factor", "seed",
 )  # fmt: skip
 _OF_MEASUREMENT = ("max_eval_samples", "max_test_samples", "eval_capacities", "save_model", "cuda_graphs", "pilot")
 
@@ -184,8 +184,13 @@ class Run:
         path = self.folder / SETTINGS
         if not path.is_file():
             return
-        begun = json.loads(path.read_text(encoding="utf-8"))
-        if other := [f"{name} {begun[name]!r}" for name, value in self.settings.items() if begun.get(name) != value]:
+        begun, settings = json.loads(path.read_text(encoding="utf-8")), self.settings
+        other = [  # of fields that there were then, and still are
+            f"{name} {value!r}, not {settings[name]!r}"
+            for name, value in begun.items()
+            if settings.get(name, value) != value
+        ]
+        if other:
             raise ValueError(
                 f"{self.folder} was begun with {', '.join(other)}; give the same again, or another output_dir"
             )

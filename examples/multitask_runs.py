@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,7 @@ from typing import Any
 import torch
 from multitask_data import Row
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers import Trainer, TrainerCallback
 
 NUM_PLACES = 10
 
@@ -51,18 +48,6 @@ class TimeLimit(TrainerCallback):
         if time.perf_counter() >= self.deadline:
             control.should_log = control.should_evaluate = control.should_save = True
             control.should_training_stop = True
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint of a run. What a process has left that was killed while it wrote one is removed."""
-    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        try:
-            TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))  # which is written last
-        except (FileNotFoundError, json.JSONDecodeError):
-            print(f"{path} is not whole and is removed: a process ended while it wrote it", flush=True)
-            shutil.rmtree(path, ignore_errors=True)
-    found = get_last_checkpoint(str(folder))
-    return None if found is None else Path(found)
 
 
 class PlaceOfDropped(TrainerCallback):

@@ -98,8 +98,8 @@ class TokenArrays:
         """
         first = several[0]
         for other in several[1:]:
-            if other.about != first.about:
-                raise ValueError(f"the arrays have other languages or tokenizers: {first.about} and {other.about}")
+            if differences := first.differences(other):
+                raise ValueError(f"the arrays have other languages or tokenizers: they differ in {differences}")
         ids = [np.split(each.ids, [each.starts[each.num_english]]) for each in several]
         lengths = [np.split(np.diff(each.starts), [each.num_english]) for each in several]
         offsets = np.cumsum([0, *(each.num_english for each in several[:-1])])
@@ -115,6 +115,14 @@ class TokenArrays:
     def about(self) -> dict[str, Any]:
         """What arrays of one tokenizer and the same languages have in common."""
         return {"tags": self.tags, "special_ids": self.special_ids, "vocab_size": self.vocab_size}
+
+    def differences(self, other: "TokenArrays") -> dict[str, Any]:
+        """What of `about` is not the same: tags and special tokens of one alone, or both sizes; empty if all is."""
+        return {
+            name: sorted(mine.items() ^ its.items()) if isinstance(mine, dict) else (mine, its)
+            for (name, mine), its in zip(self.about.items(), other.about.values(), strict=True)
+            if mine != its
+        }
 
     def save(self, path: Path) -> None:
         """Write one xz file, as small as the text compressed by xz."""

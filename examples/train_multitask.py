@@ -46,17 +46,18 @@ import psutil
 import torch
 from accelerate import PartialState
 from distillation import DistillationTrainer
-from multitask_claims import claimed_runs, failed, shared
+from multitask_claims import claimed_runs, failure_noted, shared
 from multitask_data import backwards, first_pairs, monolingual, read_pairs
 from multitask_plan import print_plan
 from multitask_recipe import SETTINGS, DataArguments, Run, command_of
-from multitask_runs import PlaceOfDropped, Seconds, TimeLimit, last_checkpoint, translate, write_json
+from multitask_runs import PlaceOfDropped, Seconds, TimeLimit, translate, write_json
 from multitask_starts import model_folder, scale_routers, start_seconds, write_start
 from token_noise import TokenNoise
 from token_pairs import BatchCollator, TokenArrays, TokenPairs
 from token_trainer import TokenPairsTrainer
 from transformers import set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from whole_checkpoints import last_checkpoint
 
 from hf_moe_ted import (
     DataCollatorForMultitaskSeq2Seq,
@@ -90,10 +91,10 @@ class Tokens:
             noise=self._noise(run) if args.denoising else None,
         )
         of_validation = TokenArrays.load(str(args.validation_tokens))
-        if of_validation.about != arrays.about:
+        if differences := arrays.differences(of_validation):
             raise ValueError(
-                f"{args.validation_tokens} ({of_validation.about}) and {args.train_tokens} ({arrays.about}) are not of "
-                "one tokenizer and the same languages: prepare_tokens.py makes both in one call"
+                f"{args.train_tokens} and {args.validation_tokens} differ in {differences}: make both in one call of "
+                "prepare_tokens.py"
             )
         self.validation: Any = TokenPairs(
             of_validation, device, of_validation.first_pairs(args.max_eval_samples, args.languages)
@@ -375,7 +376,7 @@ def main() -> None:
             print_plan(sampler_of(run, text_of(run), tokenizer), config_of(run, tokenizer), run.training)
         return
     for run in claimed_runs(command.runs, deadline, since=since):
-        with failed(run):
+        with failure_noted(run):
             train(run, text_of(run), deadline)
         PartialState().wait_for_everyone()  # its result is written by one rank
         gc.collect()  # a trainer and its model hold each other

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from multitask_runs import last_checkpoint
 from rich.console import Console
 from rich.table import Table
 from transformers import (
@@ -31,6 +30,7 @@ from transformers import (
 )
 from translation_data import DATA_DIR, Direction, load_directions, mix, tokenize
 from translation_evaluation import Score, TranslationEvaluator, as_json, average
+from whole_checkpoints import last_checkpoint
 
 from hf_moe_ted import ZCodeM3Config, ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import multitask_claims
 import pytest
-from multitask_claims import claimed_runs, failed
+from multitask_claims import claimed_runs, failure_noted
 
 
 @dataclass
@@ -119,7 +119,7 @@ def test_what_fails_in_one_process_is_left_out_by_the_others(runs: Any) -> None:
     since = time.time() - 1
     with pytest.raises(ValueError, match="no such loss"):
         for run in claimed_runs(runs, since=since):
-            with failed(run):
+            with failure_noted(run):
                 raise ValueError("no such loss")
     assert "no such loss" in (runs[0].folder / "failure.txt").read_text()
     begun = []

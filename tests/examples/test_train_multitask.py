@@ -163,11 +163,23 @@ def test_other_settings_and_unknown_fields_are_refused(folder: Path, monkeypatch
     run(folder, monkeypatch, *once)
     run(folder, monkeypatch, *once, "--logging_steps", "2", "--max_test_samples", "0")  # changes no model
     for options, message in (
-        (["--max_steps", "5"], "dense/seed_0 was begun with max_steps 4; give the same again, or another output_dir"),
-        (["--languages", "is", "--learning_rate", "0.1"], r"was begun with languages None, learning_rate [\de.-]+;"),
+        (
+            ["--max_steps", "5"],
+            "dense/seed_0 was begun with max_steps 4, not 5; give the same again, or another output_dir",
+        ),
+        (
+            ["--languages", "is", "--learning_rate", "0.1"],
+            r"was begun with languages None, not \['is'\], learning_rate [\de.-]+, not 0.1;",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             run(folder, monkeypatch, *once, *options)
+    settings = folder / "once" / "dense" / "seed_0" / "settings.json"
+    fields = json.loads(settings.read_text())
+    settings.write_text(
+        json.dumps({name: value for name, value in fields.items() if name != "mask_ratio"} | {"old": 1})
+    )
+    run(folder, monkeypatch, *once)  # begun by a version with other fields
     config = json.dumps({**TINY, "num_expertz": 4})
     with pytest.raises(ValueError, match=r"config of dense has fields \['num_expertz'\], which ZCodeM3Config has not"):
         run(folder, monkeypatch, *once, "--config", config)
