@@ -3,6 +3,8 @@
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +83,23 @@ class PlaceOfDropped(TrainerCallback):
 
 
 @torch.inference_mode()
+@contextmanager
+def eval_capacity(model: Any, capacity: float | None) -> Iterator[None]:
+    """Give experts another `eval_capacity_factor`; `None` for no capacity. Dense models have none."""
+    before = getattr(model.config, "eval_capacity_factor", None)
+    model.config.eval_capacity_factor = capacity
+    try:
+        yield
+    finally:
+        model.config.eval_capacity_factor = before
+
+
 def translate(model: Any, tokenizer: Any, rows: list[Row], *, max_length: int, batch_size: int = 256) -> list[str]:
-    """Greedy translations, in batches of similar length and of any languages."""
+    """Greedy translations, in batches of similar length and of any languages.
+
+    Experts have no capacity here, whatever the model's config says: all texts of a batch begin with the same token,
+    whose expert would be full, and a translation would depend on the others of its batch.
+    """
     model.eval()
     translations: dict[int, str] = {}
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]["source"]), reverse=True)
@@ -95,13 +112,14 @@ def translate(model: Any, tokenizer: Any, rows: list[Row], *, max_length: int, b
         inputs = tokenizer.pad(encoded, return_tensors="pt").to(model.device)
         tags = [[model.config.decoder_start_token_id, tokenizer.get_lang_id(rows[n]["tgt_lang"])] for n in numbers]
         longest = min(max_length, 2 * inputs["input_ids"].shape[1] + 10)
-        output = model.generate(
-            **inputs,
-            decoder_input_ids=torch.tensor(tags, device=model.device),
-            num_beams=1,
-            do_sample=False,
-            max_length=longest,
-        )
+        with eval_capacity(model, None):
+            output = model.generate(
+                **inputs,
+                decoder_input_ids=torch.tensor(tags, device=model.device),
+                num_beams=1,
+                do_sample=False,
+                max_length=longest,
+            )
         translations |= zip(numbers, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True)
     return [translations[number] for number in range(len(rows))]
 

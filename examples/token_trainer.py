@@ -5,13 +5,13 @@ Shape letters: B rows, L positions, V words, T tokens, E experts, G components.
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
+from multitask_runs import eval_capacity
 from token_pairs import TokenPairs
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -59,7 +59,7 @@ class TokenPairsTrainer(MultitaskSeq2SeqTrainer):
         metrics = {f"{metric_key_prefix}_loss": float(nats_G.sum() / tokens_G.sum()), **load.means()}
         for capacity in self.eval_capacities if metrics.keys() & {"router/dropped"} else ():
             name = "no_capacity" if capacity is None else f"capacity_{capacity}".replace(".", "_")
-            with self.compute_loss_context_manager(), _eval_capacity(self.model, capacity):
+            with self.compute_loss_context_manager(), eval_capacity(self.model, capacity):
                 nats, _ = self._held_out_nats(data)
             metrics[f"{metric_key_prefix}_{name}_loss"] = float(nats.sum() / tokens_G.sum())
         metrics[f"{metric_key_prefix}_runtime"] = seconds + _now(data.device)
@@ -80,15 +80,6 @@ class TokenPairsTrainer(MultitaskSeq2SeqTrainer):
 def _factor_behind(factor: Any, first_step: int, warmup: int, step: int) -> float:
     """Of the learning rate, `step` steps behind `first_step`."""
     return float(min(1.0, step / max(1, warmup)) * factor(first_step + step))
-
-
-@contextmanager
-def _eval_capacity(model: Any, capacity: float | None) -> Iterator[None]:
-    before, model.config.eval_capacity_factor = model.config.eval_capacity_factor, capacity
-    try:
-        yield
-    finally:
-        model.config.eval_capacity_factor = before
 
 
 class ExpertLoad:
