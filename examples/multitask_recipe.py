@@ -116,13 +116,14 @@ class Start:
         sources: the runs, of the same seed.
         at: part of their steps, behind which the models are taken, from checkpoints (`save_steps` of the source);
             1 for models that are trained to their end (`save_model`).
-        criterion: of pruning.
+        criterion: of pruning, and its `scope`: see `prune_experts`.
     """
 
     method: str
     sources: "tuple[Run, ...]"
     at: float = 1.0
     criterion: str = "utilization"
+    scope: str = "global"
 
     @property
     def steps_of_sources(self) -> list[int]:

@@ -103,7 +103,7 @@ def model_folder(source: Run, steps: int) -> Path:
 
 
 def _prune(run: Run, model: Any, folders: list[Path], data: TokenPairs, tokenizer: Any) -> None:
-    """Keep as many experts in each layer as the config has, by `criterion`, of which the seed draws random ones."""
+    """Keep as many experts in each layer as the config has, by `criterion` and `scope`; the seed draws random ones."""
     assert run.start is not None
     source = ZCodeM3ForConditionalGeneration.from_pretrained(folders[0]).to(data.device)
     kept = folders[0] / "expert_statistics"  # for the other runs that are made of it
@@ -115,7 +115,12 @@ def _prune(run: Run, model: Any, folders: list[Path], data: TokenPairs, tokenize
                 collect_expert_statistics(source, tokenizer, rows, batch_size=STATISTICS_PAIRS).save(kept)
         statistics = ExpertStatistics.load(kept)
     pruned = prune_experts(
-        source, statistics, keep=model.config.num_experts, criterion=run.start.criterion, seed=run.seed
+        source,
+        statistics,
+        keep=model.config.num_experts,
+        criterion=run.start.criterion,
+        scope=run.start.scope,
+        seed=run.seed,
     )
     assert pruned.model is not None
     model.load_state_dict(pruned.model.state_dict())

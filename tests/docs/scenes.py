@@ -56,6 +56,8 @@ def make_scene(folder: Path) -> None:
     for path in (ROOT / "examples").iterdir():
         if path.name not in ("checkpoints", "data", "__pycache__"):
             (folder / "examples" / path.name).symlink_to(path)
+    (folder / "docs").mkdir()
+    (folder / "docs" / "experiments").symlink_to(ROOT / "docs" / "experiments")
     _write_data(folder)
     _write_texts(folder)
     _write_model(folder / SHIPPED)

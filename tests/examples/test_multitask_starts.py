@@ -22,7 +22,10 @@ from token_pairs import TokenPairs
 from hf_moe_ted import ExpertStatistics
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes" / "experiments"
-NAMES = ("num_experts", "pruning", "upcycling", "token_dropping", "distillation", "aggregation", "denoising")
+NAMES = (
+    *("num_experts", "pruning", "upcycling", "token_dropping", "distillation", "aggregation", "denoising"),
+    *("no_capacity", "controls", "pruning_by_language"),
+)
 STEPS = 8
 TINY: dict[str, Any] = {
     "config": {**SIZES, "num_experts": 64, "max_position_embeddings": 64},
@@ -85,7 +88,7 @@ def test_a_variant_is_the_same_in_all_recipes_of_one_folder() -> None:
     assert len({recipe["output_dir"] for recipe in recipes}) == 1
     seen: dict[str, Any] = {}
     for recipe in recipes:
-        others = {name: value for name, value in recipe.items() if name != "variants"}
+        others = {name: value for name, value in recipe.items() if name not in ("variants", "seeds")}
         for variant, fields in recipe["variants"].items():
             assert seen.setdefault(variant, (fields, others)) == (fields, others)
     methods = (variant.get("start_from", {}).get("method") for variant, _ in seen.values())
@@ -103,7 +106,7 @@ def test_a_pruned_run_goes_on_where_the_whole_one_was(folder: Path) -> None:
     router = "model.encoder.layers.1.ffn.router.weight"
     for count in (32, 16):
         kept = {}
-        for criterion in ("utilization", "random"):
+        for criterion in ("utilization", "random", "language"):
             variant = f"{count}_of_64_by_{criterion}"
             result = result_of(folder, variant)
             assert [*losses_of(result)] == [7, 8] and result["config"]["num_experts"] == count
@@ -116,9 +119,14 @@ def test_a_pruned_run_goes_on_where_the_whole_one_was(folder: Path) -> None:
             assert torch.equal(begun["model.shared.weight"], source["model.shared.weight"])
             kept[criterion] = rows
         assert kept["utilization"] != kept["random"]
-        counts = statistics.layers["model.encoder.layers.1.ffn"].num_computed.sum(dim=0)
-        removed = [expert for expert in range(64) if expert not in kept["utilization"]]
-        assert counts[kept["utilization"]].min() >= counts[removed].max()
+        of_pairs = statistics.layers["model.encoder.layers.1.ffn"].num_computed.double()
+        english = torch.tensor([source == "en" for source, _ in statistics.pairs])
+        counts = of_pairs.sum(dim=0)
+        others = (of_pairs[~english] / of_pairs[~english].sum(dim=1, keepdim=True)).sum(dim=0)
+        shares = others + of_pairs[english].sum(dim=0) / of_pairs[english].sum()  # of three source languages
+        for criterion, importance in (("utilization", counts), ("language", shares)):
+            removed = [expert for expert in range(64) if expert not in kept[criterion]]
+            assert importance[kept[criterion]].min() >= importance[removed].max() - 1e-9
 
 
 def test_batches_go_on_behind_those_of_the_sources(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
