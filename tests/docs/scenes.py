@@ -1,5 +1,6 @@
 """What a page takes for granted: files, tiny models under the names that the pages use, and names of Python."""
 
+import itertools
 import json
 import lzma
 import shutil
@@ -90,8 +91,8 @@ def scene_of(page: str, template: Path, folder: Path) -> str:
 def _write_data(folder: Path) -> None:
     """The shipped text, some short sentences of each language."""
     (folder / "examples" / "data").mkdir()
-    for split, num_rows in NUM_ROWS.items():
-        name = f"chromium_l10n.{split}.tsv.xz"
+    for text, (split, num_rows) in itertools.product(("chromium_l10n", "chromium_l10n_short"), NUM_ROWS.items()):
+        name = f"{text}.{split}.tsv.xz"
         head, *lines = lzma.decompress((ROOT / "examples" / "data" / name).read_bytes()).decode().splitlines()
         short = [line for line in lines if len(line) < 40]
         for language in sorted({line.split("\t")[0] for line in short}):

@@ -28,9 +28,14 @@ def read_rows(path: Path) -> list[tuple[str, ...]]:
     return [tuple(line.split("\t")) for line in text.removesuffix("\n").split("\n")]
 
 
+@pytest.fixture(scope="module", params=["chromium_l10n", "chromium_l10n_short"])
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def shipped() -> dict[str, list[tuple[str, ...]]]:
-    return {split: read_rows(EXAMPLES / "data" / f"chromium_l10n.{split}.tsv.xz") for split in SPLITS}
+def shipped(name: str) -> dict[str, list[tuple[str, ...]]]:
+    return {split: read_rows(EXAMPLES / "data" / f"{name}.{split}.tsv.xz") for split in SPLITS}
 
 
 def test_shipped_rows_are_complete_and_unique(shipped):
@@ -43,33 +48,44 @@ def test_shipped_rows_are_complete_and_unique(shipped):
     assert len({(lang, english) for lang, english, _ in pairs}) == len(pairs)
 
 
-def test_shipped_splits_share_no_english_string(shipped, prepare_data):
-    keys = {split: {prepare_data.split_key(english) for _, english, _ in rows[1:]} for split, rows in shipped.items()}
-    assert not keys["train"] & keys["validation"]
-    assert not keys["train"] & keys["test"]
-    assert not keys["validation"] & keys["test"]
+def test_shipped_strings_are_in_their_split(shipped, prepare_data):
+    """So that no two splits share an English string, nor a short one of one split and a long one of another."""
+    for split, rows in shipped.items():
+        keys = {prepare_data.split_key(english) for _, english, _ in rows[1:]}
+        assert {prepare_data.assign_split(key) for key in keys} == {split}
 
 
-def test_shipped_languages_and_sizes(shipped, prepare_data):
+def test_short_strings_have_files_of_their_own(shipped, name):
+    numbers = {len(english.split()) for rows in shipped.values() for _, english, _ in rows[1:]}
+    assert numbers == {1, 2} if name == "chromium_l10n_short" else min(numbers) == 3
+
+
+def test_shipped_languages_and_sizes(shipped, prepare_data, name):
     counts = {split: Counter(row[0] for row in rows[1:]) for split, rows in shipped.items()}
     for split in SPLITS:
         assert set(counts[split]) == set(prepare_data.LANGUAGES)
     assert len(prepare_data.LANGUAGES) == 15
-    assert min(counts["train"].values()) > 6000
+    assert min(counts["train"].values()) > (2000 if name == "chromium_l10n_short" else 6000)
 
     total = sum(len(rows) - 1 for rows in shipped.values())
     for split, percent in HELD_OUT_PERCENT.items():
         assert abs(100 * counts[split].total() / total - percent) < 0.5
-    size = sum((EXAMPLES / "data" / f"chromium_l10n.{split}.tsv.xz").stat().st_size for split in SPLITS)
+    size = sum((EXAMPLES / "data" / f"{name}.{split}.tsv.xz").stat().st_size for split in SPLITS)
     assert size < 4_000_000
 
 
-def test_readme_states_the_counts(shipped):
+def test_readme_states_the_counts(shipped, name):
     readme = (EXAMPLES / "data" / "README.md").read_text(encoding="utf-8")
     counts = {split: Counter(row[0] for row in rows[1:]) for split, rows in shipped.items()}
     for lang in counts["train"]:
         row = next(line for line in readme.splitlines() if line.startswith(f"| `{lang}` |"))
-        assert row.endswith(" | ".join(f"{counts[split][lang]:,}" for split in SPLITS) + " |")
+        numbers = [int(cell.replace(",", "")) for cell in row.strip("| ").split(" | ")[2:]]
+        columns = numbers[3:] if name == "chromium_l10n_short" else numbers[:3]
+        assert columns == [counts[split][lang] for split in SPLITS]
+    for split, rows in shipped.items():
+        path = EXAMPLES / "data" / f"{name}.{split}.tsv.xz"
+        strings = len({english for _, english, _ in rows[1:]})
+        assert f"| `{path.name}` | {len(rows) - 1:,} | {strings:,} | {path.stat().st_size:,} |" in readme
 
 
 def test_shipped_chinese_is_simplified(shipped, prepare_data):
