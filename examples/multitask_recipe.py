@@ -78,6 +78,13 @@ class DataArguments:
         metadata={"help": "Languages with only low_resource_pairs; their losses are reported separately."},
     )
     low_resource_pairs: int = field(default=1000, metadata={"help": "Training pairs of a low-resource language."})
+    pivoted_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the examples that translate between two languages besides English, whose text in English "
+            "is the same; a third at most. Needs train_tokens."
+        },
+    )
     denoising: bool = field(
         default=False, metadata={"help": "Denoise all training texts, also texts that are left out as pairs."}
     )
@@ -100,6 +107,10 @@ class DataArguments:
                 raise ValueError(f"{name}_tokens ({given[1]!r}) needs train_tokens, which is not given")
             if given[self.train_tokens is not None] is None:
                 raise ValueError(f"give {name}_file, or train_tokens and validation_tokens (prepare_tokens.py)")
+        if not 0 <= self.pivoted_share <= 1 / 3:
+            raise ValueError(f"pivoted_share ({self.pivoted_share}) must be between 0 and 1/3")
+        if self.pivoted_share and self.train_tokens is None:
+            raise ValueError(f"pivoted_share ({self.pivoted_share}) needs token ids: give train_tokens")
         if self.train_tokens is not None and (self.sentence_distance or self.word_dropout):
             raise ValueError("sentence_distance and word_dropout need text: give train_file, not train_tokens")
 

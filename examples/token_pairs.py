@@ -172,6 +172,28 @@ class TokenArrays:
         is_few = np.isin(self.languages[pairs_P], [list(self.tags).index(lang) for lang in languages])
         return pairs_P[~is_few | np.isin(pairs_P, self.first_pairs(num_pairs))]
 
+    def pivoted(self, pairs_P: np.ndarray, num_examples: int, seed: int = 0) -> np.ndarray:
+        """int64[Q, 2], numbers of two of these pairs, in other languages, whose English text is the same.
+
+        So multi-parallel text has translations between any two languages, not only with English (complete multilingual
+        translation, 2020.wmt-1.66). Each pair is a source at most once.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        generator = np.random.default_rng(seed)
+        order = pairs_P[np.lexsort([generator.random(len(pairs_P)), self.english[pairs_P]])]
+        of_group = self.english[order]
+        is_last = np.append(of_group[1:] != of_group[:-1], True)
+        behind = np.where(is_last, np.searchsorted(of_group, of_group), np.arange(1, len(order) + 1))
+        pivots_Q2 = np.stack([order, order[behind]], axis=1)[behind != np.arange(len(order))]
+        if num_examples > len(pivots_Q2):
+            raise ValueError(
+                f"{num_examples:,} pivoted examples are wanted, but only {len(pivots_Q2):,} texts share their English "
+                "text with one in another language: lower pivoted_share"
+            )
+        return pivots_Q2[np.sort(generator.choice(len(pivots_Q2), num_examples, replace=False))]
+
     def text(self, number: int, tokenizer: Any) -> str:
         """One of the texts."""
         return str(tokenizer.decode(self.ids[self.starts[number] : self.starts[number + 1]].tolist()))
@@ -216,12 +238,14 @@ class TokenPairs(MultitaskDataset):
     """Pairs of `TokenArrays` in both directions, as a [`MultitaskDataset`] whose batches are tensors on a device.
 
     Example `n` is pair `n` from English for `n` below P, and pair `n - P` into English from there on. Behind them are
-    the texts that are denoised.
+    translations between two other languages, and then the texts that are denoised.
 
     Args:
         arrays: the tokens.
         device: where batches are made.
         pairs: int64[P], numbers of the pairs to take, all by default.
+        pivots: int64[Q, 2], numbers of the pairs whose other texts are source and target of translations without
+            English (`TokenArrays.pivoted`); none by default.
         denoised_pairs: int64[...], numbers of the pairs whose texts are denoised, each text once; none by default.
         noise: that of denoising; a batch has the noise of its first draw's seed.
     """
@@ -232,6 +256,7 @@ class TokenPairs(MultitaskDataset):
         device: torch.device | str,
         pairs: np.ndarray | None = None,
         *,
+        pivots: np.ndarray | None = None,
         denoised_pairs: np.ndarray | None = None,
         noise: TokenNoise | None = None,
     ):
@@ -240,20 +265,24 @@ class TokenPairs(MultitaskDataset):
         self.device = torch.device(device)
         self.noise = noise
         self._pairs_P = pairs_P = np.arange(len(arrays.english)) if pairs is None else pairs
-        self.num_translated = 2 * len(pairs_P)
+        pivots_Q2 = np.empty((0, 2), dtype=np.int64) if pivots is None else pivots
+        self.num_translated = 2 * len(pairs_P) + len(pivots_Q2)
         denoised = pairs_P[:0] if denoised_pairs is None else denoised_pairs
-        english_P, other_P = arrays.english[pairs_P], arrays.num_english + pairs_P
-        texts = np.concatenate([np.unique(arrays.english[denoised]), arrays.num_english + denoised])
-        sources, targets = (np.concatenate([*sides, texts]) for sides in ((english_P, other_P), (other_P, english_P)))
-        texts_N2 = np.stack([sources, targets], axis=1)
+        pairs_P2 = np.stack([arrays.english[pairs_P], arrays.num_english + pairs_P], axis=1)
+        denoised_texts = np.concatenate([np.unique(arrays.english[denoised]), arrays.num_english + denoised])
+        parts = (pairs_P2, pairs_P2[:, ::-1], arrays.num_english + pivots_Q2, np.stack(2 * [denoised_texts], axis=1))
+        texts_N2 = np.concatenate(parts)
         languages_X = np.concatenate([np.zeros(arrays.num_english, dtype=np.int64), arrays.languages])
         languages_N2 = languages_X[texts_N2]
-        # translation from English comes first, then into English, then denoising
-        place_N = np.repeat([0, 1, 2], [len(pairs_P), len(pairs_P), len(texts)])
-        keys = place_N * len(arrays.tags) + languages_N2.max(axis=1)
+        # the components have the order of the parts, and in each of them that of the languages
+        part_N = np.repeat(np.arange(len(parts)), [*map(len, parts)])
+        shape = (len(parts), len(arrays.tags), len(arrays.tags))
+        keys = np.ravel_multi_index((part_N, *languages_N2.T), shape)
         present, self.component_numbers = np.unique(keys, return_inverse=True)
         self.component_numbers = self.component_numbers.astype(np.uint16)
-        self.components = [self._component(*divmod(int(key), len(arrays.tags))) for key in present]
+        self.components = [
+            self._component(*map(int, each)) for each in zip(*np.unravel_index(present, shape), strict=True)
+        ]
         tags_N2 = np.array(list(arrays.tags.values()))[languages_N2]
         lengths_X = np.diff(arrays.starts)
         self.lengths = (lengths_X[texts_N2] + SPECIAL_TOKENS).astype(np.int32)
@@ -281,10 +310,9 @@ class TokenPairs(MultitaskDataset):
         ]
         return rows + backwards(rows)
 
-    def _component(self, place: int, language: int) -> Component:
-        code = list(self.arrays.tags)[language]
-        src_lang, tgt_lang = (("en", code), (code, "en"), (code, code))[place]
-        return Component("denoising" if place == 2 else "translation", src_lang, tgt_lang)
+    def _component(self, part: int, source: int, target: int) -> Component:
+        codes = list(self.arrays.tags)
+        return Component("denoising" if part == 3 else "translation", codes[source], codes[target])
 
     @property
     def directions(self) -> list[str]:

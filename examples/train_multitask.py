@@ -83,10 +83,13 @@ class Tokens:
         if unknown := {*(args.languages or ())} - {*arrays.tags}:
             raise ValueError(f"{args.train_tokens} has no pairs in {sorted(unknown)}; it has {list(arrays.tags)}")
         pairs = arrays.first_pairs(args.max_pairs, args.languages)
+        translated = arrays.with_few(pairs, args.low_resource_languages, args.low_resource_pairs)
+        num_pivoted = round(2 * len(translated) * args.pivoted_share / (1 - args.pivoted_share))
         self.dataset = TokenPairs(
             arrays,
             device,
-            arrays.with_few(pairs, args.low_resource_languages, args.low_resource_pairs),
+            translated,
+            pivots=arrays.pivoted(translated, num_pivoted) if num_pivoted else None,
             denoised_pairs=pairs if args.denoising else None,
             noise=self._noise(run) if args.denoising else None,
         )

@@ -12,6 +12,7 @@ import pytest
 import torch
 import train_multitask
 from multitask_data import backwards, read_pairs
+from multitask_recipe import DataArguments
 from safetensors.torch import load_file
 from tiny_sizes import SIZES
 from tiny_tokens import prepare
@@ -127,6 +128,67 @@ def test_batches_are_those_of_the_text(folder: Path) -> None:
     assert few.first_rows(tokenizer, 3) == rows[1:4:2] + backwards(rows[1:4:2])
     assert few.directions == ["en-is", "is-en"] and few.component_numbers.tolist() == [0, 0, 1, 1]
     assert torch.equal(few.batch(np.array([1]), shape)["labels"], tokens.batch(np.array([3]), shape)["labels"])
+
+
+def test_pivots_are_two_other_languages_of_one_english_text() -> None:
+    english = np.array([0, 0, 0, 1, 2, 2, 0, 2, 3, 3])
+    languages = np.array([1, 2, 3, 1, 2, 1, 4, 4, 3, 2])
+    tags = {lang: number for number, lang in enumerate(("en", "de", "fr", "is", "ja"))}
+    arrays = TokenArrays(
+        np.arange(14, dtype=np.uint16), np.arange(15), english, languages, tags, {"eos": 2, "pad": 1}, 99
+    )
+    pairs = np.array([0, 1, 2, 3, 4, 5, 6, 7])  # of the last two texts nothing
+    drawn = [arrays.pivoted(pairs, 7, seed) for seed in range(20)]
+    for pivots in drawn:
+        assert sorted(pivots[:, 0]) == [0, 1, 2, 4, 5, 6, 7]  # pair 3 is alone with its English text
+        assert (english[pivots[:, 0]] == english[pivots[:, 1]]).all()
+        assert (languages[pivots[:, 0]] != languages[pivots[:, 1]]).all()
+    assert {target for pivots in drawn for source, target in pivots if source == 0} == {1, 2, 6}
+    assert np.array_equal(arrays.pivoted(pairs, 7), arrays.pivoted(pairs, 7))
+    assert len(arrays.pivoted(pairs, 3)) == 3
+    with pytest.raises(ValueError, match=r"8 pivoted examples are wanted, but only 7 texts.* lower pivoted_share"):
+        arrays.pivoted(pairs, 8)
+
+
+def test_batches_of_pivots_are_those_of_their_texts(folder: Path) -> None:
+    tokenizer = ZCodeM3Tokenizer.from_pretrained(folder / "tokenizer")
+    arrays = TokenArrays.load(folder / "train.npz.xz")
+    pivots = arrays.pivoted(np.arange(48), 48)
+    data = TokenPairs(arrays, "cpu", pivots=pivots)
+    names = ["en-de", "en-is", "de-en", "is-en", "de-is", "is-de"]
+    assert data.directions == names and {component.task for component in data.components} == {"translation"}
+    assert np.bincount(data.component_numbers).tolist() == [24] * 6
+    rows = read_pairs(folder / "train.tsv")
+    texts = [
+        {
+            **{"src_lang": rows[source]["tgt_lang"], "source": rows[source]["target"]},
+            **{"tgt_lang": rows[target]["tgt_lang"], "target": rows[target]["target"]},
+        }
+        for source, target in pivots.tolist()
+    ]
+    collator = DataCollatorForMultitaskSeq2Seq(tokenizer, max_length=48)
+    of_text = collator([{**row, "task": "translation", "noise_seed": 0} for row in texts])
+    shape = (of_text["input_ids"].shape[1], of_text["labels"].shape[1])
+    batch = data.batch(np.arange(96, 144), shape)
+    assert all(torch.equal(batch[name], of_text[name]) for name in ("input_ids", "attention_mask", "labels"))
+    assert np.array_equal(data.batch(np.arange(96), (48, 48))["labels"], TokenPairs(arrays, "cpu").batch(
+        np.arange(96), (48, 48))["labels"])  # fmt: skip
+
+
+def test_a_share_of_a_run_is_pivoted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--output_dir", str(folder / "pivoted"), "--pivoted_share", "0.25"]
+    [one] = train_multitask.command_of([str(folder / "recipe.json"), "--variants", "dense", *options]).runs
+    directions = np.array(train_multitask.Tokens(one).dataset.directions)
+    of_examples = directions[train_multitask.Tokens(one).dataset.component_numbers]
+    assert len(of_examples) == 96 + 32 and np.isin(of_examples, ["de-is", "is-de"]).sum() == 32
+    run(folder, monkeypatch, "pivoted", "--variants", "dense", "--pivoted_share", "0.25")
+    last = result_of(folder, "pivoted", "dense")["log_history"][-2:]
+    assert {*last[0].get("direction_losses", last[1].get("direction_losses"))} == {"en-de", "en-is", "de-en", "is-en"}
+    for share in ("0.5", "-0.1"):
+        with pytest.raises(ValueError, match=rf"pivoted_share \({share}\) must be between 0 and 1/3"):
+            train_multitask.command_of([str(folder / "recipe.json"), "--pivoted_share", share])
+    with pytest.raises(ValueError, match="needs token ids: give train_tokens"):
+        DataArguments(train_file="train.tsv", validation_file="valid.tsv", pivoted_share=0.1)
 
 
 def test_texts_are_denoised_beside_few_pairs(folder: Path) -> None:
