@@ -17,6 +17,9 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 from hf_moe_ted import MultitaskTrainingArguments, ZCodeM3Config
 
 SETTINGS = "settings.json"
+# of prune_experts
+CRITERIA = ("random", "utilization", "activity_confidence", "reap")
+SCOPES = ("global", "language_pair", "language")
 _OF_TRAINING = (
     "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "gradient_accumulation_steps", "optim",
@@ -81,8 +84,8 @@ class DataArguments:
     pivoted_share: float = field(
         default=0.0,
         metadata={
-            "help": "Share of the examples that translate between two languages besides English, whose text in English "
-            "is the same; a third at most. Needs train_tokens."
+            "help": "Share of the translations that are between two languages besides English, whose text in English "
+            "is the same; a third at most, drawn once for all seeds. Needs train_tokens, and sampling_temperature 1."
         },
     )
     denoising: bool = field(
@@ -135,6 +138,11 @@ class Start:
     at: float = 1.0
     criterion: str = "utilization"
     scope: str = "global"
+
+    def __post_init__(self) -> None:
+        for name, values in (("criterion", CRITERIA), ("scope", SCOPES)):
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} {getattr(self, name)!r} of start_from must be one of {values}")
 
     @property
     def steps_of_sources(self) -> list[int]:
@@ -391,6 +399,9 @@ def _run(recipe: dict[str, Any], overrides: list[str], variant: str, of_variant:
     model, data, training = _parser().parse_args_into_dataclasses([*argv, *overrides])
     if unknown := {*json.loads(model.config)} - {each.name for each in dataclass_fields(ZCodeM3Config)}:
         raise ValueError(f"config of {variant} has fields {sorted(unknown)}, which ZCodeM3Config has not")
+    if data.pivoted_share and training.sampling_temperature != 1:  # which draws each direction more alike
+        temperature = training.sampling_temperature
+        raise ValueError(f"pivoted_share ({data.pivoted_share}) needs a sampling_temperature of 1, not {temperature}")
     training.dataloader_pin_memory &= torch.cuda.is_available()  # without a GPU it does nothing but warn
     if data.train_tokens is not None:  # batches are made on the device
         training.dataloader_pin_memory, training.dataloader_num_workers = False, 0

@@ -82,7 +82,6 @@ class PlaceOfDropped(TrainerCallback):
             self.counts = torch.zeros_like(self.counts)
 
 
-@torch.inference_mode()
 @contextmanager
 def eval_capacity(model: Any, capacity: float | None) -> Iterator[None]:
     """Give experts another `eval_capacity_factor`; `None` for no capacity. Dense models have none."""
@@ -94,6 +93,7 @@ def eval_capacity(model: Any, capacity: float | None) -> Iterator[None]:
         model.config.eval_capacity_factor = before
 
 
+@torch.inference_mode()
 def translate(model: Any, tokenizer: Any, rows: list[Row], *, max_length: int, batch_size: int = 256) -> list[str]:
     """Greedy translations, in batches of similar length and of any languages.
 

@@ -53,19 +53,21 @@ def is_simplified_chinese(text: str) -> bool:
     return True
 
 
-def select_pairs(pairs: Iterable[Pair], languages: Iterable[str] = LANGUAGES) -> list[Pair]:
+def select_pairs(
+    pairs: Iterable[Pair], languages: Iterable[str] = LANGUAGES, *, keep_equal: bool = False
+) -> list[Pair]:
     """Keep one usable translation per language and English string, sorted by language and English string.
 
-    Dropped are pairs with an empty side, untranslated pairs and traditional Chinese. Of several translations of one
-    string the first is kept, of several into Chinese the last: the catalog lists Taiwan before the mainland, and short
-    strings in traditional Chinese can consist of characters that GB 2312 has too.
+    Dropped are pairs with an empty side, equal sides (unless `keep_equal`) and traditional Chinese. Of several
+    translations of one string the first is kept, of several into Chinese the last: the catalog lists Taiwan before the
+    mainland, and short strings in traditional Chinese can consist of characters that GB 2312 has too.
     """
     languages = frozenset(languages)
     selected: dict[tuple[str, str], Pair] = {}
     for pair in pairs:
         if pair.lang not in languages or not pair.english or not pair.target:
             continue
-        if pair.target.lower() == pair.english.lower():
+        if pair.target.lower() == pair.english.lower() and not keep_equal:
             continue
         if pair.lang != "zh":
             selected.setdefault((pair.lang, pair.english), pair)
@@ -113,14 +115,18 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "data")
     parser.add_argument("--name", default="chromium_l10n", help="first part of the names of the files written")
     parser.add_argument("--languages", nargs="+", default=LANGUAGES, help="language codes to keep")
+    parser.add_argument(
+        "--keep_equal", action="store_true", help='keep translations that equal the English, as of "OK"'
+    )
     arguments = parser.parse_args()
 
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    splits = split_pairs(select_pairs(read_catalog(arguments.catalog), arguments.languages))
-    for split, pairs in splits.items():
+    pairs = select_pairs(read_catalog(arguments.catalog), arguments.languages, keep_equal=arguments.keep_equal)
+    splits = split_pairs(pairs)
+    for split, of_split in splits.items():
         path = arguments.output_dir / f"{arguments.name}.{split}.tsv.xz"
-        write_split(path, pairs)
-        print(f"{path}: {len(pairs):,} pairs, {path.stat().st_size:,} bytes")
+        write_split(path, of_split)
+        print(f"{path}: {len(of_split):,} pairs, {path.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ class TokenArrays:
         return pairs_P[~is_few | np.isin(pairs_P, self.first_pairs(num_pairs))]
 
     def pivoted(self, pairs_P: np.ndarray, num_examples: int, seed: int = 0) -> np.ndarray:
-        """int64[Q, 2], numbers of two of these pairs, in other languages, whose English text is the same.
+        """int64[Q, 2], numbers of two of these pairs, in different languages, whose English text is the same.
 
         So multi-parallel text has translations between any two languages, not only with English (complete multilingual
         translation, 2020.wmt-1.66). Each pair is a source at most once.
@@ -186,7 +186,8 @@ class TokenArrays:
         of_group = self.english[order]
         is_last = np.append(of_group[1:] != of_group[:-1], True)
         behind = np.where(is_last, np.searchsorted(of_group, of_group), np.arange(1, len(order) + 1))
-        pivots_Q2 = np.stack([order, order[behind]], axis=1)[behind != np.arange(len(order))]
+        pivots_Q2 = np.stack([order, order[behind]], axis=1)
+        pivots_Q2 = pivots_Q2[np.not_equal(*self.languages[pivots_Q2].T)]  # one language can have two translations
         if num_examples > len(pivots_Q2):
             raise ValueError(
                 f"{num_examples:,} pivoted examples are wanted, but only {len(pivots_Q2):,} texts share their English "

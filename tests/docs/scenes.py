@@ -90,8 +90,8 @@ def scene_of(page: str, template: Path, folder: Path) -> str:
 
 def _write_data(folder: Path) -> None:
     """The shipped text, some short sentences of each language."""
-    (folder / "examples" / "data").mkdir()
-    for text, (split, num_rows) in itertools.product(("chromium_l10n", "chromium_l10n_short"), NUM_ROWS.items()):
+    (folder / "examples" / "data" / "short").mkdir(parents=True)
+    for text, (split, num_rows) in itertools.product(("chromium_l10n", "short/chromium_l10n_short"), NUM_ROWS.items()):
         name = f"{text}.{split}.tsv.xz"
         head, *lines = lzma.decompress((ROOT / "examples" / "data" / name).read_bytes()).decode().splitlines()
         short = [line for line in lines if len(line) < 40]

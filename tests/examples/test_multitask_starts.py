@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import experiment_report
+import multitask_starts
 import pytest
 import torch
 import train_multitask
@@ -19,7 +20,7 @@ from tiny_sizes import SIZES
 from tiny_tokens import prepare
 from token_pairs import TokenPairs
 
-from hf_moe_ted import ExpertStatistics
+from hf_moe_ted import ExpertStatistics, prune_experts
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes" / "experiments"
 NAMES = (
@@ -106,7 +107,7 @@ def test_a_pruned_run_goes_on_where_the_whole_one_was(folder: Path) -> None:
     router = "model.encoder.layers.1.ffn.router.weight"
     for count in (32, 16):
         kept = {}
-        for criterion in ("utilization", "random", "language"):
+        for criterion in ("utilization", "random"):
             variant = f"{count}_of_64_by_{criterion}"
             result = result_of(folder, variant)
             assert [*losses_of(result)] == [7, 8] and result["config"]["num_experts"] == count
@@ -119,14 +120,34 @@ def test_a_pruned_run_goes_on_where_the_whole_one_was(folder: Path) -> None:
             assert torch.equal(begun["model.shared.weight"], source["model.shared.weight"])
             kept[criterion] = rows
         assert kept["utilization"] != kept["random"]
-        of_pairs = statistics.layers["model.encoder.layers.1.ffn"].num_computed.double()
-        english = torch.tensor([source == "en" for source, _ in statistics.pairs])
-        counts = of_pairs.sum(dim=0)
-        others = (of_pairs[~english] / of_pairs[~english].sum(dim=1, keepdim=True)).sum(dim=0)
-        shares = others + of_pairs[english].sum(dim=0) / of_pairs[english].sum()  # of three source languages
-        for criterion, importance in (("utilization", counts), ("language", shares)):
-            removed = [expert for expert in range(64) if expert not in kept[criterion]]
-            assert importance[kept[criterion]].min() >= importance[removed].max() - 1e-9
+        counts = statistics.layers["model.encoder.layers.1.ffn"].num_computed.sum(dim=0)
+        removed = [expert for expert in range(64) if expert not in kept["utilization"]]
+        assert counts[kept["utilization"]].min() >= counts[removed].max()
+
+
+def test_languages_can_be_counted_alike(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        multitask_starts,
+        "prune_experts",
+        lambda *args, **options: asked.append(options) or prune_experts(*args, **options),
+    )
+    shutil.copytree(folder / "runs" / "64_experts", folder / "alike" / "64_experts")
+    for recipe, variant in (("pruning_by_language", "16_of_64_by_language"), ("pruning", "16_of_64_by_utilization")):
+        run(folder, recipe, "--variants", variant, output="alike")
+    assert [(options["scope"], options["criterion"], options["keep"]) for options in asked] == [
+        ("language", "utilization", 16),
+        ("global", "utilization", 16),
+    ]
+
+
+@pytest.mark.parametrize(("name", "value"), [("scope", "langauge"), ("criterion", "utilizaton")])
+def test_a_misspelt_way_of_pruning_is_refused_before_any_training(folder: Path, name: str, value: str) -> None:
+    start = {"method": "prune", "variants": ["64_experts"], "at": 0.8, name: value}
+    recipe = {"base": str(folder / "pruning.json"), "variants": {"64_experts": "base", "pruned": {"start_from": start}}}
+    (folder / "misspelt.json").write_text(json.dumps(recipe))
+    with pytest.raises(ValueError, match=f"{name} '{value}' of start_from must be"):
+        train_multitask.command_of([str(folder / "misspelt.json")])
 
 
 def test_batches_go_on_behind_those_of_the_sources(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

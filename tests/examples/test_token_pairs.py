@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,10 @@ def test_pivots_are_two_other_languages_of_one_english_text() -> None:
     assert len(arrays.pivoted(pairs, 3)) == 3
     with pytest.raises(ValueError, match=r"8 pivoted examples are wanted, but only 7 texts.* lower pivoted_share"):
         arrays.pivoted(pairs, 8)
+    twice = replace(arrays, languages=np.array([1, 1, 1, 1, 2, 1, 1, 4, 3, 2]))  # the first text has one language
+    assert {source for source, _ in twice.pivoted(pairs, 2)} <= {4, 5, 7}
+    with pytest.raises(ValueError, match="but only 3 texts"):
+        replace(arrays, languages=np.array([1, 1, 1, 1, 2, 3, 1, 4, 3, 2])).pivoted(pairs, 4)
 
 
 def test_batches_of_pivots_are_those_of_their_texts(folder: Path) -> None:
@@ -187,6 +192,9 @@ def test_a_share_of_a_run_is_pivoted(folder: Path, monkeypatch: pytest.MonkeyPat
     for share in ("0.5", "-0.1"):
         with pytest.raises(ValueError, match=rf"pivoted_share \({share}\) must be between 0 and 1/3"):
             train_multitask.command_of([str(folder / "recipe.json"), "--pivoted_share", share])
+    with pytest.raises(ValueError, match=r"pivoted_share \(0.2\) needs a sampling_temperature of 1, not 5.0"):
+        command = [str(folder / "recipe.json"), "--pivoted_share", "0.2", "--sampling_temperature", "5"]
+        train_multitask.command_of(command)
     with pytest.raises(ValueError, match="needs token ids: give train_tokens"):
         DataArguments(train_file="train.tsv", validation_file="valid.tsv", pivoted_share=0.1)
 
