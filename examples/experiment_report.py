@@ -251,7 +251,9 @@ def rows_of(runs: dict[str, list[dict[str, Any]]], reference: str, best: str | N
         if "learning_rate" in results[0]:
             row["learning rate"] = f"{results[0]['learning_rate']:g}"
         for name, title in (("router/dropped", "dropped"), ("router/load_max", "busiest expert")):
-            values = [last_of(result, name) for result in results]
+            values = [
+                None if name == "router/dropped" and drops_none(result) else last_of(result, name) for result in results
+            ]
             row[title] = mean_and_spread([v for v in values if v is not None]) if None not in values else "-"
         rows.append(row)
     return rows
@@ -273,6 +275,11 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
             axis.grid(alpha=0.3, which="both")
         row[0].legend()
     figure.savefig(path, dpi=120)
+
+
+def drops_none(result: dict[str, Any]) -> bool:
+    """Whether its numbers are of evaluations (`TokenPairsTrainer`) without a capacity."""
+    return "held_out_tokens" in result and result["config"].get("eval_capacity_factor") is None
 
 
 def ratio_lines(runs: dict[str, list[dict[str, Any]]], reference: str) -> list[str]:
@@ -343,8 +350,9 @@ def write_report(
         padding), {first["device"]}, torch {first["torch"]}. Losses are cross-entropies of the validation set in nats
         per token, steps those to the mean last loss of `{reference}`; in parentheses is their distance from it seed by
         seed; seconds are without evaluation; "dropped" and "busiest expert" (1 is an even share) are
-        means over the sparse layers at the end of training. Steps and seconds of runs that have begun with models of
-        others ("loss at start") count from the beginning of these."""
+        means over the sparse layers at the end, in evaluation where the text is token ids, else in training. Steps
+        and seconds of runs that have begun with models of others ("loss at start") count from
+        the beginning of these."""
     lines += ["", *textwrap.wrap(" ".join(notes.split()), 120), "", "![Losses](curves.png)"]
     lines += score_lines(runs)
     lines += ratio_lines(runs, reference)

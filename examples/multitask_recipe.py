@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from multitask_data import content_hash
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from hf_moe_ted import MultitaskTrainingArguments, ZCodeM3Config
@@ -23,7 +24,7 @@ SCOPES = ("global", "language_pair", "language")
 _OF_TRAINING = (
     "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "gradient_accumulation_steps", "optim",
-    "label_smoothing_factor", "seed",
+    "label_smoothing_factor", "seed", "data_seed",
 )  # fmt: skip
 _OF_MEASUREMENT = ("max_eval_samples", "max_test_samples", "eval_capacities", "save_model", "cuda_graphs", "pilot")
 
@@ -114,6 +115,8 @@ class DataArguments:
             raise ValueError(f"pivoted_share ({self.pivoted_share}) must be between 0 and 1/3")
         if self.pivoted_share and self.train_tokens is None:
             raise ValueError(f"pivoted_share ({self.pivoted_share}) needs token ids: give train_tokens")
+        if self.train_tokens is not None and self.train_file is not None:
+            raise ValueError(f"train_tokens ({self.train_tokens}) stands for train_file ({self.train_file}): give one")
         if self.train_tokens is not None and (self.sentence_distance or self.word_dropout):
             raise ValueError("sentence_distance and word_dropout need text: give train_file, not train_tokens")
 
@@ -217,7 +220,11 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Fields that change the trained model, but for where files are, as they are in JSON."""
+        """Fields that change the trained model, as they are in JSON.
+
+        Hashes stand for the files of training text. Where models and tokenizers are does not count, and the learning
+        rate of a run with pilots is what they try.
+        """
         of_trainer = {each.name for each in dataclass_fields(Seq2SeqTrainingArguments)}
         named = {
             name: value
@@ -226,6 +233,10 @@ class Run:
             and name not in _OF_MEASUREMENT
             and not name.endswith(("_file", "_tokens", "_or_path"))
         }
+        text = self.data.train_file if self.data.train_tokens is None else self.data.train_tokens
+        named["training_text"] = content_hash(str(text))
+        if self.pilots:
+            named["learning_rate"] = [[each.training.learning_rate, each.training.max_steps] for each in self.pilots]
         return json.loads(json.dumps(named))
 
     @property
@@ -237,7 +248,10 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """What a run has left that is done."""
         path = self.folder / "result.json"
-        result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        try:
+            result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no JSON ({error}): remove it, and the run is trained again") from None
         return result if result.get("is_done", bool(result)) else None
 
 
@@ -302,6 +316,13 @@ class _Experiment:
         self.tiers = self.fields.pop("tiers", {})
         self.seeds: list[int] = self.fields.pop("seeds", [self.fields.get("seed", 0)])
         self.pilot = self.fields.pop("pilot", None)
+        if not isinstance(self.seeds, list) or not all(isinstance(seed, int) for seed in self.seeds):
+            raise ValueError(f"seeds of {path} ({self.seeds}) must be a list of whole numbers, such as [0, 1]")
+        if self.pilot and not _is_pilot(self.pilot):
+            raise ValueError(
+                f"pilot of {path} ({self.pilot}) must have a list of numbers as learning_rate, and other fields of a "
+                'run, such as {"learning_rate": [0.001, 0.002], "max_steps": 400}'
+            )
         if any(argument.split("=")[0] == "--learning_rate" for argument in overrides):
             self.pilot = None
 
@@ -336,8 +357,15 @@ class _Experiment:
         for rate in self.pilot["learning_rate"]:
             overrides = [*self.overrides, *fixed, "--learning_rate", str(rate)]
             run = _run(self.fields, overrides, variant, self.variants[variant], self.seeds[0])
+            if run.training.eval_strategy == "no":
+                raise ValueError(f"pilot of {self.path} chooses by held-out losses: give eval_strategy and eval_steps")
             run.training.output_dir = str(run.folder.with_name(f"pilot_{rate}"))
             yield run
+
+
+def _is_pilot(pilot: Any) -> bool:
+    rates = pilot.get("learning_rate") if isinstance(pilot, dict) else None
+    return isinstance(rates, list) and bool(rates) and all(isinstance(rate, (int, float)) for rate in rates)
 
 
 def _start(variant: str, fields: dict[str, Any], sources: list[Run]) -> Start | None:

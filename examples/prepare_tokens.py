@@ -56,9 +56,13 @@ def main() -> None:
     if not 0 < arguments.bpe_dropout < 1:
         raise ValueError(f"--bpe_dropout ({arguments.bpe_dropout}) must be between 0 and 1, such as 0.1")
 
+    names = [path.name.removesuffix(".xz").removesuffix(".tsv") for path in arguments.files]
+    if len({*names}) < len(names):
+        raise ValueError(f"files {list(map(str, arguments.files))} need different names: each makes NAME.npz.xz")
+
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = None if arguments.tokenizer is None else ZCodeM3Tokenizer.from_pretrained(arguments.tokenizer)
-    for path in arguments.files:
+    for path, name in zip(arguments.files, names, strict=True):
         pairs = read_pairs(path, arguments.languages)
         if arguments.max_pairs is not None:
             pairs = first_pairs(pairs, arguments.max_pairs)
@@ -68,13 +72,18 @@ def main() -> None:
             tokenizer = ZCodeM3Tokenizer(languages=languages).train_new_from_iterator(
                 texts[:: max(1, len(texts) // arguments.tokenizer_texts)], arguments.vocab_size
             )
+            if len(tokenizer) > arguments.vocab_size:
+                raise ValueError(
+                    f"--vocab_size ({arguments.vocab_size}) must be at least {len(tokenizer)}, for bytes, tags and "
+                    "special tokens"
+                )
             tokenizer.save_pretrained(arguments.output_dir / "tokenizer")
         arrays = TokenArrays.of(pairs, tokenizer, arguments.max_length)
         if path == arguments.files[0] and arguments.segmentations > 1:
             cut_anew = with_bpe_dropout(tokenizer, arguments.bpe_dropout)
             copies = [TokenArrays.of(pairs, cut_anew, arguments.max_length) for _ in range(arguments.segmentations - 1)]
             arrays = TokenArrays.joined([arrays, *copies])
-        written = arguments.output_dir / f"{path.name.removesuffix('.xz').removesuffix('.tsv')}.npz.xz"
+        written = arguments.output_dir / f"{name}.npz.xz"
         arrays.save(written)
         print(
             f"{written}: {len(arrays.english):,} of {len(pairs):,} pairs, {arrays.num_english:,} English texts, "

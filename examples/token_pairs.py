@@ -8,6 +8,7 @@ Shape letters: P pairs, N examples (2 P, both directions), X texts, S tokens of 
 components.
 """
 
+import hashlib
 import io
 import json
 import lzma
@@ -44,6 +45,7 @@ class TokenArrays:
         tags: id of the tag of each language by its code, "en" first.
         special_ids: ids of `eos` and `pad`.
         vocab_size: of the tokenizer.
+        vocabulary: hash of its tokens and their ids; `None` in files of before, which are not compared.
     """
 
     ids: np.ndarray
@@ -53,6 +55,7 @@ class TokenArrays:
     tags: dict[str, int]
     special_ids: dict[str, int]
     vocab_size: int
+    vocabulary: str | None = None
 
     @classmethod
     def of(cls, pairs: Sequence[Row], tokenizer: Any, max_length: int) -> "TokenArrays":
@@ -87,6 +90,7 @@ class TokenArrays:
             tags={lang: _tag_of(tokenizer, lang) for lang in languages},
             special_ids={"eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id},
             vocab_size=len(tokenizer),
+            vocabulary=_hash_of_vocabulary(tokenizer),
         )
 
     @classmethod
@@ -98,7 +102,7 @@ class TokenArrays:
         """
         first = several[0]
         for other in several[1:]:
-            if differences := first.differences(other):
+            if differences := first.differences(other) or other.differences(first):
                 raise ValueError(f"the arrays have other languages or tokenizers: they differ in {differences}")
         ids = [np.split(each.ids, [each.starts[each.num_english]]) for each in several]
         lengths = [np.split(np.diff(each.starts), [each.num_english]) for each in several]
@@ -114,15 +118,28 @@ class TokenArrays:
     @property
     def about(self) -> dict[str, Any]:
         """What arrays of one tokenizer and the same languages have in common."""
-        return {"tags": self.tags, "special_ids": self.special_ids, "vocab_size": self.vocab_size}
+        names = ("tags", "special_ids", "vocab_size", "vocabulary")
+        return {name: getattr(self, name) for name in names}
 
     def differences(self, other: "TokenArrays") -> dict[str, Any]:
-        """What of `about` is not the same: tags and special tokens of one alone, or both sizes; empty if all is."""
-        return {
-            name: sorted(mine.items() ^ its.items()) if isinstance(mine, dict) else (mine, its)
-            for (name, mine), its in zip(self.about.items(), other.about.values(), strict=True)
-            if mine != its
-        }
+        """What of `about` is not the same in arrays with at least these languages; empty if all is.
+
+        Of tags and special tokens those that `other` lacks, of all else both values.
+        """
+        return _differences(self.about, other.about)
+
+    def differences_to(self, tokenizer: Any) -> dict[str, Any]:
+        """What of `about` is not the same in a tokenizer; empty if it can be the one that made the ids."""
+        known = {*tokenizer.lang_code_to_id}
+        return _differences(
+            self.about,
+            {
+                "tags": {lang: tokenizer.get_lang_id(lang) for lang in self.tags if lang in known},
+                "special_ids": {"eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id},
+                "vocab_size": len(tokenizer),
+                "vocabulary": _hash_of_vocabulary(tokenizer),
+            },
+        )
 
     def save(self, path: Path) -> None:
         """Write one xz file, as small as the text compressed by xz."""
@@ -142,7 +159,11 @@ class TokenArrays:
     @classmethod
     def load(cls, path: str | Path) -> "TokenArrays":
         """Read what `save` has written."""
-        with np.load(io.BytesIO(lzma.decompress(Path(path).read_bytes()))) as arrays:
+        try:
+            content = lzma.decompress(Path(path).read_bytes())
+        except lzma.LZMAError as error:
+            raise ValueError(f"{path} is no file of prepare_tokens.py: {error}") from None
+        with np.load(io.BytesIO(content)) as arrays:
             about = json.loads(str(arrays["about"]))
             return cls(
                 ids=arrays["ids"],
@@ -198,6 +219,19 @@ class TokenArrays:
     def text(self, number: int, tokenizer: Any) -> str:
         """One of the texts."""
         return str(tokenizer.decode(self.ids[self.starts[number] : self.starts[number + 1]].tolist()))
+
+
+def _differences(about: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: sorted(mine.items() - other[name].items()) if isinstance(mine, dict) else (mine, other[name])
+        for name, mine in about.items()
+        if (not mine.items() <= other[name].items() if isinstance(mine, dict) else mine != other[name])
+        and None not in (mine, other[name])
+    }
+
+
+def _hash_of_vocabulary(tokenizer: Any) -> str:
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def _english_first(parts: Sequence[list[np.ndarray]]) -> np.ndarray:

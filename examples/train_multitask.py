@@ -47,7 +47,7 @@ import torch
 from accelerate import PartialState
 from distillation import DistillationTrainer
 from multitask_claims import claimed_runs, failure_noted, shared
-from multitask_data import backwards, first_pairs, monolingual, read_pairs
+from multitask_data import backwards, content_hash, first_pairs, monolingual, read_pairs
 from multitask_plan import print_plan
 from multitask_recipe import SETTINGS, DataArguments, Run, command_of
 from multitask_runs import PlaceOfDropped, Seconds, TimeLimit, translate, write_json
@@ -83,6 +83,7 @@ class Tokens:
         if unknown := {*(args.languages or ())} - {*arrays.tags}:
             raise ValueError(f"{args.train_tokens} has no pairs in {sorted(unknown)}; it has {list(arrays.tags)}")
         pairs = arrays.first_pairs(args.max_pairs, args.languages)
+        check_low_resource(args, {*arrays.tags} - {"en"})
         translated = arrays.with_few(pairs, args.low_resource_languages, args.low_resource_pairs)
         num_pivoted = round(2 * len(translated) * args.pivoted_share / (1 - args.pivoted_share))
         self.dataset = TokenPairs(
@@ -94,15 +95,30 @@ class Tokens:
             noise=self._noise(run) if args.denoising else None,
         )
         of_validation = TokenArrays.load(str(args.validation_tokens))
-        if differences := arrays.differences(of_validation):
+        if differences := of_validation.differences(arrays):
             raise ValueError(
                 f"{args.train_tokens} and {args.validation_tokens} differ in {differences}: make both in one call of "
                 "prepare_tokens.py"
             )
+        if differences := arrays.differences_to(ZCodeM3Tokenizer.from_pretrained(tokenizer_folder(run))):
+            raise ValueError(
+                f"{args.train_tokens} was made with another tokenizer than {tokenizer_folder(run)}: they differ in "
+                f"{differences}"
+            )
+        if (longest := int(self.dataset.lengths.max())) > args.max_length:
+            raise ValueError(
+                f"{args.train_tokens} has texts of {longest} tokens, more than max_length ({args.max_length}): give a "
+                "max_length that they have, or prepare_tokens.py --max_length"
+            )
         self.validation: Any = TokenPairs(
             of_validation, device, of_validation.first_pairs(args.max_eval_samples, args.languages)
         )
-        rows = [] if args.validation_file is None else read_pairs(args.validation_file, args.languages)
+        test_file = args.validation_file if args.test_file is None else args.test_file
+        rows = [] if test_file is None else read_pairs(test_file, args.languages)
+        if args.max_test_samples and not rows:
+            raise ValueError(
+                f"max_test_samples ({args.max_test_samples}) needs text: give test_file or validation_file"
+            )
         self.test = first_pairs(rows[::-1], args.max_test_samples)
 
     def _noise(self, run: Run) -> TokenNoise:
@@ -118,12 +134,18 @@ class Tokens:
         }
 
 
+def check_low_resource(args: DataArguments, languages: set[str]) -> None:
+    if unknown := {*args.low_resource_languages} - languages:
+        raise ValueError(f"low_resource_languages {sorted(unknown)} have no pairs; there are {sorted(languages)}")
+
+
 class Text:
     """The text of a run, read once for all runs that take the same."""
 
     def __init__(self, args: DataArguments):
         self.all_pairs = read_pairs(str(args.train_file), args.languages)
         pairs = self.all_pairs if args.max_pairs is None else first_pairs(self.all_pairs, args.max_pairs)
+        check_low_resource(args, {row["tgt_lang"] for row in pairs})
         self.pairs = first_pairs(pairs, args.low_resource_pairs, args.low_resource_languages)
         self.dataset = MultitaskDataset(
             translation=self.pairs,
@@ -152,13 +174,12 @@ def tokenizer_of(run: Run, text: Text | Tokens) -> Any:
     Raises:
         ValueError: token ids without the tokenizer that made them.
     """
+    if isinstance(text, Tokens):
+        return ZCodeM3Tokenizer.from_pretrained(tokenizer_folder(run))
     name = run.model.tokenizer_name_or_path or run.model.model_name_or_path
-    if isinstance(text, Tokens) and run.model.tokenizer_name_or_path is None:
-        raise ValueError("train_tokens needs tokenizer_name_or_path, the tokenizer that prepare_tokens.py has written")
     if name is not None:
         return ZCodeM3Tokenizer.from_pretrained(name)
-    assert isinstance(text, Text)
-    key = f"{run.data.train_file} {run.data.languages} {run.model.tokenizer_texts}"
+    key = f"{content_hash(str(run.data.train_file))} {run.data.languages} {run.model.tokenizer_texts}"
     kept = run.kept_folder / f"tokenizer_{run.model.vocab_size}_{short_hash(key)}"
     with shared(kept):
         if kept.is_dir():
@@ -169,6 +190,13 @@ def tokenizer_of(run: Run, text: Text | Tokens) -> Any:
         tokenizer = tokenizer.train_new_from_iterator(texts[::step], run.model.vocab_size)
         tokenizer.save_pretrained(kept)
     return tokenizer
+
+
+def tokenizer_folder(run: Run) -> str:
+    """The tokenizer of token ids."""
+    if run.model.tokenizer_name_or_path is None:
+        raise ValueError("train_tokens needs tokenizer_name_or_path, the tokenizer that prepare_tokens.py has written")
+    return run.model.tokenizer_name_or_path
 
 
 def config_of(run: Run, tokenizer: Any) -> ZCodeM3Config:
@@ -246,7 +274,8 @@ def lengths_of(text: Text | Tokens, run: Run, tokenizer: Any) -> np.ndarray:
     """Tokens of the training examples, which are counted once and kept beside the runs."""
     if isinstance(text, Tokens):
         return text.dataset.lengths
-    key = f"{run.data} {run.model.tokenizer_name_or_path} {run.model.model_name_or_path} {run.model.vocab_size}"
+    about = (run.data, content_hash(str(run.data.train_file)), run.model.tokenizer_name_or_path)
+    key = f"{about} {run.model.model_name_or_path} {run.model.vocab_size}"
     path = run.kept_folder / f"token_lengths_{short_hash(key)}.npy"
     with shared(path):
         if not path.is_file():

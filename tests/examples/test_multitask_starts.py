@@ -307,6 +307,7 @@ def test_recipes_that_would_share_a_folder_must_agree(folder: Path) -> None:
 
 def test_pilots_and_needed_runs_of_one_folder_must_agree(tmp_path: Path) -> None:
     fields = {"train_tokens": "a", "validation_tokens": "b", "max_steps": 4, "report_to": "none"}
+    fields |= {"eval_strategy": "steps", "eval_steps": 2}
     variants = {"one": {}, "two": {"teacher": "one"}}
 
     def command(*others: dict[str, Any], variants: dict[str, Any] = variants) -> None:
@@ -356,20 +357,23 @@ def test_what_is_missing_is_named(folder: Path) -> None:
         ({"start_from": {"variants": ["one"], "method": "prune", "keep": 3}}, "unexpected keyword argument 'keep'"),
         ({"teacher": "two"}, r"needs \['two'\]; there are \['one', 'other'\]"),
         ({"teacher": "one", "max_steps": -1}, r"needs max_steps \(-1\)"),
-        ({"teacher": "one", "train_tokens": None, "validation_tokens": None}, "need token ids: give train_tokens"),
+        (
+            {"teacher": "one", "train_tokens": None, "validation_tokens": None, "train_file": "a"},
+            "need token ids: give train_tokens",
+        ),
     ],
 )
 def test_what_a_variant_cannot_start_from(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     recipe = {"train_tokens": "a", "validation_tokens": "b", "max_steps": 4, "report_to": "none"}
     (tmp_path / "recipe.json").write_text(json.dumps({**recipe, "variants": {"one": {}, "other": fields}}))
-    files = ["--train_file", "a", "--validation_file", "b"]
     with pytest.raises(ValueError, match=message):
-        train_multitask.command_of([str(tmp_path / "recipe.json"), *files])
+        train_multitask.command_of([str(tmp_path / "recipe.json"), "--validation_file", "b"])
 
 
 def test_a_pilot_knows_no_learning_rate_of_other_runs(tmp_path: Path) -> None:
     recipe = {"train_tokens": "a", "validation_tokens": "b", "max_steps": 4, "report_to": "none"}
     recipe |= {"pilot": {"learning_rate": [0.1]}, "variants": {"one": {}, "other": {"teacher": "one"}}}
+    recipe |= {"eval_strategy": "steps", "eval_steps": 2}
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     with pytest.raises(ValueError, match=r"pilot does not go with other, which needs \['one'\]"):
         train_multitask.command_of([str(tmp_path / "recipe.json")])

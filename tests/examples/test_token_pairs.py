@@ -199,6 +199,69 @@ def test_a_share_of_a_run_is_pivoted(folder: Path, monkeypatch: pytest.MonkeyPat
         DataArguments(train_file="train.tsv", validation_file="valid.tsv", pivoted_share=0.1)
 
 
+def test_ids_of_another_tokenizer_are_refused(folder: Path, tmp_path: Path) -> None:
+    tokenizer = ZCodeM3Tokenizer.from_pretrained(folder / "tokenizer")
+    arrays = TokenArrays.load(folder / "train.npz.xz")
+    assert arrays.differences_to(tokenizer) == {}
+    other = tokenizer.train_new_from_iterator(["other words, other merges"] * 9, len(tokenizer))
+    assert "vocabulary" in arrays.differences_to(other)
+    assert replace(arrays, vocabulary=None).differences_to(tokenizer) == {}  # a file of before
+    other.save_pretrained(tmp_path)
+    command = train_multitask.command_of([str(folder / "recipe.json"), "--tokenizer_name_or_path", str(tmp_path)])
+    with pytest.raises(ValueError, match=r"was made with another tokenizer than .*'vocabulary'"):
+        train_multitask.Tokens(command.runs[0])
+
+
+def test_validation_may_lack_a_language(folder: Path) -> None:
+    arrays = TokenArrays.load(folder / "train.npz.xz")
+    fewer = replace(arrays, tags={lang: arrays.tags[lang] for lang in ("en", "de")})
+    assert fewer.differences(arrays) == {}
+    assert [*arrays.differences(fewer)["tags"]] == [("is", arrays.tags["is"])]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max_length", "4"], r"has texts of \d+ tokens, more than max_length \(4\)"),
+        (["--train_file", "train.tsv"], "stands for train_file .*: give one"),
+        (["--train_tokens", "RECIPE"], "is no file of prepare_tokens.py"),
+        (["--test_file", "RECIPE", "--max_test_samples", "1"], r"line 1 of .* has 1 columns"),
+    ],
+)
+def test_what_token_ids_do_not_have_is_refused(folder: Path, options: list[str], message: str) -> None:
+    options = [str(folder / "recipe.json") if option == "RECIPE" else option for option in options]
+    with pytest.raises(ValueError, match=message):
+        train_multitask.Tokens(train_multitask.command_of([str(folder / "recipe.json"), *options]).runs[0])
+
+
+def test_prepared_files_need_names_of_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "train.tsv").write_text((folder / "valid.tsv").read_text())
+    argv = ["prepare_tokens.py", str(folder / "train.tsv"), str(tmp_path / "train.tsv"), "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(ValueError, match="need different names"):
+        prepare_tokens.main()
+    monkeypatch.setattr(sys, "argv", [*argv[:2], *argv[3:], "--vocab_size", "100"])
+    with pytest.raises(ValueError, match=r"--vocab_size \(100\) must be at least \d+"):
+        prepare_tokens.main()
+
+
+def test_a_pilot_belongs_to_the_settings_of_its_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = ["--variants", "dense", "--max_seconds", "0.1"]
+    run(folder, monkeypatch, "rates", "--variants", "dense")
+    (folder / "rates" / "dense" / "seed_3" / "result.json").unlink()
+    run(folder, monkeypatch, "rates", *stopped)  # the same command goes on
+    (folder / "rates" / "dense" / "seed_3" / "result.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="was begun with learning_rate"):
+        run(folder, monkeypatch, "rates", *stopped, "--learning_rate", "0.01")
+
+
+def test_a_share_that_is_dropped_needs_a_capacity_in_evaluation() -> None:
+    result = {"held_out_tokens": {}, "config": {"eval_capacity_factor": None}}
+    assert experiment_report.drops_none(result)
+    assert not experiment_report.drops_none({**result, "config": {"eval_capacity_factor": 2.0}})
+    assert not experiment_report.drops_none({"config": {}})
+
+
 def test_texts_are_denoised_beside_few_pairs(folder: Path) -> None:
     arrays = TokenArrays.load(folder / "train.npz.xz")
     all_pairs = arrays.first_pairs(None)

@@ -105,6 +105,80 @@ def test_dry_run_prints_the_plan(
     assert "signatures" not in printed
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "language\tsource\ttarget\nde\tTab\tTab\n",
+            "line 1 of .* begins with 'language', but must begin with the code",
+        ),
+        ("de\tTab\tTab\nen\tColor\tColour\n", "line 2 of .* begins with 'en'"),
+        ("lang\tenglish\ttarget\n", "has no pairs"),
+        ("de\tTab\n", "line 1 of .* has 2 columns"),
+    ],
+)
+def test_what_is_no_file_of_pairs_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "pairs.tsv").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_pairs(tmp_path / "pairs.tsv")
+
+
+def test_files_of_windows_have_the_same_pairs(tmp_path: Path) -> None:
+    text = "lang\tenglish\ttarget\nde\tTab\tReiter\nzh-CN\tTab\t标签\n"
+    (tmp_path / "pairs.tsv").write_bytes(text.encode())
+    (tmp_path / "windows.tsv").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert len(read_pairs(tmp_path / "pairs.tsv")) == 2
+    assert read_pairs(tmp_path / "windows.tsv") == read_pairs(tmp_path / "pairs.tsv")
+
+
+def test_lengths_and_tokenizer_are_those_of_the_text_as_it_is(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("train.tsv.xz", "validation.tsv", "recipe.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    run(tmp_path, monkeypatch, "--variants", "dense", "--seeds", "0")
+    kept = {path.name for path in (tmp_path / "runs").glob("*_*")}
+    rows = lzma.decompress((tmp_path / "train.tsv.xz").read_bytes()).decode().replace("hapa", "hapa hapa hapa")
+    (tmp_path / "train.tsv.xz").write_bytes(lzma.compress(rows.encode()))
+    with pytest.raises(ValueError, match=r"was begun with training_text '\w+', not '\w+'"):
+        run(tmp_path, monkeypatch, "--variants", "dense", "--seeds", "0")
+    run(tmp_path, monkeypatch, "--variants", "dense", "--seeds", "1")
+    assert len({path.name for path in (tmp_path / "runs").glob("*_*")}) == 2 * len(kept) > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"seeds": 2}, r"seeds of .* \(2\) must be a list of whole numbers"),
+        ({"pilot": {"learning_rates": [0.1]}}, "must have a list of numbers as learning_rate"),
+        ({"pilot": {"learning_rate": 0.1}}, "must have a list of numbers as learning_rate"),
+        ({"pilot": {"learning_rate": [0.1]}, "eval_strategy": "no"}, "give eval_strategy and eval_steps"),
+        (
+            {"low_resource_languages": ["sv"]},
+            r"low_resource_languages \['sv'\] have no pairs; there are \['de', 'is'\]",
+        ),
+    ],
+)
+def test_wrong_fields_of_recipes_are_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], message: str
+) -> None:
+    for name in ("train.tsv.xz", "validation.tsv"):
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "recipe.json").write_text(json.dumps({**RECIPE, **fields}))
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, monkeypatch, "--dry_run")
+
+
+def test_a_result_that_is_no_json_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = tmp_path / "runs" / "dense" / "seed_0" / "result.json"
+    result.parent.mkdir(parents=True)
+    result.write_text("{")
+    for name in ("train.tsv.xz", "validation.tsv", "recipe.json"):
+        (tmp_path / name).symlink_to(folder / name)
+    with pytest.raises(ValueError, match=r"result\.json is no JSON .*: remove it"):
+        run(tmp_path, monkeypatch)
+
+
 def test_dry_run_prints_the_shapes_of_batches(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
