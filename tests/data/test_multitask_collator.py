@@ -10,7 +10,12 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import NllbTokenizer, PreTrainedTokenizerFast
 
-from hf_moe_ted import DataCollatorForMultitaskSeq2Seq, DenoisingNoise, ZCodeM3ForConditionalGeneration
+from hf_moe_ted import (
+    DataCollatorForMultitaskSeq2Seq,
+    DenoisingNoise,
+    ZCodeM3ForConditionalGeneration,
+    ZCodeM3Tokenizer,
+)
 from hf_moe_ted.data.multitask_rows import PADDING_ROW
 from hf_moe_ted.testing import tiny_config
 
@@ -143,6 +148,47 @@ def test_a_model_makes_decoder_inputs_and_a_loss(tokenizer: Any) -> None:
     assert torch.isfinite(model(**batch).loss)
     encoded = collator.encode([PAIR, TEXT])
     assert all(torch.equal(collator(encoded)[name], batch[name]) for name in batch)
+
+
+def test_a_model_needs_embeddings_for_all_tokens() -> None:
+    """A language may be added at any time."""
+    tokenizer = ZCodeM3Tokenizer(languages=["en", "de"])
+    size = len(tokenizer)
+    model = ZCodeM3ForConditionalGeneration(tiny_config(vocab_size=size))
+    collator, without_model = (
+        DataCollatorForMultitaskSeq2Seq(tokenizer, model),
+        DataCollatorForMultitaskSeq2Seq(tokenizer),
+    )
+    for number, lang in enumerate(("uk", "sw")):
+        collator([PAIR])
+        tokenizer.add_languages([lang])
+        rows = [{**PAIR, "tgt_lang": lang}]
+        for batch in (rows, without_model.encode(rows)):
+            with pytest.raises(
+                ValueError, match=rf"has {size + number + 1} tokens.* for {size + number}; call model.resi"
+            ):
+                collator(batch)
+        assert without_model(rows)["labels"].max() == size + number
+        model.resize_token_embeddings(len(tokenizer))
+        assert torch.isfinite(model(**collator(rows)).loss)
+
+
+def test_a_model_may_have_more_embeddings_than_tokens(tokenizer: Any) -> None:
+    """Those of the config count where a rank has some of them, those of the module where the config is older."""
+    size = len(tokenizer)
+    padded = ZCodeM3ForConditionalGeneration(tiny_config(vocab_size=size + 5))
+    old_config = ZCodeM3ForConditionalGeneration(tiny_config(vocab_size=size))
+    old_config.config.vocab_size = size - 1
+    sharded = ZCodeM3ForConditionalGeneration(tiny_config(vocab_size=size))
+    sharded.get_input_embeddings().num_embeddings = size // 2
+    wrapped = torch.nn.ModuleList([ZCodeM3ForConditionalGeneration(tiny_config(vocab_size=size - 1))])
+    for model in (padded, old_config, sharded, wrapped, None):
+        assert DataCollatorForMultitaskSeq2Seq(tokenizer, model)([PAIR])["labels"].max() < size
+    too_small = ZCodeM3ForConditionalGeneration(tiny_config(vocab_size=size - 1))
+    with pytest.raises(
+        ValueError, match=rf"the tokenizer has {size} tokens, but the model has embeddings for {size - 1};"
+    ):
+        DataCollatorForMultitaskSeq2Seq(tokenizer, too_small)([PAIR])
 
 
 def test_empty_texts_are_only_tags(tokenizer: Any) -> None:

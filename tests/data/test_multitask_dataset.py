@@ -1,7 +1,9 @@
 """Examples of rows: forms, directions, order, what is left out, and errors that name a row."""
 
+import json
 import logging
 import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -50,6 +52,46 @@ def test_rows_of_many_languages() -> None:
     assert {(c.src_lang, c.tgt_lang) for c in both.components} == {
         (a, b) for a in ("en", "de", "sw") for b in ("en", "de", "sw") if a != b
     }
+
+
+ROWS_WITH_GAPS = [
+    {"translation": {"en": "Open", "de": "Öffnen"}},
+    {"translation": {"en": "Close", "de": "Schließen", "sw": "Funga"}},
+    {"translation": {"de": "Sichern", "en": "Save"}},
+    {"translation": {}},
+    {"translation": {"en": "Print", "sw": " "}},
+    {"translation": {"sw": "Tafuta"}},
+    {"translation": {"de": "Suchen", "sw": "Tafuta"}},
+]
+
+
+@pytest.mark.parametrize("first", [0, 1, 3], ids=["first lacks one", "first has all", "first has none"])
+def test_each_row_of_a_file_has_its_own_languages(first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its column has the type `Json`, so other rows tell nothing about this one."""
+    monkeypatch.setattr("hf_moe_ted.data.multitask_dataset._CHUNK", 3)
+    rows = ROWS_WITH_GAPS[first:] + ROWS_WITH_GAPS[:first]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    table = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
+    assert [row["translation"] for row in table] == [row["translation"] for row in rows]
+    for both_directions, languages, size in ((False, None, 6), (True, None, 12), (True, ["en", "de"], 6)):
+        options: dict[str, Any] = {"both_directions": both_directions, "languages": languages}
+        of_rows, of_table = MultitaskDataset(rows, **options), MultitaskDataset(table, **options)
+        assert len(of_table) == size
+        assert of_table.components == of_rows.components
+        assert of_table[:] == of_rows[:]
+        drawn = [(example["src_lang"], example["tgt_lang"]) for example in of_table]
+        assert drawn == [of_table.components[number][1:] for number in of_table.component_numbers]
+
+
+@pytest.mark.parametrize("make", [list, datasets.Dataset.from_list])
+def test_none_is_no_text(make: Any) -> None:
+    """`datasets` fills a column of dictionaries with it, where a row lacks a language of others."""
+    in_order = [{"translation": dict(sorted(row["translation"].items()))} for row in ROWS_WITH_GAPS]
+    filled = [{"translation": {"de": None, "en": None, "sw": None, **row["translation"]}} for row in in_order]
+    of_gaps, of_rows = (MultitaskDataset(rows, both_directions=True) for rows in (make(filled), in_order))
+    assert of_gaps.components == of_rows.components
+    assert of_gaps[:] == of_rows[:]
 
 
 FLAT = [
@@ -133,6 +175,22 @@ def test_languages_are_selected() -> None:
     assert [str(component) for component in dataset.components] == ["translation en-de"]
 
 
+LISTS = datasets.Dataset.from_list(
+    ROWS_WITH_GAPS[:3],
+    features=datasets.Features({"translation": datasets.TranslationVariableLanguages(["de", "en", "sw"])}),
+)
+
+
+def test_lists_become_dictionaries_as_their_error_says() -> None:
+    def with_dictionary(row: Any) -> Any:
+        texts = row["translation"]
+        return {"translation": dict(zip(texts["language"], texts["translation"], strict=True))}
+
+    of_lists = MultitaskDataset(LISTS.map(with_dictionary), both_directions=True)
+    of_rows = MultitaskDataset(ROWS_WITH_GAPS[:3], both_directions=True)
+    assert sorted(map(summary, of_lists)) == sorted(map(summary, of_rows))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -146,7 +204,10 @@ def test_languages_are_selected() -> None:
         ({"translation": PAIRS, "languages": ["de", "sw"]}, r"no example in \['de', 'sw'\] with the other languages"),
         ({"translation": [PAIRS[0], {"source": "Open", "src_lang": "en"}]}, "row 1 of the translation dataset must"),
         ({"translation": [{**PAIRS[0], "target": None}]}, "row 0 of the translation dataset must"),
-        ({"translation": [{"translation": {"en": "Open", "de": None}}]}, "row 0 of the translation dataset must"),
+        ({"translation": [{"translation": {"en": "Open", "de": None}}]}, "no example in translation"),
+        ({"translation": [{"translation": {"en": "Open", "de": 1}}]}, "row 0 of the translation dataset must"),
+        ({"translation": [{"translation": None}]}, "row 0 of the translation dataset must"),
+        ({"translation": LISTS}, "row 0 of the translation dataset must .* make a dictionary: dict"),
         (
             {"translation": datasets.Dataset.from_list([*FLAT, *[{**PAIRS[0], "target": None}] * 2])},
             "row 1300 of the translation dataset must",

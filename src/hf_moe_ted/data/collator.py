@@ -41,8 +41,8 @@ class DataCollatorForMultitaskSeq2Seq:
         label_pad_token_id: padding of labels, which gives no loss.
 
     Raises:
-        ValueError: the tokenizer has no languages, a language is unknown, `max_length` exceeds the model's positions or
-            is too short for a text, or a row has another form.
+        ValueError: the tokenizer has no languages or more tokens than the model, a language is unknown, `max_length`
+            exceeds the model's positions or is too short for a text, or a row has another form.
 
     Example:
 
@@ -67,6 +67,7 @@ class DataCollatorForMultitaskSeq2Seq:
             )
         self.max_length = self._checked_max_length()
         self._affixes: dict[tuple[str, bool], _Affixes] = {}
+        self._num_checked_tokens: int | None = None
         language_ids(self.tokenizer)  # raises if it is invalid
         self._padding = DataCollatorForSeq2Seq(
             self.tokenizer,
@@ -77,6 +78,7 @@ class DataCollatorForMultitaskSeq2Seq:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> BatchEncoding:
         """Make a batch of examples, or of the output of `encode`."""
+        self._check_vocabulary()
         is_encoded = bool(features) and "input_ids" in features[0]
         encoded = [dict(feature) for feature in features] if is_encoded else self.encode(features)
         batch = self._padding([self._padded(example) for example in encoded])
@@ -169,6 +171,22 @@ class DataCollatorForMultitaskSeq2Seq:
             )
         return self.max_length
 
+    def _check_vocabulary(self) -> None:
+        """Check in the first batch, and in the first after tokens were added, that the model has embeddings for all.
+
+        A token without one is an `IndexError` inside the model.
+        """
+        num_tokens = len(self.tokenizer)
+        if num_tokens == self._num_checked_tokens:
+            return
+        num_embeddings = _num_embeddings(self.model)
+        if num_embeddings is not None and num_tokens > num_embeddings:
+            raise ValueError(
+                f"the tokenizer has {num_tokens} tokens, but the model has embeddings for {num_embeddings}; call "
+                "model.resize_token_embeddings(len(tokenizer)) before training"
+            )
+        self._num_checked_tokens = num_tokens
+
     def _example(self, feature: Mapping[str, Any], place: int) -> Mapping[str, Any]:
         if "task" in feature and "source" in feature:
             return feature
@@ -213,6 +231,17 @@ class DataCollatorForMultitaskSeq2Seq:
                 )
             self._affixes[key] = affixes
         return self._affixes[key]
+
+
+def _num_embeddings(model: Any) -> int | None:
+    """Number of tokens for which a model has embeddings, padding of the vocabulary included; `None` if unknown.
+
+    The larger number counts: a rank may have a part of the rows, and a config may know nothing of rows added since.
+    """
+    of_config = getattr(getattr(model, "config", None), "vocab_size", None)
+    if of_config is None or not hasattr(model, "get_input_embeddings"):
+        return of_config
+    return max(of_config, getattr(model.get_input_embeddings(), "num_embeddings", 0))
 
 
 def _find_affixes(tokenizer: Any, lang: str, is_target: bool) -> _Affixes:

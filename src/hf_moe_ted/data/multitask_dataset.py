@@ -52,7 +52,7 @@ class MultitaskDataset(Dataset):
 
     Args:
         translation: rows with the strings `source`, `target`, `src_lang` and `tgt_lang`, or with `translation`, a
-            dictionary of texts by language.
+            dictionary of texts by language. Rows may have different languages; `None` is a language without text.
         denoising: rows with the strings `text` and `lang`.
         both_directions: whether a pair is translated in both directions.
         languages: codes of the languages to keep; by default all.
@@ -189,9 +189,9 @@ def _sides_of_rows(dataset: Any, task: str) -> Iterator[Sequence[Side]]:
         return
     for start in range(0, num_rows, _CHUNK):
         numbers = range(start, min(start + _CHUNK, num_rows))
-        columns = sides_of_columns(dataset[numbers.start : numbers.stop], task)
-        if columns is not None:
-            yield from zip(*columns, strict=True)
+        of_rows = sides_of_columns(dataset[numbers.start : numbers.stop], task)
+        if of_rows is not None:
+            yield from of_rows
         else:  # a row may be invalid; the error names it
             for number, row in zip(numbers, _rows(dataset, numbers), strict=True):
                 yield sides_of_row(row, task, _where(number, task))

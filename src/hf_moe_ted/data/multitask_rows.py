@@ -4,8 +4,9 @@ An example is an input of the collator: a dictionary of `task`, `source`, `targe
 denoising, source and target are the same text; the batch adds the noise.
 """
 
-from collections.abc import Mapping, Sequence
-from itertools import combinations
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, combinations
+from types import NoneType
 from typing import Any, NamedTuple
 
 TRANSLATION = "translation"
@@ -46,8 +47,8 @@ def examples_of_row(row: Any, task: str, *, both_directions: bool, where: str) -
 
     Args:
         row: for translation the strings `source`, `target`, `src_lang` and `tgt_lang`, or `translation`, a dictionary
-            of texts by language, and each language is translated into those after it; for denoising the strings `text`
-            and `lang`.
+            of texts by language, and each language is translated into those after it (`None` is no text); for denoising
+            the strings `text` and `lang`.
         task: task of the dataset.
         both_directions: whether to translate in the reverse direction, too.
         where: name of the row in errors.
@@ -78,28 +79,51 @@ def sides_of_row(row: Any, task: str, where: str) -> list[Side]:
         raise ValueError(f"{where} must have the strings text and lang, got {repr(row)[:300]}")
     if _has_strings(row, _TEXT_COLUMNS):
         return [(row["src_lang"], row["source"]), (row["tgt_lang"], row["target"])]
-    if isinstance(row, Mapping) and isinstance(texts := row.get("translation"), Mapping) and _has_strings(texts, texts):
-        return list(texts.items())
+    texts = row.get("translation") if isinstance(row, Mapping) else None
+    if isinstance(texts, Mapping) and all(isinstance(text, str | None) for text in texts.values()):
+        return _sides_with_text(texts)
     raise ValueError(
         f"{where} must have the strings {', '.join(_TEXT_COLUMNS)}, or 'translation' with a string for each "
-        f"language, got {repr(row)[:300]}"
+        f"language, got {repr(row)[:300]}{_way_out(texts)}"
     )
 
 
-def sides_of_columns(columns: Mapping[str, list[Any]], task: str) -> list[list[Side]] | None:
-    """A column for each side of many rows with one schema; `None` if rows must be read one by one."""
+def _way_out(texts: Any) -> str:
+    """The end of an error message: what to do with a row of `datasets.TranslationVariableLanguages`."""
+    if not (isinstance(texts, Mapping) and texts.keys() == {"language", "translation"}):
+        return ""
+    return "; for two lists in 'translation', make a dictionary: dict(zip(texts['language'], texts['translation']))"
+
+
+def sides_of_columns(columns: Mapping[str, list[Any]], task: str) -> Iterator[Sequence[Side]] | None:
+    """What `sides_of_row` gives for each row of a table; `None` if rows must be read one by one.
+
+    It is an iterator because a list of all sides costs the garbage collector more time than reading them.
+    """
     by_language = columns.get("translation", [None])
     if task == DENOISING:
         sides = [(columns.get("lang", []), columns.get("text", []))]
     elif {*_TEXT_COLUMNS} <= columns.keys():
         sides = [(columns["src_lang"], columns["source"]), (columns["tgt_lang"], columns["target"])]
     elif all(isinstance(texts, Mapping) for texts in by_language):
-        sides = [([lang] * len(by_language), [texts[lang] for texts in by_language]) for lang in by_language[0]]
+        return _sides_by_language(by_language)
     else:
         return None
     if any({*map(type, column)} != {str} for side in sides for column in side):
         return None
-    return [list(zip(langs, texts, strict=True)) for langs, texts in sides]
+    return zip(*(zip(langs, texts, strict=True) for langs, texts in sides), strict=True)
+
+
+def _sides_by_language(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[Side]] | None:
+    """The sides of rows, each with languages of its own: a column of the type `Json` has no common ones."""
+    types = {*map(type, chain.from_iterable(texts.values() for texts in rows))}
+    if not types <= {str, NoneType}:
+        return None
+    return map(_sides_with_text, rows) if NoneType in types else (list(texts.items()) for texts in rows)
+
+
+def _sides_with_text(texts: Mapping[str, str | None]) -> list[Side]:
+    return [(lang, text) for lang, text in texts.items() if text is not None]
 
 
 def _has_strings(row: Any, columns: Any) -> bool:
