@@ -194,6 +194,19 @@ def test_scores_of_chinese_by_any_code(code: str) -> None:
     assert (scores.bleu_tokenizer, scores.bleu, scores.off_target) == ("zh", pytest.approx(expected), 0.0)
 
 
+@pytest.mark.parametrize(("tgt_lang", "texts"), [("de", ["Speichern", "Neuer Ordner"]), ("zh", ["保存", "新建夹"])])
+def test_there_is_no_bleu_without_4_grams(tgt_lang: str, texts: list[str]) -> None:
+    """Not even where translations have some; with one reference of four tokens it is sacreBLEU's."""
+    sources = ["Save", "New folder"]
+    for translations in (texts, ["ein ganz neuer Ordner hier", "新建一个文件夹"]):
+        scores = score_translations(sources, translations, texts, tgt_lang=tgt_lang)
+        assert scores.bleu is None and scores.chrf > 0
+    longer = {"de": "alle Tabs jetzt schließen", "zh": "关闭标签"}[tgt_lang]
+    perfect = score_translations([*sources, "x"], [*texts, longer], [*texts, longer], tgt_lang=tgt_lang)
+    assert perfect.bleu == pytest.approx(100.0)
+    assert score_translations([*sources, "x"], [*texts, "x"], [*texts, longer], tgt_lang=tgt_lang).bleu == 0.0
+
+
 @pytest.mark.parametrize("code", ["xx", "zhh", "Chinese", "jp", ""])
 def test_scores_of_an_unknown_language(code: str) -> None:
     with pytest.raises(ValueError, match=f"unknown language '{code}'"):

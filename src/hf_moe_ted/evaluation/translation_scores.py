@@ -15,7 +15,9 @@ class TranslationScores:
 
     Attributes:
         num_sentences: number of sentences in the test set.
-        bleu: corpus BLEU, 0 to 100.
+        bleu: corpus BLEU, 0 to 100; `None` where no reference has four tokens, as with texts of one or two words. There
+            are no 4-grams then, and sacreBLEU gives 0 to perfect translations. Its `effective_order` is no way out,
+            because it counts those orders that the translations have, which differ between models.
         bleu_tokenizer: tokenizer of sacreBLEU.
         chrf: corpus chrF, 0 to 100.
         source_chrf: chrF of the unchanged sources, the score of a model that only copies.
@@ -31,7 +33,7 @@ class TranslationScores:
     """
 
     num_sentences: int
-    bleu: float
+    bleu: float | None
     bleu_tokenizer: str
     chrf: float
     source_chrf: float
@@ -75,7 +77,7 @@ def score_translations(
         language_shares = off_target(translations, references, language=tgt_lang, candidates=candidates)
     return TranslationScores(
         num_sentences=len(translations),
-        bleu=bleu(translations, references, tokenize=bleu_tokenizer)["score"],
+        bleu=_defined_bleu(translations, references, bleu_tokenizer),
         bleu_tokenizer=bleu_tokenizer,
         chrf=chrf(translations, references)["score"],
         source_chrf=chrf(sources, references)["score"],
@@ -86,6 +88,11 @@ def score_translations(
         repeating=repeating_share(translations),
         reference_repeating=repeating_share(references),
     )
+
+
+def _defined_bleu(translations: Sequence[str], references: Sequence[str], tokenizer: str) -> float | None:
+    num_4_grams = bleu(references, references, tokenize=tokenizer)["totals"][-1]
+    return bleu(translations, references, tokenize=tokenizer)["score"] if num_4_grams else None
 
 
 def _bleu_tokenizer(tgt_lang: str, languages: Iterable[str]) -> str:

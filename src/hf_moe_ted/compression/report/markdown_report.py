@@ -155,7 +155,7 @@ def _directions(summary: Summary, num_worst: int | None = None) -> str:
         rows.append(["-".join(pair), str(directions[0].num_sentences), *_scores(directions)])
     header = ["direction", "sentences", "chrF", "BLEU", "length ratio", "off target"]
     header += [*(f"{kind} copied" for kind in KINDS), "repeating"]
-    # a text may have no placeholders, and files of older versions lack the last four
+    # a text may have no 4-grams or placeholders, and files of older versions lack the last four
     columns = [column for column in range(len(header)) if any(row[column] for row in rows)]
     return _table([header[column] for column in columns], [[row[column] for column in columns] for row in rows])
 
@@ -166,7 +166,8 @@ def _scores(stages: Sequence[DirectionQuality | MeanQuality]) -> list[str]:
     for scores in stages:
         copied = scores.copied if isinstance(scores, MeanQuality) else copied_shares([scores])
         shares = [scores.off_target, *(copied.get(kind) for kind in KINDS), scores.repeating]
-        numbers = [f"{scores.chrf:.1f}", f"{scores.bleu:.1f}", f"{scores.length_ratio:.2f}"]
+        bleu = "" if scores.bleu is None else f"{scores.bleu:.1f}"
+        numbers = [f"{scores.chrf:.1f}", bleu, f"{scores.length_ratio:.2f}"]
         rows.append([*numbers, *map(_percent, shares)])
     return [" → ".join(cells) if any(cells) else "" for cells in zip(*rows, strict=True)]
 
