@@ -36,9 +36,11 @@ def test_numbers_that_short_texts_do_not_have(model_and_text: tuple[Path, Path],
     text.write_text(json.dumps({"source": "Save", "target": "Sichern", "src_lang": "en", "tgt_lang": "de"}))
     lines = run_here("evaluate", full, text, "--max-new-tokens", "3", "--output", output).splitlines()
     [row] = [line.split() for line in lines if line.startswith("en-de")]
-    assert row[:3] == ["en-de", "1", "-"]
-    assert "BLEU" not in next(line for line in lines if line.startswith("all directions"))
-    assert json.loads(output.read_text())["directions"][0]["bleu"] is None
+    assert row[:3] == ["en-de", "1", "-"] and row[5] == "-"
+    means = next(line for line in lines if line.startswith("all directions"))
+    assert "BLEU" not in means and "off target" not in means
+    [found] = json.loads(output.read_text())["directions"]
+    assert found["bleu"] is found["off_target"] is found["reference_off_target"] is None
 
 
 def test_paths_that_are_not_there_are_named_and_not_looked_up(

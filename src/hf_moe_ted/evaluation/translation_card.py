@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..files.output import files_into
 from ..models.language_codes import parse_language
+from ..models.language_detection import MIN_DETECTED_LETTERS
 from .translation_quality import DirectionQuality, MeanQuality, TranslationQuality
 
 logger = logging.get_logger(__name__)
@@ -105,7 +106,8 @@ def _section(quality: TranslationQuality) -> str:
             *rows,
             "",
             f"BLEU (tokenizers: {tokenizers}) and chrF are sacreBLEU's. The length ratio counts characters. Off target",
-            "is the share of translations whose detected language is not the target language.",
+            f"is the share of translations with {MIN_DETECTED_LETTERS} letters or more whose detected language is not",
+            "the target language.",
             *([] if is_bleu_known else ["BLEU is empty where no reference has four tokens."]),
             f"Beams: {quality.num_beams}, at most {quality.max_new_tokens} new tokens.",
         ]

@@ -22,8 +22,9 @@ class TranslationScores:
         chrf: corpus chrF, 0 to 100.
         source_chrf: chrF of the unchanged sources, the score of a model that only copies.
         length_ratio: characters of all translations over those of all references.
-        off_target: share of translations whose detected language is not the target language; `None` for a language
-            that the detector does not know.
+        off_target: share of translations whose detected language is not the target language, of those with 25 letters
+            or more, because in shorter ones the detector is too often wrong; `None` if there are none, or for a
+            language that the detector does not know. In older files it counts translations of any length.
         reference_off_target: the same for the references, which is the detector's own error.
         copied: `"numbers"`, `"placeholders"` and `"names"` -> how many of them source and reference have in common, and
             how many of these the translations have; see `copied_parts`. Empty in older files without this measurement.
@@ -69,7 +70,7 @@ def score_translations(
     languages = None if languages is None else list(languages)
     bleu_tokenizer = _bleu_tokenizer(tgt_lang, languages or ())
 
-    language_shares: dict[str, float] = {}
+    language_shares: dict[str, float | None] = {}
     if detector_code(tgt_lang) is not None:
         candidates = None
         if languages is not None:

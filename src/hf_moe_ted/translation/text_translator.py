@@ -8,9 +8,15 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.copied_parts import numbers
-from ..evaluation.placeholders import lost_placeholders, without_placeholders
+from ..evaluation.placeholders import lost_placeholders, num_letters, without_placeholders
 from ..models.language_codes import resolve_language
-from ..models.language_detection import AUTO, UNDETERMINED, detector_code, language_finder
+from ..models.language_detection import (
+    AUTO,
+    MIN_DETECTED_LETTERS,
+    UNDETERMINED,
+    detector_code,
+    language_finder,
+)
 from ..models.segments import Segments, split_long, split_sentences
 from .glossary import Glossary
 from .phrases import phrases_of
@@ -23,8 +29,6 @@ from .sentence_translator import (
     SentenceTranslator,
     SourceSentence,
 )
-
-MIN_DETECTED_LETTERS = 25  # for shorter texts the detector is often wrong
 
 MAX_STREAMED_AT_ONCE = 32  # sentences
 
@@ -370,9 +374,8 @@ class TextTranslator:
         ratio = len(translation.encode()) / num_bytes
         if num_bytes >= MIN_RATIO_BYTES and not MIN_LENGTH_RATIO <= ratio <= MAX_LENGTH_RATIO:
             problems.append(f"{ratio:.2g} times as long as the source")
-        words = without_placeholders(translation)
-        if detector_code(tgt_lang) is not None and sum(map(str.isalpha, words)) >= MIN_DETECTED_LETTERS:
-            found = language_finder(tuple(self.languages)).detector.detect(words)
+        if detector_code(tgt_lang) is not None and num_letters(translation) >= MIN_DETECTED_LETTERS:
+            found = language_finder(tuple(self.languages)).detector.detect(without_placeholders(translation))
             if found not in (UNDETERMINED, detector_code(tgt_lang)):
                 problems.append(f"looks like {found}, not {tgt_lang}")
         return problems

@@ -5,6 +5,7 @@ from statistics import fmean
 
 from ...evaluation.copied_parts import KINDS
 from ...evaluation.translation_quality import DirectionQuality, MeanQuality, TranslationQuality, copied_shares
+from ...models.language_detection import MIN_DETECTED_LETTERS
 from ...models.layer_names import SIDES
 from ...routing.pictures import has_matplotlib, short_name
 from .compression_report import AggregationReport, FewerExpertsReport, PruningReport, TrimmingReport
@@ -128,8 +129,8 @@ def _how_measured(summary: Summary) -> str:
     ]
     return (
         f"{' → '.join(STAGES[stage] for stage in summary.qualities)}. BLEU (tokenizers: {tokenizers}) and chrF are "
-        "sacreBLEU's; the length ratio counts characters; off target is the share of translations whose detected "
-        "language is not the target language"
+        "sacreBLEU's; the length ratio counts characters; off target is the share of translations with "
+        f"{MIN_DETECTED_LETTERS} letters or more whose detected language is not the target language"
         + (f", which is also said of {_percent(fmean(floors))} of the references" if floors else "")
         + ". Copied: the share of numbers, placeholders and names common to source and reference that translations "
         f"have, too; repeating: translations that say something three times in a row{_repeating_floor(after)}"
