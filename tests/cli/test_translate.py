@@ -22,6 +22,18 @@ def test_lines(model_and_text: tuple[Path, Path]) -> None:
     assert message_of("translate", model, source, output, *OPTIONS).startswith(f"output ({output}) exists")
 
 
+def test_texts_taken_for_the_target_language(model_and_text: tuple[Path, Path]) -> None:
+    model, _ = model_and_text
+    source, output, given = (model.parent / name for name in ("auto-in.tsv", "auto-out.jsonl", "given-out.jsonl"))
+    source.write_text("source\nAbbrechen\n", encoding="utf-8")
+    printed = run_here("translate", model, source, output, *OPTIONS, "--src", "auto")
+    message = "'Abbrechen': taken for de, the target language: unchanged"
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert [(row["translation"], row["problems"]) for row in rows] == [("Abbrechen", [message])]
+    assert f"row 2 should be looked at: {message}" in printed
+    assert "taken for" not in run_here("translate", model, source, given, *OPTIONS, "--src", "de")
+
+
 def test_glossary(model_and_text: tuple[Path, Path]) -> None:
     model, _ = model_and_text
     source, output, terms = (model.parent / name for name in ("terms-in.txt", "terms-out.txt", "terms.tsv"))
