@@ -87,6 +87,11 @@ def test_wrong_arguments(model_and_text: tuple[Path, Path]) -> None:
     assert "num_alternatives (1) must be less than num_beams (1)" in message_of(
         "translate", model, text, *OPTIONS, "--alternatives", "1"
     )
+    table, output = model.parent / "pairs.tsv", model.parent / "pairs-out.tsv"
+    table.write_text("source\tsrc_lang\ttgt_lang\nSave\ten\tde\nSave\ten\tfr\n")
+    message = message_of("translate", model, table, output, *OPTIONS)
+    assert message.startswith(f"tgt_lang of row 3 of {table} is 'fr', but all rows are translated with tgt_lang 'de'")
+    assert not [*model.parent.glob("pairs-out*")]
     (model.parent / "table.csv").write_text("a,b\n1,2\n")
     assert "there is no column source or text or sentence; the header has a, b" in message_of(
         "translate", model, model.parent / "table.csv", *OPTIONS
