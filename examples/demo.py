@@ -199,10 +199,10 @@ def print_report(report: dict[str, Any], output_dir: Path) -> None:
             f"{result['parameters']:,}",
             str(result.get("size_mb", "")),
             str(result["sentences_per_second"]),
-            f"{mean['bleu']:.1f}",
+            "-" if mean["bleu"] is None else f"{mean['bleu']:.1f}",
             f"{mean['chrf']:.1f}",
             f"{mean['length_ratio']:.2f}",
-            f"{mean['off_target']:.1%}",
+            "-" if mean["off_target"] is None else f"{mean['off_target']:.1%}",
         )
     console.print(f"{report['seconds']:.0f} s; report and models are in {output_dir}/")
     console.print(table)

@@ -16,6 +16,7 @@ import math
 import re
 import textwrap
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
@@ -147,7 +148,7 @@ def mean_and_spread(values: list[float], digits: int = 3) -> str:
     return f"{fmean(finite):.{digits}f}{spread}{which}"
 
 
-def score(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+def score(result: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     """BLEU, chrF and length ratio of the translations by group, means over its directions.
 
     Groups are the directions from and into English, those of low-resource languages among them, and the tiers of the
@@ -168,9 +169,15 @@ def score(result: dict[str, Any]) -> dict[str, dict[str, float]]:
             of_group[group].append((found.bleu, found.chrf, found.length_ratio))
     names = ("BLEU", "chrF", "length ratio")
     return {
-        group: dict(zip(names, map(fmean, zip(*of_group[group], strict=True)), strict=True))
+        group: dict(zip(names, map(mean_of_known, zip(*of_group[group], strict=True)), strict=True))
         for group in sorted(of_group)
     }
+
+
+def mean_of_known(numbers: Iterable[float | None]) -> float | None:
+    """The mean over the directions that have the number; `None` if none has."""
+    known = [number for number in numbers if number is not None]
+    return fmean(known) if known else None
 
 
 def score_lines(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -180,7 +187,8 @@ def score_lines(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
         translated = [result for result in results if result["translations"]]
         scores = [score(result) for result in tqdm(translated, desc=f"Scoring {variant}", leave=False)]
         for group in scores[0] if scores else ():
-            cells = [mean_and_spread([of_run[group][name] for of_run in scores], 2) for name in scores[0][group]]
+            found = ([of_run[group][name] for of_run in scores] for name in scores[0][group])
+            cells = [mean_and_spread([number for number in numbers if number is not None], 2) for numbers in found]
             lines.append(f"| {variant} | {group} | {len(scores)} | {' | '.join(cells)} |")
     if not lines:
         return []

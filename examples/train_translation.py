@@ -92,7 +92,7 @@ def print_scores(scores: dict[Direction, Score], title: str) -> None:
         table.add_row(
             name,
             str(score.num_sentences),
-            f"{score.bleu:.1f}",
+            "-" if score.bleu is None else f"{score.bleu:.1f}",
             f"{score.chrf:.1f}",
             f"{score.length_ratio:.2f}",
             f"{score.copy_chrf:.1f}",

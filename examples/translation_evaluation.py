@@ -13,13 +13,16 @@ from hf_moe_ted import TranslationScores, evaluate_translation, score_translatio
 
 @dataclass(frozen=True)
 class Score:
-    """Scores of one direction: BLEU and chrF from 0 to 100, characters of output per character of reference."""
+    """Scores of one direction: BLEU and chrF from 0 to 100, characters of output per character of reference.
+
+    `None` is a number that a direction does not have; see `TranslationScores`.
+    """
 
     num_sentences: int
-    bleu: float
+    bleu: float | None
     chrf: float
     length_ratio: float
-    off_target: float  # share of translations in another language; 0 for a target language that is not detected
+    off_target: float | None  # share of translations in another language
     copy_chrf: float  # chrF of the untranslated source
 
     @classmethod
@@ -27,10 +30,10 @@ class Score:
         """What the library has found, rounded."""
         return cls(
             num_sentences=scores.num_sentences,
-            bleu=round(scores.bleu, 2),
+            bleu=None if scores.bleu is None else round(scores.bleu, 2),
             chrf=round(scores.chrf, 2),
             length_ratio=round(scores.length_ratio, 3),
-            off_target=round(scores.off_target or 0.0, 3),
+            off_target=None if scores.off_target is None else round(scores.off_target, 3),
             copy_chrf=round(scores.source_chrf, 2),
         )
 
@@ -73,14 +76,15 @@ class TranslationEvaluator:
 
 
 def average(scores: dict[Direction, Score]) -> Score:
-    """Mean over directions; `num_sentences` is the sum."""
+    """Mean over the directions that have a number; `num_sentences` is the sum."""
     if not scores:
         raise ValueError("there are no scores to average")
     rows = [asdict(score) for score in scores.values()]
-    means = {name: round(mean(row[name] for row in rows), 3) for name in rows[0] if name != "num_sentences"}
+    known = {name: [row[name] for row in rows if row[name] is not None] for name in rows[0] if name != "num_sentences"}
+    means = {name: round(mean(numbers), 3) if numbers else None for name, numbers in known.items()}
     return Score(num_sentences=sum(row["num_sentences"] for row in rows), **means)
 
 
-def as_json(scores: dict[Direction, Score]) -> dict[str, dict[str, float]]:
+def as_json(scores: dict[Direction, Score]) -> dict[str, dict[str, float | None]]:
     """Direction -> scores, for a report."""
     return {str(direction): asdict(score) for direction, score in scores.items()}

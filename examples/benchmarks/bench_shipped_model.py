@@ -273,7 +273,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         scores = row.get("scores")
-        quality = [f"{scores[name][kind]:.1f}" if scores else "" for kind in ("chrf", "bleu") for name in names]
+        found = [scores[name][kind] if scores else None for kind in ("chrf", "bleu") for name in names]
+        quality = ["" if score is None else f"{score:.1f}" for score in found]
         equal = f"{row['num_equal']}/{row['num_sentences']}" if scores else ""
         if "num_equal_restricted" in row:
             equal += f"; {row['num_equal_restricted']}/{row['num_sentences']} without the tokens that are gone"

@@ -63,7 +63,7 @@ PANELS = {
 Point = dict[str, Any]  # part, series, keep, and by directions and score the mean and the deviation
 
 
-def score(line: dict[str, Any], data_dir: Path) -> dict[str, dict[str, float]]:
+def score(line: dict[str, Any], data_dir: Path) -> dict[str, dict[str, float | None]]:
     """Direction -> scores of the translations in a line."""
     texts: dict[tuple[str, str], list[tuple[str, str, str]]] = defaultdict(list)
     sentences = read_sentences("test", data_dir, line["languages"], line["max_sentences"])
@@ -83,24 +83,26 @@ def points_of(lines: list[dict[str, Any]]) -> list[Point]:
         groups[line["part"], line["series"], line["keep"]].append(line)
     points = []
     for (part, series, keep), group in groups.items():
-        by_seed: dict[int, dict[str, dict[str, float]]] = defaultdict(dict)
+        by_seed: dict[int, dict[str, dict[str, float | None]]] = defaultdict(dict)
         for line in group:
             by_seed[line["seed"]] |= line["scores"]
         point: Point = {"part": part, "series": series, "keep": keep, "num_seeds": len(by_seed)}
         point["num_bytes"] = mean(line["num_bytes"] for line in group)
         for name, (begin, end) in DIRECTIONS.items():
             means = [mean_scores(scores, begin, end) for scores in by_seed.values()]
-            point[name] = {kind: mean(m[kind] for m in means) for kind in SCORES}
+            known = {kind: [m[kind] for m in means if m[kind] is not None] for kind in SCORES}
+            point[name] = {kind: mean(values) if values else None for kind, values in known.items()}
             if len(means) > 1:
-                point[f"{name}_stdev"] = {kind: stdev(m[kind] for m in means) for kind in SCORES}
+                point[f"{name}_stdev"] = {kind: stdev(v) if len(v) > 1 else None for kind, v in known.items()}
         points.append(point)
     return points
 
 
-def mean_scores(scores: dict[str, dict[str, float]], begin: str, end: str) -> dict[str, float]:
-    """Over the directions that begin and end so."""
+def mean_scores(scores: dict[str, dict[str, float | None]], begin: str, end: str) -> dict[str, float | None]:
+    """Over the directions that begin and end so and have the score; `None` if none has."""
     chosen = [scores[direction] for direction in scores if direction.startswith(begin) and direction.endswith(end)]
-    return {kind: mean(of_direction[kind] for of_direction in chosen) for kind in SCORES}
+    known = {kind: [of_direction[kind] for of_direction in chosen if of_direction[kind] is not None] for kind in SCORES}
+    return {kind: mean(numbers) if numbers else None for kind, numbers in known.items()}
 
 
 def table(points: list[Point]) -> str:
@@ -114,9 +116,11 @@ def table(points: list[Point]) -> str:
 
 
 def _cell(point: Point, directions: str, kind: str, form: str) -> str:
-    spread = point.get(f"{directions}_stdev")
+    if point[directions][kind] is None:
+        return ""
+    spread = point.get(f"{directions}_stdev", {}).get(kind)
     text = format(point[directions][kind], form)
-    return f"{text} ± {spread[kind]:{form}}" if spread else text
+    return text if spread is None else f"{text} ± {spread:{form}}"
 
 
 def speed_table(lines: list[dict[str, Any]]) -> str:

@@ -29,6 +29,20 @@ def test_evaluate_prints_a_table(model_and_text: tuple[Path, Path], tmp_path: Pa
     assert also is not None and also.num_sentences == 2 and also.directions["en", "de"].copied["numbers"][0] == 1
 
 
+def test_numbers_that_short_texts_do_not_have(model_and_text: tuple[Path, Path], tmp_path: Path) -> None:
+    """A dash in the table, null in the file."""
+    full, _ = model_and_text
+    text, output = tmp_path / "short.jsonl", tmp_path / "a.json"
+    text.write_text(json.dumps({"source": "Save", "target": "Sichern", "src_lang": "en", "tgt_lang": "de"}))
+    lines = run_here("evaluate", full, text, "--max-new-tokens", "3", "--output", output).splitlines()
+    [row] = [line.split() for line in lines if line.startswith("en-de")]
+    assert row[:3] == ["en-de", "1", "-"] and row[5] == "-"
+    means = next(line for line in lines if line.startswith("all directions"))
+    assert "BLEU" not in means and "off target" not in means
+    [found] = json.loads(output.read_text())["directions"]
+    assert found["bleu"] is found["off_target"] is found["reference_off_target"] is None
+
+
 def test_paths_that_are_not_there_are_named_and_not_looked_up(
     model_and_text: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -22,6 +22,18 @@ def test_lines(model_and_text: tuple[Path, Path]) -> None:
     assert message_of("translate", model, source, output, *OPTIONS).startswith(f"output ({output}) exists")
 
 
+def test_texts_taken_for_the_target_language(model_and_text: tuple[Path, Path]) -> None:
+    model, _ = model_and_text
+    source, output, given = (model.parent / name for name in ("auto-in.tsv", "auto-out.jsonl", "given-out.jsonl"))
+    source.write_text("source\nAbbrechen\n", encoding="utf-8")
+    printed = run_here("translate", model, source, output, *OPTIONS, "--src", "auto")
+    message = "'Abbrechen': taken for de, the target language: unchanged"
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert [(row["translation"], row["problems"]) for row in rows] == [("Abbrechen", [message])]
+    assert f"row 2 should be looked at: {message}" in printed
+    assert "taken for" not in run_here("translate", model, source, given, *OPTIONS, "--src", "de")
+
+
 def test_glossary(model_and_text: tuple[Path, Path]) -> None:
     model, _ = model_and_text
     source, output, terms = (model.parent / name for name in ("terms-in.txt", "terms-out.txt", "terms.tsv"))
@@ -75,6 +87,11 @@ def test_wrong_arguments(model_and_text: tuple[Path, Path]) -> None:
     assert "num_alternatives (1) must be less than num_beams (1)" in message_of(
         "translate", model, text, *OPTIONS, "--alternatives", "1"
     )
+    table, output = model.parent / "pairs.tsv", model.parent / "pairs-out.tsv"
+    table.write_text("source\tsrc_lang\ttgt_lang\nSave\ten\tde\nSave\ten\tfr\n")
+    message = message_of("translate", model, table, output, *OPTIONS)
+    assert message.startswith(f"tgt_lang of row 3 of {table} is 'fr', but all rows are translated with tgt_lang 'de'")
+    assert not [*model.parent.glob("pairs-out*")]
     (model.parent / "table.csv").write_text("a,b\n1,2\n")
     assert "there is no column source or text or sentence; the header has a, b" in message_of(
         "translate", model, model.parent / "table.csv", *OPTIONS

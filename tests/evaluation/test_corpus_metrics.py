@@ -9,8 +9,13 @@ import pytest
 from hf_moe_ted.evaluation import corpus_metrics
 from hf_moe_ted.metrics import metric_path
 
-PREDICTIONS = ("Alle Tabs schließen", "Einstellung öffnen .", "42 %")
-REFERENCES = (["Schließen Sie alle Tabs", "Alle Tabs schließen"], ["Einstellungen öffnen"], "42 %")
+PREDICTIONS = ("Alle Tabs schließen", "Einstellung öffnen .", "42 %", "The settings are in this menu")
+REFERENCES = (
+    ["Schließen Sie alle Tabs", "Alle Tabs schließen"],
+    ["Einstellungen öffnen"],
+    "42 %",
+    "Die Einstellungen sind in diesem Menü",
+)
 OPTIONS = {
     "sacrebleu": {"tokenize": "char", "smooth_method": "floor"},
     "chrf": {"word_order": 2},

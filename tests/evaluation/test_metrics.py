@@ -196,7 +196,7 @@ def test_metrics_load_offline(tmp_path):
         import evaluate
         from hf_moe_ted.metrics import METRICS, metric_path
 
-        texts = {"predictions": ["ein neuer Tab hier"], "references": ["ein neuer Tab hier"]}
+        texts = {name: ["ein neuer Tab in diesem Fenster hier"] for name in ("predictions", "references")}
         names = [name for name in METRICS if name != "off_target"]  # needs an option, which `combine` gives to none
         combined = evaluate.combine([evaluate.load(metric_path(name)) for name in names])
         off_target = evaluate.load(metric_path("off_target"))

@@ -6,8 +6,9 @@ import evaluate
 import pytest
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
+from hf_moe_ted.evaluation.placeholders import num_letters
 from hf_moe_ted.metrics import metric_path
-from hf_moe_ted.models.language_detection import UNDETERMINED, LanguageDetector, detector_code
+from hf_moe_ted.models.language_detection import MIN_DETECTED_LETTERS, LanguageDetector, detector_code
 
 GERMAN = "Die Datei konnte nicht gespeichert werden, weil die Festplatte voll ist."
 ENGLISH = "The file could not be saved because the disk is full."
@@ -25,10 +26,22 @@ def test_counts(off_target):
     references = [GERMAN] * 7 + [RUSSIAN]
     result = off_target.compute(predictions=predictions, references=references, language="de")
     assert result == {
-        "off_target_share": pytest.approx(3 / 8),
+        "off_target_share": pytest.approx(3 / 6),
         "reference_off_target_share": pytest.approx(1 / 8),
-        "detected_languages": {"de": 3, "en": 2, UNDETERMINED: 2, "fr": 1},
+        "detected_languages": {"de": 3, "en": 2, "fr": 1},
     }
+
+
+def test_short_texts_do_not_count(off_target):
+    """Letters of placeholders do not, either: `translate` counts the same."""
+    german = "Die Datei in diesem Ordner"  # 22 letters
+    short = [german, "Copied", "%(directory)s <strong>42</strong>", ""]
+    result = off_target.compute(predictions=short, references=[[text or "Copied"] for text in short], language="de")
+    assert result == {"off_target_share": None, "reference_off_target_share": None, "detected_languages": {}}
+    enough = f"{german} ist"  # 25 letters
+    assert num_letters(enough) == MIN_DETECTED_LETTERS == num_letters(f"<strong>{enough}</strong>")
+    result = off_target.compute(predictions=[*short, enough], references=[*short[:3], ENGLISH, "x"], language="de")
+    assert result == {"off_target_share": 0, "reference_off_target_share": 1, "detected_languages": {"de": 1}}
 
 
 def test_every_reference_counts(off_target):

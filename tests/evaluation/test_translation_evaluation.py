@@ -69,8 +69,12 @@ def test_equals_one_sentence_at_a_time(demo: tuple[Any, Any], num_beams: int) ->
         sources = [row["source"] for row in rows]
         assert direction.source_chrf == pytest.approx(sacrebleu.corpus_chrf(sources, [references]).score)
         assert direction.length_ratio == sum(map(len, expected)) / sum(map(len, references))
-        others = [detect(text) != pair[1] for text in references]
-        assert (direction.off_target, direction.reference_off_target) == (0.0, sum(others) / len(others))
+        shares = []
+        for texts in (expected, references):
+            others = [detect(text) != pair[1] for text in texts if sum(map(str.isalpha, text)) >= 25]
+            shares.append(sum(others) / len(others) if others else None)
+        assert [direction.off_target, direction.reference_off_target] == shares
+        assert direction.reference_off_target == 0.0
         assert direction.num_cut == 0
     model.train()
 
@@ -124,10 +128,12 @@ def test_tokenizer_of_nllb(make_model: Callable[..., Any]) -> None:
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     tokenizer = NllbTokenizer(vocab=vocabulary, merges=[], extra_special_tokens=languages)
     model = make_model(vocab_size=len(tokenizer))
-    rows = [{"source": "save", "target": "ja", "src_lang": "eng_Latn", "tgt_lang": tgt} for tgt in languages[1:]]
+    target = "die Datei wurde nicht gespeichert"
+    rows = [{"source": "save", "target": target, "src_lang": "eng_Latn", "tgt_lang": tgt} for tgt in languages[1:]]
     quality = evaluate_translation(model, tokenizer, rows, max_new_tokens=4)
-    assert quality.directions["eng_Latn", "deu_Latn"].off_target is not None
-    assert quality.directions["eng_Latn", "tlh_Latn"].off_target is None
+    assert quality.directions["eng_Latn", "deu_Latn"].reference_off_target == 0.0
+    assert quality.directions["eng_Latn", "deu_Latn"].off_target is None  # translations are too short
+    assert quality.directions["eng_Latn", "tlh_Latn"].reference_off_target is None
     rows[0]["tgt_lang"] = "fra_Latn"
     with pytest.raises(
         ValueError, match=r"the tokenizer does not know the languages fra_Latn .*; it knows eng_Latn, deu"
@@ -188,10 +194,23 @@ def test_languages_are_checked_before_the_first_translation(
 
 @pytest.mark.parametrize("code", ["zh", "ZH", "zh-CN", "zh_CN", "zh-Hant", "zho_Hans", "cmn"])
 def test_scores_of_chinese_by_any_code(code: str) -> None:
-    text, references = ["今天天气很好我们去公园散步"], ["今天天气非常好我们去公园走走"]
+    text, references = [2 * "今天天气很好我们去公园散步"], [2 * "今天天气非常好我们去公园走走"]
     expected = sacrebleu.corpus_bleu(text, [references], tokenize="zh").score
     scores = score_translations(text, text, references, tgt_lang=code)
     assert (scores.bleu_tokenizer, scores.bleu, scores.off_target) == ("zh", pytest.approx(expected), 0.0)
+
+
+@pytest.mark.parametrize(("tgt_lang", "texts"), [("de", ["Speichern", "Neuer Ordner"]), ("zh", ["保存", "新建夹"])])
+def test_there_is_no_bleu_without_4_grams(tgt_lang: str, texts: list[str]) -> None:
+    """Not even where translations have some; with one reference of four tokens it is sacreBLEU's."""
+    sources = ["Save", "New folder"]
+    for translations in (texts, ["ein ganz neuer Ordner hier", "新建一个文件夹"]):
+        scores = score_translations(sources, translations, texts, tgt_lang=tgt_lang)
+        assert scores.bleu is None and scores.chrf > 0
+    longer = {"de": "alle Tabs jetzt schließen", "zh": "关闭标签"}[tgt_lang]
+    perfect = score_translations([*sources, "x"], [*texts, longer], [*texts, longer], tgt_lang=tgt_lang)
+    assert perfect.bleu == pytest.approx(100.0)
+    assert score_translations([*sources, "x"], [*texts, "x"], [*texts, longer], tgt_lang=tgt_lang).bleu == 0.0
 
 
 @pytest.mark.parametrize("code", ["xx", "zhh", "Chinese", "jp", ""])
@@ -206,7 +225,9 @@ def test_scores() -> None:
     assert chinese.bleu_tokenizer == "zh"
     assert chinese.bleu == sacrebleu.corpus_bleu(texts["translations"], [texts["references"]], tokenize="zh").score
     assert score_translations(**texts, tgt_lang="th").bleu_tokenizer == "char"
-    assert score_translations(**texts, tgt_lang="de").off_target == 1.0
+    assert score_translations(**texts, tgt_lang="de").off_target is None
+    long = {name: [5 * text for text in of_name] for name, of_name in texts.items()}
+    assert score_translations(**long, tgt_lang="de").off_target == 1.0
     unknown = score_translations(**texts, tgt_lang="tlh", languages=["en", "tlh"])
     assert unknown.off_target is unknown.reference_off_target is None and unknown.bleu_tokenizer == "13a"
     assert (chinese.copied["numbers"], chinese.repeating) == ((0, 0), 0.0)

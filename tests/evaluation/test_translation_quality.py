@@ -33,6 +33,17 @@ def test_means(make_quality: MakeQuality) -> None:
     assert lines[-1] == "20.0 sentences/s" and len(lines) == 4
 
 
+def test_directions_without_bleu(make_quality: MakeQuality, tmp_path: Path) -> None:
+    pairs = {("en", "de"): 40.0, ("en", "fr"): 60.0}
+    quality: TranslationQuality = make_quality(pairs, bleu={("en", "de"): None})
+    assert quality.mean([*pairs]).bleu == 30.0 and str(quality).startswith("all directions: BLEU 30.0, chrF 50.0,")
+    none: TranslationQuality = make_quality(pairs, bleu=None)
+    assert none.mean([*pairs]).bleu is None and str(none).startswith("all directions: chrF 50.0, length")
+    quality.save(tmp_path / "quality.json")
+    assert [row["bleu"] for row in json.loads((tmp_path / "quality.json").read_text())["directions"]] == [None, 30.0]
+    assert TranslationQuality.load(tmp_path / "quality.json") == quality
+
+
 def test_shares_of_what_is_copied_are_those_of_all_directions_together(make_quality: MakeQuality) -> None:
     pairs = {("en", "de"): 40.0, ("de", "en"): 60.0}
     copied = {("en", "de"): {"numbers": (8, 6), "names": (0, 0)}, ("de", "en"): {"numbers": (2, 1), "names": (0, 0)}}

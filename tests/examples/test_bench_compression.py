@@ -92,6 +92,13 @@ def test_points_are_means_over_directions_and_then_seeds() -> None:
     assert [point[name]["chrf"] for name in ("all", "from_english", "to_english")] == [27.5, 25.5, 29.5]
     assert point["all_stdev"]["chrf"] == pytest.approx(5 / 2**0.5)
     assert "27.5 ± 3.5" in compression_curves.table([point])
+    lines[0]["scores"]["en-de"]["bleu"] = 8.0
+    for of_line in lines:
+        for scores in of_line["scores"].values():
+            scores["bleu"] = scores["bleu"] or None  # texts without 4-grams
+    (point,) = compression_curves.points_of(lines)
+    assert [point[name]["bleu"] for name in ("all", "from_english", "to_english")] == [8.0, 8.0, None]
+    assert "| 8.0 |" in compression_curves.table([point])
 
 
 def test_bad_input(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 from local_hub import LocalHub, card_errors, run_python
+from translation_cases import quality_of
+
+from hf_moe_ted import write_translation_card
 
 ROOT = Path(__file__).parents[2]
 REPOSITORIES = {("models", "tester/full"), ("datasets", "tester/text")}
@@ -98,6 +101,16 @@ def test_cards(local_hub: LocalHub, tmp_path: Path) -> None:
     assert "| en-zho_Hans | 20 | 52.5 | 31.3 | 0.97 | 2.0% |" in text
     assert "| **all directions** | 40 | 52.5 |" in text
     assert "codes of ISO 639" in cards["wrong"]
+
+
+def test_card_of_directions_without_bleu(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    pairs = {("en", "de"): 40.0, ("de", "en"): 60.0}
+    text = write_translation_card(tmp_path, quality_of(pairs, bleu={("en", "de"): None})).read_text(encoding="utf-8")
+    assert "| en-de | 10 | 40.0 |  | 1.00 | 0.0% |" in text and "| **all directions** | 20 | 50.0 | 30.0 |" in text
+    assert "BLEU is empty where no reference has four tokens." in text and card_errors(text, REPOSITORIES) == []
+    text = write_translation_card(tmp_path, quality_of(pairs)).read_text(encoding="utf-8")
+    assert "BLEU is empty" not in text and "share of translations with 25 letters or more whose" in text
 
 
 @pytest.mark.parametrize(

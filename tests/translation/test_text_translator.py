@@ -125,6 +125,30 @@ def test_texts_in_the_target_language_stay(model: Any, tokenizer: ZCodeM3Tokeniz
     assert [piece.text for piece in translator.stream(text, "de", "de")] == [text]
 
 
+def test_languages_that_were_detected_are_reported(model: Any, tokenizer: ZCodeM3Tokenizer) -> None:
+    """In few letters, and where a text is unchanged; not where the language was given, or a text has no letters."""
+    translator = TextTranslator(model, tokenizer, num_beams=1, max_new_tokens=3)
+    german, english = "Die Datei wurde in diesem Ordner gespeichert.", "The file could not be saved in this folder."
+    texts = [" Abbrechen\n", german, "enregistrer le fichier", english, "42 %", "<b> </b>", " "]
+
+    def about_languages(texts: list[str], src_lang: str) -> list[list[str]]:
+        found = translator.translate(texts, src_lang, "de")
+        return [[problem for problem in text.problems if "taken for" in problem] for text in found]
+
+    assert about_languages(texts, "auto") == [
+        ["'Abbrechen': taken for de, the target language: unchanged"],
+        ["'Die Datei wurde in diesem Ordner gespeichert.': taken for de, the target language: unchanged"],
+        ["'enregistrer le fichier': taken for fr, in fewer than 25 letters"],
+        [],
+        [],
+        [],
+        [],
+    ]
+    assert about_languages(texts, "de") == about_languages(texts, "en") == [[] for _ in texts]
+    pieces = [*translator.stream("Oui. Non.", "auto", "de")]
+    assert ["taken for" in " ".join(piece.problems) for piece in pieces] == [True, False]
+
+
 def test_a_text_alone_is_no_list(model: Any, tokenizer: ZCodeM3Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"texts \('Open'\) must be a list of strings: give \[text\]"):
         TextTranslator(model, tokenizer).translate("Open", "en", "de")

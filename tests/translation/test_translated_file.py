@@ -97,6 +97,61 @@ def test_tables(translator: TextTranslator, source: Path, end: str) -> None:
     assert [row["source"] for row in rows] == LINES
 
 
+@pytest.mark.parametrize("end", ["tsv", "csv", "jsonl", "parquet"])
+def test_a_table_of_another_language_is_refused_before_any_work(
+    translator: TextTranslator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """Also if the row comes late; codes in other forms and empty cells are no other language."""
+    codes = {"a": "de", "b": "DE", "c": "", "d": "fr"}
+    rows = [{"source": text, "src_lang": "eng_Latn", "tgt_lang": code} for text, code in codes.items()]
+
+    def table(name: str, rows: list[dict[str, str]]) -> Path:
+        dataset, path = datasets.Dataset.from_list(rows), tmp_path / f"{name}.{end}"
+        if end == "parquet":
+            dataset.to_parquet(path)
+        elif end == "jsonl":
+            dataset.to_json(path)
+        else:
+            dataset.to_csv(path, index=False, sep="\t" if end == "tsv" else ",")
+        return path
+
+    source, output = table("in", rows), tmp_path / "out.jsonl"
+    number = 4 if end in ("jsonl", "parquet") else 5  # of the line
+    translate = translator.translate
+    monkeypatch.setattr(
+        translator, "translate", lambda texts, *args: pytest.fail("translated") if texts else translate(texts, *args)
+    )
+    message = (
+        rf"^tgt_lang of row {number} of .*in\.{end} is 'fr', but all rows are translated with tgt_lang 'de': give a "
+        "table that has only these rows, or no column tgt_lang$"
+    )
+    with pytest.raises(ValueError, match=message):
+        translate_file(translator, source, output, **PAIR)
+    message = r"src_lang of row \d of .* is 'eng_Latn', but all rows are translated with src_lang 'fr'"
+    with pytest.raises(ValueError, match=message):
+        translate_file(translator, source, output, src_lang="fr", tgt_lang="de")
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
+    monkeypatch.undo()
+    for src_lang in ("en", "auto"):
+        translate_file(translator, table("some", rows[:3]), output, src_lang=src_lang, tgt_lang="de", overwrite=True)
+        found = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+        assert [(row["source"], row["tgt_lang"] or "") for row in found] == [("a", "de"), ("b", "DE"), ("c", "")]
+
+
+def test_a_language_column_that_may_mean_the_language(make_model: MakeModel, tmp_path: Path) -> None:
+    tokenizer = ZCodeM3Tokenizer(languages=["eng_Latn", "zho_Hans", "zho_Hant"])
+    translator = TextTranslator(make_model(), tokenizer, num_beams=1, max_new_tokens=2)
+    source = tmp_path / "in.tsv"
+    for code, is_other in (("zh", False), ("zh-CN", False), ("zho_Hant", True), ("xx", True)):
+        source.write_text(f"source\ttgt_lang\na\t{code}\n")
+        arguments: dict[str, Any] = {"src_lang": "en", "tgt_lang": "zho_Hans", "overwrite": True}
+        if is_other:
+            with pytest.raises(ValueError, match=f"is '{code}', but all rows are translated with tgt_lang 'zho_Hans'"):
+                translate_file(translator, source, tmp_path / "out.txt", **arguments)
+        else:
+            assert translate_file(translator, source, tmp_path / "out.txt", **arguments).num_rows == 1
+
+
 def test_a_bad_row_is_reported_and_the_rest_translated(translator: TextTranslator, tmp_path: Path) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
     source.write_bytes(b"One.\nbad \xff\nTwo.\n")

@@ -7,6 +7,8 @@ import typer
 
 from .options import BatchSize, Data, DataLanguages, Device, Dtype, ModelWithTokenizer, Split, Subset, codes
 
+UNKNOWN = "-"
+
 
 def evaluate(
     model: ModelWithTokenizer,
@@ -53,19 +55,19 @@ def evaluate(
 
 
 def _table(quality: Any) -> str:
-    """The scores, one line per direction."""
+    """The scores, one line per direction; a number that a direction does not have is "-"."""
     kinds = [*quality.mean([*quality.directions]).copied]
     header = ["direction", "sentences", "BLEU", "chrF", "length", "off target", *kinds, "repeating"]
     rows = [
         [
             "-".join(pair),
             str(scores.num_sentences),
-            f"{scores.bleu:.1f}",
+            UNKNOWN if scores.bleu is None else f"{scores.bleu:.1f}",
             f"{scores.chrf:.1f}",
             f"{scores.length_ratio:.2f}",
-            "" if scores.off_target is None else f"{scores.off_target:.1%}",
+            UNKNOWN if scores.off_target is None else f"{scores.off_target:.1%}",
             *(_share(*scores.copied.get(kind, (0, 0))) for kind in kinds),
-            "" if scores.repeating is None else f"{scores.repeating:.1%}",
+            UNKNOWN if scores.repeating is None else f"{scores.repeating:.1%}",
         ]
         for pair, scores in quality.directions.items()
     ]
@@ -76,4 +78,4 @@ def _table(quality: Any) -> str:
 
 
 def _share(num_wanted: int, num_copied: int) -> str:
-    return f"{num_copied / num_wanted:.1%}" if num_wanted else ""
+    return f"{num_copied / num_wanted:.1%}" if num_wanted else UNKNOWN

@@ -10,7 +10,14 @@ from itertools import zip_longest
 from typing import Any
 
 from ..models.language_codes import did_you_mean
-from ..models.language_detection import UNDETERMINED, LanguageDetector, detector_code, detector_codes
+from ..models.language_detection import (
+    MIN_DETECTED_LETTERS,
+    UNDETERMINED,
+    LanguageDetector,
+    detector_code,
+    detector_codes,
+)
+from .placeholders import num_letters, without_placeholders
 
 BLEU_TOKENIZERS = ("13a", "intl", "char", "zh", "none")  # tokenizers that need no download
 SMOOTH_METHODS = ("none", "floor", "add-k", "exp")
@@ -151,7 +158,11 @@ def off_target(
     language: str | None = None,
     candidates: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Compute the share of translations in another language.
+    """Compute the share of translations in another language, of those with 25 letters or more.
+
+    In shorter texts the detector is too often wrong: it takes many references of one or two words for another language.
+    So only texts with `MIN_DETECTED_LETTERS` count, without their placeholders, as for the `problems` of
+    [`TextTranslator`].
 
     Args:
         predictions: translations, one string per sentence.
@@ -161,9 +172,9 @@ def off_target(
             languages it is wrong much less often, above all for short texts.
 
     Returns:
-        "off_target_share", the share (0-1) of translations in another language; "reference_off_target_share", the same
-        for the references, which is the detector's error; "detected_languages", code -> number of translations, the
-        most frequent first. Text without a letter is in no language ("und") and not off target.
+        "off_target_share", the share (0-1) of translations in another language, or `None` if none has enough letters;
+        "reference_off_target_share", the same for the references, which is the detector's error; "detected_languages",
+        code -> number of translations, the most frequent first. Text in no language ("und") is not off target.
 
     Raises:
         ValueError: py3langid is not installed, `language` is missing or not among `candidates`, or the detector does
@@ -179,7 +190,10 @@ def off_target(
         raise ValueError(f"language ({language!r}) must be one of candidates ({', '.join(candidates)})")
     reference_texts = [text for texts in checked_references(predictions, references) for text in texts]
     detect = LanguageDetector(candidates).detect
-    detected, of_references = (Counter(map(detect, texts)) for texts in (predictions, reference_texts))
+    detected, of_references = (
+        Counter(detect(without_placeholders(text)) for text in texts if num_letters(text) >= MIN_DETECTED_LETTERS)
+        for texts in (predictions, reference_texts)
+    )
     return {
         "off_target_share": _share_of_others(detected, target),
         "reference_off_target_share": _share_of_others(of_references, target),
@@ -221,7 +235,9 @@ def _corpus_score(
     return {name: getattr(score, name) for name in names}
 
 
-def _share_of_others(languages: Counter[str], target: str) -> float:
+def _share_of_others(languages: Counter[str], target: str) -> float | None:
+    if not languages:
+        return None
     num_on_target = languages[target] + languages[UNDETERMINED]
     return (languages.total() - num_on_target) / languages.total()
 

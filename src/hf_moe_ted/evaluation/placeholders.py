@@ -42,6 +42,11 @@ def without_placeholders(text: str) -> str:
     return _PLACEHOLDER.sub(" ", text)
 
 
+def num_letters(text: str) -> int:
+    """Number of letters outside of the `placeholders`."""
+    return sum(map(str.isalpha, without_placeholders(text)))
+
+
 def replace_placeholders(text: str, replacement: Callable[[str], str]) -> str:
     """The text with each of the `placeholders` replaced by the result of a function."""
     return _PLACEHOLDER.sub(lambda match: replacement(match[0]), text)
@@ -71,6 +76,7 @@ def lost_placeholders(source: str, translation: str) -> list[str]:
 __all__ = [
     "count_placeholder",
     "lost_placeholders",
+    "num_letters",
     "placeholder_spans",
     "placeholders",
     "replace_placeholders",

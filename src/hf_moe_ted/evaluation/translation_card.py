@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..files.output import files_into
 from ..models.language_codes import parse_language
+from ..models.language_detection import MIN_DETECTED_LETTERS
 from .translation_quality import DirectionQuality, MeanQuality, TranslationQuality
 
 logger = logging.get_logger(__name__)
@@ -93,7 +94,9 @@ def _section(quality: TranslationQuality) -> str:
     for name, pairs in quality.groups().items() if len(rows) > 1 else ():
         num_sentences = sum(quality.directions[pair].num_sentences for pair in pairs)
         rows.append(_row(f"**{name}**", num_sentences, quality.mean(pairs)))
-    tokenizers = ", ".join(sorted({direction.bleu_tokenizer for direction in quality.directions.values()}))
+    directions = quality.directions.values()
+    tokenizers = ", ".join(sorted({direction.bleu_tokenizer for direction in directions}))
+    is_bleu_known = all(direction.bleu is not None for direction in directions)
     return "\n".join(
         [
             "## Translation quality",
@@ -103,7 +106,9 @@ def _section(quality: TranslationQuality) -> str:
             *rows,
             "",
             f"BLEU (tokenizers: {tokenizers}) and chrF are sacreBLEU's. The length ratio counts characters. Off target",
-            "is the share of translations whose detected language is not the target language.",
+            f"is the share of translations with {MIN_DETECTED_LETTERS} letters or more whose detected language is not",
+            "the target language.",
+            *([] if is_bleu_known else ["BLEU is empty where no reference has four tokens."]),
             f"Beams: {quality.num_beams}, at most {quality.max_new_tokens} new tokens.",
         ]
     )
@@ -111,7 +116,8 @@ def _section(quality: TranslationQuality) -> str:
 
 def _row(name: str, num_sentences: int, scores: DirectionQuality | MeanQuality) -> str:
     off_target = "" if scores.off_target is None else f"{scores.off_target:.1%}"
-    numbers = f"{scores.chrf:.1f} | {scores.bleu:.1f} | {scores.length_ratio:.2f} | {off_target}"
+    bleu = "" if scores.bleu is None else f"{scores.bleu:.1f}"
+    numbers = f"{scores.chrf:.1f} | {bleu} | {scores.length_ratio:.2f} | {off_target}"
     return f"| {name} | {num_sentences:,} | {numbers} |"
 
 

@@ -40,11 +40,11 @@ def evaluate_translation(
 ) -> TranslationQuality:
     """Translate a test set and measure, per direction, BLEU, chrF, length ratio, language, copies, and speed.
 
-    BLEU and chrF are sacreBLEU's. The length ratio shows what they hide: pruned models tend to translate too long, such
-    as NLLB-MoE into English, by 16 % (the outputs released with https://huggingface.co/papers/2212.09811). BLEU and
-    chrF also show little of lost numbers, placeholders and names, and of repetitions; these are counted separately
-    (`copied`, `repeating`). A test set from the domain that chose the experts hides losses in other domains; use `also`
-    for these.
+    BLEU and chrF are sacreBLEU's; BLEU is `None` in a direction where no reference has four tokens. The length ratio
+    shows what they hide: pruned models tend to translate too long, such as NLLB-MoE into English, by 16 % (the outputs
+    released with https://huggingface.co/papers/2212.09811). BLEU and chrF also show little of lost numbers,
+    placeholders and names, and of repetitions; these are counted separately (`copied`, `repeating`). A test set from
+    the domain that chose the experts hides losses in other domains; use `also` for these.
 
     All rows are read before the first is translated, so errors in rows show early; texts and translations stay in
     memory until the end. A batch holds sentences of one direction and of similar length. The translation of a blank

@@ -40,14 +40,14 @@ class DirectionQuality(TranslationScores):
 
 @dataclass(frozen=True, kw_only=True)
 class MeanQuality:
-    """Means over directions, each counting the same; see [`DirectionQuality`].
+    """Means over directions, each counting the same; those without a number are left out. See [`DirectionQuality`].
 
     Attributes:
         copied: kind -> copied share of all parts to copy, over all directions together; kinds without parts are left
             out.
     """
 
-    bleu: float
+    bleu: float | None
     chrf: float
     length_ratio: float
     off_target: float | None
@@ -110,27 +110,26 @@ class TranslationQuality:
     def mean(self, pairs: list[LanguagePair]) -> MeanQuality:
         """Means over some of the directions."""
         directions = [self.directions[pair] for pair in pairs]
-        off_target = [direction.off_target for direction in directions if direction.off_target is not None]
-        repeating = [direction.repeating for direction in directions if direction.repeating is not None]
         return MeanQuality(
-            bleu=fmean(direction.bleu for direction in directions),
+            bleu=_mean_of_known(direction.bleu for direction in directions),
             chrf=fmean(direction.chrf for direction in directions),
             length_ratio=fmean(direction.length_ratio for direction in directions),
-            off_target=fmean(off_target) if off_target else None,
+            off_target=_mean_of_known(direction.off_target for direction in directions),
             copied=copied_shares(directions),
-            repeating=fmean(repeating) if repeating else None,
+            repeating=_mean_of_known(direction.repeating for direction in directions),
         )
 
     def __str__(self) -> str:
         lines = []
         for name, pairs in self.groups().items():
             mean = self.mean(pairs)
+            bleu = "" if mean.bleu is None else f"BLEU {mean.bleu:.1f}, "
             off_target = "" if mean.off_target is None else f", off target {mean.off_target:.1%}"
             copied = "".join(f", {kind} copied {share:.1%}" for kind, share in mean.copied.items())
             repeating = "" if mean.repeating is None else f", repeating {mean.repeating:.1%}"
             lines.append(
-                f"{name}: BLEU {mean.bleu:.1f}, chrF {mean.chrf:.1f}, length ratio {mean.length_ratio:.2f}{off_target}"
-                f"{copied}{repeating}"
+                f"{name}: {bleu}chrF {mean.chrf:.1f}, length ratio {mean.length_ratio:.2f}{off_target}{copied}"
+                f"{repeating}"
             )
         lines.append(f"{self.sentences_per_s:,.1f} sentences/s")
         if self.also is not None:
@@ -244,6 +243,11 @@ class TranslationQuality:
         if also is not None and also.get("also") is not None:
             raise ValueError("also must not have a second text (also) itself")
         return from_fields(cls, rest, directions=directions, also=None if also is None else cls.from_dict(also))
+
+
+def _mean_of_known(numbers: Iterable[float | None]) -> float | None:
+    known = [number for number in numbers if number is not None]
+    return fmean(known) if known else None
 
 
 def copied_shares(directions: Iterable[TranslationScores]) -> dict[str, float]:

@@ -15,13 +15,16 @@ class TranslationScores:
 
     Attributes:
         num_sentences: number of sentences in the test set.
-        bleu: corpus BLEU, 0 to 100.
+        bleu: corpus BLEU, 0 to 100; `None` where no reference has four tokens, as with texts of one or two words. There
+            are no 4-grams then, and sacreBLEU gives 0 to perfect translations. Its `effective_order` is no way out,
+            because it counts those orders that the translations have, which differ between models.
         bleu_tokenizer: tokenizer of sacreBLEU.
         chrf: corpus chrF, 0 to 100.
         source_chrf: chrF of the unchanged sources, the score of a model that only copies.
         length_ratio: characters of all translations over those of all references.
-        off_target: share of translations whose detected language is not the target language; `None` for a language
-            that the detector does not know.
+        off_target: share of translations whose detected language is not the target language, of those with 25 letters
+            or more, because in shorter ones the detector is too often wrong; `None` if there are none, or for a
+            language that the detector does not know. In older files it counts translations of any length.
         reference_off_target: the same for the references, which is the detector's own error.
         copied: `"numbers"`, `"placeholders"` and `"names"` -> how many of them source and reference have in common, and
             how many of these the translations have; see `copied_parts`. Empty in older files without this measurement.
@@ -31,7 +34,7 @@ class TranslationScores:
     """
 
     num_sentences: int
-    bleu: float
+    bleu: float | None
     bleu_tokenizer: str
     chrf: float
     source_chrf: float
@@ -67,7 +70,7 @@ def score_translations(
     languages = None if languages is None else list(languages)
     bleu_tokenizer = _bleu_tokenizer(tgt_lang, languages or ())
 
-    language_shares: dict[str, float] = {}
+    language_shares: dict[str, float | None] = {}
     if detector_code(tgt_lang) is not None:
         candidates = None
         if languages is not None:
@@ -75,7 +78,7 @@ def score_translations(
         language_shares = off_target(translations, references, language=tgt_lang, candidates=candidates)
     return TranslationScores(
         num_sentences=len(translations),
-        bleu=bleu(translations, references, tokenize=bleu_tokenizer)["score"],
+        bleu=_defined_bleu(translations, references, bleu_tokenizer),
         bleu_tokenizer=bleu_tokenizer,
         chrf=chrf(translations, references)["score"],
         source_chrf=chrf(sources, references)["score"],
@@ -86,6 +89,11 @@ def score_translations(
         repeating=repeating_share(translations),
         reference_repeating=repeating_share(references),
     )
+
+
+def _defined_bleu(translations: Sequence[str], references: Sequence[str], tokenizer: str) -> float | None:
+    num_4_grams = bleu(references, references, tokenize=tokenizer)["totals"][-1]
+    return bleu(translations, references, tokenize=tokenizer)["score"] if num_4_grams else None
 
 
 def _bleu_tokenizer(tgt_lang: str, languages: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from .language_codes import parse_language
 
 AUTO = "auto"  # as a source language: it is to be detected
 UNDETERMINED = "und"  # of ISO 639: text that is in no language, such as "42 %"
+MIN_DETECTED_LETTERS = 25  # for shorter texts the detector is often wrong
 
 _NO_LANGUAGE = "zxx"  # the detector's code for such text
 
@@ -135,6 +136,7 @@ def _identifier(codes: tuple[str, ...] | None) -> Any:
 
 __all__ = [
     "AUTO",
+    "MIN_DETECTED_LETTERS",
     "UNDETERMINED",
     "LanguageDetector",
     "LanguageFinder",

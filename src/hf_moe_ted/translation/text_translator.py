@@ -8,9 +8,15 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.copied_parts import numbers
-from ..evaluation.placeholders import lost_placeholders, without_placeholders
+from ..evaluation.placeholders import lost_placeholders, num_letters, without_placeholders
 from ..models.language_codes import resolve_language
-from ..models.language_detection import AUTO, UNDETERMINED, detector_code, language_finder
+from ..models.language_detection import (
+    AUTO,
+    MIN_DETECTED_LETTERS,
+    UNDETERMINED,
+    detector_code,
+    language_finder,
+)
 from ..models.segments import Segments, split_long, split_sentences
 from .glossary import Glossary
 from .phrases import phrases_of
@@ -23,8 +29,6 @@ from .sentence_translator import (
     SentenceTranslator,
     SourceSentence,
 )
-
-MIN_DETECTED_LETTERS = 25  # for shorter texts the detector is often wrong
 
 MAX_STREAMED_AT_ONCE = 32  # sentences
 
@@ -61,6 +65,8 @@ class TranslatedText:
         sentences: the sentences in the order of the text.
         alternatives: the text with the first, second, ... alternative of each sentence, or with its translation where
             it has fewer.
+        text_problems: problems of the text as a whole, in words: the language for which it was taken, if it was
+            detected in few letters, or the text is unchanged because of it.
     """
 
     text: str
@@ -68,11 +74,13 @@ class TranslatedText:
     tgt_lang: str
     sentences: tuple[TranslatedSentence, ...]
     alternatives: tuple[str, ...] = ()
+    text_problems: tuple[str, ...] = ()
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Problems of all sentences, with the start of each sentence."""
-        return tuple(f"{s.source[:60]!r}: {problem}" for s in self.sentences for problem in s.problems)
+        """Problems of the text and of all sentences, with the start of each."""
+        of_sentences = (f"{s.source[:60]!r}: {problem}" for s in self.sentences for problem in s.problems)
+        return (*self.text_problems, *of_sentences)
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,7 @@ class PlannedText:
         segments: its sentences and the gaps between them.
         parts: for each sentence, its parts that fit the model's positions; usually one.
         sentences: the parts, ready for translation.
+        problems: problems of the text as a whole, with its start.
     """
 
     src_lang: str
@@ -91,14 +100,19 @@ class PlannedText:
     segments: Segments
     parts: tuple[Segments, ...]
     sentences: tuple[tuple[SourceSentence, ...], ...]
+    problems: tuple[str, ...] = ()
 
     def pieces(self) -> "list[PlannedText]":
-        """A text for each sentence, with the white space before it; the last also has the white space after it."""
+        """A text for each sentence, with the white space before it; the last also has the white space after it.
+
+        The first has the problems of the whole.
+        """
         segments = self.segments.pieces(self.tgt_lang)
-        return [
-            replace(self, segments=piece, parts=(parts,), sentences=(sentences,))
+        pieces = [
+            replace(self, segments=piece, parts=(parts,), sentences=(sentences,), problems=())
             for piece, parts, sentences in zip(segments, self.parts, self.sentences, strict=True)
         ]
+        return [replace(piece, problems=self.problems) for piece in pieces[:1]] + pieces[1:]
 
     def whole(self, translated: Mapping[SourceSentence, TranslatedSentence]) -> TranslatedText:
         """The text with the translations of its sentences."""
@@ -120,6 +134,7 @@ class PlannedText:
             tgt_lang=self.tgt_lang,
             sentences=tuple(sentence for of_sentence in found for sentence in of_sentence),
             alternatives=tuple(text(rank) for rank in range(1, most)),
+            text_problems=self.problems,
         )
 
 
@@ -209,7 +224,8 @@ class TextTranslator:
                 occurs several times is translated once.
             src_lang, tgt_lang: codes in any form that means a language of the tokenizer; with `src_lang="auto"`
                 py3langid detects the language of each text. It does not know scripts, so of several forms of a language
-                the first is used (`zho_Hans`).
+                the first is used (`zho_Hans`). `problems` says for which language a text was taken if it has few
+                letters or is unchanged.
             on_batch: function that gets, after each batch, the number of translated sentences and source tokens.
             glossary: terms that the translations must have; `problems` lists missing ones.
             num_alternatives: number per sentence; by default that of the translator.
@@ -267,7 +283,8 @@ class TextTranslator:
             raise ValueError(f"texts ({texts[:60]!r}) must be a list of strings: give [text]")
         num_sequences = self._num_sequences(num_alternatives)
         tgt_lang = resolve_language(tgt_lang, self.languages, name="tgt_lang")
-        if src_lang != AUTO:
+        is_detected = src_lang == AUTO
+        if not is_detected:
             src_lang = resolve_language(src_lang, self.languages, name="src_lang")
         languages = [self._language_of(text, index, src_lang) for index, text in enumerate(texts)]
         split = [
@@ -282,8 +299,14 @@ class TextTranslator:
             for language, sentences in by_language.items()
         }
         return [
-            PlannedText(language, tgt_lang, segments, *_transposed(parts[language][s] for s in segments.sentences))
-            for segments, language in zip(split, languages, strict=True)
+            PlannedText(
+                language,
+                tgt_lang,
+                segments,
+                *_transposed(parts[language][sentence] for sentence in segments.sentences),
+                problems=_problems_of_detection(text, language, tgt_lang) if is_detected else (),
+            )
+            for text, segments, language in zip(texts, split, languages, strict=True)
         ]
 
     def batches(self, sentences: Iterable[SourceSentence]) -> Iterator[list[SourceSentence]]:
@@ -370,12 +393,24 @@ class TextTranslator:
         ratio = len(translation.encode()) / num_bytes
         if num_bytes >= MIN_RATIO_BYTES and not MIN_LENGTH_RATIO <= ratio <= MAX_LENGTH_RATIO:
             problems.append(f"{ratio:.2g} times as long as the source")
-        words = without_placeholders(translation)
-        if detector_code(tgt_lang) is not None and sum(map(str.isalpha, words)) >= MIN_DETECTED_LETTERS:
-            found = language_finder(tuple(self.languages)).detector.detect(words)
+        if detector_code(tgt_lang) is not None and num_letters(translation) >= MIN_DETECTED_LETTERS:
+            found = language_finder(tuple(self.languages)).detector.detect(without_placeholders(translation))
             if found not in (UNDETERMINED, detector_code(tgt_lang)):
                 problems.append(f"looks like {found}, not {tgt_lang}")
         return problems
+
+
+def _problems_of_detection(text: str, src_lang: str, tgt_lang: str) -> tuple[str, ...]:
+    """What to know about a detected language; for a text without letters any language is right."""
+    if not (letters := num_letters(text)):
+        return ()
+    if src_lang == tgt_lang:
+        problem = f"taken for {src_lang}, the target language: unchanged"
+    elif letters < MIN_DETECTED_LETTERS:
+        problem = f"taken for {src_lang}, in fewer than {MIN_DETECTED_LETTERS} letters"
+    else:
+        return ()
+    return (f"{text.strip()[:60]!r}: {problem}",)
 
 
 def _transposed(

@@ -15,6 +15,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from ..models.language_codes import find_language, resolve_language
+from ..models.language_detection import AUTO
 from .arriving_lines import ArrivingLines
 from .glossary import Glossary
 from .text_rows import (
@@ -70,7 +72,8 @@ def translate_file(
     The end of a name gives the kind of a file: `.tsv`, `.csv`, `.jsonl`, `.parquet`; other files are lines of UTF-8. An
     output of lines has one line per input line, with its line end. An output table gets the columns `translation`,
     `problems` and, if requested, `alternatives`, also for a source of lines. A row that cannot be read has an empty
-    translation and an entry in `errors`.
+    translation and an entry in `errors`. All rows of a table go to `tgt_lang`; if it has columns `src_lang` and
+    `tgt_lang`, they must agree with the arguments, or be empty.
 
     The output grows in `output.partial`, which is renamed to `output` once it is complete. If a run is interrupted, the
     same call continues it. With `torchrun` or `accelerate launch` processes share the rows, and the first process
@@ -89,7 +92,8 @@ def translate_file(
 
     Raises:
         ValueError: `output` exists; a partial output is of another source or other settings; the source lacks the
-            column; a language is unknown; `wrapped` for a table; alternatives for an output of lines; several processes
+            column; a language is unknown; a column `src_lang` or `tgt_lang` has another language, which shows before
+            the first row is translated; `wrapped` for a table; alternatives for an output of lines; several processes
             for one standard input.
     """
     source, output = (None if path is None else Path(path) for path in (source, output))
@@ -139,6 +143,11 @@ class _Run:
         if output is not None and not output.parent.is_dir():
             raise ValueError(f"output ({output}): the folder {output.parent} does not exist")
         translator.translate([], src_lang, tgt_lang)  # unknown languages show before anything is written
+        self.languages = {
+            name: resolve_language(language, translator.languages, name=name)
+            for name, language in (("src_lang", src_lang), ("tgt_lang", tgt_lang))
+            if language != AUTO
+        }
         self._find_partial(overwrite)
 
     def _settings(self) -> dict[str, Any]:
@@ -187,8 +196,34 @@ class _Run:
                 self.arriving = file
             else:
                 file = stack.enter_context(self.source.open("rb"))
-            rows = read_rows(file, kind_of(self.source), self.column)
+                if kind_of(self.source) != LINES and self.source.is_file():
+                    for _ in self._rows(file):
+                        pass  # a row in another language shows before work that it would make useless
+                    file.seek(0)
+            rows = self._rows(file)
             yield paragraphs(rows, self.src_lang) if self.wrapped else rows
+
+    def _rows(self, file: Any) -> Iterator[TextRow]:
+        """The rows of the source.
+
+        Raises:
+            ValueError: the columns `src_lang` and `tgt_lang` of a row have another language.
+        """
+        for row in read_rows(file, kind_of(self.source), self.column):
+            for name, language in self.languages.items():
+                code = row.fields.get(name)
+                if isinstance(code, str) and code.strip() and not self._means(code.strip(), language):
+                    raise ValueError(
+                        f"{name} of row {row.number} of {self.source} is {code[:40]!r}, but all rows are translated "
+                        f"with {name} {language!r}: give a table that has only these rows, or no column {name}"
+                    )
+            yield row
+
+    def _means(self, code: str, language: str) -> bool:
+        try:
+            return find_language(code, self.translator.languages) == language
+        except ValueError:  # it means several
+            return find_language(code, [language]) is not None
 
     def translate(self, rows: Iterator[TextRow]) -> None:
         start = time.perf_counter()

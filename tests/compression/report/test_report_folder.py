@@ -137,6 +137,16 @@ def test_quality(source: Path, statistics: ExpertStatistics, make_quality: MakeQ
     assert "encoder: nearest" in again
 
 
+def test_directions_without_bleu(source: Path, statistics: ExpertStatistics, make_quality: MakeQuality) -> None:
+    folder = compress("prune", source, statistics)
+    some = make_quality(PAIRS, bleu={("en", "de"): None})
+    write_compression_report(folder, before=some, after=some)
+    assert "| en-de | 10 | 50.0 → 50.0 |  | 1.00 → 1.00 |" in (folder / "report.md").read_text()
+    none = make_quality(PAIRS, bleu=None)
+    write_compression_report(folder, before=none, after=none)
+    assert "| direction | sentences | chrF | length ratio |" in (folder / "report.md").read_text()
+
+
 def test_what_is_copied_and_another_text(source: Path, statistics: ExpertStatistics, make_quality: MakeQuality) -> None:
     """Columns and warnings of what chrF hides, and of a text in which more is lost."""
     folder = compress("prune", source, statistics)

@@ -5,6 +5,7 @@ from statistics import fmean
 
 from ...evaluation.copied_parts import KINDS
 from ...evaluation.translation_quality import DirectionQuality, MeanQuality, TranslationQuality, copied_shares
+from ...models.language_detection import MIN_DETECTED_LETTERS
 from ...models.layer_names import SIDES
 from ...routing.pictures import has_matplotlib, short_name
 from .compression_report import AggregationReport, FewerExpertsReport, PruningReport, TrimmingReport
@@ -128,8 +129,8 @@ def _how_measured(summary: Summary) -> str:
     ]
     return (
         f"{' → '.join(STAGES[stage] for stage in summary.qualities)}. BLEU (tokenizers: {tokenizers}) and chrF are "
-        "sacreBLEU's; the length ratio counts characters; off target is the share of translations whose detected "
-        "language is not the target language"
+        "sacreBLEU's; the length ratio counts characters; off target is the share of translations with "
+        f"{MIN_DETECTED_LETTERS} letters or more whose detected language is not the target language"
         + (f", which is also said of {_percent(fmean(floors))} of the references" if floors else "")
         + ". Copied: the share of numbers, placeholders and names common to source and reference that translations "
         f"have, too; repeating: translations that say something three times in a row{_repeating_floor(after)}"
@@ -155,7 +156,7 @@ def _directions(summary: Summary, num_worst: int | None = None) -> str:
         rows.append(["-".join(pair), str(directions[0].num_sentences), *_scores(directions)])
     header = ["direction", "sentences", "chrF", "BLEU", "length ratio", "off target"]
     header += [*(f"{kind} copied" for kind in KINDS), "repeating"]
-    # a text may have no placeholders, and files of older versions lack the last four
+    # a text may have no 4-grams or placeholders, and files of older versions lack the last four
     columns = [column for column in range(len(header)) if any(row[column] for row in rows)]
     return _table([header[column] for column in columns], [[row[column] for column in columns] for row in rows])
 
@@ -166,7 +167,8 @@ def _scores(stages: Sequence[DirectionQuality | MeanQuality]) -> list[str]:
     for scores in stages:
         copied = scores.copied if isinstance(scores, MeanQuality) else copied_shares([scores])
         shares = [scores.off_target, *(copied.get(kind) for kind in KINDS), scores.repeating]
-        numbers = [f"{scores.chrf:.1f}", f"{scores.bleu:.1f}", f"{scores.length_ratio:.2f}"]
+        bleu = "" if scores.bleu is None else f"{scores.bleu:.1f}"
+        numbers = [f"{scores.chrf:.1f}", bleu, f"{scores.length_ratio:.2f}"]
         rows.append([*numbers, *map(_percent, shares)])
     return [" → ".join(cells) if any(cells) else "" for cells in zip(*rows, strict=True)]
 
