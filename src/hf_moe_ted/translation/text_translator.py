@@ -14,6 +14,7 @@ from ..models.language_detection import (
     AUTO,
     MIN_DETECTED_LETTERS,
     UNDETERMINED,
+    LanguageFinder,
     detector_code,
     language_finder,
 )
@@ -31,6 +32,9 @@ from .sentence_translator import (
 )
 
 MAX_STREAMED_AT_ONCE = 32  # sentences
+# of a detected language. Of 1,877 interface strings of one or two words in 15 languages 18% are below, among them 87%
+# of those whose language is wrong; of 1,750 longer ones with fewer than 25 letters 2%, with 78% of the wrong ones
+MIN_PROBABILITY = 0.7
 
 CUT = "cut at max_new_tokens"
 
@@ -65,8 +69,8 @@ class TranslatedText:
         sentences: the sentences in the order of the text.
         alternatives: the text with the first, second, ... alternative of each sentence, or with its translation where
             it has fewer.
-        text_problems: problems of the text as a whole, in words: the language for which it was taken, if it was
-            detected in few letters, or the text is unchanged because of it.
+        text_problems: problems of the text as a whole, in words: the language for which it was taken, if that is not
+            sure, or the text is unchanged because of it.
     """
 
     text: str
@@ -224,8 +228,8 @@ class TextTranslator:
                 occurs several times is translated once.
             src_lang, tgt_lang: codes in any form that means a language of the tokenizer; with `src_lang="auto"`
                 py3langid detects the language of each text. It does not know scripts, so of several forms of a language
-                the first is used (`zho_Hans`). `problems` says for which language a text was taken if it has few
-                letters or is unchanged.
+                the first is used (`zho_Hans`). `problems` says for which language a text was taken if that is not
+                sure, or the text is unchanged.
             on_batch: function that gets, after each batch, the number of translated sentences and source tokens.
             glossary: terms that the translations must have; `problems` lists missing ones.
             num_alternatives: number per sentence; by default that of the translator.
@@ -304,7 +308,7 @@ class TextTranslator:
                 tgt_lang,
                 segments,
                 *_transposed(parts[language][sentence] for sentence in segments.sentences),
-                problems=_problems_of_detection(text, language, tgt_lang) if is_detected else (),
+                problems=_problems_of_detection(text, language, tgt_lang, self._finder) if is_detected else (),
             )
             for text, segments, language in zip(texts, split, languages, strict=True)
         ]
@@ -340,7 +344,11 @@ class TextTranslator:
             raise ValueError(f"a text to translate must be a string, got {type(text).__name__} at {index}: {text!r}")
         if src_lang != AUTO:
             return src_lang
-        return language_finder(tuple(self.languages)).find(text)
+        return self._finder.find(text)
+
+    @property
+    def _finder(self) -> LanguageFinder:
+        return language_finder(tuple(self.languages))
 
     def _parts(
         self, sentences: list[str], src_lang: str, tgt_lang: str, glossary: Glossary | None, num_sequences: int
@@ -394,20 +402,22 @@ class TextTranslator:
         if num_bytes >= MIN_RATIO_BYTES and not MIN_LENGTH_RATIO <= ratio <= MAX_LENGTH_RATIO:
             problems.append(f"{ratio:.2g} times as long as the source")
         if detector_code(tgt_lang) is not None and num_letters(translation) >= MIN_DETECTED_LETTERS:
-            found = language_finder(tuple(self.languages)).detector.detect(without_placeholders(translation))
+            found = self._finder.detector.detect(without_placeholders(translation))
             if found not in (UNDETERMINED, detector_code(tgt_lang)):
                 problems.append(f"looks like {found}, not {tgt_lang}")
         return problems
 
 
-def _problems_of_detection(text: str, src_lang: str, tgt_lang: str) -> tuple[str, ...]:
+def _problems_of_detection(text: str, src_lang: str, tgt_lang: str, finder: LanguageFinder) -> tuple[str, ...]:
     """What to know about a detected language; for a text without letters any language is right."""
-    if not (letters := num_letters(text)):
+    words = without_placeholders(text)
+    ranked = finder.detector.rank(words)
+    if not ranked:
         return ()
     if src_lang == tgt_lang:
         problem = f"taken for {src_lang}, the target language: unchanged"
-    elif letters < MIN_DETECTED_LETTERS:
-        problem = f"taken for {src_lang}, in fewer than {MIN_DETECTED_LETTERS} letters"
+    elif ranked[0][1] < MIN_PROBABILITY:
+        problem = f"taken for {src_lang}, with a probability of {ranked[0][1]:.2f}"
     else:
         return ()
     return (f"{text.strip()[:60]!r}: {problem}",)
