@@ -37,7 +37,7 @@ def test_compression_and_its_report(model_and_text: tuple[Path, Path], tmp_path:
     half, statistics = tmp_path / "half", tmp_path / "statistics"
     evaluate = ["--batch-size", "2", "--max-new-tokens", "4", "--output"]
     printed = run_here("evaluate", full, text, *evaluate, tmp_path / "before.json")
-    assert "all directions: BLEU" in printed and "4 sentences in 2 directions" in printed
+    assert "all directions: chrF" in printed and "4 sentences in 2 directions" in printed
     run_here("expert-statistics", full, text, statistics)
 
     printed = run_here(
