@@ -222,12 +222,15 @@ class TokenArrays:
 
 
 def _differences(about: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: sorted(mine.items() - other[name].items()) if isinstance(mine, dict) else (mine, other[name])
-        for name, mine in about.items()
-        if (not mine.items() <= other[name].items() if isinstance(mine, dict) else mine != other[name])
-        and None not in (mine, other[name])
-    }
+    differences: dict[str, Any] = {}
+    for name, mine in about.items():
+        its = other[name]
+        if isinstance(mine, dict):
+            if missing := sorted(mine.items() - its.items()):
+                differences[name] = missing
+        elif mine != its and None not in (mine, its):
+            differences[name] = (mine, its)
+    return differences
 
 
 def _hash_of_vocabulary(tokenizer: Any) -> str:
