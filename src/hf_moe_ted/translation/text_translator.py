@@ -32,8 +32,7 @@ from .sentence_translator import (
 )
 
 MAX_STREAMED_AT_ONCE = 32  # sentences
-# of a detected language. Of 1,877 interface strings of one or two words in 15 languages 18% are below, among them 87%
-# of those whose language is wrong; of 1,750 longer ones with fewer than 25 letters 2%, with 78% of the wrong ones
+# of a detected language; docs/benchmarks/unsure_languages_cpu_2026-12-01.md
 MIN_PROBABILITY = 0.7
 
 CUT = "cut at max_new_tokens"
