@@ -82,6 +82,13 @@ class DataArguments:
         metadata={"help": "Languages with only low_resource_pairs; their losses are reported separately."},
     )
     low_resource_pairs: int = field(default=1000, metadata={"help": "Training pairs of a low-resource language."})
+    into_english_share: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the pairs that are translated into English, too, drawn once for all seeds: a model that "
+            "is trained long learns the few English texts early. Needs train_tokens, and sampling_temperature 1."
+        },
+    )
     pivoted_share: float = field(
         default=0.0,
         metadata={
@@ -113,12 +120,19 @@ class DataArguments:
                 raise ValueError(f"give {name}_file, or train_tokens and validation_tokens (prepare_tokens.py)")
         if not 0 <= self.pivoted_share <= 1 / 3:
             raise ValueError(f"pivoted_share ({self.pivoted_share}) must be between 0 and 1/3")
-        if self.pivoted_share and self.train_tokens is None:
-            raise ValueError(f"pivoted_share ({self.pivoted_share}) needs token ids: give train_tokens")
+        if not 0 <= self.into_english_share <= 1:
+            raise ValueError(f"into_english_share ({self.into_english_share}) must be between 0 and 1")
+        if (name := self.share_of_directions) and self.train_tokens is None:
+            raise ValueError(f"{name} ({getattr(self, name)}) needs token ids: give train_tokens")
         if self.train_tokens is not None and self.train_file is not None:
             raise ValueError(f"train_tokens ({self.train_tokens}) stands for train_file ({self.train_file}): give one")
         if self.train_tokens is not None and (self.sentence_distance or self.word_dropout):
             raise ValueError("sentence_distance and word_dropout need text: give train_file, not train_tokens")
+
+    @property
+    def share_of_directions(self) -> str | None:
+        """The field, if any, by which directions have not their share of the text."""
+        return "pivoted_share" if self.pivoted_share else "into_english_share" if self.into_english_share < 1 else None
 
 
 @dataclass(frozen=True)
@@ -427,9 +441,9 @@ def _run(recipe: dict[str, Any], overrides: list[str], variant: str, of_variant:
     model, data, training = _parser().parse_args_into_dataclasses([*argv, *overrides])
     if unknown := {*json.loads(model.config)} - {each.name for each in dataclass_fields(ZCodeM3Config)}:
         raise ValueError(f"config of {variant} has fields {sorted(unknown)}, which ZCodeM3Config has not")
-    if data.pivoted_share and training.sampling_temperature != 1:  # which draws each direction more alike
-        temperature = training.sampling_temperature
-        raise ValueError(f"pivoted_share ({data.pivoted_share}) needs a sampling_temperature of 1, not {temperature}")
+    temperature = training.sampling_temperature  # another one than 1 draws each direction more alike
+    if (name := data.share_of_directions) and temperature != 1:
+        raise ValueError(f"{name} ({getattr(data, name)}) needs a sampling_temperature of 1, not {temperature}")
     training.dataloader_pin_memory &= torch.cuda.is_available()  # without a GPU it does nothing but warn
     if data.train_tokens is not None:  # batches are made on the device
         training.dataloader_pin_memory, training.dataloader_num_workers = False, 0

@@ -275,13 +275,14 @@ class Component(NamedTuple):
 class TokenPairs(MultitaskDataset):
     """Pairs of `TokenArrays` in both directions, as a [`MultitaskDataset`] whose batches are tensors on a device.
 
-    Example `n` is pair `n` from English for `n` below P, and pair `n - P` into English from there on. Behind them are
-    translations between two other languages, and then the texts that are denoised.
+    Example `n` is pair `n` from English for `n` below P; then come those into English, translations between two other
+    languages, and the texts that are denoised.
 
     Args:
         arrays: the tokens.
         device: where batches are made.
         pairs: int64[P], numbers of the pairs to take, all by default.
+        into_english: int64[P'], numbers of the pairs that are translated into English, too; by default all of these.
         pivots: int64[Q, 2], numbers of the pairs whose other texts are source and target of translations without
             English (`TokenArrays.pivoted`); none by default.
         denoised_pairs: int64[...], numbers of the pairs whose texts are denoised, each text once; none by default.
@@ -294,6 +295,7 @@ class TokenPairs(MultitaskDataset):
         device: torch.device | str,
         pairs: np.ndarray | None = None,
         *,
+        into_english: np.ndarray | None = None,
         pivots: np.ndarray | None = None,
         denoised_pairs: np.ndarray | None = None,
         noise: TokenNoise | None = None,
@@ -304,11 +306,14 @@ class TokenPairs(MultitaskDataset):
         self.noise = noise
         self._pairs_P = pairs_P = np.arange(len(arrays.english)) if pairs is None else pairs
         pivots_Q2 = np.empty((0, 2), dtype=np.int64) if pivots is None else pivots
-        self.num_translated = 2 * len(pairs_P) + len(pivots_Q2)
         denoised = pairs_P[:0] if denoised_pairs is None else denoised_pairs
-        pairs_P2 = np.stack([arrays.english[pairs_P], arrays.num_english + pairs_P], axis=1)
+        from_english, into = (
+            np.stack([arrays.english[pairs], arrays.num_english + pairs], axis=1)
+            for pairs in (pairs_P, pairs_P if into_english is None else into_english)
+        )
         denoised_texts = np.concatenate([np.unique(arrays.english[denoised]), arrays.num_english + denoised])
-        parts = (pairs_P2, pairs_P2[:, ::-1], arrays.num_english + pivots_Q2, np.stack(2 * [denoised_texts], axis=1))
+        parts = (from_english, into[:, ::-1], arrays.num_english + pivots_Q2, np.stack(2 * [denoised_texts], axis=1))
+        self.num_translated = sum(map(len, parts[:3]))
         texts_N2 = np.concatenate(parts)
         languages_X = np.concatenate([np.zeros(arrays.num_english, dtype=np.int64), arrays.languages])
         languages_N2 = languages_X[texts_N2]

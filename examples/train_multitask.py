@@ -85,11 +85,14 @@ class Tokens:
         pairs = arrays.first_pairs(args.max_pairs, args.languages)
         check_low_resource(args, {*arrays.tags} - {"en"})
         translated = arrays.with_few(pairs, args.low_resource_languages, args.low_resource_pairs)
-        num_pivoted = round(2 * len(translated) * args.pivoted_share / (1 - args.pivoted_share))
+        num_into = round(len(translated) * args.into_english_share)
+        into_english = np.random.default_rng(0).choice(translated, num_into, replace=False)
+        num_pivoted = round((len(translated) + num_into) * args.pivoted_share / (1 - args.pivoted_share))
         self.dataset = TokenPairs(
             arrays,
             device,
             translated,
+            into_english=np.sort(into_english),
             pivots=arrays.pivoted(translated, num_pivoted) if num_pivoted else None,
             denoised_pairs=pairs if args.denoising else None,
             noise=self._noise(run) if args.denoising else None,

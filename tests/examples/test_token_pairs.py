@@ -415,3 +415,28 @@ def test_report_leaves_out_runs_that_are_not_done(tmp_path: Path) -> None:
         for run in of_variant
     }
     assert found == {("dense", 0), ("sparse", 0), ("old", 0)}
+
+
+def test_a_share_of_a_run_is_translated_into_english(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pairs from English; the batches of those into English are the ones they have when all are."""
+    options = ["--output_dir", str(folder / "into"), "--into_english_share", "0.25", "--pivoted_share", "0.25"]
+    [one] = train_multitask.command_of([str(folder / "recipe.json"), "--variants", "dense", *options]).runs
+    few = train_multitask.Tokens(one).dataset
+    of_examples = np.array(few.directions)[few.component_numbers]
+    assert np.isin(of_examples, ["en-de", "en-is"]).tolist() == [True] * 48 + [False] * 32
+    assert np.isin(of_examples, ["de-en", "is-en"]).tolist() == [False] * 48 + [True] * 12 + [False] * 20
+    whole = TokenPairs(TokenArrays.load(folder / "train.npz.xz"), "cpu")
+    rows = [row.tolist() for row in whole.batch(np.arange(48, 96), (48, 48))["input_ids"]]
+    assert all(row.tolist() in rows for row in few.batch(np.arange(48, 60), (48, 48))["input_ids"])
+    assert train_multitask.Tokens(one).dataset.batch(np.arange(60), (48, 48))["labels"].equal(
+        few.batch(np.arange(60), (48, 48))["labels"])  # fmt: skip
+    run(folder, monkeypatch, "into", "--variants", "dense", "--into_english_share", "0")
+    last = result_of(folder, "into", "dense")["log_history"][-2:]
+    assert {*last[0].get("direction_losses", last[1].get("direction_losses"))} == {"en-de", "en-is", "de-en", "is-en"}
+    with pytest.raises(ValueError, match=r"into_english_share \(1.5\) must be between 0 and 1"):
+        train_multitask.command_of([str(folder / "recipe.json"), "--into_english_share", "1.5"])
+    with pytest.raises(ValueError, match=r"into_english_share \(0.5\) needs a sampling_temperature of 1, not 5.0"):
+        command = [str(folder / "recipe.json"), "--into_english_share", "0.5", "--sampling_temperature", "5"]
+        train_multitask.command_of(command)
+    with pytest.raises(ValueError, match=r"into_english_share \(0.5\) needs token ids: give train_tokens"):
+        DataArguments(train_file="train.tsv", validation_file="valid.tsv", into_english_share=0.5)

@@ -13,7 +13,8 @@ from multitask_data import backwards, first_pairs, monolingual, read_pairs
 from multitask_recipe import read_recipe
 from tiny_sizes import SIZES
 
-RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes" / "experiments").glob("*.json"))
+ALL_RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").rglob("*.json"))
+RECIPES = [path for path in ALL_RECIPES if "variants" in read_recipe(path)]  # the others are of train_translation.py
 LINES = [
     f"{lang}\tEnglish sentence {number} about {topic}\t{lang} {topic} sentensi {number} hapa"
     for topic in ("tabs", "windows")
