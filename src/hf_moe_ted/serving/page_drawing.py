@@ -151,7 +151,7 @@ class _Drawing:
                 self.source.change,
                 self.src_lang.change,
                 self.tgt_lang.change,
-                self.num_alternatives.release,
+                self.num_alternatives.change,
                 self.glossary.change,
             ],
             self._on_text,
