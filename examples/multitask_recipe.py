@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, replace
 from dataclasses import fields as dataclass_fields
 from functools import cache
 from pathlib import Path
@@ -85,8 +85,8 @@ class DataArguments:
     into_english_share: float = field(
         default=1.0,
         metadata={
-            "help": "Share of the pairs that are translated into English, too, drawn once for all seeds: a model that "
-            "is trained long learns the few English texts early. Needs train_tokens, and sampling_temperature 1."
+            "help": "Share of the pairs of each language that are translated into English, too, drawn once for all "
+            "seeds; at least one, unless it is 0. Needs train_tokens, and sampling_temperature 1."
         },
     )
     pivoted_share: float = field(
@@ -122,17 +122,18 @@ class DataArguments:
             raise ValueError(f"pivoted_share ({self.pivoted_share}) must be between 0 and 1/3")
         if not 0 <= self.into_english_share <= 1:
             raise ValueError(f"into_english_share ({self.into_english_share}) must be between 0 and 1")
-        if (name := self.share_of_directions) and self.train_tokens is None:
-            raise ValueError(f"{name} ({getattr(self, name)}) needs token ids: give train_tokens")
+        if self.changed_shares and self.train_tokens is None:
+            raise ValueError(f"{self.changed_shares} needs token ids: give train_tokens")
         if self.train_tokens is not None and self.train_file is not None:
             raise ValueError(f"train_tokens ({self.train_tokens}) stands for train_file ({self.train_file}): give one")
         if self.train_tokens is not None and (self.sentence_distance or self.word_dropout):
             raise ValueError("sentence_distance and word_dropout need text: give train_file, not train_tokens")
 
     @property
-    def share_of_directions(self) -> str | None:
-        """The field, if any, by which directions have not their share of the text."""
-        return "pivoted_share" if self.pivoted_share else "into_english_share" if self.into_english_share < 1 else None
+    def changed_shares(self) -> str:
+        """What changes how often directions are drawn, with its values; empty for nothing."""
+        shares = {"pivoted_share": self.pivoted_share, "into_english_share": self.into_english_share}
+        return ", ".join(f"{name} ({value})" for name, value in shares.items() if value != getattr(DataArguments, name))
 
 
 @dataclass(frozen=True)
@@ -221,11 +222,11 @@ class Run:
         path = self.folder / SETTINGS
         if not path.is_file():
             return
-        begun, settings = json.loads(path.read_text(encoding="utf-8")), self.settings
-        other = [  # of fields that there were then, and still are
-            f"{name} {value!r}, not {settings[name]!r}"
-            for name, value in begun.items()
-            if settings.get(name, value) != value
+        begun = {**_defaults(), **json.loads(path.read_text(encoding="utf-8"))}  # of an older version, without fields
+        other = [
+            f"{name} {begun[name]!r}, not {value!r}"
+            for name, value in self.settings.items()
+            if begun.get(name, value) != value
         ]
         if other:
             raise ValueError(
@@ -267,6 +268,15 @@ class Run:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is no JSON ({error}): remove it, and the run is trained again") from None
         return result if result.get("is_done", bool(result)) else None
+
+
+def _defaults() -> dict[str, Any]:
+    """The defaults of our own fields, as they are in JSON."""
+    kinds = (ModelArguments, DataArguments, MultitaskTrainingArguments)
+    of_trainer = {each.name for each in dataclass_fields(Seq2SeqTrainingArguments)}
+    own = [each for kind in kinds for each in dataclass_fields(kind) if each.name not in of_trainer]
+    values = {each.name: each.default if each.default_factory is MISSING else each.default_factory() for each in own}
+    return dict(json.loads(json.dumps(values)))
 
 
 @dataclass(frozen=True)
@@ -441,9 +451,9 @@ def _run(recipe: dict[str, Any], overrides: list[str], variant: str, of_variant:
     model, data, training = _parser().parse_args_into_dataclasses([*argv, *overrides])
     if unknown := {*json.loads(model.config)} - {each.name for each in dataclass_fields(ZCodeM3Config)}:
         raise ValueError(f"config of {variant} has fields {sorted(unknown)}, which ZCodeM3Config has not")
-    temperature = training.sampling_temperature  # another one than 1 draws each direction more alike
-    if (name := data.share_of_directions) and temperature != 1:
-        raise ValueError(f"{name} ({getattr(data, name)}) needs a sampling_temperature of 1, not {temperature}")
+    temperature = training.sampling_temperature
+    if data.changed_shares and temperature != 1:  # which draws directions more alike
+        raise ValueError(f"{data.changed_shares} needs a sampling_temperature of 1, not {temperature}")
     training.dataloader_pin_memory &= torch.cuda.is_available()  # without a GPU it does nothing but warn
     if data.train_tokens is not None:  # batches are made on the device
         training.dataloader_pin_memory, training.dataloader_num_workers = False, 0

@@ -193,6 +193,14 @@ class TokenArrays:
         is_few = np.isin(self.languages[pairs_P], [list(self.tags).index(lang) for lang in languages])
         return pairs_P[~is_few | np.isin(pairs_P, self.first_pairs(num_pairs))]
 
+    def share_of_each_language(self, pairs_P: np.ndarray, share: float, seed: int = 0) -> np.ndarray:
+        """int64[P'], a share of the pairs of each language, at least one unless the share is 0."""
+        order = np.random.default_rng(seed).permutation(pairs_P)
+        languages, num_pairs = np.unique(self.languages[pairs_P], return_counts=True)
+        wanted = np.round(num_pairs * share).astype(int).clip(min=1 if share else 0)
+        kept = [order[self.languages[order] == lang][:num] for lang, num in zip(languages, wanted, strict=True)]
+        return np.sort(np.concatenate([pairs_P[:0], *kept]))
+
     def pivoted(self, pairs_P: np.ndarray, num_examples: int, seed: int = 0) -> np.ndarray:
         """int64[Q, 2], numbers of two of these pairs, in different languages, whose English text is the same.
 
@@ -307,12 +315,11 @@ class TokenPairs(MultitaskDataset):
         self._pairs_P = pairs_P = np.arange(len(arrays.english)) if pairs is None else pairs
         pivots_Q2 = np.empty((0, 2), dtype=np.int64) if pivots is None else pivots
         denoised = pairs_P[:0] if denoised_pairs is None else denoised_pairs
-        from_english, into = (
-            np.stack([arrays.english[pairs], arrays.num_english + pairs], axis=1)
-            for pairs in (pairs_P, pairs_P if into_english is None else into_english)
-        )
+        self._into_P = into_P = pairs_P if into_english is None else into_english
+        from_english = np.stack([arrays.english[pairs_P], arrays.num_english + pairs_P], axis=1)
+        to_english = np.stack([arrays.num_english + into_P, arrays.english[into_P]], axis=1)
         denoised_texts = np.concatenate([np.unique(arrays.english[denoised]), arrays.num_english + denoised])
-        parts = (from_english, into[:, ::-1], arrays.num_english + pivots_Q2, np.stack(2 * [denoised_texts], axis=1))
+        parts = (from_english, to_english, arrays.num_english + pivots_Q2, np.stack(2 * [denoised_texts], axis=1))
         self.num_translated = sum(map(len, parts[:3]))
         texts_N2 = np.concatenate(parts)
         languages_X = np.concatenate([np.zeros(arrays.num_english, dtype=np.int64), arrays.languages])
@@ -340,18 +347,21 @@ class TokenPairs(MultitaskDataset):
         return len(self.component_numbers)
 
     def first_rows(self, tokenizer: Any, num_pairs: int) -> list[Row]:
-        """The text of the first pairs of each direction, as rows of `read_pairs`."""
+        """The text of the first pairs of each direction that is translated, as rows of `read_pairs`."""
         codes = list(self.arrays.tags)
-        rows = [
-            {
-                "source": self.arrays.text(int(self.arrays.english[pair]), tokenizer),
-                "target": self.arrays.text(int(self.arrays.num_english + pair), tokenizer),
-                "src_lang": "en",
-                "tgt_lang": codes[self.arrays.languages[pair]],
-            }
-            for pair in np.intersect1d(self._pairs_P, self.arrays.first_pairs(num_pairs))
-        ]
-        return rows + backwards(rows)
+        from_english, to_english = (
+            [
+                {
+                    "source": self.arrays.text(int(self.arrays.english[pair]), tokenizer),
+                    "target": self.arrays.text(int(self.arrays.num_english + pair), tokenizer),
+                    "src_lang": "en",
+                    "tgt_lang": codes[self.arrays.languages[pair]],
+                }
+                for pair in np.intersect1d(pairs, self.arrays.first_pairs(num_pairs))
+            ]
+            for pairs in (self._pairs_P, self._into_P)
+        )
+        return from_english + backwards(to_english)
 
     def _component(self, part: int, source: int, target: int) -> Component:
         codes = list(self.arrays.tags)

@@ -85,14 +85,14 @@ class Tokens:
         pairs = arrays.first_pairs(args.max_pairs, args.languages)
         check_low_resource(args, {*arrays.tags} - {"en"})
         translated = arrays.with_few(pairs, args.low_resource_languages, args.low_resource_pairs)
-        num_into = round(len(translated) * args.into_english_share)
-        into_english = np.random.default_rng(0).choice(translated, num_into, replace=False)
-        num_pivoted = round((len(translated) + num_into) * args.pivoted_share / (1 - args.pivoted_share))
+        into_english = arrays.share_of_each_language(translated, args.into_english_share)
+        num_english = len(translated) + len(into_english)
+        num_pivoted = round(num_english * args.pivoted_share / (1 - args.pivoted_share))
         self.dataset = TokenPairs(
             arrays,
             device,
             translated,
-            into_english=np.sort(into_english),
+            into_english=into_english,
             pivots=arrays.pivoted(translated, num_pivoted) if num_pivoted else None,
             denoised_pairs=pairs if args.denoising else None,
             noise=self._noise(run) if args.denoising else None,
@@ -203,18 +203,29 @@ def tokenizer_folder(run: Run) -> str:
 
 
 def config_of(run: Run, tokenizer: Any) -> ZCodeM3Config:
-    """The architecture of a run."""
-    if run.model.model_name_or_path is not None:
-        return ZCodeM3Config.from_pretrained(run.model.model_name_or_path)
+    """The architecture of a run.
+
+    Raises:
+        ValueError: the model that is named is not there.
+    """
+    if (name := run.model.model_name_or_path) is not None:
+        try:
+            return ZCodeM3Config.from_pretrained(name)
+        except OSError as error:
+            raise ValueError(
+                f"model_name_or_path ({name}) of {run.variant} cannot be read; if another recipe trains it, run that "
+                f"one first ({error})"
+            ) from None
     return ZCodeM3Config(vocab_size=len(tokenizer), **json.loads(run.model.config))
 
 
 def model_of(run: Run, tokenizer: Any) -> Any:
     """A new model, or the one that is named."""
+    config = config_of(run, tokenizer)
     if run.model.model_name_or_path is not None:
-        model = ZCodeM3ForConditionalGeneration.from_pretrained(run.model.model_name_or_path)
+        model = ZCodeM3ForConditionalGeneration.from_pretrained(run.model.model_name_or_path, config=config)
     else:
-        model = ZCodeM3ForConditionalGeneration(config_of(run, tokenizer))
+        model = ZCodeM3ForConditionalGeneration(config)
         scale_routers(model, run.model.router_init_scale)
     if run.model.experts_implementation is not None:
         model.set_experts_implementation(run.model.experts_implementation)

@@ -51,7 +51,10 @@ class LayoutArguments:
     )
     pad_expert_input_to_capacity: bool = field(
         default=False,
-        metadata={"help": "Always exchange as many rows as the capacity allows; needs batches of one shape."},
+        metadata={
+            "help": "Always exchange as many rows as the capacity allows; needs batches of one shape, and a model with "
+            "a capacity_factor in its config, which the shipped one has not."
+        },
     )
     least_loaded_experts: bool = field(
         default=False, metadata={"help": "Ranks with few tokens compute experts of ranks with many."}

@@ -417,26 +417,78 @@ def test_report_leaves_out_runs_that_are_not_done(tmp_path: Path) -> None:
     assert found == {("dense", 0), ("sparse", 0), ("old", 0)}
 
 
-def test_a_share_of_a_run_is_translated_into_english(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All pairs from English; the batches of those into English are the ones they have when all are."""
-    options = ["--output_dir", str(folder / "into"), "--into_english_share", "0.25", "--pivoted_share", "0.25"]
-    [one] = train_multitask.command_of([str(folder / "recipe.json"), "--variants", "dense", *options]).runs
-    few = train_multitask.Tokens(one).dataset
+def test_a_share_of_each_language() -> None:
+    """At least one pair of each, whatever the share; all of them in their order; none for 0."""
+    languages = np.array([1] * 100 + [2] * 2 + [3] * 50)
+    ids, starts = np.arange(304, dtype=np.uint16), np.arange(305)
+    tags = {lang: number for number, lang in enumerate(("en", "de", "sw", "is"))}
+    arrays = TokenArrays(ids, starts, np.arange(152), languages, tags, {"eos": 2, "pad": 1}, 99)
+    pairs = np.arange(150)  # the last two are not taken
+    for share, counts in ((0.5, [50, 1, 24]), (0.001, [1, 1, 1]), (1.0, [100, 2, 48]), (0.0, [0, 0, 0])):
+        drawn = arrays.share_of_each_language(pairs, share)
+        assert np.bincount(languages[drawn], minlength=4)[1:].tolist() == counts
+        assert (np.diff(drawn) > 0).all() and np.isin(drawn, pairs).all()
+        assert np.array_equal(drawn, arrays.share_of_each_language(pairs, share))
+    assert not np.array_equal(arrays.share_of_each_language(pairs, 0.5), arrays.share_of_each_language(pairs, 0.5, 1))
+
+
+def into_english(folder: Path, share: str, *options: str) -> TokenPairs:
+    """The training data of a run with `into_english_share`."""
+    command = [str(folder / "recipe.json"), "--variants", "dense", "--output_dir", str(folder / "into"), *options]
+    [one] = train_multitask.command_of([*command, "--into_english_share", share]).runs
+    dataset = train_multitask.Tokens(one).dataset
+    assert isinstance(dataset, TokenPairs)
+    return dataset
+
+
+def test_a_share_of_a_run_is_translated_into_english(folder: Path) -> None:
+    """All pairs from English, and the texts into English are those that they have when all are."""
+    few = into_english(folder, "0.25", "--pivoted_share", "0.25")
     of_examples = np.array(few.directions)[few.component_numbers]
     assert np.isin(of_examples, ["en-de", "en-is"]).tolist() == [True] * 48 + [False] * 32
     assert np.isin(of_examples, ["de-en", "is-en"]).tolist() == [False] * 48 + [True] * 12 + [False] * 20
     whole = TokenPairs(TokenArrays.load(folder / "train.npz.xz"), "cpu")
-    rows = [row.tolist() for row in whole.batch(np.arange(48, 96), (48, 48))["input_ids"]]
-    assert all(row.tolist() in rows for row in few.batch(np.arange(48, 60), (48, 48))["input_ids"])
-    assert train_multitask.Tokens(one).dataset.batch(np.arange(60), (48, 48))["labels"].equal(
-        few.batch(np.arange(60), (48, 48))["labels"])  # fmt: skip
-    run(folder, monkeypatch, "into", "--variants", "dense", "--into_english_share", "0")
-    last = result_of(folder, "into", "dense")["log_history"][-2:]
-    assert {*last[0].get("direction_losses", last[1].get("direction_losses"))} == {"en-de", "en-is", "de-en", "is-en"}
+    shape = (48, 48)
+    rows = {name: whole.batch(np.arange(48, 96), shape)[name].tolist() for name in ("input_ids", "labels")}
+    batch = few.batch(np.arange(48, 60), shape)
+    numbers = [rows["input_ids"].index(row) for row in batch["input_ids"].tolist()]
+    assert numbers == sorted({*numbers}) and [rows["labels"][number] for number in numbers] == batch["labels"].tolist()
+    tokenizer = ZCodeM3Tokenizer.from_pretrained(folder / "tokenizer")
+    assert len(few.first_rows(tokenizer, 1000)) == 60
+    none = into_english(folder, "0")
+    assert {*none.directions} == {"en-de", "en-is"} and len(none) == 48
+    assert {row["src_lang"] for row in none.first_rows(tokenizer, 2)} == {"en"}
+    denoised = into_english(folder, "0.25", "--denoising", "true")
+    assert denoised.num_translated == 60 and denoised.components[-1].task == "denoising"
+
+
+def test_a_run_that_has_begun_is_not_given_another_share(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one of an older version, whose settings do not name the field."""
+    run(folder, monkeypatch, "begun", "--variants", "dense")
+    for path in (folder / "begun" / "dense").glob("*/settings.json"):
+        settings = json.loads(path.read_text())
+        assert settings.pop("into_english_share") == 1.0
+        path.write_text(json.dumps(settings))
+        (path.parent / "result.json").unlink()
+    with pytest.raises(ValueError, match=r" was begun with into_english_share 1.0, not 0.5; give the same again"):
+        run(folder, monkeypatch, "begun", "--variants", "dense", "--into_english_share", "0.5")
+    run(folder, monkeypatch, "begun", "--variants", "dense")
+
+
+def test_shares_that_are_refused(folder: Path) -> None:
+    recipe = str(folder / "recipe.json")
     with pytest.raises(ValueError, match=r"into_english_share \(1.5\) must be between 0 and 1"):
-        train_multitask.command_of([str(folder / "recipe.json"), "--into_english_share", "1.5"])
-    with pytest.raises(ValueError, match=r"into_english_share \(0.5\) needs a sampling_temperature of 1, not 5.0"):
-        command = [str(folder / "recipe.json"), "--into_english_share", "0.5", "--sampling_temperature", "5"]
-        train_multitask.command_of(command)
+        train_multitask.command_of([recipe, "--into_english_share", "1.5"])
+    both = r"pivoted_share \(0.2\), into_english_share \(0.5\) needs a sampling_temperature of 1, not 5.0"
+    with pytest.raises(ValueError, match=both):
+        shares = ["--into_english_share", "0.5", "--pivoted_share", "0.2", "--sampling_temperature", "5"]
+        train_multitask.command_of([recipe, *shares])
     with pytest.raises(ValueError, match=r"into_english_share \(0.5\) needs token ids: give train_tokens"):
         DataArguments(train_file="train.tsv", validation_file="valid.tsv", into_english_share=0.5)
+
+
+def test_a_model_that_is_not_trained_yet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ValueError, match=r"model_name_or_path \(runs/other/seed_0\) of dense cannot be read; if another"
+    ):
+        run(folder, monkeypatch, "last", "--variants", "dense", "--model_name_or_path", "runs/other/seed_0")
