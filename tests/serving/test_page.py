@@ -127,9 +127,9 @@ def expect(locator: Any) -> Any:
     return of_playwright(locator)
 
 
-def choose(page: Any, label: str, language: str) -> None:
+def choose(page: Any, label: str, option: str) -> None:
     page.get_by_role("combobox", name=label, exact=True).click()
-    page.get_by_role("option", name=language, exact=True).click()
+    page.get_by_role("option", name=option, exact=True).click()
     expect(page.get_by_role("option")).to_have_count(0)
 
 
@@ -164,9 +164,7 @@ def test_typed_text_is_translated(page: Any, translator: Counted, text_translato
 def test_alternatives_and_what_should_be_looked_at(page: Any, text_translator: TextTranslator) -> None:
     text = "Close all tabs. {a} {b} {c} and {d} or {e} of {f} in {g}"
     page.get_by_label("Text", exact=True).fill(text)
-    slider = page.locator("#num_alternatives input[type=range]")
-    slider.focus()
-    slider.press("ArrowRight")
+    choose(page, "Other translations of each sentence", "1")
     expected = text_translator.translate([text], "en", "de", num_alternatives=1)[0]
     assert any(sentence.alternatives for sentence in expected.sentences)
     table = page.locator("#details table.alternatives")
@@ -177,11 +175,10 @@ def test_alternatives_and_what_should_be_looked_at(page: Any, text_translator: T
     flagged = [problem for sentence in expected.sentences for problem in sentence.problems]
     assert flagged, "the demo model loses places for values here"
     expect(page.locator("#details table.problems")).to_contain_text(flagged[0])
-    slider.focus()
-    slider.press("ArrowLeft")
+    page.get_by_role("combobox", name="Other translations of each sentence").focus()
+    for key in ("ArrowUp", "Enter"):
+        page.keyboard.press(key)
     expect(table).to_have_count(0)
-    page.locator("#num_alternatives input[type=number]").fill("1")
-    expect(table).to_have_count(1)
 
 
 def test_right_to_left(page: Any, text_translator: TextTranslator) -> None:

@@ -110,9 +110,10 @@ class _Drawing:
             )
         # Gradio's own button for it takes the label of the text box away from screen readers
         self.copy = gr.Button("Copy the translation", size="sm", elem_id="copy")
-        self.num_alternatives = gr.Slider(
-            0, self._work.max_alternatives, value=0, step=1, label="Other translations of each sentence",
-            elem_id="num_alternatives", visible=self._work.max_alternatives > 0,
+        # Gradio's slider fails while its number is being typed, and its radio buttons have no arrow keys
+        self.num_alternatives = gr.Dropdown(
+            [*range(self._work.max_alternatives + 1)], value=0, label="Other translations of each sentence",
+            elem_id="num_alternatives", filterable=False, visible=self._work.max_alternatives > 0,
         )  # fmt: skip
         self.details = gr.HTML(elem_id="details", js_on_load=None)
         self.shows_experts = gr.Checkbox(
