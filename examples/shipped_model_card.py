@@ -3,8 +3,8 @@
     python examples/shipped_model_card.py test.json short_test.json direct_test.json \
         --output examples/checkpoints/zcode_m3_demo/README.md
 
-The files are those of docs/benchmarks/zcode_m3_demo_long_h200_2026-12-01.md: the test split, strings of one or two words,
-and pairs without English.
+The files are those of docs/benchmarks/zcode_m3_demo_long_h200_2026-12-01.md: the test split, strings of one or two
+words, and pairs without English.
 """
 
 import argparse
