@@ -117,6 +117,24 @@ def test_numbers_that_change_are_reported(
     ]
 
 
+def test_letters_of_another_script_are_reported(
+    model: Any, tokenizer: ZCodeM3Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the source and of the glossary are not."""
+    translations = {
+        "Open the bookmark bar and the tab.": "Lesezeichen बार und Вкладка öffnen.",
+        "Open слово.": "Öffne слово.",
+    }
+    translator = TextTranslator(model, tokenizer, num_beams=1, max_new_tokens=8)
+    decoded = sorted(translations, key=len, reverse=True)
+    monkeypatch.setattr(
+        tokenizer, "batch_decode", lambda sequences, **options: [translations[text] for text in decoded]
+    )
+    texts = translator.translate(decoded, "en", "de", glossary=Glossary([("tab", "Вкладка")]))
+    problems = [problem for text in texts for problem in text.sentences[0].problems]
+    assert [problem for problem in problems if "letters" in problem] == ["letters that de is not written in: बार"]
+
+
 def test_texts_in_the_target_language_stay(model: Any, tokenizer: ZCodeM3Tokenizer) -> None:
     translator = TextTranslator(model, tokenizer, num_beams=1, max_new_tokens=8)
     text = " Die Datei wurde gelöscht. Fertig!\n"

@@ -21,6 +21,7 @@ from ..models.language_detection import (
 from ..models.segments import Segments, split_long, split_sentences
 from .glossary import Glossary
 from .phrases import phrases_of
+from .scripts import stray_letters
 from .sentence_translator import (
     MAX_LENGTH_RATIO,
     MIN_LENGTH_RATIO,
@@ -49,7 +50,8 @@ class TranslatedSentence:
         scores: log-probability per token of the translation and its alternatives, by which beam search ranks; empty
             if no alternatives were requested.
         problems: problems that a reader should check, in words: lost placeholders or tags, missing numbers and glossary
-            terms, an unusual length, another language than requested, a translation that was cut.
+            terms, an unusual length, another language than requested, letters of another script, a translation that was
+            cut.
     """
 
     source: str
@@ -404,6 +406,8 @@ class TextTranslator:
             found = self._finder.detector.detect(without_placeholders(translation))
             if found not in (UNDETERMINED, detector_code(tgt_lang)):
                 problems.append(f"looks like {found}, not {tgt_lang}")
+        if stray := stray_letters(translation, tgt_lang, [source, *(phrase.text for phrase in sentence.phrases)]):
+            problems.append(f"letters that {tgt_lang} is not written in: {' '.join(stray)}")
         return problems
 
 
