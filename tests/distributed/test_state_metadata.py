@@ -4,6 +4,7 @@ import io
 import pickle
 import zipfile
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, MetadataIndex
 
 from hf_moe_ted.distributed.training_state import load_training_state, save_training_state
 
@@ -48,6 +49,36 @@ def test_nothing_is_executed(
     with pytest.raises(ValueError, match=r"nothing in it was executed: it names .*, which no training state needs"):
         load_training_state(folder, model, optimizer)
     assert not mark.exists() and "executed" not in capsys.readouterr().out
+
+
+class AsEarlyPython311(pickle.Pickler):
+    """Pickles members of enumerations as Python 3.11.2 does, which Debian 12 has."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, Enum) else NotImplemented
+
+
+def test_state_of_an_early_python_3_11(state: tuple[Path, nn.Module, torch.optim.Optimizer]) -> None:
+    folder, model, optimizer = state
+    before = model.weight.detach().clone()
+    pickled = io.BytesIO()
+    AsEarlyPython311(pickled).dump(dcp.FileSystemReader(folder).read_metadata())
+    assert b"getattr" in pickled.getvalue()
+    (folder / ".metadata").write_bytes(pickled.getvalue())
+    with torch.no_grad():
+        model.weight.zero_()
+    assert load_training_state(folder, model, optimizer) == {"step": 5}
+    assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("arguments", [(dict, "fromkeys"), (_MEM_FORMAT_ENCODING, "mro"), (_MEM_FORMAT_ENCODING, 0, 1)])
+def test_nothing_else_of_getattr(
+    state: tuple[Path, nn.Module, torch.optim.Optimizer], arguments: tuple[Any, ...]
+) -> None:
+    folder, model, optimizer = state
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil(getattr, *arguments)))
+    with pytest.raises(ValueError, match="cannot be read, and nothing in it was executed"):
+        load_training_state(folder, model, optimizer)
 
 
 @pytest.mark.parametrize(

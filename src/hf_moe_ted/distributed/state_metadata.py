@@ -12,6 +12,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterator
+from enum import EnumMeta
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
@@ -50,6 +51,14 @@ _OPCODES = re.findall(
 _LOADERS: dict[int, Any] = pickle._Unpickler.dispatch
 
 
+def _member(*arguments: Any) -> Any:
+    """`getattr` of a member of an enumeration among `_CLASSES`, and of nothing else."""
+    if len(arguments) != 2 or not isinstance(arguments[0], EnumMeta):
+        raise pickle.UnpicklingError(f"it names builtins.getattr{arguments}, which no training state needs")
+    enumeration, name = arguments
+    return enumeration[name]
+
+
 # the unpickler in Python: the one in C allocates memory for as many objects as the file claims to have
 class _Unpickler(pickle._Unpickler):
     """Reads the structures in pickled metadata dataclasses, and refuses everything else."""
@@ -60,6 +69,8 @@ class _Unpickler(pickle._Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):  # so Python 3.11.2 pickles members of enumerations
+            return _member
         if (module, name) not in _CLASSES:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no training state needs")
         if module == "pathlib":  # where it was saved; this is not needed
