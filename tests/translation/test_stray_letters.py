@@ -20,6 +20,8 @@ from hf_moe_ted.translation.scripts import stray_letters
         ("ㄅ 標籤", "zh_TW", []),
         ("12 → ∑ 5 µm 🙂 é", "fr", []),
         ("Добро", "sr", []),
+        ("Дастур", "uz", []),  # Latin in NLLB, and Cyrillic elsewhere
+        ("Дастур", "uzn_Latn", ["Дастур"]),
         ("بار", "xx", []),
     ],
 )

@@ -12,6 +12,13 @@ from ..models.language_codes import parse_language
 # scripts of ISO 15924 that are several of Unicode
 _SCRIPTS_OF = {"Hans": ("Hani", "Bopo"), "Hant": ("Hani", "Bopo"), "Jpan": ("Hani", "Hira", "Kana")}
 
+# which NLLB does not have: languageData of CLDR
+_SECOND_SCRIPTS = {
+    **dict.fromkeys(("ha", "kk", "ku", "ky", "ms", "pa", "tg", "tt"), ("Arab",)),
+    **dict.fromkeys(("bs", "tk", "ug"), ("Cyrl",)),
+    **dict.fromkeys(("az", "uz"), ("Arab", "Cyrl")),
+}
+
 
 def stray_letters(text: str, language: str, sources: Iterable[str] = ()) -> list[str]:
     """Runs of letters in other scripts than those of a language: `["बार"]` of `"Lesezeichen बार öffnen"` in German.
@@ -37,16 +44,22 @@ def _scripts(language: str) -> frozenset[str]:
         parsed = parse_language(language)
     except ValueError:
         return frozenset()
-    scripts = _scripts_by_language().get(parsed.language, set()) if parsed.script is None else {parsed.script}
-    return frozenset(name for script in scripts for name in _SCRIPTS_OF.get(script, (script,)))
+    if parsed.script is not None:
+        return frozenset(_names(parsed.script))
+    return frozenset(_scripts_by_language().get(parsed.language, ())).union(_SECOND_SCRIPTS.get(parsed.language, ()))
 
 
 @functools.cache
 def _scripts_by_language() -> dict[str, set[str]]:
-    scripts = defaultdict(set)
+    scripts: dict[str, set[str]] = defaultdict(set)
     for code in map(parse_language, FAIRSEQ_LANGUAGE_CODES):
-        scripts[code.language].add(str(code.script))
+        scripts[code.language].update(_names(str(code.script)))
     return dict(scripts)
+
+
+def _names(script: str) -> tuple[str, ...]:
+    """A script of ISO 15924, as Unicode names it."""
+    return _SCRIPTS_OF.get(script, (script,))
 
 
 def _runs(text: str) -> list[tuple[str, str]]:
@@ -56,8 +69,8 @@ def _runs(text: str) -> list[tuple[str, str]]:
 
 @functools.cache
 def _pattern() -> regex.Pattern[str]:
-    names = {name for scripts in _scripts_by_language().values() for s in scripts for name in _SCRIPTS_OF.get(s, (s,))}
-    return regex.compile("|".join(rf"(?P<{name}>\p{{Script={name}}}+)" for name in sorted(names - {"Latn"})))
+    names = set().union(*_scripts_by_language().values()) - {"Latn"}
+    return regex.compile("|".join(rf"(?P<{name}>\p{{Script={name}}}+)" for name in sorted(names)))
 
 
 __all__ = ["stray_letters"]
