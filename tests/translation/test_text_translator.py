@@ -97,6 +97,13 @@ def test_what_a_reader_should_look_at(model: Any, tokenizer: ZCodeM3Tokenizer) -
     assert text.problems[0].startswith("'Save the file %s")
 
 
+def translate_as(translations: dict[str, str], tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts, in the order in which the tokenizer is then asked for their translations."""
+    texts = sorted(translations, key=len, reverse=True)
+    monkeypatch.setattr(tokenizer, "batch_decode", lambda sequences, **options: [translations[text] for text in texts])
+    return texts
+
+
 def test_numbers_that_change_are_reported(
     model: Any, tokenizer: ZCodeM3Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,10 +113,7 @@ def test_numbers_that_change_are_reported(
         "Version 3.5 for {0}": "\u0663\u066b\u0665 {0}",  # in Arabic digits
     }
     translator = TextTranslator(model, tokenizer, num_beams=1, max_new_tokens=8, keep_placeholders=False)
-    decoded = sorted(translations, key=len, reverse=True)
-    monkeypatch.setattr(
-        tokenizer, "batch_decode", lambda sequences, **options: [translations[text] for text in decoded]
-    )
+    decoded = translate_as(translations, tokenizer, monkeypatch)
     problems = [problem for text in translator.translate(decoded, "en", "fr") for problem in text.sentences[0].problems]
     assert [problem for problem in problems if "numbers" in problem] == [
         "numbers that are missing: 12",
@@ -126,10 +130,7 @@ def test_letters_of_another_script_are_reported(
         "Open слово.": "Öffne слово.",
     }
     translator = TextTranslator(model, tokenizer, num_beams=1, max_new_tokens=8)
-    decoded = sorted(translations, key=len, reverse=True)
-    monkeypatch.setattr(
-        tokenizer, "batch_decode", lambda sequences, **options: [translations[text] for text in decoded]
-    )
+    decoded = translate_as(translations, tokenizer, monkeypatch)
     texts = translator.translate(decoded, "en", "de", glossary=Glossary([("tab", "Вкладка")]))
     problems = [problem for text in texts for problem in text.sentences[0].problems]
     assert [problem for problem in problems if "letters" in problem] == ["letters that de is not written in: बार"]
