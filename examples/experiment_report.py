@@ -118,7 +118,7 @@ def ratios_to(curve: Curve, reference: Curve) -> list[tuple[float, float, float]
     found = []
     best = math.inf
     for step, seconds, loss in reference:
-        if loss >= best or loss >= curve[0][2]:
+        if not curve or loss >= best or loss >= curve[0][2]:
             continue
         best = loss
         own_steps, own_seconds = reached(curve, loss)
@@ -291,25 +291,39 @@ def drops_none(result: dict[str, Any]) -> bool:
 
 
 def ratio_lines(runs: dict[str, list[dict[str, Any]]], reference: str) -> list[str]:
-    """A table: times fewer steps and seconds than the reference with the same seed, over the steps of the reference."""
+    """A table: times fewer steps and seconds than the reference with the same seed, over the steps of the reference.
+
+    The last columns are times fewer steps for the losses of parts of the held-out text, "-" at steps of the reference
+    behind which that loss was better before.
+    """
     lines = []
+    whole, *parts = curves_of(runs[reference][0])
     for variant, results in runs.items():
         for result in results if variant != reference else ():
             others = [other for other in runs[reference] if other["seed"] == result["seed"]]
             if not others:
                 continue
-            name = next(iter(curves_of(result)))
-            ratios = ratios_to(curves_of(result)[name], curves_of(others[0])[name])
+            curves, of_reference = curves_of(result), curves_of(others[0])
+            of_parts = [
+                {step: ratio for step, ratio, _ in ratios_to(curves.get(name, []), of_reference[name])}
+                for name in parts
+            ]
             speed = step_ms(others[0]) / step_ms(result)
-            for step, of_steps, of_seconds in ratios:
-                lines.append(
-                    f"| {variant} | {result['seed']} | {step:.0f} | {of_steps:.2f} | {of_seconds:.2f} | "
-                    f"{'-' if result.get('start') else f'{of_steps * speed:.2f}'} |"
-                )
+            for step, of_steps, of_seconds in ratios_to(curves[whole], of_reference[whole]):
+                numbers = [of_steps, of_seconds, None if result.get("start") else of_steps * speed]
+                numbers += [ratios.get(step) for ratios in of_parts]
+                lines.append(f"| {variant} | {result['seed']} | {step:.0f} | {' | '.join(map(times_fewer, numbers))} |")
     if not lines:
         return []
-    title = f"| variant | seed | step of {reference} | steps, times fewer | seconds | seconds at median speed |"
-    return ["", title, "|" + "---|" * 6, *lines]
+    columns = ["variant", "seed", f"step of {reference}", "steps, times fewer", "seconds", "seconds at median speed"]
+    columns += [f"steps, {name}" for name in parts]
+    return ["", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *lines]
+
+
+def times_fewer(ratio: float | None) -> str:
+    if ratio is None:
+        return "-"
+    return f"{ratio:.2f}" if ratio else "never"
 
 
 def draw_dropped(runs: dict[str, list[dict[str, Any]]], path: Path) -> bool:

@@ -181,6 +181,7 @@ class Run:
         tiers: languages besides English by the name of their group, for the report.
         start: where its model comes from; `None` for a new one, or the one that is named.
         teacher: a run with the same seed, whose model teaches.
+        is_pilot: only its losses are wanted: it translates nothing and keeps no model.
     """
 
     variant: str
@@ -192,6 +193,7 @@ class Run:
     tiers: dict[str, list[str]] = field(default_factory=dict)
     start: Start | None = None
     teacher: "Run | None" = None
+    is_pilot: bool = False
 
     @property
     def folder(self) -> Path:
@@ -384,7 +386,7 @@ class _Experiment:
             if run.training.eval_strategy == "no":
                 raise ValueError(f"pilot of {self.path} chooses by held-out losses: give eval_strategy and eval_steps")
             run.training.output_dir = str(run.folder.with_name(f"pilot_{rate}"))
-            yield run
+            yield replace(run, is_pilot=True)
 
 
 def _is_pilot(pilot: Any) -> bool:

@@ -339,11 +339,11 @@ def train(run: Run, text: Text | Tokens, deadline: float | None) -> None:
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     is_done = trainer.state.global_step >= trainer.state.max_steps
     seconds = time.perf_counter()
-    rows = text.test + backwards(text.test) if is_done else []
+    rows = text.test + backwards(text.test) if is_done and not run.is_pilot else []
     translations = translate(trainer.model, tokenizer, rows, max_length=run.data.max_length) if rows else []
     if not trainer.is_world_process_zero():
         return
-    if run.model.save_model:
+    if run.model.save_model and not run.is_pilot:
         trainer.save_model()
     if rows:
         written = [{**row, "translation": text} for row, text in zip(rows, translations, strict=True)]

@@ -327,6 +327,8 @@ def test_an_experiment_goes_on_exactly_from_its_time_limit(
     losses = {rate: pilot["log_history"][-2]["eval_loss"] for rate, pilot in pilots.items()}
     assert whole["pilot_losses"] == losses and whole["learning_rate"] == 0.01 and losses["0.01"] < losses["1e-06"]
     assert [pilot["log_history"][-1]["step"] for pilot in pilots.values()] == [2, 2]
+    kept = {path.parent.name for path in (folder / "whole" / "sparse").glob("*/model.safetensors")}
+    assert kept == {"seed_3"}  # pilots keep no model
 
     limited = ["--max_seconds", "0.001", "--variants", "sparse", "--learning_rate", "0.01"]
     for step in (1, 2):  # a step in each piece
@@ -400,6 +402,27 @@ def test_ratios_of_steps_and_seconds() -> None:
     assert experiment_report.reached(sparse, 3.0) == (150.0, 30.0)
     # 4.0 is above what the run starts with, 3.5 is behind something better, 2.0 is not reached
     assert experiment_report.ratios_to(sparse, dense) == [(200, 200 / 150, 20 / 30), (400, 0.0, 0.0)]
+
+
+def test_ratios_of_parts_of_the_held_out_text() -> None:
+    def run(losses: dict[int, tuple[float, float]]) -> dict[str, Any]:
+        history = [
+            {"step": step, "seconds": step / 10, "direction_losses": {"en-de": out, "de-en": into}}
+            for step, (out, into) in losses.items()
+        ]
+        logs = [{"step": step, "seconds": step / 10, "loss": 1.0} for step in (50, 100)]
+        tokens = {"en-de": 300, "de-en": 100}
+        return {"seed": 0, "tiers": {}, "held_out_tokens": tokens, "log_history": [*history, *logs]}
+
+    dense = run({100: (4.0, 4.0), 200: (3.0, 3.0), 300: (2.0, 3.5)})
+    sparse = run({50: (3.5, 3.5), 100: (2.5, 3.2), 150: (2.0, 3.2)})
+    title, _, *lines = experiment_report.ratio_lines({"dense": [dense], "sparse": [sparse]}, "dense")[1:]
+    assert title.endswith("| steps, en-X | steps, X-en |")
+    # 3.0 in the mean is a mean of 3.5 and 2.675; into English it is not reached, and at step 300 not better than before
+    assert [line.split(" | ")[2:4] + line.removesuffix(" |").split(" | ")[-2:] for line in lines] == [
+        ["200", f"{200 / (50 + 50 * 0.5 / 0.825):.2f}", f"{200 / 75:.2f}", "never"],
+        ["300", f"{300 / (100 + 50 * 0.3 / 0.375):.2f}", f"{300 / 150:.2f}", "-"],
+    ]
 
 
 def test_report_leaves_out_runs_that_are_not_done(tmp_path: Path) -> None:
