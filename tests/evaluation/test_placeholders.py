@@ -15,6 +15,16 @@ from hf_moe_ted.translation.markers import Markers
         ("See https://a.b/c?d=e. Or (www.x.org), mail a.b@c.de.", ["https://a.b/c?d=e", "www.x.org", "a.b@c.de"]),
         ("$1 of $NAME$ and %1", ["$1", "$NAME$", "%1"]),
         ("run `rm -rf 5`", ["`rm -rf 5`"]),
+        ("Open report.pdf, a_b.tar.gz and song.mp3.", ["report.pdf", "a_b.tar.gz", "song.mp3"]),
+        ("See example.com/help, mail.example.co.uk.", ["example.com/help", "mail.example.co.uk"]),
+        ("use --dry-run in ~/.config/app or /etc/hosts.", ["--dry-run", "~/.config/app", "/etc/hosts"]),
+        (
+            "https://a.b/x.txt `a.txt` {a.txt} <a href=x.html>",
+            ["https://a.b/x.txt", "`a.txt`", "{a.txt}", "<a href=x.html>"],
+        ),
+        ("打开report.pdf文件、/etc/hosts。", ["report.pdf", "/etc/hosts"]),
+        ("and/or, 1/2/3, km/h, z.B., e.g. 802.1x, 12.5GB, 10.30pm, v2.0, /a, Datei/Öffnen/löschen", []),
+        ("SUM.TEST(1), -- a, --x, mein.löschen, a.b", []),
         ("50% der Kosten, 5 % de tout, $5.00, $15, 3 < 4 > 2, AT&T, a@b", []),
     ],
 )
@@ -30,6 +40,9 @@ def test_placeholders(text: str, found: list[str]) -> None:
         ("%s and %s", "%s und", ["%s"]),
         ("plain", "schlicht %s", ["%s"]),
         ("plain", "schlicht", []),
+        ("Open report.pdf", "Öffne report.pdf.", []),
+        ("Open report.pdf", "Öffne den Bericht", ["report.pdf"]),
+        ("Open report.pdf", "Öffne myreport.pdf", ["report.pdf", "myreport.pdf"]),
     ],
 )
 def test_lost(source: str, translation: str, lost: list[str]) -> None:
@@ -68,7 +81,19 @@ def test_markers() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["x" * 200_000, "%" + "0" * 100_000, "%(a)" + "0" * 100_000, "a@" * 50_000, "a." * 50_000]
+    "text",
+    [
+        *("x" * 200_000, "%" + "0" * 100_000, "%(a)" + "0" * 100_000, "a@" * 50_000, "a." * 50_000),
+        *(
+            "+/a" * 50_000,
+            "/a." * 50_000 + "é",
+            "--" + "a-" * 50_000,
+            "aa." * 50_000 + "é",
+            "0." * 50_000,
+            "_0" * 50_000,
+        ),
+        *("~" * 100_000, "-" * 100_000, "aa.aa/" * 50_000 + "é"),
+    ],
 )
 def test_time_grows_with_the_length_only(text: str) -> None:
     start = time.perf_counter()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from translation_cases import MakeModel
 
-from hf_moe_ted import TextTranslator, ZCodeM3Tokenizer
+from hf_moe_ted import Glossary, TextTranslator, ZCodeM3Tokenizer
 from hf_moe_ted.translation.sentence_translator import GeneratedSentence, SentenceTranslator, SourceSentence
 
 PLAIN = {"open {x}.": "offen.", "open $1.": "$1 offen."}
@@ -31,6 +31,25 @@ def translate(translator: TextTranslator, monkeypatch: pytest.MonkeyPatch, plain
 def test_markers_take_the_places(translator: TextTranslator, monkeypatch: pytest.MonkeyPatch) -> None:
     sentence = translate(translator, monkeypatch, PLAIN)
     assert (sentence.text, sentence.problems) == ("{x} offen.", ())
+
+
+@pytest.mark.parametrize("name", ["report.pdf", "/etc/hosts", "--dry-run", "example.com"])
+def test_markers_take_the_places_of_names(
+    translator: TextTranslator, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    sentence = translate(translator, monkeypatch, {f"open {name}.": "offen bericht.", "open $1.": "$1 offen."})
+    assert (sentence.text, sentence.problems) == (f"{name} offen.", ())
+
+
+def test_a_glossary_may_replace_a_name(translator: TextTranslator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def generate(_: Any, batch: Sequence[SourceSentence], on_step: Any) -> list[GeneratedSentence]:
+        return [GeneratedSentence(("beispiel.de offen.",), (), False) for _ in batch]
+
+    monkeypatch.setattr(SentenceTranslator, "_generate", generate)
+    [text] = translator.translate(["open example.com."], "en", "de", glossary=Glossary([("example.com", "beispiel.de")]))
+    assert (text.text, text.problems) == ("beispiel.de offen.", ())
+    [text] = translator.translate(["open example.com."], "en", "de")
+    assert "not as often as in the source: example.com beispiel.de" in text.sentences[0].problems
 
 
 @pytest.mark.parametrize("lost", ["offen.", "$1 und $2 offen.", "$1 und $1 offen.", "$1 " + "offen " * 20])

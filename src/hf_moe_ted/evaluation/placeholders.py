@@ -7,6 +7,10 @@ from collections.abc import Callable
 # letters that may follow an address without a space: Thai, Lao, Burmese, Khmer, Chinese, Japanese and Korean
 _NO_SPACE = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uac00-\ud7af\uff00-\uffef"
 _NAME = rf"(?:[^\W{_NO_SPACE}]|[.+-])"
+_NO_LETTER_BEFORE = rf"(?<![^\W{_NO_SPACE}])"
+_NO_LETTER_BEHIND = rf"(?![^\W{_NO_SPACE}])"
+_BEFORE_NAME = rf"{_NO_LETTER_BEFORE}(?<![-./~@:+])"
+_PATH_PART = "[A-Za-z0-9_.+~-]*[A-Za-z0-9_+~-]"  # a dot at its end ends a sentence
 
 # Each alternative is one kind; the first match at a place counts. Parts that could match the same as the next part have
 # a bound, so the time grows only linearly with the length of a text.
@@ -14,7 +18,7 @@ _PLACEHOLDER = re.compile(
     rf"""
       `[^`\n]+`                                             # code
     | (?:https?://|ftp://|www\.)[^\s<>"'`{_NO_SPACE}]*[^\s<>"'`.,;:!?)\]}}»”{_NO_SPACE}]  # without the end
-    | (?<![^\W{_NO_SPACE}])(?<![.+-]){_NAME}+@(?:[^\W{_NO_SPACE}]|-)+(?:\.(?:[^\W{_NO_SPACE}]|-)+)+
+    | {_NO_LETTER_BEFORE}(?<![.+-]){_NAME}+@(?:[^\W{_NO_SPACE}]|-)+(?:\.(?:[^\W{_NO_SPACE}]|-)+)+
     | </?[A-Za-z][^<>\n]*>                                  # tags
     | &(?:[A-Za-z]\w*|\#\d+|\#x[0-9A-Fa-f]+);
     | \$?\{{\{{?[^{{}}\n]*\}}?\}}                                 # {{name}}, {{{{ name }}}}, ${{name}}
@@ -23,6 +27,10 @@ _PLACEHOLDER = re.compile(
       [sdiufFeEgGxXoc@](?![A-Za-z])
     | %[1-9](?!\d)                                          # %1
     | \$(?:\d(?![\d.,]*\d)|[A-Z_]{{2,}}\$?)                    # $1, $NAME$
+    | {_BEFORE_NAME}--[a-z][a-z0-9]+(?:-[a-z0-9]+)*(?!-){_NO_LETTER_BEHIND}           # --dry-run
+    | {_BEFORE_NAME}~?(?:/{_PATH_PART}){{2,}}(?![/-]\w){_NO_LETTER_BEHIND}             # /etc/hosts
+    | {_BEFORE_NAME}(?=[0-9_~.-]*[A-Za-z])[A-Za-z0-9_~-]{{2,}}(?:\.[A-Za-z0-9_~-]+)*  # report.pdf, example.com/help
+      \.(?:[a-z][a-z0-9]{{1,4}}|7z|3gp)(?!-|\.\w){_NO_LETTER_BEHIND}(?:/{_PATH_PART})*
     """,
     re.VERBOSE,
 )
@@ -32,7 +40,8 @@ def placeholders(text: str) -> list[str]:
     """The placeholders of a text, in order.
 
     `%s`, `%1$d`, `%(name)s`, `$1`, `$NAME$`, `{name}`, `${name}`, tags and entities of HTML, URLs, e-mail addresses,
-    and text between back-ticks.
+    names of files and hosts (`report.pdf`, `example.com`), paths (`/etc/hosts`), options (`--dry-run`), and text
+    between back-ticks.
     """
     return _PLACEHOLDER.findall(text)
 

@@ -389,7 +389,9 @@ class TextTranslator:
     def _problems(self, sentence: SourceSentence, translation: str) -> list[str]:
         source, tgt_lang = sentence.text, sentence.tgt_lang
         problems = []
-        if lost := lost_placeholders(source, translation):
+        terms = [f"{phrase.source}\n{phrase.text}" for phrase in sentence.phrases if phrase.is_term]
+        lost = [name for name in lost_placeholders(source, translation) if not any(name in term for term in terms)]
+        if lost:
             problems.append(f"not as often as in the source: {' '.join(lost)}")
         if missing := Counter(numbers(source)) - Counter(numbers(translation)):
             problems.append(f"numbers that are missing: {' '.join(missing.elements())}")
