@@ -23,6 +23,10 @@ class DistillationTrainer(TokenPairsTrainer):
 
     def __init__(self, *args: Any, teacher: nn.Module, teacher_share: float, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.args.world_size > 1:  # the Trainer scales its own loss by it
+            raise ValueError(
+                f"a run with a teacher is for one process, not {self.args.world_size}: one GPU for each run"
+            )
         if not 0 <= teacher_share <= 1:
             raise ValueError(f"teacher_share ({teacher_share}) must be from 0 to 1")
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)

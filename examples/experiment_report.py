@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from hf_moe_ted import score_translations
 
 Curve = list[tuple[float, float, float]]  # steps, seconds, loss
+TRAINING_LOSS_STEPS = 200
 EVAL_LOSS = re.compile(r"eval_(\w+)_loss")
 
 
@@ -70,6 +71,11 @@ def curves_of(result: dict[str, Any]) -> dict[str, Curve]:
         if found := EVAL_LOSS.fullmatch(name):
             curves[found[1]] = [(e["step"], e["seconds"], e[name]) for e in result["log_history"] if name in e]
     return curves
+
+
+def curves_of_all(results: list[dict[str, Any]]) -> list[str]:
+    """Names of the curves that all of some runs have: later runs may have other measurements."""
+    return [name for name in curves_of(results[0]) if all(name in curves_of(result) for result in results)]
 
 
 def groups_of(result: dict[str, Any]) -> dict[str, list[str]]:
@@ -201,6 +207,18 @@ def last_of(result: dict[str, Any], name: str) -> float | None:
     return values[-1] if values else None
 
 
+def last_training_loss(result: dict[str, Any]) -> float:
+    """Mean of the logs of the last `TRAINING_LOSS_STEPS` steps, a log counting as many steps as it is a mean of."""
+    num_steps = nats = 0.0
+    logs = [entry for entry in result["log_history"] if "loss" in entry]
+    for before, entry in itertools.pairwise(reversed([{"step": 0}, *logs])):
+        of_log = before["step"] - entry["step"]
+        num_steps, nats = num_steps + of_log, nats + of_log * before["loss"]
+        if num_steps >= TRAINING_LOSS_STEPS:
+            break
+    return nats / num_steps if num_steps else math.inf
+
+
 def beside(results: list[dict[str, Any]], others: list[dict[str, Any]], dataset: str) -> dict[int, tuple[float, float]]:
     """Last losses of runs, and of others with the same seed after the same step, by seed."""
     losses = {(other["seed"], last_of(other, "step")): curves_of(other)[dataset][-1][2] for other in others}
@@ -228,7 +246,7 @@ def gain_shares(
 
 def rows_of(runs: dict[str, list[dict[str, Any]]], reference: str, best: str | None = None) -> list[dict[str, str]]:
     """A row of the table per variant."""
-    datasets = list(curves_of(runs[reference][0]))
+    datasets = curves_of_all(runs[reference])
     goals = {dataset: fmean(curves_of(result)[dataset][-1][2] for result in runs[reference]) for dataset in datasets}
     is_any_started = any(result.get("start") for results in runs.values() for result in results)
     rows = []
@@ -255,7 +273,7 @@ def rows_of(runs: dict[str, list[dict[str, Any]]], reference: str, best: str | N
         row["steps"] = mean_and_spread([last_of(result, "step") or 0 for result in results], 0)
         row["seconds"] = mean_and_spread([last_of(result, "seconds") or 0 for result in results], 0)
         row["ms per step"] = mean_and_spread([step_ms(result) for result in results], 1)
-        row["last training loss"] = mean_and_spread([last_of(result, "loss") or math.inf for result in results])
+        row["last training loss"] = mean_and_spread([last_training_loss(result) for result in results])
         if "learning_rate" in results[0]:
             row["learning rate"] = f"{results[0]['learning_rate']:g}"
         for name, title in (("router/dropped", "dropped"), ("router/load_max", "busiest expert")):
@@ -293,35 +311,36 @@ def drops_none(result: dict[str, Any]) -> bool:
 def ratio_lines(runs: dict[str, list[dict[str, Any]]], reference: str) -> list[str]:
     """A table: times fewer steps and seconds than the reference with the same seed, over the steps of the reference.
 
-    The last columns are times fewer steps for the losses of parts of the held-out text, "-" at steps of the reference
-    behind which that loss was better before.
+    The last columns are times fewer steps for the losses of parts of the held-out text. A row is an evaluation of the
+    reference where one of its losses is lower than before; "-" stands for one that is not.
     """
     lines = []
-    whole, *parts = curves_of(runs[reference][0])
+    parts = curves_of_all(runs[reference])
     for variant, results in runs.items():
         for result in results if variant != reference else ():
             others = [other for other in runs[reference] if other["seed"] == result["seed"]]
             if not others:
                 continue
             curves, of_reference = curves_of(result), curves_of(others[0])
-            of_parts = [
-                {step: ratio for step, ratio, _ in ratios_to(curves.get(name, []), of_reference[name])}
+            found = [
+                {step: ratios for step, *ratios in ratios_to(curves.get(name, []), of_reference[name])}
                 for name in parts
             ]
-            speed = step_ms(others[0]) / step_ms(result)
-            for step, of_steps, of_seconds in ratios_to(curves[whole], of_reference[whole]):
-                numbers = [of_steps, of_seconds, None if result.get("start") else of_steps * speed]
-                numbers += [ratios.get(step) for ratios in of_parts]
+            speed = math.nan if result.get("start") else step_ms(others[0]) / step_ms(result)
+            for step in sorted({step for of_part in found for step in of_part}):
+                of_steps, of_seconds = found[0].get(step, (math.nan, math.nan))
+                numbers = [of_steps, of_seconds, of_steps * speed]
+                numbers += [of_part.get(step, [math.nan])[0] for of_part in found[1:]]
                 lines.append(f"| {variant} | {result['seed']} | {step:.0f} | {' | '.join(map(times_fewer, numbers))} |")
     if not lines:
         return []
     columns = ["variant", "seed", f"step of {reference}", "steps, times fewer", "seconds", "seconds at median speed"]
-    columns += [f"steps, {name}" for name in parts]
+    columns += [f"steps, {name}" for name in parts[1:]]
     return ["", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *lines]
 
 
-def times_fewer(ratio: float | None) -> str:
-    if ratio is None:
+def times_fewer(ratio: float) -> str:
+    if math.isnan(ratio):
         return "-"
     return f"{ratio:.2f}" if ratio else "never"
 

@@ -89,6 +89,13 @@ class DataArguments:
             "seeds; at least one, unless it is 0. Needs train_tokens, and sampling_temperature 1."
         },
     )
+    english_once: bool = field(
+        default=False,
+        metadata={
+            "help": "Translate one pair of each English text into English, too, drawn once for all seeds, so that each "
+            "is a target once an epoch. Needs train_tokens, and sampling_temperature 1."
+        },
+    )
     pivoted_share: float = field(
         default=0.0,
         metadata={
@@ -122,6 +129,10 @@ class DataArguments:
             raise ValueError(f"pivoted_share ({self.pivoted_share}) must be between 0 and 1/3")
         if not 0 <= self.into_english_share <= 1:
             raise ValueError(f"into_english_share ({self.into_english_share}) must be between 0 and 1")
+        if self.english_once and self.into_english_share != 1:
+            raise ValueError(
+                f"give one of english_once ({self.english_once}) and into_english_share ({self.into_english_share})"
+            )
         if self.changed_shares and self.train_tokens is None:
             raise ValueError(f"{self.changed_shares} needs token ids: give train_tokens")
         if self.train_tokens is not None and self.train_file is not None:
@@ -132,7 +143,7 @@ class DataArguments:
     @property
     def changed_shares(self) -> str:
         """What changes how often directions are drawn, with its values; empty for nothing."""
-        shares = {"pivoted_share": self.pivoted_share, "into_english_share": self.into_english_share}
+        shares = {name: getattr(self, name) for name in ("pivoted_share", "into_english_share", "english_once")}
         return ", ".join(f"{name} ({value})" for name, value in shares.items() if value != getattr(DataArguments, name))
 
 

@@ -201,6 +201,12 @@ class TokenArrays:
         kept = [order[self.languages[order] == lang][:num] for lang, num in zip(languages, wanted, strict=True)]
         return np.sort(np.concatenate([pairs_P[:0], *kept]))
 
+    def one_of_each_english(self, pairs_P: np.ndarray, seed: int = 0) -> np.ndarray:
+        """int64[P'], one of the pairs of each English text."""
+        order = np.random.default_rng(seed).permutation(pairs_P)
+        _, first = np.unique(self.english[order], return_index=True)
+        return np.sort(order[first])
+
     def pivoted(self, pairs_P: np.ndarray, num_examples: int, seed: int = 0) -> np.ndarray:
         """int64[Q, 2], numbers of two of these pairs, in different languages, whose English text is the same.
 

@@ -85,7 +85,10 @@ class Tokens:
         pairs = arrays.first_pairs(args.max_pairs, args.languages)
         check_low_resource(args, {*arrays.tags} - {"en"})
         translated = arrays.with_few(pairs, args.low_resource_languages, args.low_resource_pairs)
-        into_english = arrays.share_of_each_language(translated, args.into_english_share)
+        if args.english_once:
+            into_english = arrays.one_of_each_english(translated)
+        else:
+            into_english = arrays.share_of_each_language(translated, args.into_english_share)
         num_english = len(translated) + len(into_english)
         num_pivoted = round(num_english * args.pivoted_share / (1 - args.pivoted_share))
         self.dataset = TokenPairs(

@@ -5,6 +5,7 @@ import multiprocessing
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import experiment_report
@@ -12,13 +13,14 @@ import multitask_starts
 import pytest
 import torch
 import train_multitask
-from distillation import soft_cross_entropy
+from distillation import DistillationTrainer, soft_cross_entropy
 from multitask_recipe import read_recipe
 from multitask_starts import METHODS
 from safetensors.torch import load_file
 from tiny_sizes import SIZES
 from tiny_tokens import prepare
 from token_pairs import TokenPairs
+from token_trainer import TokenPairsTrainer
 
 from hf_moe_ted import ExpertStatistics, prune_experts
 
@@ -230,6 +232,14 @@ def test_a_student_learns_what_its_teacher_says() -> None:
     nats.backward()
     assert logits.grad is not None
     torch.testing.assert_close(logits.grad, (logits.detach().softmax(-1) - of_teacher.softmax(-1)) * mask[..., None])
+
+
+def test_a_teacher_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Trainer multiplies its own loss by the number of processes, for the mean of gradients."""
+    monkeypatch.setattr(TokenPairsTrainer, "__init__", lambda self, args: setattr(self, "args", args))
+    args = SimpleNamespace(world_size=2)
+    with pytest.raises(ValueError, match="with a teacher is for one process, not 2"):
+        DistillationTrainer(args, teacher=torch.nn.Linear(1, 1), teacher_share=0.5)
 
 
 def test_losses_with_and_without_a_capacity(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Experiments on token ids: batches equal those of the text, held-out losses, pilots, going on from a time limit."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -425,6 +426,29 @@ def test_ratios_of_parts_of_the_held_out_text() -> None:
     ]
 
 
+def test_the_training_loss_is_a_mean_over_steps() -> None:
+    """Whose last log may be of one step, where time was over."""
+    logs = [{"step": step, "loss": loss} for step, loss in ((50, 9.0), (100, 4.0), (250, 3.0), (300, 2.0), (301, 1.0))]
+    expected = (1 * 1.0 + 50 * 2.0 + 150 * 3.0) / 201
+    assert experiment_report.last_training_loss({"log_history": logs}) == pytest.approx(expected)
+    assert experiment_report.last_training_loss({"log_history": logs[:1]}) == 9.0
+    assert experiment_report.last_training_loss({"log_history": []}) == math.inf
+
+
+def test_report_of_runs_with_other_measurements() -> None:
+    """The first seed of the reference has the loss without a capacity, the second has not."""
+
+    def run(seed: int, names: tuple[str, ...]) -> dict[str, Any]:
+        evaluation = {"step": 2, "seconds": 2.0, "direction_losses": {"en-de": 2.0}} | dict.fromkeys(names, 1.5)
+        logs = [{"step": step, "seconds": float(step), "loss": 3.0} for step in (1, 2)]
+        about = {"seed": seed, "tiers": {}, "held_out_tokens": {"en-de": 3}, "num_parameters": 1, "config": {}}
+        return about | {"log_history": [*logs, evaluation]}
+
+    runs = {name: [run(0, ("eval_no_capacity_loss",)), run(1, ())] for name in ("dense", "sparse")}
+    dense, sparse = experiment_report.rows_of(runs, "dense")
+    assert dense["held-out loss"] == "2.000 ± 0.000" and not any("capacity" in name for name in {*dense, *sparse})
+
+
 def test_report_leaves_out_runs_that_are_not_done(tmp_path: Path) -> None:
     runs = {("dense", 0): True, ("dense", 1): False, ("sparse", 0): False, ("old", 0): None}
     for (variant, seed), is_done in runs.items():
@@ -485,6 +509,21 @@ def test_a_share_of_a_run_is_translated_into_english(folder: Path) -> None:
     assert denoised.num_translated == 60 and denoised.components[-1].task == "denoising"
 
 
+def test_each_english_text_is_a_target_once(folder: Path) -> None:
+    """All pairs from English, and one into it for each English text, in languages that are drawn."""
+    dataset = into_english(folder, "1", "--english_once", "true")
+    arrays = TokenArrays.load(folder / "train.npz.xz")
+    num_english = len({*arrays.english.tolist()})
+    of_examples = np.array(dataset.directions)[dataset.component_numbers]
+    into = np.flatnonzero(np.isin(of_examples, ["de-en", "is-en"]))
+    assert len(dataset) == 48 + num_english and len(into) == num_english < 48
+    labels = dataset.batch(into, (48, 48))["labels"].tolist()
+    assert len({*map(tuple, labels)}) == num_english and {*of_examples[into]} == {"de-en", "is-en"}
+    pairs = arrays.first_pairs(None)
+    assert np.array_equal(arrays.one_of_each_english(pairs), arrays.one_of_each_english(pairs))
+    assert not np.array_equal(arrays.one_of_each_english(pairs), arrays.one_of_each_english(pairs, 1))
+
+
 def test_a_run_that_has_begun_is_not_given_another_share(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor one of an older version, whose settings do not name the field."""
     run(folder, monkeypatch, "begun", "--variants", "dense")
@@ -502,6 +541,8 @@ def test_shares_that_are_refused(folder: Path) -> None:
     recipe = str(folder / "recipe.json")
     with pytest.raises(ValueError, match=r"into_english_share \(1.5\) must be between 0 and 1"):
         train_multitask.command_of([recipe, "--into_english_share", "1.5"])
+    with pytest.raises(ValueError, match=r"one of english_once \(True\) and into_english_share \(0.5\)"):
+        train_multitask.command_of([recipe, "--english_once", "true", "--into_english_share", "0.5"])
     both = r"pivoted_share \(0.2\), into_english_share \(0.5\) needs a sampling_temperature of 1, not 5.0"
     with pytest.raises(ValueError, match=both):
         shares = ["--into_english_share", "0.5", "--pivoted_share", "0.2", "--sampling_temperature", "5"]
