@@ -81,6 +81,24 @@ def test_markers() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "marked"),
+    [
+        ("Error 404: 20% of 250 MB", "Error $1: $2% of $3 MB"),
+        ("On 12/05/2026 at 10:30, in 2027.", "On $1 at $2, in $3."),
+        ("Alt+F4, 4K, mp3, B4", "Alt+$1, $2, $3, $4"),
+        ("12月31日、24時間", "$1月$2日、$3時間"),
+        ("$5.99, 7,500, 1.234.567, 2.0, 1\u00a0000", "$5.99, 7,500, 1.234.567, 2.0, 1\u00a0000"),  # written otherwise
+        ("2nd, 10am, array_1d, a1b2, ٣ ملفات", "2nd, 10am, array_1d, a1b2, ٣ ملفات"),
+        ("{n} of $1 in 5 files, 5", "$2 of $1 in $3 files, $3"),
+        ("https://a.b/5 5", "$1 $2"),
+    ],
+)
+def test_markers_of_numbers(text: str, marked: str) -> None:
+    markers = Markers(text, numbers=True)
+    assert (markers.text, markers.restored(marked)) == (marked, text)
+
+
+@pytest.mark.parametrize(
     "text",
     [
         *("x" * 200_000, "%" + "0" * 100_000, "%(a)" + "0" * 100_000, "a@" * 50_000, "a." * 50_000),

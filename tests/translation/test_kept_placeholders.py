@@ -41,12 +41,36 @@ def test_markers_take_the_places_of_names(
     assert (sentence.text, sentence.problems) == (f"{name} offen.", ())
 
 
+def test_markers_take_the_places_of_numbers(translator: TextTranslator, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = {"open 250 of 404 tabs.": "250 von 40 offen.", "open $1 of $2 tabs.": "$2 Tabs, $1 offen."}
+    sentence = translate(translator, monkeypatch, plain)
+    assert (sentence.text, sentence.problems) == ("404 Tabs, 250 offen.", ())
+
+
+@pytest.mark.parametrize("lost", ["$1 offen.", "$1 von $2, $2 offen.", "$1 von $2 oder 7."])
+def test_where_markers_of_numbers_are_lost_the_plain_translation_stays(
+    translator: TextTranslator, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    plain = {"open 250 of 404 tabs.": "250 von 40 offen.", "open $1 of $2 tabs.": lost}
+    sentence = translate(translator, monkeypatch, plain)
+    assert sentence.text == "250 von 40 offen." and sentence.problems == ("numbers that are missing: 404",)
+
+
+def test_numbers_that_are_kept_have_no_markers(translator: TextTranslator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the form of the language, and where placeholders are lost."""
+    assert translate(translator, monkeypatch, {"open 7,500 tabs.": "7.500 offen."}).text == "7.500 offen."
+    plain = {"open {x} of 5 tabs.": "5 offen.", "open $1 of 5 tabs.": "$1 von 5 offen."}
+    assert translate(translator, monkeypatch, plain).text == "{x} von 5 offen."
+
+
 def test_a_glossary_may_replace_a_name(translator: TextTranslator, monkeypatch: pytest.MonkeyPatch) -> None:
     def generate(_: Any, batch: Sequence[SourceSentence], on_step: Any) -> list[GeneratedSentence]:
         return [GeneratedSentence(("beispiel.de offen.",), (), False) for _ in batch]
 
     monkeypatch.setattr(SentenceTranslator, "_generate", generate)
-    [text] = translator.translate(["open example.com."], "en", "de", glossary=Glossary([("example.com", "beispiel.de")]))
+    [text] = translator.translate(
+        ["open example.com."], "en", "de", glossary=Glossary([("example.com", "beispiel.de")])
+    )
     assert (text.text, text.problems) == ("beispiel.de offen.", ())
     [text] = translator.translate(["open example.com."], "en", "de")
     assert "not as often as in the source: example.com beispiel.de" in text.sentences[0].problems

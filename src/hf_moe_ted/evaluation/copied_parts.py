@@ -39,6 +39,11 @@ def numbers(text: str) -> list[str]:
     return ["".join(str(unicodedata.decimal(digit)) for digit in number if digit.isdigit()) for number in found]
 
 
+def missing_numbers(source: str, translation: str) -> list[str]:
+    """The `numbers` of a source that its translation does not have, or has less often."""
+    return [*(Counter(numbers(source)) - Counter(numbers(translation))).elements()]
+
+
 def names(text: str) -> list[str]:
     """The words of a text, in order, that look like names and are written the same in other languages.
 
@@ -125,4 +130,4 @@ def repeating_share(texts: Sequence[str]) -> float:
     return sum(map(repeats_itself, texts)) / len(texts)
 
 
-__all__ = ["KINDS", "copied_parts", "names", "numbers", "repeating_share", "repeats_itself"]
+__all__ = ["KINDS", "copied_parts", "missing_numbers", "names", "numbers", "repeating_share", "repeats_itself"]

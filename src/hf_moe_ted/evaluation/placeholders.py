@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable
 
 # letters that may follow an address without a space: Thai, Lao, Burmese, Khmer, Chinese, Japanese and Korean
 _NO_SPACE = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uac00-\ud7af\uff00-\uffef"
@@ -56,11 +55,6 @@ def num_letters(text: str) -> int:
     return sum(map(str.isalpha, without_placeholders(text)))
 
 
-def replace_placeholders(text: str, replacement: Callable[[str], str]) -> str:
-    """The text with each of the `placeholders` replaced by the result of a function."""
-    return _PLACEHOLDER.sub(lambda match: replacement(match[0]), text)
-
-
 def placeholder_spans(text: str) -> list[tuple[int, int]]:
     """Start and end of each of the `placeholders`."""
     return [match.span() for match in _PLACEHOLDER.finditer(text)]
@@ -88,6 +82,5 @@ __all__ = [
     "num_letters",
     "placeholder_spans",
     "placeholders",
-    "replace_placeholders",
     "without_placeholders",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import StoppingCriteria
 
+from ..evaluation.copied_parts import missing_numbers, numbers
 from ..evaluation.placeholders import lost_placeholders
 from ..models.attention_backends import without_cudnn_attention
 from ..models.execution_device import execution_device
@@ -41,6 +42,7 @@ class SourceSentence:
         first_token: first token of the translation: the tag of its language.
         num_sequences: largest number of translations: the best one and its alternatives.
         phrases: phrases that its translation must have.
+        keep_numbers: whether it must have the numbers of the sentence.
     """
 
     text: str
@@ -50,10 +52,15 @@ class SourceSentence:
     first_token: int
     num_sequences: int = 1
     phrases: tuple[Phrase, ...] = ()
+    keep_numbers: bool = False
 
     def missing(self, translation: str) -> list[Phrase]:
         """The phrases that a translation lacks, or has less often than required."""
         return [phrase for phrase in self.phrases if not phrase.is_in(translation)]
+
+    def lacks_numbers(self, translation: str) -> bool:
+        """Whether numbers are missing that must be there."""
+        return self.keep_numbers and bool(missing_numbers(self.text, translation))
 
     def lacks_terms(self, translation: str) -> bool:
         """Whether glossary terms are missing, which justify a search."""
@@ -86,8 +93,8 @@ class SentenceTranslator:
         batch_tokens: int,
         max_new_tokens: int | None,
     ):
-        numbers = {"num_beams": num_beams, "batch_tokens": batch_tokens, "max_new_tokens": max_new_tokens}
-        for name, number in numbers.items():
+        arguments = {"num_beams": num_beams, "batch_tokens": batch_tokens, "max_new_tokens": max_new_tokens}
+        for name, number in arguments.items():
             if number is not None and number < 1:
                 raise ValueError(f"{name} ({number}) must be at least 1")
         check_family(model)
@@ -149,9 +156,9 @@ class SentenceTranslator:
     ) -> list[GeneratedSentence]:
         """Translate a batch; its languages may differ. A batch that does not fit in a GPU's memory is split.
 
-        A sentence whose translation lacks placeholders is translated again with markers; a sentence that lacks terms is
-        translated again by a search for translations that have them. All other sentences have the same translation as
-        without phrases.
+        A sentence whose translation lacks placeholders or numbers is translated again with markers; a sentence that
+        lacks terms is translated again by a search for translations that have them. All other sentences have the same
+        translation as without phrases.
 
         Args:
             batch: B sentences.
@@ -187,11 +194,13 @@ class SentenceTranslator:
     def _with_markers(
         self, batch: Sequence[SourceSentence], generated: list[GeneratedSentence], on_step: OnStep | None
     ) -> None:
-        """Replace translations that lack placeholders by the translation with markers, if that has all of them."""
+        """Replace translations that lack placeholders or numbers by those with markers, if they have all of them."""
+        first = [of_one.texts[0] for of_one in generated]
+        lacks_numbers = [sentence.lacks_numbers(text) for sentence, text in zip(batch, first, strict=True)]
         markers = {
-            index: Markers(sentence.text)
+            index: Markers(sentence.text, numbers=lacks_numbers[index])
             for index, sentence in enumerate(batch)
-            if any(not phrase.is_term for phrase in sentence.missing(generated[index].texts[0]))
+            if lacks_numbers[index] or any(not phrase.is_term for phrase in sentence.missing(first[index]))
         }
         marked = {
             index: replace(batch[index], text=of_one.text, input_ids=self._one(batch[index], of_one.text).input_ids)
@@ -203,7 +212,8 @@ class SentenceTranslator:
             return
         for index, found in zip(marked, self._generate([*marked.values()], on_step), strict=True):
             texts = tuple(map(markers[index].restored, found.texts))
-            if not found.is_cut and not batch[index].missing(texts[0]) and _is_clean(batch[index].text, texts[0]):
+            is_whole = not found.is_cut and not batch[index].missing(texts[0])
+            if is_whole and _is_clean(batch[index].text, texts[0], with_numbers=lacks_numbers[index]):
                 generated[index] = _different(texts, found.scores, batch[index].num_sequences, found.is_cut)
 
     def _one(self, sentence: SourceSentence, text: str) -> SourceSentence:
@@ -297,10 +307,11 @@ def _different(texts: Sequence[str], scores: Sequence[float], number: int, is_cu
     return GeneratedSentence(tuple(texts[index] for index in first), own_scores, is_cut)
 
 
-def _is_clean(source: str, translation: str) -> bool:
-    """Whether a translation has exactly the placeholders of its source and is not much longer."""
+def _is_clean(source: str, translation: str, *, with_numbers: bool) -> bool:
+    """Whether a translation has exactly the placeholders (and numbers) of its source and is not much longer."""
     is_long = len(translation.encode()) > MAX_LENGTH_RATIO * max(MIN_RATIO_BYTES, len(source.encode()))
-    return not is_long and not lost_placeholders(source, translation)
+    has_others = with_numbers and sorted(numbers(source)) != sorted(numbers(translation))
+    return not is_long and not has_others and not lost_placeholders(source, translation)
 
 
 class _Limits(StoppingCriteria):

@@ -1,13 +1,13 @@
 """Translate whole texts: split into sentences, translate in batches of similar length, and join again."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..evaluation.copied_parts import numbers
+from ..evaluation.copied_parts import missing_numbers
 from ..evaluation.placeholders import lost_placeholders, num_letters, without_placeholders
 from ..models.language_codes import resolve_language
 from ..models.language_detection import (
@@ -159,7 +159,7 @@ class TextTranslator:
         num_alternatives: number of other translations per sentence; less than `num_beams`.
         split: whether texts are split into sentences; otherwise each line is one. Lines are never joined.
         keep_placeholders: whether translations must have the placeholders of their sources (`%s`, `{name}`, `<b>`,
-            URLs, ...); otherwise lost ones are only reported.
+            URLs, `report.pdf`, ...) and their numbers; otherwise lost ones are only reported.
 
     Raises:
         ValueError: a number is out of its range, or the tokenizer has no languages.
@@ -362,7 +362,7 @@ class TextTranslator:
 
         def with_phrases(encoded: SourceSentence) -> SourceSentence:
             phrases = phrases_of(encoded.text, glossary, keep_placeholders=self.keep_placeholders)
-            return replace(encoded, phrases=phrases)
+            return replace(encoded, phrases=phrases, keep_numbers=self.keep_placeholders)
 
         def count_tokens(texts: Sequence[str]) -> list[int]:
             return [len(sentence.input_ids) for sentence in self._sentences.encode(texts, src_lang, tgt_lang)]
@@ -393,8 +393,8 @@ class TextTranslator:
         lost = [name for name in lost_placeholders(source, translation) if not any(name in term for term in terms)]
         if lost:
             problems.append(f"not as often as in the source: {' '.join(lost)}")
-        if missing := Counter(numbers(source)) - Counter(numbers(translation)):
-            problems.append(f"numbers that are missing: {' '.join(missing.elements())}")
+        if missing := missing_numbers(source, translation):
+            problems.append(f"numbers that are missing: {' '.join(missing)}")
         problems += [
             f"not as in the glossary: {phrase.source} -> {phrase.text}"
             for phrase in sentence.missing(translation)
