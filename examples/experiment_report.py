@@ -85,7 +85,7 @@ def groups_of(result: dict[str, Any]) -> dict[str, list[str]]:
     for direction in directions:
         groups["en-X" if direction.startswith("en-") else "X-en"].append(direction)
     for tier, languages in result["tiers"].items():
-        groups[tier] = [direction for direction in directions if {*direction.split("-")} & {*languages}]
+        groups[tier] = [each for each in directions if each.removeprefix("en-").removesuffix("-en") in languages]
     return {name: of_group for name, of_group in groups.items() if of_group}
 
 
@@ -219,14 +219,19 @@ def last_training_loss(result: dict[str, Any]) -> float:
     return nats / num_steps if num_steps else math.inf
 
 
+def is_comparable(result: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether the held-out losses of two runs are of the same text."""
+    return bool(result.get("held_out_tokens") == other.get("held_out_tokens"))
+
+
 def beside(results: list[dict[str, Any]], others: list[dict[str, Any]], dataset: str) -> dict[int, tuple[float, float]]:
-    """Last losses of runs, and of others with the same seed after the same step, by seed."""
-    losses = {(other["seed"], last_of(other, "step")): curves_of(other)[dataset][-1][2] for other in others}
-    keys = [(result["seed"], last_of(result, "step")) for result in results]
+    """Last losses of runs, and of others with the same seed and held-out text after the same step, by seed."""
+    others_by_key = {(other["seed"], last_of(other, "step")): other for other in others}
+    found = [(result, others_by_key.get((result["seed"], last_of(result, "step")))) for result in results]
     return {
-        key[0]: (curves_of(result)[dataset][-1][2], losses[key])
-        for key, result in zip(keys, results, strict=True)
-        if key in losses
+        result["seed"]: (curves_of(result)[dataset][-1][2], curves_of(other)[dataset][-1][2])
+        for result, other in found
+        if other is not None and is_comparable(result, other)
     }
 
 
@@ -269,7 +274,9 @@ def rows_of(runs: dict[str, list[dict[str, Any]]], reference: str, best: str | N
             row[f"{dataset} loss"] = mean_and_spread([curve[-1][2] for curve in curves])
             if variant != reference:
                 row[f"{dataset} loss"] += differences(results, runs[reference], dataset)
-            row[f"steps to {goals[dataset]:.3f}"] = mean_and_spread([steps_to(c, goals[dataset]) for c in curves], 0)
+            is_same_text = all(is_comparable(result, runs[reference][0]) for result in results)
+            steps = [steps_to(curve, goals[dataset]) for curve in curves] if is_same_text else []
+            row[f"steps to {goals[dataset]:.3f}"] = mean_and_spread(steps, 0)
         row["steps"] = mean_and_spread([last_of(result, "step") or 0 for result in results], 0)
         row["seconds"] = mean_and_spread([last_of(result, "seconds") or 0 for result in results], 0)
         row["ms per step"] = mean_and_spread([step_ms(result) for result in results], 1)
@@ -319,7 +326,7 @@ def ratio_lines(runs: dict[str, list[dict[str, Any]]], reference: str) -> list[s
     for variant, results in runs.items():
         for result in results if variant != reference else ():
             others = [other for other in runs[reference] if other["seed"] == result["seed"]]
-            if not others:
+            if not others or not is_comparable(result, others[0]):
                 continue
             curves, of_reference = curves_of(result), curves_of(others[0])
             found = [
@@ -378,6 +385,10 @@ def write_report(
     for name, variant in (("reference", reference), ("best", best)):
         if variant is not None and variant not in runs:
             raise ValueError(f"{name} ({variant!r}) must be one of the variants {list(runs)}")
+    if not curves_of_all(runs[reference]):
+        raise ValueError(
+            f"{folder} has no held-out losses of {reference}: give eval_strategy and eval_steps, train again"
+        )
     rows = rows_of(runs, reference, best)
     output_dir = folder if output_dir is None else output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -390,10 +401,15 @@ def write_report(
         {", ".join(map(str, sorted(steps)))} steps of up to {first["max_tokens_per_batch"]:,} tokens (source, target and
         padding), {first["device"]}, torch {first["torch"]}. Losses are cross-entropies of the validation set in nats
         per token, steps those to the mean last loss of `{reference}`; in parentheses is their distance from it seed by
-        seed; seconds are without evaluation; "dropped" and "busiest expert" (1 is an even share) are
+        seed; seconds are without evaluation; "dropped" and "busiest expert" (what it computes; 1 is an even share) are
         means over the sparse layers at the end, in evaluation where the text is token ids, else in training. Steps
         and seconds of runs that have begun with models of others ("loss at start") count from
-        the beginning of these."""
+        the beginning of these, but for those that took the weights that are no experts, as a start."""
+    of_other_text = [
+        name for name, results in runs.items() if not all(is_comparable(result, first) for result in results)
+    ]
+    if of_other_text:
+        notes += f" {', '.join(of_other_text)}: evaluated on other text, so not compared with `{reference}`."
     lines += ["", *textwrap.wrap(" ".join(notes.split()), 120), "", "![Losses](curves.png)"]
     lines += score_lines(runs)
     lines += ratio_lines(runs, reference)

@@ -21,6 +21,7 @@ SETTINGS = "settings.json"
 # of prune_experts
 CRITERIA = ("random", "utilization", "activity_confidence", "reap")
 SCOPES = ("global", "language_pair", "language")
+START_METHODS = ("prune", "upcycle", "aggregate", "shared_weights")
 _OF_TRAINING = (
     "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "gradient_accumulation_steps", "optim",
@@ -155,7 +156,7 @@ class Start:
     `shared_weights`, which is another way to initialize a model.
 
     Attributes:
-        method: one of `METHODS` of multitask_starts.py.
+        method: one of `START_METHODS`; multitask_starts.py does it.
         sources: the runs, of the same seed.
         at: part of their steps, behind which the models are taken, from checkpoints (`save_steps` of the source);
             1 for models that are trained to their end (`save_model`).
@@ -169,9 +170,13 @@ class Start:
     scope: str = "global"
 
     def __post_init__(self) -> None:
-        for name, values in (("criterion", CRITERIA), ("scope", SCOPES)):
+        for name, values in (("method", START_METHODS), ("criterion", CRITERIA), ("scope", SCOPES)):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} {getattr(self, name)!r} of start_from must be one of {values}")
+        if not 0 < self.at <= 1:
+            raise ValueError(
+                f"at ({self.at}) of start_from must be over 0 and at most 1, a part of the steps of its runs"
+            )
 
     @property
     def steps_of_sources(self) -> list[int]:
@@ -312,7 +317,9 @@ def command_of(argv: list[str], about: str | None = None) -> Command:
         ValueError: an unknown variant, a field of the recipe that is no argument, or `start_from` or `teacher` that
             cannot be.
     """
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("recipes", metavar="recipe", nargs="+", type=Path)
     parser.add_argument("--variants", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int)
@@ -353,8 +360,15 @@ class _Experiment:
         self.tiers = self.fields.pop("tiers", {})
         self.seeds: list[int] = self.fields.pop("seeds", [self.fields.get("seed", 0)])
         self.pilot = self.fields.pop("pilot", None)
-        if not isinstance(self.seeds, list) or not all(isinstance(seed, int) for seed in self.seeds):
+        if not isinstance(self.seeds, list) or not self.seeds or not all(isinstance(seed, int) for seed in self.seeds):
             raise ValueError(f"seeds of {path} ({self.seeds}) must be a list of whole numbers, such as [0, 1]")
+        if not self.variants or not all(
+            isinstance(of_one, dict) and "/" not in n for n, of_one in self.variants.items()
+        ):
+            raise ValueError(
+                f"variants of {path} ({self.variants}) must be fields by name, such as "
+                '{"dense": {"config": {"encoder_sparse_step": 0}}}; a name is that of a folder, without /'
+            )
         if self.pilot and not _is_pilot(self.pilot):
             raise ValueError(
                 f"pilot of {path} ({self.pilot}) must have a list of numbers as learning_rate, and other fields of a "
@@ -378,12 +392,18 @@ class _Experiment:
             raise ValueError(f"pilot does not go with {variant}, which needs {names}; give learning_rate")
         if names and run.training.max_steps < 1:
             raise ValueError(f"{variant} needs max_steps ({run.training.max_steps}), of which it takes a part")
+        start = _start(variant, fields, [self.run(name, seed, chain) for name in of_start])
+        if start is not None and start.steps >= run.training.max_steps:
+            raise ValueError(
+                f"{variant} begins at step {start.steps}, behind those of {of_start}, so its max_steps "
+                f"({run.training.max_steps}) must be more"
+            )
         return replace(
             run,
             pilots=tuple(self._pilots(variant)) if self.pilot else (),
             tiers=self.tiers,
             teacher=self.run(run.model.teacher, seed, chain) if run.model.teacher else None,
-            start=_start(variant, fields, [self.run(name, seed, chain) for name in of_start]),
+            start=start,
         )
 
     def _pilots(self, variant: str) -> Iterator[Run]:
@@ -396,8 +416,15 @@ class _Experiment:
             run = _run(self.fields, overrides, variant, self.variants[variant], self.seeds[0])
             if run.training.eval_strategy == "no":
                 raise ValueError(f"pilot of {self.path} chooses by held-out losses: give eval_strategy and eval_steps")
+            if run.data.train_tokens is None and run.data.low_resource_languages:
+                raise ValueError(
+                    f"pilot of {self.path} chooses by one held-out loss, and text with low_resource_languages "
+                    f"({run.data.low_resource_languages}) has two: give learning_rate, not pilot, or train_tokens"
+                )
+            if run.training.eval_strategy == "steps" and run.training.max_steps > 0 and "eval_steps" not in self.pilot:
+                run.training.eval_steps = run.training.max_steps  # by which it chooses
             run.training.output_dir = str(run.folder.with_name(f"pilot_{rate}"))
-            yield replace(run, is_pilot=True)
+            yield replace(run, is_pilot=True, tiers=self.tiers)
 
 
 def _is_pilot(pilot: Any) -> bool:
@@ -447,7 +474,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 @cache
 def _parser() -> HfArgumentParser:
-    return HfArgumentParser([ModelArguments, DataArguments, MultitaskTrainingArguments])
+    return HfArgumentParser([ModelArguments, DataArguments, MultitaskTrainingArguments], allow_abbrev=False)
 
 
 def _run(recipe: dict[str, Any], overrides: list[str], variant: str, of_variant: dict[str, Any], seed: int) -> Run:
@@ -472,6 +499,11 @@ def _run(recipe: dict[str, Any], overrides: list[str], variant: str, of_variant:
         training.dataloader_pin_memory, training.dataloader_num_workers = False, 0
     elif model.start_from != "{}" or model.teacher or model.eval_capacities:
         raise ValueError(f"start_from, teacher and eval_capacities of {variant} need token ids: give train_tokens")
+    if training.max_steps == 0 or model.share_of_steps <= 0:
+        raise ValueError(
+            f"max_steps ({training.max_steps}) and share_of_steps ({model.share_of_steps}) of {variant} must be more "
+            "than 0; max_steps is -1 for num_train_epochs"
+        )
     training.max_steps = math.ceil(training.max_steps * model.share_of_steps)
     training.output_dir = os.path.join(training.output_dir or "runs/multitask", variant, f"seed_{seed}")
     return Run(variant, seed, model, data, training)

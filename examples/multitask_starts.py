@@ -51,8 +51,6 @@ def write_start(run: Run, model: Any, data: TokenPairs, tokenizer: Any) -> Path:
     start = run.start
     assert start is not None
     folders = [model_folder(source, steps) for source, steps in zip(start.sources, start.steps_of_sources, strict=True)]
-    if start.method not in METHODS:
-        raise ValueError(f"start_from of {run.variant} has the method {start.method!r}; there are {list(METHODS)}")
     try:
         METHODS[start.method](run, model, folders, data, tokenizer)
     except RuntimeError as error:  # of `load_state_dict`
@@ -132,7 +130,7 @@ def _upcycle(run: Run, model: Any, folders: list[Path], data: TokenPairs, tokeni
     with tempfile.TemporaryDirectory(dir=run.folder) as folder:
         made = Path(folder) / "upcycled"
         upcycle_dense_checkpoint(folders[0], made, num_experts=model.config.num_experts, seed=run.seed, **steps)
-        _load(model, made)
+        load_weights(model, made)
     scale_routers(model, run.model.router_init_scale)
 
 
@@ -141,7 +139,7 @@ def _aggregate(run: Run, model: Any, folders: list[Path], data: TokenPairs, toke
     with tempfile.TemporaryDirectory(dir=run.folder) as folder:
         made = Path(folder) / "aggregated"
         aggregate_experts(folders, made)
-        _load(model, made)
+        load_weights(model, made)
 
 
 def _share_weights(run: Run, model: Any, folders: list[Path], data: TokenPairs, tokenizer: Any) -> None:
@@ -152,7 +150,8 @@ def _share_weights(run: Run, model: Any, folders: list[Path], data: TokenPairs, 
         raise ValueError(f"{run.variant} and {folder} differ in more than their feed-forwards: {other}")
 
 
-def _load(model: Any, folder: Path) -> None:
+def load_weights(model: Any, folder: Path) -> None:
+    """Take the weights of a saved model of the same config."""
     model.load_state_dict(ZCodeM3ForConditionalGeneration.from_pretrained(folder).state_dict())
 
 

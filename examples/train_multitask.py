@@ -39,6 +39,7 @@ import math
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,11 +52,12 @@ from multitask_data import backwards, content_hash, first_pairs, monolingual, re
 from multitask_plan import print_plan
 from multitask_recipe import SETTINGS, DataArguments, Run, command_of
 from multitask_runs import PlaceOfDropped, Seconds, TimeLimit, translate, write_json
-from multitask_starts import model_folder, scale_routers, start_seconds, write_start
+from multitask_starts import load_weights, model_folder, scale_routers, start_seconds, write_start
 from token_noise import TokenNoise
 from token_pairs import BatchCollator, TokenArrays, TokenPairs
 from token_trainer import TokenPairsTrainer
-from transformers import set_seed
+from transformers import TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from whole_checkpoints import last_checkpoint
 
@@ -84,6 +86,7 @@ class Tokens:
             raise ValueError(f"{args.train_tokens} has no pairs in {sorted(unknown)}; it has {list(arrays.tags)}")
         pairs = arrays.first_pairs(args.max_pairs, args.languages)
         check_low_resource(args, {*arrays.tags} - {"en"})
+        check_tiers(run.tiers, {*arrays.tags} - {"en"})
         translated = arrays.with_few(pairs, args.low_resource_languages, args.low_resource_pairs)
         if args.english_once:
             into_english = arrays.one_of_each_english(translated)
@@ -143,6 +146,11 @@ class Tokens:
 def check_low_resource(args: DataArguments, languages: set[str]) -> None:
     if unknown := {*args.low_resource_languages} - languages:
         raise ValueError(f"low_resource_languages {sorted(unknown)} have no pairs; there are {sorted(languages)}")
+
+
+def check_tiers(tiers: dict[str, list[str]], languages: set[str]) -> None:
+    if unknown := {language for of_tier in tiers.values() for language in of_tier} - languages:
+        raise ValueError(f"tiers have languages {sorted(unknown)} without pairs; there are {sorted(languages)}")
 
 
 class Text:
@@ -339,7 +347,11 @@ def train(run: Run, text: Text | Tokens, deadline: float | None) -> None:
     trainer = trainer_of(run, text, tokenizer)
     if deadline is not None:
         trainer.add_callback(TimeLimit(deadline))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if checkpoint is not None and is_at_end(checkpoint, run.training.max_steps):
+        load_weights(trainer.model, checkpoint)  # a process was ended between its last step and its result
+        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    else:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     is_done = trainer.state.global_step >= trainer.state.max_steps
     seconds = time.perf_counter()
     rows = text.test + backwards(text.test) if is_done and not run.is_pilot else []
@@ -374,6 +386,12 @@ def train(run: Run, text: Text | Tokens, deadline: float | None) -> None:
         "log_history": trainer.state.log_history,
     }
     write_json(run.folder / "result.json", result)
+
+
+def is_at_end(checkpoint: Path, max_steps: int) -> bool:
+    """Whether no step is left; a Trainer that goes on from such a checkpoint would make one more."""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    return state.global_step >= (max_steps if max_steps > 0 else state.max_steps)
 
 
 def start_of(run: Run) -> dict[str, Any] | None:

@@ -341,6 +341,24 @@ def test_pilots_and_needed_runs_of_one_folder_must_agree(tmp_path: Path) -> None
             command({"pilot": pilot}, other, variants={"one": {}})
 
 
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ({"at": 1}, r"pruned begins at step 4, behind those of \['one'\], so its max_steps \(4\) must be more"),
+        ({"at": 1.5}, r"at \(1.5\) of start_from must be over 0 and at most 1"),
+        ({"method": "prun"}, r"method 'prun' of start_from must be one of \('prune', "),
+    ],
+)
+def test_starts_that_are_refused(tmp_path: Path, start: dict[str, Any], message: str) -> None:
+    """When the recipe is read, before the other run is trained."""
+    variants = {"one": {}, "pruned": {"start_from": {"method": "prune", "variants": ["one"], **start}}}
+    recipe = {"train_tokens": "a", "validation_tokens": "b", "max_steps": 4, "variants": variants}
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe))
+    with pytest.raises(ValueError, match=message):
+        train_multitask.command_of([str(path)])
+
+
 def test_runs_that_need_each_other_are_refused(tmp_path: Path) -> None:
     fields = {"train_tokens": "a", "validation_tokens": "b", "max_steps": 4, "report_to": "none"}
     variants = {"one": {"teacher": "two"}, "two": {"start_from": {"method": "prune", "variants": ["one"]}}}

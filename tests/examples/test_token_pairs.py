@@ -397,6 +397,67 @@ def test_what_does_not_go_together(folder: Path) -> None:
         TokenArrays.of(read_pairs(folder / "train.tsv")[:-1], tokenizer, max_length=4)
 
 
+def test_a_run_that_ended_before_its_result_makes_no_more_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = ["--variants", "dense", "--learning_rate", "0.01", "--save_strategy", "steps", "--save_steps", "2"]
+    run(folder, monkeypatch, "ended", *saved)
+    whole = result_of(folder, "ended", "dense")
+    of_run = folder / "ended" / "dense" / "seed_3"
+    weights = (of_run / "model.safetensors").read_bytes()
+    for name in ("result.json", "model.safetensors"):
+        (of_run / name).unlink()
+    run(folder, monkeypatch, "ended", *saved)
+    again = result_of(folder, "ended", "dense")
+    assert again["is_done"] and again["log_history"][-1]["step"] == whole["log_history"][-1]["step"] == 4
+    assert (of_run / "model.safetensors").read_bytes() == weights
+    assert {path.name for path in of_run.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    losses = [[e["eval_loss"] for e in each["log_history"] if "eval_loss" in e] for each in (whole, again)]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"seeds": []}, r"seeds of .* \(\[\]\) must be a list"),
+        ({"variants": {}}, r"variants of .* must be fields by name"),
+        ({"variants": {"a": None}}, r"variants of .* must be fields by name"),
+        ({"variants": {"a/b": {}}}, "without /"),
+        ({"max_steps": 0}, r"max_steps \(0\) and share_of_steps \(1.0\) of sparse must be more than 0"),
+        ({"share_of_steps": 0}, r"share_of_steps \(0.0\) of sparse must be more than 0"),
+        ({"max_step": 5}, "max_step"),  # no abbreviation of max_steps
+        ({"tiers": {"some": ["de", "frr"]}}, r"tiers have languages \['frr'\] without pairs; there are \['de', 'is'\]"),
+    ],
+)
+def test_recipes_that_are_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], message: str
+) -> None:
+    recipe = json.loads((folder / "recipe.json").read_text()) | fields
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe))
+    monkeypatch.setattr(sys, "argv", ["train_multitask.py", str(path), "--output_dir", str(tmp_path / "runs")])
+    with pytest.raises(ValueError, match=message):
+        train_multitask.main()
+    assert not [*tmp_path.rglob("result.json")]
+
+
+def test_a_pilot_is_evaluated_at_its_end(folder: Path, tmp_path: Path) -> None:
+    recipe = json.loads((folder / "recipe.json").read_text()) | {"eval_steps": 100}
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe))
+    [run, *_] = train_multitask.command_of([str(path), "--variants", "dense"]).runs
+    assert [(each.training.max_steps, each.training.eval_steps) for each in run.pilots] == [(2, 2), (2, 2)]
+    assert run.training.eval_steps == 100
+    text = {"train_file": "a", "validation_file": "b", "low_resource_languages": ["is"]}
+    tokens = {"train_tokens", "validation_tokens", "tokenizer_name_or_path"}
+    path.write_text(json.dumps({k: v for k, v in recipe.items() if k not in tokens} | text))
+    with pytest.raises(ValueError, match=r"chooses by one held-out loss, and text with low_resource_languages"):
+        train_multitask.command_of([str(path)])
+
+
+def test_tiers_of_languages_with_a_hyphen() -> None:
+    result = {"held_out_tokens": dict.fromkeys(("en-zh-CN", "zh-CN-en", "en-de"), 1), "tiers": {"a": ["zh-CN"]}}
+    assert experiment_report.groups_of(result)["a"] == ["en-zh-CN", "zh-CN-en"]
+
+
 def test_ratios_of_steps_and_seconds() -> None:
     dense = [(100, 10.0, 4.0), (200, 20.0, 3.0), (300, 30.0, 3.5), (400, 40.0, 2.0)]
     sparse = [(100, 20.0, 3.5), (200, 40.0, 2.5)]
@@ -447,6 +508,12 @@ def test_report_of_runs_with_other_measurements() -> None:
     runs = {name: [run(0, ("eval_no_capacity_loss",)), run(1, ())] for name in ("dense", "sparse")}
     dense, sparse = experiment_report.rows_of(runs, "dense")
     assert dense["held-out loss"] == "2.000 ± 0.000" and not any("capacity" in name for name in {*dense, *sparse})
+    assert sparse["held-out loss"] == "2.000 ± 0.000 (0.000 ± 0.000)"
+    for result in runs["sparse"]:
+        result["held_out_tokens"] = {"en-de": 2}  # other text
+    _, sparse = experiment_report.rows_of(runs, "dense")
+    assert (sparse["held-out loss"], sparse["steps to 2.000"]) == ("2.000 ± 0.000", "-")
+    assert experiment_report.ratio_lines(runs, "dense") == []
 
 
 def test_report_leaves_out_runs_that_are_not_done(tmp_path: Path) -> None:
