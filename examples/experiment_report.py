@@ -142,13 +142,13 @@ def step_ms(result: dict[str, Any]) -> float:
     return 1e3 * median(times) if times else math.nan
 
 
-def mean_and_spread(values: list[float], digits: int = 3) -> str:
-    """`mean ± standard deviation` of what is finite, and how many that are if not all."""
+def mean_and_spread(values: list[float], digits: int = 3, none: str = "never") -> str:
+    """`mean ± standard deviation` of what is finite, and how many that are if not all; `none` if none is."""
     finite = [value for value in values if math.isfinite(value)]
     if not values:
         return "-"
     if not finite:
-        return "never"
+        return none
     spread = f" ± {stdev(finite):.{digits}f}" if len(finite) > 1 else ""
     which = f" ({len(finite)} of {len(values)} seeds)" if len(finite) < len(values) else ""
     return f"{fmean(finite):.{digits}f}{spread}{which}"
@@ -271,7 +271,7 @@ def rows_of(runs: dict[str, list[dict[str, Any]]], reference: str, best: str | N
             curves = [curves_of(result).get(dataset) for result in results]
             if None in curves:  # such as the loss without a capacity of a dense model
                 continue
-            row[f"{dataset} loss"] = mean_and_spread([curve[-1][2] for curve in curves])
+            row[f"{dataset} loss"] = mean_and_spread([curve[-1][2] for curve in curves], none="diverged")
             if variant != reference:
                 row[f"{dataset} loss"] += differences(results, runs[reference], dataset)
             is_same_text = all(is_comparable(result, runs[reference][0]) for result in results)

@@ -80,7 +80,10 @@ class DataArguments:
     max_pairs: int | None = field(default=None, metadata={"help": "Training pairs per language; default: all."})
     low_resource_languages: list[str] = field(
         default_factory=list,
-        metadata={"help": "Languages with only low_resource_pairs; their losses are reported separately."},
+        metadata={
+            "help": "Languages with only low_resource_pairs. Text has a loss for them and one for the others, token ids "
+            "one for each direction."
+        },
     )
     low_resource_pairs: int = field(default=1000, metadata={"help": "Training pairs of a low-resource language."})
     into_english_share: float = field(

@@ -35,6 +35,7 @@ from hf_moe_ted import (
     ZCodeM3Model,
     ZCodeM3Tokenizer,
     ZCodeM3TranslationPipeline,
+    evaluate_translation,
     load_model_and_tokenizer,
     quantize_experts,
     translate_file,
@@ -288,3 +289,20 @@ def test_other_families_are_refused(name: str, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"model \(.*\) \({name}\) does not belong to the models that translate here"):
         load_model_and_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused() -> None:
+    """As where a language was added to the tokenizer alone."""
+    tokenizer = ZCodeM3Tokenizer(languages=["en", "de"])
+    model = tiny_model(vocab_size=len(tokenizer))
+    tokenizer.add_languages(["uk"])
+    row = {"src_lang": "en", "tgt_lang": "de", "source": "a", "target": "b"}
+    for translates in (
+        lambda: TextTranslator(model, tokenizer),
+        lambda: ZCodeM3TranslationPipeline(model=model, tokenizer=tokenizer),
+        lambda: evaluate_translation(model, tokenizer, [row]),
+    ):
+        with pytest.raises(ValueError, match=r"embeddings for \d+; call model.resize_token_embeddings"):
+            translates()
+    model.resize_token_embeddings(len(tokenizer))
+    assert TextTranslator(model, tokenizer).languages == ["en", "de", "uk"]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..files.output import check_output_dir, new_folder
@@ -39,7 +40,8 @@ _OF_TRAINING = (
 )
 # compared by the layers that they choose
 _SPARSE = tuple(f"{side}_sparse_{kind}" for side in SIDES for kind in ("step", "layers"))
-_TOKENIZER_LANGUAGES = {"src_lang": None, "tgt_lang": None}
+# of tokenizer_config.json: the languages that it was last used with, and how it was loaded
+_OF_USE = ("src_lang", "tgt_lang", "is_local", "local_files_only", "name_or_path")
 
 
 @keeping_places()
@@ -106,10 +108,14 @@ def _differences(first: ModelSource, other: ModelSource) -> list[str]:
     ]
     if problems:  # shapes follow from the configs
         return problems
+    by_dtypes: dict[tuple[torch.dtype, torch.dtype], list[str]] = {}
+    for name, spec in first.tensors.specs.items():
+        if spec.dtype != (dtype := other.tensors.specs[name].dtype):
+            by_dtypes.setdefault((spec.dtype, dtype), []).append(name)
     problems = [
-        f"{name} is {spec.dtype} in {first.path} and {other.tensors.specs[name].dtype} in {other.path}"
-        for name, spec in first.tensors.specs.items()
-        if spec.dtype != other.tensors.specs[name].dtype
+        f"{len(names)} tensors, such as {names[0]}, are {dtype} in {first.path} and {of_other} in {other.path}; load "
+        "one of them with from_pretrained(folder, dtype=...) and save it again"
+        for (dtype, of_other), names in by_dtypes.items()
     ]
     for name in TOKENIZER_FILES:
         contents = [_tokenizer_file(source.path / name) for source in (first, other)]
@@ -127,13 +133,15 @@ def _different_fields(first: ZCodeM3Config, other: ZCodeM3Config) -> dict[str, t
 
 
 def _tokenizer_file(path: Path) -> Any:
-    """Content of the tokenizer file without the languages that it was last used with; `None` without the file."""
+    """Content of the tokenizer file without how it was last used and loaded; `None` without the file."""
     if not path.is_file():
         return None
     if path.suffix != ".json":
         return path.read_bytes()
     content = json.loads(path.read_text(encoding="utf-8"))
-    return content | _TOKENIZER_LANGUAGES if path.name == "tokenizer_config.json" else content
+    if path.name != "tokenizer_config.json":
+        return content
+    return {name: value for name, value in content.items() if name not in _OF_USE}
 
 
 def _aggregated_config(configs: Sequence[ZCodeM3Config]) -> ZCodeM3Config:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from transformers import BatchEncoding, DataCollatorForSeq2Seq
 
+from ..models.family import check_vocabulary
 from ..models.language_codes import encode_in, language_ids, resolve_language
 from .denoising import DenoisingNoise
 from .multitask_rows import DENOISING, PADDING, TRANSLATION, Example, examples_of_row
@@ -179,12 +180,7 @@ class DataCollatorForMultitaskSeq2Seq:
         num_tokens = len(self.tokenizer)
         if num_tokens == self._num_checked_tokens:
             return
-        num_embeddings = _num_embeddings(self.model)
-        if num_embeddings is not None and num_tokens > num_embeddings:
-            raise ValueError(
-                f"the tokenizer has {num_tokens} tokens, but the model has embeddings for {num_embeddings}; call "
-                "model.resize_token_embeddings(len(tokenizer)) before training"
-            )
+        check_vocabulary(self.model, self.tokenizer)
         self._num_checked_tokens = num_tokens
 
     def _example(self, feature: Mapping[str, Any], place: int) -> Mapping[str, Any]:
@@ -231,17 +227,6 @@ class DataCollatorForMultitaskSeq2Seq:
                 )
             self._affixes[key] = affixes
         return self._affixes[key]
-
-
-def _num_embeddings(model: Any) -> int | None:
-    """Number of tokens for which a model has embeddings, padding of the vocabulary included; `None` if unknown.
-
-    The larger number counts: a rank may have a part of the rows, and a config may know nothing of rows added since.
-    """
-    of_config = getattr(getattr(model, "config", None), "vocab_size", None)
-    if of_config is None or not hasattr(model, "get_input_embeddings"):
-        return of_config
-    return max(of_config, getattr(model.get_input_embeddings(), "num_embeddings", 0))
 
 
 def _find_affixes(tokenizer: Any, lang: str, is_target: bool) -> _Affixes:

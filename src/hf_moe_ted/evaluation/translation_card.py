@@ -65,6 +65,8 @@ def write_translation_card(
         raise ValueError(f"model_dir ({folder}) has no config.json; give the folder that save_pretrained wrote")
     if base_model is not None and not _HUB_ID.fullmatch(base_model):
         raise ValueError(f"base_model ({base_model!r}) must be an id on the Hub, such as 'organization/name', or None")
+    if quality.is_of_other_folder(folder):
+        logger.warning("the quality was measured with %s, and is written into the card of %s", quality.model, folder)
     card = _card_of(folder)
     metadata: Any = card.data
     metadata.language = hub_languages(language for pair in quality.directions for language in pair)

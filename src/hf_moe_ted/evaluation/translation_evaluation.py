@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.execution_device import execution_device
+from ..models.family import check_vocabulary
 from ..models.language_codes import LanguagePair, find_language, languages_kept, unknown_languages
 from ..models.language_detection import detector_code
 from ..tensors.lazy_tensors import num_bytes
@@ -77,6 +78,7 @@ def evaluate_translation(
             raise ValueError(f"{name} ({number}) must be at least 1")
     detector_code("en")  # a missing package should show before hours of translating
     known, languages = choose_languages(tokenizer, languages)
+    check_vocabulary(model, tokenizer)
     translator = _Translator(model, tokenizer, batch_size, num_beams, max_new_tokens)
     on_gpu = model.device.type == "cuda"
     if on_gpu:

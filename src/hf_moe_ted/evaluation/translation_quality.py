@@ -81,6 +81,10 @@ class TranslationQuality:
     peak_memory_bytes: int | None
     also: "TranslationQuality | None" = None
 
+    def is_of_other_folder(self, folder: str | os.PathLike[str]) -> bool:
+        """Whether `model` is a folder that exists and is another one. A model may have moved since it was measured."""
+        return Path(self.model).is_dir() and Path(self.model).resolve() != Path(folder).resolve()
+
     @property
     def num_sentences(self) -> int:
         """Number of sentences of all directions together."""

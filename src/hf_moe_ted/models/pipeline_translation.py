@@ -12,7 +12,7 @@ from transformers.pipelines.base import ChunkPipeline
 from transformers.utils import logging
 
 from .execution_device import offloaded_device
-from .family import check_family
+from .family import check_family, check_vocabulary
 from .generation import FirstTokens
 from .language_codes import language_ids, languages_kept, resolve_language
 from .language_detection import AUTO, language_finder
@@ -92,6 +92,8 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
         given = {name: value for name, value in kwargs.items() if value is not None or name not in LANGUAGES}
         given = {**languages_of_task(kwargs.get("task")), **without_old_arguments(given), **_where_it_is(model)}
         super().__init__(model, *args, **given)
+        if self.tokenizer is not None:
+            check_vocabulary(model, self.tokenizer)
         device = offloaded_device(model)
         if model.device.type == "meta" and device is not None:
             self.device = device

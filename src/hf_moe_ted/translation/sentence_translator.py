@@ -17,7 +17,7 @@ from ..evaluation.copied_parts import missing_numbers, numbers
 from ..evaluation.placeholders import lost_placeholders
 from ..models.attention_backends import without_cudnn_attention
 from ..models.execution_device import execution_device
-from ..models.family import check_family
+from ..models.family import check_family, check_vocabulary
 from ..models.generation import FirstTokens
 from ..models.language_codes import language_ids, languages_kept
 from .grid_search import MAX_BEAMS, Hypothesis, grid_search
@@ -102,6 +102,7 @@ class SentenceTranslator:
             raise ValueError(
                 f"{type(tokenizer).__name__} must be a tokenizer for translation, such as a ZCodeM3Tokenizer"
             )
+        check_vocabulary(model, tokenizer)
         self.model: Any = model
         self.tokenizer: Any = tokenizer
         self.languages = list(language_ids(tokenizer))

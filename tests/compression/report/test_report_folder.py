@@ -21,6 +21,7 @@ from hf_moe_ted import (
     quantize_experts,
     trim_vocabulary,
     write_compression_report,
+    write_translation_card,
 )
 from hf_moe_ted.compression.report.compression_report import report_from_dict
 from hf_moe_ted.compression.report.markdown_text import as_code, as_text
@@ -350,3 +351,23 @@ def test_text() -> None:
 )
 def test_code(name: str, expected: str) -> None:
     assert as_code(name) == expected
+
+
+def test_quality_of_another_folder(
+    source: Path, statistics: ExpertStatistics, make_quality: MakeQuality, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Folders that exist show that a file of scores was given in the place of another one."""
+    folder = compress("prune", source, statistics)
+    of = {path: make_quality(PAIRS, model=str(path)) for path in (source, folder)}
+    write_compression_report(folder, before=of[source], after=of[folder])
+    write_compression_report(folder, before=of[source], after=make_quality(PAIRS, model="/moved/away"))
+    assert not caplog.messages
+    write_compression_report(folder, before=of[folder], after=of[source])
+    assert [f"measured with {source}, not with the model in {folder}" in text for text in caplog.messages] == [
+        True,
+        False,
+    ]
+    assert "before was measured with the model in" in caplog.messages[1]
+    caplog.clear()
+    write_translation_card(folder, of[source])
+    assert "is written into the card of" in caplog.text

@@ -5,6 +5,8 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+from transformers.utils import logging
+
 from ...evaluation.translation_quality import TranslationQuality
 from ...files.output import files_into
 from ...routing.expert_statistics import ExpertStatistics
@@ -13,6 +15,8 @@ from .markdown_report import PICTURE_FOLDER, REPORT_MARKDOWN, card_section, full
 from .model_card import CARD_NAME, with_languages, with_section
 from .report_pictures import PICTURES, draw_pictures
 from .summary import Summary, read_summary
+
+logger = logging.get_logger(__name__)
 
 
 def describe(folder: Path, summary: Summary, card: str, earlier_pictures: Collection[str] = ()) -> None:
@@ -78,6 +82,10 @@ def write_compression_report(
     report, qualities, nearest = read_summary(folder / REPORT_NAME)
     given = {"before": before, "after": after, "trained": trained}
     qualities |= {stage: quality for stage, quality in given.items() if quality is not None}
+    if after is not None and after.is_of_other_folder(folder):
+        logger.warning("after was measured with %s, not with the model in %s", after.model, folder)
+    if before is not None and Path(before.model).is_dir() and not before.is_of_other_folder(folder):
+        logger.warning("before was measured with the model in %s, which is the one after compression", folder)
     summary = Summary.of(report, statistics, qualities, nearest)
     card = (folder / CARD_NAME).read_text(encoding="utf-8") if (folder / CARD_NAME).is_file() else ""
     earlier_pictures = [name for name in PICTURES if (folder / PICTURE_FOLDER / name).is_file()]
