@@ -81,8 +81,8 @@ class DataArguments:
     low_resource_languages: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Languages with only low_resource_pairs. Text has a loss for them and one for the others, token ids "
-            "one for each direction."
+            "help": "Languages with only low_resource_pairs. Text has a loss for them and one for the others, token "
+            "ids one for each direction."
         },
     )
     low_resource_pairs: int = field(default=1000, metadata={"help": "Training pairs of a low-resource language."})
