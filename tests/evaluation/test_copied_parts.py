@@ -2,13 +2,25 @@
 
 import pytest
 
-from hf_moe_ted.evaluation.copied_parts import copied_parts, names, numbers, repeating_share, repeats_itself
+from hf_moe_ted.evaluation.copied_parts import (
+    copied_parts,
+    missing_numbers,
+    names,
+    numbers,
+    repeating_share,
+    repeats_itself,
+)
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("1,000.50 or 1.000,50 or 1 000", ["100050", "100050", "1", "000"]),
+        ("1,000.50 or 1.000,50 or 1 000", ["1000.50", "1000.50", "1", "000"]),
+        ("1,234,567.89, 1'000, 1\u00a0000, 2.500, 12,34,567", ["1234567.89", "1000", "1000", "2500", "1234567"]),
+        (
+            "2.5 or 2,5, not 25; 0.125, 1.2.3, 10.30, 31.12.2026",
+            ["2.5", "2.5", "25", "0.125", "1.2.3", "10.30", "31.12.2026"],
+        ),
         ("١٬٠٠٠ و ३ และ ๔", ["1000", "3", "4"]),  # noqa: RUF001
         ("at 10:30, $1 of %1$s in {0} for <b>5</b>", ["10", "30", "5"]),
         ("1'000'000 x 2", ["1000000", "2"]),
@@ -33,6 +45,28 @@ def test_numbers(text: str, expected: list[str]) -> None:
 )
 def test_names(text: str, expected: list[str]) -> None:
     assert names(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "translation", "missing"),
+    [
+        ("250 of 404", "250 von 40", ["404"]),
+        ("3 and 3", "3", ["3"]),
+        ("2.5 MB", "2,5 Mo", []),
+        ("2.5 MB", "25 MB", ["2.5"]),
+        ("2.5", "5 2", ["2.5"]),
+        ("5 files", "2.5 files", ["5"]),
+        ("20", "2026", ["20"]),
+        ("at 10:30", "um 10.30 Uhr", []),
+        ("12/31/2026", "31.12.2026", []),
+        ("31.12.2026", "12/31/2026", []),
+        ("1 000 000", "1.000.000", []),
+        ("7,500", "7 500", []),
+        ("Open {a5} 5", "Öffne {a5}", ["5"]),
+    ],
+)
+def test_missing_numbers(source: str, translation: str, missing: list[str]) -> None:
+    assert missing_numbers(source, translation) == missing
 
 
 def test_what_the_reference_does_not_copy_is_not_asked_for() -> None:

@@ -3,7 +3,12 @@ import time
 import pytest
 
 from hf_moe_ted.evaluation.placeholders import count_placeholder, lost_placeholders, placeholders
-from hf_moe_ted.translation.markers import Markers
+from hf_moe_ted.translation.markers import Markers, invented_markers
+from hf_moe_ted.translation.phrases import phrases_of
+
+
+def markers_of(text: str, *, numbers: bool = False) -> Markers:
+    return Markers(text, phrases_of(text, None), numbers=numbers)
 
 
 @pytest.mark.parametrize(
@@ -17,14 +22,18 @@ from hf_moe_ted.translation.markers import Markers
         ("run `rm -rf 5`", ["`rm -rf 5`"]),
         ("Open report.pdf, a_b.tar.gz and song.mp3.", ["report.pdf", "a_b.tar.gz", "song.mp3"]),
         ("See example.com/help, mail.example.co.uk.", ["example.com/help", "mail.example.co.uk"]),
-        ("use --dry-run in ~/.config/app or /etc/hosts.", ["--dry-run", "~/.config/app", "/etc/hosts"]),
+        ("Use --dry-run in ~/.config/app or /etc/hosts.", ["--dry-run", "~/.config/app", "/etc/hosts"]),
+        (r"In C:\Users\x.txt, /tmp, main.py.", [r"C:\Users\x.txt", "/tmp", "main.py"]),
+        ("résumé.pdf, файл.txt, Node.js", ["résumé.pdf", "файл.txt", "Node.js"]),
         (
             "https://a.b/x.txt `a.txt` {a.txt} <a href=x.html>",
             ["https://a.b/x.txt", "`a.txt`", "{a.txt}", "<a href=x.html>"],
         ),
         ("打开report.pdf文件、/etc/hosts。", ["report.pdf", "/etc/hosts"]),
-        ("and/or, 1/2/3, km/h, z.B., e.g. 802.1x, 12.5GB, 10.30pm, v2.0, /a, Datei/Öffnen/löschen", []),
-        ("SUM.TEST(1), -- a, --x, mein.löschen, a.b", []),
+        ("and/or, he/she/it, /and/or, 1/2/3, km/h, /a, Datei/Öffnen/löschen, ~5", []),
+        ("z.B., e.g. 802.1x, 12.5GB, 10.30pm, v2.0, 1.2.3, 192.168.0.1", []),
+        ("Save the file.then close it. Click here.you can. usw.und, Mr.smith, fin.el", []),  # no space, no name
+        ("SUM.TEST(1), -- a, --x, a.b", []),
         ("50% der Kosten, 5 % de tout, $5.00, $15, 3 < 4 > 2, AT&T, a@b", []),
     ],
 )
@@ -63,6 +72,19 @@ def test_addresses_end_where_a_script_without_spaces_begins(text: str, expected:
     assert placeholders(text) == [expected]
 
 
+def test_invented_markers() -> None:
+    assert invented_markers("Node.js 20 for $5", "Node.js $20 für $5 und $ 7") == ["$20", "$ 7"]
+    assert not invented_markers("$1 of $12", "$12 von $1")
+
+
+def test_time_for_many_different_names() -> None:
+    text = " ".join(f"f{number}.txt {number}" for number in range(4_000))
+    start = time.perf_counter()
+    assert not lost_placeholders(text, text)
+    markers_of(text, numbers=True)
+    assert time.perf_counter() - start < 5
+
+
 def test_a_placeholder_inside_a_longer_one_does_not_count() -> None:
     assert count_placeholder("https://e.org/a", "https://e.org/austart https://e.org/a.") == 1
     assert lost_placeholders("Open https://e.org/a.", "https://e.org/austart") == [
@@ -72,12 +94,12 @@ def test_a_placeholder_inside_a_longer_one_does_not_count() -> None:
 
 
 def test_markers() -> None:
-    marked = Markers("<b>Save</b> $1 as {name}, {name}")
+    marked = markers_of("<b>Save</b> $1 as {name}, {name}")
     assert marked.is_other and marked.text == "$2Save$3 $1 as $4, $4"
     assert marked.restored("$2$1$3: $4 $40 $5") == "<b>$1</b>: {name} $40 $5"
-    assert not Markers("$1 of $2").is_other and not Markers("none").is_other
+    assert not markers_of("$1 of $2").is_other and not markers_of("none").is_other
     many = " ".join(f"{{p{number}}}" for number in range(12))
-    assert Markers(many).restored(Markers(many).text) == many
+    assert markers_of(many).restored(markers_of(many).text) == many
 
 
 @pytest.mark.parametrize(
@@ -87,14 +109,15 @@ def test_markers() -> None:
         ("On 12/05/2026 at 10:30, in 2027.", "On $1 at $2, in $3."),
         ("Alt+F4, 4K, mp3, B4", "Alt+$1, $2, $3, $4"),
         ("12月31日、24時間", "$1月$2日、$3時間"),
-        ("$5.99, 7,500, 1.234.567, 2.0, 1\u00a0000", "$5.99, 7,500, 1.234.567, 2.0, 1\u00a0000"),  # written otherwise
+        ("2.5 MB, v1.2.3 and 10.30.", "$1 MB, $2 and $3."),
+        ("$5.99, 7,500, 1.234.567, 2,5, 1\u00a0000", "$5.99, 7,500, 1.234.567, 2,5, 1\u00a0000"),  # written otherwise
         ("2nd, 10am, array_1d, a1b2, ٣ ملفات", "2nd, 10am, array_1d, a1b2, ٣ ملفات"),
         ("{n} of $1 in 5 files, 5", "$2 of $1 in $3 files, $3"),
         ("https://a.b/5 5", "$1 $2"),
     ],
 )
 def test_markers_of_numbers(text: str, marked: str) -> None:
-    markers = Markers(text, numbers=True)
+    markers = markers_of(text, numbers=True)
     assert (markers.text, markers.restored(marked)) == (marked, text)
 
 

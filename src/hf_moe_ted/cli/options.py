@@ -80,7 +80,7 @@ MaxNewTokens = Annotated[
     ),
 ]
 KeepPlaceholders = Annotated[
-    bool, typer.Option(help="Translate again with markers when a placeholder is lost, or only report it.")
+    bool, typer.Option(help="Translate again with markers when a placeholder or number is lost, or only report it.")
 ]
 
 

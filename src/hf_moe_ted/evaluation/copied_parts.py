@@ -30,18 +30,53 @@ _UNIT = re.compile(rf"[{_NO_SPACE}]|(?:[^\W_{_NO_SPACE}]|[\u0300-\u036f\u0591-\u
 
 
 def numbers(text: str) -> list[str]:
-    """The numbers of a text in order, outside of placeholders, as digits 0 to 9 without separators.
+    """The numbers of a text in order, outside of placeholders, with digits 0 to 9 and without separators of thousands.
 
     Digits of all scripts are equal ("٣", "३", "3"), and so are all ways to write thousands and decimals: "1,000.50",
-    "1.000,50" and "1000.50" are all "100050".
+    "1.000,50" and "1000.50" are all "1000.50". One separator before three digits is one of thousands.
     """
-    found = _NUMBER.findall(without_placeholders(text))
-    return ["".join(str(unicodedata.decimal(digit)) for digit in number if digit.isdigit()) for number in found]
+    return [_joined(*of_one) for of_one in _groups_and_separators(text)]
 
 
 def missing_numbers(source: str, translation: str) -> list[str]:
-    """The `numbers` of a source that its translation does not have, or has less often."""
-    return [*(Counter(numbers(source)) - Counter(numbers(translation))).elements()]
+    """The `numbers` of a source that its translation does not have, or has less often.
+
+    Numbers with the same groups of digits are equal: "10:30" is "10.30 Uhr" elsewhere, "12/31/2026" is "31.12.2026",
+    and "1 000 000" is "1.000.000".
+    """
+    left = Counter(numbers(translation))
+    of_source, of_translation = _groups_and_separators(source), _groups_and_separators(translation)
+    groups_of_source = {group for groups, _ in of_source for group in groups}
+    known = [groups for groups, _ in of_translation if groups_of_source.issuperset(groups)]
+    groups_of_translation = {group for groups in known for group in groups}
+    missing = []
+    for groups, separators in of_source:
+        number = _joined(groups, separators)
+        if left[number]:
+            left[number] -= 1
+        elif number in left or number.count(".") == 1 or not groups_of_translation.issuperset(groups):
+            missing.append(number)
+    return missing
+
+
+def _groups_and_separators(text: str) -> list[tuple[list[str], list[str]]]:
+    """Groups of digits, and what stands between them, of each number."""
+    found = []
+    for number in _NUMBER.findall(without_placeholders(text)):
+        digits = "".join(str(unicodedata.decimal(sign)) if sign.isdigit() else sign for sign in number)
+        found.append((re.findall(r"\d+", digits), re.findall(r"\D", digits)))
+    return found
+
+
+def _joined(groups: list[str], separators: list[str]) -> str:
+    """`["1", "000", "50"]` and `[",", "."]` -> "1000.50"."""
+    if len({*separators[:-1]}) <= 1 and all(len(group) in (2, 3) for group in groups[1:-1]):
+        is_one_kind = len({*separators}) == 1
+        if is_one_kind and len(groups[-1]) == 3 and groups[0] != "0":  # "1,234,567", in India "12,34,567"
+            return "".join(groups)
+        if not is_one_kind and separators:
+            return f"{''.join(groups[:-1])}.{groups[-1]}"
+    return ".".join(groups)
 
 
 def names(text: str) -> list[str]:

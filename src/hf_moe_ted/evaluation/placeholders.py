@@ -6,10 +6,25 @@ from collections import Counter
 # letters that may follow an address without a space: Thai, Lao, Burmese, Khmer, Chinese, Japanese and Korean
 _NO_SPACE = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uac00-\ud7af\uff00-\uffef"
 _NAME = rf"(?:[^\W{_NO_SPACE}]|[.+-])"
-_NO_LETTER_BEFORE = rf"(?<![^\W{_NO_SPACE}])"
-_NO_LETTER_BEHIND = rf"(?![^\W{_NO_SPACE}])"
-_BEFORE_NAME = rf"{_NO_LETTER_BEFORE}(?<![-./~@:+])"
-_PATH_PART = "[A-Za-z0-9_.+~-]*[A-Za-z0-9_+~-]"  # a dot at its end ends a sentence
+_LETTER = rf"[^\W{_NO_SPACE}]"
+# A name ends with one of these: any other word behind a dot may begin a sentence, where a space is missing. So no
+# "is", "it", "me", "no", "so", ... among the countries.
+_ENDINGS = (
+    "7z|aac|apk|avi|bak|bash|bat|bib|bin|bmp|bz2|cfg|conf|cpp|crt|crx|css|csv|dat|db|deb|dll|dmg|doc|docx|eml"
+    "|env|eps|epub|exe|flac|gif|gz|h264|hpp|htm|html|ico|ics|ini|ipynb|iso|jar|java|jpeg|jpg|js|json|jsonl|jsx"
+    "|key|kt|lock|log|lua|m4a|md|mkv|mo|mov|mp3|mp4|mpeg|msi|odg|odp|ods|odt|ogg|opus|otf|parquet|pdf|pem|php"
+    "|pkl|png|po|pot|ppt|pptx|ps1|psd|pth|py|rar|rb|rpm|rs|rst|rtf|safetensors|sh|sql|sqlite|svg|tar|tex|tgz"
+    "|tif|tiff|tmp|toml|ts|tsv|tsx|ttf|txt|vcf|vue|wasm|wav|webm|webp|whl|wma|wmv|woff|woff2|xhtml|xls|xlsx|xml"
+    "|xz|yaml|yml|zip|zst|com|org|net|edu|gov|io|dev|app|ai|info|biz|eu|uk|de|fr|jp|cn|ru|br|kr|nl|pl|ch|cz"
+)
+_NAME_PART = rf"(?:{_LETTER}|[~-])+"
+_PATH_PART = rf"(?:{_LETTER}|[.+~-])*(?:{_LETTER}|[+~-])"  # a dot at its end ends a sentence
+_BEFORE_NAME = rf"(?<!{_LETTER})(?<![-./~@:+\\])"
+_AFTER_NAME = rf"(?!{_LETTER}|-|\.{_LETTER})"
+_ROOTS = (
+    "Applications|Library|System|Users|Volumes|bin|boot|dev|etc|home|lib|media|mnt|opt|proc|root|run|sbin|srv|sys|tmp|usr"
+    "|var"
+)
 
 # Each alternative is one kind; the first match at a place counts. Parts that could match the same as the next part have
 # a bound, so the time grows only linearly with the length of a text.
@@ -17,7 +32,7 @@ _PLACEHOLDER = re.compile(
     rf"""
       `[^`\n]+`                                             # code
     | (?:https?://|ftp://|www\.)[^\s<>"'`{_NO_SPACE}]*[^\s<>"'`.,;:!?)\]}}»”{_NO_SPACE}]  # without the end
-    | {_NO_LETTER_BEFORE}(?<![.+-]){_NAME}+@(?:[^\W{_NO_SPACE}]|-)+(?:\.(?:[^\W{_NO_SPACE}]|-)+)+
+    | (?<!{_LETTER})(?<![.+-]){_NAME}+@(?:[^\W{_NO_SPACE}]|-)+(?:\.(?:[^\W{_NO_SPACE}]|-)+)+
     | </?[A-Za-z][^<>\n]*>                                  # tags
     | &(?:[A-Za-z]\w*|\#\d+|\#x[0-9A-Fa-f]+);
     | \$?\{{\{{?[^{{}}\n]*\}}?\}}                                 # {{name}}, {{{{ name }}}}, ${{name}}
@@ -26,10 +41,10 @@ _PLACEHOLDER = re.compile(
       [sdiufFeEgGxXoc@](?![A-Za-z])
     | %[1-9](?!\d)                                          # %1
     | \$(?:\d(?![\d.,]*\d)|[A-Z_]{{2,}}\$?)                    # $1, $NAME$
-    | {_BEFORE_NAME}--[a-z][a-z0-9]+(?:-[a-z0-9]+)*(?!-){_NO_LETTER_BEHIND}           # --dry-run
-    | {_BEFORE_NAME}~?(?:/{_PATH_PART}){{2,}}(?![/-]\w){_NO_LETTER_BEHIND}             # /etc/hosts
-    | {_BEFORE_NAME}(?=[0-9_~.-]*[A-Za-z])[A-Za-z0-9_~-]{{2,}}(?:\.[A-Za-z0-9_~-]+)*  # report.pdf, example.com/help
-      \.(?:[a-z][a-z0-9]{{1,4}}|7z|3gp)(?!-|\.\w){_NO_LETTER_BEHIND}(?:/{_PATH_PART})*
+    | {_BEFORE_NAME}--[a-z][a-z0-9]+(?:-[a-z0-9]+)*{_AFTER_NAME}             # --dry-run
+    | {_BEFORE_NAME}(?:~(?=/)|/(?:{_ROOTS}))(?:/{_PATH_PART})*{_AFTER_NAME}(?!/{_LETTER})  # /etc/hosts, ~/.config
+    | {_BEFORE_NAME}[A-Za-z]:(?:\\{_PATH_PART})+                              # C:\Users\a.txt
+    | {_BEFORE_NAME}{_NAME_PART}(?:\.{_NAME_PART})*\.(?:{_ENDINGS}){_AFTER_NAME}(?:/{_PATH_PART})*
     """,
     re.VERBOSE,
 )
@@ -69,10 +84,11 @@ def count_placeholder(name: str, text: str) -> int:
 
 def lost_placeholders(source: str, translation: str) -> list[str]:
     """The placeholders that a translation has less often or more often than its source."""
-    before = Counter(placeholders(source))
-    found = {name: count_placeholder(name, translation) for name in before}
-    missing = [name for name, count in before.items() if found[name] != count]
-    added = Counter(placeholders(translation)) - before
+    before, after = Counter(placeholders(source)), Counter(placeholders(translation))
+    missing = [
+        name for name, count in before.items() if after[name] != count and count_placeholder(name, translation) != count
+    ]
+    added = after - before
     return [*missing, *(name for name in added if name not in before and not any(name in other for other in before))]
 
 

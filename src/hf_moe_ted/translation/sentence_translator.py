@@ -13,15 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import StoppingCriteria
 
-from ..evaluation.copied_parts import missing_numbers, numbers
-from ..evaluation.placeholders import lost_placeholders
+from ..evaluation.copied_parts import missing_numbers
+from ..evaluation.placeholders import lost_placeholders, placeholders
 from ..models.attention_backends import without_cudnn_attention
 from ..models.execution_device import execution_device
 from ..models.family import check_family, check_vocabulary
 from ..models.generation import FirstTokens
 from ..models.language_codes import language_ids, languages_kept
 from .grid_search import MAX_BEAMS, Hypothesis, grid_search
-from .markers import Markers
+from .markers import Markers, invented_markers
 from .phrases import Phrase, PhraseTokens
 
 OnStep = Callable[[], None]
@@ -29,6 +29,7 @@ OnStep = Callable[[], None]
 # the usual range of a translation's length relative to its source, in bytes of UTF-8
 MIN_LENGTH_RATIO, MAX_LENGTH_RATIO = 0.25, 5.0
 MIN_RATIO_BYTES = 20
+_SMALL = ("0", "1", "2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +59,38 @@ class SourceSentence:
         """The phrases that a translation lacks, or has less often than required."""
         return [phrase for phrase in self.phrases if not phrase.is_in(translation)]
 
+    def lacks_placeholders(self, translation: str) -> bool:
+        """Whether placeholders are missing, which justify a translation with markers."""
+        return any(not phrase.is_term for phrase in self.missing(translation))
+
     def lacks_numbers(self, translation: str) -> bool:
-        """Whether numbers are missing that must be there."""
-        return self.keep_numbers and bool(missing_numbers(self.text, translation))
+        """Whether numbers are missing that justify one: none that many languages write as a word, or in the noun."""
+        return self.keep_numbers and any(number not in _SMALL for number in missing_numbers(self.text, translation))
+
+    def is_mended_by(self, translation: str, plain: str, *, numbers: bool) -> bool:
+        """Whether a translation with markers may replace the plain one.
+
+        It has all phrases, and exactly the placeholders of the sentence; all numbers and no others or, where numbers
+        had no markers, no fewer than the plain one; and it is not much longer than the source.
+        """
+        is_long = len(translation.encode()) > MAX_LENGTH_RATIO * max(MIN_RATIO_BYTES, len(self.text.encode()))
+        if is_long or self.missing(translation) or self.lost_placeholders(translation):
+            return False
+        missing = missing_numbers(self.text, translation)
+        if numbers and (missing or missing_numbers(translation, self.text)):
+            return False
+        is_worse = len(missing) > len(missing_numbers(self.text, plain))
+        return not is_worse and not invented_markers(self.text, translation)
+
+    def lost_placeholders(self, translation: str) -> list[str]:
+        """Placeholders that a translation has more or less often than the sentence, but for those of glossary terms."""
+        of_terms = {
+            name
+            for phrase in self.phrases
+            if phrase.source is not None
+            for name in placeholders(f"{phrase.source}\n{phrase.text}")
+        }
+        return [name for name in lost_placeholders(self.text, translation) if name not in of_terms]
 
     def lacks_terms(self, translation: str) -> bool:
         """Whether glossary terms are missing, which justify a search."""
@@ -196,26 +226,43 @@ class SentenceTranslator:
         self, batch: Sequence[SourceSentence], generated: list[GeneratedSentence], on_step: OnStep | None
     ) -> None:
         """Replace translations that lack placeholders or numbers by those with markers, if they have all of them."""
-        first = [of_one.texts[0] for of_one in generated]
-        lacks_numbers = [sentence.lacks_numbers(text) for sentence, text in zip(batch, first, strict=True)]
-        markers = {
-            index: Markers(sentence.text, numbers=lacks_numbers[index])
-            for index, sentence in enumerate(batch)
-            if lacks_numbers[index] or any(not phrase.is_term for phrase in sentence.missing(first[index]))
-        }
+        plain = [of_one.texts[0] for of_one in generated]
+        lack_numbers = [index for index, sentence in enumerate(batch) if sentence.lacks_numbers(plain[index])]
+        lack_placeholders = [index for index, sentence in enumerate(batch) if sentence.lacks_placeholders(plain[index])]
+        mended = self._mended(batch, generated, lack_numbers, on_step, numbers=True)
+        left = [index for index in lack_placeholders if index not in mended]
+        mended |= self._mended(batch, generated, left, on_step, numbers=False)
+        left = [index for index in left if index not in mended and index not in lack_numbers]
+        self._mended(batch, generated, left, on_step, numbers=True)
+
+    def _mended(
+        self,
+        batch: Sequence[SourceSentence],
+        generated: list[GeneratedSentence],
+        indices: Sequence[int],
+        on_step: OnStep | None,
+        *,
+        numbers: bool,
+    ) -> set[int]:
+        """Translate some sentences with markers, and take what has all that is asked for; returns which."""
+        markers = {index: Markers(batch[index].text, batch[index].phrases, numbers=numbers) for index in indices}
         marked = {
             index: replace(batch[index], text=of_one.text, input_ids=self._one(batch[index], of_one.text).input_ids)
             for index, of_one in markers.items()
             if of_one.is_other
         }
         marked = {index: s for index, s in marked.items() if len(s.input_ids) <= self.max_source_tokens}
-        if not marked:
-            return
-        for index, found in zip(marked, self._generate([*marked.values()], on_step), strict=True):
+        mended = set()
+        for index, found in zip(marked, self._generate([*marked.values()], on_step) if marked else (), strict=True):
+            sentence, plain = batch[index], generated[index].texts[0]
             texts = tuple(map(markers[index].restored, found.texts))
-            is_whole = not found.is_cut and not batch[index].missing(texts[0])
-            if is_whole and _is_clean(batch[index].text, texts[0], with_numbers=lacks_numbers[index]):
-                generated[index] = _different(texts, found.scores, batch[index].num_sequences, found.is_cut)
+            if not found.is_cut and sentence.is_mended_by(texts[0], plain, numbers=numbers):
+                kept = [i for i, text in enumerate(texts) if not invented_markers(sentence.text, text)]
+                scores = [found.scores[i] for i in kept] if found.scores else found.scores
+                texts = tuple(texts[i] for i in kept)
+                generated[index] = _different(texts, scores, sentence.num_sequences, found.is_cut)
+                mended.add(index)
+        return mended
 
     def _one(self, sentence: SourceSentence, text: str) -> SourceSentence:
         return self.encode([text], sentence.src_lang, sentence.tgt_lang)[0]
@@ -306,13 +353,6 @@ def _different(texts: Sequence[str], scores: Sequence[float], number: int, is_cu
     first = [texts.index(text) for text in dict.fromkeys(texts)][:number]
     own_scores = tuple(scores[index] for index in first) if number > 1 else ()
     return GeneratedSentence(tuple(texts[index] for index in first), own_scores, is_cut)
-
-
-def _is_clean(source: str, translation: str, *, with_numbers: bool) -> bool:
-    """Whether a translation has exactly the placeholders (and numbers) of its source and is not much longer."""
-    is_long = len(translation.encode()) > MAX_LENGTH_RATIO * max(MIN_RATIO_BYTES, len(source.encode()))
-    has_others = with_numbers and sorted(numbers(source)) != sorted(numbers(translation))
-    return not is_long and not has_others and not lost_placeholders(source, translation)
 
 
 class _Limits(StoppingCriteria):

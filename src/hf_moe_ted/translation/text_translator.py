@@ -1,14 +1,14 @@
 """Translate whole texts: split into sentences, translate in batches of similar length, and join again."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..evaluation.copied_parts import missing_numbers
-from ..evaluation.placeholders import lost_placeholders, num_letters, without_placeholders
+from ..evaluation.copied_parts import missing_numbers, numbers
+from ..evaluation.placeholders import num_letters, without_placeholders
 from ..models.language_codes import resolve_language
 from ..models.language_detection import (
     AUTO,
@@ -389,12 +389,11 @@ class TextTranslator:
     def _problems(self, sentence: SourceSentence, translation: str) -> list[str]:
         source, tgt_lang = sentence.text, sentence.tgt_lang
         problems = []
-        terms = [f"{phrase.source}\n{phrase.text}" for phrase in sentence.phrases if phrase.is_term]
-        lost = [name for name in lost_placeholders(source, translation) if not any(name in term for term in terms)]
-        if lost:
+        if lost := sentence.lost_placeholders(translation):
             problems.append(f"not as often as in the source: {' '.join(lost)}")
-        if missing := missing_numbers(source, translation):
-            problems.append(f"numbers that are missing: {' '.join(missing)}")
+        of_terms = [number for phrase in sentence.phrases if phrase.source for number in numbers(phrase.source)]
+        if missing := Counter(missing_numbers(source, translation)) - Counter(of_terms):
+            problems.append(f"numbers that are missing: {' '.join(missing.elements())}")
         problems += [
             f"not as in the glossary: {phrase.source} -> {phrase.text}"
             for phrase in sentence.missing(translation)
