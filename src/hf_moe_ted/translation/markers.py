@@ -8,8 +8,8 @@ from .phrases import Phrase
 
 _MARKER = re.compile(r"\$\d(?!\d)")
 _DOLLARS = re.compile(r"\$ ?\d+")
-# "404", "10:30", "12/05/2026", "2.5", "1.2.3", "F5", "4K"; none that is read as another number elsewhere ("7,500"), and no
-# ordinals ("2nd"); letters of other scripts may follow ("24時間")
+# "404", "10:30", "12/05/2026", "2.5", "1.2.3", "F5", "4K"; none that is read as another number elsewhere ("7,500"), and
+# no ordinals ("2nd"); letters of other scripts may follow ("24時間")
 _NUMBER_WORD = re.compile(
     r"(?<![A-Za-z0-9_$.,'\u2019\u00a0\u202f:/-])[A-Za-z]*[0-9]+(?:(?:\.[0-9]{1,2})+|(?:[:/-][0-9]+)*)[A-Z]*"
     r"(?![A-Za-z0-9_]|[.,'\u2019\u00a0\u202f:/-][0-9])"
