@@ -5,8 +5,8 @@ from collections import Counter
 
 # letters that may follow an address without a space: Thai, Lao, Burmese, Khmer, Chinese, Japanese and Korean
 _NO_SPACE = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uac00-\ud7af\uff00-\uffef"
-_NAME = rf"(?:[^\W{_NO_SPACE}]|[.+-])"
-_LETTER = rf"[^\W{_NO_SPACE}]"
+_LETTER = rf"[^\W{_NO_SPACE}]"  # or a digit, or _
+_ADDRESS_PART = rf"(?:{_LETTER}|[.+-])"
 # A name ends with one of these: any other word behind a dot may begin a sentence, where a space is missing. So no
 # "is", "it", "me", "no", "so", ... among the countries.
 _ENDINGS = (
@@ -32,7 +32,7 @@ _PLACEHOLDER = re.compile(
     rf"""
       `[^`\n]+`                                             # code
     | (?:https?://|ftp://|www\.)[^\s<>"'`{_NO_SPACE}]*[^\s<>"'`.,;:!?)\]}}»”{_NO_SPACE}]  # without the end
-    | (?<!{_LETTER})(?<![.+-]){_NAME}+@(?:[^\W{_NO_SPACE}]|-)+(?:\.(?:[^\W{_NO_SPACE}]|-)+)+
+    | (?<!{_LETTER})(?<![.+-]){_ADDRESS_PART}+@(?:{_LETTER}|-)+(?:\.(?:{_LETTER}|-)+)+
     | </?[A-Za-z][^<>\n]*>                                  # tags
     | &(?:[A-Za-z]\w*|\#\d+|\#x[0-9A-Fa-f]+);
     | \$?\{{\{{?[^{{}}\n]*\}}?\}}                                 # {{name}}, {{{{ name }}}}, ${{name}}
@@ -41,10 +41,10 @@ _PLACEHOLDER = re.compile(
       [sdiufFeEgGxXoc@](?![A-Za-z])
     | %[1-9](?!\d)                                          # %1
     | \$(?:\d(?![\d.,]*\d)|[A-Z_]{{2,}}\$?)                    # $1, $NAME$
-    | {_BEFORE_NAME}--[a-z][a-z0-9]+(?:-[a-z0-9]+)*{_AFTER_NAME}             # --dry-run
+    | {_BEFORE_NAME}--[a-z][a-z0-9]+(?:-[a-z0-9]+)*{_AFTER_NAME}  # --dry-run
     | {_BEFORE_NAME}(?:~(?=/)|/(?:{_ROOTS}))(?:/{_PATH_PART})*{_AFTER_NAME}(?!/{_LETTER})  # /etc/hosts, ~/.config
-    | {_BEFORE_NAME}[A-Za-z]:(?:\\{_PATH_PART})+                              # C:\Users\a.txt
-    | {_BEFORE_NAME}{_NAME_PART}(?:\.{_NAME_PART})*\.(?:{_ENDINGS}){_AFTER_NAME}(?:/{_PATH_PART})*
+    | {_BEFORE_NAME}[A-Za-z]:(?:\\{_PATH_PART})+                   # C:\Users\a.txt
+    | {_BEFORE_NAME}{_NAME_PART}(?:\.{_NAME_PART})*\.(?:{_ENDINGS}){_AFTER_NAME}(?:/{_PATH_PART})*  # a.pdf, b.com/c
     """,
     re.VERBOSE,
 )
