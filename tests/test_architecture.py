@@ -70,7 +70,7 @@ RULES = {
     ),
     "translation": Rule(parts=("models", "evaluation")),
     "serving": Rule(parts=("models", "files", "tensors", "evaluation", "routing", "translation")),
-    "data": Rule(parts=("models.language_codes", "models.tokenization_zcode_m3")),
+    "data": Rule(parts=("models.language_codes", "models.tokenization_zcode_m3", "models.vocabulary")),
     "cuda_graphs": Rule(parts=("optim",), packages=("torch", "transformers", "accelerate")),
     "training": Rule(
         parts=("models", "data", "cuda_graphs"), packages=("numpy", "torch", "transformers", "accelerate")

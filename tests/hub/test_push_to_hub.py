@@ -52,6 +52,7 @@ CODE = {
         "segments",
         "structure",
         "tokenization_zcode_m3",
+        "vocabulary",
     )
 }
 AUTO_MAP = {

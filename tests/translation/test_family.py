@@ -299,7 +299,7 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused() -> None:
     row = {"src_lang": "en", "tgt_lang": "de", "source": "a", "target": "b"}
     for translates in (
         lambda: TextTranslator(model, tokenizer),
-        lambda: ZCodeM3TranslationPipeline(model=model, tokenizer=tokenizer),
+        lambda: ZCodeM3TranslationPipeline(model=model, tokenizer=tokenizer)("a", src_lang="en", tgt_lang="de"),
         lambda: evaluate_translation(model, tokenizer, [row]),
     ):
         with pytest.raises(ValueError, match=r"embeddings for \d+; call model.resize_token_embeddings"):

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from transformers import BatchEncoding, DataCollatorForSeq2Seq
 
-from ..models.family import check_vocabulary
 from ..models.language_codes import encode_in, language_ids, resolve_language
+from ..models.vocabulary import check_vocabulary
 from .denoising import DenoisingNoise
 from .multitask_rows import DENOISING, PADDING, TRANSLATION, Example, examples_of_row
 

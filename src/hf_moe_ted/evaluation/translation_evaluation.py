@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.execution_device import execution_device
-from ..models.family import check_vocabulary
 from ..models.language_codes import LanguagePair, find_language, languages_kept, unknown_languages
 from ..models.language_detection import detector_code
+from ..models.vocabulary import check_vocabulary
 from ..tensors.lazy_tensors import num_bytes
 from .evaluation_mode import evaluation_mode
 from .parallel_text import Sentence, check_languages, choose_languages, progress_over, read_sentences

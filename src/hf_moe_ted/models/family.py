@@ -33,31 +33,6 @@ def check_family(model: Any) -> None:
         raise ValueError(not_of_family(type(model).__name__, model_type))
 
 
-def num_embeddings(model: Any) -> int | None:
-    """Number of tokens for which a model has embeddings, padding of the vocabulary included; `None` if unknown.
-
-    The larger number counts: a rank may have a part of the rows, and a config may know nothing of rows added since.
-    """
-    of_config = getattr(getattr(model, "config", None), "vocab_size", None)
-    if of_config is None or not hasattr(model, "get_input_embeddings"):
-        return of_config
-    return max(of_config, getattr(model.get_input_embeddings(), "num_embeddings", 0))
-
-
-def check_vocabulary(model: Any, tokenizer: Any) -> None:
-    """Check that a model has embeddings for all tokens; a token without one is an `IndexError` inside the model.
-
-    Raises:
-        ValueError: the tokenizer has more tokens.
-    """
-    num_tokens, num_rows = len(tokenizer), num_embeddings(model)
-    if num_rows is not None and num_tokens > num_rows:
-        raise ValueError(
-            f"the tokenizer has {num_tokens} tokens, but the model has embeddings for {num_rows}; call "
-            "model.resize_token_embeddings(len(tokenizer)), and train the new tokens"
-        )
-
-
 def not_of_family(name: str, model_type: str) -> str:
     """Why a model is refused."""
     why = _WHY_NOT.get(model_type, "other models name languages in other ways; use its own generate")
@@ -67,4 +42,4 @@ def not_of_family(name: str, model_type: str) -> str:
     )
 
 
-__all__ = ["M2M_100", "NLLB_MOE", "ZCODE_M3", "check_family", "check_vocabulary", "not_of_family", "num_embeddings"]
+__all__ = ["M2M_100", "NLLB_MOE", "ZCODE_M3", "check_family", "not_of_family"]

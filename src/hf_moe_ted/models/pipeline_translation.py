@@ -12,7 +12,7 @@ from transformers.pipelines.base import ChunkPipeline
 from transformers.utils import logging
 
 from .execution_device import offloaded_device
-from .family import check_family, check_vocabulary
+from .family import check_family
 from .generation import FirstTokens
 from .language_codes import language_ids, languages_kept, resolve_language
 from .language_detection import AUTO, language_finder
@@ -25,6 +25,7 @@ from .pipeline_inputs import (
     without_old_arguments,
 )
 from .segments import Segments, is_installed, split_long, split_sentences
+from .vocabulary import check_vocabulary
 
 logger = logging.get_logger(__name__)
 
@@ -92,8 +93,6 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
         given = {name: value for name, value in kwargs.items() if value is not None or name not in LANGUAGES}
         given = {**languages_of_task(kwargs.get("task")), **without_old_arguments(given), **_where_it_is(model)}
         super().__init__(model, *args, **given)
-        if self.tokenizer is not None:
-            check_vocabulary(model, self.tokenizer)
         device = offloaded_device(model)
         if model.device.type == "meta" and device is not None:
             self.device = device
@@ -136,6 +135,7 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
         """
         if args:
             raise ValueError(f"{len(args) + 1} positional arguments: give several texts as one list")
+        check_vocabulary(self.model, self.tokenizer)
         inputs = as_pipeline_input(inputs)
         of_each = {name: kwargs.pop(name) for name in LANGUAGES if _is_list(kwargs.get(name))}
         if of_each:
@@ -159,6 +159,7 @@ class ZCodeM3TranslationPipeline(ChunkPipeline):
         Raises:
             ValueError: see `__call__`.
         """
+        check_vocabulary(self.model, self.tokenizer)
         options = {**self._preprocess_params, **self._sanitize_parameters(**kwargs)[0]}
         languages = self._languages_of(text, options)
         segments = self._segments(text, options.get("split"), languages["src_lang"])

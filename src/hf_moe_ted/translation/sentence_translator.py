@@ -17,9 +17,10 @@ from ..evaluation.copied_parts import missing_numbers
 from ..evaluation.placeholders import lost_placeholders, placeholders
 from ..models.attention_backends import without_cudnn_attention
 from ..models.execution_device import execution_device
-from ..models.family import check_family, check_vocabulary
+from ..models.family import check_family
 from ..models.generation import FirstTokens
 from ..models.language_codes import language_ids, languages_kept
+from ..models.vocabulary import check_vocabulary
 from .grid_search import MAX_BEAMS, Hypothesis, grid_search
 from .markers import Markers, invented_markers
 from .phrases import Phrase, PhraseTokens
