@@ -14,7 +14,7 @@ import pytest
 import torch
 import train_multitask
 from distillation import DistillationTrainer, soft_cross_entropy
-from multitask_recipe import read_recipe
+from multitask_recipe import START_METHODS, read_recipe
 from multitask_starts import METHODS
 from safetensors.torch import load_file
 from tiny_sizes import SIZES
@@ -95,7 +95,7 @@ def test_a_variant_is_the_same_in_all_recipes_of_one_folder() -> None:
         for variant, fields in recipe["variants"].items():
             assert seen.setdefault(variant, (fields, others)) == (fields, others)
     methods = (variant.get("start_from", {}).get("method") for variant, _ in seen.values())
-    assert {*methods} == {None, *METHODS}
+    assert {*methods} == {None, *METHODS} and tuple(METHODS) == START_METHODS
 
 
 def test_a_pruned_run_goes_on_where_the_whole_one_was(folder: Path) -> None:
