@@ -427,6 +427,9 @@ def main() -> None:
     # its backward can give NaN on Hopper since torch 2.11: docs/upstream/torch_cudnn_attention_gradient.md
     torch.backends.cuda.enable_cudnn_sdp(False)
     command = command_of(sys.argv[1:], __doc__)
+    if any(run.training.torch_compile for run in command.runs):
+        # graphs of one function; all kinds of layers have the same one, see docs/training.md#compiled-layers
+        torch._dynamo.config.recompile_limit = 64
     deadline = None if command.max_seconds is None else start + command.max_seconds
     texts: dict[str, Text | Tokens] = {}
 

@@ -1,12 +1,17 @@
 """What the tests of the model check on the CPU, on a CUDA device."""
 
+import contextlib
 import copy
+import lzma
+from pathlib import Path
 
 import pytest
 import torch
 
-from hf_moe_ted import ZCodeM3ForConditionalGeneration
+from hf_moe_ted import ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer
 from hf_moe_ted.testing import tiny_config
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -141,6 +146,43 @@ def test_generation_equals_the_cpu(num_beams, cache):
     output = model.generate(**inputs, num_beams=num_beams, max_new_tokens=8, cache_implementation=cache)
     expected = on_cpu.generate(**{k: v.cpu() for k, v in inputs.items()}, num_beams=num_beams, max_new_tokens=8)
     assert output.tolist() == expected.tolist()
+
+
+@pytest.fixture(scope="module")
+def shipped_model_and_prompts():
+    """The shipped model, 64 English sentences for eight languages in one batch, and its translations on the CPU."""
+    folder = EXAMPLES / "checkpoints" / "zcode_m3_demo"
+    model = ZCodeM3ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = ZCodeM3Tokenizer.from_pretrained(folder, src_lang="en")
+    with lzma.open(EXAMPLES / "data" / "chromium_l10n.test.tsv.xz", "rt", encoding="utf-8") as file:
+        rows = [line.rstrip("\n").split("\t") for line in file]
+    rows = [row for language in ("ar", "de", "el", "es", "fr", "ja", "ru", "zh") for row in of_language(rows, language)]
+    inputs = tokenizer([english for _, english, _ in rows], padding=True, return_tensors="pt")
+    tags = [[model.config.decoder_start_token_id, tokenizer.get_lang_id(language)] for language, _, _ in rows]
+    inputs = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    inputs["decoder_input_ids"] = torch.tensor(tags)
+    return model, tokenizer, inputs, greedy(model, tokenizer, inputs)
+
+
+def of_language(rows, language, number=8):
+    return [row for row in rows if row[0] == language][:number]
+
+
+def greedy(model, tokenizer, inputs, **options):
+    output = model.generate(**inputs, num_beams=1, do_sample=False, max_length=100, **options)
+    return tokenizer.batch_decode(output, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+@pytest.mark.parametrize("way, least", [("float32", 0.95), ("autocast", 0.8), ("bfloat16", 0.8)])
+def test_translations_of_mixed_languages_equal_those_of_the_cpu(shipped_model_and_prompts, way, least, cuda_graphs):
+    model, tokenizer, inputs, expected = shipped_model_and_prompts
+    model = copy.deepcopy(model).to("cuda", torch.bfloat16 if way == "bfloat16" else torch.float32)
+    inputs = {name: tensor.cuda() for name, tensor in inputs.items()}
+    context = torch.autocast("cuda", torch.bfloat16) if way == "autocast" else contextlib.nullcontext()
+    with context:
+        found = greedy(model, tokenizer, inputs, cuda_graphs=cuda_graphs)
+    assert sum(a == b for a, b in zip(found, expected, strict=True)) >= least * len(expected)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention", "flash_attention_2"])
