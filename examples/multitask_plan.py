@@ -57,17 +57,25 @@ def print_mixture(sampler: TokenBudgetBatchSampler, draws: np.ndarray) -> None:
         print(f"{language:<24}{sources[language]:>16,}{targets[language]:>16,}")
 
 
+def num_active_parameters(model: ZCodeM3ForConditionalGeneration) -> int:
+    """Parameters that a token uses, without those of the embedding."""
+    top_k = model.config.num_experts_per_tok
+    return int(
+        sum(
+            parameter.numel() * (top_k / parameter.shape[0] if ".experts." in name else 1)
+            for name, parameter in model.named_parameters()
+            if parameter is not model.get_input_embeddings().weight
+        )
+    )
+
+
 def print_memory(config: ZCodeM3Config, max_tokens_per_batch: int) -> None:
     """Print parameters, and memory in GB: exact for weights, gradients and AdamW in float32, about for activations."""
     with torch.device("meta"):
         model = ZCodeM3ForConditionalGeneration(config)
     total = model.num_parameters()
-    experts = sum(
-        parameter.numel() * (1 - config.num_experts_per_tok / parameter.shape[0])
-        for name, parameter in model.named_parameters()
-        if ".experts." in name
-    )
-    print(f"parameters: {total:,}, of which a token uses {int(total - experts):,}")
+    active = num_active_parameters(model) + model.get_input_embeddings().weight.numel()
+    print(f"parameters: {total:,}, of which a token uses {active:,}")
     tokens = max_tokens_per_batch / 2  # of the source, and of the target
     # per token and layer in bfloat16 with dropout, without attention scores: 34 d_model bytes for attention and
     # feed-forward (https://huggingface.co/papers/2205.05198, section 4.1), 11 of them attention

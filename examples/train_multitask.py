@@ -49,7 +49,7 @@ from accelerate import PartialState
 from distillation import DistillationTrainer
 from multitask_claims import claimed_runs, failure_noted, shared
 from multitask_data import backwards, content_hash, first_pairs, monolingual, read_pairs
-from multitask_plan import print_plan
+from multitask_plan import num_active_parameters, print_plan
 from multitask_recipe import SETTINGS, DataArguments, Run, command_of
 from multitask_runs import PlaceOfDropped, Seconds, TimeLimit, translate, write_json
 from multitask_starts import load_weights, model_folder, scale_routers, start_seconds, write_start
@@ -407,18 +407,6 @@ def last_loss(run: Run) -> float:
     """Held-out loss at the end of a pilot; infinite for one that diverged."""
     losses = [entry["eval_loss"] for entry in (run.result() or {})["log_history"] if "eval_loss" in entry]
     return losses[-1] if math.isfinite(losses[-1]) else math.inf
-
-
-def num_active_parameters(model: Any) -> int:
-    """Parameters that a token uses, without those of the embedding."""
-    top_k = model.config.num_experts_per_tok
-    return int(
-        sum(
-            parameter.numel() * (top_k / parameter.shape[0] if ".experts." in name else 1)
-            for name, parameter in model.named_parameters()
-            if parameter is not model.get_input_embeddings().weight
-        )
-    )
 
 
 def main() -> None:

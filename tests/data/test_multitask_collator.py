@@ -198,8 +198,11 @@ def test_empty_texts_are_only_tags(tokenizer: Any) -> None:
 
 def test_bad_input(tokenizer: Any) -> None:
     collator = DataCollatorForMultitaskSeq2Seq(tokenizer)
-    with pytest.raises(ValueError, match="unknown language 'fr', this tokenizer knows: en, de, sw"):
+    with pytest.raises(ValueError, match="unknown language 'fr', this tokenizer knows: en, de, sw") as error:
         collator([{**PAIR, "tgt_lang": "fr"}])
+    assert str(error.value).endswith(
+        "; to train it: tokenizer.add_languages(['fr']), then model.resize_token_embeddings(len(tokenizer))"
+    )
     with pytest.raises(ValueError, match="row 1 of the batch must have the strings source"):
         collator([PAIR, {"source": "Open"}])
     with pytest.raises(ValueError, match="row 0 of the batch has 3 directions"):

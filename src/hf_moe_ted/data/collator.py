@@ -232,7 +232,9 @@ class DataCollatorForMultitaskSeq2Seq:
 def _find_affixes(tokenizer: Any, lang: str, is_target: bool) -> _Affixes:
     """Find the ids that the tokenizer puts around a source or a target in a language."""
     probe = "a"
-    lang = resolve_language(lang, language_ids(tokenizer), owner="this tokenizer")
+    hint = f"; to train it: tokenizer.add_languages([{lang!r}]), then model.resize_token_embeddings(len(tokenizer))"
+    can_add = hasattr(tokenizer, "add_languages")
+    lang = resolve_language(lang, language_ids(tokenizer), owner="this tokenizer", hint=hint if can_add else "")
     bare = list(encode_in(tokenizer, probe, add_special_tokens=False)["input_ids"])
     if is_target:
         ids = list(encode_in(tokenizer, text_target=probe, tgt_lang=lang)["input_ids"])

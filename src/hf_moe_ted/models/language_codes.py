@@ -102,7 +102,7 @@ def parse_language(code: str) -> LanguageCode:
 
 
 def resolve_language(
-    code: str, languages: Iterable[str], *, name: str = "language", owner: str = "the tokenizer"
+    code: str, languages: Iterable[str], *, name: str = "language", owner: str = "the tokenizer", hint: str = ""
 ) -> str:
     """Find the one of `languages` that a code means.
 
@@ -114,6 +114,7 @@ def resolve_language(
         languages: languages of a tokenizer or a model.
         name: name of the code in errors, such as `src_lang`.
         owner: name, in errors, of what has the languages.
+        hint: what else to do about an unknown language, for the error.
 
     Raises:
         ValueError: the code means none of `languages`, or several (`zh` with `zho_Hans` and `zho_Hant`); the error
@@ -128,7 +129,7 @@ def resolve_language(
     if not found:
         known = [*languages[:_MAX_LISTED], *(["..."] if len(languages) > _MAX_LISTED else [])]
         raise ValueError(
-            f"unknown {name} {code!r}, {owner} knows: {', '.join(known) or 'none'}{did_you_mean(code, languages)}"
+            f"unknown {name} {code!r}, {owner} knows: {', '.join(known) or 'none'}{did_you_mean(code, languages)}{hint}"
         )
     return found[0]
 
