@@ -78,7 +78,10 @@ def train(
         {"torch_compile": True},
     ],
 )
-def test_numbers_are_those_of_python(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_numbers_are_those_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    # graphs compile layer by layer by default; other programs would have other random numbers
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_DYNAMIC", "true")
     config = {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "router_jitter_noise": 0.1}
     config |= {"router_noise_policy": "jitter", "experts_implementation": "zcode_fused"}
     expected = train(tmp_path, FromPython, config, **options)

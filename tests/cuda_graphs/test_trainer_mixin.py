@@ -1,10 +1,12 @@
 """Replayed steps in a Trainer: the numbers of steps from Python, what is recorded, and what is refused."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from graph_cases import SHAPES, Graphed, GraphedInOrder, InOrder, assert_same_training, logged, new_model, trainer_of
 from transformers import Seq2SeqTrainer, TrainerCallback
 
@@ -182,3 +184,19 @@ def test_refused_without_a_gpu(tmp_path: Path) -> None:
 def test_refused_number_of_graphs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"max_cuda_graphs \(0\) must be at least 1"):
         trainer_of(tmp_path, max_cuda_graphs=0)
+
+
+@pytest.mark.parametrize("given", [None, "false"])
+def test_layers_are_compiled_one_by_one_unless_the_environment_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    names = ("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "ACCELERATE_DYNAMO_USE_DYNAMIC")
+    for name in (*names, "ACCELERATE_DYNAMO_BACKEND"):  # what transformers sets is undone behind the test, too
+        monkeypatch.setenv(name, given or "")
+        if given is None or name.endswith("BACKEND"):
+            monkeypatch.delenv(name)
+    CudaGraphSeq2SeqTrainingArguments(str(tmp_path), torch_compile=True, use_cpu=True)
+    assert not {*names} & {*os.environ} or given is not None  # without graphs it is as everywhere
+    CudaGraphSeq2SeqTrainingArguments(str(tmp_path), torch_compile=True, cuda_graphs=True, use_cpu=True)
+    plugin = TorchDynamoPlugin()
+    assert (plugin.use_regional_compilation, plugin.dynamic) == ((True, True) if given is None else (False, False))

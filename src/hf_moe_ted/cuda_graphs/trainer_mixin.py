@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,9 @@ class CudaGraphArguments:
 
     Args:
         cuda_graphs: whether to capture forward and backward as CUDA graphs and replay them for batches of the same
-            shape. Then the host no longer limits the speed of a step.
+            shape. Then the host no longer limits the speed of a step. With `torch_compile` each layer is compiled by
+            itself, for all shapes at once, unless the environment (`ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION`,
+            `ACCELERATE_DYNAMO_USE_DYNAMIC`) says otherwise.
         max_cuda_graphs: largest number of graphs; the least recently used is dropped. Set it above the number of batch
             shapes.
         expert_load_bound: rows that a rank may send to another rank in a captured step, as a multiple of the balanced
@@ -54,6 +57,10 @@ class CudaGraphArguments:
         if self.cuda_graphs and arguments.dataloader_pin_memory:
             # a blocking copy to the device waits for all earlier work
             arguments.accelerator_config.non_blocking = True
+        if self.cuda_graphs and arguments.torch_compile:
+            # else Accelerate compiles the whole model as one program, and again for other shapes
+            os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+            os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "true")
 
 
 @dataclass
