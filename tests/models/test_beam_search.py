@@ -1,9 +1,14 @@
 """The beam search for CPUs beside that of transformers: the same tokens, scores and rows, however sentences end."""
 
+import functools
+from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
@@ -41,7 +46,7 @@ COMMON_OPTIONS: dict[str, dict[str, Any]] = {  # of the searches on CPUs and tho
     "two beams": {"num_beams": 2},
     "forced bos": {"forced_bos_token_id": 7},
     "forced eos": {"forced_eos_token_id": 2},
-    "first tokens": {"logits_processor": [FirstTokens([30, 31, 32, 33, 34])]},
+    "first tokens": {"logits_processor": [FirstTokens([30, 31, -1, 33, 34])]},
     "least new tokens": {"min_new_tokens": 6},
 }
 OPTIONS = COMMON_OPTIONS | {
@@ -226,6 +231,42 @@ def test_methods_replaced_in_the_object_are_called(source: dict[str, Tensor], ca
         setattr(module, name, method)  # as PEFT puts it back
     model.generate(**source, **ENDS)
     assert calls
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    AcceleratorState._reset_state(reset_partial_state=True)  # as a Trainer does
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_mixed_precision_of_a_trainer_is_not_in_the_way(
+    source: dict[str, Tensor], calls: list[int], accelerator: Accelerator
+) -> None:
+    """Translations are those of the weights' dtype; something else around `forward` is called."""
+    model = make_model()
+    expected = model.generate(**source, **ENDS)
+    accelerator.prepare_model(model)
+    assert "forward" in vars(model)
+    assert torch.equal(model.generate(**source, **ENDS), expected)
+    assert len(calls) == 2
+    for prepare_again in (False, True):
+        replace_forward(model)
+        if prepare_again:
+            accelerator.prepare_model(model)
+        model.generate(**source, **ENDS)
+        assert len(calls) == 2
+
+
+def replace_forward(model: Any) -> None:
+    vars(model).pop("forward", None)
+    method = model.forward.__func__
+
+    @functools.wraps(method)
+    def replaced(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return method(self, *args, **kwargs)
+
+    model.forward = MethodType(replaced, model)
 
 
 def test_a_processor_may_have_any_attributes(source: dict[str, Tensor], calls: list[int]) -> None:

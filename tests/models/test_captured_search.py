@@ -524,3 +524,16 @@ def test_with_the_kernels_of_gpus(num_beams: int, monkeypatch: pytest.MonkeyPatc
     assert torch.equal(captured(model, **options), expected)
     assert not lines
     assert store_of(model).num_recorded == 1
+
+
+def test_training_mode_frees_the_memory(source: dict[str, Tensor], recorders: list[TapeRecorder]) -> None:
+    model = capturable_model()
+    captured(model, **source, **ENDS)
+    store = weakref.ref(store_of(model))
+    model.eval()
+    assert store_of(model) is store()
+    model.train()
+    gc.collect()
+    assert store() is None
+    assert torch.equal(captured(model.eval(), **source, **ENDS), of_transformers(model, **source, **ENDS))
+    assert len(recorders) == 2

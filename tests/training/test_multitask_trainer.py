@@ -6,8 +6,15 @@ from typing import Any
 import pytest
 import torch
 from fake_recorder import RecordsWithoutGpu
+from tape_recorder import TapeRecorder
 from torch.utils.data import DataLoader
-from transformers import DataCollatorForSeq2Seq, HfArgumentParser, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import (
+    DataCollatorForSeq2Seq,
+    HfArgumentParser,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    masking_utils,
+)
 
 from hf_moe_ted import (
     DataCollatorForMultitaskSeq2Seq,
@@ -24,6 +31,9 @@ from hf_moe_ted import (
     ZCodeM3Tokenizer,
     initialize_checkpoint,
 )
+from hf_moe_ted.models import generation, graph_store
+from hf_moe_ted.models.beam_search import beam_search
+from hf_moe_ted.models.captured_search import captured_search
 from hf_moe_ted.testing import run_distributed_test, tiny_config
 
 PAIRS = [
@@ -85,9 +95,9 @@ ROWS_OF_ALL_LANGUAGES = MultitaskDataset(
 )
 
 
-def predictor(folder: Path, **generation: Any) -> MultitaskSeq2SeqTrainer:
-    options = {"predict_with_generate": True, "generation_max_length": 8, "per_device_eval_batch_size": 3}
-    trainer = trainer_of(folder, config={"init_std": 0.5}, **options)
+def predictor(folder: Path, bf16: bool = False, **generation: Any) -> MultitaskSeq2SeqTrainer:
+    options = {"predict_with_generate": True, "generation_max_length": 8, "per_device_eval_batch_size": 3, "bf16": bf16}
+    trainer = trainer_of(folder, config={"init_std": 0.5, "experts_implementation": "batched_mm"}, **options)
     trainer.model.generation_config.update(**generation)
     return trainer
 
@@ -112,6 +122,33 @@ def test_generates_in_the_language_of_each_row(options: dict[str, Any], tmp_path
             inputs = {name: batch[name][place : place + 1] for name in ("input_ids", "attention_mask")}
             expected = trainer.model.eval().generate(**inputs, forced_bos_token_id=row[0], max_length=8, **options)
             assert row == [token for token in expected[0, 1:].tolist() if token != TOKENIZER.pad_token_id]
+
+
+def test_mixed_precision_generates_by_the_search_of_this_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, searches = generated(predictor(tmp_path), num_beams=2), []
+    monkeypatch.setattr(generation, "beam_search", lambda *a, **k: searches.append(1) or beam_search(*a, **k))
+    trainer = predictor(tmp_path, bf16=True)
+    assert generated(trainer, num_beams=2) == expected
+    assert len(searches) == 2  # batches
+    assert "forward" in vars(trainer.model)  # in autocast, for losses
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_captured_searches_of_a_trainer(num_beams: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: with mixed precision, and languages that differ in a batch."""
+    expected, recorders = generated(predictor(tmp_path), num_beams=num_beams), []
+    monkeypatch.setattr(graph_store, "new_recorder", lambda: recorders.append(TapeRecorder()) or recorders[-1])
+    monkeypatch.setattr(generation, "DEVICES", ("cpu",))
+    # what transformers asks a stream that is captured: else it looks whether a mask is full
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda tensor=None: True)
+    searches = []
+    monkeypatch.setattr(
+        generation, "captured_search", lambda *a, **k: searches.append(captured_search(*a, **k)) or searches[-1]
+    )
+    assert generated(predictor(tmp_path, bf16=True), num_beams=num_beams) == expected
+    assert len(searches) == 2 and all(output is not None for output in searches)  # batches
 
 
 def test_arguments_of_predict_come_before_the_language_of_the_row(tmp_path: Path) -> None:

@@ -99,11 +99,24 @@ def why_not(model: Any, generation_config: Any, synced_gpus: bool, model_kwargs:
 
 
 def _is_of_the_package(module: Any, name: str) -> bool:
-    """Whether a method is neither overridden in a subclass nor replaced in the object (PEFT and Accelerate do that)."""
-    of_class = getattr(type(module), name)
-    if getattr(getattr(module, name), "__func__", None) is not of_class:
+    """Whether a method is neither overridden in a subclass nor replaced in the object, as PEFT does."""
+    of_class, own = getattr(type(module), name), getattr(getattr(module, name), "__func__", None)
+    if own is not of_class and not _is_only_autocast(own, of_class):
         return False
     return of_class.__module__.rpartition(".")[0] in (__package__, GenerationMixin.__module__.rpartition(".")[0])
+
+
+def _is_only_autocast(method: Any, of_class: Any) -> bool:
+    """Whether a Trainer with `bf16`, or Accelerate's mixed precision, has put autocast around a method, nothing else.
+
+    Without it a search computes in the dtype of the weights. transformers' search does so in the encoder, too, which it
+    calls by itself; its decoder would cast all weights again for each token.
+    """
+    converting = getattr(method, "__wrapped__", None)
+    in_autocast = getattr(converting, "__wrapped__", None)
+    kind = f"{type(converting).__module__}.{type(converting).__name__}"
+    is_accelerate = kind == "accelerate.utils.operations.ConvertOutputsToFp32"
+    return is_accelerate and getattr(in_autocast, "__wrapped__", None) is of_class
 
 
 @dataclass(frozen=True)

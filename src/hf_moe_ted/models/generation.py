@@ -20,7 +20,11 @@ logger = logging.get_logger(__name__)
 
 
 class FirstTokens(SometimesActive):
-    """`forced_bos_token_id` with a token for each of B sentences; a sentence has one row per beam."""
+    """`forced_bos_token_id` with a token for each of B sentences; a sentence has one row per beam.
+
+    Args:
+        token_ids: B ids; -1 leaves a sentence free.
+    """
 
     def __init__(self, token_ids: Sequence[int]):
         self.forced: Sequence[int] = list(token_ids)
@@ -33,8 +37,9 @@ class FirstTokens(SometimesActive):
         if not self.is_active(input_ids.shape[1]):
             return scores
         num_beams = len(scores) // len(self.forced)
-        first_tokens = torch.tensor(self.forced, device=scores.device).repeat_interleave(num_beams).unsqueeze(1)
-        return torch.full_like(scores, -torch.inf).scatter(1, first_tokens, 0.0)
+        ids_R1 = torch.tensor(self.forced, device=scores.device).repeat_interleave(num_beams).unsqueeze(1)
+        forced = torch.full_like(scores, -torch.inf).scatter(1, ids_R1.clamp(min=0), 0.0)
+        return torch.where(ids_R1 >= 0, forced, scores)
 
 
 class _NaNWatch(SometimesActive):

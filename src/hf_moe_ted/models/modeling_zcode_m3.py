@@ -5,7 +5,7 @@ in parallel.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from .attention import ZCodeM3Attention
 from .configuration_zcode_m3 import Side, ZCodeM3Config
 from .forward_arguments import refuse_unknown_arguments, the_cache
 from .generation import ZCodeM3GenerationMixin
+from .graph_store import forget_store
 from .layers import ZCodeM3DecoderLayer, ZCodeM3EncoderLayer, ZCodeM3ScaledWordEmbedding
 from .losses import summed_cross_entropy
 from .outputs import (
@@ -369,6 +370,12 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, ZCodeM3GenerationM
         self.cross_entropy: Callable[[Tensor, Tensor, float], Tensor] = summed_cross_entropy
         self.post_init()
         self._set_default_length(self.generation_config)
+
+    def train(self, mode: bool = True) -> Self:
+        """Like [`~torch.nn.Module.train`]; for training it frees what captured searches keep on a GPU."""
+        if mode:
+            forget_store(self)
+        return super().train(mode)
 
     @can_return_tuple
     def forward(

@@ -10,7 +10,6 @@ from accelerate.data_loader import prepare_data_loader
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import (
-    LogitsProcessor,
     LogitsProcessorList,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -25,6 +24,7 @@ from ..data.length_buckets import MAX_SIGNATURES, check_length_buckets, propose_
 from ..data.mixture import Mixture
 from ..data.multitask_dataset import MultitaskDataset
 from ..data.multitask_stream import MultitaskStream
+from ..models.generation import FirstTokens
 from ..models.language_codes import language_ids
 
 logger = logging.get_logger(__name__)
@@ -102,25 +102,6 @@ class MultitaskTrainingArguments(CudaGraphArguments, Seq2SeqTrainingArguments):
         """The [`Mixture`] of these arguments."""
         weights: Any = self.task_weights
         return Mixture(self.sampling_temperature, self.temperature_warmup_epochs, weights)
-
-
-class ForcedFirstTokens(LogitsProcessor):
-    """Like `forced_bos_token_id`, but with a token for each row of a batch.
-
-    Args:
-        token_ids_B: int64[B], the first token after the start token of decoding; -1 leaves the row free.
-    """
-
-    def __init__(self, token_ids_B: Tensor):
-        self.token_ids_B = token_ids_B
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores of B rows, each with its beams or samples one after another."""
-        if input_ids.shape[-1] != 1:
-            return scores
-        ids = self.token_ids_B.to(scores.device).repeat_interleave(scores.shape[0] // len(self.token_ids_B))
-        forced = torch.full_like(scores, -torch.inf).scatter(1, ids.clamp(min=0)[:, None], 0.0)
-        return torch.where((ids >= 0)[:, None], forced, scores)
 
 
 class MultitaskTrainerMixin(Trainer):
@@ -253,7 +234,7 @@ class MultitaskTrainerMixin(Trainer):
         is_start_given = any(gen_kwargs.get(name) is not None for name in ("forced_bos_token_id", "decoder_input_ids"))
         first_tokens_B = None if is_start_given or labels_BL is None else self._tags_of(labels_BL)
         if first_tokens_B is not None:
-            processors = [*(gen_kwargs.get("logits_processor") or []), ForcedFirstTokens(first_tokens_B)]
+            processors = [*(gen_kwargs.get("logits_processor") or []), FirstTokens(first_tokens_B.tolist())]
             gen_kwargs["logits_processor"] = LogitsProcessorList(processors)
         return gen_kwargs
 
