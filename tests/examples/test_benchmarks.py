@@ -11,12 +11,15 @@ from typing import Any
 import bench_beams_gpu
 import bench_experts_cpu
 import bench_generation
+import bench_predict
 import bench_shipped_model
 import bench_training
 import bench_translate
 import count_experts
 import pytest
 import translation_ways
+
+from hf_moe_ted.models import generation
 
 CHECKPOINT = Path(__file__).parents[2] / "examples" / "checkpoints" / "zcode_m3_demo"
 CPU_PEERS = {"eager", "grouped_mm", "zcode_grouped", "zcode_cpu", "int8", "int8_zcode_cpu", "dense"}
@@ -175,3 +178,20 @@ def test_a_way_that_fails(tmp_path: Path) -> None:
     process = translation_ways.WayProcess(way, translation_ways.Settings(1, 1, 1, "cpu"))
     with pytest.raises(RuntimeError, match="the process of 'broken' has ended"):
         process.round([])
+
+
+def test_predict_of_a_trainer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    searches = []
+    search = generation.beam_search
+    monkeypatch.setattr(generation, "beam_search", lambda *a, **k: searches.append(1) or search(*a, **k))
+    output = tmp_path / "out.json"
+    sizes = ("--num_sentences", "6", "--num_beams", "2", "--rounds", "1", "--batch_size", "6")
+    monkeypatch.setattr(sys, "argv", [bench_predict.__file__, "--output", str(output), *sizes])
+    bench_predict.main()
+    results = json.loads(output.read_text())["results"]
+    assert [(r["search"], r["num_beams"], len(r["seconds"])) for r in results] == [
+        ("transformers", 2, 1),
+        ("hf_moe_ted", 2, 1),
+    ]
+    assert len(searches) == 2  # one batch in each round
+    assert all(result["chrF"] > 30 for result in results)
