@@ -25,7 +25,7 @@ START_METHODS = ("prune", "upcycle", "aggregate", "shared_weights")
 _OF_TRAINING = (
     "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "gradient_accumulation_steps", "optim",
-    "label_smoothing_factor", "seed", "data_seed",
+    "label_smoothing_factor", "seed", "data_seed", "torch_compile",
 )  # fmt: skip
 _OF_MEASUREMENT = ("max_eval_samples", "max_test_samples", "eval_capacities", "save_model", "cuda_graphs", "pilot")
 

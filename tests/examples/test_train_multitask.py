@@ -264,6 +264,17 @@ def test_other_settings_and_unknown_fields_are_refused(folder: Path, monkeypatch
             read_recipe(folder / f"{name}.json")
 
 
+def test_a_run_does_not_go_on_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled layers have other random numbers."""
+    once = ["--variants", "dense", "--seeds", "0", "--output_dir", str(folder / "compiled")]
+    run(folder, monkeypatch, *once)
+    for name in ("BACKEND", "MODE"):  # which transformers sets
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "no")
+        monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
+    with pytest.raises(ValueError, match="was begun with torch_compile False, not True"):
+        run(folder, monkeypatch, *once, "--torch_compile", "true")
+
+
 def test_translations_are_scored_by_group() -> None:
     texts = ["One sentence about tabs and windows.", "Another one about files and folders."]
     rows = [
