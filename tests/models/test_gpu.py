@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from hf_moe_ted import ZCodeM3ForConditionalGeneration, ZCodeM3Tokenizer
+from hf_moe_ted.models import graph_store
 from hf_moe_ted.testing import tiny_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -174,14 +177,19 @@ def greedy(model, tokenizer, inputs, **options):
 
 
 @pytest.mark.parametrize("cuda_graphs", [True, False])
-@pytest.mark.parametrize("way, least", [("float32", 0.95), ("autocast", 0.8), ("bfloat16", 0.8)])
+@pytest.mark.parametrize("way, least", [("float32", 0.95), ("trainer", 0.8), ("autocast", 0.8), ("bfloat16", 0.8)])
 def test_translations_of_mixed_languages_equal_those_of_the_cpu(shipped_model_and_prompts, way, least, cuda_graphs):
     model, tokenizer, inputs, expected = shipped_model_and_prompts
     model = copy.deepcopy(model).to("cuda", torch.bfloat16 if way == "bfloat16" else torch.float32)
     inputs = {name: tensor.cuda() for name, tensor in inputs.items()}
     context = torch.autocast("cuda", torch.bfloat16) if way == "autocast" else contextlib.nullcontext()
+    if way == "trainer":
+        AcceleratorState._reset_state(reset_partial_state=True)
+        Accelerator(mixed_precision="bf16").prepare_model(model)  # what a Trainer with `bf16` does
+        AcceleratorState._reset_state(reset_partial_state=True)
     with context:
         found = greedy(model, tokenizer, inputs, cuda_graphs=cuda_graphs)
+    assert (model in graph_store._stores) == (cuda_graphs and way != "autocast")
     assert sum(a == b for a, b in zip(found, expected, strict=True)) >= least * len(expected)
 
 
