@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import TorchDynamoPlugin
 from graph_cases import SHAPES, Graphed, GraphedInOrder, InOrder, assert_same_training, logged, new_model, trainer_of
 from transformers import Seq2SeqTrainer, TrainerCallback
 
@@ -191,12 +190,11 @@ def test_layers_are_compiled_one_by_one_unless_the_environment_says_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None
 ) -> None:
     names = ("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "ACCELERATE_DYNAMO_USE_DYNAMIC")
-    for name in (*names, "ACCELERATE_DYNAMO_BACKEND"):  # what transformers sets is undone behind the test, too
-        monkeypatch.setenv(name, given or "")
-        if given is None or name.endswith("BACKEND"):
-            monkeypatch.delenv(name)
-    CudaGraphSeq2SeqTrainingArguments(str(tmp_path), torch_compile=True, use_cpu=True)
-    assert not {*names} & {*os.environ} or given is not None  # without graphs it is as everywhere
-    CudaGraphSeq2SeqTrainingArguments(str(tmp_path), torch_compile=True, cuda_graphs=True, use_cpu=True)
-    plugin = TorchDynamoPlugin()
-    assert (plugin.use_regional_compilation, plugin.dynamic) == ((True, True) if given is None else (False, False))
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+        if given is not None:
+            monkeypatch.setenv(name, given)
+    for kind, by_layer in ((Graphed, given is None), (InOrder, False)):
+        plugin = trainer_of(tmp_path, kind, torch_compile=True).accelerator.state.dynamo_plugin
+        assert (plugin.use_regional_compilation, bool(plugin.dynamic)) == (by_layer, by_layer)
+        assert [os.environ.get(name) for name in names] == [given, given]  # of other trainers, too

@@ -203,6 +203,10 @@ def test_bad_input(tokenizer: Any) -> None:
     assert str(error.value).endswith(
         "; to train it: tokenizer.add_languages(['fr']), then model.resize_token_embeddings(len(tokenizer))"
     )
+    for code in ("", "it it", "__it__"):  # which add_languages refuses, or would take for another language
+        with pytest.raises(ValueError, match="unknown language") as error:
+            collator([{**PAIR, "tgt_lang": code}])
+        assert "add_languages" not in str(error.value)
     with pytest.raises(ValueError, match="row 1 of the batch must have the strings source"):
         collator([PAIR, {"source": "Open"}])
     with pytest.raises(ValueError, match="row 0 of the batch has 3 directions"):

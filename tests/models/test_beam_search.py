@@ -47,6 +47,11 @@ COMMON_OPTIONS: dict[str, dict[str, Any]] = {  # of the searches on CPUs and tho
     "forced bos": {"forced_bos_token_id": 7},
     "forced eos": {"forced_eos_token_id": 2},
     "first tokens": {"logits_processor": [FirstTokens([30, 31, -1, 33, 34])]},
+    "first tokens, another for the rest": {
+        "forced_bos_token_id": 40,
+        "logits_processor": [FirstTokens([-1, 31, -1, 33, 34])],
+    },
+    "first tokens twice": {"logits_processor": [FirstTokens([30, -1, 32, -1, 34]), FirstTokens([-1, 31, 36, -1, -1])]},
     "least new tokens": {"min_new_tokens": 6},
 }
 OPTIONS = COMMON_OPTIONS | {
@@ -249,13 +254,38 @@ def test_mixed_precision_of_a_trainer_is_not_in_the_way(
     accelerator.prepare_model(model)
     assert "forward" in vars(model)
     assert torch.equal(model.generate(**source, **ENDS), expected)
-    assert len(calls) == 2
+    model._is_accelerate_prepared = False  # as of a copy whose layers are compiled: it is prepared again
+    accelerator.prepare_model(model)
+    assert torch.equal(model.generate(**source, **ENDS), expected)
+    assert len(calls) == 3
+    model.lm_head.double()  # of several dtypes
+    with pytest.raises(RuntimeError, match="dtype"):  # from transformers' search, which autocast does not help here
+        model.generate(**source, **ENDS)
+    assert len(calls) == 3
+    model.lm_head.float()
     for prepare_again in (False, True):
         replace_forward(model)
         if prepare_again:
             accelerator.prepare_model(model)
         model.generate(**source, **ENDS)
-        assert len(calls) == 2
+        assert len(calls) == 3
+
+
+def test_frozen_bfloat16_in_a_trained_model_is_left_to_autocast(
+    source: dict[str, Tensor], calls: list[int], accelerator: Accelerator
+) -> None:
+    model = make_model().to(torch.bfloat16)
+    model.model.decoder.layers.float()
+    accelerator.prepare_model(model)
+    assert len(model.generate(**source, **ENDS)) == 5
+    assert not calls
+
+
+def test_a_part_in_training_mode_keeps_its_dropout(source: dict[str, Tensor], calls: list[int]) -> None:
+    model = make_model(dropout=0.5)
+    model.model.decoder.layers.train()
+    model.generate(**source, **ENDS)
+    assert not model.training and not calls
 
 
 def replace_forward(model: Any) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, patch_environment
 from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainerCallback
@@ -18,6 +18,9 @@ from .recorded_step import RecordedStep
 from .recorder import CudaRecorder, Recorder
 from .refusals import check_can_capture
 from .step_store import Signature, StepStore, signature_of
+
+# what Accelerate reads
+_COMPILE_LAYERS = ("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "ACCELERATE_DYNAMO_USE_DYNAMIC")
 
 
 @dataclass
@@ -57,10 +60,6 @@ class CudaGraphArguments:
         if self.cuda_graphs and arguments.dataloader_pin_memory:
             # a blocking copy to the device waits for all earlier work
             arguments.accelerator_config.non_blocking = True
-        if self.cuda_graphs and arguments.torch_compile:
-            # else Accelerate compiles the whole model as one program, and again for other shapes
-            os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
-            os.environ.setdefault("ACCELERATE_DYNAMO_USE_DYNAMIC", "true")
 
 
 @dataclass
@@ -109,6 +108,13 @@ class CudaGraphsTrainerMixin(Trainer):
             raise ValueError(f"max_cuda_graphs ({self.args.max_cuda_graphs}) must be at least 1")
         self._check_can_capture()
         self._step_store = StepStore(self._make_recorder(), self.args.max_cuda_graphs)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Like [`Trainer.create_accelerator_and_postprocess`]; layers that go into graphs are compiled one by one."""
+        names = _COMPILE_LAYERS if getattr(self.args, "cuda_graphs", False) and self.args.torch_compile else ()
+        # else Accelerate would compile the whole model as one program, and again for other shapes
+        with patch_environment(**{name: "true" for name in names if name not in os.environ}):
+            super().create_accelerator_and_postprocess()
 
     # ---- what a subclass may replace ----
 
@@ -177,6 +183,9 @@ class CudaGraphsTrainerMixin(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
+        own: Any = self.model
+        if not own.training:  # `model` may be a copy, if Accelerate compiles layer by layer
+            own.train()
         store = self._step_store
         if store is None:
             return super().training_step(model, inputs, num_items_in_batch)

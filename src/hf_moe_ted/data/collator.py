@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from transformers import BatchEncoding, DataCollatorForSeq2Seq
 
-from ..models.language_codes import encode_in, language_ids, resolve_language
+from ..models.language_codes import encode_in, language_ids, parse_language, resolve_language
 from ..models.vocabulary import check_vocabulary
 from .denoising import DenoisingNoise
 from .multitask_rows import DENOISING, PADDING, TRANSLATION, Example, examples_of_row
@@ -232,9 +232,7 @@ class DataCollatorForMultitaskSeq2Seq:
 def _find_affixes(tokenizer: Any, lang: str, is_target: bool) -> _Affixes:
     """Find the ids that the tokenizer puts around a source or a target in a language."""
     probe = "a"
-    hint = f"; to train it: tokenizer.add_languages([{lang!r}]), then model.resize_token_embeddings(len(tokenizer))"
-    can_add = hasattr(tokenizer, "add_languages")
-    lang = resolve_language(lang, language_ids(tokenizer), owner="this tokenizer", hint=hint if can_add else "")
+    lang = resolve_language(lang, language_ids(tokenizer), owner="this tokenizer", hint=_how_to_add(tokenizer, lang))
     bare = list(encode_in(tokenizer, probe, add_special_tokens=False)["input_ids"])
     if is_target:
         ids = list(encode_in(tokenizer, text_target=probe, tgt_lang=lang)["input_ids"])
@@ -244,6 +242,17 @@ def _find_affixes(tokenizer: Any, lang: str, is_target: bool) -> _Affixes:
     if start is None:
         raise ValueError(f"{type(tokenizer).__name__} encodes {probe!r} as {bare} alone, but as {ids} in {lang!r}")
     return _Affixes(ids[:start], ids[start + len(bare) :])
+
+
+def _how_to_add(tokenizer: Any, lang: str) -> str:
+    """What to do about an unknown language, for an error; nothing if it is no language."""
+    try:
+        parse_language(lang)
+    except ValueError:
+        return ""
+    if not hasattr(tokenizer, "add_languages"):
+        return ""
+    return f"; to train it: tokenizer.add_languages([{lang!r}]), then model.resize_token_embeddings(len(tokenizer))"
 
 
 __all__ = ["DataCollatorForMultitaskSeq2Seq"]

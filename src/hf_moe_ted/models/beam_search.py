@@ -69,7 +69,7 @@ def why_not(model: Any, generation_config: Any, synced_gpus: bool, model_kwargs:
     others = {name for name, value in model_kwargs.items() if value is not None} - _KNOWN_ARGUMENTS
     reasons = {
         "sampling": generation_config.do_sample,
-        "training mode": model.training,
+        "training mode": any(module.training for module in (model, *model.model.decoder.modules())),
         "gradients": torch.is_grad_enabled(),
         "processes that wait for each other": synced_gpus,
         f"{', '.join(sorted(others))}": bool(others),
@@ -101,7 +101,7 @@ def why_not(model: Any, generation_config: Any, synced_gpus: bool, model_kwargs:
 def _is_of_the_package(module: Any, name: str) -> bool:
     """Whether a method is neither overridden in a subclass nor replaced in the object, as PEFT does."""
     of_class, own = getattr(type(module), name), getattr(getattr(module, name), "__func__", None)
-    if own is not of_class and not _is_only_autocast(own, of_class):
+    if own is not of_class and not (_is_only_autocast(own, of_class) and _has_one_dtype(module)):
         return False
     return of_class.__module__.rpartition(".")[0] in (__package__, GenerationMixin.__module__.rpartition(".")[0])
 
@@ -112,11 +112,19 @@ def _is_only_autocast(method: Any, of_class: Any) -> bool:
     Without it a search computes in the dtype of the weights. transformers' search does so in the encoder, too, which it
     calls by itself; its decoder would cast all weights again for each token.
     """
-    converting = getattr(method, "__wrapped__", None)
-    in_autocast = getattr(converting, "__wrapped__", None)
-    kind = f"{type(converting).__module__}.{type(converting).__name__}"
-    is_accelerate = kind == "accelerate.utils.operations.ConvertOutputsToFp32"
-    return is_accelerate and getattr(in_autocast, "__wrapped__", None) is of_class
+    while method is not of_class:  # twice around it, if a model was prepared twice
+        converting = getattr(method, "__wrapped__", None)
+        kind = f"{type(converting).__module__}.{type(converting).__name__}"
+        if kind != "accelerate.utils.operations.ConvertOutputsToFp32":
+            return False
+        in_autocast = getattr(converting, "__wrapped__", None)
+        method = getattr(in_autocast, "__wrapped__", None)
+    return True
+
+
+def _has_one_dtype(module: Any) -> bool:
+    """Whether all weights have one dtype: with several, layers may need autocast."""
+    return len({parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}) == 1
 
 
 @dataclass(frozen=True)

@@ -255,7 +255,9 @@ class _Run:
             if isinstance(processor, _FORBID_THE_END):
                 forbids = True
             elif isinstance(processor, SometimesActive):
-                forced = [0 if number is None else processor.forced[number] for number in self.numbers]  # type: ignore
+                given = [0 if number is None else processor.forced[number] for number in self.numbers]  # type: ignore
+                # -1 leaves a sentence to what an earlier processor forces
+                forced = given if forced is None else [a if b < 0 else b for a, b in zip(forced, given, strict=True)]
             else:
                 token = getattr(processor, "bos_token_id", None)
                 forced = [int(processor.eos_token_id if token is None else token)] * len(self.numbers)

@@ -373,7 +373,7 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, ZCodeM3GenerationM
 
     def train(self, mode: bool = True) -> Self:
         """Like [`~torch.nn.Module.train`]; for training it frees what captured searches keep on a GPU."""
-        if mode:
+        if mode and not torch.compiler.is_compiling():
             forget_store(self)
         return super().train(mode)
 
