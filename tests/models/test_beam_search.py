@@ -288,6 +288,14 @@ def test_a_part_in_training_mode_keeps_its_dropout(source: dict[str, Tensor], ca
     assert not model.training and not calls
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_unwrapped_models_translate(source: dict[str, Tensor], accelerator: Accelerator, keep: bool) -> None:
+    model = make_model()
+    expected = model.generate(**source, **ENDS)
+    model = accelerator.unwrap_model(accelerator.prepare_model(model), keep_fp32_wrapper=keep)
+    assert torch.equal(model.generate(**source, **ENDS), expected)
+
+
 def replace_forward(model: Any) -> None:
     vars(model).pop("forward", None)
     method = model.forward.__func__

@@ -415,6 +415,8 @@ class ZCodeM3ForConditionalGeneration(ZCodeM3PreTrainedModel, ZCodeM3GenerationM
         Raises:
             TypeError, ValueError: see [`ZCodeM3Model.forward`]; or all labels are ignored.
         """
+        # `can_return_tuple` reads it; `accelerator.unwrap_model(model, keep_fp32_wrapper=False)` takes that away, too
+        kwargs.pop("return_dict", None)
         refuse_unknown_arguments(self, kwargs)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
