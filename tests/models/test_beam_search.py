@@ -207,7 +207,17 @@ class Restarted(ZCodeM3ForConditionalGeneration):
         return {**inputs, "decoder_input_ids": torch.full_like(inputs["decoder_input_ids"], 5)}
 
 
-@pytest.mark.parametrize("model_class", [Shifted, Restarted])
+class Wrapped(ZCodeM3ForConditionalGeneration):
+    """Of a user, who keeps names and docstrings."""
+
+    @functools.wraps(ZCodeM3ForConditionalGeneration.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits.roll(1, dims=-1)
+        return output
+
+
+@pytest.mark.parametrize("model_class", [Shifted, Restarted, Wrapped])
 def test_methods_of_a_subclass_are_called(model_class: Any, source: dict[str, Tensor], calls: list[int]) -> None:
     model = make_model()
     plain = model.generate(**source, **ENDS)

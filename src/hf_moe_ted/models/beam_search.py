@@ -103,7 +103,8 @@ def _is_of_the_package(module: Any, name: str) -> bool:
     of_class, own = getattr(type(module), name), getattr(getattr(module, name), "__func__", None)
     if own is not of_class and not (_is_only_autocast(own, of_class) and _has_one_dtype(module)):
         return False
-    return of_class.__module__.rpartition(".")[0] in (__package__, GenerationMixin.__module__.rpartition(".")[0])
+    owner = next(kind for kind in type(module).__mro__ if name in vars(kind))  # `functools.wraps` copies `__module__`
+    return owner.__module__.rpartition(".")[0] in (__package__, GenerationMixin.__module__.rpartition(".")[0])
 
 
 def _is_only_autocast(method: Any, of_class: Any) -> bool:
