@@ -147,7 +147,9 @@ def test_captured_searches_of_a_trainer(num_beams: int, tmp_path: Path, monkeypa
     monkeypatch.setattr(
         generation, "captured_search", lambda *a, **k: searches.append(captured_search(*a, **k)) or searches[-1]
     )
-    assert generated(predictor(tmp_path, bf16=True), num_beams=num_beams) == expected
+    trainer = predictor(tmp_path, bf16=True)
+    trainer.model.enable_input_require_grads()  # as gradient checkpointing does
+    assert generated(trainer, num_beams=num_beams) == expected
     assert len(searches) == 2 and all(output is not None for output in searches)  # batches
 
 

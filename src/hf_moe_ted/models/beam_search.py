@@ -86,7 +86,7 @@ def why_not(model: Any, generation_config: Any, synced_gpus: bool, model_kwargs:
         "second experts by chance": config.second_expert_policy != "all",
         "options of one layer": are_set_on(model.model.decoder.modules(), *OPTIONS_OF_BATCHES),
         "hooks of the model": any(
-            module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+            has_hooks(module) or hasattr(module, "_hf_hook")
             for module in (*model.model.decoder.modules(), model.lm_head, model.model, model)
         ),
         "methods that are not this package's": any(
@@ -96,6 +96,18 @@ def why_not(model: Any, generation_config: Any, synced_gpus: bool, model_kwargs:
         ),
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def has_hooks(module: Any) -> bool:
+    """Whether a module has hooks that matter without gradients.
+
+    That of `enable_input_require_grads`, which training with gradient checkpointing leaves on the embedding, does not.
+    """
+    return any(
+        (getattr(hook, "__module__", None), getattr(hook, "__name__", None))
+        != ("transformers.modeling_utils", "make_inputs_require_grads")
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
 
 
 def _is_of_the_package(module: Any, name: str) -> bool:
@@ -372,6 +384,7 @@ __all__ = [
     "beam_search",
     "best_of_rows",
     "best_of_sentences",
+    "has_hooks",
     "number_of_candidates",
     "output_of",
     "row_logsumexp",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .beam_search import OPTIONS_OF_BATCHES
+from .beam_search import OPTIONS_OF_BATCHES, has_hooks
 from .field_of_config import are_set_on
 
 try:
@@ -150,9 +150,7 @@ def _why_not(modules: list[nn.Module], parameters: list[Tensor], buffers: list[T
             _is_plain(kind) or hasattr(kind, "can_be_captured") for kind in {type(module) for module in modules}
         ),
         "experts that wait for the device": not all(getattr(module, "can_be_captured", True) for module in modules),
-        "hooks of the model": any(
-            m._forward_hooks or m._forward_pre_hooks or "_hf_hook" in vars(m) or "forward" in vars(m) for m in modules
-        ),
+        "hooks of the model": any(has_hooks(m) or "_hf_hook" in vars(m) or "forward" in vars(m) for m in modules),
         "options of one layer": are_set_on(modules, *OPTIONS_OF_BATCHES),
         "compiled parts": any(getattr(module, "_compiled_call_impl", None) is not None for module in modules),
         "weights that are no plain tensors": not {type(t) for t in (*parameters, *buffers)} <= {Tensor, nn.Parameter},
