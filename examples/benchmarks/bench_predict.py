@@ -2,7 +2,7 @@
 
     python examples/benchmarks/bench_predict.py --num_beams 1 4 --output predict.json
 
-A `MultitaskSeq2SeqTrainer` translates sentences of the test split, in all directions of the model, in batches of mixed
+A `MultitaskSeq2SeqTrainer` translates sentences of the test split, half of them into English, in batches of mixed
 languages, in turn with the searches of transformers (a hook on the model makes it so) and of this package. On a GPU
 these are captured. The first round of each search is left out.
 """

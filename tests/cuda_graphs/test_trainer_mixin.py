@@ -1,5 +1,6 @@
 """Replayed steps in a Trainer: the numbers of steps from Python, what is recorded, and what is refused."""
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -198,3 +199,13 @@ def test_layers_are_compiled_one_by_one_unless_the_environment_says_otherwise(
         plugin = trainer_of(tmp_path, kind, torch_compile=True).accelerator.state.dynamo_plugin
         assert (plugin.use_regional_compilation, bool(plugin.dynamic)) == (by_layer, by_layer)
         assert [os.environ.get(name) for name in names] == [given, given]  # of other trainers, too
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_the_model_of_a_copy_is_in_training_mode_too(tmp_path: Path, cuda_graphs: bool) -> None:
+    """Accelerate compiles layer by layer in a copy, which has the same layers but a mode of its own."""
+    trainer = trainer_of(tmp_path, cuda_graphs=cuda_graphs)
+    trainer.train()
+    trainer.model.eval()
+    trainer.training_step(copy.copy(trainer.model), trainer.data_collator(trainer.train_dataset[:2]))
+    assert all(module.training for module in trainer.model.modules())

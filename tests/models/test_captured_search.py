@@ -538,3 +538,14 @@ def test_training_mode_frees_the_memory(source: dict[str, Tensor], recorders: li
     assert store() is None
     assert torch.equal(captured(model.eval(), **source, **ENDS), of_transformers(model, **source, **ENDS))
     assert len(recorders) == 2
+
+
+def test_training_mode_can_be_set_in_compiled_code() -> None:
+    model = capturable_model()
+
+    def in_training_mode(number: Tensor) -> Tensor:
+        model.train()
+        return number + 1
+
+    assert torch.compile(in_training_mode, backend="eager", fullgraph=True)(torch.ones(1)).item() == 2
+    assert model.training
